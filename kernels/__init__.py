@@ -1,0 +1,1 @@
+"""Custom CUDA kernels: none yet."""

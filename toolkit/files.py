@@ -1,0 +1,99 @@
+"""Write files so that nobody ever sees half of one, and name their content by digest."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from medseg_trt.errors import ArtefactError
+
+CHUNK_BYTES = 1 << 20
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; rename it there when the block ends without an error.
+
+    The suffix is kept, so that libraries that look at it choose the right format.
+    On an error or an interrupt the temporary file is removed and ``path`` is as it was before.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(
+        dir=path.parent, prefix=".partial-", suffix="".join(path.suffixes[-2:])
+    )
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path``; put it in ``path``'s place when the block ends without an error.
+
+    An older folder at ``path`` stays until the new one is complete.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=".partial-"))
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        if path.exists():
+            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=".partial-old-")) / path.name
+            path.replace(old)
+            temporary.replace(path)
+            shutil.rmtree(old.parent)
+        else:
+            temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def cache_folder(*parts: str) -> Path:
+    """Return a folder below the user's cache, ``$XDG_CACHE_HOME`` or ``~/.cache``; it need not exist yet."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root, "medseg-trt", *parts)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, whole or not at all."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return ``folder / name``, provided that it really lies inside ``folder``.
+
+    Raises:
+        ArtefactError: ``name`` is absolute, climbs out, or leads out through a link.
+    """
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise ArtefactError(f"{name!r} leads out of {folder}; the file is not to be trusted")
+    return path
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

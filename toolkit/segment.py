@@ -1,0 +1,35 @@
+"""Run a network over every slice of an image and bring its answer back to the image's own pixels."""
+
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+
+from medseg_trt.images import Image
+from medseg_trt.preprocess import prepare, restore
+from medseg_trt.spec import Preprocessing
+
+Run = Callable[[np.ndarray], np.ndarray]  # (batch, 3, H, W) float32 -> logits (batch, classes, H, W) float32
+
+
+def prepared_slices(image: Image, preprocessing: Preprocessing) -> Float32[np.ndarray, "slices 3 height width"]:
+    """Return all slices as the network's input."""
+    return np.stack([prepare(pixels, preprocessing, image.spacing_in_plane) for pixels in image.pixels])
+
+
+def segment(run: Run, image: Image, preprocessing: Preprocessing, batch: int) -> UInt8[np.ndarray, "slices height width"]:
+    """Return the label of every pixel of every slice.
+
+    Args:
+        run: the network, for example ``session.run``.
+        image: what to segment.
+        preprocessing: the contract the network was trained with.
+        batch: how many slices go through the network at once.
+    """
+    labels = np.empty(image.pixels.shape[:3], np.uint8)
+    for start in range(0, len(labels), batch):
+        part = slice(start, start + batch)
+        inputs = np.stack([prepare(pixels, preprocessing, image.spacing_in_plane) for pixels in image.pixels[part]])
+        for index, logits in enumerate(run(inputs), start):
+            labels[index] = restore(logits, image.pixels.shape[1:3], preprocessing, image.spacing_in_plane)
+    return labels

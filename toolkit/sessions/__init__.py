@@ -1,0 +1,1 @@
+"""The inference back-ends, one file each."""

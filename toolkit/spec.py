@@ -1,0 +1,183 @@
+"""What a model is, what it eats, what it answers and how it is built: plain frozen data, no torch, no NumPy.
+
+Every object here is made in one place and never changed afterwards. ``to_dict`` and ``from_dict`` carry it to and from JSON;
+what comes from a file is checked field by field, and an unknown field is an error.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeVar
+
+from medseg_trt.errors import ArtefactError
+
+Spec = TypeVar("Spec")
+Resize = Literal["nearest", "linear", "linear_antialias"]
+PIXELS_PER_TOKEN = 16  # the R50 stage halves the image four times, and a token is one of its pixels
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockSpec:
+    """The geometry of one LLaMA decoder layer, and how LLM-TransUNet runs it.
+
+    The defaults of ``rotary`` and ``causal`` are the published code of Jiang & Liu (MIDL 2024): no rotary embedding and no
+    causal mask, so that the block does not know the order of the tokens.
+    """
+
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_heads: int = 32
+    num_kv_heads: int = 32
+    head_dim: int = 128
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rotary: bool = False
+    causal: bool = False
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"{self.num_heads} heads cannot share {self.num_kv_heads} key/value heads")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; rotary pairs need an even number")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSpec:
+    """The architecture of a TransUNet, with a frozen LLaMA block inside where ``block`` is set.
+
+    The defaults are R50-ViT-B/16 as published by Chen et al. 2021 (TransUNet).
+    """
+
+    architecture: str = "transunet"  # the key of train.model.MODELS it was made from
+    image_size: tuple[int, int]  # height, width in pixels
+    num_classes: int  # 1: one sigmoid logit (lesion or not); more: softmax, class 0 is the background
+    resnet_width: int = 64
+    resnet_units: tuple[int, int, int] = (3, 4, 9)
+    hidden_size: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    mlp_size: int = 3072
+    dropout: float = 0.1
+    bridge_channels: int = 512  # between the tokens and the decoder ("conv_more")
+    decoder_channels: tuple[int, int, int, int] = (256, 128, 64, 16)
+    block: BlockSpec | None = None
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        for name, pixels in zip(("height", "width"), self.image_size, strict=True):
+            if pixels <= 0 or pixels % PIXELS_PER_TOKEN:
+                below = max(pixels // PIXELS_PER_TOKEN, 1) * PIXELS_PER_TOKEN
+                raise ValueError(
+                    f"the image {name} is {pixels} pixels; it must be a multiple of {PIXELS_PER_TOKEN}: "
+                    f"try {below} or {below + PIXELS_PER_TOKEN}"
+                )
+        if self.num_classes < 1:
+            raise ValueError(f"num_classes is {self.num_classes}; it must be at least 1")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        return self.image_size[0] // PIXELS_PER_TOKEN, self.image_size[1] // PIXELS_PER_TOKEN
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preprocessing:
+    """How decoded pixels become the network's input; one contract for training, calibration and inference.
+
+    Values are clipped to ``window`` and scaled to 0 … 1, then resized, then ``(x - mean) / std`` per channel.
+    Without ``spacing_mm`` a picture is stretched to ``image_size``. With it, a picture whose pixel spacing is known is first
+    brought to that spacing and then padded with the window's lower end, or cropped, about its centre.
+    """
+
+    image_size: tuple[int, int]  # height, width in pixels
+    window: tuple[float, float] = (0.0, 255.0)  # lower and upper end; Hounsfield units for CT
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    resize: Resize = "linear_antialias"
+    spacing_mm: float | None = None
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        if not self.window[0] < self.window[1]:
+            raise ValueError(f"the window {self.window} is empty; give its lower end first")
+        if any(value <= 0 for value in self.std):
+            raise ValueError(f"std {self.std} must be positive")
+        if self.spacing_mm is not None and self.spacing_mm <= 0:
+            raise ValueError(f"spacing_mm is {self.spacing_mm}; it must be positive")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Classes:
+    """The names and colours of the labels 0, 1, 2 …; label 0 is the background."""
+
+    names: tuple[str, ...]
+    colors: tuple[tuple[int, int, int], ...] = ()  # red, green, blue, 0 … 255
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        if len(self.names) < 2 or len(self.names) > 256:
+            raise ValueError(f"{len(self.names)} class names; the background and 1 to 255 classes are possible")
+        if not self.colors:
+            object.__setattr__(self, "colors", palette(len(self.names)))
+        if len(self.colors) != len(self.names):
+            raise ValueError(f"{len(self.names)} class names but {len(self.colors)} colours")
+
+    @property
+    def num_logits(self) -> int:
+        """Channels of the network's answer: one for a binary task, else one per label."""
+        return 1 if len(self.names) == 2 else len(self.names)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildSpec:
+    """How a checkpoint becomes a bundle."""
+
+    precisions: tuple[str, ...] = ("fp32",)
+    max_abs_error: float = 1e-4  # of the logits, against PyTorch
+    min_agreement: float = 0.9999  # share of pixels with the same label as PyTorch
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+
+def palette(count: int) -> tuple[tuple[int, int, int], ...]:
+    """Return ``count`` colours that are easy to tell apart; the first is black, for the background.
+
+    Source: the first hues are Okabe & Ito's colour-blind-safe set; further ones walk the hue circle by the golden angle.
+    """
+    from colorsys import hsv_to_rgb
+
+    fixed = [(0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178),
+             (213, 94, 0), (204, 121, 167), (160, 160, 160)]  # fmt: skip
+    hues = [hsv_to_rgb(index * 0.381966 % 1, 0.7, 0.95) for index in range(max(count - len(fixed), 0))]
+    return tuple(fixed[:count]) + tuple((int(255 * r), int(255 * g), int(255 * b)) for r, g, b in hues)
+
+
+def to_dict(spec: Any) -> dict[str, Any]:
+    """Return a spec as plain data that JSON can hold."""
+    return asdict(spec)
+
+
+def from_dict(kind: type[Spec], data: object, source: str) -> Spec:
+    """Check plain data from outside and make a spec of it.
+
+    Args:
+        kind: the dataclass to make.
+        data: what was read.
+        source: where it was read, for the message.
+
+    Raises:
+        ArtefactError: a field is missing, unknown, of the wrong type or out of range.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_python(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ArtefactError(f"{source}: {kind.__name__} {where}: {first['msg']}") from error
