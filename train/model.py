@@ -10,10 +10,13 @@ Source: Jiang & Liu, MIDL 2024, and their code, ``networks/vit_seg_modeling.py``
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from medseg_trt.errors import UsageError
+from medseg_trt.segment import Run
 from medseg_trt.spec import BlockSpec, ModelSpec
 from medseg_trt.train.blocks import FrozenBlock
 from medseg_trt.train.llama import LlamaBlock, RMSNorm
@@ -124,6 +127,17 @@ def build_model(spec: ModelSpec, block: FrozenBlock | None = None) -> TransUNet:
             raise UsageError(f"the block's geometry is {block.spec}; the model asks for {wanted}")
         insert.block.load_state_dict(dict(block.tensors))
     return TransUNet(spec, insert)
+
+
+def runner(model: nn.Module) -> Run:
+    """Return the model, which must be in evaluation mode, as a function from NumPy to NumPy."""
+
+    def run(batch: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return model(torch.from_numpy(batch).to(device)).float().cpu().numpy()
+
+    device = next(model.parameters()).device
+    return run
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:

@@ -1,0 +1,55 @@
+# One virtual environment, .venv, made when pyproject.toml or the tested versions change.
+# On a machine with several Pythons: make test PYTHON=python3.13
+
+PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || echo python3)
+BIN := .venv/bin
+MEDSEG := $(BIN)/medseg-trt
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint tests/constraints.txt
+DATA := demo/data/organs
+
+.PHONY: help demo test test-full lint types clean
+
+help:
+	@echo 'make demo       fetch a real CT scan and a LLaMA block, train, build, infer and measure'
+	@echo 'make test       run the tests that need no GPU'
+	@echo 'make test-full  run the tests with full-size models too'
+	@echo 'make lint       check style and format'
+	@echo 'make types      check types'
+	@echo 'make clean      remove .venv, the demo and everything built'
+
+demo: .venv/run.stamp
+	$(MEDSEG) samples get organs llama-block -o demo/data
+	$(MEDSEG) block extract demo/data/llama-block/SmolLM2-135M-Instruct.Q4_1.gguf -o demo/block.safetensors
+	$(MEDSEG) train --recipe organs-demo --data $(DATA) --block demo/block.safetensors -o demo/run
+	$(MEDSEG) build --ckpt demo/run/model.pt --data $(DATA) -o demo/model.medseg
+	$(MEDSEG) infer $(DATA)/images/ct_B.nii.gz --bundle demo/model.medseg -o demo/masks --overlay
+	$(MEDSEG) evaluate --bundle demo/model.medseg --data $(DATA) --split val
+	$(MEDSEG) evaluate --bundle demo/model.medseg --data $(DATA) --split test
+	$(MEDSEG) bench --bundle demo/model.medseg --ckpt demo/run/model.pt --data $(DATA) -o demo/report
+
+test: .venv/dev.stamp
+	$(BIN)/python -m pytest
+
+test-full: .venv/dev.stamp
+	$(BIN)/python -m pytest -m ''
+
+lint: .venv/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/dev.stamp
+	$(BIN)/pyright
+
+clean:
+	rm -rf .venv build dist demo *.egg-info .pytest_cache .ruff_cache
+
+.venv/run.stamp: pyproject.toml tests/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=...") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv .venv
+	$(INSTALL) 'pip>=25.1'
+	$(INSTALL) --editable '.[cpu,medical,train,export,report]'
+	@touch $@
+
+.venv/dev.stamp: .venv/run.stamp
+	$(INSTALL) --group dev
+	@touch $@

@@ -1,0 +1,136 @@
+"""Compare predicted labels with true ones, class by class, without hiding the empty cases.
+
+With the pixels that are right (tp), wrongly added (fp) and missed (fn), Dice is ``2 tp / (2 tp + fp + fn)`` and IoU is
+``tp / (tp + fp + fn)``; no constant is added to either. Where a class is in neither of the two, both are 0 / 0: the class is
+"absent", has no figure and enters no mean.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Int64, UInt8
+from numpy import ndarray
+
+from medseg_trt.spec import Classes
+
+State = Literal["present", "absent", "missed", "false alarm"]
+CHUNK_PIXELS = 1 << 22  # counted at once: ``bincount`` makes an int64 of every pixel, 32 MiB
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassScore:
+    """How well one class was found in one case.
+
+    ``state`` is "present" (in both), "absent" (in neither; ``dice`` and ``iou`` are None), "missed" (only in the truth) or
+    "false alarm" (only in the prediction); the last two score 0.
+    """
+
+    name: str
+    dice: float | None  # 0 … 1
+    iou: float | None  # 0 … 1
+    truth_pixels: int
+    predicted_pixels: int
+    state: State
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeanScore:
+    """How well one class was found over several cases.
+
+    The means run over the ``cases`` whose truth has the class, missed ones included as 0; None where there is no such case.
+    """
+
+    name: str
+    dice: float | None  # 0 … 1
+    iou: float | None  # 0 … 1
+    cases: int
+    missed: int
+    false_alarms: int
+    absent: int
+
+
+def scores(prediction: UInt8[ndarray, "*shape"], truth: UInt8[ndarray, "*shape"], classes: Classes) -> tuple[ClassScore, ...]:
+    """Score every class but the background, for one picture or one whole volume.
+
+    Raises:
+        ValueError: the shapes differ, or a label has no name in ``classes``.
+    """
+    matrix = confusion(prediction, truth, len(classes.names))
+    correct, truth_pixels, predicted_pixels = (
+        counts.tolist() for counts in (matrix.diagonal(), matrix.sum(axis=1), matrix.sum(axis=0))
+    )
+    cases = zip(classes.names, correct, truth_pixels, predicted_pixels, strict=True)
+    return tuple(_class_score(*case) for case in cases)[1:]
+
+
+def mean_scores(cases: Sequence[Sequence[ClassScore]]) -> tuple[MeanScore, ...]:
+    """Average what ``scores`` found in several cases, class by class; without a case there is no class.
+
+    Raises:
+        ValueError: the cases do not hold the same classes.
+    """
+    if len({tuple(score.name for score in case) for case in cases}) > 1:
+        raise ValueError("the cases hold different classes; score all of them with the same class names")
+    return tuple(_mean_score(scores_of_class) for scores_of_class in zip(*cases, strict=True))
+
+
+def confusion(
+    prediction: UInt8[ndarray, "*shape"], truth: UInt8[ndarray, "*shape"], num_classes: int
+) -> Int64[ndarray, "truth_classes predicted_classes"]:
+    """Count the pixels of every pair of true label (row) and predicted label (column).
+
+    Raises:
+        ValueError: the shapes differ, or a label is not below ``num_classes``.
+    """
+    if prediction.shape != truth.shape:
+        raise ValueError(f"the prediction is {prediction.shape}, but the truth is {truth.shape}")
+    for name, labels in (("prediction", prediction), ("truth", truth)):
+        if labels.size and labels.max() >= num_classes:
+            raise ValueError(f"the {name} holds label {labels.max()}, but there are {num_classes} classes")
+    counts = np.zeros(num_classes**2, np.int64)
+    predicted, true = prediction.ravel(), truth.ravel()
+    for start in range(0, true.size, CHUNK_PIXELS):
+        part = slice(start, start + CHUNK_PIXELS)
+        pairs = true[part].astype(np.intp) * num_classes + predicted[part]
+        counts += np.bincount(pairs, minlength=num_classes**2)
+    return counts.reshape(num_classes, num_classes)
+
+
+def _class_score(name: str, correct: int, truth_pixels: int, predicted_pixels: int) -> ClassScore:
+    both, either = truth_pixels + predicted_pixels, truth_pixels + predicted_pixels - correct
+    return ClassScore(
+        name=name,
+        dice=2 * correct / both if both else None,
+        iou=correct / either if either else None,
+        truth_pixels=truth_pixels,
+        predicted_pixels=predicted_pixels,
+        state=STATES[truth_pixels > 0, predicted_pixels > 0],
+    )
+
+
+def _mean_score(scores_of_class: Sequence[ClassScore]) -> MeanScore:
+    counted = [score for score in scores_of_class if score.truth_pixels]
+    states = [score.state for score in scores_of_class]
+    return MeanScore(
+        name=scores_of_class[0].name,
+        dice=_mean([score.dice for score in counted if score.dice is not None]),
+        iou=_mean([score.iou for score in counted if score.iou is not None]),
+        cases=len(counted),
+        missed=states.count("missed"),
+        false_alarms=states.count("false alarm"),
+        absent=states.count("absent"),
+    )
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+STATES: dict[tuple[bool, bool], State] = {  # (in the truth, in the prediction)
+    (True, True): "present",
+    (False, False): "absent",
+    (True, False): "missed",
+    (False, True): "false alarm",
+}

@@ -1,0 +1,247 @@
+"""Turn decoded pixels into the network's input and its logits back into labels: one implementation, for training and inference.
+
+Resizing is separable: each axis is a short list of taps (which source pixel, with which weight), worked off one tap at a time,
+so that the same input gives the same bits on every machine. All positions are half-pixel centres: pixel ``i`` of ``n`` lies at
+``(i + 0.5) / n``.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Float32, Num, UInt8
+from numpy import ndarray
+
+from medseg_trt.spec import Preprocessing, Resize
+
+Size = tuple[int, int]  # height, width in pixels
+Spacing = tuple[float, float]  # millimetres between rows, and between columns
+
+BAND_VALUES = 1 << 16  # logits brought to the source's size at once; at 1 MiB and more, restoring takes three times as long
+
+
+def prepare(
+    pixels: Num[ndarray, "height width channels"], p: Preprocessing, spacing_mm: Spacing | None
+) -> Float32[ndarray, "3 image_height image_width"]:
+    """Return the network's input for one picture or slice; a grey picture is repeated to three channels.
+
+    Args:
+        pixels: raw values with 1 or 3 channels, in the unit of ``p.window``.
+        p: the contract.
+        spacing_mm: distance between rows and between columns, where it is known.
+
+    Raises:
+        ValueError: the channels are neither 1 nor 3, a pixel is NaN or infinite, or the spacing is not positive.
+    """
+    if pixels.shape[2] not in (1, 3):
+        raise ValueError(f"the picture has {pixels.shape[2]} channels; 1 or 3 are possible")
+    _require_finite(pixels, "pixels")
+    low, high = p.window
+    values = np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)
+    values = (np.clip(values, low, high) - np.float32(low)) / np.float32(high - low)
+    placement = _place(pixels.shape[:2], p, spacing_mm)
+    taps = [axis.canvas_taps(p.resize) for axis in placement]
+    canvas = np.zeros((len(values), *p.image_size), np.float32)  # 0 is the window's lower end
+    canvas[:, *(axis.filled for axis in placement)] = _apply(values, taps[0], taps[1])
+    mean, std = (np.array(each, np.float32).reshape(3, 1, 1) for each in (p.mean, p.std))
+    return (canvas - mean) / std
+
+
+def prepare_labels(
+    labels: UInt8[ndarray, "height width"], p: Preprocessing, spacing_mm: Spacing | None
+) -> UInt8[ndarray, "image_height image_width"]:
+    """Return the labels that belong to ``prepare``'s picture: the nearest source pixel, and background where it was padded.
+
+    Raises:
+        ValueError: the spacing is not positive.
+    """
+    rows, columns = _place(labels.shape, p, spacing_mm)
+    canvas = np.zeros(p.image_size, np.uint8)
+    nearest = np.ix_(rows.canvas_taps("nearest").index[0], columns.canvas_taps("nearest").index[0])
+    canvas[rows.filled, columns.filled] = labels[nearest]
+    return canvas
+
+
+def restore(
+    logits: Float32[ndarray, "classes image_height image_width"],
+    source_size: Size,
+    p: Preprocessing,
+    spacing_mm: Spacing | None,
+) -> UInt8[ndarray, "height width"]:
+    """Return the label of every source pixel: logits brought back linearly, then the largest, or ``> 0`` for a single one.
+
+    Source pixels that were cropped away become background. Equal logits go to the lower label.
+
+    Raises:
+        ValueError: the logits are not of ``p.image_size`` or not finite, or the spacing is not positive.
+    """
+    if logits.shape[1:] != p.image_size:
+        raise ValueError(f"the logits are {logits.shape[1:]} pixels, but the network's image is {p.image_size}")
+    _require_finite(logits, "logits")
+    rows, columns = _place(source_size, p, spacing_mm)
+    row_taps, column_taps = rows.source_taps(), columns.source_taps()
+    labels = np.empty(source_size, np.uint8)
+    band = max(BAND_VALUES // (len(logits) * source_size[1]), 1)
+    for start in range(0, source_size[0], band):
+        part = slice(start, start + band)
+        labels[part] = _labels_of(_apply(logits, row_taps.only(part), column_taps))
+    return labels * np.outer(rows.inside, columns.inside)
+
+
+def outside_fraction(source_size: Size, p: Preprocessing, spacing_mm: Spacing | None) -> float:
+    """Return the share, 0 … 1, of the source pixels that are cropped away, so that no label can be found for them.
+
+    Raises:
+        ValueError: the spacing is not positive.
+    """
+    rows, columns = _place(source_size, p, spacing_mm)
+    return 1.0 - float(rows.inside.mean() * columns.inside.mean())
+
+
+def resize(
+    array: Num[ndarray, "*batch height width"], size: Size, method: Resize
+) -> Float32[ndarray, "*batch new_height new_width"]:
+    """Resize the last two axes.
+
+    ``linear`` takes two neighbours and clamps at the edges. ``linear_antialias`` widens that triangle by the factor of a
+    reduction and lets the weights inside the picture sum to one; for an enlargement it is ``linear``.
+    Source: the definitions of PyTorch's ``interpolate`` (``nearest-exact``, ``bilinear``, ``antialias``), which the tests hold.
+    """
+    height, width = array.shape[-2:]
+    rows, columns = _taps(height, size[0], method, 0, size[0]), _taps(width, size[1], method, 0, size[1])
+    return _apply(np.asarray(array, dtype=np.float32), rows, columns)
+
+
+def golden(
+    p: Preprocessing,
+) -> tuple[Float32[ndarray, "height width 3"], Float32[ndarray, "3 image_height image_width"]]:
+    """Return seeded noise that reaches beyond both ends of the window, and what ``prepare`` makes of it.
+
+    One axis is reduced and the other enlarged; where ``p`` has a spacing, one is cropped and the other padded.
+    The noise comes from the raw bits of PCG64, which NumPy promises never to change.
+    """
+    size = 5 * p.image_size[0] // 4 + 1, p.image_size[1] // 2 + 3
+    noise = np.random.PCG64(0).random_raw(size[0] * size[1] * 3).reshape(*size, 3) / 2.0**64
+    low, high = p.window
+    pixels = (low + (high - low) * (1.5 * noise - 0.25)).astype(np.float32)
+    spacing_mm = None if p.spacing_mm is None else (1.3 * p.spacing_mm, 0.8 * p.spacing_mm)
+    return pixels, prepare(pixels, p, spacing_mm)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Taps:
+    """What each pixel of a new axis is the weighted sum of."""
+
+    index: ndarray  # (taps, pixels): a position on the old axis
+    weight: ndarray  # (taps, pixels) float32
+
+    def only(self, part: slice) -> "_Taps":
+        return _Taps(index=self.index[:, part], weight=self.weight[:, part])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Axis:
+    """Where the pixels of one source axis lie on the same axis of the network's image, the canvas."""
+
+    source: int
+    resampled: int  # pixels of the source once it has the canvas's spacing
+    canvas: int
+
+    @property
+    def offset(self) -> int:
+        """Canvas position of the first resampled pixel; negative where the source is cropped."""
+        return (self.canvas - self.resampled) // 2
+
+    @property
+    def filled(self) -> slice:
+        """The part of the canvas that is not padding."""
+        return slice(max(self.offset, 0), min(self.offset + self.resampled, self.canvas))
+
+    @property
+    def inside(self) -> ndarray:
+        """Which source pixels have their centre on the canvas."""
+        centre = (np.arange(self.source) + 0.5) * self.resampled / self.source + self.offset
+        return (centre >= 0) & (centre < self.canvas)
+
+    def canvas_taps(self, method: Resize) -> _Taps:
+        """Return the source pixels that make the filled part of the canvas."""
+        return _taps(self.source, self.resampled, method, self.filled.start - self.offset, self.filled.stop - self.offset)
+
+    def source_taps(self) -> _Taps:
+        """Return the canvas pixels that make the source's axis; beyond the filled part, its edge is repeated."""
+        taps = _taps(self.resampled, self.source, "linear", 0, self.source)
+        index = np.clip(taps.index + self.offset, self.filled.start, self.filled.stop - 1)
+        return _Taps(index=index, weight=taps.weight)
+
+
+def _place(source_size: Size, p: Preprocessing, spacing_mm: Spacing | None) -> tuple[_Axis, _Axis]:
+    resampled = p.image_size
+    if p.spacing_mm is not None and spacing_mm is not None:
+        if not all(0 < each < float("inf") for each in spacing_mm):
+            raise ValueError(f"the spacing {spacing_mm} mm must be positive")
+        rows, columns = (
+            max(1, round(pixels * each / p.spacing_mm)) for pixels, each in zip(source_size, spacing_mm, strict=True)
+        )
+        resampled = rows, columns
+    rows, columns = (
+        _Axis(source=source, resampled=between, canvas=canvas)
+        for source, between, canvas in zip(source_size, resampled, p.image_size, strict=True)
+    )
+    return rows, columns
+
+
+def _taps(source: int, target: int, method: Resize, start: int, stop: int) -> _Taps:
+    """Return the taps of pixels ``start`` to ``stop`` of an axis that goes from ``source`` to ``target`` pixels."""
+    centre = (np.arange(start, stop) + 0.5) * source / target  # in source pixels; pixel i reaches from i to i + 1
+    if method == "nearest":
+        index = np.clip(np.floor(centre), 0, source - 1).astype(np.intp)[np.newaxis]
+        return _Taps(index=index, weight=np.ones(index.shape, np.float32))
+    support = max(source / target, 1.0) if method == "linear_antialias" else 1.0
+    first = np.floor(centre - support + 0.5)
+    position = first + np.arange(np.ceil(2 * support) + 1)[:, np.newaxis]
+    weight = np.maximum(1 - np.abs(position + 0.5 - centre) / support, 0)
+    weight[(position < 0) | (position >= source)] = 0
+    weight /= weight.sum(axis=0)
+    used = weight.any(axis=1)
+    index = np.clip(position, 0, source - 1).astype(np.intp)
+    return _Taps(index=index[used], weight=weight[used].astype(np.float32))
+
+
+def _apply(array: ndarray, rows: _Taps, columns: _Taps) -> ndarray:
+    """Resize the last two axes, the one first that leaves less to do for the other."""
+    height, width = array.shape[-2:]
+    row_work, column_work = rows.index.size, columns.index.size
+    rows_first = row_work * width + column_work * rows.index.shape[1]
+    columns_first = column_work * height + row_work * columns.index.shape[1]
+    if rows_first <= columns_first:
+        return _sum_columns(_sum_rows(array, rows), columns)
+    return _sum_rows(_sum_columns(array, columns), rows)
+
+
+def _sum_rows(array: ndarray, taps: _Taps) -> ndarray:
+    total = np.zeros((*array.shape[:-2], taps.index.shape[1], array.shape[-1]), np.float32)
+    for index, weight in zip(taps.index, taps.weight, strict=True):
+        total += array[..., index, :] * weight[:, np.newaxis]
+    return total
+
+
+def _sum_columns(array: ndarray, taps: _Taps) -> ndarray:
+    total = np.zeros((*array.shape[:-1], taps.index.shape[1]), np.float32)
+    for index, weight in zip(taps.index, taps.weight, strict=True):
+        total += array[..., index] * weight
+    return total
+
+
+def _labels_of(logits: ndarray) -> ndarray:
+    if len(logits) == 1:
+        return (logits[0] > 0).astype(np.uint8)
+    best = logits[0].copy()
+    labels = np.zeros(best.shape, np.uint8)
+    for label, plane in enumerate(logits[1:], 1):
+        labels[plane > best] = label
+        np.maximum(best, plane, out=best)
+    return labels
+
+
+def _require_finite(values: ndarray, name: str) -> None:
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise ValueError(f"{np.count_nonzero(~np.isfinite(values))} {name} are NaN or infinite")

@@ -1,0 +1,113 @@
+"""Augmentation: small NumPy functions on one prepared slice and its labels, and the table that recipes choose from.
+
+Every function takes (image, labels, random generator, options) and returns a new pair; images are (channels, height, width) float32
+after normalisation, labels (height, width). Amounts of intensity are relative to the image's own mean and spread, so that they mean
+the same whatever the normalisation was.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from scipy import ndimage
+
+Picture = Float[np.ndarray, "channels height width"]
+Labels = UInt8[np.ndarray, "height width"]
+Pair = tuple[Picture, Labels]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """One augmentation of a recipe."""
+
+    name: str  # a key of AUGMENTATIONS
+    probability: float = 1.0
+    options: Mapping[str, float] = field(default_factory=dict)
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        if self.name not in AUGMENTATIONS:
+            raise ValueError(f"no augmentation is called {self.name!r}; choose one of: {', '.join(AUGMENTATIONS)}")
+        if not 0 <= self.probability <= 1:
+            raise ValueError(f"the probability of {self.name} is {self.probability}; it must be 0 … 1")
+
+
+def augment(image: Picture, labels: Labels, steps: Sequence[Step], rng: np.random.Generator) -> Pair:
+    """Apply the steps of a recipe in their order, each with its probability."""
+    for step in steps:
+        if rng.random() < step.probability:
+            image, labels = AUGMENTATIONS[step.name](image, labels, rng, **step.options)
+    return np.ascontiguousarray(image, np.float32), np.ascontiguousarray(labels)
+
+
+def rotate90(image: Picture, labels: Labels, rng: np.random.Generator) -> Pair:
+    """Turn by 0, 90, 180 or 270 degrees; a picture that is not square by 0 or 180."""
+    turns = int(rng.integers(4)) if image.shape[1] == image.shape[2] else 2 * int(rng.integers(2))
+    return np.rot90(image, turns, axes=(1, 2)), np.rot90(labels, turns)
+
+
+def flip(image: Picture, labels: Labels, rng: np.random.Generator) -> Pair:
+    """Mirror top to bottom, left to right, or both."""
+    axes = [(0,), (1,), (0, 1)][int(rng.integers(3))]
+    return np.flip(image, [axis + 1 for axis in axes]), np.flip(labels, axes)
+
+
+def affine(
+    image: Picture, labels: Labels, rng: np.random.Generator, *, degrees: float, scale: float, shift: float
+) -> Pair:
+    """Rotate, scale and shift about the centre; what comes from outside takes the image's smallest value and label 0.
+
+    Args:
+        image: the picture.
+        labels: its labels.
+        rng: the random generator.
+        degrees: largest rotation to either side.
+        scale: largest factor of enlargement, and of reduction; 1.25 gives 0.8 to 1.25, evenly in the logarithm.
+        shift: largest shift as a share of the height and of the width.
+    """
+    angle = np.deg2rad(rng.uniform(-degrees, degrees))
+    factor = np.exp(rng.uniform(-np.log(scale), np.log(scale)))
+    size = np.array(labels.shape)
+    matrix = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) / factor
+    centre = (size - 1) / 2
+    offset = centre - matrix @ centre + rng.uniform(-shift, shift, 2) * size
+    moved = [ndimage.affine_transform(channel, matrix, offset, order=1, cval=image.min()) for channel in image]
+    return np.stack(moved), ndimage.affine_transform(labels, matrix, offset, order=0)
+
+
+def intensity(
+    image: Picture, labels: Labels, rng: np.random.Generator, *, gamma: float, contrast: float, brightness: float
+) -> Pair:
+    """Bend, stretch and shift the values.
+
+    Args:
+        image: the picture.
+        labels: its labels.
+        rng: the random generator.
+        gamma: largest exponent, and its inverse the smallest; applied between the image's smallest and largest value.
+        contrast: largest factor about the mean, and its inverse the smallest.
+        brightness: largest shift, in standard deviations of the image.
+    """
+    low, high = float(image.min()), float(image.max())
+    spread = max(high - low, 1e-6)
+    bent = ((image - low) / spread) ** np.exp(rng.uniform(-np.log(gamma), np.log(gamma))) * spread + low
+    mean, deviation = float(bent.mean()), float(bent.std())
+    stretched = (bent - mean) * np.exp(rng.uniform(-np.log(contrast), np.log(contrast))) + mean
+    return stretched + rng.uniform(-brightness, brightness) * deviation, labels
+
+
+def noise(image: Picture, labels: Labels, rng: np.random.Generator, *, deviation: float) -> Pair:
+    """Add Gaussian noise of up to ``deviation`` standard deviations of the image."""
+    amount = rng.uniform(0, deviation) * float(image.std())
+    return image + rng.normal(0, amount, image.shape).astype(np.float32), labels
+
+
+AUGMENTATIONS: Mapping[str, Callable[..., Pair]] = {
+    "rotate90": rotate90,
+    "flip": flip,
+    "affine": affine,
+    "intensity": intensity,
+    "noise": noise,
+}

@@ -1,0 +1,184 @@
+"""Anyone's own data: a folder with ``images/``, ``masks/`` (same names), and a ``dataset.json`` where more is to be said.
+
+``dataset.json`` may hold ``name``, ``classes`` (label names, the background first), ``colors``, ``window`` (lower and upper end of the
+values that matter), ``note`` and ``splits``: ``{"train": [{"image": "ct_A", "slices": [0, 80]}, …], "val": […], "test": […]}``. ``slices``
+is half-open, counted along the canonical axis (feet to head), and may be left out. Without ``splits`` a fifth of the files is for
+validation; without ``classes`` they are counted in the masks.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medseg_trt.errors import InputError
+from medseg_trt.files import sha256
+from medseg_trt.images import Image, find_images, output_stem, read_image, read_labels
+from medseg_trt.progress import LOG, track
+from medseg_trt.spec import Classes, from_dict
+from medseg_trt.train.splits import split_files, split_volume
+
+MAX_JSON_BYTES = 1 << 24
+SPLIT_SEED = 41
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """One image with its mask, or a block of slices of them."""
+
+    image: Path
+    mask: Path
+    slices: tuple[int, int] | None = None
+
+    @property
+    def name(self) -> str:
+        """The image's name, with the block of slices where it is not the whole."""
+        block = "" if self.slices is None else f"[{self.slices[0]}:{self.slices[1]}]"
+        return output_stem(self.image) + block
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataFolder:
+    """A labelled data set on disk and how it is divided."""
+
+    root: Path
+    name: str
+    classes: Classes
+    splits: Mapping[str, tuple[Case, ...]]  # "train", "val" and perhaps "test"
+    window: tuple[float, float] | None = None
+    note: str = ""
+
+    def cases(self, split: str) -> tuple[Case, ...]:
+        """Return the cases of a split, or say which splits there are."""
+        if split not in self.splits:
+            raise InputError(f"{self.root} has no split {split!r}; it has: {', '.join(self.splits)}")
+        return self.splits[split]
+
+    def manifest(self) -> dict[str, Any]:
+        """Return what the data set is made of: classes, splits, and the SHA-256 of every file, by relative name."""
+        files = sorted({file for cases in self.splits.values() for case in cases for file in (case.image, case.mask)})
+        return {
+            "name": self.name,
+            "classes": list(self.classes.names),
+            "splits": {split: [case.name for case in cases] for split, cases in self.splits.items()},
+            "files": {file.relative_to(self.root).as_posix(): sha256(file) for file in track(files, "hash the data")},
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Entry:
+    image: str
+    slices: tuple[int, int] | None = None
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _DatasetFile:
+    name: str | None = None
+    classes: tuple[str, ...] | None = None
+    colors: tuple[tuple[int, int, int], ...] = ()
+    window: tuple[float, float] | None = None
+    note: str = ""
+    splits: dict[str, tuple[_Entry, ...]] | None = None
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+
+def open_folder(root: Path) -> DataFolder:
+    """Find the images and masks of a data folder and how they are divided.
+
+    Raises:
+        InputError: a folder, a mask or a name in ``dataset.json`` is missing.
+    """
+    root = Path(root)
+    for part in ("images", "masks"):
+        if not (root / part).is_dir():
+            raise InputError(f"{root / part} does not exist; a data folder holds images/ and masks/ with the same file names")
+    described = _read_description(root / "dataset.json")
+    pairs = _pair(root)
+    classes = Classes(names=described.classes, colors=described.colors) if described.classes else _count_classes(pairs)
+    if described.splits:
+        splits = {name: tuple(_case(pairs, entry, root) for entry in entries) for name, entries in described.splits.items()}
+    else:
+        splits = _divide(tuple(pairs.values()))
+    if not splits.get("train"):
+        raise InputError(f"{root / 'dataset.json'}: the split \"train\" is missing or empty")
+    return DataFolder(
+        root=root, name=described.name or root.resolve().name, classes=classes, splits=splits, window=described.window,
+        note=described.note,
+    )  # fmt: skip
+
+
+def manifest_sha256(manifest: Mapping[str, Any]) -> str:
+    """Return one digest for a whole manifest."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def read_case(case: Case, num_labels: int) -> tuple[Image, np.ndarray]:
+    """Return the case's image and its labels, (slices, height, width) uint8, both cut to the case's slices.
+
+    Raises:
+        InputError: a file cannot be read, the sizes differ, or the mask holds a label that does not exist.
+    """
+    image = read_image(case.image)
+    labels = read_labels(case.mask, image, num_labels)
+    if case.slices is None:
+        return image, labels
+    start, end = case.slices
+    if not 0 <= start < end <= len(labels):
+        raise InputError(f"{case.image} has {len(labels)} slices; the block {start}:{end} does not lie within")
+    return replace(image, pixels=image.pixels[start:end], geometry=None), labels[start:end]
+
+
+def _read_description(path: Path) -> _DatasetFile:
+    if not path.is_file():
+        return _DatasetFile()
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise InputError(f"{path} is larger than {MAX_JSON_BYTES >> 20} MiB; it should only name classes and splits")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is no valid JSON: {error}") from error
+    return from_dict(_DatasetFile, data, str(path))
+
+
+def _pair(root: Path) -> dict[str, Case]:
+    masks = {output_stem(path): path for path in find_images([root / "masks"])}
+    images = {output_stem(path): path for path in find_images([root / "images"])}
+    alone = sorted(images.keys() ^ masks.keys())
+    if alone:
+        where = "mask" if alone[0] in images else "image"
+        raise InputError(f"{root}: {alone[0]} has no {where} ({len(alone)} such name(s)); names must match but for the suffix")
+    return {stem: Case(image=path, mask=masks[stem]) for stem, path in images.items()}
+
+
+def _case(pairs: Mapping[str, Case], entry: _Entry, root: Path) -> Case:
+    if entry.image not in pairs:
+        raise InputError(f"{root / 'dataset.json'} names {entry.image!r}, which is not in {root / 'images'}")
+    return replace(pairs[entry.image], slices=entry.slices)
+
+
+def _count_classes(pairs: Mapping[str, Case]) -> Classes:
+    values: set[int] = set()
+    for case in track(list(pairs.values()), "look for classes in the masks"):
+        values |= set(np.unique(read_labels(case.mask, read_image(case.image), None)).tolist())
+    if values <= {0, 255} or values <= {0, 1}:
+        return Classes(names=("background", "lesion"))
+    names = ("background", *(f"class {value}" for value in range(1, max(values) + 1)))
+    LOG.info("the masks hold %d classes; name them in dataset.json", len(names) - 1)
+    return Classes(names=names)
+
+
+def _divide(cases: tuple[Case, ...]) -> dict[str, tuple[Case, ...]]:
+    if len(cases) > 1:
+        train, val = split_files(cases, SPLIT_SEED)
+        return {"train": train, "val": val}
+    (only,) = cases
+    blocks = split_volume(read_image(only.image).num_slices)
+    LOG.warning("there is one volume only: a block of its slices serves for validation, so figures are of the same patient")
+    return {name: (replace(only, slices=block),) for name, block in zip(("train", "val"), blocks, strict=True)}

@@ -1,0 +1,159 @@
+"""Train a model, from a recipe and a data folder to the best checkpoint; ``train`` tells the story."""
+
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from medseg_trt.errors import MedsegError
+from medseg_trt.progress import LOG, track
+from medseg_trt.train.augment import augment
+from medseg_trt.train.datasets.folder import DataFolder
+from medseg_trt.train.datasets.prepared import PreparedSlices, prepare_slices
+from medseg_trt.train.evaluate import evaluate
+from medseg_trt.train.losses import segmentation_loss
+from medseg_trt.train.model import runner
+from medseg_trt.train.recipes import Recipe, TrainSpec
+from medseg_trt.train.runs import Row, begin, save
+from medseg_trt.train.schedules import learning_rate
+
+
+def train(recipe: Recipe, data: DataFolder, out: Path, *, block: Path | None = None, resume: bool = False) -> Path:
+    """Train a model and return the path of its best checkpoint.
+
+    Args:
+        recipe: architecture, preprocessing, augmentation and the numbers of the run.
+        data: a labelled folder.
+        out: the run folder, see ``train.runs``.
+        block: the frozen block's file, for an architecture that has one.
+        resume: go on from ``out/last.pt``; the recipe, the data and the block must be those of the run so far.
+
+    Raises:
+        UsageError: recipe, block and run folder do not fit together.
+        InputError: the data cannot be used.
+        ArtefactError: the block or the checkpoint cannot be used.
+    """
+    state = begin(recipe, data, out, block=block, resume=resume)
+    checkpoint = state.checkpoint
+    model = checkpoint.model().to("cuda" if torch.cuda.is_available() else "cpu")
+    optimizer = make_optimizer(model, recipe.train)
+    if checkpoint.training is not None:
+        optimizer.load_state_dict(checkpoint.training["optimizer"])
+    validation = data.splits.get("val", ())
+    if not validation:
+        LOG.warning("%s has no validation split, so best.pt is simply the latest epoch", data.name)
+    prepared = out / "prepared"
+    try:
+        slices = prepare_slices(data.cases("train"), checkpoint.preprocessing, len(data.classes.names), prepared)
+        LOG.info("train %s on %d slices of %s", recipe.architecture, len(slices.images), data.name)
+        for epoch in range(state.next_epoch, recipe.train.epochs + 1):
+            began = time.monotonic()
+            row: dict[str, Any] = {"epoch": epoch}
+            if epoch > 0:
+                row["loss"] = train_epoch(model, optimizer, slices, recipe, epoch)
+            model.eval()
+            if validation and (epoch % recipe.train.validate_every == 0 or epoch == recipe.train.epochs):
+                run, batch = runner(model), recipe.train.batch_size
+                found = evaluate(run, validation, checkpoint.preprocessing, data.classes, batch)
+                row |= {"dice": found.mean_dice, "dice_of_class": {mean.name: mean.dice for mean in found.means}}
+            row["seconds"] = round(time.monotonic() - began, 2)
+            state = save(state, model, optimizer, row, out)
+            _tell(row, recipe.train.epochs)
+    finally:
+        shutil.rmtree(prepared, ignore_errors=True)
+    return out / "best.pt"
+
+
+def train_epoch(
+    model: nn.Module, optimizer: torch.optim.Optimizer, slices: PreparedSlices, recipe: Recipe, epoch: int
+) -> float:
+    """Train for one epoch, counted from 1, and return the mean loss.
+
+    All randomness comes from the seed and the epoch's number, so that a resumed run takes the same steps.
+
+    Raises:
+        MedsegError: the loss is no longer a number.
+    """
+    spec = recipe.train
+    torch.manual_seed(spec.seed + epoch)  # of dropout
+    dataset = EpochSlices(slices=slices, recipe=recipe, epoch=epoch)
+    drop_last = len(dataset) >= spec.batch_size
+    loader = DataLoader(dataset, spec.batch_size, num_workers=spec.workers, drop_last=drop_last)
+    device = next(model.parameters()).device
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.train()
+    losses: list[float] = []
+    for index, (images, labels) in enumerate(track(loader, f"epoch {epoch} of {spec.epochs}")):
+        rate = learning_rate(
+            (epoch - 1) * len(loader) + index, spec.epochs * len(loader),
+            schedule=spec.schedule, peak=spec.learning_rate, floor=spec.min_learning_rate, warmup_steps=spec.warmup_steps,
+        )  # fmt: skip
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = segmentation_loss(model(images.to(device)), labels.to(device))
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise MedsegError(
+                f"the loss of epoch {epoch}, step {index} is {losses[-1]}. Try a smaller rate with --resume: "
+                f"--set train.learning_rate={spec.learning_rate / 10:g}"
+            )
+        optimizer.zero_grad()
+        loss.backward()
+        if spec.max_gradient_norm is not None:
+            nn.utils.clip_grad_norm_(trainable, spec.max_gradient_norm)
+        optimizer.step()
+    return sum(losses) / len(losses)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochSlices(Dataset[tuple[np.ndarray, np.ndarray]]):
+    """The augmented slices of one epoch; item ``i`` is the same whenever, and in whichever process, it is asked for."""
+
+    slices: PreparedSlices
+    recipe: Recipe
+    epoch: int
+
+    def __len__(self) -> int:
+        return self.recipe.train.slices_per_epoch or len(self.slices.images)
+
+    def __getitem__(self, item: int) -> tuple[np.ndarray, np.ndarray]:
+        rng = np.random.default_rng([self.recipe.train.seed, self.epoch, item])
+        index = self._slice_index(item, rng)
+        image, labels = np.array(self.slices.images[index]), np.array(self.slices.labels[index])
+        image, labels = augment(image, labels, self.recipe.augmentation, rng)
+        return image, labels.astype(np.int64)
+
+    def _slice_index(self, item: int, rng: np.random.Generator) -> int:
+        if self.recipe.train.balance_classes:
+            holders = self.slices.slices_of_class
+            return int(rng.choice(holders[rng.integers(len(holders))]))
+        count = len(self.slices.images)
+        lap, place = divmod(item, count)
+        return int(np.random.default_rng([self.recipe.train.seed, self.epoch, lap]).permutation(count)[place])
+
+
+def make_optimizer(model: nn.Module, spec: TrainSpec) -> torch.optim.Optimizer:
+    """Return the optimiser of a recipe over everything that is not frozen."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    rate, decay = spec.learning_rate, spec.weight_decay
+    if spec.optimizer == "sgd":
+        return torch.optim.SGD(parameters, rate, spec.momentum, weight_decay=decay)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[spec.optimizer]
+    return kind(parameters, rate, weight_decay=decay)
+
+
+def _tell(row: Row, epochs: int) -> None:
+    loss = f"loss {row['loss']:.3f}, " if "loss" in row else "untrained, "
+    dice = ""
+    if "dice" in row:
+        classes = ", ".join(f"{name} {'absent' if value is None else f'{value:.2f}'}" for name, value in row["dice_of_class"].items())
+        dice = f"validation Dice {row['dice']:.3f} ({classes}), "
+    left = row["seconds"] * (epochs - row["epoch"])
+    LOG.info("epoch %d of %d: %s%s%.0f s, about %.0f s left", row["epoch"], epochs, loss, dice, row["seconds"], left)

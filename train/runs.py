@@ -1,0 +1,129 @@
+"""A run folder: start one, go on with one after a kill, and save what an epoch has brought.
+
+It holds ``best.pt`` (highest mean Dice on the validation split), ``last.pt`` (with the optimiser's state), ``history.jsonl`` (a line
+an epoch; epoch 0 is the untrained model), ``curve.png``, ``recipe.json`` and ``data.json``.
+"""
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from medseg_trt import __version__
+from medseg_trt.errors import UsageError
+from medseg_trt.files import atomic_file, sha256, write_json
+from medseg_trt.progress import LOG
+from medseg_trt.spec import ModelSpec, Preprocessing, to_dict
+from medseg_trt.train.blocks import load_block
+from medseg_trt.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, trained_weights
+from medseg_trt.train.curve import draw_curve
+from medseg_trt.train.datasets.folder import DataFolder, manifest_sha256
+from medseg_trt.train.model import build_model, model_spec
+from medseg_trt.train.recipes import Recipe
+from medseg_trt.train.transunet import TransUNet
+
+Row = Mapping[str, Any]  # of history.jsonl: epoch, loss, seconds, and dice, dice_of_class where it was validated
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunState:
+    """Where a training run stands."""
+
+    checkpoint: Checkpoint
+    history: tuple[Row, ...] = ()
+
+    @property
+    def next_epoch(self) -> int:
+        """The epoch to do next; 0 is the look at the untrained model."""
+        return self.history[-1]["epoch"] + 1 if self.history else 0
+
+
+def begin(recipe: Recipe, data: DataFolder, out: Path, *, block: Path | None, resume: bool) -> RunState:
+    """Start a run, or with ``resume`` go on with the one in ``out``.
+
+    Raises:
+        UsageError: ``out`` holds a run already, or one of another recipe, data set or block; or a block is missing.
+    """
+    manifest = data.manifest()
+    provenance = {
+        "recipe": json.loads(json.dumps(to_dict(recipe))),
+        "data": {"name": data.name, "root": str(data.root), "sha256": manifest_sha256(manifest), "note": data.note},
+        "versions": {"medseg-trt": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+    last = out / "last.pt"
+    if resume and last.is_file():
+        return _resumed(load_checkpoint(last), provenance, block, out)
+    if last.is_file():
+        raise UsageError(f"{out} holds a run already. Add --resume to go on with it, or choose another folder with -o")
+    write_json(out / "recipe.json", to_dict(recipe))
+    write_json(out / "data.json", manifest)
+    return RunState(checkpoint=_fresh(recipe, data, provenance, block))
+
+
+def save(state: RunState, model: TransUNet, optimizer: torch.optim.Optimizer, row: Row, out: Path) -> RunState:
+    """Write what an epoch has brought, so that a kill at any moment loses no more than the epoch it interrupts."""
+    best_before = max((old["dice"] for old in state.history if "dice" in old), default=-1.0)
+    history = (*state.history, row)
+    provenance = {**state.checkpoint.provenance, "epoch": row["epoch"], "metrics": {"val": row.get("dice_of_class")}}
+    checkpoint = replace(state.checkpoint, weights=trained_weights(model), provenance=provenance, training=None)
+    if row.get("dice", np.inf) > best_before:
+        save_checkpoint(checkpoint, out / "best.pt")
+    with atomic_file(out / "history.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in history), encoding="utf-8")
+    training = {"optimizer": optimizer.state_dict(), "epoch": row["epoch"]}
+    save_checkpoint(replace(checkpoint, training=training), out / "last.pt")
+    draw_curve(history, out / "curve.png")
+    return RunState(checkpoint=state.checkpoint, history=history)
+
+
+def _fresh(recipe: Recipe, data: DataFolder, provenance: Mapping[str, Any], block: Path | None) -> Checkpoint:
+    spec = model_spec(recipe.architecture, recipe.preprocessing.image_size, data.classes.num_logits)
+    if spec.block is not None and block is None:
+        raise UsageError(
+            f"{recipe.architecture} needs a frozen block: --block FILE. "
+            "Get one: medseg-trt samples get llama-block, then medseg-trt block extract"
+        )
+    frozen = load_block(block) if block is not None else None
+    if spec.block is not None and frozen is not None:
+        spec = replace(spec, block=frozen.spec)
+    torch.manual_seed(recipe.train.seed)
+    return Checkpoint(
+        weights=trained_weights(build_model(spec, frozen)),
+        spec=spec,
+        preprocessing=_preprocessing(recipe, data),
+        classes=data.classes,
+        block_file=block,
+        block_sha256=sha256(block) if block is not None else None,
+        provenance={**provenance, "block": dict(frozen.provenance) if frozen is not None else None},
+    )
+
+
+def _preprocessing(recipe: Recipe, data: DataFolder) -> Preprocessing:
+    if data.window is None or data.window == recipe.preprocessing.window:
+        return recipe.preprocessing
+    LOG.info("the window is %g … %g, as dataset.json says", *data.window)
+    return replace(recipe.preprocessing, window=data.window)
+
+
+def _resumed(last: Checkpoint, provenance: Mapping[str, Any], block: Path | None, out: Path) -> RunState:
+    changed = [
+        name
+        for name, before, now in (
+            ("recipe", last.provenance["recipe"], provenance["recipe"]),
+            ("data", last.provenance["data"]["sha256"], provenance["data"]["sha256"]),
+            ("block", last.block_sha256, sha256(block) if block is not None else last.block_sha256),
+        )
+        if before != now
+    ]
+    if changed:
+        raise UsageError(f"{out} was begun with another {' and '.join(changed)}; resume with the same, or choose another -o")
+    assert last.training is not None  # last.pt always carries it
+    rows = [json.loads(line) for line in (out / "history.jsonl").read_text(encoding="utf-8").splitlines()]
+    history = tuple(row for row in rows if row["epoch"] <= last.training["epoch"])
+    LOG.info("go on after epoch %d", last.training["epoch"])
+    return RunState(checkpoint=last, history=history)
