@@ -1,3 +1,46 @@
-"""medseg-trt: medical image segmentation with a frozen LLaMA block, from training to a verified, portable bundle."""
+"""medseg-trt: medical image segmentation with a frozen LLaMA block, from training to a verified, portable bundle.
+
+Every name below is loaded on first use, so that ``import medseg_trt`` is quick and needs no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+__all__ = [
+    "BuildSpec", "Bundle", "Checkpoint", "Classes", "Mask", "ModelSpec", "Preprocessing", "build", "infer", "load_bundle",
+    "load_checkpoint", "open_session",
+]  # fmt: skip
+
+if TYPE_CHECKING:
+    from medseg_trt.bundle import Bundle, load_bundle
+    from medseg_trt.images import Mask
+    from medseg_trt.pipeline import build, infer
+    from medseg_trt.session import open_session
+    from medseg_trt.spec import BuildSpec, Classes, ModelSpec, Preprocessing
+    from medseg_trt.train.checkpoint import Checkpoint, load_checkpoint
+
+_HOMES = {
+    "BuildSpec": "spec",
+    "Bundle": "bundle",
+    "Checkpoint": "train.checkpoint",
+    "Classes": "spec",
+    "Mask": "images",
+    "ModelSpec": "spec",
+    "Preprocessing": "spec",
+    "build": "pipeline",
+    "infer": "pipeline",
+    "load_bundle": "bundle",
+    "load_checkpoint": "train.checkpoint",
+    "open_session": "session",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,8 +1,8 @@
 """Compare predicted labels with true ones, class by class, without hiding the empty cases.
 
 With the pixels that are right (tp), wrongly added (fp) and missed (fn), Dice is ``2 tp / (2 tp + fp + fn)`` and IoU is
-``tp / (tp + fp + fn)``; no constant is added to either. Where a class is in neither of the two, both are 0 / 0: the class is
-"absent", has no figure and enters no mean.
+``tp / (tp + fp + fn)``; no constant is added to either. Where a class is in neither of the two, both are 0 / 0: the
+class is "absent", has no figure and enters no mean.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,12 @@ from numpy import ndarray
 from medseg_trt.spec import Classes
 
 State = Literal["present", "absent", "missed", "false alarm"]
+STATES: dict[tuple[bool, bool], State] = {  # (in the truth, in the prediction)
+    (True, True): "present",
+    (False, False): "absent",
+    (True, False): "missed",
+    (False, True): "false alarm",
+}
 CHUNK_PIXELS = 1 << 22  # counted at once: ``bincount`` makes an int64 of every pixel, 32 MiB
 
 
@@ -23,8 +29,8 @@ CHUNK_PIXELS = 1 << 22  # counted at once: ``bincount`` makes an int64 of every 
 class ClassScore:
     """How well one class was found in one case.
 
-    ``state`` is "present" (in both), "absent" (in neither; ``dice`` and ``iou`` are None), "missed" (only in the truth) or
-    "false alarm" (only in the prediction); the last two score 0.
+    ``state`` is "present" (in both), "absent" (in neither; ``dice`` and ``iou`` are None), "missed" (only in the truth)
+    or "false alarm" (only in the prediction); the last two score 0.
     """
 
     name: str
@@ -39,7 +45,7 @@ class ClassScore:
 class MeanScore:
     """How well one class was found over several cases.
 
-    The means run over the ``cases`` whose truth has the class, missed ones included as 0; None where there is no such case.
+    The means run over the ``cases`` whose truth has the class, missed ones included as 0; None where there is none.
     """
 
     name: str
@@ -51,7 +57,7 @@ class MeanScore:
     absent: int
 
 
-def scores(prediction: UInt8[ndarray, "*shape"], truth: UInt8[ndarray, "*shape"], classes: Classes) -> tuple[ClassScore, ...]:
+def scores(prediction: UInt8[ndarray, "..."], truth: UInt8[ndarray, "..."], classes: Classes) -> tuple[ClassScore, ...]:
     """Score every class but the background, for one picture or one whole volume.
 
     Raises:
@@ -77,7 +83,7 @@ def mean_scores(cases: Sequence[Sequence[ClassScore]]) -> tuple[MeanScore, ...]:
 
 
 def confusion(
-    prediction: UInt8[ndarray, "*shape"], truth: UInt8[ndarray, "*shape"], num_classes: int
+    prediction: UInt8[ndarray, "..."], truth: UInt8[ndarray, "..."], num_classes: int
 ) -> Int64[ndarray, "truth_classes predicted_classes"]:
     """Count the pixels of every pair of true label (row) and predicted label (column).
 
@@ -126,11 +132,3 @@ def _mean_score(scores_of_class: Sequence[ClassScore]) -> MeanScore:
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
-
-
-STATES: dict[tuple[bool, bool], State] = {  # (in the truth, in the prediction)
-    (True, True): "present",
-    (False, False): "absent",
-    (True, False): "missed",
-    (False, True): "false alarm",
-}

@@ -1,14 +1,15 @@
-"""Turn decoded pixels into the network's input and its logits back into labels: one implementation, for training and inference.
+"""Turn decoded pixels into the network's input, and its logits into labels: one way for training and inference.
 
-Resizing is separable: each axis is a short list of taps (which source pixel, with which weight), worked off one tap at a time,
-so that the same input gives the same bits on every machine. All positions are half-pixel centres: pixel ``i`` of ``n`` lies at
-``(i + 0.5) / n``.
+Resizing is separable: each axis is a short list of taps (which source pixel, with which weight), worked off one tap at
+a time, so that the same input gives the same bits on every machine. All positions are half-pixel centres: pixel ``i``
+of ``n`` lies at ``(i + 0.5) / n``.
 """
 
 from dataclasses import dataclass
+from math import ceil
 
 import numpy as np
-from jaxtyping import Float, Float32, Num, UInt8
+from jaxtyping import Float32, Num, UInt8
 from numpy import ndarray
 
 from medseg_trt.spec import Preprocessing, Resize
@@ -16,7 +17,7 @@ from medseg_trt.spec import Preprocessing, Resize
 Size = tuple[int, int]  # height, width in pixels
 Spacing = tuple[float, float]  # millimetres between rows, and between columns
 
-BAND_VALUES = 1 << 16  # logits brought to the source's size at once; at 1 MiB and more, restoring takes three times as long
+BAND_VALUES = 2**16  # logits brought to the source's size at once; with 2**18 and more it takes twice as long
 
 
 def prepare(
@@ -49,7 +50,7 @@ def prepare(
 def prepare_labels(
     labels: UInt8[ndarray, "height width"], p: Preprocessing, spacing_mm: Spacing | None
 ) -> UInt8[ndarray, "image_height image_width"]:
-    """Return the labels that belong to ``prepare``'s picture: the nearest source pixel, and background where it was padded.
+    """Return the labels that belong to ``prepare``'s picture: the nearest source pixel; background where it was padded.
 
     Raises:
         ValueError: the spacing is not positive.
@@ -67,7 +68,7 @@ def restore(
     p: Preprocessing,
     spacing_mm: Spacing | None,
 ) -> UInt8[ndarray, "height width"]:
-    """Return the label of every source pixel: logits brought back linearly, then the largest, or ``> 0`` for a single one.
+    """Return the label of every source pixel: logits brought back linearly, then the largest, or ``> 0`` for one logit.
 
     Source pixels that were cropped away become background. Equal logits go to the lower label.
 
@@ -102,9 +103,9 @@ def resize(
 ) -> Float32[ndarray, "*batch new_height new_width"]:
     """Resize the last two axes.
 
-    ``linear`` takes two neighbours and clamps at the edges. ``linear_antialias`` widens that triangle by the factor of a
-    reduction and lets the weights inside the picture sum to one; for an enlargement it is ``linear``.
-    Source: the definitions of PyTorch's ``interpolate`` (``nearest-exact``, ``bilinear``, ``antialias``), which the tests hold.
+    ``linear`` takes two neighbours and clamps at the edges. ``linear_antialias`` widens that triangle by the factor of
+    a reduction and lets the weights inside the picture sum to one; for an enlargement it is ``linear``.
+    Source: PyTorch's ``interpolate`` (``nearest-exact``, ``bilinear``, ``antialias=True``), the tests' oracle.
     """
     height, width = array.shape[-2:]
     rows, columns = _taps(height, size[0], method, 0, size[0]), _taps(width, size[1], method, 0, size[1])
@@ -164,7 +165,8 @@ class _Axis:
 
     def canvas_taps(self, method: Resize) -> _Taps:
         """Return the source pixels that make the filled part of the canvas."""
-        return _taps(self.source, self.resampled, method, self.filled.start - self.offset, self.filled.stop - self.offset)
+        start, stop = self.filled.start - self.offset, self.filled.stop - self.offset
+        return _taps(self.source, self.resampled, method, start, stop)
 
     def source_taps(self) -> _Taps:
         """Return the canvas pixels that make the source's axis; beyond the filled part, its edge is repeated."""
@@ -197,7 +199,7 @@ def _taps(source: int, target: int, method: Resize, start: int, stop: int) -> _T
         return _Taps(index=index, weight=np.ones(index.shape, np.float32))
     support = max(source / target, 1.0) if method == "linear_antialias" else 1.0
     first = np.floor(centre - support + 0.5)
-    position = first + np.arange(np.ceil(2 * support) + 1)[:, np.newaxis]
+    position = first + np.arange(ceil(2 * support) + 1)[:, np.newaxis]
     weight = np.maximum(1 - np.abs(position + 0.5 - centre) / support, 0)
     weight[(position < 0) | (position >= source)] = 0
     weight /= weight.sum(axis=0)

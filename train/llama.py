@@ -51,9 +51,9 @@ class LlamaAttention(nn.Module):
         if self.spec.rotary:
             cos, sin = rotary_angles(tokens.shape[1], self.spec, query)
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        group = self.spec.num_heads // self.spec.num_kv_heads  # query heads that share one key/value head
-        key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-        collected = F.scaled_dot_product_attention(query, key, value, is_causal=self.spec.causal)
+        collected = F.scaled_dot_product_attention(
+            query, key, value, is_causal=self.spec.causal, enable_gqa=self.spec.num_heads > self.spec.num_kv_heads
+        )  # head i reads key/value head i // (num_heads / num_kv_heads); ONNX's Attention refuses the flag for equal numbers
         return self.o_proj(collected.transpose(1, 2).flatten(2))
 
 

@@ -3,7 +3,6 @@
 import math
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +82,7 @@ def train_epoch(
     """
     spec = recipe.train
     torch.manual_seed(spec.seed + epoch)  # of dropout
-    dataset = EpochSlices(slices=slices, recipe=recipe, epoch=epoch)
+    dataset = EpochSlices(slices, recipe, epoch)
     drop_last = len(dataset) >= spec.batch_size
     loader = DataLoader(dataset, spec.batch_size, num_workers=spec.workers, drop_last=drop_last)
     device = next(model.parameters()).device
@@ -101,7 +100,7 @@ def train_epoch(
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             raise MedsegError(
-                f"the loss of epoch {epoch}, step {index} is {losses[-1]}. Try a smaller rate with --resume: "
+                f"the loss of epoch {epoch}, step {index} is {losses[-1]}. Try a smaller rate in another run folder: "
                 f"--set train.learning_rate={spec.learning_rate / 10:g}"
             )
         optimizer.zero_grad()
@@ -112,31 +111,31 @@ def train_epoch(
     return sum(losses) / len(losses)
 
 
-@dataclass(frozen=True, kw_only=True)
 class EpochSlices(Dataset[tuple[np.ndarray, np.ndarray]]):
     """The augmented slices of one epoch; item ``i`` is the same whenever, and in whichever process, it is asked for."""
 
-    slices: PreparedSlices
-    recipe: Recipe
-    epoch: int
+    def __init__(self, slices: PreparedSlices, recipe: Recipe, epoch: int) -> None:
+        self.slices = slices
+        self.recipe = recipe
+        self.epoch = epoch
+        rng = np.random.default_rng([recipe.train.seed, epoch])
+        count = recipe.train.slices_per_epoch or len(slices.images)
+        if recipe.train.balance_classes:
+            classes = rng.integers(len(slices.slices_of_class), size=count)
+            self.order = np.array([rng.choice(slices.slices_of_class[label]) for label in classes])
+        else:
+            laps = -(-count // len(slices.images))
+            self.order = np.concatenate([rng.permutation(len(slices.images)) for _ in range(laps)])[:count]
 
     def __len__(self) -> int:
-        return self.recipe.train.slices_per_epoch or len(self.slices.images)
+        return len(self.order)
 
     def __getitem__(self, item: int) -> tuple[np.ndarray, np.ndarray]:
         rng = np.random.default_rng([self.recipe.train.seed, self.epoch, item])
-        index = self._slice_index(item, rng)
+        index = self.order[item]
         image, labels = np.array(self.slices.images[index]), np.array(self.slices.labels[index])
         image, labels = augment(image, labels, self.recipe.augmentation, rng)
         return image, labels.astype(np.int64)
-
-    def _slice_index(self, item: int, rng: np.random.Generator) -> int:
-        if self.recipe.train.balance_classes:
-            holders = self.slices.slices_of_class
-            return int(rng.choice(holders[rng.integers(len(holders))]))
-        count = len(self.slices.images)
-        lap, place = divmod(item, count)
-        return int(np.random.default_rng([self.recipe.train.seed, self.epoch, lap]).permutation(count)[place])
 
 
 def make_optimizer(model: nn.Module, spec: TrainSpec) -> torch.optim.Optimizer:

@@ -1,7 +1,7 @@
 """Anyone's own data: a folder with ``images/``, ``masks/`` (same names), and a ``dataset.json`` where more is to be said.
 
 ``dataset.json`` may hold ``name``, ``classes`` (label names, the background first), ``colors``, ``window`` (lower and upper end of the
-values that matter), ``note`` and ``splits``: ``{"train": [{"image": "ct_A", "slices": [0, 80]}, …], "val": […], "test": […]}``. ``slices``
+values that matter), ``note``, ``split_notes`` (what each split is, in words) and ``splits``: ``{"train": [{"image": "ct_A", "slices": [0, 80]}, …], "val": […], "test": […]}``. ``slices``
 is half-open, counted along the canonical axis (feet to head), and may be left out. Without ``splits`` a fifth of the files is for
 validation; without ``classes`` they are counted in the masks.
 """
@@ -9,7 +9,7 @@ validation; without ``classes`` they are counted in the masks.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class DataFolder:
     splits: Mapping[str, tuple[Case, ...]]  # "train", "val" and perhaps "test"
     window: tuple[float, float] | None = None
     note: str = ""
+    split_notes: Mapping[str, str] = field(default_factory=dict)  # what each split really is, for whoever reads its figures
 
     def cases(self, split: str) -> tuple[Case, ...]:
         """Return the cases of a split, or say which splits there are."""
@@ -84,6 +85,7 @@ class _DatasetFile:
     colors: tuple[tuple[int, int, int], ...] = ()
     window: tuple[float, float] | None = None
     note: str = ""
+    split_notes: dict[str, str] = field(default_factory=dict)
     splits: dict[str, tuple[_Entry, ...]] | None = None
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -110,7 +112,7 @@ def open_folder(root: Path) -> DataFolder:
         raise InputError(f"{root / 'dataset.json'}: the split \"train\" is missing or empty")
     return DataFolder(
         root=root, name=described.name or root.resolve().name, classes=classes, splits=splits, window=described.window,
-        note=described.note,
+        note=described.note, split_notes=described.split_notes,
     )  # fmt: skip
 
 

