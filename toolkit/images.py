@@ -49,7 +49,7 @@ class Geometry:
     """How a volume is stored in its NIfTI file."""
 
     shape: tuple[int, ...]  # as stored, closing ones included
-    header: Any  # a NIfTI header with the GEOMETRY_FIELDS of the source and nothing else of it
+    header: Any  # a NIfTI header with the shape and GEOMETRY_FIELDS of the source and nothing else of it
     affine_mm: Float64[ndarray, "4 4"]  # from (column, row, slice, 1) of our array to the scanner's millimetres
 
 
@@ -334,6 +334,7 @@ def _load_nifti(path: Path) -> tuple[ndarray, Geometry]:
     turn = orientations.ornt_transform(axes, orientations.axcodes2ornt("LPS"))
     pixels = np.ascontiguousarray(orientations.apply_orientation(values, turn).transpose(2, 1, 0))
     kept = type(header)()
+    kept.set_data_shape(shape)
     for field in GEOMETRY_FIELDS:
         kept[field] = header[field]
     lps_affine_mm = affine_mm @ orientations.inv_ornt_aff(turn, values.shape)
@@ -372,8 +373,9 @@ def _scaled(stored: ndarray, slope: float | None, intercept: float | None) -> nd
 def _affine_mm(path: Path, header: Any) -> ndarray:
     """Return the header's affine in millimetres, if it puts every voxel somewhere else."""
     unit = MM_PER_UNIT[header.get_xyzt_units()[0]]
-    affine_mm = np.diag([unit, unit, unit, 1.0]) @ header.get_best_affine()
-    sides_mm = np.linalg.norm(affine_mm[:3, :3], axis=0)
+    with np.errstate(all="ignore"):  # what overflows is refused below
+        affine_mm = np.diag([unit, unit, unit, 1.0]) @ header.get_best_affine()
+        sides_mm = np.linalg.norm(affine_mm[:3, :3], axis=0)
     shortest, longest = SPACING_RANGE_MM
     if not (np.isfinite(affine_mm).all() and (shortest < sides_mm).all() and (sides_mm < longest).all()):
         sides = " x ".join(f"{side:g}" for side in sides_mm)
@@ -416,7 +418,7 @@ def _write_nifti(mask: Mask, geometry: Geometry, path: Path) -> None:
         temporary.write_bytes(gzip.compress(kind(stored, None, header).to_bytes(), compresslevel=1, mtime=0))
         written, lies = _load_nifti(temporary)
         same_place = lies.shape == geometry.shape and all(
-            np.array_equal(lies.header[field], geometry.header[field]) for field in GEOMETRY_FIELDS
+            lies.header[field].tobytes() == geometry.header[field].tobytes() for field in GEOMETRY_FIELDS
         )
         if not same_place or not np.array_equal(written, mask.labels):
             raise MedsegError(f"the mask of {mask.path} did not come out the way the image lies; nothing was written")

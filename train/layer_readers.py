@@ -9,7 +9,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from medseg_trt.errors import ArtefactError, require
-from medseg_trt.files import inside, sha256
+from medseg_trt.files import sha256
 from medseg_trt.spec import BlockSpec, from_dict
 from medseg_trt.train.gguf_file import GgufFile, open_gguf
+from medseg_trt.train.llama import LlamaBlock
 
 LayerChoice = int | Literal["last"]
 MAX_SIZE = 1 << 20  # of one axis of a layer; LLaMA-3 405B has 53248
@@ -68,10 +69,12 @@ def read_gguf(path: Path, layer: LayerChoice) -> Layer:
     spec = _gguf_spec(file)
     num_layers, index = _choose(layer, meta.get("llama.block_count"), path)
     keys, skipped = _match(file.tensors, GGUF_LAYER, index, GGUF_NAMES, path)
+    try:
+        check_layer(spec, {name: file.tensors[key].shape for name, key in keys.items()})
+    except ValueError as error:
+        raise ArtefactError(f"{path}: {error}") from error
     tensors = {name: file.read(key) for name, key in keys.items()}
     for name, heads in (("self_attn.q_proj.weight", spec.num_heads), ("self_attn.k_proj.weight", spec.num_kv_heads)):
-        if tensors[name].shape[0] != heads * spec.head_dim:
-            raise ArtefactError(f"{path}: {keys[name]} has {tensors[name].shape[0]} rows for {heads} x {spec.head_dim}")
         tensors[name] = half_split(tensors[name], heads)
     provenance = {
         "format": "gguf",
@@ -84,7 +87,7 @@ def read_gguf(path: Path, layer: LayerChoice) -> Layer:
         "tensor_types": {name: file.tensors[key].type_name for name, key in keys.items()},
         "skipped": skipped,
         "rope_layout": "half-split",
-        "rope_scaling": meta.get("llama.rope.scaling.type", "factors" if "rope_freqs.weight" in file.tensors else None),
+        "rope_scaling": "factors" if "rope_freqs.weight" in file.tensors else _scaling(meta.get("llama.rope.scaling.type")),
     }
     return Layer(spec=spec, tensors=tensors, provenance=provenance)
 
@@ -102,9 +105,10 @@ def read_hugging_face(source: Path, layer: LayerChoice) -> Layer:
     shards = _shards(source)
     keys, skipped = _match(shards, HUGGING_FACE_LAYER, index, HUGGING_FACE_NAMES, source)
     files = sorted({shards[key] for key in keys.values()})
-    with ExitStack() as stack:
-        opened = {path: stack.enter_context(open_safetensors(path)) for path in files}
-        tensors = {name: _tensor(opened, shards[key], key) for name, key in keys.items()}
+    tensors: dict[str, Tensor] = {}
+    for path in files:
+        with open_safetensors(path) as file:
+            tensors |= {name: file.get_tensor(key) for name, key in keys.items() if shards[key] == path}
     model = config.get("_name_or_path")
     provenance = {
         "format": "safetensors",
@@ -117,10 +121,8 @@ def read_hugging_face(source: Path, layer: LayerChoice) -> Layer:
         "tensor_types": {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()},
         "skipped": skipped,
         "rope_layout": "half-split",
-        "rope_scaling": _rope(config).get("rope_type", _rope(config).get("type")),
+        "rope_scaling": _scaling(_rope(config).get("rope_type", _rope(config).get("type"))),
     }
-    if provenance["rope_scaling"] == "default":
-        provenance["rope_scaling"] = None
     return Layer(spec=spec, tensors=tensors, provenance=provenance)
 
 
@@ -129,6 +131,21 @@ READERS: Mapping[str, Callable[[Path, LayerChoice], Layer]] = {  # by suffix; ""
     ".safetensors": read_hugging_face,
     ".gguf": read_gguf,
 }
+
+
+def check_layer(spec: BlockSpec, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Check that these are the tensors of one layer of this geometry.
+
+    Raises:
+        ValueError: a tensor is missing, unknown, or has another shape.
+    """
+    with torch.device("meta"):
+        wanted = {name: tuple(tensor.shape) for name, tensor in LlamaBlock(spec).state_dict().items()}
+    if different := sorted(wanted.keys() ^ shapes.keys()):
+        raise ValueError(f"{different[0]} is {'missing' if different[0] in wanted else 'no tensor of a LLaMA layer'}")
+    for name, shape in shapes.items():
+        if tuple(shape) != wanted[name]:
+            raise ValueError(f"{name} has the shape {tuple(shape)}, but its geometry asks for {wanted[name]}")
 
 
 def half_split(rows: Tensor, heads: int) -> Tensor:
@@ -188,10 +205,11 @@ def _gguf_spec(file: GgufFile) -> BlockSpec:
 
 
 def _hugging_face_spec(config: Mapping[str, Any], path: Path) -> BlockSpec:
-    wanted = {"model_type": MODEL_TYPES, "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)}
-    for name, accepted in wanted.items():
-        if (value := config.get(name, accepted[0] if name != "model_type" else None)) not in accepted:
-            raise ArtefactError(f"{path}: {name} is {value!r}; LLaMA's layer has {' or '.join(map(repr, accepted))}")
+    if (model_type := config.get("model_type")) not in MODEL_TYPES:
+        raise ArtefactError(f"{path}: model_type is {model_type!r}; only {' and '.join(MODEL_TYPES)} can be read")
+    for name, published in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+        if (value := config.get(name, published)) != published:
+            raise ArtefactError(f"{path}: {name} is {value!r}, but LLaMA's layer has {published!r}; it cannot be read")
     hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
     return block_spec(
         {
@@ -211,6 +229,11 @@ def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return how the rotary embedding is set up: ``rope_parameters`` since transformers 5, ``rope_scaling`` before."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     return rope if isinstance(rope, dict) else {}
+
+
+def _scaling(kind: Any) -> str | None:
+    """Return the name of a change to the rotary angles that ``rope_theta`` does not describe, if there is one."""
+    return None if kind in (None, "none", "default") else str(kind)
 
 
 def _share(hidden: Any, heads: Any) -> Any:
@@ -239,24 +262,20 @@ def _match(
     """Find the layer's tensors: Hugging Face's name -> the file's key, and how many keys were skipped, by group."""
     found: dict[str, str] = {}
     skipped: Counter[str] = Counter()
-    prefix = f"layer {index}: "
     for key in keys:
         match = pattern.match(key)
-        name = key[match.end() :] if match else ""
-        if match is None:
-            skipped[key] += 1
-        elif int(match[1]) != index:
-            skipped[f"{match[0].replace(match[1], 'N')}* of other layers"] += 1
-        elif name in SKIPPED_IN_LAYER:
+        name = key[match.end() :] if match else key
+        if match is not None and int(match[1]) != index:
+            skipped[f"{match[0].replace(match[1], 'N')}*, the other layers"] += 1
+        elif match is None or name in SKIPPED_IN_LAYER:
             skipped[key] += 1
         elif name not in names or names[name] in found:
-            raise ArtefactError(f"{source}: {prefix}{key} is no tensor of a LLaMA layer; this is another architecture")
+            raise ArtefactError(f"{source}: {key} is no tensor of a LLaMA layer; this is another architecture")
         else:
             found[names[name]] = key
-            prefix = f"{match[0]}"
     if missing := [name for name, target in names.items() if target not in found]:
         raise ArtefactError(
-            f"{source}: layer {index} lacks {', '.join(missing)}; if the model is split, give the folder or the file that has it"
+            f"{source}: layer {index} lacks {', '.join(missing)}; if the model is split, give the folder or the part that has it"
         )
     return {name: found[name] for name in names.values()}, dict(sorted(skipped.items()))
 
@@ -266,9 +285,9 @@ def _shards(source: Path) -> dict[str, Path]:
     index = source / "model.safetensors.index.json"
     if index.is_file():
         weight_map = _read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise ArtefactError(f"{index} has no usable weight_map")
-        return {key: inside(source, name) for key, name in weight_map.items()}
+        if not isinstance(weight_map, dict) or not all(map(_is_file_name, weight_map.values())):
+            raise ArtefactError(f"{index} has no weight_map from tensors to files of its own folder; it is not to be trusted")
+        return {key: source / name for key, name in weight_map.items()}
     file = source / "model.safetensors" if source.is_dir() else source
     if not file.is_file():
         raise ArtefactError(f"{source} has neither model.safetensors nor model.safetensors.index.json")
@@ -276,10 +295,9 @@ def _shards(source: Path) -> dict[str, Path]:
         return dict.fromkeys(opened.keys(), file)
 
 
-def _tensor(opened: Mapping[Path, Any], path: Path, key: str) -> Tensor:
-    if key not in opened[path].keys():  # noqa: SIM118  # safe_open is no mapping
-        raise ArtefactError(f"{path} lacks {key}, which the index places there")
-    return opened[path].get_tensor(key)
+def _is_file_name(name: Any) -> bool:
+    """Tell whether this names a file in a folder and no way out of it; links, as in Hugging Face's cache, are the owner's."""
+    return isinstance(name, str) and name.endswith(".safetensors") and not set(name) & set("/\\:\0")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from medseg_trt.errors import ArtefactError, UsageError
@@ -109,30 +109,27 @@ def recipe(name: str, changes: Sequence[str] = ()) -> Recipe:
     """
     if name not in RECIPES:
         raise UsageError(f"no recipe is called {name!r}; choose one of: {', '.join(RECIPES)}")
-    chosen = RECIPES[name]()
+    fields = to_dict(RECIPES[name]())
     for change in changes:
         path, equals, value = change.partition("=")
         if not equals:
             raise UsageError(f"--set {change}: write it as field=value, for example train.epochs=5")
-        chosen = _with_field(chosen, path.split("."), value, change)
+        *parents, last = path.split(".")
+        part: Any = fields
+        for parent in parents:
+            part = part.get(parent) if isinstance(part, dict) else None
+        if not isinstance(part, dict) or last not in part:
+            choices = ", ".join(part) if isinstance(part, dict) else ", ".join(fields)
+            raise UsageError(f"--set {change}: there is no field {path}; choose one of: {choices}")
+        part[last] = _value(value)
     try:
-        return from_dict(Recipe, to_dict(chosen), "--set " + " ".join(changes))
+        return from_dict(Recipe, fields, "--set " + " ".join(changes))
     except ArtefactError as error:
         raise UsageError(str(error)) from error
 
 
-def _with_field(part: Any, path: Sequence[str], value: str, change: str) -> Any:
-    known = [field.name for field in fields(part)] if is_dataclass(part) else []
-    if path[0] not in known:
-        raise UsageError(f"--set {change}: no field {path[0]!r}; choose one of: {', '.join(known) or 'none'}")
-    if len(path) > 1:
-        new = _with_field(getattr(part, path[0]), path[1:], value, change)
-    else:
-        try:
-            new = json.loads(value)
-        except json.JSONDecodeError:
-            new = value
+def _value(text: str) -> Any:
     try:
-        return replace(part, **{path[0]: new})
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"--set {change}: {error}") from error
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

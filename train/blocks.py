@@ -1,0 +1,189 @@
+"""The frozen LLaMA block: extract it from a language model's checkpoint once, then keep it as one small safetensors file.
+
+The file's metadata hold its geometry and where it came from, and its bytes depend on nothing else, so that a checkpoint can
+name the block by SHA-256.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medseg_trt import __version__
+from medseg_trt.errors import ArtefactError, UsageError, require
+from medseg_trt.files import atomic_file, sha256
+from medseg_trt.progress import LOG
+from medseg_trt.spec import BlockSpec, to_dict
+from medseg_trt.train.layer_readers import READERS, LayerChoice, block_spec, check_layer, open_safetensors
+from medseg_trt.train.llama import LlamaBlock
+
+SCHEMA = 1
+METADATA_KEY = "medseg_trt"  # one entry only: safetensors writes several in a random order
+MAX_METADATA_BYTES = 1 << 20
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FrozenBlock:
+    """The weights of one LLaMA decoder layer, all of one type, with its geometry and where it came from.
+
+    ``tensors`` have Hugging Face's names and half-split rotary layout. ``provenance`` is plain data that JSON can hold.
+    """
+
+    spec: BlockSpec
+    tensors: Mapping[str, Tensor]
+    provenance: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        check_layer(self.spec, {name: tuple(tensor.shape) for name, tensor in self.tensors.items()})
+        dtypes = {tensor.dtype for tensor in self.tensors.values()}
+        if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+            raise ValueError(f"its tensors are {', '.join(sorted(map(str, dtypes)))}; all must be one of {DTYPES}")
+        for name, tensor in self.tensors.items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} holds values that are not finite")
+
+    @property
+    def num_parameters(self) -> int:
+        """How many weights there are."""
+        return sum(tensor.numel() for tensor in self.tensors.values())
+
+
+def extract(source: Path, layer: LayerChoice = "last") -> FrozenBlock:
+    """Read one decoder layer of a language model, or a block that was extracted before.
+
+    Args:
+        source: a GGUF file, a Hugging Face folder, one safetensors shard with ``config.json`` beside it, or a block file.
+        layer: which layer, from 0, or "last".
+
+    Raises:
+        ArtefactError: the source is missing, damaged, of another architecture, or has no such layer.
+    """
+    suffix = "" if source.is_dir() else source.suffix.lower()
+    if not source.exists() or suffix not in READERS:
+        problem = "cannot be read" if source.exists() else "does not exist"
+        raise ArtefactError(f"{source} {problem}; give a Hugging Face folder, a .safetensors file or a .gguf file")
+    if suffix == ".safetensors" and _is_block_file(source):
+        block = load_block(source)
+        if layer not in ("last", block.provenance.get("layer")):
+            raise ArtefactError(f"{source} is an extracted block and holds no layer {layer}; leave the layer out")
+        return block
+    LOG.info("read layer %s of %s", layer, source)
+    found = READERS[suffix](source, layer)
+    provenance = {**found.provenance, "medseg_trt": __version__}
+    return _checked(found.spec, _same_type(found.tensors, source), provenance, source)
+
+
+def random_block(spec: BlockSpec, seed: int, std: float = 0.02) -> FrozenBlock:
+    """Make a block of seeded normal weights, the same on every machine; the norms are ones.
+
+    Args:
+        spec: its geometry.
+        seed: of NumPy's generator.
+        std: the standard deviation; 0.02 is what LLaMA starts its training from.
+    """
+    random = np.random.default_rng(seed)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in LlamaBlock(spec).state_dict().items()}
+    tensors = {
+        name: torch.ones(shape) if "norm" in name else torch.from_numpy(random.standard_normal(shape, np.float32)) * std
+        for name, shape in shapes.items()
+    }
+    provenance = {"format": "random", "seed": seed, "std": std, "rope_layout": "half-split", "medseg_trt": __version__}
+    return FrozenBlock(spec=replace(spec, rotary=False, causal=False), tensors=tensors, provenance=provenance)
+
+
+def build_block(block: FrozenBlock, *, rotary: bool = False, causal: bool = False) -> LlamaBlock:
+    """Build the frozen module in float32 and evaluation mode.
+
+    Args:
+        block: its weights.
+        rotary: switch the rotary embedding on, which the published model leaves out.
+        causal: switch the causal mask on, which the published model leaves out.
+
+    Raises:
+        UsageError: the weights were trained with scaled rotary angles, which are not implemented.
+    """
+    if rotary and (scaling := block.provenance.get("rope_scaling")):
+        raise UsageError(f"the block was trained with {scaling!r} rotary scaling, which is not supported; leave rotary off")
+    with torch.device("meta"):
+        module = LlamaBlock(replace(block.spec, rotary=rotary, causal=causal))
+    module.load_state_dict({name: tensor.float() for name, tensor in block.tensors.items()}, assign=True)
+    return module.requires_grad_(False).eval()
+
+
+def save_block(block: FrozenBlock, path: Path) -> str:
+    """Write a block as safetensors, whole or not at all, and return the file's SHA-256; the same block gives the same bytes."""
+    safetensors_torch = require("safetensors.torch", "train")
+    header = {"schema": SCHEMA, "spec": to_dict(block.spec), "provenance": dict(block.provenance)}
+    metadata = {METADATA_KEY: json.dumps(header, sort_keys=True, allow_nan=False)}
+    tensors = {name: tensor.contiguous() for name, tensor in block.tensors.items()}
+    with atomic_file(path) as temporary:
+        safetensors_torch.save_file(tensors, temporary, metadata)
+        digest = sha256(temporary)
+    return digest
+
+
+def load_block(path: Path, digest: str | None = None) -> FrozenBlock:
+    """Read a block that :func:`save_block` wrote.
+
+    Args:
+        path: the safetensors file.
+        digest: the SHA-256 that the file must have; it is compared before anything is parsed.
+
+    Raises:
+        ArtefactError: the file is missing, damaged, not a block, or has another digest.
+    """
+    if not path.is_file():
+        raise ArtefactError(f"{path} does not exist; make it: medseg-trt block extract SOURCE -o {path}")
+    if digest is not None and (found := sha256(path)) != digest:
+        raise ArtefactError(f"{path} is another block: its SHA-256 is {found[:12]}…, expected {digest[:12]}…")
+    with open_safetensors(path) as file:
+        header = _header(file.metadata() or {}, path)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # safe_open is no mapping
+    return _checked(block_spec(header["spec"], path), tensors, header["provenance"], path)
+
+
+def _is_block_file(path: Path) -> bool:
+    with open_safetensors(path) as file:
+        return METADATA_KEY in (file.metadata() or {})
+
+
+def _header(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
+    text = metadata.get(METADATA_KEY)
+    if text is None:
+        raise ArtefactError(f"{path} is no extracted block; make one: medseg-trt block extract {path} -o block.safetensors")
+    if len(text) > MAX_METADATA_BYTES or len(metadata) > 1:
+        raise ArtefactError(f"{path} has more metadata than a block has; it is not to be trusted")
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ArtefactError(f"{path} has a damaged header: {error}") from error
+    if not isinstance(header, dict) or header.get("schema") != SCHEMA:
+        schema = header.get("schema") if isinstance(header, dict) else None
+        raise ArtefactError(f"{path} has block schema {schema!r}; this version reads {SCHEMA}. Extract the block again")
+    kinds = {"schema": int, "spec": dict, "provenance": dict}
+    if header.keys() != kinds.keys() or not all(isinstance(header[name], kind) for name, kind in kinds.items()):
+        raise ArtefactError(f"{path} has a damaged header: expected {', '.join(kinds)}, found {', '.join(header)}")
+    return header
+
+
+def _same_type(tensors: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
+    """Bring tensors of several types to float32; one type is kept."""
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    if unusable := sorted(str(dtype) for dtype in dtypes - set(DTYPES)):
+        raise ArtefactError(f"{source} has tensors of the type {', '.join(unusable)}; only {DTYPES} can be read")
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+
+def _checked(spec: BlockSpec, tensors: Mapping[str, Tensor], provenance: Mapping[str, Any], source: Path) -> FrozenBlock:
+    try:
+        return FrozenBlock(spec=spec, tensors=tensors, provenance=provenance)
+    except ValueError as error:
+        raise ArtefactError(f"{source}: {error}") from error
