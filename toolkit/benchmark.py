@@ -19,7 +19,14 @@ MIN_AGREEMENT = 0.999  # a network that gives other masks is not timed
 
 
 def bench(
-    bundle_folder: Path, checkpoint_path: Path, data_folder: Path, split: str, *, batch: int, warmup_ms: float, duration_s: float
+    bundle_folder: Path,
+    checkpoint_path: Path,
+    data_folder: Path,
+    split: str,
+    *,
+    batch: int,
+    warmup_ms: float,
+    duration_s: float,
 ) -> Report:
     """Compare, then time.
 
@@ -44,7 +51,9 @@ def bench(
         agreement = {name: float((_labels(answer) == _labels(truth)).mean()) for name, answer in answers.items()}
         for name, share in agreement.items():
             if share < MIN_AGREEMENT:
-                raise AccuracyGateError(f"{name} agrees with PyTorch on {100 * share:.2f} % of the pixels only; it is not timed")
+                raise AccuracyGateError(
+                    f"{name} agrees with PyTorch on {100 * share:.2f} % of the pixels only; it is not timed"
+                )
         dice = {
             name: evaluate(session.run, cases, checkpoint.preprocessing, data.classes).mean_dice
             for name, (session, _) in sessions.items()

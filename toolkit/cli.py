@@ -59,7 +59,9 @@ def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout."),
         click.option("-q", "--quiet", is_flag=True, expose_value=False, callback=_quieter, help="Show warnings only."),
-        click.option("-v", "--verbose", is_flag=True, expose_value=False, callback=_louder, help="Show details and tracebacks."),
+        click.option(
+            "-v", "--verbose", is_flag=True, expose_value=False, callback=_louder, help="Show details and tracebacks."
+        ),
     ):
         command = option(command)
     return command
@@ -146,7 +148,9 @@ def block_extract(source: Path, layer: str, output: Path, as_json: bool) -> None
 @click.option("--data", "data_folder", type=FOLDER, required=True, help="A folder with images/ and masks/.")
 @click.option("--block", "block_file", type=FILE, help="The frozen block, from 'medseg-trt block extract'.")
 @click.option("-o", "--output", type=FOLDER, help="The run folder.  [default: runs/RECIPE]")
-@click.option("--set", "changes", multiple=True, metavar="FIELD=VALUE", help="Change a field of the recipe, e.g. train.epochs=5.")
+@click.option(
+    "--set", "changes", multiple=True, metavar="FIELD=VALUE", help="Change a field of the recipe, e.g. train.epochs=5."
+)
 @click.option("--resume", is_flag=True, help="Go on with the run in the run folder.")
 @output_options
 def train(
@@ -169,7 +173,9 @@ def train(
 @cli.command()
 @click.option("--ckpt", "checkpoint", type=FILE, required=True, help="A checkpoint that 'train' wrote.")
 @click.option("-o", "--output", type=FOLDER, help="The bundle's folder.  [default: the checkpoint's name with .medseg]")
-@click.option("--data", "data_folder", type=FOLDER, help="Images to verify on.  [default: the folder it was trained on]")
+@click.option(
+    "--data", "data_folder", type=FOLDER, help="Images to verify on.  [default: the folder it was trained on]"
+)
 @click.option("--precision", "precisions", default="fp32", show_default=True, help="Comma-separated; only fp32 so far.")
 @output_options
 def build(checkpoint: Path, output: Path | None, data_folder: Path | None, precisions: str, as_json: bool) -> None:
@@ -213,18 +219,27 @@ def infer(
     result = {"masks": [str(path) for path in written.masks], "areas": str(written.areas), "failed": failed}
     _print_result(as_json, result, f"{len(written.masks)} mask(s) in {output}, areas in {written.areas}")
     if failed:
-        raise InputError(f"{len(failed)} of {len(failed) + len(written.masks)} file(s) could not be used; they are named above")
+        raise InputError(
+            f"{len(failed)} of {len(failed) + len(written.masks)} file(s) could not be used; they are named above"
+        )
 
 
 @cli.command()
 @click.option("--ckpt", "checkpoints", type=FILE, multiple=True, help="A checkpoint; may be given several times.")
 @click.option("--bundle", "bundles", type=FOLDER, multiple=True, help="A bundle; may be given several times.")
 @click.option("--data", "data_folder", type=FOLDER, required=True, help="A folder with images/ and masks/.")
-@click.option("--split", "splits", multiple=True, default=("val",), show_default=True, help="May be given several times.")
+@click.option(
+    "--split", "splits", multiple=True, default=("val",), show_default=True, help="May be given several times."
+)
 @click.option("--backend", default="auto", show_default=True, help="What runs the bundles.")
 @output_options
 def evaluate(
-    checkpoints: tuple[Path, ...], bundles: tuple[Path, ...], data_folder: Path, splits: tuple[str, ...], backend: str, as_json: bool
+    checkpoints: tuple[Path, ...],
+    bundles: tuple[Path, ...],
+    data_folder: Path,
+    splits: tuple[str, ...],
+    backend: str,
+    as_json: bool,
 ) -> None:
     """Compare checkpoints and bundles with the masks: Dice and IoU per class."""
     from medseg_trt import scoreboard
@@ -240,7 +255,9 @@ def evaluate(
 
 
 @cli.command()
-@click.option("--bundle", "bundle_folder", type=FOLDER, help="The bundle to measure.  [default: the only *.medseg here]")
+@click.option(
+    "--bundle", "bundle_folder", type=FOLDER, help="The bundle to measure.  [default: the only *.medseg here]"
+)
 @click.option("--ckpt", "checkpoint", type=FILE, required=True, help="The checkpoint it was built from, the reference.")
 @click.option("--data", "data_folder", type=FOLDER, required=True, help="Images to compare on.")
 @click.option("--split", default="val", show_default=True)

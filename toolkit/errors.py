@@ -75,6 +75,4 @@ def require(module: str, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != module.split(".")[0]:
             raise
-        raise MissingExtraError(
-            f"{module} is not installed. Install it: pip install 'medseg-trt[{extra}]'"
-        ) from error
+        raise MissingExtraError(f"{module} is not installed. Install it: pip install 'medseg-trt[{extra}]'") from error

@@ -32,9 +32,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     On an error or an interrupt the temporary file is removed and ``path`` is as it was before.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(
-        dir=path.parent, prefix=".partial-", suffix="".join(path.suffixes[-2:])
-    )
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".partial-", suffix="".join(path.suffixes[-2:]))
     os.close(descriptor)
     temporary = Path(name)
     try:

@@ -66,7 +66,9 @@ def get(names: Sequence[str], folder: Path) -> list[Path]:
         _known(name)
         target = folder / name
         if target.exists() and not (target / PROVENANCE).is_file():
-            raise InputError(f"{target} exists and was not made by this command. Remove it, or choose another folder: -o DIR")
+            raise InputError(
+                f"{target} exists and was not made by this command. Remove it, or choose another folder: -o DIR"
+            )
     copies: list[Path] = []
     for name in names:
         source = fetch(name)

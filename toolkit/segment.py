@@ -17,7 +17,9 @@ def prepared_slices(image: Image, preprocessing: Preprocessing) -> Float32[np.nd
     return np.stack([prepare(pixels, preprocessing, image.spacing_in_plane) for pixels in image.pixels])
 
 
-def segment(run: Run, image: Image, preprocessing: Preprocessing, batch: int) -> UInt8[np.ndarray, "slices height width"]:
+def segment(
+    run: Run, image: Image, preprocessing: Preprocessing, batch: int
+) -> UInt8[np.ndarray, "slices height width"]:
     """Return the label of every pixel of every slice.
 
     Args:

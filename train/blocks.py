@@ -110,7 +110,9 @@ def build_block(block: FrozenBlock, *, rotary: bool = False, causal: bool = Fals
         UsageError: the weights were trained with scaled rotary angles, which are not implemented.
     """
     if rotary and (scaling := block.provenance.get("rope_scaling")):
-        raise UsageError(f"the block was trained with {scaling!r} rotary scaling, which is not supported; leave rotary off")
+        raise UsageError(
+            f"the block was trained with {scaling!r} rotary scaling, which is not supported; leave rotary off"
+        )
     with torch.device("meta"):
         module = LlamaBlock(replace(block.spec, rotary=rotary, causal=causal))
     module.load_state_dict({name: tensor.float() for name, tensor in block.tensors.items()}, assign=True)
@@ -157,7 +159,9 @@ def _is_block_file(path: Path) -> bool:
 def _header(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     text = metadata.get(METADATA_KEY)
     if text is None:
-        raise ArtefactError(f"{path} is no extracted block; make one: medseg-trt block extract {path} -o block.safetensors")
+        raise ArtefactError(
+            f"{path} is no extracted block; make one: medseg-trt block extract {path} -o block.safetensors"
+        )
     if len(text) > MAX_METADATA_BYTES or len(metadata) > 1:
         raise ArtefactError(f"{path} has more metadata than a block has; it is not to be trusted")
     try:
@@ -182,7 +186,9 @@ def _same_type(tensors: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 
-def _checked(spec: BlockSpec, tensors: Mapping[str, Tensor], provenance: Mapping[str, Any], source: Path) -> FrozenBlock:
+def _checked(
+    spec: BlockSpec, tensors: Mapping[str, Tensor], provenance: Mapping[str, Any], source: Path
+) -> FrozenBlock:
     try:
         return FrozenBlock(spec=spec, tensors=tensors, provenance=provenance)
     except ValueError as error:

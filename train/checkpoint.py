@@ -125,7 +125,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
     digest = header.get("block_sha256")
     if digest is None:
         return checkpoint
-    block_file = _unpack(content["block_bytes"], digest) if "block_bytes" in content else find_block(digest, path.parent)
+    block_file = (
+        _unpack(content["block_bytes"], digest) if "block_bytes" in content else find_block(digest, path.parent)
+    )
     return replace(checkpoint, block_file=block_file, block_sha256=digest)
 
 

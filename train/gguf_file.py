@@ -144,7 +144,9 @@ def _read_header(path: Path, data: mmap.mmap) -> GgufFile:
         raise ValueError("it does not begin with the letters GGUF")
     version = cursor.number("I")
     if version not in VERSIONS:
-        raise ValueError(f"it is of version {version}; versions {VERSIONS[0]} and {VERSIONS[1]}, little-endian, can be read")
+        raise ValueError(
+            f"it is of version {version}; versions {VERSIONS[0]} and {VERSIONS[1]}, little-endian, can be read"
+        )
     num_tensors, num_entries = cursor.count(MAX_TENSORS, "tensors"), cursor.count(MAX_METADATA, "metadata entries")
     metadata = dict(_unique("metadata entry", [(cursor.string(), cursor.value()) for _ in range(num_entries)]))
     places = _unique("tensor", [_read_place(cursor) for _ in range(num_tensors)])
@@ -177,7 +179,9 @@ def _tensor(name: str, place: tuple[tuple[int, ...], int, int], origin: int, fil
     quantisation = gguf.GGMLQuantizationType(kind)  # ValueError for an unknown number
     block_items, block_bytes = gguf.GGML_QUANT_SIZES[quantisation]
     if not shape or shape[-1] % block_items:
-        raise ValueError(f"its tensor {name!r} of shape {shape} cannot hold whole {quantisation.name} blocks of {block_items}")
+        raise ValueError(
+            f"its tensor {name!r} of shape {shape} cannot hold whole {quantisation.name} blocks of {block_items}"
+        )
     start, size = origin + offset, prod(shape) // block_items * block_bytes
     if start + size > file_size:
         raise ValueError(f"its tensor {name!r} ends at byte {start + size}, but the file ends at {file_size}")

@@ -87,7 +87,9 @@ def read_gguf(path: Path, layer: LayerChoice) -> Layer:
         "tensor_types": {name: file.tensors[key].type_name for name, key in keys.items()},
         "skipped": skipped,
         "rope_layout": "half-split",
-        "rope_scaling": "factors" if "rope_freqs.weight" in file.tensors else _scaling(meta.get("llama.rope.scaling.type")),
+        "rope_scaling": "factors"
+        if "rope_freqs.weight" in file.tensors
+        else _scaling(meta.get("llama.rope.scaling.type")),
     }
     return Layer(spec=spec, tensors=tensors, provenance=provenance)
 
@@ -113,7 +115,9 @@ def read_hugging_face(source: Path, layer: LayerChoice) -> Layer:
     provenance = {
         "format": "safetensors",
         "files": {path.name: sha256(path) for path in (folder / "config.json", *files)},
-        "model": model if isinstance(model, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", model) else None,  # no local paths
+        "model": model
+        if isinstance(model, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", model)
+        else None,  # no local paths
         "license": None,
         "architecture": config["model_type"],
         "layer": index,
@@ -189,7 +193,9 @@ def _gguf_spec(file: GgufFile) -> BlockSpec:
     head_dim = meta.get("attention.key_length", _share(hidden, heads))
     for key in ("attention.value_length", "rope.dimension_count"):
         if meta.get(key, head_dim) != head_dim:
-            raise ArtefactError(f"{file.path}: llama.{key} is {meta[key]}, but a head has {head_dim} columns; not supported")
+            raise ArtefactError(
+                f"{file.path}: llama.{key} is {meta[key]}, but a head has {head_dim} columns; not supported"
+            )
     return block_spec(
         {
             "hidden_size": hidden,
@@ -252,7 +258,9 @@ def _choose(layer: LayerChoice, num_layers: Any, source: Path) -> tuple[int, int
         raise ArtefactError(f"{source} does not say how many layers it has (it says {num_layers!r})")
     index = num_layers - 1 if layer == "last" else layer
     if not 0 <= index < num_layers:
-        raise ArtefactError(f"{source} has no layer {layer}; it has {num_layers}: choose 0 to {num_layers - 1}, or last")
+        raise ArtefactError(
+            f"{source} has no layer {layer}; it has {num_layers}: choose 0 to {num_layers - 1}, or last"
+        )
     return num_layers, index
 
 
@@ -286,7 +294,9 @@ def _shards(source: Path) -> dict[str, Path]:
     if index.is_file():
         weight_map = _read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(map(_is_file_name, weight_map.values())):
-            raise ArtefactError(f"{index} has no weight_map from tensors to files of its own folder; it is not to be trusted")
+            raise ArtefactError(
+                f"{index} has no weight_map from tensors to files of its own folder; it is not to be trusted"
+            )
         return {key: source / name for key, name in weight_map.items()}
     file = source / "model.safetensors" if source.is_dir() else source
     if not file.is_file():

@@ -152,7 +152,9 @@ def _tell(row: Row, epochs: int) -> None:
     loss = f"loss {row['loss']:.3f}, " if "loss" in row else "untrained, "
     dice = ""
     if "dice" in row:
-        classes = ", ".join(f"{name} {'absent' if value is None else f'{value:.2f}'}" for name, value in row["dice_of_class"].items())
+        classes = ", ".join(
+            f"{name} {'absent' if value is None else f'{value:.2f}'}" for name, value in row["dice_of_class"].items()
+        )
         dice = f"validation Dice {row['dice']:.3f} ({classes}), "
     left = row["seconds"] * (epochs - row["epoch"])
     LOG.info("epoch %d of %d: %s%s%.0f s, about %.0f s left", row["epoch"], epochs, loss, dice, row["seconds"], left)

@@ -33,7 +33,9 @@ def ce_dice(
     return 0.5 * F.cross_entropy(logits, labels) + 0.5 * dice.mean()
 
 
-def bce_dice(logits: Float[Tensor, "batch height width"], labels: Int[Tensor, "batch height width"]) -> Float[Tensor, ""]:
+def bce_dice(
+    logits: Float[Tensor, "batch height width"], labels: Int[Tensor, "batch height width"]
+) -> Float[Tensor, ""]:
     """Return half the binary cross-entropy plus the Dice loss, which is taken per image without squares.
 
     Source: UNeXt-pytorch ``losses.py``, class ``BCEDiceLoss``.

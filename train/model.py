@@ -102,7 +102,7 @@ class LanguageInsert(nn.Module):
 
     def forward(self, tokens: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch tokens hidden"]:
         """Return the tokens after the detour through the language model."""
-        return self.mapper2(self.final_norm(self.block(self.mapper1(tokens))).float())
+        return self.mapper2(self.final_norm(self.block(self.mapper1(tokens))).to(tokens.dtype))
 
 
 def build_model(spec: ModelSpec, block: FrozenBlock | None = None) -> TransUNet:
@@ -118,7 +118,9 @@ def build_model(spec: ModelSpec, block: FrozenBlock | None = None) -> TransUNet:
     """
     if spec.block is None:
         if block is not None:
-            raise UsageError(f"{spec.architecture} has no language block; choose llm-{spec.architecture} or drop the block")
+            raise UsageError(
+                f"{spec.architecture} has no language block; choose llm-{spec.architecture} or drop the block"
+            )
         return TransUNet(spec)
     insert = LanguageInsert(spec.hidden_size, spec.block)
     if block is not None:

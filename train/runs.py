@@ -6,7 +6,7 @@ an epoch; epoch 0 is the untrained model), ``curve.png``, ``recipe.json`` and ``
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from medseg_trt import __version__
 from medseg_trt.errors import UsageError
 from medseg_trt.files import atomic_file, sha256, write_json
 from medseg_trt.progress import LOG
-from medseg_trt.spec import ModelSpec, Preprocessing, to_dict
+from medseg_trt.spec import Preprocessing, to_dict
 from medseg_trt.train.blocks import load_block
 from medseg_trt.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, trained_weights
 from medseg_trt.train.curve import draw_curve
@@ -121,7 +121,9 @@ def _resumed(last: Checkpoint, provenance: Mapping[str, Any], block: Path | None
         if before != now
     ]
     if changed:
-        raise UsageError(f"{out} was begun with another {' and '.join(changed)}; resume with the same, or choose another -o")
+        raise UsageError(
+            f"{out} was begun with another {' and '.join(changed)}; resume with the same, or choose another -o"
+        )
     assert last.training is not None  # last.pt always carries it
     rows = [json.loads(line) for line in (out / "history.jsonl").read_text(encoding="utf-8").splitlines()]
     history = tuple(row for row in rows if row["epoch"] <= last.training["epoch"])

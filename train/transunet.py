@@ -180,7 +180,9 @@ class TransUNet(nn.Module):
         )
         self.head = nn.Conv2d(widths[-1], spec.num_classes, 3, padding=1)
 
-    def forward(self, image: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes height width"]:
+    def forward(
+        self, image: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch classes height width"]:
         """Return the logits.
 
         Args:

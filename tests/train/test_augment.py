@@ -24,7 +24,9 @@ def square(size=(48, 64)):
 def test_labels_stay_on_what_they_label(name, size):
     image, labels = square(size)
     for seed in range(20):
-        moved, moved_labels = augment(image, labels, [Step(name=name, options=OPTIONS.get(name, {}))], np.random.default_rng(seed))
+        moved, moved_labels = augment(
+            image, labels, [Step(name=name, options=OPTIONS.get(name, {}))], np.random.default_rng(seed)
+        )
         assert moved.shape == image.shape and moved_labels.shape == labels.shape
         assert (moved.dtype, moved_labels.dtype) == (np.float32, np.uint8)
         inside, outside = moved[0][moved_labels == 1], moved[0][moved_labels == 0]
@@ -53,14 +55,18 @@ def test_intensity_leaves_the_labels_alone(name):
 def test_mirroring_and_turning_lose_no_pixel():
     image, labels = square((48, 48))
     for seed in range(10):
-        moved, moved_labels = augment(image, labels, [Step(name="rotate90"), Step(name="flip")], np.random.default_rng(seed))
+        moved, moved_labels = augment(
+            image, labels, [Step(name="rotate90"), Step(name="flip")], np.random.default_rng(seed)
+        )
         assert moved_labels.sum() == labels.sum()
         np.testing.assert_array_equal(moved[0], moved_labels)
 
 
 def test_a_step_of_probability_zero_never_happens():
     image, labels = square()
-    same, _ = augment(image, labels, [Step(name="noise", probability=0.0, options=OPTIONS["noise"])], np.random.default_rng(0))
+    same, _ = augment(
+        image, labels, [Step(name="noise", probability=0.0, options=OPTIONS["noise"])], np.random.default_rng(0)
+    )
     np.testing.assert_array_equal(same, image)
 
 

@@ -18,7 +18,9 @@ def ce_dice_reference(logits, labels):
     truth = np.eye(logits.shape[1])[labels].transpose(0, 3, 1, 2)
     cross_entropy = -np.log((probabilities * truth).sum(1)).mean()
     dice = [
-        1 - (2 * (probabilities[:, c] * truth[:, c]).sum() + EPS) / ((probabilities[:, c] ** 2).sum() + truth[:, c].sum() + EPS)
+        1
+        - (2 * (probabilities[:, c] * truth[:, c]).sum() + EPS)
+        / ((probabilities[:, c] ** 2).sum() + truth[:, c].sum() + EPS)
         for c in range(logits.shape[1])
     ]
     return 0.5 * cross_entropy + 0.5 * np.mean(dice)

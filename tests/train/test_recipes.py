@@ -13,7 +13,8 @@ def test_every_recipe_survives_the_way_through_plain_data(name):
 
 def test_fields_are_changed_at_any_depth():
     changed = recipe(
-        "organs-demo", ["train.epochs=3", "preprocessing.image_size=[64, 96]", "architecture=transunet-tiny", "train.optimizer=sgd"]
+        "organs-demo",
+        ["train.epochs=3", "preprocessing.image_size=[64, 96]", "architecture=transunet-tiny", "train.optimizer=sgd"],
     )
     assert changed.train.epochs == 3
     assert changed.preprocessing.image_size == (64, 96)

@@ -51,7 +51,9 @@ class DataFolder:
     splits: Mapping[str, tuple[Case, ...]]  # "train", "val" and perhaps "test"
     window: tuple[float, float] | None = None
     note: str = ""
-    split_notes: Mapping[str, str] = field(default_factory=dict)  # what each split really is, for whoever reads its figures
+    split_notes: Mapping[str, str] = field(
+        default_factory=dict
+    )  # what each split really is, for whoever reads its figures
 
     def cases(self, split: str) -> tuple[Case, ...]:
         """Return the cases of a split, or say which splits there are."""
@@ -100,16 +102,20 @@ def open_folder(root: Path) -> DataFolder:
     root = Path(root)
     for part in ("images", "masks"):
         if not (root / part).is_dir():
-            raise InputError(f"{root / part} does not exist; a data folder holds images/ and masks/ with the same file names")
+            raise InputError(
+                f"{root / part} does not exist; a data folder holds images/ and masks/ with the same file names"
+            )
     described = _read_description(root / "dataset.json")
     pairs = _pair(root)
     classes = Classes(names=described.classes, colors=described.colors) if described.classes else _count_classes(pairs)
     if described.splits:
-        splits = {name: tuple(_case(pairs, entry, root) for entry in entries) for name, entries in described.splits.items()}
+        splits = {
+            name: tuple(_case(pairs, entry, root) for entry in entries) for name, entries in described.splits.items()
+        }
     else:
         splits = _divide(tuple(pairs.values()))
     if not splits.get("train"):
-        raise InputError(f"{root / 'dataset.json'}: the split \"train\" is missing or empty")
+        raise InputError(f'{root / "dataset.json"}: the split "train" is missing or empty')
     return DataFolder(
         root=root, name=described.name or root.resolve().name, classes=classes, splits=splits, window=described.window,
         note=described.note, split_notes=described.split_notes,
@@ -155,7 +161,9 @@ def _pair(root: Path) -> dict[str, Case]:
     alone = sorted(images.keys() ^ masks.keys())
     if alone:
         where = "mask" if alone[0] in images else "image"
-        raise InputError(f"{root}: {alone[0]} has no {where} ({len(alone)} such name(s)); names must match but for the suffix")
+        raise InputError(
+            f"{root}: {alone[0]} has no {where} ({len(alone)} such name(s)); names must match but for the suffix"
+        )
     return {stem: Case(image=path, mask=masks[stem]) for stem, path in images.items()}
 
 
@@ -182,5 +190,7 @@ def _divide(cases: tuple[Case, ...]) -> dict[str, tuple[Case, ...]]:
         return {"train": train, "val": val}
     (only,) = cases
     blocks = split_volume(read_image(only.image).num_slices)
-    LOG.warning("there is one volume only: a block of its slices serves for validation, so figures are of the same patient")
+    LOG.warning(
+        "there is one volume only: a block of its slices serves for validation, so figures are of the same patient"
+    )
     return {name: (replace(only, slices=block),) for name, block in zip(("train", "val"), blocks, strict=True)}

@@ -25,7 +25,9 @@ class PreparedSlices:
     slices_of_class: tuple[np.ndarray, ...]  # for every label that occurs, the slices that hold it
 
 
-def prepare_slices(cases: Sequence[Case], preprocessing: Preprocessing, num_labels: int, folder: Path) -> PreparedSlices:
+def prepare_slices(
+    cases: Sequence[Case], preprocessing: Preprocessing, num_labels: int, folder: Path
+) -> PreparedSlices:
     """Read, check and prepare every slice of ``cases`` into two files in ``folder``.
 
     Every mask is checked here, before anything is trained: a label out of range on a GPU ends in an error that names no file.
@@ -39,7 +41,9 @@ def prepare_slices(cases: Sequence[Case], preprocessing: Preprocessing, num_labe
     wanted = total * height * width * (3 * 4 + 1)
     folder.mkdir(parents=True, exist_ok=True)
     if wanted > shutil.disk_usage(folder).free:
-        raise InputError(f"{folder} has no room for {wanted / 1e9:.1f} GB of prepared slices; choose another disk with -o")
+        raise InputError(
+            f"{folder} has no room for {wanted / 1e9:.1f} GB of prepared slices; choose another disk with -o"
+        )
     images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.float32, (total, 3, height, width))
     labels = np.lib.format.open_memmap(folder / "labels.npy", "w+", np.uint8, (total, height, width))
     index = 0
