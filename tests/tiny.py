@@ -1,0 +1,112 @@
+"""Generated pictures, volumes, data folders and checkpoints, small enough for unit tests; no patient's image is in them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import PIL.Image
+
+from medseg_trt.spec import Classes, ModelSpec, Preprocessing
+from medseg_trt.train.blocks import random_block, save_block
+from medseg_trt.train.checkpoint import Checkpoint, save_checkpoint, trained_weights
+from medseg_trt.train.model import TINY_LLAMA, build_model, model_spec
+
+SIZE = (32, 32)
+LESION = Classes(names=("background", "lesion"))
+TWO_ORGANS = Classes(names=("background", "disc", "bar"))
+
+
+def picture(seed: int, size: tuple[int, int] = SIZE) -> tuple[np.ndarray, np.ndarray]:
+    """Return a grey picture (height, width) uint8 with a bright disc and a darker bar, and its labels 0, 1, 2."""
+    rng = np.random.default_rng(seed)
+    rows, columns = np.indices(size)
+    radius = rng.uniform(0.15, 0.25) * min(size)
+    centre = rng.uniform(0.35, 0.65, 2) * size
+    labels = np.zeros(size, np.uint8)
+    labels[:, : max(size[1] // 8, 1)] = 2
+    labels[(rows - centre[0]) ** 2 + (columns - centre[1]) ** 2 < radius**2] = 1
+    values = np.array([40, 200, 110])[labels] + rng.normal(0, 8, size)
+    return values.clip(0, 255).astype(np.uint8), labels
+
+
+def write_pictures(root: Path, count: int = 4, size: tuple[int, int] = SIZE) -> Path:
+    """Write a data folder of PNG pictures with masks of 0 and 255 and return it; classes and splits are left to be found."""
+    for part in ("images", "masks"):
+        (root / part).mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        pixels, labels = picture(index, size)
+        PIL.Image.fromarray(pixels).save(root / "images" / f"case{index}.png")
+        PIL.Image.fromarray((255 * (labels == 1)).astype(np.uint8)).save(root / "masks" / f"case{index}.png")
+    return root
+
+
+def write_volumes(root: Path, count: int = 2, slices: int = 5, size: tuple[int, int] = (36, 28)) -> Path:
+    """Write a data folder of NIfTI volumes (RAS, 2 x 1.5 x 3 mm) with three labels and a ``dataset.json``, and return it."""
+    for part in ("images", "masks"):
+        (root / part).mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        pairs = [picture(100 * index + number, size) for number in range(slices)]
+        for part, array in zip(("images", "masks"), zip(*pairs, strict=True), strict=True):
+            write_nifti(root / part / f"scan{index}.nii.gz", np.stack(array).transpose(2, 1, 0)[::-1, ::-1])
+    names = [{"image": f"scan{index}"} for index in range(count)]
+    write_description(root, splits={"train": names[:-1], "val": names[-1:]})
+    return root
+
+
+def write_nifti(path: Path, values: np.ndarray, spacing_mm: Sequence[float] = (2.0, 1.5, 3.0)) -> Path:
+    """Write values (x, y, z) as a NIfTI volume whose axes run right, anterior and superior."""
+    volume = nibabel.Nifti1Image(np.ascontiguousarray(values), np.diag([*spacing_mm, 1.0]))
+    nibabel.save(volume, path)
+    return path
+
+
+def write_description(root: Path, splits: Mapping[str, object], classes: Classes = TWO_ORGANS) -> None:
+    """Write ``dataset.json``."""
+    described = {"name": "generated", "classes": classes.names, "splits": splits, "note": "generated shapes"}
+    (root / "dataset.json").write_text(json.dumps(described), encoding="utf-8")
+
+
+def tiny_spec(architecture: str = "llm-transunet-tiny", size: tuple[int, int] = SIZE, num_classes: int = 3) -> ModelSpec:
+    """Return the spec of a network that runs in milliseconds."""
+    return model_spec(architecture, size, num_classes)
+
+
+def make_checkpoint(
+    folder: Path,
+    *,
+    classes: Classes = TWO_ORGANS,
+    architecture: str = "llm-transunet-tiny",
+    size: tuple[int, int] = SIZE,
+    provenance: Mapping[str, object] | None = None,
+) -> Path:
+    """Write ``model.pt`` with random weights, BatchNorm statistics that are not trivial, and a seeded random frozen block."""
+    import torch
+
+    spec = tiny_spec(architecture, size, classes.num_logits)
+    block = random_block(TINY_LLAMA, seed=0) if spec.block is not None else None
+    block_file, digest = None, None
+    folder.mkdir(parents=True, exist_ok=True)
+    if block is not None:
+        block_file = folder / "block.safetensors"
+        digest = save_block(block, block_file)
+    torch.manual_seed(0)
+    model = build_model(spec, block)
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_(0, 0.1)
+            elif name.endswith("running_var"):
+                buffer.uniform_(0.5, 1.5)
+    checkpoint = Checkpoint(
+        weights=trained_weights(model),
+        spec=spec,
+        preprocessing=Preprocessing(image_size=size),
+        classes=classes,
+        block_file=block_file,
+        block_sha256=digest,
+        provenance=dict(provenance or {}),
+    )
+    save_checkpoint(checkpoint, folder / "model.pt")
+    return folder / "model.pt"
