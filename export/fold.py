@@ -1,7 +1,7 @@
 """Replace layers by cheaper ones that compute the same function, before the network is traced.
 
-Every rule puts new layers in the place of old ones and says how many places it found; it changes no tensor in place. New weights
-are computed in float64 and rounded once, to the type that the old ones had.
+Every rule puts new layers in the place of old ones and says how many places it found; it changes no tensor in place.
+New weights are computed in float64 and rounded once, to the type that the old ones had.
 Source: Jacob et al. 2018, "Quantization and Training of Neural Networks …", §3.2, for BatchNorm.
 """
 
@@ -22,7 +22,7 @@ Network = TypeVar("Network", bound=nn.Module)
 def fold(model: Network) -> tuple[Network, dict[str, int]]:
     """Apply every rule of ``RULES`` to a copy of ``model``, in evaluation mode.
 
-    The copy shares the tensors that no rule replaces, so that a network with a large frozen block is not in memory twice.
+    The copy shares the tensors that no rule replaces, so that a large frozen block is not in memory twice.
 
     Returns:
         The copy, and how many places each rule changed.

@@ -1,4 +1,4 @@
-"""Generated pictures, volumes, data folders and checkpoints, small enough for unit tests; no patient's image is in them."""
+"""Generated pictures, volumes, data folders and checkpoints, small enough for unit tests; no patient's image in them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ def picture(seed: int, size: tuple[int, int] = SIZE) -> tuple[np.ndarray, np.nda
 
 
 def write_pictures(root: Path, count: int = 4, size: tuple[int, int] = SIZE) -> Path:
-    """Write a data folder of PNG pictures with masks of 0 and 255 and return it; classes and splits are left to be found."""
+    """Write a data folder of PNG pictures with masks of 0 and 255, without ``dataset.json``, and return it."""
     for part in ("images", "masks"):
         (root / part).mkdir(parents=True, exist_ok=True)
     for index in range(count):
@@ -43,7 +43,7 @@ def write_pictures(root: Path, count: int = 4, size: tuple[int, int] = SIZE) -> 
 
 
 def write_volumes(root: Path, count: int = 2, slices: int = 5, size: tuple[int, int] = (36, 28)) -> Path:
-    """Write a data folder of NIfTI volumes (RAS, 2 x 1.5 x 3 mm) with three labels and a ``dataset.json``, and return it."""
+    """Write a data folder of NIfTI volumes (RAS, 2 x 1.5 x 3 mm) with three labels and ``dataset.json``; return it."""
     for part in ("images", "masks"):
         (root / part).mkdir(parents=True, exist_ok=True)
     for index in range(count):
@@ -68,7 +68,9 @@ def write_description(root: Path, splits: Mapping[str, object], classes: Classes
     (root / "dataset.json").write_text(json.dumps(described), encoding="utf-8")
 
 
-def tiny_spec(architecture: str = "llm-transunet-tiny", size: tuple[int, int] = SIZE, num_classes: int = 3) -> ModelSpec:
+def tiny_spec(
+    architecture: str = "llm-transunet-tiny", size: tuple[int, int] = SIZE, num_classes: int = 3
+) -> ModelSpec:
     """Return the spec of a network that runs in milliseconds."""
     return model_spec(architecture, size, num_classes)
 
@@ -81,7 +83,7 @@ def make_checkpoint(
     size: tuple[int, int] = SIZE,
     provenance: Mapping[str, object] | None = None,
 ) -> Path:
-    """Write ``model.pt`` with random weights, BatchNorm statistics that are not trivial, and a seeded random frozen block."""
+    """Write ``model.pt`` with random weights, BatchNorm statistics that matter, and a seeded random frozen block."""
     import torch
 
     spec = tiny_spec(architecture, size, classes.num_logits)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
-    "BuildSpec", "Bundle", "Checkpoint", "Classes", "Mask", "ModelSpec", "Preprocessing", "build", "infer", "load_bundle",
-    "load_checkpoint", "open_session",
+    "BuildSpec", "Bundle", "Checkpoint", "Classes", "Mask", "ModelSpec", "Preprocessing", "build", "infer",
+    "load_bundle", "load_checkpoint", "open_session",
 ]  # fmt: skip
 
 if TYPE_CHECKING:

@@ -7,9 +7,10 @@ import numpy as np
 
 from medseg_trt.bundle import Bundle, load_bundle
 from medseg_trt.errors import AccuracyGateError
+from medseg_trt.export.verify import labels_of, run_in_batches
 from medseg_trt.measure import time_interleaved
 from medseg_trt.report import BenchRow, Report, machine
-from medseg_trt.segment import Run, prepared_slices
+from medseg_trt.segment import prepared_slices
 from medseg_trt.session import Session, open_reference, open_session
 from medseg_trt.train.checkpoint import Checkpoint, load_checkpoint
 from medseg_trt.train.datasets.folder import open_folder, read_case
@@ -46,9 +47,9 @@ def bench(
             f"PyTorch fp32, {checkpoint_path.name}": (reference, _size_mb(checkpoint, checkpoint_path)),
             f"{candidate.description}, {bundle.folder.name}": (candidate, _bundle_size_mb(bundle)),
         }
-        truth = _run_all(reference.run, inputs, batch)
-        answers = {name: _run_all(session.run, inputs, batch) for name, (session, _) in sessions.items()}
-        agreement = {name: float((_labels(answer) == _labels(truth)).mean()) for name, answer in answers.items()}
+        truth = run_in_batches(reference.run, inputs, batch)
+        answers = {name: run_in_batches(session.run, inputs, batch) for name, (session, _) in sessions.items()}
+        agreement = {name: float((labels_of(answer) == labels_of(truth)).mean()) for name, answer in answers.items()}
         for name, share in agreement.items():
             if share < MIN_AGREEMENT:
                 raise AccuracyGateError(
@@ -78,14 +79,6 @@ def bench(
         )
     images = f"{len(inputs)} slices of {data.name}, split {split}"
     return Report(images=images, batch=batch, rows=rows, machine=machine())
-
-
-def _run_all(run: Run, inputs: np.ndarray, batch: int) -> np.ndarray:
-    return np.concatenate([run(inputs[start : start + batch]) for start in range(0, len(inputs), batch)])
-
-
-def _labels(logits: np.ndarray) -> np.ndarray:
-    return logits[:, 0] > 0 if logits.shape[1] == 1 else logits.argmax(1)
 
 
 def _size_mb(checkpoint: Checkpoint, path: Path) -> float:

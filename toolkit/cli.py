@@ -1,7 +1,8 @@
 """The command line: one function per command, which turns arguments into a spec, calls one library function and prints.
 
-Nothing heavy is imported before a command needs it. Results go to stdout (with ``--json`` one JSON object and nothing else),
-progress and messages to stderr. Our own errors end in one line and the exit code of ``errors.py``; ``-v`` shows the traceback.
+Nothing heavy is imported before a command needs it. Results go to stdout (with ``--json`` one JSON object and nothing
+else), progress and messages to stderr. Our own errors end in one line and the exit code of ``errors.py``; ``-v`` shows
+the traceback.
 """
 
 import json
@@ -267,8 +268,8 @@ def evaluate(
 @click.option("-o", "--output", type=FOLDER, default=Path("report"), show_default=True, help="Where the report goes.")
 @output_options
 def bench(
-    bundle_folder: Path | None, checkpoint: Path, data_folder: Path, split: str, batch: int, warmup_ms: float, duration_s: float,
-    output: Path, as_json: bool,
+    bundle_folder: Path | None, checkpoint: Path, data_folder: Path, split: str, batch: int, warmup_ms: float,
+    duration_s: float, output: Path, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure a bundle against PyTorch on the same images: agreement first, then speed."""
     from medseg_trt.benchmark import bench as run_bench

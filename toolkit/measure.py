@@ -1,4 +1,4 @@
-"""Time networks side by side: warmed up, interleaved so that a drifting machine hits all alike, reported as percentiles."""
+"""Time networks side by side: warmed up, interleaved so that a drifting machine hits all alike, as percentiles."""
 
 import time
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
 """Show how far long work has come, on stderr; how much is shown follows the level of the ``medseg_trt`` logger.
 
-WARNING (``-q``) shows nothing, INFO (the default of the command line) shows a bar, or a line now and then where stderr is no
-terminal. Called from Python without any logging set up, nothing is shown.
+WARNING (``-q``) shows nothing, INFO (the default of the command line) shows a bar, or a line now and then where stderr
+is no terminal. Called from Python without any logging set up, nothing is shown.
 """
 
 import logging

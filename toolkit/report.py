@@ -51,8 +51,13 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "system": platform.platform(terse=True),
         "python": platform.python_version(),
-        "versions": {name: found for name in PACKAGES if (found := _version(name)) is not None},
+        "versions": package_versions(),
     }
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of the packages that a figure depends on, as far as they are installed."""
+    return {name: found for name in PACKAGES if (found := _version(name)) is not None}
 
 
 def write_report(report: Report, folder: Path) -> Path:
@@ -71,13 +76,16 @@ def to_markdown(report: Report) -> str:
     lines = [
         "# medseg-trt bench",
         "",
-        f"Images: {report.images}. Batch {report.batch}; the network alone is timed (decoding and resizing are not), the rows in turn.",
+        f"Images: {report.images}. Batch {report.batch}; the network alone is timed (decoding and resizing are not), "
+        "the rows in turn.",
         "",
-        f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['system']}, Python {machine['python']}; {versions}.",
+        f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['system']}, Python {machine['python']}; "
+        f"{versions}.",
         "",
         *table(HEADER, bench_cells(report)),
         "",
-        "Agreement is the share of pixels with the same label as the first row. Research use only; not a medical device.",
+        "Agreement is the share of pixels with the same label as the first row. "
+        "Research use only; not a medical device.",
         "",
     ]
     return "\n".join(lines)

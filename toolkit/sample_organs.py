@@ -1,7 +1,7 @@
 """Make the data set ``organs`` out of the scans that TotalSegmentator ships to test itself.
 
-Images and masks become NIfTI files of the same grid, the eight organs of the Synapse (BTCV) task get the labels 1 to 8, and nothing
-else of a file's header goes along. The labels are TotalSegmentator's own predictions.
+Images and masks become NIfTI files of the same grid, the eight organs of the Synapse (BTCV) task get the labels 1 to 8,
+and nothing else of a file's header goes along. The labels are TotalSegmentator's own predictions.
 """
 
 import gzip
@@ -32,8 +32,8 @@ DATASET = {
     "classes": ["background", *ORGANS],
     "window": [-125, 275],
     "note": (
-        "Labels by TotalSegmentator, not drawn by hand; Apache-2.0. Three patients: the figures show that the tool works and mean "
-        "nothing clinically. mr_C, an MR scan, is in no split."
+        "Labels by TotalSegmentator, not drawn by hand; Apache-2.0. Three patients: the figures show that the tool "
+        "works and mean nothing clinically. mr_C, an MR scan, is in no split."
     ),
     "split_notes": {
         "train": "ct_A, the slices outside val and its gaps",

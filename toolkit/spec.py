@@ -1,7 +1,7 @@
 """What a model is, what it eats, what it answers and how it is built: plain frozen data, no torch, no NumPy.
 
-Every object here is made in one place and never changed afterwards. ``to_dict`` and ``from_dict`` carry it to and from JSON;
-what comes from a file is checked field by field, and an unknown field is an error.
+Every object here is made in one place and never changed afterwards. ``to_dict`` and ``from_dict`` carry it to and from
+JSON; what comes from a file is checked field by field, and an unknown field is an error.
 """
 
 from dataclasses import asdict, dataclass
@@ -18,8 +18,8 @@ PIXELS_PER_TOKEN = 16  # the R50 stage halves the image four times, and a token 
 class BlockSpec:
     """The geometry of one LLaMA decoder layer, and how LLM-TransUNet runs it.
 
-    The defaults of ``rotary`` and ``causal`` are the published code of Jiang & Liu (MIDL 2024): no rotary embedding and no
-    causal mask, so that the block does not know the order of the tokens.
+    The defaults of ``rotary`` and ``causal`` are the published code of Jiang & Liu (MIDL 2024): no rotary embedding and
+    no causal mask, so that the block does not know the order of the tokens.
     """
 
     hidden_size: int = 4096
@@ -87,8 +87,8 @@ class ModelSpec:
 class Preprocessing:
     """How decoded pixels become the network's input; one contract for training, calibration and inference.
 
-    Values are clipped to ``window`` and scaled to 0 … 1, then resized, then ``(x - mean) / std`` per channel.
-    Without ``spacing_mm`` a picture is stretched to ``image_size``. With it, a picture whose pixel spacing is known is first
+    Values are clipped to ``window`` and scaled to 0 … 1, then resized, then ``(x - mean) / std`` per channel. Without
+    ``spacing_mm`` a picture is stretched to ``image_size``. With it, a picture whose pixel spacing is known is first
     brought to that spacing and then padded with the window's lower end, or cropped, about its centre.
     """
 
@@ -147,7 +147,8 @@ class BuildSpec:
 def palette(count: int) -> tuple[tuple[int, int, int], ...]:
     """Return ``count`` colours that are easy to tell apart; the first is black, for the background.
 
-    Source: the first hues are Okabe & Ito's colour-blind-safe set; further ones walk the hue circle by the golden angle.
+    Source: the first hues are Okabe & Ito's colour-blind-safe set; further ones walk the hue circle by the golden
+    angle.
     """
     from colorsys import hsv_to_rgb
 

@@ -1,8 +1,8 @@
 """Augmentation: small NumPy functions on one prepared slice and its labels, and the table that recipes choose from.
 
-Every function takes (image, labels, random generator, options) and returns a new pair; images are (channels, height, width) float32
-after normalisation, labels (height, width). Amounts of intensity are relative to the image's own mean and spread, so that they mean
-the same whatever the normalisation was.
+Every function takes (image, labels, random generator, options) and returns a new pair; images are (channels, height,
+width) float32 after normalisation, labels (height, width). Amounts of intensity are relative to the image's own mean
+and spread, so that they mean the same whatever the normalisation was.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,7 @@
-"""The frozen LLaMA block: extract it from a language model's checkpoint once, then keep it as one small safetensors file.
+"""The frozen LLaMA block: extract it from a language model's checkpoint once, keep it as one small safetensors file.
 
-The file's metadata hold its geometry and where it came from, and its bytes depend on nothing else, so that a checkpoint can
-name the block by SHA-256.
+The file's metadata hold its geometry and where it came from, and its bytes depend on nothing else, so that a checkpoint
+can name the block by SHA-256.
 """
 
 import json
@@ -58,7 +58,8 @@ def extract(source: Path, layer: LayerChoice = "last") -> FrozenBlock:
     """Read one decoder layer of a language model, or a block that was extracted before.
 
     Args:
-        source: a GGUF file, a Hugging Face folder, one safetensors shard with ``config.json`` beside it, or a block file.
+        source: a GGUF file, a Hugging Face folder, one safetensors shard with ``config.json`` beside it, or a block
+            file.
         layer: which layer, from 0, or "last".
 
     Raises:
@@ -120,7 +121,7 @@ def build_block(block: FrozenBlock, *, rotary: bool = False, causal: bool = Fals
 
 
 def save_block(block: FrozenBlock, path: Path) -> str:
-    """Write a block as safetensors, whole or not at all, and return the file's SHA-256; the same block gives the same bytes."""
+    """Write a block as safetensors, whole or not at all, and return the file's SHA-256; same block, same bytes."""
     safetensors_torch = require("safetensors.torch", "train")
     header = {"schema": SCHEMA, "spec": to_dict(block.spec), "provenance": dict(block.provenance)}
     metadata = {METADATA_KEY: json.dumps(header, sort_keys=True, allow_nan=False)}

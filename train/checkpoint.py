@@ -1,7 +1,8 @@
 """A trained model on disk: tensors and plain data only, so that reading it runs no code.
 
-``model.pt`` holds the trained weights, BatchNorm's statistics and what is needed to use them. The frozen block is a file of its
-own, known by its SHA-256, and is looked for beside the checkpoint and in the user's cache; ``--self-contained`` embeds its bytes.
+``model.pt`` holds the trained weights, BatchNorm's statistics and what is needed to use them. The frozen block is a
+file of its own, known by its SHA-256, and is looked for beside the checkpoint and in the user's cache;
+``--self-contained`` embeds its bytes.
 """
 
 import os

@@ -1,8 +1,8 @@
 """Read tensors out of a GGUF file without trusting its header.
 
-The layout is GGUF version 2 and 3, little-endian: a header of typed metadata, one entry per tensor, then the data. The header is
-read here and not by ``gguf.GGUFReader``, which loops for as long as a damaged or hostile file tells it to; the ``gguf`` package
-knows the tensor types and dequantises. Source: ggml, ``docs/gguf.md``.
+The layout is GGUF version 2 and 3, little-endian: a header of typed metadata, one entry per tensor, then the data. The
+header is read here and not by ``gguf.GGUFReader``, which loops for as long as a damaged or hostile file tells it to;
+the ``gguf`` package knows the tensor types and dequantises. Source: ggml, ``docs/gguf.md``.
 """
 
 import mmap

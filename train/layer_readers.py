@@ -1,7 +1,7 @@
 """Read one LLaMA decoder layer out of a GGUF file or out of a Hugging Face checkpoint; nothing else of it is loaded.
 
-A reader is strict: every tensor of the layer is used or named as skipped, and a tensor that LLaMA's layer does not have is an
-error, because then the layer is not LLaMA's.
+A reader is strict: every tensor of the layer is used or named as skipped, and a tensor that LLaMA's layer does not have
+is an error, because then the layer is not LLaMA's.
 """
 
 import json
@@ -153,7 +153,7 @@ def check_layer(spec: BlockSpec, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def half_split(rows: Tensor, heads: int) -> Tensor:
-    """Reorder the rows of a q or k projection from interleaved rotary pairs (llama.cpp, Meta) to half-split (Hugging Face)."""
+    """Reorder a q or k projection's rows: interleaved rotary pairs (llama.cpp, Meta) to half-split (Hugging Face)."""
     return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(rows.shape)
 
 
@@ -283,7 +283,8 @@ def _match(
             found[names[name]] = key
     if missing := [name for name, target in names.items() if target not in found]:
         raise ArtefactError(
-            f"{source}: layer {index} lacks {', '.join(missing)}; if the model is split, give the folder or the part that has it"
+            f"{source}: layer {index} lacks {', '.join(missing)}; if the model is split, "
+            "give the folder or the part that has it"
         )
     return {name: found[name] for name in names.values()}, dict(sorted(skipped.items()))
 
@@ -306,7 +307,10 @@ def _shards(source: Path) -> dict[str, Path]:
 
 
 def _is_file_name(name: Any) -> bool:
-    """Tell whether this names a file in a folder and no way out of it; links, as in Hugging Face's cache, are the owner's."""
+    """Tell whether this names a file in a folder and no way out of it.
+
+    Links, as in Hugging Face's cache, are the owner's.
+    """
     return isinstance(name, str) and name.endswith(".safetensors") and not set(name) & set("/\\:\0")
 
 

@@ -1,6 +1,7 @@
-"""One LLaMA decoder layer, as LLM-TransUNet uses it: frozen, among image tokens, by default without rotary embedding or mask.
+"""One LLaMA decoder layer as LLM-TransUNet uses it: frozen, among image tokens, by default with no rotation or mask.
 
-Parameters carry Hugging Face's names (``self_attn.q_proj.weight`` …), so that a state dict is that of one Hugging Face layer.
+Parameters carry Hugging Face's names (``self_attn.q_proj.weight`` …), so that a state dict is that of one Hugging Face
+layer.
 Sources: meta-llama/llama ``model.py``, class ``TransformerBlock``; Hugging Face ``modeling_llama.py``, class
 ``LlamaDecoderLayer``; Jiang & Liu 2024 (MIDL) for the two switches.
 """
@@ -16,8 +17,8 @@ from medseg_trt.spec import BlockSpec
 class RMSNorm(nn.Module):
     """Divide every token by its root mean square, then scale it by ``weight``.
 
-    The mean is taken in float32 (float64 for float64 tokens), and the result is rounded to the tokens' type before it is
-    scaled, as LLaMA does. ``eps`` is added to the mean square, not to the root.
+    The mean is taken in float32 (float64 for float64 tokens), and the result is rounded to the tokens' type before it
+    is scaled, as LLaMA does. ``eps`` is added to the mean square, not to the root.
     Source: Zhang & Sennrich 2019, eq. 4; meta-llama/llama ``model.py``, class ``RMSNorm``.
     """
 
@@ -53,7 +54,7 @@ class LlamaAttention(nn.Module):
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         collected = F.scaled_dot_product_attention(
             query, key, value, is_causal=self.spec.causal, enable_gqa=self.spec.num_heads > self.spec.num_kv_heads
-        )  # head i reads key/value head i // (num_heads / num_kv_heads); ONNX's Attention refuses the flag for equal numbers
+        )  # head i reads key/value head i // (num_heads / num_kv_heads); ONNX's Attention refuses it for equal numbers
         return self.o_proj(collected.transpose(1, 2).flatten(2))
 
 

@@ -92,7 +92,8 @@ def train_epoch(
     for index, (images, labels) in enumerate(track(loader, f"epoch {epoch} of {spec.epochs}")):
         rate = learning_rate(
             (epoch - 1) * len(loader) + index, spec.epochs * len(loader),
-            schedule=spec.schedule, peak=spec.learning_rate, floor=spec.min_learning_rate, warmup_steps=spec.warmup_steps,
+            schedule=spec.schedule, peak=spec.learning_rate, floor=spec.min_learning_rate,
+            warmup_steps=spec.warmup_steps,
         )  # fmt: skip
         for group in optimizer.param_groups:
             group["lr"] = rate

@@ -1,7 +1,7 @@
 """The training losses: cross-entropy plus Dice for several classes, binary cross-entropy plus Dice for one.
 
-Sources: the binary loss is UNeXt's ``BCEDiceLoss`` (0.5 BCE + Dice per image), as the paper's protocol has it; the multi-class one
-is TransUNet's (Dice over the whole batch, squares in the denominator, background included).
+Sources: the binary loss is UNeXt's ``BCEDiceLoss`` (0.5 BCE + Dice per image), as the paper's protocol has it; the
+multi-class one is TransUNet's (Dice over the whole batch, squares in the denominator, background included).
 """
 
 import torch.nn.functional as F

@@ -1,8 +1,8 @@
 """The architectures by name, and the model that a ModelSpec describes.
 
-LLM-TransUNet is TransUNet with a frozen LLaMA layer between the transformer and ``encoder_norm``: two trained linear maps
-without bias take the tokens to the layer's width and back. There is no residual around them, no activation, and no norm
-but LLaMA's final RMSNorm, whose weight the published code leaves at one.
+LLM-TransUNet is TransUNet with a frozen LLaMA layer between the transformer and ``encoder_norm``: two trained linear
+maps without bias take the tokens to the layer's width and back. There is no residual around them, no activation, and no
+norm but LLaMA's final RMSNorm, whose weight the published code leaves at one.
 
 Source: Jiang & Liu, MIDL 2024, and their code, ``networks/vit_seg_modeling.py`` of LLM4MedSeg.
 """
@@ -110,8 +110,8 @@ def build_model(spec: ModelSpec, block: FrozenBlock | None = None) -> TransUNet:
 
     Args:
         spec: the architecture.
-        block: the frozen layer's weights; without them an LLM-TransUNet starts from random frozen weights, which serves to
-            count parameters and to load a checkpoint that carries its own block.
+        block: the frozen layer's weights; without them an LLM-TransUNet starts from random frozen weights, which serves
+            to count parameters and to load a checkpoint that carries its own block.
 
     Raises:
         UsageError: the block's geometry is not the one in ``spec``.

@@ -64,8 +64,8 @@ class Recipe:
 def organs_demo() -> Recipe:
     """Abdominal organs on CT slices of 3 mm pixels, in minutes on two CPU cores.
 
-    No mirroring: it would turn a left kidney into a right one. Classes are drawn evenly, since most slices hold none of the small
-    organs; 128 x 128 pixels make 64 tokens.
+    No mirroring: it would turn a left kidney into a right one. Classes are drawn evenly, since most slices hold none of
+    the small organs; 128 x 128 pixels make 64 tokens.
     """
     return Recipe(
         architecture="llm-transunet-small",

@@ -1,7 +1,7 @@
 """A run folder: start one, go on with one after a kill, and save what an epoch has brought.
 
-It holds ``best.pt`` (highest mean Dice on the validation split), ``last.pt`` (with the optimiser's state), ``history.jsonl`` (a line
-an epoch; epoch 0 is the untrained model), ``curve.png``, ``recipe.json`` and ``data.json``.
+It holds ``best.pt`` (highest mean Dice on the validation split), ``last.pt`` (with the optimiser's state),
+``history.jsonl`` (a line an epoch; epoch 0 is the untrained model), ``curve.png``, ``recipe.json`` and ``data.json``.
 """
 
 import json
@@ -53,7 +53,7 @@ def begin(recipe: Recipe, data: DataFolder, out: Path, *, block: Path | None, re
     provenance = {
         "recipe": json.loads(json.dumps(to_dict(recipe))),
         "data": {"name": data.name, "root": str(data.root), "sha256": manifest_sha256(manifest), "note": data.note},
-        "versions": {"medseg-trt": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {"medseg-trt": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
     }
     last = out / "last.pt"
     if resume and last.is_file():

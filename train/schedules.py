@@ -1,4 +1,4 @@
-"""How the learning rate changes over a training run; every schedule is a function of the share of the run that is done."""
+"""How the learning rate changes over a training run; a schedule is a function of the share of the run that is done."""
 
 import math
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""Divide cases into training and validation, by file and never by slice, since neighbouring slices are near-duplicates."""
+"""Divide cases into training and validation, by file, never by slice, since neighbouring slices are near-duplicates."""
 
 import math
 from collections.abc import Sequence

@@ -1,9 +1,11 @@
 """TransUNet: an R50 stem, a vision transformer on its last feature map, and a decoder with skip connections.
 
 Source: Chen et al. 2021, "TransUNet"; layer by layer as Beckschen/TransUNet ``networks/vit_seg_modeling.py`` and
-``vit_seg_modeling_resnet_skip.py``, without their module-global configuration, and for any image size that is a multiple of 16.
+``vit_seg_modeling_resnet_skip.py``, without their module-global configuration, and for any image size that
+is a multiple of 16.
 
-Shapes are given for a 256 x 256 image and the published widths: (batch, channels, height, width), (batch, tokens, hidden).
+Shapes are given for a 256 x 256 image and the published widths: (batch, channels, height, width), (batch, tokens,
+hidden).
 """
 
 from collections.abc import Sequence
@@ -37,7 +39,7 @@ class StdConv2d(nn.Conv2d):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (with the stride), 1x1 convolutions, each followed by GroupNorm, added to a shortcut before the last ReLU."""
+    """1x1, 3x3 (with the stride), 1x1 convolutions, each with GroupNorm, added to a shortcut before the last ReLU."""
 
     def __init__(self, channels_in: int, channels_middle: int, stride: int = 1) -> None:
         super().__init__()
@@ -156,8 +158,8 @@ class TransUNet(nn.Module):
 
     Args:
         spec: the architecture.
-        insert: what the tokens pass through between the last transformer layer and ``encoder_norm``: the language block of
-            LLM-TransUNet, or nothing.
+        insert: what the tokens pass through between the last transformer layer and ``encoder_norm``: the language block
+            of LLM-TransUNet, or nothing.
     """
 
     def __init__(self, spec: ModelSpec, insert: nn.Module | None = None) -> None:

@@ -30,7 +30,7 @@ def test_labels_stay_on_what_they_label(name, size):
         assert moved.shape == image.shape and moved_labels.shape == labels.shape
         assert (moved.dtype, moved_labels.dtype) == (np.float32, np.uint8)
         inside, outside = moved[0][moved_labels == 1], moved[0][moved_labels == 0]
-        # Linear against nearest interpolation blurs a rim of one pixel; a mask left behind would bring the gap near zero.
+        # Linear against nearest interpolation blurs a rim of one pixel; a mask left behind brings the gap near zero.
         assert inside.mean() - outside.mean() > 0.6
 
 

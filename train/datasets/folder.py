@@ -1,9 +1,10 @@
-"""Anyone's own data: a folder with ``images/``, ``masks/`` (same names), and a ``dataset.json`` where more is to be said.
+"""Anyone's own data: a folder with ``images/``, ``masks/`` (same names), and ``dataset.json`` where more is to be said.
 
-``dataset.json`` may hold ``name``, ``classes`` (label names, the background first), ``colors``, ``window`` (lower and upper end of the
-values that matter), ``note``, ``split_notes`` (what each split is, in words) and ``splits``: ``{"train": [{"image": "ct_A", "slices": [0, 80]}, …], "val": […], "test": […]}``. ``slices``
-is half-open, counted along the canonical axis (feet to head), and may be left out. Without ``splits`` a fifth of the files is for
-validation; without ``classes`` they are counted in the masks.
+``dataset.json`` may hold ``name``, ``classes`` (label names, the background first), ``colors``, ``window`` (lower and
+upper end of the values that matter), ``note``, ``split_notes`` (what each split is, in words) and ``splits``:
+``{"train": [{"image": "ct_A", "slices": [0, 80]}, …], "val": […], "test": […]}``. ``slices`` is half-open, counted
+along the canonical axis (feet to head), and may be left out. Without ``splits`` a fifth of the files is for validation;
+without ``classes`` they are counted in the masks.
 """
 
 import hashlib
@@ -135,12 +136,25 @@ def read_case(case: Case, num_labels: int) -> tuple[Image, np.ndarray]:
     """
     image = read_image(case.image)
     labels = read_labels(case.mask, image, num_labels)
+    return _cut(case, image), labels[slice(*case.slices)] if case.slices else labels
+
+
+def read_case_image(case: Case) -> Image:
+    """Return the case's image alone, cut to the case's slices.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    return _cut(case, read_image(case.image))
+
+
+def _cut(case: Case, image: Image) -> Image:
     if case.slices is None:
-        return image, labels
+        return image
     start, end = case.slices
-    if not 0 <= start < end <= len(labels):
-        raise InputError(f"{case.image} has {len(labels)} slices; the block {start}:{end} does not lie within")
-    return replace(image, pixels=image.pixels[start:end], geometry=None), labels[start:end]
+    if not 0 <= start < end <= image.num_slices:
+        raise InputError(f"{case.image} has {image.num_slices} slices; the block {start}:{end} does not lie within")
+    return replace(image, pixels=image.pixels[start:end], geometry=None)
 
 
 def _read_description(path: Path) -> _DatasetFile:

@@ -30,7 +30,8 @@ def prepare_slices(
 ) -> PreparedSlices:
     """Read, check and prepare every slice of ``cases`` into two files in ``folder``.
 
-    Every mask is checked here, before anything is trained: a label out of range on a GPU ends in an error that names no file.
+    Every mask is checked here, before anything is trained: a label out of range on a GPU ends in an error that names
+    no file.
 
     Raises:
         InputError: a file cannot be used, or the disk is too full.

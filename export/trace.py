@@ -1,0 +1,130 @@
+"""Trace a network to ONNX: standard operators only, any batch size, every name and every shape known.
+
+Source: the exporter of PyTorch (``torch.onnx.export``, ``dynamo=True``), whose answer is checked rather than trusted: asked for an
+operator set it cannot give, it gives another one and does not complain.
+"""
+
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import torch
+
+from medseg_trt.errors import MedsegError
+from medseg_trt.train.transunet import TransUNet
+
+OPSET = 23  # the first with Attention and RMSNormalization
+INPUT, OUTPUT = "pixel_values", "logits"
+KEPT_METADATA = "namespace"  # of a node: the module it came from; the rest holds source lines and paths of this machine
+EXAMPLE_BATCH = 2  # a batch of 1 would be taken for a constant
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OnnxGraph:
+    """A traced network that has passed ``check``."""
+
+    model: ir.Model
+
+    @property
+    def num_nodes(self) -> Mapping[str, int]:
+        """How often each operator occurs."""
+        return Counter(node.op_type for node in self.model.graph)
+
+
+def trace(model: TransUNet) -> OnnxGraph:
+    """Return the network as an ONNX graph ``pixel_values`` (batch, 3, H, W) → ``logits`` (batch, classes, H, W), float32.
+
+    Args:
+        model: in evaluation mode, on the CPU; its tensors become the graph's and are not copied.
+
+    Raises:
+        MedsegError: the exporter returned something that ``check`` refuses.
+    """
+    example = torch.zeros(EXAMPLE_BATCH, 3, *model.spec.image_size)
+    torch_logger = logging.getLogger("torch.onnx._internal.exporter")
+    level = torch_logger.level
+    torch_logger.setLevel(logging.ERROR)  # it regrets at length that torchvision is not installed
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)  # PyTorch calls what PyTorch deprecates
+            program = torch.onnx.export(
+                model, (example,), dynamo=True, opset_version=OPSET, optimize=True, verbose=False,
+                input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes=({0: torch.export.Dim("batch")},),
+            )  # fmt: skip
+    finally:
+        torch_logger.setLevel(level)
+    assert program is not None  # it is None only where a file is written
+    graph = OnnxGraph(model=program.model)
+    _strip(graph.model)
+    check(graph, model.spec.image_size, model.spec.num_classes)
+    return graph
+
+
+def check(graph: OnnxGraph, image_size: tuple[int, int], num_classes: int) -> None:
+    """Check what the rest of the toolkit relies on.
+
+    Raises:
+        MedsegError: another operator set, a doubled or missing name, an unknown shape, or another input or output.
+    """
+    model, problems = graph.model, list[str]()
+    if model.opset_imports != {"": OPSET}:
+        problems.append(f"the operator sets are {dict(model.opset_imports)}, not {OPSET}")
+    if model.functions:
+        problems.append(f"there are {len(model.functions)} functions")
+    nodes = list(model.graph)
+    for kind, names in (
+        ("node", [node.name for node in nodes]),
+        ("value", [value.name for value in (*model.graph.inputs, *(out for node in nodes for out in node.outputs))]),
+    ):
+        problems += [f"{count} {kind}s are called {name!r}" for name, count in Counter(names).items() if count > 1]
+        problems += [f"a {kind} has no name" for name in names if not name]
+    for value in (out for node in nodes for out in node.outputs):
+        if value.shape is None or value.type is None:
+            problems.append(f"the shape of {value.name} is unknown")
+    batch = model.graph.inputs[0].shape and model.graph.inputs[0].shape[0]
+    for kind, found, expected in (
+        ("input", model.graph.inputs, {INPUT: [3, *image_size]}),
+        ("output", model.graph.outputs, {OUTPUT: [num_classes, *image_size]}),
+    ):
+        shapes = {value.name: list(value.shape or [])[1:] for value in found}
+        if shapes != expected:
+            problems.append(f"the {kind}s are {shapes}, not {expected}")
+        if any(
+            not isinstance(batch, ir.SymbolicDim) or value.shape is None or value.shape[0] != batch for value in found
+        ):
+            problems.append(f"the batch of the {kind} is fixed")
+    if problems:
+        raise MedsegError(f"the traced graph cannot be used: {'; '.join(problems[:3])}")
+
+
+def save_graph(graph: OnnxGraph, folder: Path, graph_name: str, weights_name: str) -> None:
+    """Write the graph and, beside it, its weights; ONNX's own checker reads both again.
+
+    Raises:
+        MedsegError: the checker refuses what was written.
+    """
+    path = folder / graph_name
+    ir.save(graph.model, path, external_data=weights_name)
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise MedsegError(f"ONNX refuses the graph that was written: {error}") from error
+
+
+def _strip(model: ir.Model) -> None:
+    """Drop what the exporter says of this machine: its metadata, but for the module that each node came from."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.producer_name, model.producer_version = "medseg-trt", None
+    for node in model.graph:
+        for key in [key for key in node.metadata_props if key != KEPT_METADATA]:
+            del node.metadata_props[key]
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()

@@ -1,0 +1,234 @@
+"""A bundle: one folder that holds everything needed to segment images, and the proof of what is in it.
+
+``manifest.json`` names every other file with its size and SHA-256, and nothing is opened before those agree. Digests tell damage,
+not malice: whoever can change the manifest can change its digests. No pixel of any training image is in a bundle; its golden input
+is seeded noise. ``config.json`` and ``preprocessor_config.json`` say in Hugging Face's words what the manifest says in ours.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
+from numpy import ndarray
+
+from medseg_trt.errors import ArtefactError, UsageError
+from medseg_trt.files import inside, sha256, write_json
+from medseg_trt.preprocess import golden
+from medseg_trt.spec import BuildSpec, Classes, ModelSpec, Preprocessing, from_dict, to_dict
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+GOLDEN = "golden.npz"
+DEFAULT_GRAPH = "model.onnx"  # the default variant's graph once more, under the name that other tools look for
+MAX_MANIFEST_BYTES = 4 << 20
+MAX_GOLDEN_BYTES = 1 << 30
+PREPROCESSING_TOLERANCE = 1e-6  # of values of order 1; a float32 rounds them by 6e-8, and there are a few additions
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileEntry:
+    """What a file of the bundle must be."""
+
+    sha256: str
+    bytes: int
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Variant:
+    """One graph of the bundle: the network in one precision."""
+
+    precision: str
+    graph: str  # file names in the bundle
+    weights: str
+    folded: Mapping[str, int]  # how often each exact folding rule was used
+    verification: Mapping[str, Any]  # against PyTorch, as export.verify.Verification has it
+    golden_error: float  # how far the logits of the golden input may be from those in GOLDEN
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What stands in ``manifest.json``."""
+
+    schema: int = SCHEMA
+    model: ModelSpec
+    preprocessing: Preprocessing
+    classes: Classes
+    build: BuildSpec
+    source: Mapping[str, Any]  # the checkpoint's name, digests, training data and recipe
+    versions: Mapping[str, str]
+    variants: Mapping[str, Variant]
+    default: str  # a key of variants
+    files: Mapping[str, FileEntry] = field(default_factory=dict)  # filled in by seal
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        if self.default not in self.variants:
+            raise ValueError(f"the default variant {self.default!r} is not among {', '.join(self.variants)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bundle:
+    """A bundle on disk whose files are what its manifest says."""
+
+    folder: Path
+    content: Manifest
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How decoded pixels become the network's input."""
+        return self.content.preprocessing
+
+    @property
+    def classes(self) -> Classes:
+        """The names and colours of the labels."""
+        return self.content.classes
+
+    @property
+    def default(self) -> Variant:
+        """The variant that ``infer`` uses."""
+        return self.content.variants[self.content.default]
+
+    def manifest(self) -> dict[str, Any]:
+        """Return the manifest as plain data that JSON can hold."""
+        return to_dict(self.content)
+
+    def golden(self) -> tuple[Float32[ndarray, "1 3 height width"], Float32[ndarray, "1 classes height width"]]:
+        """Return the golden input and PyTorch's logits for it."""
+        return _read_golden(self.folder / GOLDEN)
+
+
+def find_bundle(folder: Path | None) -> Path:
+    """Return ``folder``, or without one the only ``*.medseg`` in the current folder.
+
+    Raises:
+        UsageError: there is none, or there are several.
+    """
+    if folder is not None:
+        return folder
+    found = sorted(path for path in Path().glob("*.medseg") if path.is_dir())
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise UsageError(
+            "there is no *.medseg folder here. Build one: medseg-trt build --ckpt model.pt, or name it: --bundle DIR"
+        )
+    raise UsageError(f"there are several bundles here; choose one: {', '.join(f'--bundle {path}' for path in found)}")
+
+
+def load_bundle(folder: Path | str) -> Bundle:
+    """Open a bundle after checking every file in it.
+
+    Raises:
+        ArtefactError: it is no bundle, a file is missing or changed, or this version prepares images in another way.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ArtefactError(f"{folder} is no bundle: it has no {MANIFEST}. Build one: medseg-trt build --ckpt model.pt")
+    content = _read_manifest(path)
+    named = {name for variant in content.variants.values() for name in (variant.graph, variant.weights)}
+    if unlisted := sorted((named | {GOLDEN}) - content.files.keys()):
+        raise ArtefactError(f"{path} gives no digest of {', '.join(unlisted)}; the bundle is not to be trusted")
+    for name, entry in content.files.items():
+        _check_file(inside(folder, name), entry, folder)
+    bundle = Bundle(folder=folder, content=content)
+    _check_preprocessing(bundle)
+    return bundle
+
+
+def seal(folder: Path, manifest: Manifest, golden_logits: ndarray) -> None:
+    """Complete a folder that holds the graphs: golden data, configs, and last the manifest with the digests of all of it."""
+    np.savez(folder / GOLDEN, pixel_values=golden_input(manifest.preprocessing), logits=golden_logits)
+    variant = manifest.variants[manifest.default]
+    (folder / DEFAULT_GRAPH).write_bytes((folder / variant.graph).read_bytes())
+    write_json(folder / "config.json", _config(manifest))
+    write_json(folder / "preprocessor_config.json", _preprocessor_config(manifest.preprocessing))
+    files = {path.name: FileEntry(sha256=sha256(path), bytes=path.stat().st_size) for path in sorted(folder.iterdir())}
+    write_json(folder / MANIFEST, to_dict(replace(manifest, files=files)))
+
+
+def golden_input(preprocessing: Preprocessing) -> Float32[ndarray, "1 3 height width"]:
+    """Return the golden input: seeded noise after this version's preprocessing, which it thereby pins."""
+    _, prepared = golden(preprocessing)
+    return prepared[np.newaxis]
+
+
+def _read_manifest(path: Path) -> Manifest:
+    if path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise ArtefactError(f"{path} is larger than {MAX_MANIFEST_BYTES >> 20} MiB; it is not to be trusted")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ArtefactError(f"{path} is no valid JSON: {error}") from error
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        found = data.get("schema") if isinstance(data, dict) else None
+        raise ArtefactError(f"{path} has schema {found!r}; this version reads {SCHEMA}. Build the bundle again")
+    return from_dict(Manifest, data, str(path))
+
+
+def _check_file(path: Path, entry: FileEntry, folder: Path) -> None:
+    rebuild = "copy the bundle again, or rebuild it: medseg-trt build --ckpt model.pt"
+    if not path.is_file():
+        raise ArtefactError(f"{folder} is not complete: {path.name} is missing; {rebuild}")
+    if path.stat().st_size != entry.bytes or sha256(path) != entry.sha256:
+        raise ArtefactError(f"{path} is not what {MANIFEST} says it is; {rebuild}")
+
+
+def _check_preprocessing(bundle: Bundle) -> None:
+    stored, _ = bundle.golden()
+    computed = golden_input(bundle.preprocessing)
+    if stored.shape != computed.shape or not np.abs(stored - computed).max() <= PREPROCESSING_TOLERANCE:
+        raise ArtefactError(
+            f"{bundle.folder} was built by a version that prepares images in another way; build it again: "
+            "medseg-trt build --ckpt model.pt"
+        )
+
+
+def _read_golden(path: Path) -> tuple[ndarray, ndarray]:
+    if path.stat().st_size > MAX_GOLDEN_BYTES:
+        raise ArtefactError(f"{path} is larger than {MAX_GOLDEN_BYTES >> 30} GiB; it is not to be trusted")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return file["pixel_values"], file["logits"]
+    except (ValueError, KeyError, OSError) as error:
+        raise ArtefactError(f"{path} holds no golden input and logits: {error}") from error
+
+
+def _config(manifest: Manifest) -> dict[str, Any]:
+    """Return ``config.json``; a binary network has one logit and two labels."""
+    names = manifest.classes.names
+    height, width = manifest.model.image_size
+    return {
+        "model_type": "medseg-trt",
+        "architectures": [manifest.model.architecture],
+        "image_size": [height, width],
+        "num_channels": 3,
+        "num_logits": manifest.model.num_classes,
+        "id2label": {str(index): name for index, name in enumerate(names)},
+        "label2id": {name: index for index, name in enumerate(names)},
+    }
+
+
+def _preprocessor_config(preprocessing: Preprocessing) -> dict[str, Any]:
+    """Return ``preprocessor_config.json``; ``window`` and ``spacing_mm`` are ours, since Hugging Face has no word for them."""
+    height, width = preprocessing.image_size
+    return {
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resize": preprocessing.resize,
+        "do_rescale": True,
+        "window": list(preprocessing.window),
+        "spacing_mm": preprocessing.spacing_mm,
+        "do_normalize": True,
+        "image_mean": list(preprocessing.mean),
+        "image_std": list(preprocessing.std),
+    }

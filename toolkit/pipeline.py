@@ -1,0 +1,298 @@
+"""The whole story in two functions: ``build`` makes a verified bundle of a checkpoint, ``infer`` segments images with it."""
+
+import csv
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from medseg_trt.bundle import MANIFEST, Bundle, Manifest, Variant, golden_input, load_bundle, seal
+from medseg_trt.errors import InputError, UsageError
+from medseg_trt.files import atomic_file, atomic_folder, sha256
+from medseg_trt.images import Image, Mask, find_images, output_stem, read_image, write_mask
+from medseg_trt.overlay import write_overlay
+from medseg_trt.preprocess import outside_fraction
+from medseg_trt.progress import LOG, track
+from medseg_trt.segment import Run, prepared_slices, segment
+from medseg_trt.session import open_session
+from medseg_trt.spec import BuildSpec, to_dict
+
+if TYPE_CHECKING:
+    from medseg_trt.train.checkpoint import Checkpoint
+    from medseg_trt.train.datasets.folder import DataFolder
+
+PRECISION = "fp32"
+MAX_REAL_IMAGES = 8
+GOLDEN_MARGIN = 10  # another processor adds in another order, so its logits may be further off than here
+AREA_HEADER = ("file", "class", "label", "pixels", "mm2", "ml")
+
+
+def build(
+    checkpoint: Path | str,
+    spec: BuildSpec | None = None,
+    output: Path | str | None = None,
+    data: Path | str | None = None,
+) -> Bundle:
+    """Turn a checkpoint into a bundle, verified against PyTorch; the bundle appears whole or not at all.
+
+    Args:
+        checkpoint: a ``model.pt`` that ``train`` wrote.
+        spec: how to build.
+        output: the bundle's folder; None puts it beside the checkpoint, with the suffix ``.medseg``.
+        data: a data folder whose images it is verified on; None takes the folder that the checkpoint was trained on, if
+            it is still what it was, else seeded noise.
+
+    Raises:
+        UsageError: a precision that does not exist yet, or ``output`` is something else than a bundle.
+        AccuracyGateError: the graph does not answer as PyTorch does.
+        ArtefactError: the checkpoint cannot be used.
+    """
+    from medseg_trt.export.fold import fold
+    from medseg_trt.export.trace import save_graph, trace
+    from medseg_trt.export.verify import verify
+    from medseg_trt.report import package_versions
+    from medseg_trt.sessions.onnxruntime import open_graph
+    from medseg_trt.train.checkpoint import load_checkpoint
+    from medseg_trt.train.model import runner
+
+    spec = spec or BuildSpec()
+    if spec.precisions != (PRECISION,):
+        raise UsageError(f"--precision {','.join(spec.precisions)}: only {PRECISION} can be built so far")
+    path = Path(checkpoint)
+    folder = Path(output) if output is not None else path.with_suffix(".medseg")
+    _require_replaceable(folder)
+    loaded = load_checkpoint(path)
+    inputs, images = _verification_images(loaded, Path(data) if data is not None else None)
+    reference = loaded.model()
+
+    def check(run: Run, what: str) -> Mapping[str, Any]:
+        LOG.info("verify %s against PyTorch on %s", what, images)
+        limits = {"max_abs_error": spec.max_abs_error, "min_agreement": spec.min_agreement}
+        return to_dict(verify(run, runner(reference), inputs, images, **limits))
+
+    folded, counts = fold(reference)
+    check(runner(folded), f"the folded network ({', '.join(f'{count} {rule}' for rule, count in counts.items())})")
+    LOG.info("trace the network to ONNX")
+    graph = trace(folded)
+    graph_name, weights_name = f"{PRECISION}.onnx", f"weights-{PRECISION}.bin"
+    with atomic_folder(folder) as temporary:
+        save_graph(graph, temporary, graph_name, weights_name)
+        with open_graph(temporary / graph_name, PRECISION, None) as session:
+            verification = check(session.run, session.description)
+        variant = Variant(
+            precision=PRECISION,
+            graph=graph_name,
+            weights=weights_name,
+            folded=counts,
+            verification=verification,
+            golden_error=GOLDEN_MARGIN * spec.max_abs_error,
+        )
+        manifest = Manifest(
+            model=loaded.spec,
+            preprocessing=loaded.preprocessing,
+            classes=loaded.classes,
+            build=spec,
+            source=_source(loaded, path),
+            versions=package_versions(),
+            variants={PRECISION: variant},
+            default=PRECISION,
+        )
+        seal(temporary, manifest, runner(reference)(golden_input(loaded.preprocessing)))
+    LOG.info(
+        "logits differ by at most %.1e, %.4f %% of the labels are the same",
+        verification["max_abs_error"], 100 * verification["agreement"],
+    )  # fmt: skip
+    return load_bundle(folder)
+
+
+def infer(
+    inputs: Sequence[Path | str],
+    bundle: Bundle | Path | str,
+    *,
+    backend: str = "auto",
+    batch: int = 4,
+    threads: int | None = None,
+) -> Iterator[Mask]:
+    """Segment images, one after the other, and yield their masks.
+
+    Args:
+        inputs: files and folders.
+        bundle: a bundle, or its folder.
+        backend: a key of ``session.BACKENDS``, or ``auto``.
+        batch: how many slices go through the network at once.
+        threads: CPU threads; None leaves it to the back-end.
+
+    Raises:
+        InputError: a file cannot be used.
+        ArtefactError: the bundle cannot be used.
+    """
+    opened = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
+    paths = find_images([Path(each) for each in inputs])
+    with open_session(opened, backend, threads) as session:
+        for path in paths:
+            yield _segment_file(path, session.run, opened, batch, label=None)[1]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Written:
+    """What ``infer_to_folder`` has written."""
+
+    masks: tuple[Path, ...]
+    overlays: tuple[Path, ...]
+    areas: Path
+
+
+def infer_to_folder(
+    inputs: Sequence[Path],
+    bundle_folder: Path,
+    output: Path,
+    *,
+    backend: str = "auto",
+    overlay: bool = False,
+    batch: int = 4,
+    threads: int | None = None,
+    on_error: Callable[[Path, InputError], None],
+) -> Written:
+    """Segment images and write a mask each, ``areas.csv`` and, if wanted, ``overlays/``; a bad file stops only itself.
+
+    Args:
+        inputs: files and folders.
+        bundle_folder: the bundle.
+        output: where everything goes.
+        backend: a key of ``session.BACKENDS``, or ``auto``.
+        overlay: also draw the masks over the images.
+        batch: how many slices go through the network at once.
+        threads: CPU threads; None leaves it to the back-end.
+        on_error: told of every file that cannot be used.
+
+    Raises:
+        InputError: an input does not exist.
+        UsageError: two masks would have the same name, or one would overwrite an input.
+        ArtefactError: the bundle cannot be used.
+    """
+    bundle = load_bundle(bundle_folder)
+    paths = find_images(inputs)
+    _require_distinct_outputs(paths, output)
+    masks, overlays = list[Path](), list[Path]()
+    areas = [AREA_HEADER]
+    try:
+        with open_session(bundle, backend, threads) as session:
+            for path in track(paths, "infer") if len(paths) > 1 else paths:
+                label = path.name if len(paths) == 1 else None  # one bar: of the files, or of the only file's slices
+                try:
+                    image, mask = _segment_file(path, session.run, bundle, batch, label)
+                except InputError as error:
+                    on_error(path, error)
+                    continue
+                masks.append(write_mask(mask, output))
+                if overlay:
+                    overlays.append(output / "overlays" / f"{output_stem(path)}.png")
+                    write_overlay(image, mask, bundle.preprocessing.window, overlays[-1])
+                areas += _area_rows(mask)
+    finally:  # what was finished before an interrupt is in the table too
+        _write_csv(areas, output / "areas.csv")
+    return Written(masks=tuple(masks), overlays=tuple(overlays), areas=output / "areas.csv")
+
+
+def _require_replaceable(folder: Path) -> None:
+    if folder.exists() and not (folder / MANIFEST).is_file():
+        raise UsageError(f"{folder} exists and is no bundle, so it is not replaced; choose another name with -o")
+
+
+def _verification_images(checkpoint: "Checkpoint", data: Path | None) -> tuple[np.ndarray, str]:
+    """Return prepared images, evenly spread over the validation split, and what they are."""
+    from medseg_trt.export.verify import noise
+    from medseg_trt.train.datasets.folder import open_folder, read_case_image
+
+    folder = open_folder(data) if data is not None else _recorded_folder(checkpoint)
+    if folder is None:
+        return noise(checkpoint.spec.image_size), "generated noise"
+    split = "val" if folder.splits.get("val") else "train"
+    cases = folder.cases(split)
+    each = -(-MAX_REAL_IMAGES // len(cases))
+    found: list[np.ndarray] = []
+    for case in cases[:MAX_REAL_IMAGES]:
+        image = read_case_image(case)
+        prepared = prepared_slices(image, checkpoint.preprocessing)
+        places = np.linspace(0, len(prepared) - 1, min(len(prepared), each)).round().astype(int)
+        found += [prepared[place] for place in places]
+    inputs = np.stack(found[:MAX_REAL_IMAGES])
+    return inputs, f"{len(inputs)} real images of {folder.name}, split {split}"
+
+
+def _recorded_folder(checkpoint: "Checkpoint") -> "DataFolder | None":
+    """Return the folder that the checkpoint was trained on, if it is there and unchanged."""
+    from medseg_trt.train.datasets.folder import manifest_sha256, open_folder
+
+    recorded = checkpoint.provenance.get("data")
+    reason = "the checkpoint does not say what it was trained on"
+    if recorded:
+        try:
+            folder = open_folder(Path(recorded["root"]))
+            if manifest_sha256(folder.manifest()) == recorded["sha256"]:
+                return folder
+            reason = f"{folder.root} has changed since the training"
+        except InputError as error:
+            reason = str(error)
+    LOG.warning("%s, so the bundle is verified on generated noise; give real images: --data DIR", reason)
+    return None
+
+
+def _source(checkpoint: "Checkpoint", path: Path) -> dict[str, Any]:
+    """Say where the bundle came from, without the place of the training images on the disk."""
+    provenance = dict(checkpoint.provenance)
+    if provenance.get("data"):
+        provenance["data"] = {name: value for name, value in provenance["data"].items() if name != "root"}
+    return {
+        "checkpoint": path.name,
+        "sha256": sha256(path),
+        "block_sha256": checkpoint.block_sha256,
+        "provenance": provenance,
+    }
+
+
+def _segment_file(path: Path, run: Run, bundle: Bundle, batch: int, label: str | None) -> tuple[Image, Mask]:
+    image = read_image(path)
+    outside = outside_fraction(image.size, bundle.preprocessing, image.spacing_in_plane)
+    if outside > 0:
+        LOG.warning(
+            "%s: %.0f %% of every slice lies outside the network's field of view and becomes background",
+            path, 100 * outside,
+        )  # fmt: skip
+    labels = segment(run, image, bundle.preprocessing, batch, label)
+    return image, Mask.of(image, labels, bundle.classes)
+
+
+def _require_distinct_outputs(paths: Sequence[Path], output: Path) -> None:
+    if any(path.resolve().parent == output.resolve() for path in paths):
+        raise UsageError(f"{output} holds the images, and masks would overwrite them; choose another folder with -o")
+    seen: dict[str, Path] = {}
+    for path in paths:
+        stem = output_stem(path)
+        if stem in seen:
+            raise UsageError(f"{seen[stem]} and {path} would share the name of their masks; run them into two folders")
+        seen[stem] = path
+
+
+def _area_rows(mask: Mask) -> list[tuple[str, ...]]:
+    return [
+        (
+            mask.path.name,
+            area.name,
+            str(label),
+            str(area.pixels),
+            "" if area.mm2 is None else f"{area.mm2:.3f}",
+            "" if area.ml is None else f"{area.ml:.4f}",
+        )
+        for label, area in enumerate(mask.areas(), 1)
+    ]
+
+
+def _write_csv(rows: Sequence[Sequence[str]], path: Path) -> None:
+    text = StringIO()
+    csv.writer(text).writerows(rows)
+    with atomic_file(path) as temporary:
+        temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
