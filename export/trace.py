@@ -1,7 +1,7 @@
 """Trace a network to ONNX: standard operators only, any batch size, every name and every shape known.
 
-Source: the exporter of PyTorch (``torch.onnx.export``, ``dynamo=True``), whose answer is checked rather than trusted: asked for an
-operator set it cannot give, it gives another one and does not complain.
+Source: the exporter of PyTorch (``torch.onnx.export``, ``dynamo=True``), whose answer is checked rather than trusted:
+asked for an operator set it cannot give, it gives another one and does not complain.
 """
 
 import logging
@@ -37,7 +37,9 @@ class OnnxGraph:
 
 
 def trace(model: TransUNet) -> OnnxGraph:
-    """Return the network as an ONNX graph ``pixel_values`` (batch, 3, H, W) → ``logits`` (batch, classes, H, W), float32.
+    """Return the network as an ONNX graph from ``pixel_values`` to ``logits``, both float32.
+
+    The shapes are (batch, 3, H, W) and (batch, classes, H, W); the batch is free.
 
     Args:
         model: in evaluation mode, on the CPU; its tensors become the graph's and are not copied.

@@ -1,6 +1,9 @@
-"""Generated pictures, volumes, data folders and checkpoints, small enough for unit tests; no patient's image in them."""
+"""Generated pictures, volumes, data folders and checkpoints, small enough for unit tests; none of a patient."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from medseg_trt.spec import Classes, ModelSpec, Preprocessing
 from medseg_trt.train.blocks import random_block, save_block
 from medseg_trt.train.checkpoint import Checkpoint, save_checkpoint, trained_weights
 from medseg_trt.train.model import TINY_LLAMA, build_model, model_spec
+from medseg_trt.train.recipes import Recipe, recipe
 
 SIZE = (32, 32)
 LESION = Classes(names=("background", "lesion"))
@@ -73,6 +77,52 @@ def tiny_spec(
 ) -> ModelSpec:
     """Return the spec of a network that runs in milliseconds."""
     return model_spec(architecture, size, num_classes)
+
+
+def write_block(folder: Path, seed: int = 0) -> Path:
+    """Write a random frozen block for ``llm-transunet-tiny`` and return its file."""
+    path = folder / f"block{seed}.safetensors"
+    save_block(random_block(TINY_LLAMA, seed=seed), path)
+    return path
+
+
+def tiny_changes(*changes: str) -> list[str]:
+    """Return the changes that make the recipe ``folder`` a run of a second on generated data, and further ones."""
+    return [
+        "architecture=llm-transunet-tiny",
+        f"preprocessing.image_size={list(SIZE)}",
+        "train.epochs=3",
+        "train.batch_size=2",
+        "train.learning_rate=0.01",
+        *changes,
+    ]
+
+
+def tiny_recipe(*changes: str) -> Recipe:
+    """Return the recipe that ``tiny_changes`` make."""
+    return recipe("folder", tiny_changes(*changes))
+
+
+def train_and_kill(arguments: Sequence[str], signal: int, at_step: int) -> subprocess.CompletedProcess[str]:
+    """Run ``medseg-trt train`` in a process of its own, which gets ``signal`` at training step ``at_step`` (from 0)."""
+    import torch
+
+    program = f"""
+import os
+from medseg_trt.cli import main
+from medseg_trt.train import loop
+
+def loss(*arguments, real=loop.segmentation_loss, steps=iter(range({at_step}))):
+    if next(steps, None) is None:
+        os.kill(os.getpid(), {int(signal)})
+    return real(*arguments)
+
+loop.segmentation_loss = loss
+main()
+"""
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # other numbers of threads give other last bits
+    command = [sys.executable, "-c", program, "train", *arguments]
+    return subprocess.run(command, env=os.environ | threads, capture_output=True, text=True, check=False, timeout=120)
 
 
 def make_checkpoint(

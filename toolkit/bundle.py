@@ -1,8 +1,9 @@
 """A bundle: one folder that holds everything needed to segment images, and the proof of what is in it.
 
-``manifest.json`` names every other file with its size and SHA-256, and nothing is opened before those agree. Digests tell damage,
-not malice: whoever can change the manifest can change its digests. No pixel of any training image is in a bundle; its golden input
-is seeded noise. ``config.json`` and ``preprocessor_config.json`` say in Hugging Face's words what the manifest says in ours.
+``manifest.json`` names every other file with its size and SHA-256, and nothing is opened before those agree. Digests
+tell damage, not malice: whoever can change the manifest can change its digests. No pixel of any training image is in a
+bundle; its golden input is seeded noise. ``config.json`` and ``preprocessor_config.json`` say in Hugging Face's words
+what the manifest says in ours.
 """
 
 import json
@@ -146,7 +147,7 @@ def load_bundle(folder: Path | str) -> Bundle:
 
 
 def seal(folder: Path, manifest: Manifest, golden_logits: ndarray) -> None:
-    """Complete a folder that holds the graphs: golden data, configs, and last the manifest with the digests of all of it."""
+    """Complete a folder that holds the graphs: golden data, configs, and last the manifest with all digests."""
     np.savez(folder / GOLDEN, pixel_values=golden_input(manifest.preprocessing), logits=golden_logits)
     variant = manifest.variants[manifest.default]
     (folder / DEFAULT_GRAPH).write_bytes((folder / variant.graph).read_bytes())
@@ -219,7 +220,7 @@ def _config(manifest: Manifest) -> dict[str, Any]:
 
 
 def _preprocessor_config(preprocessing: Preprocessing) -> dict[str, Any]:
-    """Return ``preprocessor_config.json``; ``window`` and ``spacing_mm`` are ours, since Hugging Face has no word for them."""
+    """Return ``preprocessor_config.json``; Hugging Face has no word for ``window`` and ``spacing_mm``."""
     height, width = preprocessing.image_size
     return {
         "do_resize": True,

@@ -284,7 +284,10 @@ def bench(
     if as_json:
         click.echo(json.dumps(report.to_dict(), indent=2))
     else:
-        _print_table(f"{report.images}, batch {report.batch}", HEADER, bench_cells(report))
+        header, *rows = zip(
+            HEADER, *bench_cells(report), strict=True
+        )  # a column each: they are few, and figures are many
+        _print_table(f"{report.images}, batch {report.batch}", header, rows)
         click.echo(f"report: {page}")
 
 
@@ -309,12 +312,14 @@ def _print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table()
     for index, name in enumerate(header):
-        table.add_column(name, justify="right" if index else "left")
+        table.add_column(name, justify="right" if index else "left", overflow="fold")  # no figure is ever cut
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console = Console(highlight=False)
+    console.print(title, markup=False, soft_wrap=True)
+    console.print(table)
 
 
 def _lines(found: dict[str, Any], indent: str = "") -> list[str]:

@@ -59,8 +59,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         if path.exists():
             old = Path(tempfile.mkdtemp(dir=path.parent, prefix=".partial-old-")) / path.name
             path.replace(old)
-            temporary.replace(path)
-            shutil.rmtree(old.parent)
+            try:
+                temporary.replace(path)
+            except BaseException:
+                old.replace(path)
+                raise
+            finally:
+                shutil.rmtree(old.parent, ignore_errors=True)
         else:
             temporary.replace(path)
     finally:
@@ -68,9 +73,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def cache_folder(*parts: str) -> Path:
-    """Return a folder below the user's cache, ``$XDG_CACHE_HOME`` or ``~/.cache``; it need not exist yet."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root, "medseg-trt", *parts)
+    """Return a folder below the user's cache, ``$XDG_CACHE_HOME`` or ``~/.cache``; it need not exist yet.
+
+    A relative ``$XDG_CACHE_HOME`` does not count. Source: XDG Base Directory Specification.
+    """
+    chosen = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (chosen if chosen.is_absolute() else Path.home() / ".cache").joinpath("medseg-trt", *parts)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -83,9 +91,12 @@ def inside(folder: Path, name: str) -> Path:
     """Return ``folder / name``, provided that it really lies inside ``folder``.
 
     Raises:
-        ArtefactError: ``name`` is absolute, climbs out, or leads out through a link.
+        ArtefactError: ``name`` is absolute, climbs out, leads out through a link, or cannot be a name.
     """
-    path = (folder / name).resolve()
+    try:
+        path = (folder / name).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links; a zero byte
+        raise ArtefactError(f"{name!r} is no name of a file in {folder}; it is not to be trusted") from error
     if not path.is_relative_to(folder.resolve()):
         raise ArtefactError(f"{name!r} leads out of {folder}; the file is not to be trusted")
     return path

@@ -220,7 +220,7 @@ def _naming(path: Path, *kinds: type[Exception]) -> Generator[None, None, None]:
     """Turn what a decoder says of a bad file into one line that names the file."""
     try:
         yield
-    except (OSError, EOFError, ValueError, zlib.error, *kinds) as error:
+    except (OSError, EOFError, ValueError, OverflowError, zlib.error, *kinds) as error:
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
         raise InputError(f"{path} cannot be read: {reason}") from error
 
@@ -237,6 +237,8 @@ def _decode_png(path: Path, modes: Sequence[str]) -> Any:
     bombs = (PIL.Image.DecompressionBombWarning, PIL.Image.DecompressionBombError)
     with warnings.catch_warnings(), _naming(path, SyntaxError, *bombs):
         warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
+        with PIL.Image.open(path, formats=["PNG"]) as picture:
+            picture.verify()  # the checksums, up to the last; decoding stops before it
         with PIL.Image.open(path, formats=["PNG"]) as picture:
             _check_size(path, picture.size)
             stored_as = str(picture.tile[0].args) if picture.tile else ""  # "RGB;16B": Pillow would drop the lower bits

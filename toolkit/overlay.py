@@ -98,14 +98,15 @@ def _with_legend(picture: Any, mask: Mask) -> Any:
     classes = zip(mask.areas(), mask.classes.colors[1:], strict=True)
     entries = [(area.name, color) for area, color in classes if area.pixels] or [("no labels", (0, 0, 0))]
     places: list[tuple[int, int, str, tuple[int, int, int]]] = []
-    left, line = 0, 0
+    left, line, widest = 0, 0, 0
     for name, color in entries:
         width = LEGEND_HEIGHT + ceil(font.getlength(name)) + 8
         if left and left + width > picture.width:
             left, line = 0, line + 1
         places.append((left, picture.height + line * LEGEND_HEIGHT, name, color))
         left += width
-    sheet = PIL.Image.new("RGB", (picture.width, picture.height + (line + 1) * LEGEND_HEIGHT))
+        widest = max(widest, left)
+    sheet = PIL.Image.new("RGB", (max(picture.width, widest), picture.height + (line + 1) * LEGEND_HEIGHT))
     sheet.paste(picture, (0, 0))
     draw = ImageDraw.Draw(sheet)
     for left, top, name, color in places:

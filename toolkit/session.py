@@ -47,7 +47,7 @@ class Session(Protocol):
 
 
 def open_session(bundle: Bundle, backend: str = "auto", threads: int | None = None) -> Session:
-    """Open the bundle's default variant, and see that it still answers the golden input as PyTorch did when it was built.
+    """Open the bundle's default variant, and see that it answers the golden input as PyTorch did at the build.
 
     Args:
         bundle: what ``load_bundle`` returned.

@@ -5,6 +5,7 @@ JSON; what comes from a file is checked field by field, and an unknown field is 
 """
 
 from dataclasses import asdict, dataclass
+from math import isfinite
 from typing import Any, Literal, TypeVar
 
 from medseg_trt.errors import ArtefactError
@@ -102,6 +103,8 @@ class Preprocessing:
     __pydantic_config__ = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
+        if not all(map(isfinite, (*self.window, *self.mean, *self.std, self.spacing_mm or 1.0))):
+            raise ValueError("window, mean, std and spacing_mm must be finite numbers")
         if not self.window[0] < self.window[1]:
             raise ValueError(f"the window {self.window} is empty; give its lower end first")
         if any(value <= 0 for value in self.std):
@@ -122,10 +125,14 @@ class Classes:
     def __post_init__(self) -> None:
         if len(self.names) < 2 or len(self.names) > 256:
             raise ValueError(f"{len(self.names)} class names; the background and 1 to 255 classes are possible")
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(f"two classes have the same name: {', '.join(self.names)}")
         if not self.colors:
             object.__setattr__(self, "colors", palette(len(self.names)))
         if len(self.colors) != len(self.names):
             raise ValueError(f"{len(self.names)} class names but {len(self.colors)} colours")
+        if any(not 0 <= value <= 255 for color in self.colors for value in color):
+            raise ValueError("a colour is red, green and blue from 0 to 255")
 
     @property
     def num_logits(self) -> int:

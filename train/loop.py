@@ -1,7 +1,7 @@
 """Train a model, from a recipe and a data folder to the best checkpoint; ``train`` tells the story."""
 
 import math
-import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from medseg_trt.errors import MedsegError
 from medseg_trt.progress import LOG, track
+from medseg_trt.segment import Run
 from medseg_trt.train.augment import augment
 from medseg_trt.train.datasets.folder import DataFolder
 from medseg_trt.train.datasets.prepared import PreparedSlices, prepare_slices
@@ -20,7 +21,7 @@ from medseg_trt.train.evaluate import evaluate
 from medseg_trt.train.losses import segmentation_loss
 from medseg_trt.train.model import runner
 from medseg_trt.train.recipes import Recipe, TrainSpec
-from medseg_trt.train.runs import Row, begin, save
+from medseg_trt.train.runs import PARTIAL_SLICES, Row, begin, save
 from medseg_trt.train.schedules import learning_rate
 
 
@@ -38,8 +39,12 @@ def train(recipe: Recipe, data: DataFolder, out: Path, *, block: Path | None = N
         UsageError: recipe, block and run folder do not fit together.
         InputError: the data cannot be used.
         ArtefactError: the block or the checkpoint cannot be used.
+        MedsegError: the training has diverged.
     """
     state = begin(recipe, data, out, block=block, resume=resume)
+    if state.next_epoch > recipe.train.epochs:
+        LOG.info("%s is complete; all %d epochs are done", out, recipe.train.epochs)
+        return out / "best.pt"
     checkpoint = state.checkpoint
     model = checkpoint.model().to("cuda" if torch.cuda.is_available() else "cpu")
     optimizer = make_optimizer(model, recipe.train)
@@ -48,9 +53,8 @@ def train(recipe: Recipe, data: DataFolder, out: Path, *, block: Path | None = N
     validation = data.splits.get("val", ())
     if not validation:
         LOG.warning("%s has no validation split, so best.pt is simply the latest epoch", data.name)
-    prepared = out / "prepared"
-    try:
-        slices = prepare_slices(data.cases("train"), checkpoint.preprocessing, len(data.classes.names), prepared)
+    with tempfile.TemporaryDirectory(dir=out, prefix=PARTIAL_SLICES, ignore_cleanup_errors=True) as prepared:
+        slices = prepare_slices(data.cases("train"), checkpoint.preprocessing, len(data.classes.names), Path(prepared))
         LOG.info("train %s on %d slices of %s", recipe.architecture, len(slices.images), data.name)
         for epoch in range(state.next_epoch, recipe.train.epochs + 1):
             began = time.monotonic()
@@ -59,14 +63,12 @@ def train(recipe: Recipe, data: DataFolder, out: Path, *, block: Path | None = N
                 row["loss"] = train_epoch(model, optimizer, slices, recipe, epoch)
             model.eval()
             if validation and (epoch % recipe.train.validate_every == 0 or epoch == recipe.train.epochs):
-                run, batch = runner(model), recipe.train.batch_size
-                found = evaluate(run, validation, checkpoint.preprocessing, data.classes, batch)
+                run = _finite_runner(model, recipe.train)
+                found = evaluate(run, validation, checkpoint.preprocessing, data.classes, recipe.train.batch_size)
                 row |= {"dice": found.mean_dice, "dice_of_class": {mean.name: mean.dice for mean in found.means}}
             row["seconds"] = round(time.monotonic() - began, 2)
             state = save(state, model, optimizer, row, out)
             _tell(row, recipe.train.epochs)
-    finally:
-        shutil.rmtree(prepared, ignore_errors=True)
     return out / "best.pt"
 
 
@@ -100,10 +102,7 @@ def train_epoch(
         loss = segmentation_loss(model(images.to(device)), labels.to(device))
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
-            raise MedsegError(
-                f"the loss of epoch {epoch}, step {index} is {losses[-1]}. Try a smaller rate in another run folder: "
-                f"--set train.learning_rate={spec.learning_rate / 10:g}"
-            )
+            raise _diverged(f"the loss of epoch {epoch}, step {index} is {losses[-1]}", spec)
         optimizer.zero_grad()
         loss.backward()
         if spec.max_gradient_norm is not None:
@@ -132,7 +131,8 @@ class EpochSlices(Dataset[tuple[np.ndarray, np.ndarray]]):
         return len(self.order)
 
     def __getitem__(self, item: int) -> tuple[np.ndarray, np.ndarray]:
-        rng = np.random.default_rng([self.recipe.train.seed, self.epoch, item])
+        seed = [self.recipe.train.seed, self.epoch, item + 1]  # NumPy pads with zeros: [s, e, 0] would repeat [s, e]
+        rng = np.random.default_rng(seed)
         index = self.order[item]
         image, labels = np.array(self.slices.images[index]), np.array(self.slices.labels[index])
         image, labels = augment(image, labels, self.recipe.augmentation, rng)
@@ -149,6 +149,24 @@ def make_optimizer(model: nn.Module, spec: TrainSpec) -> torch.optim.Optimizer:
     return kind(parameters, rate, weight_decay=decay)
 
 
+def _finite_runner(model: nn.Module, spec: TrainSpec) -> Run:
+    """Return the model as a function, which refuses to go on once its answers are no longer numbers."""
+    run = runner(model)
+
+    def checked(batch: np.ndarray) -> np.ndarray:
+        logits = run(batch)
+        if not np.isfinite(logits).all():
+            raise _diverged("the network's answers on the validation split are no longer numbers", spec)
+        return logits
+
+    return checked
+
+
+def _diverged(what: str, spec: TrainSpec) -> MedsegError:
+    smaller = f"--set train.learning_rate={spec.learning_rate / 10:g}"
+    return MedsegError(f"{what}. Try a smaller rate in another run folder: {smaller}")
+
+
 def _tell(row: Row, epochs: int) -> None:
     loss = f"loss {row['loss']:.3f}, " if "loss" in row else "untrained, "
     dice = ""
@@ -157,5 +175,5 @@ def _tell(row: Row, epochs: int) -> None:
             f"{name} {'absent' if value is None else f'{value:.2f}'}" for name, value in row["dice_of_class"].items()
         )
         dice = f"validation Dice {row['dice']:.3f} ({classes}), "
-    left = row["seconds"] * (epochs - row["epoch"])
-    LOG.info("epoch %d of %d: %s%s%.0f s, about %.0f s left", row["epoch"], epochs, loss, dice, row["seconds"], left)
+    left = f", about {row['seconds'] * (epochs - row['epoch']):.0f} s left" if "loss" in row else ""
+    LOG.info("epoch %d of %d: %s%s%.0f s%s", row["epoch"], epochs, loss, dice, row["seconds"], left)

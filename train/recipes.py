@@ -43,6 +43,10 @@ class TrainSpec:
             raise ValueError(f"no schedule is called {self.schedule!r}; choose one of: {', '.join(SCHEDULES)}")
         if self.epochs < 0 or self.batch_size < 1 or self.validate_every < 1:
             raise ValueError("epochs must be 0 or more, batch_size and validate_every 1 or more")
+        if self.seed < 0 or self.workers < 0 or self.warmup_steps < 0:
+            raise ValueError("seed, workers and warmup_steps must be 0 or more")
+        if self.learning_rate <= 0 or (self.slices_per_epoch is not None and self.slices_per_epoch < 1):
+            raise ValueError("learning_rate must be positive, slices_per_epoch 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

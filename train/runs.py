@@ -6,12 +6,12 @@ It holds ``best.pt`` (highest mean Dice on the validation split), ``last.pt`` (w
 
 import json
 import platform
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from medseg_trt import __version__
@@ -27,6 +27,7 @@ from medseg_trt.train.model import build_model, model_spec
 from medseg_trt.train.recipes import Recipe
 from medseg_trt.train.transunet import TransUNet
 
+PARTIAL_SLICES = ".partial-slices-"  # how the folder of prepared slices begins, which a run removes at its end
 Row = Mapping[str, Any]  # of history.jsonl: epoch, loss, seconds, and dice, dice_of_class where it was validated
 
 
@@ -50,28 +51,32 @@ def begin(recipe: Recipe, data: DataFolder, out: Path, *, block: Path | None, re
         UsageError: ``out`` holds a run already, or one of another recipe, data set or block; or a block is missing.
     """
     manifest = data.manifest()
+    root, digest = str(data.root.resolve()), manifest_sha256(manifest)
     provenance = {
         "recipe": json.loads(json.dumps(to_dict(recipe))),
-        "data": {"name": data.name, "root": str(data.root), "sha256": manifest_sha256(manifest), "note": data.note},
+        "data": {"name": data.name, "root": root, "sha256": digest, "note": data.note},
         "versions": {"medseg-trt": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
     }
     last = out / "last.pt"
-    if resume and last.is_file():
-        return _resumed(load_checkpoint(last), provenance, block, out)
-    if last.is_file():
+    if last.is_file() and not resume:
         raise UsageError(f"{out} holds a run already. Add --resume to go on with it, or choose another folder with -o")
+    _remove_leftovers(out)
+    if last.is_file():
+        return _resumed(load_checkpoint(last), provenance, block, out)
+    if resume:
+        LOG.warning("%s holds no run to go on with; a new one begins", out)
+    checkpoint = _fresh(recipe, data, provenance, block)
     write_json(out / "recipe.json", to_dict(recipe))
     write_json(out / "data.json", manifest)
-    return RunState(checkpoint=_fresh(recipe, data, provenance, block))
+    return RunState(checkpoint=checkpoint)
 
 
 def save(state: RunState, model: TransUNet, optimizer: torch.optim.Optimizer, row: Row, out: Path) -> RunState:
     """Write what an epoch has brought, so that a kill at any moment loses no more than the epoch it interrupts."""
-    best_before = max((old["dice"] for old in state.history if "dice" in old), default=-1.0)
     history = (*state.history, row)
     provenance = {**state.checkpoint.provenance, "epoch": row["epoch"], "metrics": {"val": row.get("dice_of_class")}}
     checkpoint = replace(state.checkpoint, weights=trained_weights(model), provenance=provenance, training=None)
-    if row.get("dice", np.inf) > best_before:
+    if _is_best(row, state.history):
         save_checkpoint(checkpoint, out / "best.pt")
     with atomic_file(out / "history.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in history), encoding="utf-8")
@@ -79,6 +84,12 @@ def save(state: RunState, model: TransUNet, optimizer: torch.optim.Optimizer, ro
     save_checkpoint(replace(checkpoint, training=training), out / "last.pt")
     draw_curve(history, out / "curve.png")
     return RunState(checkpoint=state.checkpoint, history=history)
+
+
+def _is_best(row: Row, history: Sequence[Row]) -> bool:
+    """Say whether no epoch was better; of equals the later, and the latest where there is nothing to validate on."""
+    before = [old["dice"] for old in history if "dice" in old]
+    return row["dice"] >= max(before, default=0.0) if "dice" in row else not before
 
 
 def _fresh(recipe: Recipe, data: DataFolder, provenance: Mapping[str, Any], block: Path | None) -> Checkpoint:
@@ -129,3 +140,11 @@ def _resumed(last: Checkpoint, provenance: Mapping[str, Any], block: Path | None
     history = tuple(row for row in rows if row["epoch"] <= last.training["epoch"])
     LOG.info("go on after epoch %d", last.training["epoch"])
     return RunState(checkpoint=last, history=history)
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Remove the large files that a killed run had no time to remove."""
+    for checkpoint in out.glob(".partial-*.pt"):
+        checkpoint.unlink(missing_ok=True)
+    for folder in out.glob(f"{PARTIAL_SLICES}*"):
+        shutil.rmtree(folder, ignore_errors=True)

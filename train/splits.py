@@ -36,5 +36,7 @@ def split_volume(num_slices: int) -> tuple[tuple[int, int], tuple[int, int]]:
     count = math.ceil(VALIDATION_SHARE * num_slices)
     end = num_slices - count - GAP_SLICES
     if end < 1:
-        raise InputError(f"a single volume of {num_slices} slices is too thin to be divided; give two volumes")
+        raise InputError(
+            f"a single file with {num_slices} slice(s) cannot be divided into training and validation; give two files"
+        )
     return (0, end), (num_slices - count, num_slices)

@@ -27,7 +27,7 @@ def test_labels_stay_on_what_they_label(name, size):
         moved, moved_labels = augment(
             image, labels, [Step(name=name, options=OPTIONS.get(name, {}))], np.random.default_rng(seed)
         )
-        assert moved.shape == image.shape and moved_labels.shape == labels.shape
+        assert (moved.shape, moved_labels.shape) == (image.shape, labels.shape)
         assert (moved.dtype, moved_labels.dtype) == (np.float32, np.uint8)
         inside, outside = moved[0][moved_labels == 1], moved[0][moved_labels == 0]
         # Linear against nearest interpolation blurs a rim of one pixel; a mask left behind brings the gap near zero.

@@ -9,14 +9,15 @@ without ``classes`` they are counted in the masks.
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from medseg_trt.errors import InputError
+from medseg_trt.errors import ArtefactError, InputError
 from medseg_trt.files import sha256
 from medseg_trt.images import Image, find_images, output_stem, read_image, read_labels
 from medseg_trt.progress import LOG, track
@@ -63,11 +64,14 @@ class DataFolder:
         return self.splits[split]
 
     def manifest(self) -> dict[str, Any]:
-        """Return what the data set is made of: classes, splits, and the SHA-256 of every file, by relative name."""
+        """Return all that training depends on: classes, window, splits, and the SHA-256 of every file by relative name.
+
+        The folder's place and name are no part of it.
+        """
         files = sorted({file for cases in self.splits.values() for case in cases for file in (case.image, case.mask)})
         return {
-            "name": self.name,
             "classes": list(self.classes.names),
+            "window": self.window,
             "splits": {split: [case.name for case in cases] for split, cases in self.splits.items()},
             "files": {file.relative_to(self.root).as_posix(): sha256(file) for file in track(files, "hash the data")},
         }
@@ -82,7 +86,9 @@ class _Entry:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _DatasetFile:
+class Description:
+    """What ``dataset.json`` holds."""
+
     name: str | None = None
     classes: tuple[str, ...] | None = None
     colors: tuple[tuple[int, int, int], ...] = ()
@@ -93,12 +99,25 @@ class _DatasetFile:
 
     __pydantic_config__ = {"extra": "forbid"}
 
+    def __post_init__(self) -> None:
+        if self.window is not None and not -math.inf < self.window[0] < self.window[1] < math.inf:
+            raise ValueError(f"the window {self.window} is empty; give its lower end first")
+        if self.classes is not None:
+            Classes(names=self.classes, colors=self.colors)
+        elif self.colors:
+            raise ValueError("colors are given, but no classes to go with them")
+        for name, entries in (self.splits or {}).items():
+            if not entries:
+                raise ValueError(f"the split {name!r} is empty")
+        if self.splits is not None and "train" not in self.splits:
+            raise ValueError("the split 'train' is missing")
+
 
 def open_folder(root: Path) -> DataFolder:
     """Find the images and masks of a data folder and how they are divided.
 
     Raises:
-        InputError: a folder, a mask or a name in ``dataset.json`` is missing.
+        InputError: a folder, a mask or a name in ``dataset.json`` is missing, or it cannot be understood.
     """
     root = Path(root)
     for part in ("images", "masks"):
@@ -108,15 +127,17 @@ def open_folder(root: Path) -> DataFolder:
             )
     described = _read_description(root / "dataset.json")
     pairs = _pair(root)
-    classes = Classes(names=described.classes, colors=described.colors) if described.classes else _count_classes(pairs)
-    if described.splits:
+    if described.classes is None:
+        classes = _count_classes(pairs)
+    else:
+        classes = Classes(names=described.classes, colors=described.colors)
+    if described.splits is not None:
         splits = {
             name: tuple(_case(pairs, entry, root) for entry in entries) for name, entries in described.splits.items()
         }
     else:
         splits = _divide(tuple(pairs.values()))
-    if not splits.get("train"):
-        raise InputError(f'{root / "dataset.json"}: the split "train" is missing or empty')
+    _warn_of_leaks(splits)
     return DataFolder(
         root=root, name=described.name or root.resolve().name, classes=classes, splits=splits, window=described.window,
         note=described.note, split_notes=described.split_notes,
@@ -157,21 +178,21 @@ def _cut(case: Case, image: Image) -> Image:
     return replace(image, pixels=image.pixels[start:end], geometry=None)
 
 
-def _read_description(path: Path) -> _DatasetFile:
+def _read_description(path: Path) -> Description:
     if not path.is_file():
-        return _DatasetFile()
+        return Description()
     if path.stat().st_size > MAX_JSON_BYTES:
         raise InputError(f"{path} is larger than {MAX_JSON_BYTES >> 20} MiB; it should only name classes and splits")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return from_dict(Description, json.loads(path.read_text(encoding="utf-8-sig")), str(path))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is no valid JSON: {error}") from error
-    return from_dict(_DatasetFile, data, str(path))
+    except ArtefactError as error:
+        raise InputError(str(error)) from error
 
 
 def _pair(root: Path) -> dict[str, Case]:
-    masks = {output_stem(path): path for path in find_images([root / "masks"])}
-    images = {output_stem(path): path for path in find_images([root / "images"])}
+    images, masks = _by_stem(root / "images"), _by_stem(root / "masks")
     alone = sorted(images.keys() ^ masks.keys())
     if alone:
         where = "mask" if alone[0] in images else "image"
@@ -181,9 +202,20 @@ def _pair(root: Path) -> dict[str, Case]:
     return {stem: Case(image=path, mask=masks[stem]) for stem, path in images.items()}
 
 
+def _by_stem(folder: Path) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in find_images([folder]):
+        if (other := found.setdefault(output_stem(path), path)) is not path:
+            raise InputError(f"{other} and {path} have the same name but for the suffix; rename one, with its mask")
+    return found
+
+
 def _case(pairs: Mapping[str, Case], entry: _Entry, root: Path) -> Case:
     if entry.image not in pairs:
-        raise InputError(f"{root / 'dataset.json'} names {entry.image!r}, which is not in {root / 'images'}")
+        raise InputError(
+            f"{root / 'dataset.json'} names the image {entry.image!r}, but {root / 'images'} has no such file; "
+            f"its names, without suffix: {_first(list(pairs))}"
+        )
     return replace(pairs[entry.image], slices=entry.slices)
 
 
@@ -194,6 +226,11 @@ def _count_classes(pairs: Mapping[str, Case]) -> Classes:
     if values <= {0, 255} or values <= {0, 1}:
         return Classes(names=("background", "lesion"))
     names = ("background", *(f"class {value}" for value in range(1, max(values) + 1)))
+    if missing := set(range(1, len(names))) - values:
+        raise InputError(
+            f"the masks hold the values {_first(sorted(values))}, but not {_first(sorted(missing))}; renumber them "
+            "0, 1, 2 …, or, if that is what they are, name every class in dataset.json"
+        )
     LOG.info("the masks hold %d classes; name them in dataset.json", len(names) - 1)
     return Classes(names=names)
 
@@ -202,9 +239,36 @@ def _divide(cases: tuple[Case, ...]) -> dict[str, tuple[Case, ...]]:
     if len(cases) > 1:
         train, val = split_files(cases, SPLIT_SEED)
         return {"train": train, "val": val}
-    (only,) = cases
+    only = cases[0]
     blocks = split_volume(read_image(only.image).num_slices)
     LOG.warning(
         "there is one volume only: a block of its slices serves for validation, so figures are of the same patient"
     )
     return {name: (replace(only, slices=block),) for name, block in zip(("train", "val"), blocks, strict=True)}
+
+
+def _warn_of_leaks(splits: Mapping[str, Sequence[Case]]) -> None:
+    """Say where two splits share slices: figures of what was trained on are too good."""
+    seen: dict[Path, list[tuple[str, Case]]] = {}
+    leaks: list[str] = []
+    for split, cases in splits.items():
+        for case in cases:
+            others = seen.setdefault(case.image, [])
+            leaks += [
+                f"{case.name} ({other} and {split})" for other, old in others if other != split and _overlap(case, old)
+            ]
+            others.append((split, case))
+    if leaks:
+        LOG.warning(
+            "the splits share slices, so figures do not tell how the model does on new images: %s", _first(leaks)
+        )
+
+
+def _overlap(case: Case, other: Case) -> bool:
+    start, end = case.slices or (0, math.inf)
+    other_start, other_end = other.slices or (0, math.inf)
+    return start < other_end and other_start < end
+
+
+def _first(items: Sequence[object], count: int = 5) -> str:
+    return ", ".join(str(item) for item in items[:count]) + (", …" if len(items) > count else "")

@@ -36,27 +36,34 @@ def prepare_slices(
     Raises:
         InputError: a file cannot be used, or the disk is too full.
     """
-    counts = [_num_slices(case, num_labels) for case in track(cases, "check the masks")]
     height, width = preprocessing.image_size
-    total = sum(counts)
+    total = sum(_num_slices(case, num_labels) for case in track(cases, "check the masks"))
     wanted = total * height * width * (3 * 4 + 1)
     folder.mkdir(parents=True, exist_ok=True)
     if wanted > shutil.disk_usage(folder).free:
         raise InputError(
-            f"{folder} has no room for {wanted / 1e9:.1f} GB of prepared slices; choose another disk with -o"
+            f"the disk of {folder} has no room for {wanted / 1e9:.1f} GB of prepared slices; choose another with -o"
         )
     images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.float32, (total, 3, height, width))
     labels = np.lib.format.open_memmap(folder / "labels.npy", "w+", np.uint8, (total, height, width))
+    holds = np.zeros((total, num_labels), bool)
+    unscaled: list[str] = []
     index = 0
     for case in track(cases, "prepare the slices"):
         image, masks = read_case(case, num_labels)
-        _warn_if_clipped(case, image.pixels, preprocessing)
+        unscaled += _unlike_window(case, image.pixels, preprocessing)
         for pixels, mask in zip(image.pixels, masks, strict=True):
             images[index] = prepare(pixels, preprocessing, image.spacing_in_plane)
             labels[index] = prepare_labels(mask, preprocessing, image.spacing_in_plane)
+            holds[index, np.unique(labels[index])] = True
             index += 1
-    present = [np.flatnonzero((labels == label).any((1, 2))) for label in range(num_labels)]
-    return PreparedSlices(images=images, labels=labels, slices_of_class=tuple(some for some in present if len(some)))
+    if unscaled:
+        LOG.warning(
+            '%d case(s) do not have values of 0 … 255, but the window does; set "window" in dataset.json: %s',
+            len(unscaled), unscaled[0],
+        )  # fmt: skip
+    slices_of_class = tuple(np.flatnonzero(column) for column in holds.T if column.any())
+    return PreparedSlices(images=images, labels=labels, slices_of_class=slices_of_class)
 
 
 def _num_slices(case: Case, num_labels: int) -> int:
@@ -64,9 +71,10 @@ def _num_slices(case: Case, num_labels: int) -> int:
     return image.num_slices
 
 
-def _warn_if_clipped(case: Case, pixels: np.ndarray, preprocessing: Preprocessing) -> None:
-    if pixels.dtype != np.uint8 and preprocessing.window == EIGHT_BIT:
-        LOG.warning(
-            '%s: the values run from %g to %g, but the window is 0 … 255; set "window" in dataset.json',
-            case.name, pixels.min(), pixels.max(),
-        )  # fmt: skip
+def _unlike_window(case: Case, pixels: np.ndarray, preprocessing: Preprocessing) -> list[str]:
+    """Name a case whose values are not those of an 8-bit picture though the window is: it turns all black or white."""
+    low, high = pixels.min(), pixels.max()
+    fits = pixels.dtype == np.uint8 or (low >= 0 and 1 < high <= EIGHT_BIT[1])
+    if fits or preprocessing.window != EIGHT_BIT:
+        return []
+    return [f"{case.name} runs from {low:g} to {high:g}"]

