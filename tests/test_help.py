@@ -17,9 +17,8 @@ import sys
 from medseg_trt.cli import main
 try:
     main()
-except SystemExit as leave:
+finally:
     print("heavy:", *sorted(sys.modules.keys() & {HEAVY!r}), file=sys.stderr)
-    raise
 """
 
 
@@ -42,7 +41,7 @@ def test_help_of_every_command_is_there_and_light(path, command):
     done = probe(*path, "--help")
     assert (done.returncode, done.stderr) == (0, "heavy:\n")
     assert done.stdout.startswith("Usage: ")
-    assert command.help.splitlines()[0] in done.stdout
+    assert command.help.splitlines()[0] in " ".join(done.stdout.split())  # help is wrapped to the terminal
     for parameter in command.params:
         if isinstance(parameter, click.Option):
             assert parameter.opts[-1] in done.stdout

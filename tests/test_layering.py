@@ -43,7 +43,7 @@ def place(module: str) -> str:
 
 
 def imports(tree: ast.Module) -> Iterator[str]:
-    """Yield the dotted name of everything imported anywhere, also by name (``import_module("medseg_trt.x")``, tables)."""
+    """Yield the dotted name of everything imported anywhere, also where a string names the module, as in a table."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ def sha256(path: Path) -> str:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Generator[Path, None, None]:
     """Yield a temporary path beside ``path``; rename it there when the block ends without an error.
 
     The suffix is kept, so that libraries that look at it choose the right format.
@@ -46,7 +46,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Generator[Path, None, None]:
     """Yield a temporary folder beside ``path``; put it in ``path``'s place when the block ends without an error.
 
     An older folder at ``path`` stays until the new one is complete.

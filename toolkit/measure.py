@@ -24,7 +24,7 @@ class Timing:
 
 
 def time_interleaved(
-    runs: Mapping[str, Run], batch: np.ndarray, *, warmup_ms: float = 200, duration_s: float = 10
+    runs: Mapping[str, Run], batch: np.ndarray, *, warmup_ms: float = 200.0, duration_s: float = 10.0
 ) -> dict[str, Timing]:
     """Time every network on the same batch, one call of each in turn.
 

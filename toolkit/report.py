@@ -102,12 +102,12 @@ def bench_cells(report: Report) -> list[tuple[str, ...]]:
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Return the lines of a Markdown table; all columns but the first are set flush right."""
     rule = [":--", *("--:" for _ in header[1:])]
-    return [f"| {' | '.join(cells)} |" for cells in (header, rule, *rows)]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in (header, rule, *rows)]
 
 
 def _cells(row: BenchRow, reference_ms: float) -> tuple[str, ...]:
     return (
-        f"{row.name} ({row.device})",
+        f"{row.name} ({row.device}{'' if row.executed else ', not executed'})",
         f"{row.timing.median_ms:.2f}",
         f"{row.timing.p90_ms:.2f}",
         str(row.timing.runs),

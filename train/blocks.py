@@ -76,6 +76,7 @@ def extract(source: Path, layer: LayerChoice = "last") -> FrozenBlock:
         return block
     LOG.info("read layer %s of %s", layer, source)
     found = READERS[suffix](source, layer)
+    LOG.info("left out: %s", ", ".join(found.provenance["skipped"]) or "nothing")
     provenance = {**found.provenance, "medseg_trt": __version__}
     return _checked(found.spec, _same_type(found.tensors, source), provenance, source)
 

@@ -7,6 +7,7 @@ file of its own, known by its SHA-256, and is looked for beside the checkpoint a
 
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ from medseg_trt.train.model import build_model
 from medseg_trt.train.transunet import TransUNet
 
 SCHEMA = 1
+HEADER = {"schema", "spec", "preprocessing", "classes", "block_sha256", "provenance"}
 FROZEN_PREFIXES = ("insert.block.", "insert.final_norm.")
 
 
@@ -44,14 +46,17 @@ class Checkpoint:
         """Build the network in evaluation mode: (batch, 1 or 3, height, width) float32 to logits.
 
         Raises:
-            ArtefactError: the weights do not fit the architecture, or the block is not the one it was trained with.
+            ArtefactError: the weights do not fit the architecture, or the block is not the one they were trained with.
         """
-        model = build_model(self.spec, self.block())
+        block = self.block()
+        model = build_model(self.spec, block)
         try:
             missing, unexpected = model.load_state_dict(dict(self.weights), strict=False)
         except RuntimeError as error:
             raise ArtefactError(f"the weights do not fit {self.spec.architecture}: {_one_line(error)}") from error
-        missing = [name for name in missing if not name.startswith(FROZEN_PREFIXES)]
+        if block is not None:  # its weights come from its own file, and from nowhere else
+            missing = [name for name in missing if not name.startswith(FROZEN_PREFIXES)]
+            unexpected += [name for name in self.weights if name.startswith(FROZEN_PREFIXES)]
         if missing or unexpected:
             raise ArtefactError(
                 f"the weights do not fit {self.spec.architecture}: "
@@ -91,7 +96,8 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path, *, self_contained: bool 
         if self_contained:
             content["block_bytes"] = torch.frombuffer(bytearray(checkpoint.block_file.read_bytes()), dtype=torch.uint8)
         else:
-            _put_beside(checkpoint.block_file, path.parent / block_name(checkpoint.block_sha256))
+            digest = checkpoint.block_sha256
+            _put_beside(checkpoint.block_file, digest, path.parent / block_name(digest))
     with atomic_file(path) as temporary:
         torch.save(content, temporary)
 
@@ -107,29 +113,47 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise ArtefactError(f"{path} does not exist. Train a model first: medseg-trt train --recipe NAME --data DIR")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        header, weights = content["medseg_trt"], content["weights"]
     except pickle.UnpicklingError as error:
-        raise ArtefactError(f"{path} holds more than tensors and plain data, so it is not opened") from error
-    except (RuntimeError, EOFError, OSError, KeyError, TypeError, ValueError) as error:
+        raise ArtefactError(f"{path} holds other things than tensors and plain data, so it is not opened") from error
+    except (RuntimeError, EOFError, OSError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise ArtefactError(f"{path} is damaged or no checkpoint of medseg-trt: {_one_line(error)}") from error
-    if not isinstance(header, dict) or header.get("schema") != SCHEMA:
-        raise ArtefactError(f"{path} was written by another version of medseg-trt; this one reads schema {SCHEMA}")
-    source = str(path)
+    header = _checked_header(content, path)
+    source, digest = str(path), header["block_sha256"]
     checkpoint = Checkpoint(
-        weights=weights,
-        spec=from_dict(ModelSpec, header.get("spec"), source),
-        preprocessing=from_dict(Preprocessing, header.get("preprocessing"), source),
-        classes=from_dict(Classes, header.get("classes"), source),
-        provenance=header.get("provenance", {}),
+        weights=content["weights"],
+        spec=from_dict(ModelSpec, header["spec"], source),
+        preprocessing=from_dict(Preprocessing, header["preprocessing"], source),
+        classes=from_dict(Classes, header["classes"], source),
+        provenance=header["provenance"],
         training=content.get("training"),
     )
-    digest = header.get("block_sha256")
     if digest is None:
         return checkpoint
-    block_file = (
-        _unpack(content["block_bytes"], digest) if "block_bytes" in content else find_block(digest, path.parent)
-    )
+    embedded = content.get("block_bytes")
+    block_file = find_block(digest, path.parent) if embedded is None else _unpack(embedded, digest)
     return replace(checkpoint, block_file=block_file, block_sha256=digest)
+
+
+def _checked_header(content: Any, path: Path) -> dict[str, Any]:
+    """Return what describes the weights, once everything in the file is of the kind it must be."""
+    header = content.get("medseg_trt") if isinstance(content, dict) else None
+    if not isinstance(header, dict):
+        raise ArtefactError(f"{path} is damaged or no checkpoint of medseg-trt: nothing in it describes a model")
+    if header.get("schema") != SCHEMA:
+        raise ArtefactError(f"{path} was written by another version of medseg-trt; this one reads schema {SCHEMA}")
+    weights, digest, embedded = content.get("weights"), header.get("block_sha256"), content.get("block_bytes")
+    sound = {
+        "weights": isinstance(weights, dict) and all(isinstance(value, Tensor) for value in weights.values()),
+        "training": isinstance(content.get("training"), dict | None),
+        "block_bytes": embedded is None or (isinstance(embedded, Tensor) and embedded.dtype == torch.uint8),
+        "block_sha256": digest is None
+        or (isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) is not None),
+        "provenance": isinstance(header.get("provenance"), dict),
+        "its header": header.keys() == HEADER,
+    }
+    if damaged := [name for name, good in sound.items() if not good]:
+        raise ArtefactError(f"{path} is damaged: {', '.join(damaged)} cannot be what medseg-trt wrote")
+    return header
 
 
 def block_name(digest: str) -> str:
@@ -162,14 +186,14 @@ def _unpack(embedded: Tensor, digest: str) -> Path:
     return path
 
 
-def _put_beside(source: Path, target: Path) -> None:
-    if target.exists():
+def _put_beside(source: Path, digest: str, target: Path) -> None:
+    if target.is_file() and (target.samefile(source) or sha256(target) == digest):
         return
-    with atomic_file(target) as temporary:
-        temporary.unlink()
-        try:
-            os.link(source, temporary)  # the block of a 7B model is 405 MB: share its bytes where the disk can
-        except OSError:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source.resolve(), target)  # the block of a 7B model is 405 MB: share its bytes where the disk can
+    except OSError:  # another disk, no right to link, or a damaged file in its place
+        with atomic_file(target) as temporary:
             shutil.copyfile(source, temporary)
 
 

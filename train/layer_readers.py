@@ -27,8 +27,8 @@ from medseg_trt.train.llama import LlamaBlock
 LayerChoice = int | Literal["last"]
 MAX_SIZE = 1 << 20  # of one axis of a layer; LLaMA-3 405B has 53248
 MAX_JSON_BYTES = 1 << 24
-HUGGING_FACE_LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
-GGUF_LAYER = re.compile(r"blk\.(\d+)\.")
+HUGGING_FACE_LAYER = re.compile(r"(?:model\.)?layers\.(\d{1,6})\.")
+GGUF_LAYER = re.compile(r"blk\.(\d{1,6})\.")
 GGUF_NAMES: Mapping[str, str] = {  # llama.cpp's name -> Hugging Face's
     "attn_norm.weight": "input_layernorm.weight",
     "attn_q.weight": "self_attn.q_proj.weight",

@@ -1,4 +1,4 @@
-"""Files and slices are divided so that nothing is lost, nothing is in both parts, and the same seed divides the same way."""
+"""Files and slices are divided so that nothing is lost or in both parts, and the same seed divides the same way."""
 
 import pytest
 from hypothesis import given

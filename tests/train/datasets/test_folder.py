@@ -120,7 +120,9 @@ def test_classes_are_found_in_the_masks(tmp_path, masks, expected):
     assert open_folder(root).classes.names == expected
 
 
-@pytest.mark.parametrize(("values", "absent"), [([0, 128, 255], "1, 2, 3, 4, 5, …"), ([0, 2], "1"), ([0, 1, 255], "2,")])
+@pytest.mark.parametrize(
+    ("values", "absent"), [([0, 128, 255], "1, 2, 3, 4, 5, …"), ([0, 2], "1"), ([0, 1, 255], "2,")]
+)
 def test_masks_with_a_hole_in_their_values_are_no_classes(tmp_path, values, absent):
     # Grey borders of a scaled mask, or an "ignore" of 255, would otherwise make a network with 256 logits.
     root = write_pictures(tmp_path, 2, size=(1, len(values)))
@@ -192,7 +194,10 @@ def test_an_unknown_split_lists_the_known_ones(tmp_path):
     [
         ({"class_names": ["a", "b"]}, "class_names"),
         ({"splits": {"train": [{"image": "case0", "slice": [0, 1]}]}}, "slice"),
-        ({"splits": {"train": [{"image": "case9"}]}}, r"'case9'.*no such file; its names, without suffix: case0, case1"),
+        (
+            {"splits": {"train": [{"image": "case9"}]}},
+            r"'case9'.*no such file; its names, without suffix: case0, case1",
+        ),
         ({"splits": {"train": [{"image": "case0.png"}]}}, "without suffix"),
         ({"splits": {"train": [{"image": "../masks/case0"}]}}, "no such file"),
         ({"splits": {"val": [{"image": "case0"}]}}, "'train' is missing"),
@@ -229,7 +234,7 @@ def test_a_dataset_json_that_is_none_is_an_error_of_one_kind(tmp_path, content):
         open_folder(root)
 
 
-def test_a_huge_dataset_json_is_not_read(tmp_path, monkeypatch):
+def test_a_huge_dataset_json_is_not_read(tmp_path):
     root = write_pictures(tmp_path)
     with (root / "dataset.json").open("wb") as file:
         file.truncate(1 << 40)  # takes no room on the disk, but reading it would take all memory
@@ -274,15 +279,14 @@ def test_the_digest_does_not_depend_on_the_place(tmp_path):
 
 def one_pixel_of_one_mask(root):
     path = root / "masks" / "scan1.nii.gz"
-    mask = nibabel.load(path)
-    values = np.array(mask.dataobj)
+    values = np.asarray(nibabel.load(path).dataobj).copy()
     values[3, 4, 2] = 2 - values[3, 4, 2]
     write_nifti(path, values)
 
 
 def one_pixel_of_one_image(root):
     path = root / "images" / "scan0.nii.gz"
-    values = np.array(nibabel.load(path).dataobj)
+    values = np.asarray(nibabel.load(path).dataobj).copy()
     values[0, 0, 0] ^= 1
     write_nifti(path, values)
 

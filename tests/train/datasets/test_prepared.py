@@ -56,28 +56,19 @@ def test_slices_of_class_hold_their_class_and_no_other_slice_does(tmp_path):
     assert [slices.tolist() for slices in found.slices_of_class] == [[0, 1, 2, 3], [1, 3], [3]]
 
 
-@pytest.fixture
-def bad_last(tmp_path):
+def test_a_bad_label_in_the_last_file_is_found_before_anything_is_written(tmp_path):
     root = write_pictures(tmp_path / "data", 5)
     write_description(root, {"train": [{"image": f"case{index}"} for index in range(5)]})
     cases = cases_of(root)
+    for index, case in enumerate(cases):
+        PIL.Image.fromarray(picture(index)[1]).save(case.mask)
     labels = np.zeros((32, 32), np.uint8)
     labels[5, 5:7] = (9, 200)
     PIL.Image.fromarray(labels).save(cases[-1].mask)
-    return cases
-
-
-def test_a_bad_label_in_the_last_file_is_found_before_anything_is_written(tmp_path, bad_last):
-    with pytest.raises(InputError, match=r"case4.png holds the values 9, 200"):
-        prepare_slices(bad_last, PICTURES, 3, tmp_path / "out")
+    with pytest.raises(InputError, match=r"masks/case4.png holds the values 9, 200"):
+        prepare_slices(cases, PICTURES, 3, tmp_path / "out")
     assert not list(tmp_path.glob("out/**/*.npy"))
-
-
-def test_the_masks_in_front_of_it_are_good(tmp_path, bad_last):
-    # Without this the test above would also pass if the first file were refused.
-    for case in bad_last[:-1]:
-        PIL.Image.fromarray(picture(0)[1]).save(case.mask)
-    assert len(prepare_slices(bad_last[:-1], PICTURES, 3, tmp_path / "out").images) == 4
+    assert len(prepare_slices(cases[:-1], PICTURES, 3, tmp_path / "out").images) == 4  # the others were good
 
 
 def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):

@@ -1,0 +1,131 @@
+import re
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from tiny import make_checkpoint
+
+from medseg_trt.errors import MedsegError
+from medseg_trt.export import trace as trace_module
+from medseg_trt.export.fold import fold
+from medseg_trt.export.trace import OPSET, OnnxGraph, check, save_graph, trace
+from medseg_trt.train.checkpoint import load_checkpoint
+
+SIZE = (32, 48)
+
+
+@pytest.fixture(scope="module")
+def folded(tmp_path_factory):
+    return fold(load_checkpoint(make_checkpoint(tmp_path_factory.mktemp("model"), size=SIZE)).model())[0]
+
+
+@pytest.fixture(scope="module")
+def saved(folded, tmp_path_factory):
+    """Return the folder with the written graph."""
+    folder = tmp_path_factory.mktemp("graph")
+    save_graph(trace(folded), folder, "fp32.onnx", "weights.bin")
+    return folder
+
+
+@pytest.fixture
+def graph(saved) -> OnnxGraph:
+    """Return a copy that a test may break."""
+    return OnnxGraph(model=trace_module.ir.load(saved / "fp32.onnx"))
+
+
+def test_the_graph_answers_as_pytorch_for_every_batch(folded, saved):
+    session = onnxruntime.InferenceSession(saved / "fp32.onnx", providers=["CPUExecutionProvider"])
+    for batch in (1, 2, 3, 5):
+        images = np.random.default_rng(batch).random((batch, 3, *SIZE), dtype=np.float32)
+        with torch.inference_mode():
+            expected = folded(torch.from_numpy(images)).numpy()
+        (logits,) = session.run(["logits"], {"pixel_values": images})
+        # Logits of order 1 in float32, added up in another order: 1e-6 seen, and 1e-5 is what a wrong eps misses by far.
+        np.testing.assert_allclose(logits, expected, atol=1e-5, rtol=0)
+
+
+def test_the_written_model_is_standard_onnx_with_weights_beside_it(saved):
+    model = onnx.load(saved / "fp32.onnx", load_external_data=False)
+    assert [(each.domain, each.version) for each in model.opset_import] == [("", OPSET)]
+    assert not model.functions
+    assert {entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"} == {
+        "weights.bin"
+    }
+    assert {node.op_type for node in model.graph.node} >= {"Attention", "RMSNormalization", "GroupNormalization", "Conv"}
+    assert "BatchNormalization" not in {node.op_type for node in model.graph.node}
+
+
+def test_names_are_unique_and_shapes_are_inferred(saved):
+    model = onnx.load(saved / "fp32.onnx", load_external_data=False)
+    nodes = [node.name for node in model.graph.node]
+    values = [name for node in model.graph.node for name in node.output]
+    assert len(set(nodes)) == len(nodes)
+    assert len(set(values)) == len(values)
+    known = {info.name: info.type.tensor_type.shape for info in (*model.graph.value_info, *model.graph.output)}
+    assert set(values) <= known.keys()
+    (logits,) = model.graph.output
+    assert [dim.dim_param or dim.dim_value for dim in logits.type.tensor_type.shape.dim] == ["batch", 3, *SIZE]
+
+
+def test_nothing_of_this_machine_is_in_the_file(saved):
+    text = (saved / "fp32.onnx").read_bytes()
+    assert not re.search(rb"File \"|site-packages|\.py\b|stack_trace", text)
+    assert b"LlamaBlock" in text  # the module a node came from is kept
+
+
+def test_another_operator_set_than_asked_for_is_refused(graph):
+    graph.model.opset_imports[""] = 18
+    with pytest.raises(MedsegError, match="operator sets"):
+        check(graph, SIZE, 3)
+
+
+def test_a_doubled_node_name_is_refused(graph):
+    first, second = list(graph.model.graph)[:2]
+    second.name = first.name
+    with pytest.raises(MedsegError, match="2 nodes are called"):
+        check(graph, SIZE, 3)
+
+
+def test_an_unknown_shape_is_refused(graph):
+    list(graph.model.graph)[5].outputs[0].shape = None
+    with pytest.raises(MedsegError, match="shape of .* is unknown"):
+        check(graph, SIZE, 3)
+
+
+@pytest.mark.parametrize(("size", "classes"), [((32, 32), 3), (SIZE, 2)])
+def test_another_input_or_output_is_refused(graph, size, classes):
+    with pytest.raises(MedsegError, match=r"the (in|out)puts are"):
+        check(graph, size, classes)
+
+
+def test_a_fixed_batch_is_refused(graph):
+    (logits,) = graph.model.graph.outputs
+    logits.shape = trace_module.ir.Shape([2, 3, *SIZE])
+    with pytest.raises(MedsegError, match="batch of the output is fixed"):
+        check(graph, SIZE, 3)
+
+
+def test_a_graph_that_onnx_refuses_is_not_kept(graph, tmp_path):
+    (matmul, *_) = (node for node in graph.model.graph if node.op_type == "MatMul")
+    matmul.op_type = "NoSuchOperator"
+    with pytest.raises(MedsegError, match="ONNX refuses"):
+        save_graph(graph, tmp_path, "broken.onnx", "weights.bin")
+
+
+def test_rotary_embedding_and_causal_mask_are_traced_where_they_are_switched_on(tmp_path):
+    model = load_checkpoint(make_checkpoint(tmp_path / "model")).model()
+    assert model.insert is not None
+    plain = fold(model)[0]
+    attention = model.insert.block.self_attn
+    attention.spec = replace(attention.spec, rotary=True, causal=True)
+    save_graph(trace(fold(model)[0]), tmp_path, "model.onnx", "weights.bin")
+    images = np.random.default_rng(0).random((2, 3, 32, 32), dtype=np.float32)
+    with torch.inference_mode():
+        expected, without = (network(torch.from_numpy(images)).numpy() for network in (model, plain))
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {"pixel_values": images})
+    np.testing.assert_allclose(logits, expected, atol=1e-5, rtol=0)
+    assert np.abs(logits - without).max() > 1e-3  # the switches do something

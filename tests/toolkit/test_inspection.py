@@ -1,0 +1,74 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from tiny import TWO_ORGANS, make_checkpoint
+
+from medseg_trt.errors import ArtefactError, InputError, MedsegError, UsageError
+from medseg_trt.inspection import describe
+
+LLAMA_7B_LAYER = 4 * 4096 * 4096 + 3 * 4096 * 11008 + 2 * 4096  # attention, feed-forward, two norms
+
+
+def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "medseg_trt", "inspect", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_published_architecture_is_counted_without_its_memory():
+    code = (
+        "import json, resource\n"
+        "from medseg_trt.inspection import describe\n"
+        "found = describe('arch:llm-transunet', 256, 1)\n"
+        "print(json.dumps([found, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found, peak_kib = json.loads(done.stdout)
+    assert found["parameters"] == {"total": 314_000_913, "trainable": 111_613_457, "frozen": 202_387_456}
+    assert found["parameters"]["frozen"] == LLAMA_7B_LAYER + 4096  # and LLaMA's final norm
+    assert found["spec"]["image_size"] == [256, 256]
+    # The weights alone would take 1.26 GB; PyTorch itself takes about 0.3.
+    assert peak_kib * 1024 < 1e9
+
+
+@pytest.mark.parametrize(("architecture", "classes"), [("transunet", 1), ("transunet", 9), ("transunet-tiny", 3)])
+def test_an_architecture_without_a_block_has_nothing_frozen(architecture, classes):
+    found = describe(f"arch:{architecture}", 224, classes)
+    assert found["parameters"]["frozen"] == 0
+    assert found["parameters"]["trainable"] == found["parameters"]["total"]
+    assert found["spec"]["num_classes"] == classes
+    assert found["spec"]["block"] is None
+
+
+def test_a_class_more_is_a_filter_more():
+    (two, three) = (describe("arch:transunet-tiny", 32, classes)["parameters"]["total"] for classes in (2, 3))
+    assert three - two == 3 * 3 * 16 + 1
+
+
+def test_a_checkpoint_is_described_as_plain_data(tmp_path):
+    path = make_checkpoint(tmp_path, provenance={"recipe": "generated"})
+    found = json.loads(json.dumps(describe(str(path), 256, 1)))
+    assert found["classes"]["names"] == list(TWO_ORGANS.names)
+    assert found["spec"]["architecture"] == "llm-transunet-tiny"
+    assert found["spec"]["image_size"] == [32, 32]  # its own, not the option's
+    assert found["provenance"] == {"recipe": "generated"}
+    assert found["block"]["file"] == str(tmp_path / "block.safetensors")
+    counts = found["parameters"]
+    assert counts["frozen"] > 0
+    assert counts["total"] == counts["trainable"] + counts["frozen"]
+
+
+def test_a_bundle_is_described_by_its_manifest(tiny_bundle):
+    found = describe(str(tiny_bundle), 256, 1)
+    assert found == json.loads(json.dumps(found)) or json.loads(json.dumps(found)) == json.loads(
+        (tiny_bundle / "manifest.json").read_text(encoding="utf-8")
+    )
+    assert found["model"]["architecture"] == "llm-transunet-tiny"
+
+
+def test_json_on_stdout_is_one_object_and_text_says_the_same():
+    as_json, as_text = run_cli("arch:transunet-tiny", "--image-size", "32", "--json"), run_cli("arch:transunet-tiny")
+    assert (as_json.returncode, as_json.stderr) == (0, "")
+    total = json.loads(as_json.stdout)["parameters"]["total"]
+    assert f"total: {total:,}" in as_text.stdout  # the image's size changes the position embedding only
