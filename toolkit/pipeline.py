@@ -7,8 +7,6 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from medseg_trt.bundle import MANIFEST, Bundle, Manifest, Variant, golden_input, load_bundle, seal
 from medseg_trt.errors import InputError, UsageError
 from medseg_trt.files import atomic_file, atomic_folder, sha256
@@ -16,16 +14,14 @@ from medseg_trt.images import Image, Mask, find_images, output_stem, read_image,
 from medseg_trt.overlay import write_overlay
 from medseg_trt.preprocess import outside_fraction
 from medseg_trt.progress import LOG, track
-from medseg_trt.segment import Run, prepared_slices, segment
+from medseg_trt.segment import Run, segment
 from medseg_trt.session import open_session
 from medseg_trt.spec import BuildSpec, to_dict
 
 if TYPE_CHECKING:
     from medseg_trt.train.checkpoint import Checkpoint
-    from medseg_trt.train.datasets.folder import DataFolder
 
 PRECISION = "fp32"
-MAX_REAL_IMAGES = 8
 GOLDEN_MARGIN = 10  # another processor adds in another order, so its logits may be further off than here
 AREA_HEADER = ("file", "class", "label", "pixels", "mm2", "ml")
 
@@ -53,6 +49,7 @@ def build(
     from medseg_trt.export.fold import fold
     from medseg_trt.export.trace import save_graph, trace
     from medseg_trt.export.verify import verify
+    from medseg_trt.reference_images import reference_images
     from medseg_trt.report import package_versions
     from medseg_trt.sessions.onnxruntime import open_graph
     from medseg_trt.train.checkpoint import load_checkpoint
@@ -65,7 +62,7 @@ def build(
     folder = Path(output) if output is not None else path.with_suffix(".medseg")
     _require_replaceable(folder)
     loaded = load_checkpoint(path)
-    inputs, images = _verification_images(loaded, Path(data) if data is not None else None)
+    inputs, images = reference_images(loaded, Path(data) if data is not None else None)
     reference = loaded.model()
 
     def check(run: Run, what: str) -> Mapping[str, Any]:
@@ -200,45 +197,6 @@ def infer_to_folder(
 def _require_replaceable(folder: Path) -> None:
     if folder.exists() and not (folder / MANIFEST).is_file():
         raise UsageError(f"{folder} exists and is no bundle, so it is not replaced; choose another name with -o")
-
-
-def _verification_images(checkpoint: "Checkpoint", data: Path | None) -> tuple[np.ndarray, str]:
-    """Return prepared images, evenly spread over the validation split, and what they are."""
-    from medseg_trt.export.verify import noise
-    from medseg_trt.train.datasets.folder import open_folder, read_case_image
-
-    folder = open_folder(data) if data is not None else _recorded_folder(checkpoint)
-    if folder is None:
-        return noise(checkpoint.spec.image_size), "generated noise"
-    split = "val" if folder.splits.get("val") else "train"
-    cases = folder.cases(split)
-    each = -(-MAX_REAL_IMAGES // len(cases))
-    found: list[np.ndarray] = []
-    for case in cases[:MAX_REAL_IMAGES]:
-        image = read_case_image(case)
-        prepared = prepared_slices(image, checkpoint.preprocessing)
-        places = np.linspace(0, len(prepared) - 1, min(len(prepared), each)).round().astype(int)
-        found += [prepared[place] for place in places]
-    inputs = np.stack(found[:MAX_REAL_IMAGES])
-    return inputs, f"{len(inputs)} real images of {folder.name}, split {split}"
-
-
-def _recorded_folder(checkpoint: "Checkpoint") -> "DataFolder | None":
-    """Return the folder that the checkpoint was trained on, if it is there and unchanged."""
-    from medseg_trt.train.datasets.folder import manifest_sha256, open_folder
-
-    recorded = checkpoint.provenance.get("data")
-    reason = "the checkpoint does not say what it was trained on"
-    if recorded:
-        try:
-            folder = open_folder(Path(recorded["root"]))
-            if manifest_sha256(folder.manifest()) == recorded["sha256"]:
-                return folder
-            reason = f"{folder.root} has changed since the training"
-        except InputError as error:
-            reason = str(error)
-    LOG.warning("%s, so the bundle is verified on generated noise; give real images: --data DIR", reason)
-    return None
 
 
 def _source(checkpoint: "Checkpoint", path: Path) -> dict[str, Any]:

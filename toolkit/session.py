@@ -1,12 +1,13 @@
-"""A session runs a network: one small protocol, a table of back-ends, and one way to open one.
+"""A session runs a network: one small interface, a table of back-ends, and one way to open one.
 
 Nothing falls back in silence: ``auto`` says what it chose, and a back-end that was named and cannot run is an error.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from importlib import import_module
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float32
@@ -22,22 +23,22 @@ if TYPE_CHECKING:
 BACKENDS: Mapping[str, str] = {"onnxruntime": "medseg_trt.sessions.onnxruntime"}  # the first is what "auto" takes
 
 
-class Session(Protocol):
+class Session(ABC):
     """A network that is ready to run; a context manager that frees it at the end."""
 
     backend: str  # a key of BACKENDS, or "pytorch"
     device: str
     description: str  # back-end, version, precision and threads, for a table
 
+    @abstractmethod
     def run(self, batch: Float32[ndarray, "batch 3 height width"]) -> Float32[ndarray, "batch classes height width"]:
         """Return the logits of a batch of prepared images."""
-        ...
 
+    @abstractmethod
     def close(self) -> None:
         """Free the network."""
-        ...
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Session":
         return self
 
     def __exit__(

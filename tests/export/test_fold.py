@@ -11,8 +11,8 @@ from medseg_trt.export.fold import RULES, fold
 from medseg_trt.train.checkpoint import load_checkpoint
 from medseg_trt.train.transunet import ConvNormReLU, StdConv2d, TransUNet
 
-# Kernels are folded in float64 and rounded once to float32 (6e-8), and logits of order 1 pass about 30 layers; the largest
-# difference seen is 5e-7. The faults below miss the limit by a factor of 50 and more.
+# Kernels are folded in float64 and rounded once to float32 (6e-8), and logits of order 1 pass about 30 layers; the
+# largest difference seen is 5e-7. The faults below miss the limit by a factor of 50 and more.
 LOGITS_TOLERANCE = 5e-6
 
 

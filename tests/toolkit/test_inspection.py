@@ -1,19 +1,18 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from tiny import TWO_ORGANS, make_checkpoint
 
+from medseg_trt.cli import cli
 from medseg_trt.errors import ArtefactError, InputError, MedsegError, UsageError
+from medseg_trt.files import sha256
 from medseg_trt.inspection import describe
 
 LLAMA_7B_LAYER = 4 * 4096 * 4096 + 3 * 4096 * 11008 + 2 * 4096  # attention, feed-forward, two norms
-
-
-def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "medseg_trt", "inspect", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_the_published_architecture_is_counted_without_its_memory():
@@ -53,7 +52,7 @@ def test_a_checkpoint_is_described_as_plain_data(tmp_path):
     assert found["spec"]["architecture"] == "llm-transunet-tiny"
     assert found["spec"]["image_size"] == [32, 32]  # its own, not the option's
     assert found["provenance"] == {"recipe": "generated"}
-    assert found["block"]["file"] == str(tmp_path / "block.safetensors")
+    assert found["block"]["sha256"] == sha256(Path(found["block"]["file"]))
     counts = found["parameters"]
     assert counts["frozen"] > 0
     assert counts["total"] == counts["trainable"] + counts["frozen"]
@@ -61,14 +60,50 @@ def test_a_checkpoint_is_described_as_plain_data(tmp_path):
 
 def test_a_bundle_is_described_by_its_manifest(tiny_bundle):
     found = describe(str(tiny_bundle), 256, 1)
-    assert found == json.loads(json.dumps(found)) or json.loads(json.dumps(found)) == json.loads(
-        (tiny_bundle / "manifest.json").read_text(encoding="utf-8")
-    )
+    written = json.loads((tiny_bundle / "manifest.json").read_text(encoding="utf-8"))
+    assert json.loads(json.dumps(found)) == written
     assert found["model"]["architecture"] == "llm-transunet-tiny"
 
 
 def test_json_on_stdout_is_one_object_and_text_says_the_same():
-    as_json, as_text = run_cli("arch:transunet-tiny", "--image-size", "32", "--json"), run_cli("arch:transunet-tiny")
-    assert (as_json.returncode, as_json.stderr) == (0, "")
-    total = json.loads(as_json.stdout)["parameters"]["total"]
-    assert f"total: {total:,}" in as_text.stdout  # the image's size changes the position embedding only
+    options = ["inspect", "arch:transunet-tiny", "--image-size", "32", "--classes", "3"]
+    as_json, as_text = (CliRunner().invoke(cli, arguments) for arguments in ([*options, "--json"], options))
+    assert (as_json.exit_code, as_json.stderr) == (0, "")
+    assert f"total: {json.loads(as_json.stdout)['parameters']['total']:,}\n" in as_text.stdout
+
+
+@pytest.mark.parametrize(
+    ("what", "error", "words"),
+    [
+        ("missing.pt", InputError, "missing.pt does not exist; give a checkpoint"),
+        ("notes.txt", InputError, ".pt, .medseg and arch:NAME"),
+        ("arch:unet", UsageError, "'unet'.*llm-transunet"),
+        ("damaged.pt", ArtefactError, "damaged.pt"),
+        ("folder.pt", ArtefactError, "folder.pt"),
+        ("empty.medseg", ArtefactError, "is no bundle"),
+        ("file.medseg", ArtefactError, "is no bundle"),
+    ],
+)
+def test_what_cannot_be_described_ends_in_one_line_that_says_what_to_do(tmp_path, monkeypatch, what, error, words):
+    monkeypatch.chdir(tmp_path)
+    for name in ("notes.txt", "damaged.pt", "file.medseg"):
+        (tmp_path / name).write_text("this is neither", encoding="utf-8")
+    for name in ("folder.pt", "empty.medseg"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(MedsegError, match=words) as raised:
+        describe(what, 256, 1)
+    assert type(raised.value) is error
+    assert "\n" not in str(raised.value)
+
+
+def test_an_image_size_that_cannot_work_names_those_next_to_it():
+    with pytest.raises(UsageError, match=r"250.*multiple of 16.*240 or 256"):
+        describe("arch:transunet-tiny", 250, 1)
+
+
+def test_the_command_line_shows_the_line_and_no_traceback(tmp_path):
+    command = [sys.executable, "-m", "medseg_trt", "inspect", "missing.pt"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("medseg-trt: missing.pt does not exist")
+    assert done.stderr.count("\n") == 1

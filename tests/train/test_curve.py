@@ -3,6 +3,7 @@
 import math
 
 import matplotlib.figure
+import numpy as np
 import PIL.Image
 import pytest
 
@@ -55,7 +56,7 @@ def test_the_file_is_a_real_png_at_every_stage_of_a_run(tmp_path, history):
         picture.load()
         assert picture.format == "PNG"
         assert min(picture.size) >= 300
-        assert len(picture.convert("L").getcolors()) > 2  # axes and text: more than an empty sheet
+        assert np.unique(np.asarray(picture)).size > 2  # axes and text: more than an empty sheet
     assert [path.name for path in tmp_path.iterdir()] == ["curve.png"]
 
 

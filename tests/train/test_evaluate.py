@@ -105,7 +105,7 @@ def test_figures_are_those_of_the_source_pixels_not_of_the_canvas(tmp_path, size
             torch.from_numpy(truth[None, None].astype(float)), size=(32, 32), mode="nearest-exact"
         ).numpy()[0, 0]
         on_canvas.append(dice_by_hand(logits[0] > 0, small_truth > 0))
-    dice = [scored.scores[0].dice for scored in found.cases]
+    dice = [scored.scores[0].dice or 0.0 for scored in found.cases]
     assert found.mean_dice == np.mean(dice)
     # The canvas is another grid: scoring there, the mistake this test is for, gives other figures for every picture.
     assert all(abs(ours - theirs) > 1e-4 for ours, theirs in zip(dice, on_canvas, strict=True))

@@ -235,7 +235,7 @@ def _count_classes(pairs: Mapping[str, Case]) -> Classes:
     return Classes(names=names)
 
 
-def _divide(cases: tuple[Case, ...]) -> dict[str, tuple[Case, ...]]:
+def _divide(cases: Sequence[Case]) -> dict[str, tuple[Case, ...]]:
     if len(cases) > 1:
         train, val = split_files(cases, SPLIT_SEED)
         return {"train": train, "val": val}

@@ -277,16 +277,22 @@ def test_the_digest_does_not_depend_on_the_place(tmp_path):
     assert digest(shutil.copytree(without_name, tmp_path / "two")) == digest(without_name)
 
 
+def stored(path):
+    volume = nibabel.load(path)
+    assert isinstance(volume, nibabel.Nifti1Image)
+    return np.asarray(volume.dataobj).copy()
+
+
 def one_pixel_of_one_mask(root):
     path = root / "masks" / "scan1.nii.gz"
-    values = np.asarray(nibabel.load(path).dataobj).copy()
+    values = stored(path)
     values[3, 4, 2] = 2 - values[3, 4, 2]
     write_nifti(path, values)
 
 
 def one_pixel_of_one_image(root):
     path = root / "images" / "scan0.nii.gz"
-    values = np.asarray(nibabel.load(path).dataobj).copy()
+    values = stored(path)
     values[0, 0, 0] ^= 1
     write_nifti(path, values)
 

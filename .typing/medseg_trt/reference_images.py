@@ -1,0 +1,1 @@
+../../toolkit/reference_images.py

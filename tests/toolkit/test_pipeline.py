@@ -1,0 +1,203 @@
+import csv
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import PIL.Image
+import pytest
+from tiny import make_checkpoint, picture, write_nifti, write_pictures, write_volumes
+
+from medseg_trt import pipeline
+from medseg_trt.bundle import load_bundle
+from medseg_trt.errors import AccuracyGateError, InputError, UsageError
+from medseg_trt.export import trace as trace_module
+from medseg_trt.images import read_image
+from medseg_trt.pipeline import build, infer, infer_to_folder
+from medseg_trt.preprocess import prepare, restore
+from medseg_trt.session import open_reference
+from medseg_trt.spec import BuildSpec
+from medseg_trt.train.checkpoint import load_checkpoint, save_checkpoint
+from medseg_trt.train.datasets.folder import manifest_sha256, open_folder
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    """A folder with two pictures and a volume."""
+    folder = write_pictures(tmp_path / "data", count=2, size=(40, 52)) / "images"
+    pixels = np.stack([picture(seed, (36, 28))[0] for seed in range(5)])
+    write_nifti(folder / "scan.nii.gz", pixels.transpose(2, 1, 0))
+    return folder
+
+
+def unexpected(path: Path, error: InputError) -> None:
+    raise AssertionError(f"{path}: {error}")
+
+
+@pytest.fixture(scope="module")
+def trained_on(tmp_path_factory) -> tuple[Path, Path]:
+    """A checkpoint that says it was trained on a folder, and the folder."""
+    root = tmp_path_factory.mktemp("trained")
+    data = write_volumes(root / "data")
+    recorded = {"name": "generated", "root": str(data), "sha256": manifest_sha256(open_folder(data).manifest())}
+    return make_checkpoint(root, provenance={"data": recorded}), data
+
+
+def test_masks_are_what_pytorch_says_at_the_images_own_size(tiny_bundle, images):
+    checkpoint = load_checkpoint(tiny_bundle.parent / "model" / "model.pt")
+    p = checkpoint.preprocessing
+    with open_reference(checkpoint) as reference:
+        for mask in infer([images], tiny_bundle):
+            image = read_image(mask.path)
+            assert mask.labels.shape == image.pixels.shape[:3]
+            for labels, pixels in zip(mask.labels, image.pixels, strict=True):
+                logits = reference.run(prepare(pixels, p, None)[np.newaxis])[0]
+                expected = restore(logits, image.size, p, None)
+                # A logit is off by 1e-6, so a pixel may flip only where two classes tie: none of these few thousand.
+                assert (labels == expected).mean() > 0.999
+
+
+def test_files_are_written_in_the_sources_size_and_geometry(tiny_bundle, images, tmp_path):
+    written = infer_to_folder([images], tiny_bundle, tmp_path / "out", overlay=True, on_error=unexpected)
+    assert [path.name for path in written.masks] == ["case0.png", "case1.png", "scan.nii.gz"]
+    with PIL.Image.open(written.masks[0]) as mask:
+        assert mask.mode == "P"
+        assert mask.size == (52, 40)
+        colors = np.array(mask.getpalette()).reshape(-1, 3)
+        assert tuple(map(tuple, colors[:3])) == load_bundle(tiny_bundle).classes.colors
+    source, volume = nibabel.load(images / "scan.nii.gz"), nibabel.load(written.masks[2])
+    assert volume.shape == source.shape
+    np.testing.assert_array_equal(volume.affine, source.affine)
+    assert [path.name for path in written.overlays] == ["case0.png", "case1.png", "scan.png"]
+    assert all(PIL.Image.open(path).size[0] >= 52 for path in written.overlays)
+
+
+def test_the_table_of_areas_counts_the_masks(tiny_bundle, images, tmp_path):
+    written = infer_to_folder([images], tiny_bundle, tmp_path / "out", on_error=unexpected)
+    with written.areas.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["file"], row["class"]) for row in rows] == [
+        (name, label) for name in ("case0.png", "case1.png", "scan.nii.gz") for label in ("disc", "bar")
+    ]
+    for row in rows:
+        path = tmp_path / "out" / row["file"]
+        labels = np.asarray(nibabel.load(path).dataobj) if path.suffix == ".gz" else np.asarray(PIL.Image.open(path))
+        count = (labels == int(row["label"])).sum()
+        assert int(row["pixels"]) == count
+        millilitres = "" if path.suffix != ".gz" else f"{count * 2.0 * 1.5 * 3.0 / 1000:.4f}"
+        assert row["ml"] == millilitres
+        assert row["mm2"] == ""
+
+
+def test_a_bad_file_is_named_and_the_rest_is_done(tiny_bundle, images, tmp_path):
+    (images / "broken.png").write_bytes((images / "case0.png").read_bytes()[:60])
+    failed = []
+    written = infer_to_folder(
+        [images], tiny_bundle, tmp_path / "out", on_error=lambda path, error: failed.append((path.name, str(error)))
+    )
+    assert [name for name, _ in failed] == ["broken.png"]
+    assert "broken.png" in failed[0][1]
+    assert len(written.masks) == 3
+    assert not list((tmp_path / "out").glob(".partial*"))
+
+
+def test_an_interrupt_keeps_what_is_finished_and_its_areas(tiny_bundle, images, tmp_path, monkeypatch):
+    original = pipeline.write_mask
+
+    def interrupted(mask, folder):
+        if mask.path.name == "case1.png":
+            raise KeyboardInterrupt
+        return original(mask, folder)
+
+    monkeypatch.setattr(pipeline, "write_mask", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        infer_to_folder([images], tiny_bundle, tmp_path / "out", on_error=unexpected)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"case0.png", "areas.csv"}
+    assert len((tmp_path / "out" / "areas.csv").read_text().splitlines()) == 3
+
+
+def test_masks_never_overwrite_images_or_each_other(tiny_bundle, images, tmp_path):
+    before = (images / "case0.png").read_bytes()
+    with pytest.raises(UsageError, match="overwrite"):
+        infer_to_folder([images], tiny_bundle, images, on_error=unexpected)
+    assert (images / "case0.png").read_bytes() == before
+    other = write_pictures(tmp_path / "other", count=1) / "images"
+    with pytest.raises(UsageError, match="share the name"):
+        infer_to_folder([images, other], tiny_bundle, tmp_path / "out", on_error=unexpected)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_lies_outside_the_field_of_view_is_warned_of(trained_on, tmp_path, caplog):
+    checkpoint, data = trained_on
+    loaded = load_checkpoint(checkpoint)
+    narrow = replace(loaded, preprocessing=replace(loaded.preprocessing, spacing_mm=1.0))
+    save_checkpoint(narrow, tmp_path / "model.pt")
+    folder = build(tmp_path / "model.pt").folder
+    (mask,) = infer([data / "images" / "scan0.nii.gz"], folder)
+    assert "outside the network's field of view" in caplog.text
+    # 36 rows of 1.5 mm and 28 columns of 2 mm, of which the middle 32 mm are seen: 7 rows and 6 columns a side are not.
+    assert not mask.labels[:, :7].any()
+    assert not mask.labels[:, :, :6].any()
+    assert mask.labels[:, 9:27, 8:20].any()
+
+
+def test_a_bundle_is_verified_on_real_images_and_does_not_say_where_they_lie(trained_on, tmp_path):
+    checkpoint, data = trained_on
+    bundle = build(checkpoint, None, tmp_path / "a.medseg")
+    assert bundle.default.verification["images"] == "5 real images of generated, split val"
+    assert bundle.manifest()["source"]["provenance"]["data"].keys() == {"name", "sha256"}
+    texts = [path.read_bytes() for path in bundle.folder.iterdir()]
+    assert not any(str(data.parent).encode() in text for text in texts)  # a hospital's folders are nobody's business
+
+
+def test_a_bundle_that_does_not_agree_is_not_written_and_the_old_one_stays(tiny_bundle, tmp_path, monkeypatch):
+    checkpoint = tiny_bundle.parent / "model" / "model.pt"
+    out = tmp_path / "model.medseg"
+    build(checkpoint, None, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def wrong_weights(graph, folder, graph_name, weights_name):
+        save(graph, folder, graph_name, weights_name)
+        content = np.fromfile(folder / weights_name, np.float32)
+        (content * np.float32(1.01)).tofile(folder / weights_name)
+
+    save = trace_module.save_graph
+    monkeypatch.setattr(trace_module, "save_graph", wrong_weights)
+    with pytest.raises(AccuracyGateError, match="logits differ"):
+        build(checkpoint, None, out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_folder_that_is_no_bundle_is_never_replaced(tiny_bundle, tmp_path):
+    precious = tmp_path / "thesis"
+    precious.mkdir()
+    (precious / "chapter1.tex").write_text("…")
+    with pytest.raises(UsageError, match="is not replaced"):
+        build(tiny_bundle.parent / "model" / "model.pt", None, precious)
+    assert (precious / "chapter1.tex").is_file()
+
+
+def test_a_precision_that_does_not_exist_yet_is_refused(tiny_bundle):
+    with pytest.raises(UsageError, match="only fp32"):
+        build(tiny_bundle.parent / "model" / "model.pt", BuildSpec(precisions=("int8",)))
+
+
+def test_inference_needs_no_torch(tiny_bundle, images, tmp_path):
+    code = (
+        "import sys; sys.modules['torch'] = None; sys.modules['onnx'] = None; import medseg_trt\n"
+        f"masks = list(medseg_trt.infer([{str(images)!r}], {str(tiny_bundle)!r}))\n"
+        "print(len(masks), sorted(set(sys.modules) & {'transformers', 'matplotlib', 'safetensors'}))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert ran.stdout.strip() == "3 []"

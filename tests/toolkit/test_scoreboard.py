@@ -1,0 +1,72 @@
+import json
+
+import numpy as np
+import pytest
+from tiny import LESION, make_checkpoint, write_volumes
+
+from medseg_trt.errors import InputError, UsageError
+from medseg_trt.images import read_image, read_labels
+from medseg_trt.pipeline import infer
+from medseg_trt.scoreboard import evaluate_all
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_volumes(tmp_path_factory.mktemp("data"))
+
+
+def test_checkpoint_and_bundle_stand_side_by_side_with_the_same_figures(tiny_bundle, data):
+    checkpoint = tiny_bundle.parent / "model" / "model.pt"
+    (board,) = evaluate_all([checkpoint], [tiny_bundle], data, ["val"], "auto")
+    from_checkpoint, from_bundle = board.evaluations.values()
+    image = read_image(data / "images" / "scan1.nii.gz")
+    truth = read_labels(data / "masks" / "scan1.nii.gz", image, 3)
+    (mask,) = infer([data / "images" / "scan1.nii.gz"], tiny_bundle)
+    for label, found, again in zip((1, 2), from_bundle.means, from_checkpoint.means, strict=True):
+        true, predicted = truth == label, mask.labels == label
+        assert found.dice == pytest.approx(2 * (true & predicted).sum() / (true.sum() + predicted.sum()))
+        assert found.iou == pytest.approx((true & predicted).sum() / (true | predicted).sum())
+        assert again.dice == pytest.approx(found.dice, abs=1e-3)  # a tie may fall the other way in a pixel
+    assert board.header()[1:] == [
+        "model/model.pt (pytorch)\nDice / IoU",
+        f"{tiny_bundle.parent.name}/model.medseg (onnxruntime)\nDice / IoU",
+    ]
+    assert [row[0] for row in board.cells()] == ["disc", "bar", "mean"]
+
+
+def test_the_title_says_which_split_of_what(tiny_bundle, data):
+    (board,) = evaluate_all([], [tiny_bundle], data, ["val"], "auto")
+    assert board.title == "generated, split val (generated shapes)"
+    assert json.loads(json.dumps(board.to_dict()))["split"] == "val"
+
+
+def test_networks_that_share_a_short_name_are_told_apart(tmp_path, data):
+    paths = [make_checkpoint(tmp_path / place / "run", architecture="transunet-tiny") for place in ("a", "b")]
+    (board,) = evaluate_all(paths, [], data, ["val"], "auto")
+    assert len(board.evaluations) == 2
+
+
+def test_an_absent_class_is_shown_as_absent(tiny_bundle, tmp_path):
+    data = write_volumes(tmp_path)
+    import nibabel
+
+    path = data / "masks" / "scan1.nii.gz"
+    volume = nibabel.load(path)
+    without_bar = np.asarray(volume.dataobj) * (np.asarray(volume.dataobj) != 2)
+    nibabel.save(nibabel.Nifti1Image(without_bar.astype(np.uint8), volume.affine), path)
+    (board,) = evaluate_all([], [tiny_bundle], data, ["val"], "auto")
+    cells = dict(board.cells())
+    assert cells["bar"] in ("absent", "absent, false alarm")
+    (found,) = board.evaluations.values()
+    assert float(cells["mean"]) == pytest.approx(found.means[0].dice, abs=5e-4)  # the absent class is in no mean
+
+
+def test_other_classes_than_the_datas_are_refused(tmp_path, data):
+    checkpoint = make_checkpoint(tmp_path, classes=LESION, architecture="transunet-tiny")
+    with pytest.raises(UsageError, match="knows the classes background, lesion"):
+        evaluate_all([checkpoint], [], data, ["val"], "auto")
+
+
+def test_an_unknown_split_lists_the_known_ones(tiny_bundle, data):
+    with pytest.raises(InputError, match="train, val"):
+        evaluate_all([], [tiny_bundle], data, ["test"], "auto")

@@ -1,0 +1,92 @@
+import builtins
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from medseg_trt import session as session_module
+from medseg_trt.bundle import load_bundle
+from medseg_trt.errors import ArtefactError, MissingExtraError, UsageError
+from medseg_trt.session import BACKENDS, Session, open_reference, open_session
+from medseg_trt.sessions import onnxruntime as onnxruntime_module
+from medseg_trt.train.checkpoint import load_checkpoint
+
+
+@pytest.fixture
+def bundle(tiny_bundle):
+    return load_bundle(tiny_bundle)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_every_backend_answers_as_the_reference(bundle, tiny_bundle, backend, batch):
+    images = np.random.default_rng(0).random((batch, 3, 32, 32), dtype=np.float32)
+    checkpoint = load_checkpoint(tiny_bundle.parent / "model" / "model.pt")
+    with open_session(bundle, backend) as session, open_reference(checkpoint) as reference:
+        # The bundle was verified to 1e-4 on other images; a wrong part of the network is off by 1e-1 (see tiny.py).
+        np.testing.assert_allclose(session.run(images), reference.run(images), atol=1e-4, rtol=0)
+        assert session.backend == backend
+        assert reference.backend == "pytorch"
+
+
+def test_auto_takes_the_first_and_says_so(bundle, caplog):
+    with caplog.at_level("INFO", "medseg_trt"), open_session(bundle) as session:
+        assert session.backend == next(iter(BACKENDS))
+    assert "auto" in caplog.text
+    assert session.description in caplog.text
+
+
+def test_an_unknown_backend_lists_the_known_ones(bundle):
+    with pytest.raises(UsageError, match="auto, onnxruntime"):
+        open_session(bundle, "coreml")
+
+
+def test_a_backend_that_is_not_installed_names_its_extra(bundle, monkeypatch):
+    original = builtins.__import__
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'medseg-trt\[cpu\]'"):
+        open_session(bundle, "onnxruntime")
+    assert builtins.__import__ is original
+
+
+def test_threads_are_passed_on_and_do_not_change_the_masks(bundle):
+    images = np.random.default_rng(0).random((2, 3, 32, 32), dtype=np.float32)
+    with open_session(bundle, threads=1) as one, open_session(bundle, threads=2) as two:
+        assert "1 thread" in one.description
+        assert "2 threads" in two.description
+        np.testing.assert_array_equal(one.run(images).argmax(1), two.run(images).argmax(1))
+
+
+def test_a_batch_of_another_size_is_refused(bundle):
+    with open_session(bundle) as session, pytest.raises(ValueError, match="network takes"):
+        session.run(np.zeros((1, 3, 48, 32), np.float32))
+
+
+def test_a_session_that_answers_the_golden_input_otherwise_is_refused_and_closed(bundle, monkeypatch):
+    closed = []
+    original = onnxruntime_module.open_graph
+
+    def broken(path, precision, threads) -> Session:
+        session = original(path, precision, threads)
+        run = session.run
+        session.run = lambda batch: run(batch) + np.float32(5e-3)
+        session.close = lambda: closed.append(True)
+        return session
+
+    monkeypatch.setattr(onnxruntime_module, "open_graph", broken)
+    with pytest.raises(ArtefactError, match="golden input"):
+        open_session(bundle)
+    assert closed == [True]
+
+
+def test_a_graph_that_onnx_runtime_refuses_is_one_clear_line(bundle, tmp_path):
+    folder = shutil.copytree(bundle.folder, tmp_path / "broken.medseg")
+    (folder / "fp32.onnx").write_bytes(b"no onnx")
+    with pytest.raises(ArtefactError, match="refuses") as caught:
+        open_session(replace(bundle, folder=folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_backends_are_loaded_by_name(bundle):
+    assert all(hasattr(session_module.import_module(module), "open_graph") for module in BACKENDS.values())

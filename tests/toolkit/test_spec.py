@@ -1,0 +1,161 @@
+"""Specs survive JSON, refuse what cannot work, and have colours that can be told apart."""
+
+import json
+from dataclasses import FrozenInstanceError, fields
+from typing import Any
+
+import numpy as np
+import pytest
+
+from medseg_trt.errors import ArtefactError
+from medseg_trt.spec import BlockSpec, BuildSpec, Classes, ModelSpec, Preprocessing, from_dict, palette, to_dict
+
+SPECS = [
+    BlockSpec(),
+    BlockSpec(hidden_size=576, num_heads=9, num_kv_heads=3, head_dim=64, rms_norm_eps=1e-5, rotary=True, causal=True),
+    ModelSpec(image_size=(224, 224), num_classes=1),
+    ModelSpec(architecture="llm-transunet", image_size=(256, 48), num_classes=9, dropout=0.0, block=BlockSpec()),
+    Preprocessing(image_size=(224, 224)),
+    Preprocessing(
+        image_size=(32, 48), window=(-160.0, 240.0), mean=(0.1, 0.2, 0.3), std=(1.5, 2.0, 0.1), resize="nearest",
+        spacing_mm=0.7,
+    ),
+    Classes(names=("background", "Milz – links")),
+    Classes(names=("a", "b", "c"), colors=((0, 0, 0), (255, 0, 128), (1, 2, 3))),
+    BuildSpec(precisions=("fp32", "int8"), max_abs_error=1e-3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: type(spec).__name__)
+def test_a_spec_comes_back_from_json_as_it_was(spec):
+    data = json.loads(json.dumps(to_dict(spec)))
+    found = from_dict(type(spec), data, "config.json")
+    assert found == spec
+    assert json.dumps(to_dict(found)) == json.dumps(to_dict(spec))  # lists have become tuples again
+    for field in fields(spec):
+        assert type(getattr(found, field.name)) is type(getattr(spec, field.name))
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: type(spec).__name__)
+def test_a_spec_cannot_be_changed(spec):
+    name = fields(spec)[0].name
+    with pytest.raises(FrozenInstanceError):
+        setattr(spec, name, getattr(spec, name))
+
+
+def changed(spec: Any, **values: Any) -> dict[str, Any]:
+    return {**to_dict(spec), **values}
+
+
+MODEL, PICTURE, NAMED = SPECS[3], SPECS[5], SPECS[7]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: type(spec).__name__)
+def test_an_unknown_field_is_refused_by_name(spec):
+    with pytest.raises(ArtefactError, match=r"config\.json: \w+ surprise: "):
+        from_dict(type(spec), changed(spec, surprise=1), "config.json")
+
+
+@pytest.mark.parametrize(
+    ("spec", "values", "where"),
+    [
+        (MODEL, {"num_classes": "many"}, "num_classes"),
+        (MODEL, {"image_size": [224]}, r"image_size\.1"),
+        (MODEL, {"image_size": [224, 224, 3]}, "image_size"),
+        (MODEL, {"image_size": [224.5, 224]}, r"image_size\.0"),
+        (MODEL, {"block": {"hidden_size": None}}, r"block\.hidden_size"),
+        (MODEL, {"block": {"surprise": 1}}, r"block\.surprise"),
+        (PICTURE, {"resize": "cubic"}, "resize"),
+        (PICTURE, {"window": ["low", 255]}, r"window\.0"),
+        (NAMED, {"names": "background"}, "names"),
+        (NAMED, {"names": ["a", "b", 3]}, r"names\.2"),
+        (NAMED, {"colors": [[0, 0]]}, r"colors\.0"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_with_its_place(spec, values, where):
+    with pytest.raises(ArtefactError, match=rf"^config\.json: {type(spec).__name__} {where}.*: .") as caught:
+        from_dict(type(spec), changed(spec, **values), "config.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_field_and_what_is_no_object_are_refused():
+    with pytest.raises(ArtefactError, match=r"config\.json: ModelSpec image_size: "):
+        from_dict(ModelSpec, {"num_classes": 2}, "config.json")
+    for data in (None, [], "text", 3):
+        with pytest.raises(ArtefactError, match=r"config\.json: ModelSpec"):
+            from_dict(ModelSpec, data, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("size", "name", "pixels", "proposed"),
+    [
+        ((250, 224), "height", 250, "240 or 256"),
+        ((224, 33), "width", 33, "32 or 48"),
+        ((7, 16), "height", 7, "16 or 32"),
+        ((16, 0), "width", 0, "16 or 32"),
+        ((-16, 16), "height", -16, "16 or 32"),
+    ],
+)
+def test_an_image_size_that_cannot_be_proposes_sizes_that_can(size, name, pixels, proposed):
+    with pytest.raises(ValueError, match=f"the image {name} is {pixels} pixels; .* multiple of 16: try {proposed}"):
+        ModelSpec(image_size=size, num_classes=2)
+    for value in map(int, proposed.split(" or ")):
+        assert ModelSpec(image_size=(value, value), num_classes=2).grid == (value // 16, value // 16)
+
+
+def test_the_grid_has_rows_before_columns():
+    assert ModelSpec(image_size=(32, 48), num_classes=2).grid == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (ModelSpec, {"image_size": (32, 32), "num_classes": 0}, "num_classes is 0"),
+        (ModelSpec, {"image_size": (32, 32), "num_classes": 2, "num_heads": 7}, "hidden_size 768 .* num_heads 7"),
+        (BlockSpec, {"num_heads": 32, "num_kv_heads": 5}, "32 heads cannot share 5"),
+        (BlockSpec, {"head_dim": 63}, "head_dim is 63"),
+        (Preprocessing, {"image_size": (32, 32), "window": (240.0, -160.0)}, "the window .* is empty"),
+        (Preprocessing, {"image_size": (32, 32), "window": (1.0, 1.0)}, "the window .* is empty"),
+        (Preprocessing, {"image_size": (32, 32), "window": (0.0, float("inf"))}, "finite"),
+        (Preprocessing, {"image_size": (32, 32), "mean": (0.0, float("nan"), 0.0)}, "finite"),
+        (Preprocessing, {"image_size": (32, 32), "std": (1.0, float("nan"), 1.0)}, "finite"),
+        (Preprocessing, {"image_size": (32, 32), "std": (1.0, 0.0, 1.0)}, "std .* must be positive"),
+        (Preprocessing, {"image_size": (32, 32), "spacing_mm": 0.0}, "spacing_mm is 0.0"),
+        (Preprocessing, {"image_size": (32, 32), "spacing_mm": -1.0}, "spacing_mm is -1.0"),
+        (Preprocessing, {"image_size": (32, 32), "spacing_mm": float("nan")}, "finite"),
+        (Classes, {"names": ("background",)}, "1 class names"),
+        (Classes, {"names": tuple(map(str, range(257)))}, "257 class names"),
+        (Classes, {"names": ("a", "b"), "colors": ((0, 0, 0),)}, "2 class names but 1 colours"),
+        (Classes, {"names": ("a", "b"), "colors": ((0, 0, 0), (0, 256, 0))}, "0 to 255"),
+        (Classes, {"names": ("a", "b"), "colors": ((0, 0, 0), (0, -1, 0))}, "0 to 255"),
+    ],
+)
+def test_what_cannot_work_is_refused_from_python_and_from_a_file(kind, values, message):
+    with pytest.raises(ValueError, match=message):
+        kind(**values)
+    with pytest.raises(ArtefactError, match=message):
+        from_dict(kind, values, "config.json")
+
+
+def test_two_labels_are_one_logit_and_more_are_one_each():
+    assert Classes(names=("background", "lesion")).num_logits == 1
+    assert Classes(names=("background", "liver", "spleen")).num_logits == 3
+
+
+def test_the_colours_of_256_classes_are_distinct_and_the_background_is_black():
+    colours = palette(256)
+    assert colours[0] == (0, 0, 0)
+    assert len(set(colours)) == 256
+    assert all(0 <= value <= 255 for colour in colours for value in colour)
+    assert Classes(names=tuple(map(str, range(256)))).colors == colours
+
+
+@pytest.mark.parametrize("count", [2, 9, 10, 30])
+def test_a_class_keeps_its_colour_when_classes_are_added(count):
+    assert palette(count) == palette(256)[:count]
+
+
+def test_the_colours_of_few_classes_are_far_apart():
+    colours = np.array(palette(14), float)
+    distances = np.linalg.norm(colours[:, np.newaxis] - colours, axis=2) + 1e3 * np.eye(14)
+    assert distances.min() > 40  # of 442 between black and white
