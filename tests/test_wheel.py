@@ -61,12 +61,8 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel):
     names = [PurePosixPath(name) for name in zipfile.ZipFile(wheel).namelist()]
     inside = {str(name) for name in names if not name.parts[0].endswith(".dist-info")}
     assert inside == expected_files()
-    assert {"medseg_trt/py.typed", "medseg_trt/cli.py", "medseg_trt/sessions/onnxruntime.py"} <= inside
-    assert {
-        "medseg_trt/train/datasets/folder.py",
-        "medseg_trt/export/fold.py",
-        "medseg_trt/kernels/__init__.py",
-    } <= inside
+    for name in ("py.typed", "cli.py", "sessions/onnxruntime.py", "train/datasets/folder.py", "export/fold.py"):
+        assert f"medseg_trt/{name}" in inside
 
 
 def test_the_wheel_names_its_command_its_licence_and_its_extras(wheel):
@@ -105,7 +101,7 @@ def test_the_wheel_infers_in_an_empty_environment_without_torch(wheel, tiny_bund
 
 
 def install(wheel: Path, extra: str, folder: Path, environment: dict[str, str]) -> Path:
-    """Make a virtual environment with the wheel, in the tested versions, and return its Python; skip without a network."""
+    """Make a virtual environment with the wheel in the tested versions, and return its Python."""
     venv.create(folder, with_pip=False)
     python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
     done = subprocess.run(

@@ -17,12 +17,20 @@ from typing import Any
 import click
 
 from medseg_trt import __version__
-from medseg_trt.errors import InputError, MedsegError, UsageError
+from medseg_trt.errors import InputError, MedsegError, MissingExtraError, UsageError
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
 ANY = click.Path(path_type=Path)
 INTERRUPTED, TERMINATED = 130, 143
+EXTRAS = {  # what installs the packages that modules of train and export import without asking
+    "torch": "train,export",
+    "safetensors": "train",
+    "scipy": "train",
+    "onnx": "export",
+    "onnxscript": "export",
+    "onnx_ir": "export",
+}
 
 
 def main() -> None:
@@ -44,6 +52,12 @@ def main() -> None:
     except MedsegError as error:
         _complain(str(error))
         sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        _complain(f"{package} is not installed. Install it: pip install 'medseg-trt[{EXTRAS[package]}]'")
+        sys.exit(MissingExtraError.exit_code)
     except OSError as error:
         _complain(f"{error.filename or 'the system'}: {error.strerror or error}")
         sys.exit(1)

@@ -64,7 +64,9 @@ def _tile(image: Image, mask: Mask, window: tuple[float, float], index: int) -> 
     alpha = np.where(_contours(labels), 1.0, ALPHA * (labels > 0))[..., np.newaxis]
     blended = PIL.Image.fromarray((pixels * (1 - alpha) + colors * alpha).round().astype(np.uint8))
     if image.num_slices > 1:
-        ImageDraw.Draw(blended).text((4, 2), f"slice {index}", fill="white", font=_font())
+        ImageDraw.Draw(blended).text(
+            (4, 2), f"slice {index}", fill="white", font=_font(), stroke_width=1, stroke_fill="black"
+        )
     return np.array(blended)
 
 

@@ -5,6 +5,7 @@ JSON; what comes from a file is checked field by field, and an unknown field is 
 """
 
 from dataclasses import asdict, dataclass
+from itertools import product
 from math import isfinite
 from typing import Any, Literal, TypeVar
 
@@ -152,17 +153,26 @@ class BuildSpec:
 
 
 def palette(count: int) -> tuple[tuple[int, int, int], ...]:
-    """Return ``count`` colours that are easy to tell apart; the first is black, for the background.
+    """Return ``count`` colours, at most 256, that are easy to tell apart; the first is black, for the background.
 
-    Source: the first hues are Okabe & Ito's colour-blind-safe set; further ones walk the hue circle by the golden
-    angle.
+    The first ones are Okabe & Ito's colour-blind-safe set and a grey. Each further one is the colour that lies farthest
+    from all before it, of a grid without dark and greyish colours.
     """
-    from colorsys import hsv_to_rgb
+    colors = [(0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178),
+              (213, 94, 0), (204, 121, 167), (160, 160, 160)][:count]  # fmt: skip
+    if count > len(colors):
+        levels = range(60, 256, 32)
+        grid = [color for color in product(levels, levels, levels) if max(color) - min(color) >= 64]
+        distances = {color: min(_distance(color, other) for other in colors) for color in grid}
+        while len(colors) < count:
+            farthest = max(distances, key=distances.__getitem__)
+            colors.append(farthest)
+            distances = {color: min(old, _distance(color, farthest)) for color, old in distances.items()}
+    return tuple(colors)
 
-    fixed = [(0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178),
-             (213, 94, 0), (204, 121, 167), (160, 160, 160)]  # fmt: skip
-    hues = [hsv_to_rgb(index * 0.381966 % 1, 0.7, 0.95) for index in range(max(count - len(fixed), 0))]
-    return tuple(fixed[:count]) + tuple((int(255 * r), int(255 * g), int(255 * b)) for r, g, b in hues)
+
+def _distance(first: tuple[int, ...], second: tuple[int, ...]) -> int:
+    return sum((a - b) ** 2 for a, b in zip(first, second, strict=True))
 
 
 def to_dict(spec: Any) -> dict[str, Any]:

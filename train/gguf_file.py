@@ -27,6 +27,7 @@ MAX_ARRAY_ITEMS = 1 << 22  # the longest array is a tokenizer's merges, about 30
 MAX_DIMENSIONS = 4
 MAX_STRING_BYTES = 1 << 24
 STRING, ARRAY = 8, 9
+TEXT_SIZE = struct.Struct("<Q")
 SCALARS: Mapping[int, str] = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 UNQUANTISED: Mapping[str, torch.dtype] = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
@@ -62,7 +63,8 @@ class GgufFile:
             return torch.from_numpy(data).view(UNQUANTISED[tensor.type_name]).reshape(tensor.shape)
         try:
             rows = data.reshape(*tensor.shape[:-1], -1)
-            values = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[tensor.type_name])
+            with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for values that are not finite
+                values = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[tensor.type_name])
         except (NotImplementedError, ValueError) as error:
             raise ArtefactError(f"{self.path}: {name} has the type {tensor.type_name}: {error}") from error
         return torch.from_numpy(np.ascontiguousarray(values, np.float32)).reshape(tensor.shape)
@@ -127,7 +129,8 @@ class _Cursor:
         kind, count = self.number("I"), self.count(MAX_ARRAY_ITEMS, "array items")
         if kind == STRING:
             for _ in range(count):
-                self.skip(self.number("Q"))
+                (size,) = TEXT_SIZE.unpack_from(self.data, self.skip(TEXT_SIZE.size))
+                self.skip(size)
         else:
             self.skip(count * struct.calcsize("<" + _scalar(kind)))
 
@@ -178,7 +181,7 @@ def _tensor(name: str, place: tuple[tuple[int, ...], int, int], origin: int, fil
     shape, kind, offset = place
     quantisation = gguf.GGMLQuantizationType(kind)  # ValueError for an unknown number
     block_items, block_bytes = gguf.GGML_QUANT_SIZES[quantisation]
-    if not shape or shape[-1] % block_items:
+    if not shape or 0 in shape or shape[-1] % block_items:
         raise ValueError(
             f"its tensor {name!r} of shape {shape} cannot hold whole {quantisation.name} blocks of {block_items}"
         )

@@ -47,8 +47,8 @@ def test_a_volume_is_scored_as_scikit_learn_scores_its_pixels():
     prediction = np.where(rng.random(truth.shape) < 0.7, truth, rng.integers(0, 4, truth.shape)).astype(np.uint8)
     found = scores(prediction, truth, CLASSES)
     flat = truth.ravel(), prediction.ravel()
-    dice = np.ravel(sklearn.metrics.f1_score(*flat, average=None))[1:]
-    iou = np.ravel(sklearn.metrics.jaccard_score(*flat, average=None))[1:]
+    dice = np.ravel(sklearn.metrics.f1_score(*flat, average=None))[1:]  # pyright: ignore[reportArgumentType]  # None is documented
+    iou = np.ravel(sklearn.metrics.jaccard_score(*flat, average=None))[1:]  # pyright: ignore[reportArgumentType]  # None is documented
     assert [score.dice for score in found] == pytest.approx(dice.tolist(), abs=EXACT)
     assert [score.iou for score in found] == pytest.approx(iou.tolist(), abs=EXACT)
     np.testing.assert_array_equal(confusion(prediction, truth, 4), sklearn.metrics.confusion_matrix(*flat))

@@ -155,7 +155,8 @@ def test_a_class_keeps_its_colour_when_classes_are_added(count):
     assert palette(count) == palette(256)[:count]
 
 
-def test_the_colours_of_few_classes_are_far_apart():
-    colours = np.array(palette(14), float)
-    distances = np.linalg.norm(colours[:, np.newaxis] - colours, axis=2) + 1e3 * np.eye(14)
-    assert distances.min() > 40  # of 442 between black and white
+@pytest.mark.parametrize(("count", "apart"), [(9, 50), (14, 50), (40, 50), (256, 30)])
+def test_the_colours_are_far_apart(count, apart):
+    colours = np.array(palette(count), float)
+    distances = np.linalg.norm(colours[:, np.newaxis] - colours, axis=2) + 1e3 * np.eye(count)
+    assert distances.min() > apart  # of 442 between black and white

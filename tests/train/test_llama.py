@@ -1,4 +1,4 @@
-"""The LLaMA layer: with rotary embedding and mask that of transformers, without them NumPy in float64, as in the paper."""
+"""The LLaMA layer: with rotary embedding and mask that of transformers, without them that of the paper, in NumPy."""
 
 from dataclasses import replace
 

@@ -79,11 +79,11 @@ def test_a_tiny_run_learns(source, tmp_path, no_curve):
     data, block = source
     train(tiny_recipe("train.epochs=8"), data, tmp_path / "run", block=block)
     untrained, first, *_, last = history_of(tmp_path / "run")
-    # A network that gives every pixel the same answer cannot halve the loss of the first epoch (about 1.0): with the
-    # disc's share of 12 % its Dice term alone stays above 0.76, and the cross-entropy adds 0.18.
+    # A network that gives every pixel the same answer cannot halve the loss of the first epoch, 1.1: the discs cover at
+    # most a fifth, so its Dice term alone stays above 1 - 2 * 0.2 / 1.2 = 0.67. Six seeds came to 0.14 … 0.24 of it.
     assert last["loss"] < 0.5 * first["loss"]
-    # Everything or nothing marked gives a Dice of at most 2 * 0.12 / 1.12 = 0.21.
-    assert last["dice"] > max(0.7, untrained["dice"] + 0.4)
+    # With everything marked, Dice is at most 2 * 0.2 / 1.2 = 0.33. Six seeds came to 0.76 … 0.94.
+    assert last["dice"] > max(0.5, untrained["dice"] + 0.2)
 
 
 def test_a_run_leaves_its_files_and_nothing_else(source, tmp_path):
