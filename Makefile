@@ -6,6 +6,7 @@ BIN := .venv/bin
 MEDSEG := $(BIN)/medseg-trt
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint tests/constraints.txt
 DATA := demo/data/organs
+TRAIN = $(MEDSEG) train --recipe organs-demo --data $(DATA) --block demo/block.safetensors
 
 .PHONY: help demo test test-full lint types clean
 
@@ -17,15 +18,19 @@ help:
 	@echo 'make types      check types'
 	@echo 'make clean      remove .venv, the demo and everything built'
 
+# Each line is a command that you can type yourself. --resume: a second `make demo` goes on where the first one stopped.
 demo: .venv/run.stamp
 	$(MEDSEG) samples get organs llama-block -o demo/data
 	$(MEDSEG) block extract demo/data/llama-block/SmolLM2-135M-Instruct.Q4_1.gguf -o demo/block.safetensors
-	$(MEDSEG) train --recipe organs-demo --data $(DATA) --block demo/block.safetensors -o demo/run
-	$(MEDSEG) build --ckpt demo/run/model.pt --data $(DATA) -o demo/model.medseg
+	$(TRAIN) -o demo/untrained --resume --set train.epochs=0
+	$(TRAIN) -o demo/trained --resume
+	$(MEDSEG) build --ckpt demo/trained/best.pt --data $(DATA) -o demo/model.medseg
 	$(MEDSEG) infer $(DATA)/images/ct_B.nii.gz --bundle demo/model.medseg -o demo/masks --overlay
-	$(MEDSEG) evaluate --bundle demo/model.medseg --data $(DATA) --split val
-	$(MEDSEG) evaluate --bundle demo/model.medseg --data $(DATA) --split test
-	$(MEDSEG) bench --bundle demo/model.medseg --ckpt demo/run/model.pt --data $(DATA) -o demo/report
+	$(MEDSEG) evaluate --ckpt demo/untrained/best.pt --ckpt demo/trained/best.pt --bundle demo/model.medseg \
+		--data $(DATA) --split val --split test
+	$(MEDSEG) bench --bundle demo/model.medseg --ckpt demo/trained/best.pt --data $(DATA) -o demo/report
+	@echo 'report:  demo/report/report.md'
+	@echo 'overlay: demo/masks/overlays/ct_B.png'
 
 test: .venv/dev.stamp
 	$(BIN)/python -m pytest

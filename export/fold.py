@@ -8,13 +8,14 @@ Source: Jacob et al. 2018, "Quantization and Training of Neural Networks â€¦", Â
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from medseg_trt.train.transunet import ConvNormReLU, StdConv2d
 
+GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")  # of a Conv2d
 Layer = TypeVar("Layer", bound=nn.Module)
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -43,7 +44,10 @@ def fold_standardisation(model: nn.Module) -> int:
 def fold_batch_norm(model: nn.Module) -> int:
     """Scale the kernel before every BatchNorm, and turn the rest of the BatchNorm into the convolution's bias."""
     places = list(_places(model, ConvNormReLU))
-    for parent, name, (convolution, norm, relu) in places:
+    for parent, name, layer in places:
+        convolution, norm, relu = cast("tuple[nn.Conv2d, nn.BatchNorm2d, nn.ReLU]", tuple(layer))
+        assert norm.running_mean is not None  # ConvNormReLU keeps statistics
+        assert norm.running_var is not None
         scale = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
         kernel = convolution.weight.double() * scale[:, None, None, None]
         bias = norm.bias.double() - norm.running_mean.double() * scale
@@ -67,10 +71,8 @@ def _places(model: nn.Module, kind: type[Layer]) -> Iterator[tuple[nn.Module, st
 
 def _convolution(like: nn.Conv2d, kernel: Tensor, bias: Tensor | None) -> nn.Conv2d:
     """Return a plain convolution with the geometry and the type of ``like``."""
-    plain = nn.Conv2d(
-        like.in_channels, like.out_channels, like.kernel_size, like.stride, like.padding, like.dilation, like.groups,
-        device="meta",
-    )  # fmt: skip
+    geometry: dict[str, Any] = {name: getattr(like, name) for name in GEOMETRY}
+    plain = nn.Conv2d(**geometry, device="meta")
     plain.weight = _constant(kernel, like.weight)
     plain.bias = None if bias is None else _constant(bias, like.weight)
     return plain

@@ -88,7 +88,7 @@ def noise(image_size: tuple[int, int]) -> Inputs:
         np.kron(rng.normal(size=(NOISE_IMAGES, 3, height // cell, width // cell)), np.ones((cell, cell)))
         for cell in (1, 4, 16)
     ]
-    return (sum(blobs) / 4 + 0.5).astype(np.float32)
+    return (np.sum(blobs, axis=0) / 4 + 0.5).astype(np.float32)
 
 
 def run_in_batches(run: Run, inputs: Inputs, size: int) -> Logits:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Float32
@@ -67,7 +67,7 @@ class Manifest:
     versions: Mapping[str, str]
     variants: Mapping[str, Variant]
     default: str  # a key of variants
-    files: Mapping[str, FileEntry] = field(default_factory=dict)  # filled in by seal
+    files: Mapping[str, FileEntry] = field(default_factory=dict[str, FileEntry])  # filled in by seal
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -170,10 +170,12 @@ def _read_manifest(path: Path) -> Manifest:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ArtefactError(f"{path} is no valid JSON: {error}") from error
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        found = data.get("schema") if isinstance(data, dict) else None
-        raise ArtefactError(f"{path} has schema {found!r}; this version reads {SCHEMA}. Build the bundle again")
-    return from_dict(Manifest, data, str(path))
+    fields = cast("dict[str, Any]", data) if isinstance(data, dict) else {}
+    if fields.get("schema") != SCHEMA:
+        raise ArtefactError(
+            f"{path} has schema {fields.get('schema')!r}; this version reads {SCHEMA}. Build the bundle again"
+        )
+    return from_dict(Manifest, fields, str(path))
 
 
 def _check_file(path: Path, entry: FileEntry, folder: Path) -> None:

@@ -83,7 +83,8 @@ def open_reference(checkpoint: "Checkpoint") -> Session:
     """Open the checkpoint's own PyTorch network, in float32 on the CPU: what everything else is compared with."""
     from medseg_trt.sessions.pytorch import PyTorchSession
 
-    return PyTorchSession(checkpoint.model())
+    # A type checker reaches this class through .typing, where Session is another one to it.
+    return PyTorchSession(checkpoint.model())  # pyright: ignore[reportReturnType]
 
 
 def _check_golden(session: Session, bundle: Bundle) -> None:

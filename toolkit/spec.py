@@ -37,6 +37,8 @@ class BlockSpec:
     __pydantic_config__ = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
+        if min(self.hidden_size, self.intermediate_size, self.num_heads, self.num_kv_heads, self.head_dim) < 1:
+            raise ValueError("every size of a block must be at least 1")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"{self.num_heads} heads cannot share {self.num_kv_heads} key/value heads")
         if self.head_dim % 2:
@@ -76,6 +78,9 @@ class ModelSpec:
                 )
         if self.num_classes < 1:
             raise ValueError(f"num_classes is {self.num_classes}; it must be at least 1")
+        widths = (self.resnet_width, *self.resnet_units, self.mlp_size, self.bridge_channels, *self.decoder_channels)
+        if min(self.hidden_size, self.num_heads, *widths) < 1 or self.num_layers < 0:
+            raise ValueError("every size of a network must be at least 1")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
 

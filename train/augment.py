@@ -51,7 +51,7 @@ def rotate90(image: Picture, labels: Labels, rng: np.random.Generator) -> Pair:
 def flip(image: Picture, labels: Labels, rng: np.random.Generator) -> Pair:
     """Mirror top to bottom, left to right, or both."""
     axes = [(0,), (1,), (0, 1)][int(rng.integers(3))]
-    return np.flip(image, [axis + 1 for axis in axes]), np.flip(labels, axes)
+    return np.flip(image, tuple(axis + 1 for axis in axes)), np.flip(labels, axes)
 
 
 def affine(

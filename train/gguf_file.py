@@ -27,7 +27,6 @@ MAX_ARRAY_ITEMS = 1 << 22  # the longest array is a tokenizer's merges, about 30
 MAX_DIMENSIONS = 4
 MAX_STRING_BYTES = 1 << 24
 STRING, ARRAY = 8, 9
-TEXT_SIZE = struct.Struct("<Q")
 SCALARS: Mapping[int, str] = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 UNQUANTISED: Mapping[str, torch.dtype] = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
@@ -129,8 +128,7 @@ class _Cursor:
         kind, count = self.number("I"), self.count(MAX_ARRAY_ITEMS, "array items")
         if kind == STRING:
             for _ in range(count):
-                (size,) = TEXT_SIZE.unpack_from(self.data, self.skip(TEXT_SIZE.size))
-                self.skip(size)
+                self.skip(self.number("Q"))
         else:
             self.skip(count * struct.calcsize("<" + _scalar(kind)))
 

@@ -90,7 +90,7 @@ def test_the_tolerance_catches(model, fault):
 
 def test_the_order_of_rules_does_not_matter(model):
     backwards = copy.deepcopy(model)
-    for rule in reversed(RULES.values()):
+    for rule in reversed(list(RULES.values())):
         rule(backwards)
     folded, _ = fold(model)
     for first, second in zip(folded.parameters(), backwards.parameters(), strict=True):

@@ -13,6 +13,7 @@ from medseg_trt.export import trace as trace_module
 from medseg_trt.export.fold import fold
 from medseg_trt.export.trace import OPSET, OnnxGraph, check, save_graph, trace
 from medseg_trt.train.checkpoint import load_checkpoint
+from medseg_trt.train.model import LanguageInsert
 
 SIZE = (32, 48)
 
@@ -44,7 +45,7 @@ def test_the_graph_answers_as_pytorch_for_every_batch(folded, saved):
             expected = folded(torch.from_numpy(images)).numpy()
         (logits,) = session.run(["logits"], {"pixel_values": images})
         # Logits of order 1 in float32, added up in another order: 1e-6 seen.
-        np.testing.assert_allclose(logits, expected, atol=1e-5, rtol=0)
+        np.testing.assert_allclose(np.asarray(logits), expected, atol=1e-5, rtol=0)
 
 
 def test_the_written_model_is_standard_onnx_with_weights_beside_it(saved):
@@ -117,7 +118,7 @@ def test_a_graph_that_onnx_refuses_is_not_kept(graph, tmp_path):
 
 def test_rotary_embedding_and_causal_mask_are_traced_where_they_are_switched_on(tmp_path):
     model = load_checkpoint(make_checkpoint(tmp_path / "model")).model()
-    assert model.insert is not None
+    assert isinstance(model.insert, LanguageInsert)
     plain = fold(model)[0]
     attention = model.insert.block.self_attn
     attention.spec = replace(attention.spec, rotary=True, causal=True)
@@ -127,5 +128,5 @@ def test_rotary_embedding_and_causal_mask_are_traced_where_they_are_switched_on(
         expected, without = (network(torch.from_numpy(images)).numpy() for network in (model, plain))
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     (logits,) = session.run(None, {"pixel_values": images})
-    np.testing.assert_allclose(logits, expected, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(np.asarray(logits), expected, atol=1e-5, rtol=0)
     assert np.abs(logits - without).max() > 1e-3  # the switches do something

@@ -88,7 +88,7 @@ def test_dependence_between_rows_is_caught_for_its_own_sake(fault):
 
 def test_labels_are_compared_when_logits_are_within_the_limit():
     flat = lambda batch: np.zeros((len(batch), 2, 16, 16), np.float32)  # noqa: E731
-    tilted = lambda batch: flat(batch) + np.float32([0, 1e-5])[None, :, None, None]  # noqa: E731
+    tilted = lambda batch: flat(batch) + np.array([0, 1e-5], np.float32)[None, :, None, None]  # noqa: E731
     with pytest.raises(AccuracyGateError, match="equal labels is 0,"):
         verify(tilted, flat, IMAGES, "generated", **LIMITS)
 

@@ -89,16 +89,15 @@ def test_transparency_is_dropped_and_not_blended(mode, tmp_path):
     np.testing.assert_array_equal(pixels[0].squeeze(), np.asarray(opaque))
 
 
-@pytest.mark.parametrize("transparent", [False, True])
-def test_a_palette_picture_becomes_rgb(transparent, tmp_path):
+@pytest.mark.parametrize("transparency", [None, 1, b"\xff\0\x80\xff"])  # of no entry, of one, of each
+def test_a_palette_picture_becomes_rgb(transparency, tmp_path):
     indices = RNG.integers(0, 4, (6, 9), dtype=np.uint8)
     table = RNG.integers(0, 256, (4, 3), dtype=np.uint8)
     picture = PIL.Image.fromarray(indices)
     picture.putpalette(table.tobytes())
-    if transparent:
-        picture.info["transparency"] = 1
+    picture.info = {} if transparency is None else {"transparency": transparency}
     picture.save(tmp_path / "a.png")
-    assert ("transparency" in opened(tmp_path / "a.png").info) == transparent
+    assert ("transparency" in opened(tmp_path / "a.png").info) == (transparency is not None)
     np.testing.assert_array_equal(read_image(tmp_path / "a.png").pixels[0], table[indices])
 
 
@@ -415,9 +414,10 @@ def test_a_volume_that_is_cut_short_is_refused_at_every_length(suffix, tmp_path)
             read_image(path)
 
 
+@pytest.mark.parametrize("size", [(5, 4, 3), (64, 64, 64)])  # less and more than is read ahead
 @pytest.mark.parametrize("place", [-8, -3])  # in the checksum; in the length
-def test_a_wrong_checksum_of_gzip_is_noticed(place, tmp_path):
-    path = write_nifti(tmp_path / "scan.nii.gz", np.arange(60, dtype=np.int16).reshape(5, 4, 3))
+def test_a_wrong_checksum_of_gzip_is_noticed(place, size, tmp_path):
+    path = write_nifti(tmp_path / "scan.nii.gz", RNG.integers(0, 1000, size, dtype=np.int16))
     content = bytearray(path.read_bytes())
     content[place] ^= 1
     path.write_bytes(content)
@@ -711,8 +711,10 @@ def test_a_written_volume_gives_the_labels_back(tmp_path):
     np.testing.assert_array_equal(read_labels(path, image, 3), labels)
 
 
-def test_the_same_mask_is_the_same_file(tmp_path):
+def test_the_same_mask_is_the_same_file_at_any_time(tmp_path, monkeypatch):
     image, labels = volume_image(tmp_path), some_labels()
+    days = itertools.count(0, 86_400)
+    monkeypatch.setattr(images.gzip, "time", SimpleNamespace(time=lambda: next(days)))
     first, second = (write_mask(Mask.of(image, labels, TWO_ORGANS), tmp_path / name) for name in "ab")
     assert first.read_bytes() == second.read_bytes()
 

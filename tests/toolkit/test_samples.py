@@ -272,22 +272,29 @@ def test_the_real_organs_leave_a_gap_between_training_and_validation(organs):
         assert (organs / "masks" / f"{image}.nii.gz").is_file()
     slices = {name: {index for block in splits[name] for index in range(*block["slices"])} for name in ("train", "val")}
     assert len(slices["val"]) == 14
-    assert slices["train"] | slices["val"] <= set(range(nibabel.load(organs / "images/ct_A.nii.gz").shape[2]))
+    voxels, _ = read_nifti(organs / "images" / "ct_A.nii.gz")
+    assert slices["train"] | slices["val"] <= set(range(voxels.shape[2]))
     between = min(abs(first - second) - 1 for first in slices["train"] for second in slices["val"])
     assert between >= 3
 
 
+def read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return the voxels (x, y, z) and the affine."""
+    volume = nibabel.Nifti1Image.from_filename(path)
+    return np.asarray(volume.dataobj), np.asarray(volume.affine)
+
+
 @pytest.mark.parametrize("scan", ["ct_A", "ct_B"])
 def test_the_real_masks_lie_on_their_images(organs, scan):
-    image, mask = (nibabel.load(organs / part / f"{scan}.nii.gz") for part in ("images", "masks"))
-    assert image.shape == mask.shape
-    np.testing.assert_array_equal(image.affine, mask.affine)
-    values, labels = np.asarray(image.dataobj), np.asarray(mask.dataobj)
+    values, affine = read_nifti(organs / "images" / f"{scan}.nii.gz")
+    labels, mask_affine = read_nifti(organs / "masks" / f"{scan}.nii.gz")
+    assert values.shape == labels.shape
+    np.testing.assert_array_equal(affine, mask_affine)
     names = json.loads((organs / "dataset.json").read_text(encoding="utf-8"))["classes"]
     assert set(np.unique(labels)) <= set(range(len(names)))
 
     def centre_mm(organ: str) -> np.ndarray:
-        return image.affine[:3] @ [*np.argwhere(labels == names.index(organ)).mean(0), 1.0]
+        return affine[:3] @ [*np.argwhere(labels == names.index(organ)).mean(0), 1.0]
 
     # Soft tissue has 20 to 200 HU, with contrast agent too; what a mask out of place takes in, fat and air, has less.
     for organ in ("liver", "spleen", "aorta"):

@@ -51,7 +51,7 @@ def test_an_absent_class_is_shown_as_absent(tiny_bundle, tmp_path):
     import nibabel
 
     path = data / "masks" / "scan1.nii.gz"
-    volume = nibabel.load(path)
+    volume = nibabel.Nifti1Image.from_filename(path)
     without_bar = np.asarray(volume.dataobj) * (np.asarray(volume.dataobj) != 2)
     nibabel.save(nibabel.Nifti1Image(without_bar.astype(np.uint8), volume.affine), path)
     (board,) = evaluate_all([], [tiny_bundle], data, ["val"], "auto")

@@ -26,8 +26,9 @@ from medseg_trt.train.blocks import random_block
 from medseg_trt.train.checkpoint import FROZEN_PREFIXES, load_checkpoint
 from medseg_trt.train.datasets.folder import open_folder
 from medseg_trt.train.datasets.prepared import PreparedSlices
+from medseg_trt.train.evaluate import evaluate
 from medseg_trt.train.loop import EpochSlices, make_optimizer, train, train_epoch
-from medseg_trt.train.model import build_model
+from medseg_trt.train.model import build_model, runner
 from medseg_trt.train.recipes import OPTIMIZERS
 
 RUN_FILES = {"best.pt", "last.pt", "history.jsonl", "curve.png", "recipe.json", "data.json"}
@@ -135,6 +136,25 @@ def test_a_block_that_is_not_frozen_would_be_noticed(slices):
     frozen = frozen_of(model)
     train_epoch(model, make_optimizer(model, recipe.train), slices, recipe, 1)
     assert not any(torch.equal(value, frozen[name]) for name, value in frozen_of(model).items())
+
+
+def test_an_epoch_trains_in_training_mode(slices):
+    recipe = tiny_recipe("train.batch_size=4")
+    model = fresh_model().eval()  # as a checkpoint and a validation leave it
+    train_epoch(model, make_optimizer(model, recipe.train), slices, recipe, 1)
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert norms
+    assert {int(norm.num_batches_tracked or 0) for norm in norms} == {3}
+
+
+def test_validation_scores_what_the_checkpoint_holds(source, tmp_path, no_curve):
+    data, block = source
+    train(tiny_recipe("train.epochs=2"), data, tmp_path / "run", block=block)
+    checkpoint = load_checkpoint(tmp_path / "run" / "last.pt")
+    # Dropout or BatchNorm left in training mode would give other answers than the file does.
+    found = evaluate(runner(checkpoint.model()), data.cases("val"), checkpoint.preprocessing, data.classes)
+    assert history_of(tmp_path / "run")[-1]["dice_of_class"] == {mean.name: mean.dice for mean in found.means}
+    assert 0 < found.mean_dice < 1
 
 
 @pytest.mark.parametrize(
@@ -326,6 +346,16 @@ def test_without_balance_every_slice_comes_as_often_as_any_other(slices, count, 
     dataset = EpochSlices(slices, tiny_recipe(f"train.slices_per_epoch={count}"), 1)
     assert len(dataset) == (12 if count == "null" else count)
     assert set(np.bincount(dataset.order, minlength=12)) == times
+
+
+@pytest.mark.parametrize("balance", ["true", "false"])
+def test_every_epoch_and_every_seed_has_an_order_of_its_own(slices, balance):
+    orders = {
+        tuple(EpochSlices(slices, tiny_recipe(f"train.balance_classes={balance}", f"train.seed={seed}"), epoch).order)
+        for seed in (1, 2)
+        for epoch in (1, 2)
+    }
+    assert len(orders) == 4
 
 
 def test_with_balance_a_rare_class_is_drawn_as_often_as_any_other(slices):

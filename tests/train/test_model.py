@@ -8,7 +8,7 @@ import torch
 from medseg_trt.errors import UsageError
 from medseg_trt.spec import BlockSpec, ModelSpec
 from medseg_trt.train.blocks import random_block
-from medseg_trt.train.model import MODELS, TINY_LLAMA, build_model, count_parameters, model_spec
+from medseg_trt.train.model import MODELS, TINY_LLAMA, LanguageInsert, build_model, count_parameters, model_spec
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_the_insert_is_mapper_block_norm_mapper_and_nothing_else():
     """Computed a second time from the parts' weights, in float64."""
     spec = model_spec("llm-transunet-tiny", (32, 32), 2)
     insert = build_model(spec, random_block(TINY_LLAMA, seed=0)).insert
-    assert insert is not None
+    assert isinstance(insert, LanguageInsert)
     insert.double()
     tokens = torch.randn(2, 4, spec.hidden_size, dtype=torch.float64)
     inner = insert.block(tokens @ insert.mapper1.weight.T)

@@ -41,9 +41,11 @@ def test_every_stage_has_the_published_shape(size):
         shapes: dict[str, tuple[int, ...]] = {}
         for name in ("resnet.root", "resnet.block1", "resnet.block2", "resnet.block3", "encoder_norm", "bridge",
                      "decoder.0", "decoder.1", "decoder.2", "decoder.3"):  # fmt: skip
-            model.get_submodule(name).register_forward_hook(
-                lambda _module, _inputs, output, name=name: shapes.update({name: tuple(output.shape)})
-            )
+
+            def note(_module: nn.Module, _inputs: object, output: torch.Tensor, name: str = name) -> None:
+                shapes[name] = tuple(output.shape)
+
+            model.get_submodule(name).register_forward_hook(note)
         logits = model(torch.empty(2, 3, *size))
     h, w = size
     assert logits.shape == (2, 9, h, w)

@@ -19,7 +19,7 @@ class OnnxRuntimeSession(Session):
     device = "CPU"
 
     def __init__(self, session: Any, description: str) -> None:
-        self._session = session
+        self._session: Any = session
         self._input = session.get_inputs()[0]
         self.description = description
 
