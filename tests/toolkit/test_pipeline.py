@@ -6,10 +6,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import nibabel
 import numpy as np
 import PIL.Image
 import pytest
+from nibabel import Nifti1Image
 from tiny import make_checkpoint, picture, write_nifti, write_pictures, write_volumes
 
 from medseg_trt import pipeline
@@ -75,8 +75,8 @@ def test_files_are_written_in_the_sources_size_and_geometry(tiny_bundle, images,
         colors = np.array(mask.getpalette()).reshape(-1, 3)
         assert tuple(map(tuple, colors[:3])) == load_bundle(tiny_bundle).classes.colors
     source, volume = (
-        nibabel.Nifti1Image.from_filename(images / "scan.nii.gz"),
-        nibabel.Nifti1Image.from_filename(written.masks[2]),
+        Nifti1Image.from_filename(images / "scan.nii.gz"),
+        Nifti1Image.from_filename(written.masks[2]),
     )
     assert volume.shape == source.shape
     np.testing.assert_array_equal(volume.affine, source.affine)
@@ -93,9 +93,7 @@ def test_the_table_of_areas_counts_the_masks(tiny_bundle, images, tmp_path):
     ]
     for row in rows:
         path = tmp_path / "out" / row["file"]
-        labels = (
-            np.asarray(nibabel.Nifti1Image.from_filename(path).dataobj) if path.suffix == ".gz" else read_indices(path)
-        )
+        labels = np.asarray(Nifti1Image.from_filename(path).dataobj) if path.suffix == ".gz" else read_indices(path)
         count = (labels == int(row["label"])).sum()
         assert int(row["pixels"]) == count
         millilitres = "" if path.suffix != ".gz" else f"{count * 2.0 * 1.5 * 3.0 / 1000:.4f}"
