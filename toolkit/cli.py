@@ -212,14 +212,15 @@ def build(checkpoint: Path, output: Path | None, data_folder: Path | None, preci
 @click.option("--overlay", is_flag=True, help="Also draw the masks over the images, in overlays/.")
 @click.option("--batch", type=click.IntRange(1), default=4, show_default=True, help="Slices at once.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all]")
+@click.option("--continue", "resume", is_flag=True, help="Keep the masks that an earlier run finished.")
 @output_options
 def infer(
     inputs: tuple[Path, ...], bundle_folder: Path | None, output: Path, backend: str, overlay: bool, batch: int,
-    threads: int | None, as_json: bool,
+    threads: int | None, resume: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Segment images and folders of images; write masks and a table of areas."""
-    from medseg_trt import pipeline
     from medseg_trt.bundle import find_bundle
+    from medseg_trt.mask_folder import infer_to_folder
 
     failed: dict[str, str] = {}
 
@@ -227,11 +228,14 @@ def infer(
         failed[str(path)] = str(error)
         click.echo(f"medseg-trt: {error}", err=True)
 
-    written = pipeline.infer_to_folder(
+    written = infer_to_folder(
         inputs, find_bundle(bundle_folder), output,
-        backend=backend, overlay=overlay, batch=batch, threads=threads, on_error=skip,
+        backend=backend, overlay=overlay, batch=batch, threads=threads, resume=resume, on_error=skip,
     )  # fmt: skip
-    result = {"masks": [str(path) for path in written.masks], "areas": str(written.areas), "failed": failed}
+    result = {
+        "masks": [str(path) for path in written.masks],
+        "areas": str(written.areas), "kept": written.kept, "failed": failed,
+    }  # fmt: skip
     _print_result(as_json, result, f"{len(written.masks)} mask(s) in {output}, areas in {written.areas}")
     if failed:
         raise InputError(

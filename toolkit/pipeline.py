@@ -1,19 +1,15 @@
 """The whole story in two functions: ``build`` makes a verified bundle, ``infer`` segments images with it."""
 
-import csv
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from io import StringIO
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medseg_trt.bundle import MANIFEST, Bundle, Manifest, Variant, golden_input, load_bundle, seal
-from medseg_trt.errors import InputError, UsageError
-from medseg_trt.files import atomic_file, atomic_folder, sha256
-from medseg_trt.images import Image, Mask, find_images, output_stem, read_image, write_mask
-from medseg_trt.overlay import write_overlay
+from medseg_trt.errors import UsageError
+from medseg_trt.files import atomic_folder, sha256
+from medseg_trt.images import Image, Mask, find_images, read_image
 from medseg_trt.preprocess import outside_fraction
-from medseg_trt.progress import LOG, track
+from medseg_trt.progress import LOG
 from medseg_trt.segment import Run, segment
 from medseg_trt.session import open_session
 from medseg_trt.spec import BuildSpec, to_dict
@@ -23,7 +19,6 @@ if TYPE_CHECKING:
 
 PRECISION = "fp32"
 GOLDEN_MARGIN = 10  # another processor adds in another order, so its logits may be further off than here
-AREA_HEADER = ("file", "class", "label", "pixels", "mm2", "ml")
 
 
 def build(
@@ -130,68 +125,31 @@ def infer(
     paths = find_images([Path(each) for each in inputs])
     with open_session(opened, backend, threads) as session:
         for path in paths:
-            yield _segment_file(path, session.run, opened, batch, label=None)[1]
+            yield segment_file(path, session.run, opened, batch, label=None)[1]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Written:
-    """What ``infer_to_folder`` has written."""
-
-    masks: tuple[Path, ...]
-    overlays: tuple[Path, ...]
-    areas: Path
-
-
-def infer_to_folder(
-    inputs: Sequence[Path],
-    bundle_folder: Path,
-    output: Path,
-    *,
-    backend: str = "auto",
-    overlay: bool = False,
-    batch: int = 4,
-    threads: int | None = None,
-    on_error: Callable[[Path, InputError], None],
-) -> Written:
-    """Segment images and write a mask each, ``areas.csv`` and, if wanted, ``overlays/``; a bad file stops only itself.
+def segment_file(path: Path, run: Run, bundle: Bundle, batch: int, label: str | None) -> tuple[Image, Mask]:
+    """Read one image and segment it.
 
     Args:
-        inputs: files and folders.
-        bundle_folder: the bundle.
-        output: where everything goes.
-        backend: a key of ``session.BACKENDS``, or ``auto``.
-        overlay: also draw the masks over the images.
+        path: the image.
+        run: the bundle's network.
+        bundle: its preprocessing and classes are used.
         batch: how many slices go through the network at once.
-        threads: CPU threads; None leaves it to the back-end.
-        on_error: told of every file that cannot be used.
+        label: where it is given, progress over the slices is shown under this name.
 
     Raises:
-        InputError: an input does not exist.
-        UsageError: two masks would have the same name, or one would overwrite an input.
-        ArtefactError: the bundle cannot be used.
+        InputError: the file cannot be used.
     """
-    bundle = load_bundle(bundle_folder)
-    paths = find_images(inputs)
-    _require_distinct_outputs(paths, output)
-    masks, overlays = list[Path](), list[Path]()
-    areas = [AREA_HEADER]
-    try:
-        with open_session(bundle, backend, threads) as session:
-            for path in track(paths, "infer") if len(paths) > 1 else paths:
-                label = path.name if len(paths) == 1 else None  # one bar: of the files, or of the only file's slices
-                try:
-                    image, mask = _segment_file(path, session.run, bundle, batch, label)
-                except InputError as error:
-                    on_error(path, error)
-                    continue
-                masks.append(write_mask(mask, output))
-                if overlay:
-                    overlays.append(output / "overlays" / f"{output_stem(path)}.png")
-                    write_overlay(image, mask, bundle.preprocessing.window, overlays[-1])
-                areas += _area_rows(mask)
-    finally:  # what was finished before an interrupt is in the table too
-        _write_csv(areas, output / "areas.csv")
-    return Written(masks=tuple(masks), overlays=tuple(overlays), areas=output / "areas.csv")
+    image = read_image(path)
+    outside = outside_fraction(image.size, bundle.preprocessing, image.spacing_in_plane)
+    if outside > 0:
+        LOG.warning(
+            "%s: %.0f %% of every slice lies outside the network's field of view and becomes background",
+            path, 100 * outside,
+        )  # fmt: skip
+    labels = segment(run, image, bundle.preprocessing, batch, label)
+    return image, Mask.of(image, labels, bundle.classes)
 
 
 def _require_replaceable(folder: Path) -> None:
@@ -210,47 +168,3 @@ def _source(checkpoint: "Checkpoint", path: Path) -> dict[str, Any]:
         "block_sha256": checkpoint.block_sha256,
         "provenance": provenance,
     }
-
-
-def _segment_file(path: Path, run: Run, bundle: Bundle, batch: int, label: str | None) -> tuple[Image, Mask]:
-    image = read_image(path)
-    outside = outside_fraction(image.size, bundle.preprocessing, image.spacing_in_plane)
-    if outside > 0:
-        LOG.warning(
-            "%s: %.0f %% of every slice lies outside the network's field of view and becomes background",
-            path, 100 * outside,
-        )  # fmt: skip
-    labels = segment(run, image, bundle.preprocessing, batch, label)
-    return image, Mask.of(image, labels, bundle.classes)
-
-
-def _require_distinct_outputs(paths: Sequence[Path], output: Path) -> None:
-    if any(path.resolve().parent == output.resolve() for path in paths):
-        raise UsageError(f"{output} holds the images, and masks would overwrite them; choose another folder with -o")
-    seen: dict[str, Path] = {}
-    for path in paths:
-        stem = output_stem(path)
-        if stem in seen:
-            raise UsageError(f"{seen[stem]} and {path} would share the name of their masks; run them into two folders")
-        seen[stem] = path
-
-
-def _area_rows(mask: Mask) -> list[tuple[str, ...]]:
-    return [
-        (
-            mask.path.name,
-            area.name,
-            str(label),
-            str(area.pixels),
-            "" if area.mm2 is None else f"{area.mm2:.3f}",
-            "" if area.ml is None else f"{area.ml:.4f}",
-        )
-        for label, area in enumerate(mask.areas(), 1)
-    ]
-
-
-def _write_csv(rows: Sequence[Sequence[str]], path: Path) -> None:
-    text = StringIO()
-    csv.writer(text).writerows(rows)
-    with atomic_file(path) as temporary:
-        temporary.write_text(text.getvalue(), encoding="utf-8", newline="")

@@ -1,4 +1,3 @@
-import csv
 import os
 import shutil
 import subprocess
@@ -7,17 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 import pytest
-from nibabel import Nifti1Image
 from tiny import make_checkpoint, picture, write_nifti, write_pictures, write_volumes
 
-from medseg_trt import pipeline
-from medseg_trt.bundle import load_bundle
-from medseg_trt.errors import AccuracyGateError, InputError, UsageError
+from medseg_trt.errors import AccuracyGateError, UsageError
 from medseg_trt.export import trace as trace_module
 from medseg_trt.images import read_image
-from medseg_trt.pipeline import build, infer, infer_to_folder
+from medseg_trt.pipeline import build, infer
 from medseg_trt.preprocess import prepare, restore
 from medseg_trt.session import open_reference
 from medseg_trt.spec import BuildSpec
@@ -32,15 +27,6 @@ def images(tmp_path) -> Path:
     pixels = np.stack([picture(seed, (36, 28))[0] for seed in range(5)])
     write_nifti(folder / "scan.nii.gz", pixels.transpose(2, 1, 0))
     return folder
-
-
-def read_indices(path: Path) -> np.ndarray:
-    with PIL.Image.open(path) as mask:
-        return np.asarray(mask)
-
-
-def unexpected(path: Path, error: InputError) -> None:
-    raise AssertionError(f"{path}: {error}")
 
 
 @pytest.fixture(scope="module")
@@ -64,79 +50,6 @@ def test_masks_are_what_pytorch_says_at_the_images_own_size(tiny_bundle, images)
                 expected = restore(logits, image.size, p, None)
                 # A logit is off by 1e-6, so a pixel may flip only where two classes tie: none of these few thousand.
                 assert (labels == expected).mean() > 0.999
-
-
-def test_files_are_written_in_the_sources_size_and_geometry(tiny_bundle, images, tmp_path):
-    written = infer_to_folder([images], tiny_bundle, tmp_path / "out", overlay=True, on_error=unexpected)
-    assert [path.name for path in written.masks] == ["case0.png", "case1.png", "scan.nii.gz"]
-    with PIL.Image.open(written.masks[0]) as mask:
-        assert mask.mode == "P"
-        assert mask.size == (52, 40)
-        colors = np.array(mask.getpalette()).reshape(-1, 3)
-        assert tuple(map(tuple, colors[:3])) == load_bundle(tiny_bundle).classes.colors
-    source, volume = (
-        Nifti1Image.from_filename(images / "scan.nii.gz"),
-        Nifti1Image.from_filename(written.masks[2]),
-    )
-    assert volume.shape == source.shape
-    np.testing.assert_array_equal(volume.affine, source.affine)
-    assert [path.name for path in written.overlays] == ["case0.png", "case1.png", "scan.png"]
-    assert all(read_image(path).size[1] >= 52 for path in written.overlays)
-
-
-def test_the_table_of_areas_counts_the_masks(tiny_bundle, images, tmp_path):
-    written = infer_to_folder([images], tiny_bundle, tmp_path / "out", on_error=unexpected)
-    with written.areas.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["file"], row["class"]) for row in rows] == [
-        (name, label) for name in ("case0.png", "case1.png", "scan.nii.gz") for label in ("disc", "bar")
-    ]
-    for row in rows:
-        path = tmp_path / "out" / row["file"]
-        labels = np.asarray(Nifti1Image.from_filename(path).dataobj) if path.suffix == ".gz" else read_indices(path)
-        count = (labels == int(row["label"])).sum()
-        assert int(row["pixels"]) == count
-        millilitres = "" if path.suffix != ".gz" else f"{count * 2.0 * 1.5 * 3.0 / 1000:.4f}"
-        assert row["ml"] == millilitres
-        assert row["mm2"] == ""
-
-
-def test_a_bad_file_is_named_and_the_rest_is_done(tiny_bundle, images, tmp_path):
-    (images / "broken.png").write_bytes((images / "case0.png").read_bytes()[:60])
-    failed = []
-    written = infer_to_folder(
-        [images], tiny_bundle, tmp_path / "out", on_error=lambda path, error: failed.append((path.name, str(error)))
-    )
-    assert [name for name, _ in failed] == ["broken.png"]
-    assert "broken.png" in failed[0][1]
-    assert len(written.masks) == 3
-    assert not list((tmp_path / "out").glob(".partial*"))
-
-
-def test_an_interrupt_keeps_what_is_finished_and_its_areas(tiny_bundle, images, tmp_path, monkeypatch):
-    original = pipeline.write_mask
-
-    def interrupted(mask, folder):
-        if mask.path.name == "case1.png":
-            raise KeyboardInterrupt
-        return original(mask, folder)
-
-    monkeypatch.setattr(pipeline, "write_mask", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        infer_to_folder([images], tiny_bundle, tmp_path / "out", on_error=unexpected)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"case0.png", "areas.csv"}
-    assert len((tmp_path / "out" / "areas.csv").read_text().splitlines()) == 3
-
-
-def test_masks_never_overwrite_images_or_each_other(tiny_bundle, images, tmp_path):
-    before = (images / "case0.png").read_bytes()
-    with pytest.raises(UsageError, match="overwrite"):
-        infer_to_folder([images], tiny_bundle, images, on_error=unexpected)
-    assert (images / "case0.png").read_bytes() == before
-    other = write_pictures(tmp_path / "other", count=1) / "images"
-    with pytest.raises(UsageError, match="share the name"):
-        infer_to_folder([images, other], tiny_bundle, tmp_path / "out", on_error=unexpected)
-    assert not (tmp_path / "out").exists()
 
 
 def test_what_lies_outside_the_field_of_view_is_warned_of(trained_on, tmp_path, caplog):

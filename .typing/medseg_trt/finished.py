@@ -1,0 +1,1 @@
+../../toolkit/finished.py

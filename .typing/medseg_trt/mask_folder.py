@@ -1,0 +1,1 @@
+../../toolkit/mask_folder.py
