@@ -251,6 +251,7 @@ def infer(
     "--split", "splits", multiple=True, default=("val",), show_default=True, help="May be given several times."
 )
 @click.option("--backend", default="auto", show_default=True, help="What runs the bundles.")
+@click.option("--hd95", is_flag=True, help="Also the 95th percentile of the distance between the outlines.")
 @output_options
 def evaluate(
     checkpoints: tuple[Path, ...],
@@ -258,14 +259,15 @@ def evaluate(
     data_folder: Path,
     splits: tuple[str, ...],
     backend: str,
+    hd95: bool,
     as_json: bool,
 ) -> None:
-    """Compare checkpoints and bundles with the masks: Dice and IoU per class."""
+    """Compare checkpoints and bundles with the masks: Dice, IoU and HD95 per class."""
     from medseg_trt import scoreboard
 
     if not checkpoints and not bundles:
         raise UsageError("nothing to evaluate; give --ckpt model.pt or --bundle model.medseg")
-    boards = scoreboard.evaluate_all(checkpoints, bundles, data_folder, splits, backend)
+    boards = scoreboard.evaluate_all(checkpoints, bundles, data_folder, splits, backend, hd95)
     if as_json:
         click.echo(json.dumps({"splits": [board.to_dict() for board in boards]}, indent=2))
     else:

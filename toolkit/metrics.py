@@ -2,7 +2,8 @@
 
 With the pixels that are right (tp), wrongly added (fp) and missed (fn), Dice is ``2 tp / (2 tp + fp + fn)`` and IoU is
 ``tp / (tp + fp + fn)``; no constant is added to either. Where a class is in neither of the two, both are 0 / 0: the
-class is "absent", has no figure and enters no mean.
+class is "absent", has no figure and enters no mean. HD95 (see ``surface``) exists only where the class is in both; how
+often it does not is counted beside the mean.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from jaxtyping import Int64, UInt8
 from numpy import ndarray
 
 from medseg_trt.spec import Classes
+from medseg_trt.surface import hd95
 
 State = Literal["present", "absent", "missed", "false alarm"]
 STATES: dict[tuple[bool, bool], State] = {  # (in the truth, in the prediction)
@@ -39,13 +41,15 @@ class ClassScore:
     truth_pixels: int
     predicted_pixels: int
     state: State
+    hd95: float | None = None  # in the unit of the spacing that was given; None unless it was asked for and exists
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeanScore:
     """How well one class was found over several cases.
 
-    The means run over the ``cases`` whose truth has the class, missed ones included as 0; None where there is none.
+    The means of Dice and IoU run over the ``cases`` whose truth has the class, missed ones included as 0; that of HD95
+    over those of them that are not missed. None where there is none.
     """
 
     name: str
@@ -55,10 +59,22 @@ class MeanScore:
     missed: int
     false_alarms: int
     absent: int
+    hd95: float | None = None
 
 
-def scores(prediction: UInt8[ndarray, "..."], truth: UInt8[ndarray, "..."], classes: Classes) -> tuple[ClassScore, ...]:
+def scores(
+    prediction: UInt8[ndarray, "..."],
+    truth: UInt8[ndarray, "..."],
+    classes: Classes,
+    hd95_spacing: Sequence[float] | None = None,
+) -> tuple[ClassScore, ...]:
     """Score every class but the background, for one picture or one whole volume.
+
+    Args:
+        prediction: labels.
+        truth: labels of the same shape.
+        classes: their names.
+        hd95_spacing: the distance between pixels along each axis, where HD95 is wanted.
 
     Raises:
         ValueError: the shapes differ, or a label has no name in ``classes``.
@@ -67,8 +83,12 @@ def scores(prediction: UInt8[ndarray, "..."], truth: UInt8[ndarray, "..."], clas
     correct, truth_pixels, predicted_pixels = (
         counts.tolist() for counts in (matrix.diagonal(), matrix.sum(axis=1), matrix.sum(axis=0))
     )
-    cases = zip(classes.names, correct, truth_pixels, predicted_pixels, strict=True)
-    return tuple(_class_score(*case) for case in cases)[1:]
+    cases = list(zip(classes.names, correct, truth_pixels, predicted_pixels, strict=True))
+    distances = [
+        None if hd95_spacing is None else hd95(prediction == label, truth == label, hd95_spacing)
+        for label in range(1, len(cases))
+    ]
+    return tuple(_class_score(*case, distance) for case, distance in zip(cases[1:], distances, strict=True))
 
 
 def mean_scores(cases: Sequence[Sequence[ClassScore]]) -> tuple[MeanScore, ...]:
@@ -104,7 +124,9 @@ def confusion(
     return counts.reshape(num_classes, num_classes)
 
 
-def _class_score(name: str, correct: int, truth_pixels: int, predicted_pixels: int) -> ClassScore:
+def _class_score(
+    name: str, correct: int, truth_pixels: int, predicted_pixels: int, distance: float | None
+) -> ClassScore:
     both, either = truth_pixels + predicted_pixels, truth_pixels + predicted_pixels - correct
     return ClassScore(
         name=name,
@@ -113,6 +135,7 @@ def _class_score(name: str, correct: int, truth_pixels: int, predicted_pixels: i
         truth_pixels=truth_pixels,
         predicted_pixels=predicted_pixels,
         state=STATES[truth_pixels > 0, predicted_pixels > 0],
+        hd95=distance,
     )
 
 
@@ -127,6 +150,7 @@ def _mean_score(scores_of_class: Sequence[ClassScore]) -> MeanScore:
         missed=states.count("missed"),
         false_alarms=states.count("false alarm"),
         absent=states.count("absent"),
+        hd95=_mean([score.hd95 for score in counted if score.hd95 is not None]),
     )
 
 

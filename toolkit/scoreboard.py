@@ -42,7 +42,13 @@ class Scoreboard:
 
     def header(self) -> list[str]:
         """Return the table's column names."""
-        return ["class", *(f"{name}\nDice / IoU" for name in self.evaluations)]
+        return [
+            "class",
+            *(
+                f"{name}\nDice / IoU{f' / HD95 {found.hd95_unit}' if found.hd95_unit else ''}"
+                for name, found in self.evaluations.items()
+            ),
+        ]
 
     def cells(self) -> list[list[str]]:
         """Return the table's rows as text: a class each, and the mean Dice over the classes that occur."""
@@ -55,9 +61,14 @@ class Scoreboard:
 
 
 def evaluate_all(
-    checkpoints: Sequence[Path], bundles: Sequence[Path], data_folder: Path, splits: Sequence[str], backend: str
+    checkpoints: Sequence[Path],
+    bundles: Sequence[Path],
+    data_folder: Path,
+    splits: Sequence[str],
+    backend: str,
+    hd95: bool = False,
 ) -> list[Scoreboard]:
-    """Score every checkpoint and bundle on every split.
+    """Score every checkpoint and bundle on every split; with ``hd95`` also measure the distance between the outlines.
 
     Raises:
         UsageError: a network knows other classes than the data.
@@ -82,7 +93,7 @@ def evaluate_all(
                 split=split,
                 title=_title(data, split),
                 evaluations={
-                    network.name: evaluate(network.run, cases[split], network.preprocessing, data.classes)
+                    network.name: evaluate(network.run, cases[split], network.preprocessing, data.classes, hd95=hd95)
                     for network in networks
                 },
             )
@@ -128,4 +139,5 @@ def _title(data: DataFolder, split: str) -> str:
 def _cell(score: MeanScore) -> str:
     if score.dice is None or score.iou is None:
         return "absent, false alarm" if score.false_alarms else "absent"
-    return f"{score.dice:.3f} / {score.iou:.3f}"
+    distance = "" if score.hd95 is None else f" / {score.hd95:.1f}"
+    return f"{score.dice:.3f} / {score.iou:.3f}{distance}"

@@ -2,12 +2,13 @@ import json
 
 import numpy as np
 import pytest
-from tiny import LESION, make_checkpoint, write_volumes
+from tiny import LESION, make_checkpoint, write_pictures, write_volumes
 
 from medseg_trt.errors import InputError, UsageError
 from medseg_trt.images import read_image, read_labels
 from medseg_trt.pipeline import infer
 from medseg_trt.scoreboard import evaluate_all
+from medseg_trt.surface import hd95
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +71,23 @@ def test_other_classes_than_the_datas_are_refused(tmp_path, data):
 def test_an_unknown_split_lists_the_known_ones(tiny_bundle, data):
     with pytest.raises(InputError, match="train, val"):
         evaluate_all([], [tiny_bundle], data, ["test"], "auto")
+
+
+def test_distances_are_in_millimetres_of_the_scan_and_in_pixels_of_a_picture(tiny_bundle, data, tmp_path):
+    (board,) = evaluate_all([], [tiny_bundle], data, ["val"], "auto", hd95=True)
+    (found,) = board.evaluations.values()
+    image = read_image(data / "images" / "scan1.nii.gz")
+    truth = read_labels(data / "masks" / "scan1.nii.gz", image, 3)
+    (mask,) = infer([data / "images" / "scan1.nii.gz"], tiny_bundle)
+    for label, mean in zip((1, 2), found.means, strict=True):
+        assert mean.hd95 == pytest.approx(hd95(mask.labels == label, truth == label, (3.0, 1.5, 2.0)))
+    assert board.header()[1].endswith("Dice / IoU / HD95 mm")
+    assert board.cells()[0][1].count("/") == 2
+
+    pictures = write_pictures(tmp_path / "pictures", count=3)
+    checkpoint = make_checkpoint(tmp_path, classes=LESION, architecture="transunet-tiny")
+    (board,) = evaluate_all([checkpoint], [], pictures, ["val"], "auto", hd95=True)
+    (found,) = board.evaluations.values()
+    assert found.hd95_unit == "pixels"
+    for case in found.cases:
+        assert case.scores[0].hd95 is None or 0 <= case.scores[0].hd95 < 46  # the diagonal of 32 x 32 pixels

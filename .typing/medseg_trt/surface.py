@@ -1,0 +1,1 @@
+../../toolkit/surface.py

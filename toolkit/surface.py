@@ -1,0 +1,92 @@
+"""The distance between two surfaces: HD95, the 95th percentile of how far one outline lies from the other.
+
+A surface is the mask's pixels of which a direct neighbour (4 in a slice, 6 in a volume) is not in the mask; beyond the
+array nothing is. Two definitions are in use, and they give different figures for the same masks.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float64
+from numpy import ndarray
+
+PERCENTILE = 95
+
+Distances = Float64[ndarray, "..."]  # one for each point of a surface
+
+
+def _pooled(there: Distances, back: Distances) -> float:
+    """Take the percentile of all distances, both ways together."""
+    return float(np.percentile(np.concatenate([there, back]), PERCENTILE))
+
+
+def _worse_way(there: Distances, back: Distances) -> float:
+    """Take the percentile of each way, and the larger of the two."""
+    return float(max(np.percentile(there, PERCENTILE), np.percentile(back, PERCENTILE)))
+
+
+DEFINITIONS: Mapping[str, Callable[[Distances, Distances], float]] = {
+    "pooled": _pooled,  # MedPy's ``hd95``, which TransUNet and its followers report
+    "worse-way": _worse_way,  # MONAI's ``compute_hausdorff_distance(percentile=95)``
+}
+
+
+def hd95(
+    prediction: Bool[ndarray, "..."],
+    truth: Bool[ndarray, "..."],
+    spacing_mm: Sequence[float] | None = None,
+    definition: str = "pooled",
+) -> float | None:
+    """Return the 95th percentile Hausdorff distance; None where a mask is empty, so that there is no distance.
+
+    Args:
+        prediction: a mask of any number of axes.
+        truth: a mask of the same shape.
+        spacing_mm: millimetres between pixels along each axis; without it the result is in pixels.
+        definition: a key of ``DEFINITIONS``.
+
+    Raises:
+        ValueError: the shapes differ, or ``spacing_mm`` has not one number an axis.
+    """
+    if prediction.shape != truth.shape:
+        raise ValueError(f"the prediction is {prediction.shape}, but the truth is {truth.shape}")
+    spacing = np.ones(truth.ndim) if spacing_mm is None else np.asarray(spacing_mm, np.float64)
+    if len(spacing) != truth.ndim:
+        raise ValueError(f"{len(spacing)} spacings for {truth.ndim} axes")
+    first, second = (surface(mask) * spacing for mask in (prediction, truth))
+    if not len(first) or not len(second):
+        return None
+    return DEFINITIONS[definition](_nearest(first, second), _nearest(second, first))
+
+
+def surface(mask: Bool[ndarray, "..."]) -> Float64[ndarray, "points axes"]:
+    """Return the positions of the surface's pixels, in pixels."""
+    box = _bounding_box(mask)
+    if box is None:
+        return np.empty((0, mask.ndim))
+    cut = np.pad(mask[box], 1)
+    inner = tuple(slice(1, -1) for _ in range(mask.ndim))
+    buried = cut[inner].copy()
+    for axis in range(mask.ndim):
+        for shift in (slice(None, -2), slice(2, None)):
+            buried &= cut[(*inner[:axis], shift, *inner[axis + 1 :])]
+    return np.argwhere(cut[inner] & ~buried) + np.array([part.start for part in box], np.float64)
+
+
+def _bounding_box(mask: ndarray) -> tuple[slice, ...] | None:
+    box: list[slice] = []
+    for axis in range(mask.ndim):
+        part = mask[tuple(box)]  # each axis leaves less to look at for the next
+        used = np.flatnonzero(part.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
+        if not used.size:
+            return None
+        box.append(slice(int(used[0]), int(used[-1]) + 1))
+    return tuple(box)
+
+
+def _nearest(points: ndarray, targets: ndarray) -> Distances:
+    """Return the distance from each point to the nearest target."""
+    from scipy.spatial import KDTree
+
+    distances, _ = KDTree(targets).query(points)
+    return distances
