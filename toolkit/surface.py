@@ -10,6 +10,8 @@ import numpy as np
 from jaxtyping import Bool, Float64
 from numpy import ndarray
 
+from medseg_trt.errors import require
+
 PERCENTILE = 95
 
 Distances = Float64[ndarray, "..."]  # one for each point of a surface
@@ -47,6 +49,7 @@ def hd95(
 
     Raises:
         ValueError: the shapes differ, or ``spacing_mm`` has not one number an axis.
+        MissingExtraError: SciPy is not installed.
     """
     if prediction.shape != truth.shape:
         raise ValueError(f"the prediction is {prediction.shape}, but the truth is {truth.shape}")
@@ -86,7 +89,6 @@ def _bounding_box(mask: ndarray) -> tuple[slice, ...] | None:
 
 def _nearest(points: ndarray, targets: ndarray) -> Distances:
     """Return the distance from each point to the nearest target."""
-    from scipy.spatial import KDTree
-
-    distances, _ = KDTree(targets).query(points)
+    spatial = require("scipy.spatial", "report")
+    distances, _ = spatial.KDTree(targets).query(points)
     return distances

@@ -24,7 +24,7 @@ def by_distance_transform(prediction: np.ndarray, truth: np.ndarray, spacing) ->
     """Both directed surface distances, by erosion and an exact Euclidean distance transform."""
     structure = ndimage.generate_binary_structure(truth.ndim, 1)
     borders = [mask ^ ndimage.binary_erosion(mask, structure) for mask in (prediction, truth)]
-    fields = [ndimage.distance_transform_edt(~border, sampling=spacing) for border in borders]
+    fields = [np.asarray(ndimage.distance_transform_edt(~border, sampling=spacing)) for border in borders]
     return fields[1][borders[0]], fields[0][borders[1]]
 
 
