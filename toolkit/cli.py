@@ -317,11 +317,24 @@ def bench(
 @click.option("--classes", type=click.IntRange(1), default=1, show_default=True, help="Of arch:NAME.")
 @output_options
 def inspect(what: str, image_size: int, classes: int, as_json: bool) -> None:
-    """Say what a checkpoint, a bundle or an architecture (arch:llm-transunet) is."""
+    """Say what a checkpoint, a bundle, an ONNX file or an architecture (arch:llm-transunet) is."""
     from medseg_trt.inspection import describe
 
     found = describe(what, image_size, classes)
     _print_result(as_json, found, "\n".join(_lines(found)))
+
+
+@cli.command()
+@output_options
+def doctor(as_json: bool) -> None:
+    """Say what this machine can run, and what to type for the rest."""
+    from dataclasses import asdict
+
+    from medseg_trt.doctor import examine
+
+    findings = examine()
+    lines = [f"{'yes' if found.ready else 'no ':3}  {found.ability}: {found.detail}" for found in findings]
+    _print_result(as_json, {"abilities": [asdict(found) for found in findings]}, "\n".join(lines))
 
 
 def _print_result(as_json: bool, result: dict[str, Any], text: str) -> None:

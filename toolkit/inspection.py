@@ -1,10 +1,11 @@
-"""Say what a checkpoint, a bundle or an architecture is, as plain data."""
+"""Say what a checkpoint, a bundle, an ONNX file or an architecture is, as plain data."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from medseg_trt.errors import InputError
+from medseg_trt.files import sha256
 from medseg_trt.spec import to_dict
 
 
@@ -12,7 +13,7 @@ def describe(what: str, image_size: int, classes: int) -> dict[str, Any]:
     """Describe a file, a folder or an architecture.
 
     Args:
-        what: ``model.pt``, a ``*.medseg`` folder, or ``arch:NAME``.
+        what: ``model.pt``, a ``*.medseg`` folder, a ``*.onnx`` file, or ``arch:NAME``.
         image_size: height and width of ``arch:NAME``, in pixels.
         classes: number of logits of ``arch:NAME``.
 
@@ -25,7 +26,9 @@ def describe(what: str, image_size: int, classes: int) -> dict[str, Any]:
         return _architecture(what.removeprefix("arch:"), (image_size, image_size), classes)
     path = Path(what)
     if not path.exists():
-        raise InputError(f"{path} does not exist; give a checkpoint (.pt), a bundle (.medseg) or arch:NAME")
+        raise InputError(
+            f"{path} does not exist; give a checkpoint (.pt), a bundle (.medseg), an ONNX file or arch:NAME"
+        )
     suffix = path.suffix.lower()
     if suffix not in KINDS:
         raise InputError(f"{path} is nothing that can be inspected; known are {', '.join(KINDS)} and arch:NAME")
@@ -33,22 +36,22 @@ def describe(what: str, image_size: int, classes: int) -> dict[str, Any]:
 
 
 def _architecture(name: str, image_size: tuple[int, int], classes: int) -> dict[str, Any]:
-    import torch
-
-    from medseg_trt.train.model import build_model, count_parameters, model_spec
+    from medseg_trt.train.cost import cost
+    from medseg_trt.train.model import model_spec
 
     spec = model_spec(name, image_size, classes)
-    with torch.device("meta"):  # shapes without memory
-        return {"parameters": count_parameters(build_model(spec)), "spec": to_dict(spec)}
+    return {**cost(spec), "spec": to_dict(spec)}
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:
     from medseg_trt.train.checkpoint import load_checkpoint
-    from medseg_trt.train.model import count_parameters
+    from medseg_trt.train.cost import cost
 
     checkpoint = load_checkpoint(path)
+    checkpoint.model()  # the weights fit, and the block is the one it was trained with
     return {
-        "parameters": count_parameters(checkpoint.model()),
+        "sha256": sha256(path),
+        **cost(checkpoint.spec),
         "block": {"sha256": checkpoint.block_sha256, "file": str(checkpoint.block_file or "")},
         "spec": to_dict(checkpoint.spec),
         "preprocessing": to_dict(checkpoint.preprocessing),
@@ -63,4 +66,10 @@ def _bundle(path: Path) -> dict[str, Any]:
     return load_bundle(path).manifest()
 
 
-KINDS: Mapping[str, Callable[[Path], dict[str, Any]]] = {".pt": _checkpoint, ".medseg": _bundle}
+def _onnx(path: Path) -> dict[str, Any]:
+    from medseg_trt.onnx_file import describe_onnx
+
+    return describe_onnx(path)
+
+
+KINDS: Mapping[str, Callable[[Path], dict[str, Any]]] = {".pt": _checkpoint, ".medseg": _bundle, ".onnx": _onnx}

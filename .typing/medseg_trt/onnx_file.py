@@ -1,0 +1,1 @@
+../../toolkit/onnx_file.py

@@ -1,0 +1,51 @@
+import importlib.util
+import json
+import re
+import tomllib
+from pathlib import Path
+
+from click.testing import CliRunner
+
+from medseg_trt import doctor
+from medseg_trt.cli import cli
+from medseg_trt.doctor import ABILITIES, examine
+
+PYPROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_what_is_installed_is_named_with_its_version():
+    found = {each.ability: each for each in examine()}
+    assert all(found[name].ready for name in ABILITIES)  # the tests need all of them
+    assert re.search(r"torch \d+\.\d+", found["train"].detail)
+
+
+def test_what_is_missing_comes_with_the_command_that_installs_it(monkeypatch):
+    original = importlib.util.find_spec
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name == "torch" else original(name))
+    found = {each.ability: each for each in examine()}
+    assert found["train"].detail == "torch missing; install: pip install 'medseg-trt[train]'"
+    assert not found["build bundles"].ready
+    assert found["infer on the CPU with ONNX Runtime"].ready
+
+
+def test_every_command_it_gives_installs_the_package():
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    for ability in ABILITIES.values():
+        names = {re.split(r"[>=<\[]", requirement)[0] for requirement in extras[ability.extra]}
+        assert set(ability.modules.values()) <= names
+
+
+def test_no_driver_is_said_in_words(monkeypatch):
+    def no_library(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(doctor.ctypes, "CDLL", no_library)
+    *_, gpu = examine()
+    assert (gpu.ready, gpu.detail) == (False, "no NVIDIA driver is installed")
+
+
+def test_the_command_prints_the_same_as_json():
+    as_json, as_text = (CliRunner().invoke(cli, ["doctor", *option]) for option in (["--json"], []))
+    abilities = json.loads(as_json.stdout)["abilities"]
+    assert len(abilities) == len(as_text.stdout.splitlines())
+    assert all(each["ability"] in as_text.stdout and each["detail"] in as_text.stdout for each in abilities)
