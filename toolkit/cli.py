@@ -317,7 +317,7 @@ def bench(
 @click.option("--classes", type=click.IntRange(1), default=1, show_default=True, help="Of arch:NAME.")
 @output_options
 def inspect(what: str, image_size: int, classes: int, as_json: bool) -> None:
-    """Say what a checkpoint, a bundle, an ONNX file or an architecture (arch:llm-transunet) is."""
+    """Say what a checkpoint, bundle, ONNX file or architecture (arch:NAME) is."""
     from medseg_trt.inspection import describe
 
     found = describe(what, image_size, classes)
