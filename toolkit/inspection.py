@@ -1,6 +1,7 @@
 """Say what a checkpoint, a bundle, an ONNX file or an architecture is, as plain data."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def _architecture(name: str, image_size: tuple[int, int], classes: int) -> dict[
     from medseg_trt.train.model import model_spec
 
     spec = model_spec(name, image_size, classes)
-    return {**cost(spec), "spec": to_dict(spec)}
+    return {**asdict(cost(spec)), "spec": to_dict(spec)}
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def _checkpoint(path: Path) -> dict[str, Any]:
     checkpoint.model()  # the weights fit, and the block is the one it was trained with
     return {
         "sha256": sha256(path),
-        **cost(checkpoint.spec),
+        **asdict(cost(checkpoint.spec)),
         "block": {"sha256": checkpoint.block_sha256, "file": str(checkpoint.block_file or "")},
         "spec": to_dict(checkpoint.spec),
         "preprocessing": to_dict(checkpoint.preprocessing),

@@ -1,5 +1,8 @@
 """What a network costs: multiply-accumulates and weight bytes, from its architecture alone."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -7,8 +10,17 @@ from medseg_trt.spec import ModelSpec
 from medseg_trt.train.model import build_model, count_parameters
 
 
-def cost(spec: ModelSpec) -> dict[str, dict[str, int] | int]:
-    """Return the parameters, the multiply-accumulates for one image, and the bytes of the weights in float32.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cost:
+    """What a network costs."""
+
+    parameters: Mapping[str, int]  # total, trainable, frozen
+    macs: int  # multiply-accumulates for one image
+    weight_bytes_fp32: int
+
+
+def cost(spec: ModelSpec) -> Cost:
+    """Count what an architecture costs.
 
     Only matrix products and convolutions are counted, attention's two products included; norms, resizing and
     element-wise work are not. Nothing is allocated.
@@ -19,8 +31,8 @@ def cost(spec: ModelSpec) -> dict[str, dict[str, int] | int]:
         with counter, torch.no_grad():
             model(torch.zeros(1, 3, *spec.image_size))
     parameters = count_parameters(model)
-    return {
-        "parameters": parameters,
-        "macs": counter.get_total_flops() // 2,  # PyTorch counts a multiplication and an addition as two
-        "weight_bytes_fp32": 4 * parameters["total"],
-    }
+    return Cost(
+        parameters=parameters,
+        macs=counter.get_total_flops() // 2,  # PyTorch counts a multiplication and an addition as two
+        weight_bytes_fp32=4 * parameters["total"],
+    )

@@ -10,15 +10,15 @@ def test_the_block_and_its_mappers_cost_what_their_matrices_say():
     per_token = 4 * width**2 + 3 * width * feed_forward + 2 * width * vit
     attention = 2 * tokens**2 * width  # the scores, and what they weigh
     with_block, without = (cost(model_spec(name, (256, 256), 1)) for name in ("llm-transunet", "transunet"))
-    assert with_block["macs"] - without["macs"] == tokens * per_token + attention
+    assert with_block.macs - without.macs == tokens * per_token + attention
 
 
 @pytest.mark.parametrize(("size", "factor"), [((256, 512), 2), ((512, 512), 4)])
 def test_convolutions_grow_with_the_image_and_attention_faster(size, factor):
-    small, large = (cost(model_spec("transunet-tiny", each, 2))["macs"] for each in ((256, 256), size))
+    small, large = (cost(model_spec("transunet-tiny", each, 2)).macs for each in ((256, 256), size))
     assert factor * small < large < 1.2 * factor * small
 
 
 def test_weights_take_four_bytes_each():
     found = cost(model_spec("transunet-tiny", (32, 32), 2))
-    assert found["weight_bytes_fp32"] == 4 * found["parameters"]["total"]
+    assert found.weight_bytes_fp32 == 4 * found.parameters["total"]
