@@ -29,7 +29,6 @@ demo: .venv/run.stamp
 	$(MEDSEG) evaluate --ckpt demo/untrained/best.pt --ckpt demo/trained/best.pt --bundle demo/model.medseg \
 		--data $(DATA) --split val --split test
 	$(MEDSEG) bench --bundle demo/model.medseg --ckpt demo/trained/best.pt --data $(DATA) -o demo/report
-	@echo 'report:  demo/report/report.md'
 	@echo 'overlay: demo/masks/overlays/ct_B.png'
 
 test: .venv/dev.stamp
