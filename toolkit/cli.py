@@ -44,7 +44,7 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        _complain("interrupted; what was finished is kept")
+        _complain("interrupted; what was finished is kept: train --resume and infer --continue go on from there")
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
         sys.stderr.close()  # whoever read us, `head` for one, has had enough
