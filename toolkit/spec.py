@@ -13,6 +13,11 @@ from medseg_trt.errors import ArtefactError
 
 Spec = TypeVar("Spec")
 Resize = Literal["nearest", "linear", "linear_antialias"]
+Residual = Literal["none", "in", "out", "both"]
+FinalNorm = Literal["ones", "pretrained", "none"]
+Placement = Literal["before_norm", "after_norm"] | int
+Weights = Literal["pretrained", "random", "shuffled", "none"]
+Parts = Literal["full", "attention", "mlp"]
 PIXELS_PER_TOKEN = 16  # the R50 stage halves the image four times, and a token is one of its pixels
 
 
@@ -46,6 +51,68 @@ class BlockSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class InsertSpec:
+    """How the language layers sit in the network, and what they hold; the defaults are the published model.
+
+    With ``e`` the transformer's tokens, ``M1`` and ``M2`` the trained maps to the language model's width and back,
+    ``x = M1 e``, ``L`` the language layers and ``N`` the final norm, the insert returns
+
+    - ``residual="none"``: ``M2 N(L(x))``, as published (Jiang & Liu 2024)
+    - ``residual="in"``: ``M2 (N(L(x)) + x)``, round the language model in its own width
+    - ``residual="out"``: ``e + M2 N(L(x))``, round both maps in the transformer's width
+    - ``residual="both"``: ``e + M2 (N(L(x)) + x)``
+
+    ``parts`` says what a layer computes, with ``A`` its attention, ``F`` its MLP and ``n1``, ``n2`` their norms:
+
+    - ``parts="full"``: ``h = x + A(n1(x))``, then ``h + F(n2(h))``
+    - ``parts="attention"``: ``x + A(n1(x))``
+    - ``parts="mlp"``: ``x + F(n2(x))``
+
+    ``norm`` is the RMSNorm after the last layer: its weight is all ones, as published, or that of the language model's
+    own final norm; with "none", ``N(x) = x``. It is never trained. Without a residual and right before
+    ``encoder_norm``, "ones" and "none" are one function but for an eps, since a LayerNorm undoes a token's scale.
+
+    ``placement``: the tokens pass the insert after the last transformer layer and before ``encoder_norm``, as
+    published; after ``encoder_norm``; or right after transformer layer ``k``, counted from 1.
+
+    ``weights``: "pretrained" are the block file's. "random" are normal with a standard deviation of 0.02, and the
+    layer's own norms ones. "shuffled" are the block file's, every tensor permuted on its own: the same values without
+    their structure. "none" leaves the layers out, ``L(x) = x``, so that only the maps and the norm remain. Frozen
+    random and shuffled weights follow from ``seed`` and the block file and are in no checkpoint.
+
+    Source: Lai et al. 2024, ``vit_llama.py`` of LLMBoostMedical, for the residuals (``llam_res`` 1, 2 and 3).
+    """
+
+    residual: Residual = "none"
+    norm: FinalNorm = "ones"
+    placement: Placement = "before_norm"
+    weights: Weights = "pretrained"
+    parts: Parts = "full"
+    num_layers: int = 1  # the last ones of the language model, one after the other
+    trainable: bool = False  # the language layers, from the weights above; then they are in the checkpoint
+    seed: int = 0  # of random and shuffled weights
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        if self.num_layers < 1 or self.seed < 0:
+            raise ValueError("num_layers must be 1 or more and seed 0 or more; weights=none leaves all layers out")
+        if isinstance(self.placement, int) and self.placement < 1:
+            raise ValueError(f"placement is after layer {self.placement}; the first transformer layer is 1")
+        if self.weights == "none" and (self.trainable or self.parts != "full" or self.num_layers != 1):
+            raise ValueError(
+                "weights=none leaves the language layers out; trainable, parts and num_layers must be unset"
+            )
+        if self.weights == self.norm == "none" and self.residual in ("in", "both"):
+            raise ValueError(f"weights=none and norm=none leave nothing for residual={self.residual} to go round")
+
+    @property
+    def needs_block_file(self) -> bool:
+        """Whether weights of a language model are needed, or its geometry is enough."""
+        return self.weights in ("pretrained", "shuffled") or self.norm == "pretrained"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSpec:
     """The architecture of a TransUNet, with a frozen LLaMA block inside where ``block`` is set.
 
@@ -65,6 +132,7 @@ class ModelSpec:
     bridge_channels: int = 512  # between the tokens and the decoder ("conv_more")
     decoder_channels: tuple[int, int, int, int] = (256, 128, 64, 16)
     block: BlockSpec | None = None
+    insert: InsertSpec = InsertSpec()  # how the block is used, where there is one
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -83,6 +151,25 @@ class ModelSpec:
             raise ValueError("every size of a network must be at least 1")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        self._check_insert()
+
+    def _check_insert(self) -> None:
+        insert, block = self.insert, self.block
+        if block is None:
+            if insert != InsertSpec():
+                raise ValueError(f"{self.architecture} has no language block to change; choose an llm- architecture")
+            return
+        if isinstance(insert.placement, int) and insert.placement > self.num_layers:
+            raise ValueError(f"placement is after layer {insert.placement}; {self.architecture} has {self.num_layers}")
+        if (block.rotary or block.causal) and (insert.weights == "none" or insert.parts == "mlp"):
+            raise ValueError("rotary and causal change the language model's attention, and this insert has none")
+
+    @property
+    def insert_position(self) -> int:
+        """How many stages the tokens pass before the insert: the transformer's layers, then ``encoder_norm``."""
+        named = {"before_norm": self.num_layers, "after_norm": self.num_layers + 1}
+        placement = self.insert.placement
+        return placement if isinstance(placement, int) else named[placement]
 
     @property
     def grid(self) -> tuple[int, int]:

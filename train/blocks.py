@@ -19,12 +19,14 @@ from medseg_trt.errors import ArtefactError, UsageError, require
 from medseg_trt.files import atomic_file, sha256
 from medseg_trt.progress import LOG
 from medseg_trt.spec import BlockSpec, to_dict
-from medseg_trt.train.layer_readers import READERS, LayerChoice, block_spec, check_layer, open_safetensors
+from medseg_trt.train.layer_readers import READERS, LayerChoice, block_spec, check_layer
 from medseg_trt.train.llama import LlamaBlock
+from medseg_trt.train.weight_files import is_finite, open_safetensors
 
 SCHEMA = 1
 METADATA_KEY = "medseg_trt"  # one entry only: safetensors writes several in a random order
 MAX_METADATA_BYTES = 1 << 20
+SUFFIXES = ", ".join(filter(None, READERS))
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -45,7 +47,7 @@ class FrozenBlock:
         if len(dtypes) > 1 or not dtypes <= set(DTYPES):
             raise ValueError(f"its tensors are {', '.join(sorted(map(str, dtypes)))}; all must be one of {DTYPES}")
         for name, tensor in self.tensors.items():
-            if not tensor.isfinite().all():
+            if not is_finite(tensor):
                 raise ValueError(f"{name} holds values that are not finite")
 
     @property
@@ -58,8 +60,8 @@ def extract(source: Path, layer: LayerChoice = "last") -> FrozenBlock:
     """Read one decoder layer of a language model, or a block that was extracted before.
 
     Args:
-        source: a GGUF file, a Hugging Face folder, one safetensors shard with ``config.json`` beside it, or a block
-            file.
+        source: a Hugging Face folder, one ``.safetensors`` or ``.bin`` shard of it with ``config.json`` beside it,
+            Meta's folder or ``consolidated.00.pth`` with ``params.json`` beside it, a GGUF file, or a block file.
         layer: which layer, from 0, or "last".
 
     Raises:
@@ -68,7 +70,7 @@ def extract(source: Path, layer: LayerChoice = "last") -> FrozenBlock:
     suffix = "" if source.is_dir() else source.suffix.lower()
     if not source.exists() or suffix not in READERS:
         problem = "cannot be read" if source.exists() else "does not exist"
-        raise ArtefactError(f"{source} {problem}; give a Hugging Face folder, a .safetensors file or a .gguf file")
+        raise ArtefactError(f"{source} {problem}; give a Hugging Face or Meta folder, or a {SUFFIXES} file")
     if suffix == ".safetensors" and _is_block_file(source):
         block = load_block(source)
         if layer not in ("last", block.provenance.get("layer")):

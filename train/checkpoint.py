@@ -6,10 +6,8 @@ file of its own, known by its SHA-256, and is looked for beside the checkpoint a
 """
 
 import os
-import pickle
 import re
 import shutil
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,16 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medseg_trt.errors import ArtefactError
+from medseg_trt.errors import ArtefactError, InputError, MedsegError
 from medseg_trt.files import atomic_file, cache_folder, sha256
 from medseg_trt.spec import Classes, ModelSpec, Preprocessing, from_dict, to_dict
 from medseg_trt.train.blocks import FrozenBlock, load_block
-from medseg_trt.train.model import build_model
+from medseg_trt.train.layer_readers import block_spec
+from medseg_trt.train.model import build_model, frozen_names
 from medseg_trt.train.transunet import TransUNet
+from medseg_trt.train.weight_files import is_finite, is_plain, load_pickled, one_line
 
 SCHEMA = 1
 HEADER = {"schema", "spec", "preprocessing", "classes", "block_sha256", "provenance"}
 FROZEN_PREFIXES = ("insert.block.", "insert.final_norm.")
+MAX_LAYERS = 1 << 10  # of one kind; ViT-H has 32 and ResNet-152 has 36
+MAX_FROZEN_PARAMETERS = 1 << 32  # LLaMA-3 405B has 3.2e9 in a layer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,19 +52,9 @@ class Checkpoint:
             ArtefactError: the weights do not fit the architecture, or the block is not the one they were trained with.
         """
         block = self.block()
+        _check_fit(self, block, "the checkpoint")
         model = build_model(self.spec, block)
-        try:
-            missing, unexpected = model.load_state_dict(dict(self.weights), strict=False)
-        except RuntimeError as error:
-            raise ArtefactError(f"the weights do not fit {self.spec.architecture}: {_one_line(error)}") from error
-        if block is not None:  # its weights come from its own file, and from nowhere else
-            missing = [name for name in missing if not name.startswith(FROZEN_PREFIXES)]
-            unexpected += [name for name in self.weights if name.startswith(FROZEN_PREFIXES)]
-        if missing or unexpected:
-            raise ArtefactError(
-                f"the weights do not fit {self.spec.architecture}: "
-                f"{len(missing)} missing {missing[:3]}, {len(unexpected)} unknown {unexpected[:3]}"
-            )
+        model.load_state_dict(dict(self.weights), strict=False)
         return model.eval()
 
     def block(self) -> FrozenBlock | None:
@@ -74,8 +66,8 @@ class Checkpoint:
 
 def trained_weights(model: TransUNet) -> dict[str, Tensor]:
     """Return a copy of everything that training changes, and nothing that is frozen."""
-    state = model.state_dict()
-    return {name: value.detach().clone() for name, value in state.items() if not name.startswith(FROZEN_PREFIXES)}
+    state, frozen = model.state_dict(), _frozen_names(model)
+    return {name: value.detach().clone() for name, value in state.items() if name not in frozen}
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: Path, *, self_contained: bool = False) -> None:
@@ -107,18 +99,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint without running any code in it.
 
     Raises:
-        ArtefactError: not a checkpoint of ours, damaged, or its frozen block cannot be found.
+        ArtefactError: not a checkpoint of ours, damaged, its parts do not fit together, or its frozen block cannot be
+            found.
+        InputError: it embeds its frozen block, and the cache cannot be written to.
     """
     path = Path(path)
     if not path.is_file():
         raise ArtefactError(f"{path} does not exist. Train a model first: medseg-trt train --recipe NAME --data DIR")
-    try:
-        with warnings.catch_warnings(action="ignore"):  # about pickles of others; the error says all that is needed
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ArtefactError(f"{path} holds other things than tensors and plain data, so it is not opened") from error
-    except Exception as error:  # damaged bytes make PyTorch raise almost anything, AssertionError included
-        raise ArtefactError(f"{path} is damaged or no checkpoint of medseg-trt: {_one_line(error)}") from error
+    content = load_pickled(path, "checkpoint of medseg-trt")
     header = _checked_header(content, path)
     source, digest = str(path), header["block_sha256"]
     checkpoint = Checkpoint(
@@ -128,12 +116,17 @@ def load_checkpoint(path: Path) -> Checkpoint:
         classes=from_dict(Classes, header["classes"], source),
         provenance=header["provenance"],
         training=content.get("training"),
+        block_sha256=digest,
     )
+    _check_agreement(checkpoint, path)
+    _check_fit(checkpoint, None, source)
+    _check_finite(checkpoint, path)
     if digest is None:
         return checkpoint
     embedded = content.get("block_bytes")
-    block_file = find_block(digest, path.parent) if embedded is None else _unpack(embedded, digest)
-    return replace(checkpoint, block_file=block_file, block_sha256=digest)
+    return replace(
+        checkpoint, block_file=find_block(digest, path.parent) if embedded is None else _unpack(embedded, digest)
+    )
 
 
 def _checked_header(content: Any, path: Path) -> dict[str, Any]:
@@ -145,9 +138,9 @@ def _checked_header(content: Any, path: Path) -> dict[str, Any]:
         raise ArtefactError(f"{path} was written by another version of medseg-trt; this one reads schema {SCHEMA}")
     weights, digest, embedded = content.get("weights"), header.get("block_sha256"), content.get("block_bytes")
     sound = {
-        "weights": isinstance(weights, dict) and all(isinstance(value, Tensor) for value in weights.values()),
+        "weights": isinstance(weights, dict) and all(map(is_plain, weights.values())),
         "training": isinstance(content.get("training"), dict | None),
-        "block_bytes": embedded is None or (isinstance(embedded, Tensor) and embedded.dtype == torch.uint8),
+        "block_bytes": embedded is None or (is_plain(embedded) and embedded.dtype == torch.uint8),
         "block_sha256": digest is None
         or (isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) is not None),
         "provenance": isinstance(header.get("provenance"), dict),
@@ -156,6 +149,71 @@ def _checked_header(content: Any, path: Path) -> dict[str, Any]:
     if damaged := [name for name, good in sound.items() if not good]:
         raise ArtefactError(f"{path} is damaged: {', '.join(damaged)} cannot be what medseg-trt wrote")
     return header
+
+
+def _check_agreement(checkpoint: Checkpoint, path: Path) -> None:
+    """Check that what describes the model is of one model."""
+    spec, classes, preprocessing = checkpoint.spec, checkpoint.classes, checkpoint.preprocessing
+    if classes.num_logits != spec.num_classes:
+        raise ArtefactError(
+            f"{path}: {len(classes.names)} class names need {classes.num_logits} logits, "
+            f"but num_classes is {spec.num_classes}; the file has been altered"
+        )
+    if preprocessing.image_size != spec.image_size:
+        raise ArtefactError(
+            f"{path}: images are prepared at {preprocessing.image_size}, "
+            f"but the network takes {spec.image_size}; the file has been altered"
+        )
+
+
+def _check_fit(checkpoint: Checkpoint, block: FrozenBlock | None, source: str) -> None:
+    """Compare names, shapes and types with the architecture, before anything of the sizes in the spec is allocated.
+
+    Raises:
+        ArtefactError: the weights, or the block where it is given, are of another architecture.
+    """
+    spec = checkpoint.spec
+    misfit = f"{source}: the weights do not fit {spec.architecture}"
+    depth = max(spec.num_layers, *spec.resnet_units, spec.insert.num_layers)
+    if depth > MAX_LAYERS:
+        raise ArtefactError(f"{misfit}: it asks for {depth} layers of one kind; at most {MAX_LAYERS} are believed")
+    if spec.block is not None:
+        block_spec(to_dict(spec.block), source)
+        geometry = replace(spec.block, rotary=False, causal=False)
+        if block is not None and block.spec != geometry:
+            raise ArtefactError(f"{source}: the frozen block's geometry is {block.spec}; the model asks for {geometry}")
+    try:
+        with torch.device("meta"):
+            model = build_model(spec)
+    except (MedsegError, ValueError, TypeError, RuntimeError, OverflowError) as error:  # sizes that no tensor can have
+        raise ArtefactError(f"{misfit}: {one_line(error)}") from error
+    wanted, found = model.state_dict(), checkpoint.weights
+    block_is_elsewhere = checkpoint.block_sha256 is not None or not spec.insert.needs_block_file
+    frozen = _frozen_names(model) if block_is_elsewhere else set()
+    if (count := sum(wanted[name].numel() for name in frozen)) > MAX_FROZEN_PARAMETERS:
+        raise ArtefactError(f"{misfit}: it asks for {count:,} frozen parameters; no model has as many")
+    missing = [name for name in wanted if name not in found and name not in frozen]
+    unknown = [name for name in found if name not in wanted or name in frozen]
+    if missing or unknown:
+        raise ArtefactError(f"{misfit}: {len(missing)} missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}")
+    for name, tensor in found.items():
+        if (tensor.shape, tensor.dtype) != (wanted[name].shape, wanted[name].dtype):
+            raise ArtefactError(f"{misfit}: {name} is {_kind(tensor)}, but it asks for {_kind(wanted[name])}")
+
+
+def _check_finite(checkpoint: Checkpoint, path: Path) -> None:
+    for name, tensor in checkpoint.weights.items():
+        if not is_finite(tensor):
+            raise ArtefactError(f"{path}: {name} holds values that are not finite; the training has failed")
+
+
+def _frozen_names(model: TransUNet) -> set[str]:
+    """Return what is in no checkpoint, because it follows from the block's file and the spec."""
+    return {name for name in frozen_names(model) if name.startswith(FROZEN_PREFIXES)}
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def block_name(digest: str) -> str:
@@ -180,11 +238,17 @@ def find_block(digest: str, folder: Path) -> Path:
 
 def _unpack(embedded: Tensor, digest: str) -> Path:
     path = cache_folder("blocks") / block_name(digest)
-    if not path.is_file() or sha256(path) != digest:
-        with atomic_file(path) as temporary:
-            temporary.write_bytes(embedded.numpy().tobytes())
-            if sha256(temporary) != digest:
-                raise ArtefactError(f"the embedded block is damaged: its SHA-256 is not {digest[:16]}…")
+    try:
+        if not path.is_file() or sha256(path) != digest:
+            with atomic_file(path) as temporary:
+                temporary.write_bytes(embedded.numpy().tobytes())
+                if sha256(temporary) != digest:
+                    raise ArtefactError(f"the embedded block is damaged: its SHA-256 is not {digest[:16]}…")
+    except OSError as error:
+        raise InputError(
+            f"the embedded block cannot be written to {path.parent}: {error.strerror or error}; "
+            "set XDG_CACHE_HOME to a folder with room that you may write to"
+        ) from error
     return path
 
 
@@ -197,7 +261,3 @@ def _put_beside(source: Path, digest: str, target: Path) -> None:
     except OSError:  # another disk, no right to link, or a damaged file in its place
         with atomic_file(target) as temporary:
             shutil.copyfile(source, temporary)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

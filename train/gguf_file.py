@@ -64,8 +64,11 @@ class GgufFile:
             rows = data.reshape(*tensor.shape[:-1], -1)
             with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for values that are not finite
                 values = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[tensor.type_name])
-        except (NotImplementedError, ValueError) as error:
-            raise ArtefactError(f"{self.path}: {name} has the type {tensor.type_name}: {error}") from error
+        except NotImplementedError as error:
+            raise ArtefactError(
+                f"{self.path}: {name} has the type {tensor.type_name}, which cannot be dequantised; "
+                "convert the model to F16 or Q8_0"
+            ) from error
         return torch.from_numpy(np.ascontiguousarray(values, np.float32)).reshape(tensor.shape)
 
 

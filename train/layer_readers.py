@@ -1,15 +1,13 @@
-"""Read one LLaMA decoder layer out of a GGUF file or out of a Hugging Face checkpoint; nothing else of it is loaded.
+"""Read one LLaMA decoder layer out of a Hugging Face, Meta or GGUF checkpoint; nothing else of it is loaded.
 
 A reader is strict: every tensor of the layer is used or named as skipped, and a tensor that LLaMA's layer does not have
 is an error, because then the layer is not LLaMA's.
 """
 
-import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,16 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medseg_trt.errors import ArtefactError, require
+from medseg_trt.errors import ArtefactError
 from medseg_trt.files import sha256
 from medseg_trt.spec import BlockSpec, from_dict
 from medseg_trt.train.gguf_file import GgufFile, open_gguf
+from medseg_trt.train.hugging_face_folder import open_hugging_face
 from medseg_trt.train.llama import LlamaBlock
+from medseg_trt.train.meta_file import MetaFile, open_meta, part_paths
+from medseg_trt.train.weight_files import read_json
 
 LayerChoice = int | Literal["last"]
 MAX_SIZE = 1 << 20  # of one axis of a layer; LLaMA-3 405B has 53248
-MAX_JSON_BYTES = 1 << 24
 HUGGING_FACE_LAYER = re.compile(r"(?:model\.)?layers\.(\d{1,6})\.")
+META_LAYER = re.compile(r"layers\.(\d{1,6})\.")
 GGUF_LAYER = re.compile(r"blk\.(\d{1,6})\.")
 GGUF_NAMES: Mapping[str, str] = {  # llama.cpp's name -> Hugging Face's
     "attn_norm.weight": "input_layernorm.weight",
@@ -40,8 +41,22 @@ GGUF_NAMES: Mapping[str, str] = {  # llama.cpp's name -> Hugging Face's
     "ffn_up.weight": "mlp.up_proj.weight",
     "ffn_down.weight": "mlp.down_proj.weight",
 }
+META_NAMES: Mapping[str, str] = {  # Meta's name -> Hugging Face's
+    "attention_norm.weight": "input_layernorm.weight",
+    "attention.wq.weight": "self_attn.q_proj.weight",
+    "attention.wk.weight": "self_attn.k_proj.weight",
+    "attention.wv.weight": "self_attn.v_proj.weight",
+    "attention.wo.weight": "self_attn.o_proj.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+    "feed_forward.w1.weight": "mlp.gate_proj.weight",
+    "feed_forward.w3.weight": "mlp.up_proj.weight",
+    "feed_forward.w2.weight": "mlp.down_proj.weight",
+}
 HUGGING_FACE_NAMES: Mapping[str, str] = {name: name for name in GGUF_NAMES.values()}
-SKIPPED_IN_LAYER = ("self_attn.rotary_emb.inv_freq",)  # follows from rope_theta; older checkpoints store it
+SKIPPED_IN_LAYER = (  # they follow from rope_theta; older checkpoints store them
+    "self_attn.rotary_emb.inv_freq",
+    "attention.inner_attention.rope.freqs",
+)
 MODEL_TYPES = ("llama", "mistral")  # the same layer; others with the same names compute something else (Gemma, Granite)
 
 
@@ -73,9 +88,7 @@ def read_gguf(path: Path, layer: LayerChoice) -> Layer:
         check_layer(spec, {name: file.tensors[key].shape for name, key in keys.items()})
     except ValueError as error:
         raise ArtefactError(f"{path}: {error}") from error
-    tensors = {name: file.read(key) for name, key in keys.items()}
-    for name, heads in (("self_attn.q_proj.weight", spec.num_heads), ("self_attn.k_proj.weight", spec.num_kv_heads)):
-        tensors[name] = half_split(tensors[name], heads)
+    tensors = _half_split_q_and_k({name: file.read(key) for name, key in keys.items()}, spec)
     provenance = {
         "format": "gguf",
         "files": {path.name: sha256(path)},
@@ -94,26 +107,34 @@ def read_gguf(path: Path, layer: LayerChoice) -> Layer:
     return Layer(spec=spec, tensors=tensors, provenance=provenance)
 
 
+def read_folder(source: Path, layer: LayerChoice) -> Layer:
+    """Read one layer of a folder in Hugging Face's layout, or in Meta's where it has no ``config.json``.
+
+    Raises:
+        ArtefactError: as :func:`read_hugging_face` and :func:`read_meta`.
+    """
+    is_meta = not (source / "config.json").is_file() and bool(part_paths(source))
+    return (read_meta if is_meta else read_hugging_face)(source, layer)
+
+
 def read_hugging_face(source: Path, layer: LayerChoice) -> Layer:
-    """Read one layer of a Hugging Face folder, or of one ``*.safetensors`` shard with ``config.json`` beside it.
+    """Read one layer of a Hugging Face folder, or of one ``*.safetensors`` or ``*.bin`` with ``config.json`` beside it.
 
     Raises:
         ArtefactError: a file is damaged or missing, the model is not LLaMA's kind, or there is no such layer.
     """
     folder = source if source.is_dir() else source.parent
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     spec = _hugging_face_spec(config, folder / "config.json")
     num_layers, index = _choose(layer, config.get("num_hidden_layers"), source)
-    shards = _shards(source)
-    keys, skipped = _match(shards, HUGGING_FACE_LAYER, index, HUGGING_FACE_NAMES, source)
-    files = sorted({shards[key] for key in keys.values()})
-    tensors: dict[str, Tensor] = {}
-    for path in files:
-        with open_safetensors(path) as file:
-            tensors |= {name: file.get_tensor(key) for name, key in keys.items() if shards[key] == path}
+    opened = open_hugging_face(source)
+    keys, skipped = _match(opened.places, HUGGING_FACE_LAYER, index, HUGGING_FACE_NAMES, source, opened.elsewhere)
+    files = opened.files(keys.values())
+    found = opened.read(keys.values())
+    tensors = {name: found[key] for name, key in keys.items()}
     model = config.get("_name_or_path")
     provenance = {
-        "format": "safetensors",
+        "format": files[0].suffix.lower().removeprefix("."),
         "files": {path.name: sha256(path) for path in (folder / "config.json", *files)},
         "model": model
         if isinstance(model, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", model)
@@ -122,7 +143,7 @@ def read_hugging_face(source: Path, layer: LayerChoice) -> Layer:
         "architecture": config["model_type"],
         "layer": index,
         "num_layers": num_layers,
-        "tensor_types": {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()},
+        "tensor_types": _type_names(tensors),
         "skipped": skipped,
         "rope_layout": "half-split",
         "rope_scaling": _scaling(_rope(config).get("rope_type", _rope(config).get("type"))),
@@ -130,9 +151,46 @@ def read_hugging_face(source: Path, layer: LayerChoice) -> Layer:
     return Layer(spec=spec, tensors=tensors, provenance=provenance)
 
 
+def read_meta(source: Path, layer: LayerChoice) -> Layer:
+    """Read one layer of Meta's ``consolidated.NN.pth`` with ``params.json`` beside them; all parts are joined.
+
+    Meta stores the rows of q and k for interleaved rotary pairs; they are brought to the half-split order.
+
+    Raises:
+        ArtefactError: a part is damaged or missing, asks for code to be run, or there is no such layer.
+    """
+    file = open_meta(source)
+    num_layers, index = _choose(layer, file.params.get("n_layers"), source)
+    keys, skipped = _match(file.keys(), META_LAYER, index, META_NAMES, source)
+    shapes = {name: file.shape(key) for name, key in keys.items()}
+    spec = _meta_spec(file, shapes["mlp.gate_proj.weight"][0])
+    _check_parts(file, shapes["self_attn.q_proj.weight"][0], spec)
+    try:
+        check_layer(spec, shapes)
+    except ValueError as error:
+        raise ArtefactError(f"{source}: {error}") from error
+    tensors = _half_split_q_and_k({name: file.read(key) for name, key in keys.items()}, spec)
+    provenance = {
+        "format": "meta",
+        "files": {path.name: sha256(path) for path in (file.params_path, *file.parts)},
+        "model": None,
+        "license": None,
+        "architecture": "llama",
+        "layer": index,
+        "num_layers": num_layers,
+        "tensor_types": _type_names(tensors),
+        "skipped": skipped,
+        "rope_layout": "half-split",
+        "rope_scaling": "llama3" if file.params.get("use_scaled_rope") else None,
+    }
+    return Layer(spec=spec, tensors=tensors, provenance=provenance)
+
+
 READERS: Mapping[str, Callable[[Path, LayerChoice], Layer]] = {  # by suffix; "" is a folder
-    "": read_hugging_face,
+    "": read_folder,
     ".safetensors": read_hugging_face,
+    ".bin": read_hugging_face,
+    ".pth": read_meta,
     ".gguf": read_gguf,
 }
 
@@ -157,7 +215,7 @@ def half_split(rows: Tensor, heads: int) -> Tensor:
     return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(rows.shape)
 
 
-def block_spec(values: Mapping[str, Any], source: Path) -> BlockSpec:
+def block_spec(values: Mapping[str, Any], source: Path | str) -> BlockSpec:
     """Make a geometry of values from outside; sizes that no real model has are refused before anything is allocated.
 
     Raises:
@@ -170,21 +228,6 @@ def block_spec(values: Mapping[str, Any], source: Path) -> BlockSpec:
         if not isinstance(value := values.get(name), int | float) or not 0 < value < math.inf:
             raise ArtefactError(f"{source}: {name} is {value!r}; it must be a positive number")
     return from_dict(BlockSpec, dict(values), str(source))
-
-
-@contextmanager
-def open_safetensors(path: Path) -> Iterator[Any]:
-    """Open a safetensors file to read single tensors.
-
-    Raises:
-        ArtefactError: the file is damaged, also when that only shows while it is read.
-    """
-    safetensors = require("safetensors", "train")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            yield file
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ArtefactError(f"{path} is not a usable safetensors file: {error}") from error
 
 
 def _gguf_spec(file: GgufFile) -> BlockSpec:
@@ -231,6 +274,45 @@ def _hugging_face_spec(config: Mapping[str, Any], path: Path) -> BlockSpec:
     )
 
 
+def _meta_spec(file: MetaFile, intermediate_size: int) -> BlockSpec:
+    params = file.params
+    return block_spec(
+        {
+            "hidden_size": params.get("dim"),
+            "intermediate_size": intermediate_size,  # params.json has only what it was rounded up from
+            "num_heads": params.get("n_heads"),
+            "num_kv_heads": params.get("n_kv_heads") or params.get("n_heads"),
+            "head_dim": params.get("head_dim") or _share(params.get("dim"), params.get("n_heads")),
+            "rms_norm_eps": params.get("norm_eps"),
+            "rope_theta": params.get("rope_theta") or 10000.0,
+        },
+        file.params_path,
+    )
+
+
+def _check_parts(file: MetaFile, query_rows: int, spec: BlockSpec) -> None:
+    """Say which parts are absent where the queries that are there are a whole share of all."""
+    found, wanted = len(file.parts), spec.num_heads * spec.head_dim
+    rows_of_part = query_rows // found
+    if found * rows_of_part < wanted and rows_of_part and wanted % rows_of_part == 0:
+        raise ArtefactError(
+            f"{file.params_path.parent} has {found} of {wanted // rows_of_part} parts; "
+            f"consolidated.{found:02}.pth is missing, and every part is needed"
+        )
+
+
+def _half_split_q_and_k(tensors: dict[str, Tensor], spec: BlockSpec) -> dict[str, Tensor]:
+    query, key = "self_attn.q_proj.weight", "self_attn.k_proj.weight"
+    return tensors | {
+        query: half_split(tensors[query], spec.num_heads),
+        key: half_split(tensors[key], spec.num_kv_heads),
+    }
+
+
+def _type_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
+
+
 def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return how the rotary embedding is set up: ``rope_parameters`` since transformers 5, ``rope_scaling`` before."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -265,9 +347,17 @@ def _choose(layer: LayerChoice, num_layers: Any, source: Path) -> tuple[int, int
 
 
 def _match(
-    keys: Iterable[str], pattern: re.Pattern[str], index: int, names: Mapping[str, str], source: Path
+    keys: Iterable[str],
+    pattern: re.Pattern[str],
+    index: int,
+    names: Mapping[str, str],
+    source: Path,
+    elsewhere: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, str], dict[str, int]]:
-    """Find the layer's tensors: Hugging Face's name -> the file's key, and how many keys were skipped, by group."""
+    """Find the layer's tensors: Hugging Face's name -> the file's key, and how many keys were skipped, by group.
+
+    ``elsewhere`` names the files of keys that are not in ``source``, for the message.
+    """
     found: dict[str, str] = {}
     skipped: Counter[str] = Counter()
     for key in keys:
@@ -277,50 +367,25 @@ def _match(
             skipped[f"{match[0].replace(match[1], 'N')}*, the other layers"] += 1
         elif match is None or name in SKIPPED_IN_LAYER:
             skipped[key] += 1
-        elif name not in names or names[name] in found:
+        elif name not in names:
             raise ArtefactError(f"{source}: {key} is no tensor of a LLaMA layer; this is another architecture")
+        elif names[name] in found:
+            raise ArtefactError(f"{source} has one tensor of layer {index} twice: {found[names[name]]} and {key}")
         else:
             found[names[name]] = key
     if missing := [name for name, target in names.items() if target not in found]:
-        raise ArtefactError(
-            f"{source}: layer {index} lacks {', '.join(missing)}; if the model is split, "
-            "give the folder or the part that has it"
-        )
+        places = {key[match.end() :]: file for key, file in (elsewhere or {}).items()
+                  if (match := pattern.match(key)) and int(match[1]) == index}  # fmt: skip
+        raise ArtefactError(f"{source}: layer {index} lacks {_with_places(missing, places)}")
     return {name: found[name] for name in names.values()}, dict(sorted(skipped.items()))
 
 
-def _shards(source: Path) -> dict[str, Path]:
-    """Return every tensor's key and the file that it is in."""
-    index = source / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = _read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(map(_is_file_name, weight_map.values())):
-            raise ArtefactError(
-                f"{index} has no weight_map from tensors to files of its own folder; it is not to be trusted"
-            )
-        return {key: source / name for key, name in weight_map.items()}
-    file = source / "model.safetensors" if source.is_dir() else source
-    if not file.is_file():
-        raise ArtefactError(f"{source} has neither model.safetensors nor model.safetensors.index.json")
-    with open_safetensors(file) as opened:
-        return dict.fromkeys(opened.keys(), file)
-
-
-def _is_file_name(name: Any) -> bool:
-    """Tell whether this names a file in a folder and no way out of it.
-
-    Links, as in Hugging Face's cache, are the owner's.
-    """
-    return isinstance(name, str) and name.endswith(".safetensors") and not set(name) & set("/\\:\0")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ArtefactError(f"{path} has more than {MAX_JSON_BYTES} bytes; it is not what its name says")
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtefactError(f"{path} is needed beside the weights and cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ArtefactError(f"{path} holds no JSON object")
-    return content
+def _with_places(missing: Iterable[str], places: Mapping[str, str]) -> str:
+    """Name missing tensors by the file that has them, and what to do."""
+    groups: dict[str, list[str]] = {}
+    for name in missing:
+        groups.setdefault(places.get(name, ""), []).append(name)
+    named = "; ".join(", ".join(names) + (f" (in {file})" if file else "") for file, names in groups.items())
+    if "" in groups:
+        return f"{named}; if the model is split, give the folder or the part that has it"
+    return f"{named}; put these files into one folder with config.json and the index, and give the folder"

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from medseg_trt.spec import BlockSpec
+from medseg_trt.spec import BlockSpec, Parts
 
 
 class RMSNorm(nn.Module):
@@ -76,20 +76,30 @@ class LlamaBlock(nn.Module):
     """One pre-norm decoder layer: attention and a gated MLP, each added to what came in.
 
     With ``spec.rotary`` off and ``spec.causal`` off, permuting the tokens permutes the answer and changes nothing else.
+
+    Args:
+        spec: its geometry.
+        parts: "attention" or "mlp" build and compute that half alone, with its norm and its residual sum.
     """
 
-    def __init__(self, spec: BlockSpec) -> None:
+    def __init__(self, spec: BlockSpec, parts: Parts = "full") -> None:
         super().__init__()
         self.spec = spec
-        self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
-        self.self_attn = LlamaAttention(spec)
-        self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
-        self.mlp = LlamaMLP(spec)
+        self.has_attention, self.has_mlp = parts != "mlp", parts != "attention"
+        if self.has_attention:
+            self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+            self.self_attn = LlamaAttention(spec)
+        if self.has_mlp:
+            self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+            self.mlp = LlamaMLP(spec)
 
     def forward(self, tokens: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
         """Return the tokens after the layer."""
-        tokens = tokens + self.self_attn(self.input_layernorm(tokens))
-        return tokens + self.mlp(self.post_attention_layernorm(tokens))
+        if self.has_attention:
+            tokens = tokens + self.self_attn(self.input_layernorm(tokens))
+        if self.has_mlp:
+            tokens = tokens + self.mlp(self.post_attention_layernorm(tokens))
+        return tokens
 
 
 def rotary_angles(

@@ -1,13 +1,13 @@
 """The architectures by name, and the model that a ModelSpec describes.
 
 LLM-TransUNet is TransUNet with a frozen LLaMA layer between the transformer and ``encoder_norm``: two trained linear
-maps without bias take the tokens to the layer's width and back. There is no residual around them, no activation, and no
-norm but LLaMA's final RMSNorm, whose weight the published code leaves at one.
+maps without bias take the tokens to the layer's width and back. As published, there is no residual around them, no
+activation, and no norm but LLaMA's final RMSNorm, whose weight is left at one; ``InsertSpec`` names the variants.
 
 Source: Jiang & Liu, MIDL 2024, and their code, ``networks/vit_seg_modeling.py`` of LLM4MedSeg.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from medseg_trt.errors import UsageError
 from medseg_trt.segment import Run
-from medseg_trt.spec import BlockSpec, ModelSpec
+from medseg_trt.spec import BlockSpec, InsertSpec, ModelSpec
 from medseg_trt.train.blocks import FrozenBlock
 from medseg_trt.train.llama import LlamaBlock, RMSNorm
 from medseg_trt.train.transunet import TransUNet
+from medseg_trt.train.variants import final_norm, layer_weights
 
 LLAMA_7B = BlockSpec()
 SMOLLM2_135M = BlockSpec(
@@ -74,61 +75,124 @@ MODELS: Mapping[str, Preset] = {
 }
 
 
-def model_spec(architecture: str, image_size: tuple[int, int], num_classes: int) -> ModelSpec:
+def model_spec(
+    architecture: str,
+    image_size: tuple[int, int],
+    num_classes: int,
+    insert: InsertSpec | None = None,
+    *,
+    rotary: bool = False,
+    causal: bool = False,
+) -> ModelSpec:
     """Return the named architecture for an image size (height, width) and a number of classes.
 
+    Args:
+        architecture: a key of ``MODELS``.
+        image_size: height and width in pixels.
+        num_classes: channels of the answer.
+        insert: another use of the language block than the published one.
+        rotary: switch the block's rotary embedding on, which the published model leaves out.
+        causal: switch the block's causal mask on, which the published model leaves out.
+
     Raises:
-        UsageError: no such architecture, or the image size is not a multiple of 16.
+        UsageError: no such architecture, the image size is not a multiple of 16, or the insert does not fit.
     """
     if architecture not in MODELS:
         raise UsageError(f"no architecture is called {architecture!r}; choose one of: {', '.join(MODELS)}")
     try:
-        return MODELS[architecture](image_size, num_classes)
+        spec = MODELS[architecture](image_size, num_classes)
+        if spec.block is None and (rotary or causal):
+            raise ValueError(f"{architecture} has no language block to change; choose an llm- architecture")
+        block = spec.block and replace(spec.block, rotary=rotary, causal=causal)
+        return replace(spec, block=block, insert=insert or spec.insert)
     except ValueError as error:
         raise UsageError(str(error)) from error
 
 
 class LanguageInsert(nn.Module):
-    """Two trained linear maps with a frozen LLaMA layer and its unit final norm between them."""
+    """Two trained linear maps with the language layers and their final norm between them; see ``InsertSpec``.
 
-    def __init__(self, hidden_size: int, spec: BlockSpec) -> None:
+    The layers are frozen unless ``insert.trainable``, the final norm always.
+    """
+
+    def __init__(self, hidden_size: int, spec: BlockSpec, insert: InsertSpec | None = None) -> None:
         super().__init__()
+        insert = insert or InsertSpec()
+        self.goes_round_layers = insert.residual in ("in", "both")
+        self.goes_round_maps = insert.residual in ("out", "both")
+        num_layers = 0 if insert.weights == "none" else insert.num_layers
         self.mapper1 = nn.Linear(hidden_size, spec.hidden_size, bias=False)
-        self.block = LlamaBlock(spec)
-        self.final_norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        layers = [LlamaBlock(spec, insert.parts) for _ in range(num_layers)]
+        self.block = layers[0] if len(layers) == 1 else nn.Sequential(*layers)
+        self.final_norm = nn.Identity() if insert.norm == "none" else RMSNorm(spec.hidden_size, spec.rms_norm_eps)
         self.mapper2 = nn.Linear(spec.hidden_size, hidden_size, bias=False)
-        self.block.requires_grad_(False)
+        self.block.requires_grad_(insert.trainable)
         self.final_norm.requires_grad_(False)
+
+    @property
+    def layers(self) -> list[LlamaBlock]:
+        """The language layers, in the order in which the tokens pass them."""
+        return [layer for layer in self.block.modules() if isinstance(layer, LlamaBlock)]
 
     def forward(self, tokens: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch tokens hidden"]:
         """Return the tokens after the detour through the language model."""
-        return self.mapper2(self.final_norm(self.block(self.mapper1(tokens))).to(tokens.dtype))
+        mapped = self.mapper1(tokens)
+        answer = self.final_norm(self.block(mapped)).to(tokens.dtype)
+        if self.goes_round_layers:
+            answer = answer + mapped
+        answer = self.mapper2(answer)
+        return tokens + answer if self.goes_round_maps else answer
 
 
-def build_model(spec: ModelSpec, block: FrozenBlock | None = None) -> TransUNet:
+def build_model(spec: ModelSpec, block: FrozenBlock | Sequence[FrozenBlock] | None = None) -> TransUNet:
     """Build the network that ``spec`` describes, with fresh trainable weights.
 
     Args:
         spec: the architecture.
-        block: the frozen layer's weights; without them an LLM-TransUNet starts from random frozen weights, which serves
-            to count parameters and to load a checkpoint that carries its own block.
+        block: the language layers' weights, one block a layer in the language model's order. Without a block that
+            ``spec.insert`` needs, an LLM-TransUNet starts from random frozen weights, which serves to count parameters.
 
     Raises:
-        UsageError: the block's geometry is not the one in ``spec``.
+        UsageError: the block's geometry is not the one in ``spec``, or it lacks layers or a norm that ``spec`` wants.
     """
+    blocks = (block,) if isinstance(block, FrozenBlock) else tuple(block or ())
     if spec.block is None:
-        if block is not None:
+        if blocks:
             raise UsageError(
                 f"{spec.architecture} has no language block; choose llm-{spec.architecture} or drop the block"
             )
         return TransUNet(spec)
-    insert = LanguageInsert(spec.hidden_size, spec.block)
-    if block is not None:
-        wanted = replace(spec.block, rotary=False, causal=False)
+    _check_blocks(spec.block, blocks)
+    insert = LanguageInsert(spec.hidden_size, spec.block, spec.insert)
+    if blocks or not spec.insert.needs_block_file:
+        _fill(insert, spec.insert, spec.block, blocks)
+    return TransUNet(spec, insert)
+
+
+def frozen_names(model: nn.Module) -> set[str]:
+    """Return the names of the parameters that no training changes, and that no checkpoint therefore holds."""
+    return {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+
+
+def _check_blocks(spec: BlockSpec, blocks: Sequence[FrozenBlock]) -> None:
+    wanted = replace(spec, rotary=False, causal=False)
+    for block in blocks:
         if block.spec != wanted:
             raise UsageError(f"the block's geometry is {block.spec}; the model asks for {wanted}")
-        insert.block.load_state_dict(dict(block.tensors))
-    return TransUNet(spec, insert)
+        if spec.rotary and (scaling := block.provenance.get("rope_scaling")):
+            raise UsageError(
+                f"the block was trained with {scaling!r} rotary scaling, which is not supported; leave rotary off"
+            )
+
+
+def _fill(insert: LanguageInsert, spec: InsertSpec, geometry: BlockSpec, blocks: Sequence[FrozenBlock]) -> None:
+    """Give the language layers and the final norm the weights that the spec names."""
+    if insert.mapper1.weight.is_meta:  # there are shapes alone, and drawing millions of numbers would serve nobody
+        return
+    for layer, weights in zip(insert.layers, layer_weights(spec, geometry, blocks), strict=True):
+        layer.load_state_dict({name: weights[name] for name in layer.state_dict()})
+    if spec.norm == "pretrained":
+        insert.final_norm.load_state_dict({"weight": final_norm(blocks)})
 
 
 def runner(model: nn.Module) -> Run:

@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from medseg_trt.errors import ArtefactError, UsageError
-from medseg_trt.spec import Preprocessing, from_dict, to_dict
+from medseg_trt.spec import InsertSpec, Preprocessing, from_dict, to_dict
 from medseg_trt.train.augment import Step
 from medseg_trt.train.model import MODELS
 from medseg_trt.train.schedules import SCHEDULES
@@ -51,12 +51,20 @@ class TrainSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """Everything about a training run but the data and the frozen block."""
+    """Everything about a training run but the data and the frozen block.
+
+    The fields from ``insert`` on change how an LLM-TransUNet uses its language block, and their defaults are the
+    published model: ``--set insert.residual=out``, ``--set insert.weights=shuffled --set insert.seed=3``,
+    ``--set insert.placement=6``, ``--set rotary=true``.
+    """
 
     architecture: str  # a key of MODELS
     preprocessing: Preprocessing
     augmentation: tuple[Step, ...] = ()
     train: TrainSpec
+    insert: InsertSpec = field(default_factory=InsertSpec)
+    rotary: bool = False
+    causal: bool = False
 
     __pydantic_config__ = {"extra": "forbid"}
 

@@ -18,7 +18,7 @@ from medseg_trt import __version__
 from medseg_trt.errors import UsageError
 from medseg_trt.files import atomic_file, sha256, write_json
 from medseg_trt.progress import LOG
-from medseg_trt.spec import Preprocessing, to_dict
+from medseg_trt.spec import Preprocessing, from_dict, to_dict
 from medseg_trt.train.blocks import load_block
 from medseg_trt.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, trained_weights
 from medseg_trt.train.curve import draw_curve
@@ -93,15 +93,18 @@ def _is_best(row: Row, history: Sequence[Row]) -> bool:
 
 
 def _fresh(recipe: Recipe, data: DataFolder, provenance: Mapping[str, Any], block: Path | None) -> Checkpoint:
-    spec = model_spec(recipe.architecture, recipe.preprocessing.image_size, data.classes.num_logits)
-    if spec.block is not None and block is None:
+    spec = model_spec(
+        recipe.architecture, recipe.preprocessing.image_size, data.classes.num_logits,
+        recipe.insert, rotary=recipe.rotary, causal=recipe.causal,
+    )  # fmt: skip
+    if spec.block is not None and spec.insert.needs_block_file and block is None:
         raise UsageError(
             f"{recipe.architecture} needs a frozen block: --block FILE. "
             "Get one: medseg-trt samples get llama-block, then medseg-trt block extract"
         )
     frozen = load_block(block) if block is not None else None
     if spec.block is not None and frozen is not None:
-        spec = replace(spec, block=frozen.spec)
+        spec = replace(spec, block=replace(frozen.spec, rotary=recipe.rotary, causal=recipe.causal))
     torch.manual_seed(recipe.train.seed)
     return Checkpoint(
         weights=trained_weights(build_model(spec, frozen)),
@@ -125,7 +128,7 @@ def _resumed(last: Checkpoint, provenance: Mapping[str, Any], block: Path | None
     changed = [
         name
         for name, before, now in (
-            ("recipe", last.provenance["recipe"], provenance["recipe"]),
+            ("recipe", _with_defaults(last.provenance["recipe"], out), provenance["recipe"]),
             ("data", last.provenance["data"]["sha256"], provenance["data"]["sha256"]),
             ("block", last.block_sha256, sha256(block) if block is not None else last.block_sha256),
         )
@@ -140,6 +143,11 @@ def _resumed(last: Checkpoint, provenance: Mapping[str, Any], block: Path | None
     history = tuple(row for row in rows if row["epoch"] <= last.training["epoch"])
     LOG.info("go on after epoch %d", last.training["epoch"])
     return RunState(checkpoint=last, history=history)
+
+
+def _with_defaults(recorded: object, out: Path) -> dict[str, Any]:
+    """Return a recorded recipe with the fields that recipes had not when its run was begun."""
+    return json.loads(json.dumps(to_dict(from_dict(Recipe, recorded, str(out / "last.pt")))))
 
 
 def _remove_leftovers(out: Path) -> None:

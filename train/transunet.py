@@ -158,8 +158,8 @@ class TransUNet(nn.Module):
 
     Args:
         spec: the architecture.
-        insert: what the tokens pass through between the last transformer layer and ``encoder_norm``: the language block
-            of LLM-TransUNet, or nothing.
+        insert: what the tokens pass through at ``spec.insert_position``, which is before ``encoder_norm`` as published:
+            the language block of LLM-TransUNet, or nothing.
     """
 
     def __init__(self, spec: ModelSpec, insert: nn.Module | None = None) -> None:
@@ -195,14 +195,14 @@ class TransUNet(nn.Module):
         features, skips = self.resnet(image)
         tokens = self.patch_embedding(features).flatten(2).transpose(1, 2)  # (b, 1024, 16, 16) -> (b, 256, 768)
         tokens = self.dropout(tokens + self.position_embedding)
-        for layer in self.layers:
-            tokens = layer(tokens)
+        stages = [*self.layers, self.encoder_norm]
         if self.insert is not None:
-            tokens = self.insert(tokens)
-        tokens = self.encoder_norm(tokens)
+            stages.insert(self.spec.insert_position, self.insert)
+        for stage in stages:
+            tokens = stage(tokens)
         x = self.bridge(tokens.transpose(1, 2).unflatten(2, self.spec.grid))  # (b, 512, 16, 16)
-        for stage, skip in zip(self.decoder, [*skips, None], strict=True):
-            x = stage(x, skip)
+        for decoder, skip in zip(self.decoder, [*skips, None], strict=True):
+            x = decoder(x, skip)
         return self.head(x)
 
 

@@ -120,7 +120,7 @@ def test_rotary_embedding_and_causal_mask_are_traced_where_they_are_switched_on(
     model = load_checkpoint(make_checkpoint(tmp_path / "model")).model()
     assert isinstance(model.insert, LanguageInsert)
     plain = fold(model)[0]
-    attention = model.insert.block.self_attn
+    attention = model.insert.layers[0].self_attn
     attention.spec = replace(attention.spec, rotary=True, causal=True)
     save_graph(trace(fold(model)[0]), tmp_path, "model.onnx", "weights.bin")
     images = np.random.default_rng(0).random((2, 3, 32, 32), dtype=np.float32)

@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 
 from medseg_trt.errors import ArtefactError
-from medseg_trt.spec import BlockSpec, BuildSpec, Classes, ModelSpec, Preprocessing, from_dict, palette, to_dict
+from medseg_trt.spec import (
+    BlockSpec,
+    BuildSpec,
+    Classes,
+    InsertSpec,
+    ModelSpec,
+    Preprocessing,
+    from_dict,
+    palette,
+    to_dict,
+)
 
 SPECS = [
     BlockSpec(),
@@ -23,6 +33,15 @@ SPECS = [
     Classes(names=("background", "Milz – links")),
     Classes(names=("a", "b", "c"), colors=((0, 0, 0), (255, 0, 128), (1, 2, 3))),
     BuildSpec(precisions=("fp32", "int8"), max_abs_error=1e-3),
+    InsertSpec(),
+    InsertSpec(
+        residual="both", norm="pretrained", placement=3, weights="shuffled", parts="attention", num_layers=2,
+        trainable=True, seed=7,
+    ),
+    ModelSpec(
+        architecture="llm-transunet", image_size=(32, 32), num_classes=2, block=BlockSpec(),
+        insert=InsertSpec(placement="after_norm"),
+    ),
 ]  # fmt: skip
 
 
@@ -47,7 +66,7 @@ def changed(spec: Any, **values: Any) -> dict[str, Any]:
     return {**to_dict(spec), **values}
 
 
-MODEL, PICTURE, NAMED = SPECS[3], SPECS[5], SPECS[7]
+MODEL, PICTURE, NAMED, INSERT = SPECS[3], SPECS[5], SPECS[7], SPECS[9]
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: type(spec).__name__)
@@ -65,6 +84,13 @@ def test_an_unknown_field_is_refused_by_name(spec):
         (MODEL, {"image_size": [224.5, 224]}, r"image_size\.0"),
         (MODEL, {"block": {"hidden_size": None}}, r"block\.hidden_size"),
         (MODEL, {"block": {"surprise": 1}}, r"block\.surprise"),
+        (MODEL, {"insert": {"surprise": 1}}, r"insert\.surprise"),
+        (INSERT, {"residual": "around"}, "residual"),
+        (INSERT, {"norm": 1}, "norm"),
+        (INSERT, {"placement": "before"}, "placement"),
+        (INSERT, {"placement": 1.5}, "placement"),
+        (INSERT, {"weights": "trainable"}, "weights"),
+        (INSERT, {"parts": "ffn"}, "parts"),
         (PICTURE, {"resize": "cubic"}, "resize"),
         (PICTURE, {"window": ["low", 255]}, r"window\.0"),
         (NAMED, {"names": "background"}, "names"),
@@ -107,11 +133,26 @@ def test_the_grid_has_rows_before_columns():
     assert ModelSpec(image_size=(32, 48), num_classes=2).grid == (2, 3)
 
 
+SMALL = {"image_size": (32, 32), "num_classes": 2}
+
+
 @pytest.mark.parametrize(
     ("kind", "values", "message"),
     [
         (ModelSpec, {"image_size": (32, 32), "num_classes": 0}, "num_classes is 0"),
         (ModelSpec, {"image_size": (32, 32), "num_classes": 2, "num_heads": 7}, "hidden_size 768 .* num_heads 7"),
+        (InsertSpec, {"num_layers": 0}, "num_layers must be 1 or more"),
+        (InsertSpec, {"seed": -1}, "seed 0 or more"),
+        (InsertSpec, {"placement": 0}, "after layer 0"),
+        (InsertSpec, {"weights": "none", "trainable": True}, "must be unset"),
+        (InsertSpec, {"weights": "none", "parts": "mlp"}, "must be unset"),
+        (InsertSpec, {"weights": "none", "num_layers": 2}, "must be unset"),
+        (InsertSpec, {"weights": "none", "norm": "none", "residual": "in"}, "nothing for residual=in"),
+        (InsertSpec, {"weights": "none", "norm": "none", "residual": "both"}, "nothing for residual=both"),
+        (ModelSpec, {**SMALL, "insert": InsertSpec(residual="in")}, "transunet has no language block"),
+        (ModelSpec, {**SMALL, "block": BlockSpec(), "insert": InsertSpec(placement=13)}, "after layer 13; .* has 12"),
+        (ModelSpec, {**SMALL, "block": BlockSpec(rotary=True), "insert": InsertSpec(parts="mlp")}, "has none"),
+        (ModelSpec, {**SMALL, "block": BlockSpec(causal=True), "insert": InsertSpec(weights="none")}, "has none"),
         (BlockSpec, {"num_heads": 32, "num_kv_heads": 5}, "32 heads cannot share 5"),
         (BlockSpec, {"head_dim": 63}, "head_dim is 63"),
         (Preprocessing, {"image_size": (32, 32), "window": (240.0, -160.0)}, "the window .* is empty"),
@@ -135,6 +176,44 @@ def test_what_cannot_work_is_refused_from_python_and_from_a_file(kind, values, m
         kind(**values)
     with pytest.raises(ArtefactError, match=message):
         from_dict(kind, values, "config.json")
+
+
+def test_a_model_written_before_there_were_inserts_is_the_published_one():
+    written = {
+        "architecture": "llm-transunet-tiny", "image_size": [32, 32], "num_classes": 3, "resnet_width": 32,
+        "resnet_units": [1, 1, 1], "hidden_size": 48, "num_layers": 2, "num_heads": 4, "mlp_size": 64, "dropout": 0.1,
+        "bridge_channels": 32, "decoder_channels": [32, 16, 16, 16],
+        "block": {"hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16,
+                  "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "rotary": False, "causal": False},
+    }  # fmt: skip
+    found = from_dict(ModelSpec, written, "model.pt")
+    assert found.insert == InsertSpec(
+        residual="none", norm="ones", placement="before_norm", weights="pretrained", parts="full", num_layers=1,
+        trainable=False,
+    )  # fmt: skip
+    assert found.insert_position == 2
+
+
+@pytest.mark.parametrize(("placement", "position"), [("before_norm", 12), ("after_norm", 13), (1, 1), (12, 12)])
+def test_the_insert_stands_after_as_many_stages_as_its_placement_says(placement, position):
+    spec = ModelSpec(**SMALL, block=BlockSpec(), insert=InsertSpec(placement=placement))
+    assert spec.insert_position == position
+
+
+@pytest.mark.parametrize(
+    ("values", "needed"),
+    [
+        ({}, True),
+        ({"trainable": True}, True),
+        ({"weights": "shuffled"}, True),
+        ({"weights": "random"}, False),
+        ({"weights": "none"}, False),
+        ({"weights": "none", "norm": "none"}, False),
+        ({"weights": "random", "norm": "pretrained"}, True),
+    ],
+)
+def test_a_block_file_is_needed_where_something_is_taken_from_it(values, needed):
+    assert InsertSpec(**values).needs_block_file == needed
 
 
 def test_two_labels_are_one_logit_and_more_are_one_each():

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from medseg_trt.errors import ArtefactError
 from medseg_trt.spec import BlockSpec
-from medseg_trt.train import blocks, layer_readers
+from medseg_trt.train import blocks
 from medseg_trt.train.blocks import (
     METADATA_KEY,
     FrozenBlock,
@@ -28,7 +28,9 @@ from medseg_trt.train.blocks import (
     random_block,
     save_block,
 )
+from medseg_trt.train.gguf_file import open_gguf
 from medseg_trt.train.model import SMOLLM2_135M, TINY_LLAMA
+from medseg_trt.train.weight_files import open_safetensors
 
 Damage = Callable[[dict[str, Any]], object]
 
@@ -81,7 +83,7 @@ def test_a_real_model_gives_its_published_geometry(real, llama_gguf):
 
 
 def test_a_real_model_gives_its_dequantised_rows_in_their_place(real, llama_gguf):
-    file = layer_readers.open_gguf(llama_gguf)
+    file = open_gguf(llama_gguf)
     for name, key, heads in (
         ("self_attn.q_proj", "attn_q", 9),
         ("self_attn.k_proj", "attn_k", 3),
@@ -183,7 +185,7 @@ def test_a_block_that_is_not_there_says_how_to_make_it(tmp_path):
 def rewrite(file: Path, damage: Damage, key: str = METADATA_KEY) -> None:
     """Write the file again with a header that ``damage`` has changed, or that it returns."""
     tensors = load_file(file)
-    with layer_readers.open_safetensors(file) as opened:
+    with open_safetensors(file) as opened:
         header = json.loads(opened.metadata()[METADATA_KEY])
     changed = damage(header)
     text = changed if isinstance(changed, str) else json.dumps(header)
@@ -232,7 +234,7 @@ def test_a_safetensors_file_that_is_no_block_says_how_to_make_one(file):
 
 
 def test_a_second_entry_of_metadata_is_refused(file):
-    with layer_readers.open_safetensors(file) as opened:
+    with open_safetensors(file) as opened:
         metadata = opened.metadata()
     save_file(load_file(file), file, metadata | {"more": "x"})
     with pytest.raises(ArtefactError, match="more metadata than a block has"):
@@ -268,7 +270,7 @@ TENSORS: Mapping[str, tuple[Callable[[Tensors], Tensors], str]] = {
 @pytest.mark.parametrize("fault", TENSORS)
 def test_changed_tensors_are_refused_in_a_file_and_in_memory(fault, block, file):
     change, problem = TENSORS[fault]
-    with layer_readers.open_safetensors(file) as opened:
+    with open_safetensors(file) as opened:
         metadata = opened.metadata()
     save_file(change(load_file(file)), file, metadata)
     with pytest.raises(ArtefactError, match=f"{re.escape(str(file))}.*{re.escape(problem)}"):

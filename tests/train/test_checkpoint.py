@@ -16,7 +16,8 @@ import pytest
 import torch
 from tiny import LESION, SIZE, make_checkpoint
 
-from medseg_trt.errors import ArtefactError
+from medseg_trt.errors import ArtefactError, InputError
+from medseg_trt.spec import InsertSpec
 from medseg_trt.train import checkpoint as module
 from medseg_trt.train.blocks import random_block, save_block
 from medseg_trt.train.checkpoint import Checkpoint, block_name, load_checkpoint, save_checkpoint, trained_weights
@@ -246,6 +247,23 @@ ALTERATIONS: Mapping[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "an unknown way to resize": (part("preprocessing", resize="cubic"), "Preprocessing resize"),
     "an empty window": (part("preprocessing", window=(1.0, 1.0)), "the window"),
     "one class": (part("classes", names=("background",)), "1 class names"),
+    "a class too many": (
+        part("classes", names=("background", "a", "b", "c"), colors=()),
+        "4 class names need 4 logits, but num_classes is 3",
+    ),
+    "two classes for three logits": (part("classes", names=("no", "yes"), colors=()), "2 class names need 1 logits"),
+    "images of another size": (
+        part("preprocessing", image_size=(48, 32)),
+        "images are prepared at (48, 32), but the network takes (32, 32)",
+    ),
+    "weights that are not there": (
+        lambda content: content["weights"].update({"head.bias": torch.zeros(1).expand(3)}),
+        "weights cannot be what medseg-trt wrote",
+    ),
+    "an embedded block that is not there": (
+        lambda content: content.update(block_bytes=torch.zeros(1, dtype=torch.uint8).expand(1 << 50)),
+        "block_bytes cannot",
+    ),
 }  # fmt: skip
 
 
@@ -260,7 +278,14 @@ def test_an_altered_checkpoint_is_refused(alteration, saved):
 MISFITS: Mapping[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "missing": (lambda content: content["weights"].pop("head.bias"), "1 missing ['head.bias'], 0 unknown"),
     "unknown": (lambda content: content["weights"].update(extra=torch.zeros(1)), "0 missing [], 1 unknown ['extra']"),
-    "another shape": (lambda content: content["weights"].update({"head.bias": torch.zeros(7)}), "head.bias"),
+    "another shape": (
+        lambda content: content["weights"].update({"head.bias": torch.zeros(7)}),
+        "head.bias is (7,) float32, but it asks for (3,) float32",
+    ),
+    "another type": (
+        lambda content: content["weights"].update({"head.bias": torch.zeros(3, dtype=torch.float16)}),
+        "head.bias is (3,) float16, but it asks for (3,) float32",
+    ),
     "another depth": (part("spec", num_layers=3), "missing ['layers.2."),
     "a second block": (
         lambda content: content["weights"].update({"insert.block.mlp.up_proj.weight": torch.zeros(96, 64)}),
@@ -276,6 +301,101 @@ def test_weights_that_do_not_fit_are_named(misfit, saved):
     change(saved, how)
     with pytest.raises(ArtefactError, match=f"do not fit llm-transunet-tiny: .*{re.escape(problem)}"):
         load_checkpoint(saved).model()
+
+
+HUGE: Mapping[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "width": (part("spec", hidden_size=4 << 20), "it asks for"),
+    "width past what a tensor can have": (part("spec", hidden_size=4 << 60), "do not fit"),
+    "width past what PyTorch can count": (part("spec", hidden_size=4 << 200), "do not fit"),
+    "inner width": (part("spec", mlp_size=1 << 40), "it asks for (1099511627776, 48) float32"),
+    "depth": (part("spec", num_layers=1 << 40), "it asks for 1099511627776 layers of one kind"),
+    "depth of the ResNet": (part("spec", resnet_units=(1, 1 << 40, 1)), "it asks for 1099511627776 layers"),
+    "layers of the insert": (part("spec", insert={"num_layers": 1 << 40}), "it asks for 1099511627776 layers"),
+    "classes": (
+        lambda content: (
+            content["medseg_trt"]["spec"].update(num_classes=256),
+            content["medseg_trt"]["classes"].update(names=[f"{number}" for number in range(256)], colors=()),
+        ),
+        "head.weight is (3, 16, 3, 3) float32, but it asks for (256, 16, 3, 3) float32",
+    ),
+    "images": (
+        lambda content: (
+            content["medseg_trt"]["spec"].update(image_size=(16 << 20, 16 << 20)),
+            content["medseg_trt"]["preprocessing"].update(image_size=(16 << 20, 16 << 20)),
+        ),
+        "position_embedding is (1, 4, 48) float32, but it asks for (1, 1099511627776, 48) float32",
+    ),
+    "channels that do not divide": (part("spec", resnet_width=33), "do not fit"),
+    "width of the block": (
+        lambda content: content["medseg_trt"]["spec"]["block"].update(hidden_size=1 << 40),
+        "hidden_size is 1099511627776; it must be a whole number from 1 to 1048576",
+    ),
+    "inner width of the block": (
+        lambda content: content["medseg_trt"]["spec"]["block"].update(intermediate_size=1 << 20),
+        "the frozen block's geometry is",
+    ),
+    "random layers that are in no file": (
+        lambda content: (
+            content["medseg_trt"]["spec"]["block"].update(intermediate_size=1 << 20),
+            content["medseg_trt"]["spec"].update(insert={"weights": "random", "num_layers": 1000}),
+        ),
+        "frozen parameters; no model has as many",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", HUGE)
+def test_a_size_that_is_not_that_of_the_weights_is_refused_before_anything_is_built(size, saved, monkeypatch):
+    """On the device "meta" a tensor has a shape and no memory."""
+    devices: list[str] = []
+
+    def build(*arguments: Any) -> object:
+        devices.append(torch.get_default_device().type)
+        assert devices[-1] == "meta", "memory of the size that was asked for"
+        return build_model(*arguments)
+
+    monkeypatch.setattr(module, "build_model", build)
+    how, problem = HUGE[size]
+    change(saved, how)
+    with pytest.raises(ArtefactError, match=re.escape(problem)):
+        load_checkpoint(saved).model()
+    assert set(devices) <= {"meta"}
+
+
+def test_the_sizes_above_are_refused_and_the_sound_ones_are_built(saved, monkeypatch):
+    devices: list[str] = []
+
+    def build(*arguments: Any) -> object:
+        devices.append(torch.get_default_device().type)
+        return build_model(*arguments)
+
+    monkeypatch.setattr(module, "build_model", build)
+    checkpoint = load_checkpoint(saved)
+    assert devices == ["meta"]
+    checkpoint.model()
+    assert devices[-1] == "cpu"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["head.bias", "layers.1.fc1.weight", "bridge.1.running_var"])
+def test_weights_that_are_not_finite_are_named(name, value, saved):
+    change(saved, lambda content: content["weights"][name].view(-1)[1:2].fill_(value))
+    with pytest.raises(ArtefactError, match=rf"model\.pt: {re.escape(name)} holds values that are not finite"):
+        load_checkpoint(saved)
+
+
+def test_layers_that_are_trained_are_in_the_checkpoint_and_their_norm_is_not(saved, tmp_path):
+    checkpoint = load_checkpoint(saved)
+    spec = replace(checkpoint.spec, insert=InsertSpec(trainable=True))
+    model = build_model(spec, checkpoint.block())
+    with torch.no_grad():
+        model.get_parameter("insert.block.mlp.up_proj.weight").add_(0.1)
+    weights = trained_weights(model)
+    assert {name for name in model.state_dict() if name not in weights} == {"insert.final_norm.weight"}
+    save_checkpoint(replace(checkpoint, spec=spec, weights=weights), tmp_path / "trained" / "model.pt")
+    found = load_checkpoint(tmp_path / "trained" / "model.pt")
+    assert torch.equal(logits(found), logits(replace(checkpoint, spec=spec, weights=weights)))
+    assert not torch.equal(logits(found), logits(checkpoint))
 
 
 def test_the_block_is_found_beside_the_checkpoint_first_and_then_in_the_cache(saved, cache):
@@ -322,6 +442,24 @@ def test_a_self_contained_checkpoint_needs_nothing_but_itself(saved, cache, tmp_
     assert hashlib.sha256(found.block_file.read_bytes()).hexdigest() == found.block_sha256
     found.block_file.write_bytes(b"damaged in the cache")
     assert torch.equal(logits(load_checkpoint(tmp_path / "another machine" / "model.pt")), expected)
+
+
+def test_a_cache_that_cannot_be_written_to_is_named_with_what_to_do(saved, tmp_path, monkeypatch):
+    save_checkpoint(load_checkpoint(saved), tmp_path / "whole" / "model.pt", self_contained=True)
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    advice = "set XDG_CACHE_HOME to a folder with room that you may write to"
+    with pytest.raises(InputError, match=rf"cannot be written to {tmp_path}/file/.*: Not a directory; {advice}"):
+        load_checkpoint(tmp_path / "whole" / "model.pt")
+
+    def full_disk(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    with pytest.raises(InputError, match=rf"cannot be written to .*: No space left on device; {advice}"):
+        load_checkpoint(tmp_path / "whole" / "model.pt")
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
 def test_the_block_beside_shares_its_bytes_on_one_disk_and_is_copied_to_another(made, tmp_path, monkeypatch):

@@ -109,15 +109,112 @@ def test_floating_point_tensors_keep_their_type(kind, dtype, tmp_path):
     assert torch.equal(found, torch.from_numpy(ROWS).to(dtype))
 
 
-def test_a_type_that_cannot_be_dequantised_is_named(tmp_path):
-    writer = GGUFWriter(tmp_path / "a.gguf", "llama")
-    writer.add_tensor("rows", ROWS.astype(np.float64))
+def q4_k(block: np.ndarray) -> np.ndarray:
+    """Return 256 values of 144 bytes, as the largest terms of each and their sum."""
+    scale, low = block[:4].copy().view(np.float16).astype(np.float64)
+    packed, quants = block[4:16].astype(int), block[16:].reshape(4, 32)
+    parts = []
+    for part in range(8):
+        if part < 4:
+            steps, least = packed[part] & 63, packed[part + 4] & 63
+        else:
+            steps = (packed[part + 4] & 15) | (packed[part - 4] >> 6 << 4)
+            least = (packed[part + 4] >> 4) | (packed[part] >> 6 << 4)
+        nibbles = quants[part // 2] & 15 if part % 2 == 0 else quants[part // 2] >> 4
+        parts.append(np.stack((scale * steps * nibbles, np.full(32, -low * least))))
+    return np.hstack(parts)
+
+
+def q6_k(block: np.ndarray) -> np.ndarray:
+    """Return 256 values of 210 bytes, each as a sum of one term."""
+    low, high = block[:128].reshape(2, 2, 32), block[128:192].reshape(2, 32)
+    steps = block[192:208].view(np.int8).astype(np.float64).reshape(2, 8)
+    scale = block[208:].copy().view(np.float16).astype(np.float64)
+    values = np.empty((2, 4, 32))
+    for half in range(2):
+        for quarter in range(4):
+            nibbles = low[half, quarter % 2] & 15 if quarter < 2 else low[half, quarter % 2] >> 4
+            numbers = (nibbles | ((high[half] >> 2 * quarter & 3) << 4)).astype(np.float64) - 32
+            values[half, quarter] = scale * np.repeat(steps[half, 2 * quarter : 2 * quarter + 2], 16) * numbers
+    return values.reshape(1, 256)
+
+
+@pytest.mark.parametrize(("kind", "formula"), [("Q4_K", q4_k), ("Q6_K", q6_k)])
+def test_blocks_of_256_are_dequantised_as_ggml_defines_them(kind, formula, tmp_path):
+    """Source of the formulas: ggml, ``ggml-quants.c``, ``dequantize_row_q4_K`` and ``dequantize_row_q6_K``."""
+    data = random_blocks(GGMLQuantizationType[kind], rows=5, blocks_of_row=2)
+    found = open_gguf(write_stored(tmp_path / "a.gguf", {"rows": (kind, data)})).read("rows").numpy()
+    terms = np.stack([formula(block) for block in data.reshape(10, -1)])  # (blocks, terms, 256)
+    # float32 rounds two products and a sum, each by 2**-24 of the largest term; twice that
+    assert (np.abs(found.reshape(10, 256) - terms.sum(1)) <= 6 * 2.0**-24 * np.abs(terms).max(1)).all()
+    assert found.std() > 0
+
+
+def random_blocks(kind: GGMLQuantizationType, rows: int, blocks_of_row: int) -> np.ndarray:
+    """Return random bytes of which every block means finite numbers."""
+    rng = np.random.default_rng(0)
+    size = gguf.GGML_QUANT_SIZES[kind][1]
+    data = rng.integers(0, 256, (rows * blocks_of_row, size), np.uint8)
+    while len(bad := np.flatnonzero(~np.isfinite(dequantised(data, kind)).all(1))):
+        data[bad] = rng.integers(0, 256, (len(bad), size), np.uint8)
+    return data.reshape(rows, blocks_of_row * size)
+
+
+def dequantised(data: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+    with np.errstate(over="ignore", invalid="ignore"):
+        return gguf.quants.dequantize(data, kind)
+
+
+def write_stored(path: Path, tensors: Mapping[str, tuple[str, np.ndarray]]) -> Path:
+    """Write a file of tensors whose rows are bytes of the named types."""
+    writer = GGUFWriter(path, "llama")
+    for name, (kind, data) in tensors.items():
+        writer.add_tensor(name, data, raw_dtype=GGMLQuantizationType[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ArtefactError, match=r"a\.gguf: rows has the type F64"):
-        open_gguf(tmp_path / "a.gguf").read("rows")
+    return path
+
+
+def can_be_dequantised(kind: GGMLQuantizationType) -> bool:
+    try:
+        gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+READABLE = [kind.name for kind in GGMLQuantizationType if can_be_dequantised(kind)]
+UNREADABLE = [kind.name for kind in GGMLQuantizationType if not can_be_dequantised(kind)]
+
+
+def test_the_types_of_published_models_can_be_read():
+    published = {"F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"}
+    by_importance = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"}
+    assert set(READABLE) >= published | by_importance | {"TQ1_0", "TQ2_0", "MXFP4"}
+
+
+@pytest.mark.parametrize("kind", READABLE)
+def test_every_type_that_gguf_dequantises_is_read_in_its_place(kind, tmp_path):
+    """Between two others, of several rows of several blocks, so that neither place, row nor block can be mixed up."""
+    quantisation = GGMLQuantizationType[kind]
+    data = random_blocks(quantisation, rows=3, blocks_of_row=2)
+    other = random_blocks(quantisation, rows=1, blocks_of_row=1)
+    path = write_stored(tmp_path / "a.gguf", {"a": (kind, other), "rows": (kind, data), "z": (kind, other)})
+    file = open_gguf(path)
+    found, expected = file.read("rows"), dequantised(data, quantisation)
+    assert file.tensors["rows"].shape == expected.shape == (3, 2 * gguf.GGML_QUANT_SIZES[quantisation][0])
+    np.testing.assert_array_equal(found.float().numpy(), expected)
+    assert len(np.unique(expected, axis=0)) == 3
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_a_type_that_cannot_be_dequantised_is_named(kind, tmp_path):
+    size = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[kind]][1]
+    path = write_stored(tmp_path / "a.gguf", {"rows": (kind, np.zeros((2, 3 * size), np.uint8))})
+    with pytest.raises(ArtefactError, match=rf"a\.gguf: rows has the type {kind}, which cannot be .*to F16 or Q8_0"):
+        open_gguf(path).read("rows")
 
 
 def string(text: str) -> bytes:

@@ -23,8 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from medseg_trt.errors import ArtefactError, UsageError
 from medseg_trt.spec import BlockSpec
 from medseg_trt.train import layer_readers
-from medseg_trt.train.blocks import FrozenBlock, build_block, extract
-from medseg_trt.train.layer_readers import GGUF_NAMES, half_split
+from medseg_trt.train.blocks import FrozenBlock, build_block, extract, save_block
+from medseg_trt.train.layer_readers import GGUF_NAMES, META_NAMES, half_split
 
 NUM_LAYERS = 3
 SPEC = BlockSpec(
@@ -37,16 +37,20 @@ FLOAT32 = 1e-5
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    """A language model of random weights."""
+    return make_model(SPEC)
+
+
+def make_model(spec: BlockSpec) -> LlamaForCausalLM:
+    """Return a language model of random weights."""
     config = LlamaConfig(
         vocab_size=16,
-        hidden_size=SPEC.hidden_size,
-        intermediate_size=SPEC.intermediate_size,
+        hidden_size=spec.hidden_size,
+        intermediate_size=spec.intermediate_size,
         num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=SPEC.num_heads,
-        num_key_value_heads=SPEC.num_kv_heads,
-        rms_norm_eps=SPEC.rms_norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": SPEC.rope_theta},
+        num_attention_heads=spec.num_heads,
+        num_key_value_heads=spec.num_kv_heads,
+        rms_norm_eps=spec.rms_norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": spec.rope_theta},
     )
     model = LlamaForCausalLM(config).eval()
     generator = torch.Generator().manual_seed(0)
@@ -80,12 +84,78 @@ def gguf_file(model, tmp_path_factory) -> Path:
     return write_gguf(tmp_path_factory.mktemp("gguf") / "model.gguf", gguf_tensors(model))
 
 
+@pytest.fixture(scope="module")
+def bin_folder(model, tmp_path_factory) -> Path:
+    """Its Hugging Face folder as it was before safetensors; do not write to it."""
+    folder = tmp_path_factory.mktemp("bin")
+    model.config.save_pretrained(folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def meta(model, tmp_path_factory) -> Path:
+    """Its folder in Meta's layout, in one part; do not write to it."""
+    return write_meta(tmp_path_factory.mktemp("meta"), model)
+
+
+@pytest.fixture(scope="module")
+def meta_parts(model, tmp_path_factory) -> Path:
+    """Its folder in Meta's layout, for two GPUs; do not write to it."""
+    return write_meta(tmp_path_factory.mktemp("meta-parts"), model, num_parts=2)
+
+
 @pytest.fixture
 def copy(folder, tmp_path) -> Path:
     """A Hugging Face folder to write to."""
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     return tmp_path
+
+
+def meta_tensors(model: LlamaForCausalLM) -> dict[str, Tensor]:
+    """Return a model's tensors as Meta names and orders them: what Hugging Face's converter began with."""
+    state, config = model.state_dict(), model.config
+    tensors = {
+        "tok_embeddings.weight": state["model.embed_tokens.weight"],
+        "norm.weight": state["model.norm.weight"],
+        "output.weight": state["lm_head.weight"],
+        "rope.freqs": torch.ones(8),
+    }
+    heads = {"attention.wq.weight": config.num_attention_heads, "attention.wk.weight": config.num_key_value_heads}
+    for index in range(NUM_LAYERS):
+        for key, name in META_NAMES.items():
+            rows = state[f"model.layers.{index}.{name}"].numpy()
+            tensors[f"layers.{index}.{key}"] = torch.tensor(permuted(rows, heads.get(key, 0)))
+    return tensors
+
+
+# Source: meta-llama/llama model.py. ColumnParallelLinear keeps a share of the outputs, which are PyTorch's rows, and
+# RowParallelLinear a share of the inputs; ParallelEmbedding a share of the columns.
+ROWS_APART = ("wq.weight", "wk.weight", "wv.weight", "w1.weight", "w3.weight", "output.weight")
+COLUMNS_APART = ("wo.weight", "w2.weight", "tok_embeddings.weight")
+
+
+def meta_share(key: str, tensor: Tensor, part: int, num_parts: int) -> Tensor:
+    """Return what one of several GPUs holds of a tensor."""
+    if key.endswith(ROWS_APART):
+        return tensor.chunk(num_parts, 0)[part].clone()
+    return tensor.chunk(num_parts, 1)[part].clone() if key.endswith(COLUMNS_APART) else tensor
+
+
+def write_meta(folder: Path, model: LlamaForCausalLM, num_parts: int = 1, **params: Any) -> Path:
+    """Write a model in Meta's layout; ``params`` are changes of params.json."""
+    config = model.config
+    known = {
+        "dim": config.hidden_size, "n_layers": NUM_LAYERS, "n_heads": config.num_attention_heads,
+        "n_kv_heads": config.num_key_value_heads, "multiple_of": 32, "ffn_dim_multiplier": 0.5,
+        "norm_eps": config.rms_norm_eps, "rope_theta": SPEC.rope_theta, "vocab_size": -1,
+    }  # fmt: skip
+    (folder / "params.json").write_text(json.dumps(known | params))
+    for part in range(num_parts):
+        share = {key: meta_share(key, tensor, part, num_parts) for key, tensor in meta_tensors(model).items()}
+        torch.save(share, folder / f"consolidated.{part:02}.pth")
+    return folder
 
 
 def gguf_tensors(model: LlamaForCausalLM) -> dict[str, np.ndarray]:
@@ -99,7 +169,7 @@ def gguf_tensors(model: LlamaForCausalLM) -> dict[str, np.ndarray]:
         for name, key in GGUF_NAMES.items():
             tensors[f"blk.{index}.{name}"] = layer.get_parameter(key)
     arrays = {name: tensor.detach().numpy() for name, tensor in tensors.items()}
-    heads = {"attn_q": SPEC.num_heads, "attn_k": SPEC.num_kv_heads}
+    heads = {"attn_q": model.config.num_attention_heads, "attn_k": model.config.num_key_value_heads}
     return {name: permuted(rows, heads.get(name.split(".")[-2], 0)) for name, rows in arrays.items()}
 
 
@@ -164,8 +234,11 @@ def parity(block: FrozenBlock, model: LlamaForCausalLM, layer: int) -> float:
         return (build_block(block, rotary=True, causal=True)(tokens) - expected).abs().max().item()
 
 
+SOURCES = ["folder", "sharded", "bin_folder", "meta", "meta_parts", "gguf_file"]
+
+
 @pytest.mark.parametrize("layer", [0, 1, 2, "last"])
-@pytest.mark.parametrize("source", ["folder", "sharded", "gguf_file"])
+@pytest.mark.parametrize("source", SOURCES)
 def test_every_kind_of_file_gives_the_layer_of_transformers(source, layer, model, request):
     block = extract(request.getfixturevalue(source), layer)
     index = NUM_LAYERS - 1 if layer == "last" else layer
@@ -177,18 +250,38 @@ def test_every_kind_of_file_gives_the_layer_of_transformers(source, layer, model
     assert parity(block, model, index) < FLOAT32
 
 
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
+def test_every_layout_of_the_same_weights_gives_the_same_bytes(num_kv_heads, tmp_path):
+    """Many heads, grouped queries, and one key head for all; a block's bytes are its geometry, weights and origin."""
+    model = make_model(replace(SPEC, num_kv_heads=num_kv_heads))
+    kv_heads = {"kv_heads": lambda writer: writer.add_head_count_kv(num_kv_heads)}
+    sources = [write_gguf(tmp_path / "model.gguf", gguf_tensors(model), changes=kv_heads)]
+    for num_parts in (1, 2, 4)[: num_kv_heads.bit_length()]:
+        (tmp_path / f"meta{num_parts}").mkdir()
+        sources.append(write_meta(tmp_path / f"meta{num_parts}", model, num_parts))
+    model.save_pretrained(tmp_path / "hugging-face")
+    sources.append(tmp_path / "hugging-face")
+    digests = set()
+    for source in sources:
+        block = replace(extract(source, 1), provenance={})
+        digests.add(save_block(block, tmp_path / "block.safetensors"))
+        assert parity(block, model, 1) < FLOAT32
+    assert len(digests) == 1
+
+
 FAULTS: Mapping[str, Callable[[Tensor, int], Tensor]] = {
-    "rows left as llama.cpp has them": lambda rows, _heads: rows,
+    "rows left as they are stored": lambda rows, _heads: rows,
     "permuted again": lambda rows, heads: torch.from_numpy(permuted(rows.numpy(), heads)),
     "all heads as one": lambda rows, _heads: half_split(rows, 1),
     "as many key heads as heads": lambda rows, _heads: half_split(rows, SPEC.num_heads),
 }
 
 
+@pytest.mark.parametrize("source", ["gguf_file", "meta", "meta_parts"])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_parity_catches_rows_of_q_and_k_in_another_order(fault, model, gguf_file, monkeypatch):
+def test_the_parity_catches_rows_of_q_and_k_in_another_order(fault, source, model, request, monkeypatch):
     monkeypatch.setattr(layer_readers, "half_split", FAULTS[fault])
-    assert parity(extract(gguf_file, 0), model, 0) > 1000 * FLOAT32
+    assert parity(extract(request.getfixturevalue(source), 0), model, 0) > 1000 * FLOAT32
 
 
 @pytest.mark.parametrize("quantisation", ["F16", "BF16", "Q8_0", "Q4_0", "Q5_1"])
@@ -221,13 +314,54 @@ def test_one_shard_is_enough_where_it_has_the_whole_layer(folder, tmp_path, mode
         extract(tmp_path / "part.safetensors", 0)
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_one_shard_beside_the_index_is_enough_or_says_which_shards_have_the_rest(kind, model, folder, tmp_path):
+    """As a user has who took config.json, the index and one of three shards from the hub."""
+    write_three_shards(model, folder, tmp_path, kind)
+    last, second = (tmp_path / shard_name(number, kind) for number in (3, 2))
+    second.unlink()
+    (tmp_path / shard_name(1, kind)).unlink()
+    assert_same_block(extract(last), extract(folder))
+    assert_same_block(extract(tmp_path), extract(folder))
+    with pytest.raises(ArtefactError) as caught:
+        extract(last, 1)
+    assert str(caught.value) == (
+        f"{last}: layer 1 lacks input_layernorm.weight, self_attn.q_proj.weight (in {shard_name(1, kind)}); "
+        f"self_attn.k_proj.weight (in {second.name}); put these files into one folder with config.json and the index, "
+        "and give the folder"
+    )
+    with pytest.raises(ArtefactError, match=rf"{re.escape(shard_name(1, kind))} is not there; the index says that it"):
+        extract(tmp_path, 0)
+
+
+def shard_name(number: int, kind: str) -> str:
+    return f"{'model' if kind == 'safetensors' else 'pytorch_model'}-{number:05}-of-00003.{kind}"
+
+
+def write_three_shards(model: LlamaForCausalLM, folder: Path, target: Path, kind: str) -> None:
+    """Write layer 0 and a part of layer 1, one tensor of layer 1, and all else."""
+    shards: dict[str, dict[str, Tensor]] = {shard_name(number, kind): {} for number in (1, 2, 3)}
+    for key, tensor in model.state_dict().items():
+        first = ".layers.0." in key or key.endswith(
+            ("layers.1.input_layernorm.weight", "layers.1.self_attn.q_proj.weight")
+        )
+        number = 1 if first else 2 if key.endswith("layers.1.self_attn.k_proj.weight") else 3
+        shards[shard_name(number, kind)][key] = tensor
+    for name, tensors in shards.items():
+        save_file(tensors, target / name) if kind == "safetensors" else torch.save(tensors, target / name)
+    single = "model.safetensors" if kind == "safetensors" else "pytorch_model.bin"
+    weight_map = {key: name for name, tensors in shards.items() for key in tensors}
+    (target / f"{single}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (target / "config.json").write_bytes((folder / "config.json").read_bytes())
+
+
 def test_a_model_without_its_head_has_shorter_names(folder, copy):
     tensors = load_file(folder / "model.safetensors")
     save_file({key.removeprefix("model."): tensor for key, tensor in tensors.items()}, copy / "model.safetensors")
     assert_same_block(extract(copy, 1), extract(folder, 1))
 
 
-@pytest.mark.parametrize("source", ["folder", "sharded", "gguf_file"])
+@pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("layer", [-1, NUM_LAYERS, 10**6])
 def test_a_layer_that_is_not_there_says_which_are(source, layer, request):
     with pytest.raises(ArtefactError, match=f"no layer {layer}; it has 3: choose 0 to 2, or last"):
@@ -238,6 +372,7 @@ def test_a_layer_that_is_not_there_says_which_are(source, layer, request):
     ("source", "others", "rest"),
     [
         ("folder", "model.layers.N.*", {"lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"}),
+        ("meta_parts", "layers.N.*", {"output.weight", "tok_embeddings.weight", "norm.weight", "rope.freqs"}),
         ("gguf_file", "blk.N.*", {"output.weight", "token_embd.weight", "output_norm.weight"}),
     ],
 )
@@ -253,6 +388,15 @@ def test_the_stored_frequencies_of_older_checkpoints_are_left_out_by_name(folder
     block = extract(copy, 1)
     assert block.provenance["skipped"]["model.layers.1.self_attn.rotary_emb.inv_freq"] == 1
     assert_same_block(block, extract(folder, 1))
+
+
+def test_the_stored_frequencies_of_metas_older_checkpoints_are_left_out_by_name(model, meta, tmp_path):
+    frequencies = "layers.1.attention.inner_attention.rope.freqs"
+    write_meta(tmp_path, model)
+    torch.save(meta_tensors(model) | {frequencies: torch.ones(8)}, tmp_path / "consolidated.00.pth")
+    block = extract(tmp_path, 1)
+    assert block.provenance["skipped"][frequencies] == 1
+    assert_same_block(block, extract(meta, 1))
 
 
 def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
@@ -304,7 +448,7 @@ BAD_TENSORS: Mapping[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]]
     ),
     "twice": (
         lambda tensors: tensors | {"layers.2.input_layernorm.weight": torch.ones(64)},
-        "layers.2.input_layernorm.weight is",
+        "has one tensor of layer 2 twice: layers.2.input_layernorm.weight and model.layers.2.input_layernorm.weight",
     ),
 }
 
@@ -355,7 +499,9 @@ def test_a_config_that_is_no_json_object_is_refused(text, copy):
 
 def test_a_folder_without_config_or_weights_says_what_is_missing(copy):
     (copy / "model.safetensors").unlink()
-    with pytest.raises(ArtefactError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):
+    with pytest.raises(
+        ArtefactError, match=r"has no weights: none of model\.safetensors, .*pytorch_model\.bin\.index\.json"
+    ):
         extract(copy)
     (copy / "config.json").unlink()
     with pytest.raises(ArtefactError, match=r"config\.json is needed beside the weights"):
@@ -369,14 +515,20 @@ def test_scaled_rotary_angles_are_recorded_and_cannot_be_switched_on(folder, cop
     del config["rope_parameters"]
     factors = gguf_tensors(model) | {"rope_freqs.weight": np.ones(8, np.float32)}
     blocks = {"factors": extract(write_gguf(tmp_path / "model.gguf", factors))}
+    (tmp_path / "meta").mkdir()
+    assert_scaled(extract(write_meta(tmp_path / "meta", model, use_scaled_rope=True)), "llama3")
     for name, rope in (("linear", older), ("llama3", newer)):
         (copy / "config.json").write_text(json.dumps(config | rope))
         blocks[name] = extract(copy)
     for name, block in blocks.items():
-        assert block.provenance["rope_scaling"] == name
         assert_same_block(block, extract(folder))
-        with pytest.raises(UsageError, match=f"'{name}' rotary scaling.*leave rotary off"):
-            build_block(block, rotary=True)
+        assert_scaled(block, name)
+
+
+def assert_scaled(block: FrozenBlock, name: str) -> None:
+    assert block.provenance["rope_scaling"] == name
+    with pytest.raises(UsageError, match=f"'{name}' rotary scaling.*leave rotary off"):
+        build_block(block, rotary=True)
 
 
 BAD_GGUF: Mapping[str, tuple[Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]], dict[str, Any], str]] = {
@@ -450,7 +602,8 @@ class Touch:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.gguf", "pytorch_model.bin", "consolidated.00.pth"])
-def test_a_pickle_is_refused_under_every_name_and_runs_nothing(name, copy):
+def test_a_pickle_is_refused_under_every_name_and_runs_nothing(name, copy, meta):
+    (copy / "params.json").write_bytes((meta / "params.json").read_bytes())
     (copy / name).write_bytes(pickle.dumps(Touch(copy / "touched")))
     with pytest.raises(ArtefactError, match=re.escape(name)):
         extract(copy / name)
@@ -477,7 +630,9 @@ def test_a_safetensors_file_cut_short_anywhere_is_refused(copy):
 
 
 def test_a_source_that_does_not_exist_is_named(tmp_path):
-    with pytest.raises(ArtefactError, match=r"absent\.gguf does not exist; give a Hugging Face folder"):
+    with pytest.raises(
+        ArtefactError, match=r"absent\.gguf does not exist; give a Hugging Face or Meta folder, or a .*\.pth"
+    ):
         extract(tmp_path / "absent.gguf")
 
 
@@ -519,12 +674,13 @@ def test_an_index_that_promises_what_a_shard_does_not_have_is_refused(copy):
         extract(copy)
 
 
-def test_the_provenance_names_every_file_by_digest_and_no_path_of_this_machine(sharded, gguf_file, copy):
-    for source in (sharded, gguf_file):
+def test_the_provenance_names_every_file_by_digest_and_no_path_of_this_machine(sharded, meta_parts, gguf_file, copy):
+    for source, described in ((sharded, {"config.json"}), (meta_parts, {"params.json"}), (gguf_file, set())):
         files = extract(source, 1).provenance["files"]
         parent = source if source.is_dir() else source.parent
         assert files == {name: hashlib.sha256((parent / name).read_bytes()).hexdigest() for name in files}
-        assert ("config.json" in files) == source.is_dir()
+        assert {name for name in files if name.endswith(".json")} == described
+    assert len(extract(meta_parts).provenance["files"]) == 3
     config = json.loads((copy / "config.json").read_text())
     for name, told in (("/home/somebody/llama", None), ("meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-7b-hf")):
         (copy / "config.json").write_text(json.dumps(config | {"_name_or_path": name}))

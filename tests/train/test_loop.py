@@ -283,10 +283,10 @@ def test_a_bad_mask_stops_before_the_first_step_whichever_split_it_is_in(tmp_pat
         root = write_volumes(tmp_path / split, 4, 2)
         every = [{"image": f"scan{index}"} for index in range(4)]
         write_description(root, {"train": every[:3], "val": every[3:]})
-        data = open_folder(root)
-        data.splits[split][-1].mask.write_bytes((root / "images" / "scan0.nii.gz").read_bytes())  # grey values
-        with pytest.raises(InputError, match=f"{data.splits[split][-1].mask} holds the values"):
-            train(tiny_recipe(), data, tmp_path / "run" / split, block=source[1])
+        bad = root / "masks" / {"train": "scan2.nii.gz", "val": "scan3.nii.gz"}[split]
+        bad.write_bytes((root / "images" / "scan0.nii.gz").read_bytes())  # grey values
+        with pytest.raises(InputError, match=f"{bad} holds the values"):
+            train(tiny_recipe(), open_folder(root), tmp_path / "run" / split, block=source[1])
         assert {path.name for path in (tmp_path / "run" / split).iterdir()} == {"recipe.json", "data.json"}
 
 

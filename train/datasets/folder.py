@@ -19,7 +19,7 @@ import numpy as np
 
 from medseg_trt.errors import ArtefactError, InputError
 from medseg_trt.files import sha256
-from medseg_trt.images import Image, find_images, output_stem, read_image, read_labels
+from medseg_trt.images import Image, Source, find_images, output_stem, read_image, read_labels
 from medseg_trt.progress import LOG, track
 from medseg_trt.spec import Classes, from_dict
 from medseg_trt.train.splits import split_files, split_volume
@@ -32,8 +32,8 @@ SPLIT_SEED = 41
 class Case:
     """One image with its mask, or a block of slices of them."""
 
-    image: Path
-    mask: Path
+    image: Source | Path
+    mask: Source | Path
     slices: tuple[int, int] | None = None
 
     @property
@@ -41,6 +41,13 @@ class Case:
         """The image's name, with the block of slices where it is not the whole."""
         block = "" if self.slices is None else f"[{self.slices[0]}:{self.slices[1]}]"
         return output_stem(self.image) + block
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files that the image and the mask consist of."""
+        return tuple(
+            file for each in (self.image, self.mask) for file in (each.files if isinstance(each, Source) else (each,))
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +75,7 @@ class DataFolder:
 
         The folder's place and name are no part of it.
         """
-        files = sorted({file for cases in self.splits.values() for case in cases for file in (case.image, case.mask)})
+        files = sorted({file for cases in self.splits.values() for case in cases for file in case.files})
         return {
             "classes": list(self.classes.names),
             "window": self.window,
@@ -174,7 +181,7 @@ def _cut(case: Case, image: Image) -> Image:
         return image
     start, end = case.slices
     if not 0 <= start < end <= image.num_slices:
-        raise InputError(f"{case.image} has {image.num_slices} slices; the block {start}:{end} does not lie within")
+        raise InputError(f"{image.path} has {image.num_slices} slices; the block {start}:{end} does not lie within")
     return replace(image, pixels=image.pixels[start:end], geometry=None)
 
 
@@ -199,14 +206,16 @@ def _pair(root: Path) -> dict[str, Case]:
         raise InputError(
             f"{root}: {alone[0]} has no {where} ({len(alone)} such name(s)); names must match but for the suffix"
         )
-    return {stem: Case(image=path, mask=masks[stem]) for stem, path in images.items()}
+    return {stem: Case(image=image, mask=masks[stem]) for stem, image in images.items()}
 
 
-def _by_stem(folder: Path) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for path in find_images([folder]):
-        if (other := found.setdefault(output_stem(path), path)) is not path:
-            raise InputError(f"{other} and {path} have the same name but for the suffix; rename one, with its mask")
+def _by_stem(folder: Path) -> dict[str, Source]:
+    found: dict[str, Source] = {}
+    for source in find_images([folder]):
+        if (other := found.setdefault(source.stem, source)) is not source:
+            raise InputError(
+                f"{other.path} and {source.path} have the same name but for the suffix; rename one, with its mask"
+            )
     return found
 
 
@@ -249,7 +258,7 @@ def _divide(cases: Sequence[Case]) -> dict[str, tuple[Case, ...]]:
 
 def _warn_of_leaks(splits: Mapping[str, Sequence[Case]]) -> None:
     """Say where two splits share slices: figures of what was trained on are too good."""
-    seen: dict[Path, list[tuple[str, Case]]] = {}
+    seen: dict[Source | Path, list[tuple[str, Case]]] = {}
     leaks: list[str] = []
     for split, cases in splits.items():
         for case in cases:

@@ -56,15 +56,27 @@ def test_slices_of_class_hold_their_class_and_no_other_slice_does(tmp_path):
     assert [slices.tolist() for slices in found.slices_of_class] == [[0, 1, 2, 3], [1, 3], [3]]
 
 
+def test_a_class_that_the_canvas_cuts_away_is_in_no_slice(tmp_path):
+    labels = np.zeros((40, 40, 2), np.uint8)
+    labels[16:24, 16:24] = 1
+    labels[:3, :3] = 2  # a corner, and 32 of the 40 pixels remain
+    image, mask = tmp_path / "image.nii.gz", tmp_path / "mask.nii.gz"
+    write_nifti(image, np.zeros_like(labels), spacing_mm=(1, 1, 1))
+    write_nifti(mask, labels, spacing_mm=(1, 1, 1))
+    cropped = Preprocessing(image_size=(32, 32), spacing_mm=1.0)
+    found = prepare_slices([Case(image=image, mask=mask)], cropped, 3, tmp_path / "out")
+    assert [slices.tolist() for slices in found.slices_of_class] == [[0, 1], [0, 1]]  # balancing would draw it in vain
+
+
 def test_a_bad_label_in_the_last_file_is_found_before_anything_is_written(tmp_path):
     root = write_pictures(tmp_path / "data", 5)
     write_description(root, {"train": [{"image": f"case{index}"} for index in range(5)]})
     cases = cases_of(root)
-    for index, case in enumerate(cases):
-        PIL.Image.fromarray(picture(index)[1]).save(case.mask)
+    for index in range(5):
+        PIL.Image.fromarray(picture(index)[1]).save(root / "masks" / f"case{index}.png")
     labels = np.zeros((32, 32), np.uint8)
     labels[5, 5:7] = (9, 200)
-    PIL.Image.fromarray(labels).save(cases[-1].mask)
+    PIL.Image.fromarray(labels).save(root / "masks" / "case4.png")
     with pytest.raises(InputError, match=r"masks/case4.png holds the values 9, 200"):
         prepare_slices(cases, PICTURES, 3, tmp_path / "out")
     assert not list(tmp_path.glob("out/**/*.npy"))

@@ -1,0 +1,111 @@
+"""Open files of weights that nobody vouches for: no code in them runs, and no size that they claim is allocated."""
+
+import json
+import pickle
+import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medseg_trt.errors import ArtefactError, require
+
+MAX_JSON_BYTES = 1 << 24
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """Open a safetensors file to read single tensors.
+
+    Raises:
+        ArtefactError: the file is damaged, also when that only shows while it is read.
+    """
+    safetensors = require("safetensors", "train")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ArtefactError(f"{path} is not a usable safetensors file: {error}") from error
+
+
+def open_pickled(path: Path) -> dict[str, Tensor]:
+    """Map a file of named tensors that ``torch.save`` wrote; what is read of a tensor is what comes into memory.
+
+    Raises:
+        ArtefactError: the file is damaged, of PyTorch's format before 1.6, or holds other things than named tensors.
+    """
+    content = load_pickled(path, "file of named tensors", mapped=True)
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ArtefactError(f"{path} holds no named tensors; it is no checkpoint of a language model")
+    if odd := [key for key, value in content.items() if not is_plain(value)]:
+        raise ArtefactError(f"{path}: {odd[0]} is no plain tensor with all its values in the file")
+    return content
+
+
+def load_pickled(path: Path, what: str, *, mapped: bool = False) -> Any:
+    """Read tensors and plain data that ``torch.save`` wrote.
+
+    Args:
+        path: the file.
+        what: what it should be, for the message.
+        mapped: leave the tensors in the file until they are used, instead of reading them.
+
+    Raises:
+        ArtefactError: the file is damaged, compressed, or asks for code to be run.
+    """
+    if _unpacked_bytes(path) > path.stat().st_size:
+        raise ArtefactError(f"{path} is compressed, or claims more than it holds; it is not to be trusted")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about pickles of others; the error says all that is needed
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        raise ArtefactError(f"{path} holds other things than tensors and plain data, so it is not opened") from error
+    except Exception as error:  # damaged bytes make PyTorch raise almost anything, AssertionError included
+        raise ArtefactError(f"{path} is damaged or no {what}: {one_line(error)}") from error
+
+
+def is_plain(value: Any) -> bool:
+    """Tell whether this is a dense tensor whose every value lies in memory or in the file: none repeated or absent."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu":
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Tell whether a tensor holds neither NaN nor infinity; no copy of it is made."""
+    return all(bool(end.isfinite()) for end in tensor.aminmax())  # both ends are NaN where a value is
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read the JSON object that describes the weights beside it.
+
+    Raises:
+        ArtefactError: it is missing, too large, or no JSON object.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ArtefactError(f"{path} has more than {MAX_JSON_BYTES} bytes; it is not what its name says")
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtefactError(f"{path} is needed beside the weights and cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ArtefactError(f"{path} holds no JSON object")
+    return content
+
+
+def one_line(error: BaseException) -> str:
+    """Return the beginning of an error's message, without line breaks."""
+    return " ".join(str(error).split())[:200]
+
+
+def _unpacked_bytes(path: Path) -> int:
+    """Return how much an archive holds; ``torch.save`` never compresses, so that it is less than the file's size."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return sum(entry.file_size for entry in archive.infolist())
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
+        return 0  # no archive, or a damaged one: PyTorch says what is wrong with it
