@@ -134,11 +134,10 @@ def write_gguf(model: Model, folder: Path, kind: GGMLQuantizationType) -> Path:
     end = 0
     names = ("token_embd.weight", "output_norm.weight", "output.weight")
     for key, shape in model.shapes(GGUF_NAMES, "blk.", names).items():
-        stored = kind if len(shape) > 1 else GGMLQuantizationType.F32
+        stored = GGMLQuantizationType.F32 if key.endswith("norm.weight") else kind
         block_items, block_bytes = gguf.GGML_QUANT_SIZES[stored]
         size = int(np.prod(shape)) // block_items * block_bytes
-        *rows, columns = shape
-        stored_shape = (*rows, columns // block_items * block_bytes)
+        stored_shape = (*shape[:-1], shape[-1] // block_items * block_bytes)
         writer.add_tensor_info(key, stored_shape, np.dtype(np.uint8), size, raw_dtype=stored)
         end += -(-size // 32) * 32
     writer.write_header_to_file()

@@ -12,7 +12,19 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("toolkit", "export", "train", "kernels")  # each may import those after it
-LEAVES = ("spec", "errors", "files", "progress", "metrics", "surface", "preprocess", "images", "overlay", "segment")
+LEAVES = (
+    "spec",
+    "errors",
+    "files",
+    "progress",
+    "metrics",
+    "surface",
+    "preprocess",
+    "images",
+    "formats",
+    "overlay",
+    "segment",
+)
 HEAVY = (
     "torch",
     "onnx",

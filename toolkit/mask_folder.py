@@ -1,6 +1,7 @@
 """Segment images into a folder: masks, overlays, a table of areas; bad files are skipped, finished ones remembered."""
 
 import csv
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import StringIO
@@ -10,7 +11,7 @@ from medseg_trt.bundle import MANIFEST, load_bundle
 from medseg_trt.errors import InputError, UsageError
 from medseg_trt.files import atomic_file, sha256
 from medseg_trt.finished import Finished, recall, remember, remove_leftovers
-from medseg_trt.images import Mask, find_images, output_stem, write_mask
+from medseg_trt.images import Mask, Source, find_images, write_mask
 from medseg_trt.overlay import write_overlay
 from medseg_trt.pipeline import segment_file
 from medseg_trt.progress import LOG, track
@@ -60,8 +61,8 @@ def infer_to_folder(
         ArtefactError: the bundle cannot be used.
     """
     bundle = load_bundle(bundle_folder)
-    paths = find_images(inputs)
-    _require_distinct_outputs(paths, output)
+    sources = find_images(inputs)
+    _require_distinct_outputs(sources, output)
     if resume:
         remove_leftovers(output)
     done: list[Finished] = []
@@ -71,23 +72,23 @@ def infer_to_folder(
             made_by = (
                 f"bundle {sha256(bundle.folder / MANIFEST)}, {session.description}, batch {batch}, overlay {overlay}"
             )
-            for path in track(paths, "infer") if len(paths) > 1 else paths:
+            for source in track(sources, "infer") if len(sources) > 1 else sources:
                 try:
-                    key = f"image {_digest(path)}, {made_by}"
-                    finished = recall(output, output_stem(path), key) if resume else None
+                    key = f"image {_digest(source)}, {made_by}"
+                    finished = recall(output, source.stem, key) if resume else None
                     kept += finished is not None
                     if finished is None:
-                        label = path.name if len(paths) == 1 else None  # one bar: of the files, or of its slices
-                        image, mask = segment_file(path, session.run, bundle, batch, label)
+                        label = source.name if len(sources) == 1 else None  # one bar: of the files, or of its slices
+                        image, mask = segment_file(source, session.run, bundle, batch, label)
                         files = [write_mask(mask, output)]
                         if overlay:
-                            files.append(output / "overlays" / f"{output_stem(path)}.png")
+                            files.append(output / "overlays" / f"{source.stem}.png")
                             write_overlay(image, mask, bundle.preprocessing.window, files[-1])
                         digests = {file.relative_to(output).as_posix(): sha256(file) for file in files}
                         finished = Finished(key=key, files=digests, areas=_area_rows(mask))
-                        remember(output, output_stem(path), finished)
+                        remember(output, source.stem, finished)
                 except InputError as error:
-                    on_error(path, error)
+                    on_error(source.path, error)
                 else:
                     done.append(finished)
     finally:  # what was finished before an interrupt is in the table too
@@ -97,28 +98,29 @@ def infer_to_folder(
     return MaskFolder(masks=tuple(output / finished.mask for finished in done), areas=output / AREAS, kept=kept)
 
 
-def _digest(path: Path) -> str:
+def _digest(source: Source) -> str:
     try:
-        return sha256(path)
+        digests = [sha256(file) for file in source.files]
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+        raise InputError(f"{source.path} cannot be read: {error.strerror}") from error
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def _require_distinct_outputs(paths: Sequence[Path], output: Path) -> None:
-    if any(path.resolve().parent == output.resolve() for path in paths):
+def _require_distinct_outputs(sources: Sequence[Source], output: Path) -> None:
+    if any(file.resolve().parent == output.resolve() for source in sources for file in source.files):
         raise UsageError(f"{output} holds the images, and masks would overwrite them; choose another folder with -o")
     seen: dict[str, Path] = {}
-    for path in paths:
-        stem = output_stem(path)
-        if stem in seen:
-            raise UsageError(f"{seen[stem]} and {path} would share the name of their masks; run them into two folders")
-        seen[stem] = path
+    for source in sources:
+        if (other := seen.setdefault(source.stem, source.path)) is not source.path:
+            raise UsageError(
+                f"{other} and {source.path} would share the name of their masks; run them into two folders"
+            )
 
 
 def _area_rows(mask: Mask) -> tuple[tuple[str, ...], ...]:
     return tuple(
         (
-            mask.path.name,
+            mask.name,
             area.name,
             str(label),
             str(area.pixels),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from medseg_trt.bundle import MANIFEST, Bundle, Manifest, Variant, golden_input, load_bundle, seal
 from medseg_trt.errors import UsageError
 from medseg_trt.files import atomic_folder, sha256
-from medseg_trt.images import Image, Mask, find_images, read_image
+from medseg_trt.images import Image, Mask, Source, find_images, read_image
 from medseg_trt.preprocess import outside_fraction
 from medseg_trt.progress import LOG
 from medseg_trt.segment import Run, segment
@@ -122,17 +122,17 @@ def infer(
         ArtefactError: the bundle cannot be used.
     """
     opened = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
-    paths = find_images([Path(each) for each in inputs])
+    sources = find_images([Path(each) for each in inputs])
     with open_session(opened, backend, threads) as session:
-        for path in paths:
-            yield segment_file(path, session.run, opened, batch, label=None)[1]
+        for source in sources:
+            yield segment_file(source, session.run, opened, batch, label=None)[1]
 
 
-def segment_file(path: Path, run: Run, bundle: Bundle, batch: int, label: str | None) -> tuple[Image, Mask]:
+def segment_file(source: Source, run: Run, bundle: Bundle, batch: int, label: str | None) -> tuple[Image, Mask]:
     """Read one image and segment it.
 
     Args:
-        path: the image.
+        source: the image.
         run: the bundle's network.
         bundle: its preprocessing and classes are used.
         batch: how many slices go through the network at once.
@@ -141,12 +141,12 @@ def segment_file(path: Path, run: Run, bundle: Bundle, batch: int, label: str | 
     Raises:
         InputError: the file cannot be used.
     """
-    image = read_image(path)
+    image = read_image(source)
     outside = outside_fraction(image.size, bundle.preprocessing, image.spacing_in_plane)
     if outside > 0:
         LOG.warning(
             "%s: %.0f %% of every slice lies outside the network's field of view and becomes background",
-            path, 100 * outside,
+            source.name, 100 * outside,
         )  # fmt: skip
     labels = segment(run, image, bundle.preprocessing, batch, label)
     return image, Mask.of(image, labels, bundle.classes)

@@ -1,0 +1,230 @@
+"""NIfTI volumes, and the masks of every volume.
+
+A volume is turned to LPS: slices from the feet up, rows from front to back, columns from the patient's right to left.
+Masks of DICOM and NRRD volumes are NIfTI files too: one writer and one check, and every viewer lays them over their
+source, since both say where they lie.
+"""
+
+import gzip
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy import ndarray
+
+from medseg_trt.errors import InputError, MedsegError, require
+from medseg_trt.files import atomic_file
+from medseg_trt.formats.guard import MAX_HEADER_BYTES, check_size, naming, require_finite
+from medseg_trt.images import Geometry, Image, Mask
+from medseg_trt.progress import LOG
+
+SPACING_RANGE_MM = (1e-6, 1e6)
+SINGULAR = 1e-3  # determinant of the axes' directions; 1 where they are at right angles
+RIGHT_ANGLED = 1e-5  # largest cosine between axes that a quaternion can stand for
+AFFINE_TOLERANCE_MM = 1e-3  # between an image and its mask; headers hold float32
+SCANNER = 1  # NIfTI's code for scanner coordinates
+
+MM_PER_UNIT = {"mm": 1.0, "unknown": 1.0, "meter": 1e3, "micron": 1e-3}
+GEOMETRY_FIELDS = (
+    "pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d",
+    "qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z",
+)  # fmt: skip
+
+
+def read(path: Path) -> Image:
+    """Read a volume: integers as they are unless the header scales them, everything else as float32.
+
+    Raises:
+        InputError: it is damaged, too large, no single volume, or holds NaN or infinite values.
+    """
+    stored, header, affine_mm = load(path)
+    require_finite(path, stored)
+    if not header["sform_code"] and not header["qform_code"]:
+        LOG.warning("%s does not say how it lies; its axes are taken to run left, anterior and superior", path)
+    return turned(path, stored, header, affine_mm)
+
+
+def read_labels(path: Path, like: Image) -> ndarray:
+    """Read the mask of a volume, turned as its image is.
+
+    Raises:
+        InputError: it cannot be read, or does not lie where its image lies.
+    """
+    stored, header, affine_mm = load(path)
+    require_finite(path, stored)
+    return labels_like(turned(path, stored, header, affine_mm, like.geometry), like)
+
+
+def labels_like(mask: Image, like: Image) -> ndarray:
+    """Return the values of a mask that was read as a volume, if it lies where its image lies.
+
+    Raises:
+        InputError: it does not.
+    """
+    if like.geometry is None or mask.geometry is None:
+        raise InputError(f"{mask.path} is a volume, but its image {like.path} is a picture; give a PNG mask")
+    if mask.pixels.shape[3] != 1:
+        raise InputError(f"{mask.path} is in colour; a mask holds label numbers")
+    if mask.pixels.shape[:3] != like.pixels.shape[:3]:
+        raise InputError(
+            f"{mask.path} is {mask.pixels.shape[:3]} slices, rows and columns, but its image is {like.pixels.shape[:3]}"
+        )
+    distance = np.abs(mask.geometry.affine_mm - like.geometry.affine_mm).max()
+    if distance > AFFINE_TOLERANCE_MM:
+        raise InputError(
+            f"{mask.path} does not lie where its image {like.path} lies: the affines differ by {distance:.4g}"
+        )
+    return mask.pixels[..., 0]
+
+
+def load(path: Path) -> tuple[ndarray, Any, ndarray]:
+    """Return the values (column, row, slice) as stored but scaled, the header, and its affine in millimetres."""
+    nibabel = require("nibabel", "medical")
+    with naming(path, nibabel.spatialimages.HeaderDataError, KeyError):
+        with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
+            header = _header(path, file.read(nibabel.Nifti2Header.sizeof_hdr))
+            file.seek(header.get_data_offset())
+            shape, dtype = header.get_data_shape(), header.get_data_dtype()
+            expected = prod(shape) * dtype.itemsize
+            data = file.read(expected)
+            if len(data) < expected:
+                raise InputError(f"{path} is cut short: it holds {len(data)} of {expected} bytes of voxels")
+            file.read(1)  # at the end of a gzip file its checksum is compared
+        stored = _scaled(np.frombuffer(data, dtype).reshape(shape[:3], order="F"), *header.get_slope_inter())
+        unit = MM_PER_UNIT[header.get_xyzt_units()[0]]
+        with np.errstate(all="ignore"):  # what overflows is refused
+            affine_mm = np.diag([unit, unit, unit, 1.0]) @ header.get_best_affine()
+        require_affine(path, affine_mm)
+    return stored, header, affine_mm
+
+
+def _header(path: Path, block: bytes) -> Any:
+    nibabel = require("nibabel", "medical")
+    kinds = (nibabel.Nifti1Header, nibabel.Nifti2Header)
+    kind = next((kind for kind in kinds if kind.may_contain_header(block)), None)
+    if kind is None:
+        raise InputError(f"{path} is not a NIfTI file")
+    header = kind(block[: kind.sizeof_hdr])
+    shape, dtype, offset = header.get_data_shape(), header.get_data_dtype(), header.get_data_offset()
+    if len(shape) < 3 or prod(shape[3:]) != 1:
+        raise InputError(f"{path} has the shape {shape}; a volume has three axes: split a series into its volumes")
+    check_size(path, shape)
+    if dtype.kind not in "iuf" or dtype.itemsize > 8:
+        raise InputError(f"{path} holds {dtype} voxels; integers and floats of up to 64 bits are possible")
+    if not kind.sizeof_hdr <= offset <= MAX_HEADER_BYTES:
+        raise InputError(f"{path} says its voxels start at byte {offset}, which cannot be")
+    return header
+
+
+def _scaled(stored: ndarray, slope: float | None, intercept: float | None) -> ndarray:
+    trivial = slope is None or (slope, intercept) == (1, 0)
+    if trivial and stored.dtype.kind in "iu":
+        return stored.astype(stored.dtype.newbyteorder("="), copy=False)
+    values = np.empty(stored.shape, np.float32, order="F")
+    with np.errstate(over="ignore", invalid="ignore"):  # what does not fit is infinite, and refused as such
+        np.multiply(stored, 1 if slope is None else slope, out=values, dtype=np.float64, casting="same_kind")
+        np.add(values, intercept or 0, out=values, dtype=np.float64, casting="same_kind")
+    return values
+
+
+def require_affine(path: Path, affine_mm: ndarray) -> None:
+    """Refuse an affine that does not put every voxel somewhere else.
+
+    Raises:
+        InputError: it does not.
+    """
+    with np.errstate(all="ignore"):
+        sides_mm = np.linalg.norm(affine_mm[:3, :3], axis=0)
+    shortest, longest = SPACING_RANGE_MM
+    if not (np.isfinite(affine_mm).all() and (shortest < sides_mm).all() and (sides_mm < longest).all()):
+        sides = " x ".join(f"{side:g}" for side in sides_mm)
+        raise InputError(f"{path} says its voxels are {sides} mm; repair its affine")
+    if abs(np.linalg.det(affine_mm[:3, :3] / sides_mm)) < SINGULAR:
+        raise InputError(f"{path} has an affine whose axes fall together; repair it")
+
+
+def header_of(path: Path, shape: tuple[int, ...], affine_mm: ndarray) -> Any:
+    """Return a NIfTI header for a volume of another format, in scanner coordinates.
+
+    Args:
+        path: the volume.
+        shape: columns, rows and slices.
+        affine_mm: from (column, row, slice, 1) to millimetres right, anterior, superior.
+
+    Raises:
+        InputError: the affine cannot be.
+    """
+    nibabel = require("nibabel", "medical")
+    require_affine(path, affine_mm)
+    header = nibabel.Nifti1Header()
+    header.set_data_shape(shape)
+    directions = affine_mm[:3, :3] / np.linalg.norm(affine_mm[:3, :3], axis=0)
+    if np.abs(directions.T @ directions - np.eye(3)).max() < RIGHT_ANGLED:  # a quaternion cannot hold a shear
+        header.set_qform(affine_mm, SCANNER)
+    header["pixdim"][1:4] = np.linalg.norm(affine_mm[:3, :3], axis=0)
+    header.set_sform(affine_mm, SCANNER)
+    header.set_xyzt_units("mm")
+    return header
+
+
+def turned(
+    path: Path, stored: ndarray, header: Any, affine_mm: ndarray, like: Geometry | None = None, keep: bool = False
+) -> Image:
+    """Make the image of a volume, turned to LPS.
+
+    Args:
+        path: where it came from.
+        stored: values (column, row, slice) or (column, row, slice, channel) as they are stored.
+        header: NIfTI header of its geometry; nothing else of it is kept.
+        affine_mm: from stored (column, row, slice, 1) to millimetres right, anterior, superior.
+        like: turn it as this volume was turned, which matters where that one was left as it lay.
+        keep: leave the axes as they are stored; a single slice, cut in whatever direction, is to stay one.
+    """
+    orientations = require("nibabel.orientations", "medical")
+    axes = orientations.io_orientation(affine_mm)
+    if keep:
+        turn = orientations.ornt_transform(axes, axes)
+    elif like is None:
+        turn = orientations.ornt_transform(axes, orientations.axcodes2ornt("LPS"))
+    else:
+        turn = orientations.ornt_transform(axes, orientations.io_orientation(like.affine_mm))
+    pixels = np.ascontiguousarray(orientations.apply_orientation(stored, turn).swapaxes(0, 2))
+    kept = type(header)()
+    kept.set_data_shape(header.get_data_shape())
+    for field in GEOMETRY_FIELDS:
+        kept[field] = header[field]
+    our_affine_mm = affine_mm @ orientations.inv_ornt_aff(turn, stored.shape[:3])
+    columns, rows, slices = np.linalg.norm(our_affine_mm[:3, :3], axis=0).tolist()
+    return Image(
+        path=path,
+        pixels=pixels.reshape(*pixels.shape[:3], -1),
+        spacing_mm=(slices, rows, columns),
+        geometry=Geometry(shape=header.get_data_shape(), header=kept, affine_mm=our_affine_mm, turn=turn),
+    )
+
+
+def write(mask: Mask, geometry: Geometry, path: Path) -> None:
+    """Write a gzipped NIfTI mask whose voxels lie as those of its source do.
+
+    Raises:
+        MedsegError: what was written is not what was meant, so nothing is there.
+    """
+    nibabel = require("nibabel", "medical")
+    orientations = require("nibabel.orientations", "medical")
+    ours = orientations.io_orientation(geometry.affine_mm)
+    axes = orientations.io_orientation(geometry.header.get_best_affine())
+    turn_back = orientations.ornt_transform(ours, axes)
+    stored = orientations.apply_orientation(mask.labels.transpose(2, 1, 0), turn_back).reshape(geometry.shape)
+    header = geometry.header.copy()
+    header.set_data_dtype(np.uint8)
+    kind = nibabel.Nifti2Image if isinstance(header, nibabel.Nifti2Header) else nibabel.Nifti1Image
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(gzip.compress(kind(stored, None, header).to_bytes(), compresslevel=1, mtime=0))
+        written, lies, _ = load(temporary)
+        same_place = lies.get_data_shape() == geometry.shape and all(
+            lies[field].tobytes() == geometry.header[field].tobytes() for field in GEOMETRY_FIELDS
+        )
+        labels = orientations.apply_orientation(written, geometry.turn).swapaxes(0, 2)
+        if not same_place or not np.array_equal(labels, mask.labels):
+            raise MedsegError(f"the mask of {mask.path} did not come out the way the image lies; nothing was written")
