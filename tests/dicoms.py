@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pydicom
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
+from pydicom.uid import UID, ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless, generate_uid
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
 ENHANCED_CT = "1.2.840.10008.5.1.4.1.1.2.1"
@@ -21,7 +20,7 @@ PATIENT = "Doe^Jane"
 def dataset(pixels: np.ndarray, **elements: Any) -> Dataset:
     """Return a CT slice (rows, columns) or (rows, columns, 3), or frames (frames, rows, columns)."""
     described = Dataset()
-    described.SOPClassUID, described.SOPInstanceUID = CT, pydicom.uid.generate_uid()
+    described.SOPClassUID, described.SOPInstanceUID = CT, generate_uid()
     described.SeriesInstanceUID, described.Modality = SERIES, "CT"
     described.PatientName, described.PatientID = PATIENT, "4711"
     is_colour = pixels.ndim == 3 and pixels.shape[-1] == 3
@@ -52,7 +51,7 @@ def save(path: Path, described: Dataset, syntax: str = ExplicitVRLittleEndian) -
     if syntax in (RLELossless, JPEG2000Lossless):
         file.compress(syntax, generate_instance_uid=False)
     else:
-        meta.TransferSyntaxUID = syntax
+        meta.TransferSyntaxUID = UID(syntax)
     path.parent.mkdir(parents=True, exist_ok=True)
     file.save_as(path, enforce_file_format=True)
     return path

@@ -142,7 +142,7 @@ def block() -> None:
 @click.option("-o", "--output", type=FILE, default=Path("block.safetensors"), show_default=True)
 @output_options
 def block_extract(source: Path, layer: str, output: Path, as_json: bool) -> None:
-    """Take one layer out of LLaMA-family weights: a GGUF file, or Hugging Face safetensors."""
+    """Take one layer out of LLaMA-family weights: GGUF, Hugging Face, or Meta's consolidated.*.pth."""
     from medseg_trt.spec import to_dict
     from medseg_trt.train.blocks import extract, save_block
 

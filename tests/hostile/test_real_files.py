@@ -33,9 +33,11 @@ def outcomes(name: str, root: Path) -> Iterator[tuple[Path, str]]:
             assert image.pixels.size > 0, path
             assert image.pixels.shape[3] in (1, 3), path
         except (InputError, MissingExtraError) as error:
-            outcome = type(error).__name__
-            assert str(path) in str(error), error
-            assert "\n" not in str(error), error
+            outcome, line = type(error).__name__, str(error)
+        else:
+            line = str(path)
+        assert str(path) in line, line
+        assert "\n" not in line, line
         assert time.process_time() - start < MAX_SECONDS, f"{name}: {path} took {time.process_time() - start:.1f} s"
         yield path, outcome
 

@@ -82,7 +82,7 @@ SAME_FUNCTION = {"trained": "published"}  # of variants that differ only in what
 
 @pytest.fixture(autouse=True)
 def final_norm_in_blocks(monkeypatch):
-    """Let a block carry its language model's final norm. TODO: goes when ``check_layer`` does."""
+    """Let a block carry its language model's final norm. ``check_layer`` does not allow it yet."""
 
     def check(spec: BlockSpec, shapes: Mapping[str, tuple[int, ...]], real: Any = blocks_module.check_layer) -> None:
         real(spec, {name: shape for name, shape in shapes.items() if name != "norm.weight"})

@@ -13,7 +13,7 @@ import numpy as np
 from numpy import ndarray
 
 from medseg_trt.errors import InputError
-from medseg_trt.formats.dicom_file import Header, NoPictures, Plane, read_frames, read_header
+from medseg_trt.formats.dicom_file import Header, NoPicturesError, Plane, read_frames, read_header
 from medseg_trt.formats.guard import check_size
 from medseg_trt.formats.nifti import header_of, turned
 from medseg_trt.images import Image
@@ -85,7 +85,7 @@ def find_series(folder: Path, files: Sequence[Path]) -> Iterator[tuple[str | Non
     for path in files:
         try:
             headers.append(read_header(path))
-        except NoPictures:
+        except NoPicturesError:
             without_pictures += 1
         except InputError:
             yield None, (path,)
@@ -148,10 +148,11 @@ def _volume(path: Path, headers: Sequence[Header]) -> Image:
     check_size(path, (len(planes), *headers[0].shape[1:]))
     normal = np.cross(first.along_row, first.along_column)
     depths_mm = np.array([plane.corner_mm for plane in planes]) @ normal
-    order = np.argsort(depths_mm, kind="stable")
-    step_mm = _step(path, [planes[index] for index in order], depths_mm[order], normal)
+    order: list[int] = np.argsort(depths_mm, kind="stable").tolist()
+    in_order = [planes[index] for index in order]
+    step_mm = _step(path, in_order, depths_mm[order], normal)
 
-    place = {(plane.path, plane.frame): order_index for order_index, plane in enumerate(planes[i] for i in order)}
+    place = {(plane.path, plane.frame): index for index, plane in enumerate(in_order)}
     decoded: ndarray | None = None
     for header in headers:
         frames = read_frames(header)
@@ -170,7 +171,7 @@ def _volume(path: Path, headers: Sequence[Header]) -> Image:
     affine_mm[:3, 0] = np.array(first.along_row) * between_columns
     affine_mm[:3, 1] = np.array(first.along_column) * between_rows
     affine_mm[:3, 2] = step_mm
-    affine_mm[:3, 3] = planes[order[0]].corner_mm
+    affine_mm[:3, 3] = in_order[0].corner_mm
     affine_mm = LPS_TO_RAS @ affine_mm
     stored = decoded.swapaxes(0, 2)  # (slices, rows, columns, channels) -> (columns, rows, slices, channels)
     header = header_of(path, stored.shape[:3], affine_mm)

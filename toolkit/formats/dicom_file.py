@@ -44,7 +44,7 @@ KEPT = (
 )  # fmt: skip
 
 
-class NoPictures(InputError):
+class NoPicturesError(InputError):
     """It is DICOM, but something else than an image, or nothing that DICOM knows."""
 
 
@@ -116,7 +116,7 @@ def read_header(path: Path) -> Header:
         elements = pydicom.dcmread(limited, stop_before_pixels=True, force=True, specific_tags=list(KEPT))
         if "Rows" not in elements or "Columns" not in elements:
             what = "no pictures" if "SOPClassUID" in elements or elements.file_meta else "no DICOM header"
-            raise NoPictures(f"{path} holds {what}; only DICOM images can be read")
+            raise NoPicturesError(f"{path} holds {what}; only DICOM images can be read")
         frames = _number(elements, "NumberOfFrames")
         shape = (
             1 if frames is None else int(frames), int(elements.Rows), int(elements.Columns),

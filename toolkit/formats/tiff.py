@@ -76,7 +76,7 @@ def write(mask: Mask, path: Path) -> None:
 
 def _decode(path: Path, indices: bool) -> tuple[ndarray, int]:
     """Return the pages (pages, height, width, …), upright, and how they are stored."""
-    import PIL.Image
+    import PIL
 
     try:
         decoded = _with_pillow(path, indices)
@@ -115,13 +115,11 @@ def _is_kept_whole(picture: Any) -> bool:
 
 
 def _bits(picture: Any) -> Sequence[int]:
-    bits = picture.tag_v2.get(BITS, (1,))
-    return bits if isinstance(bits, tuple) else (bits,)
+    return np.atleast_1d(picture.tag_v2.get(BITS, 1)).tolist()
 
 
 def _formats(picture: Any) -> Sequence[int]:
-    formats = picture.tag_v2.get(SAMPLE_FORMAT, (UNSIGNED,))
-    return formats if isinstance(formats, tuple) else (formats,)
+    return np.atleast_1d(picture.tag_v2.get(SAMPLE_FORMAT, UNSIGNED)).tolist()
 
 
 def _count_pages(path: Path, picture: Any) -> int:

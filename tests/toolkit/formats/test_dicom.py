@@ -6,7 +6,6 @@ from typing import Any
 
 import nibabel
 import numpy as np
-import pydicom
 import pytest
 from dicoms import (
     AXIAL,
@@ -26,6 +25,7 @@ from dicoms import (
 )
 from nibabel.affines import apply_affine
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.encaps import encapsulate
 from pydicom.sequence import Sequence
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
@@ -295,7 +295,7 @@ def test_every_storage_gives_the_same_numbers(syntax, tmp_path):
 
 def test_a_missing_decoder_is_named_with_what_installs_it(tmp_path):
     described = dataset(numbers()[0])
-    described.PixelData = pydicom.encaps.encapsulate([b"\xff\xd8\xff\xf7" + b"\0" * 40])
+    described.PixelData = encapsulate([b"\xff\xd8\xff\xf7" + b"\0" * 40])
     described["PixelData"].VR = "OB"
     described["PixelData"].is_undefined_length = True
     with pytest.raises(InputError, match=r"a\.dcm is compressed as JPEG-LS .*pip install pyjpegls"):
@@ -309,7 +309,7 @@ def test_a_jpeg_2000_stream_that_is_larger_than_its_header_says_is_not_decoded(t
     sizes = struct.pack(">IIII", 60_000, 60_000, 0, 0)
     stream = b"\xff\x4f\xff\x51\x00\x29\x00\x00" + sizes + b"\0" * 40
     described = dataset(numbers()[0])
-    described.PixelData = pydicom.encaps.encapsulate([stream])
+    described.PixelData = encapsulate([stream])
     described["PixelData"].VR = "OB"
     described["PixelData"].is_undefined_length = True
     path = tmp_path / "a.dcm"
@@ -335,7 +335,7 @@ def test_a_deflated_bomb_is_refused_before_it_is_inflated_whole(tmp_path, monkey
 
 @pytest.mark.parametrize("elements", [{"Rows": 60_000, "Columns": 60_000}, {"NumberOfFrames": 2**31 - 1}, {"Rows": 0}])
 def test_an_impossible_size_is_refused_by_the_header(elements, tmp_path, monkeypatch):
-    monkeypatch.setattr(pydicom.pixels, "pixel_array", lambda *_, **__: pytest.fail("decoded"))
+    monkeypatch.setattr("pydicom.pixels.pixel_array", lambda *_, **__: pytest.fail("decoded"))
     with pytest.raises(InputError, match=r"a\.dcm says it has .* pixels"):
         read_image(save(tmp_path / "a.dcm", dataset(numbers()[0], **elements)))
 

@@ -2,6 +2,7 @@
 
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -25,8 +26,9 @@ def grey(dtype: str) -> np.ndarray:
     return RNG.integers(limits.min, limits.max, SIZE, dtype=dtype)
 
 
-def save(path: Path, values: np.ndarray, **how) -> Path:
-    tifffile.imwrite(path, values, **({"photometric": "minisblack"} | how))
+def save(path: Path, values: np.ndarray, **how: Any) -> Path:
+    options: dict[str, Any] = {"photometric": "minisblack"}
+    tifffile.imwrite(path, values, **(options | how))
     return path
 
 
