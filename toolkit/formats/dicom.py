@@ -209,7 +209,7 @@ def _step(path: Path, planes: Sequence[Plane], depths_mm: ndarray, normal: ndarr
     step_mm = (corners_mm[-1] - corners_mm[0]) / (len(planes) - 1)
     on_line_mm = corners_mm[0] + np.arange(len(planes))[:, np.newaxis] * step_mm
     off_mm = float(np.abs(corners_mm - on_line_mm).max())
-    if off_mm > UNEVEN_POSSIBLE * usual_mm * len(planes) + ROUNDED_MM and off_mm > usual_mm:
+    if off_mm > min(usual_mm, *planes[0].spacing_mm) / 2 + ROUNDED_MM:
         raise InputError(f"{path}: its slices do not lie on a line, but up to {off_mm:.3g} mm beside; resample it")
     if worst_mm > UNEVEN_SILENT * usual_mm + ROUNDED_MM:
         LOG.warning("%s: the steps between slices differ by up to %.3g mm; their mean is used", path, worst_mm)

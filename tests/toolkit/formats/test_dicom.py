@@ -135,6 +135,18 @@ def test_uneven_slices_are_warned_of_or_refused(shifts_mm, outcome, tmp_path, ca
         assert str(tmp_path / "scan") in str(caught.value)
 
 
+@pytest.mark.parametrize(("aside_mm", "refused"), [(0.5, False), (2.0, True)])  # half a pixel is 0.75 mm
+def test_slices_that_do_not_lie_on_a_line_are_refused(aside_mm, refused, tmp_path):
+    for index, corner in enumerate(corners(4)):
+        where = placed(corner=corner + np.array([aside_mm * (index == 2), 0, 0]))
+        save(tmp_path / "scan" / f"{index}.dcm", dataset(numbers()[index], **where))
+    if refused:
+        with pytest.raises(InputError, match="do not lie on a line, but up to 2 mm beside"):
+            read_image(tmp_path / "scan")
+    else:
+        assert read_image(tmp_path / "scan").num_slices == 4
+
+
 def test_tilted_slices_keep_their_shear(tmp_path, caplog):
     pixels = numbers()
     shifts = np.arange(4)[:, np.newaxis] * np.array([0.0, 1.0, 3.0])
