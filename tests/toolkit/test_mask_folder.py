@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from nibabel import Nifti1Image
-from tiny import picture, write_nifti, write_pictures
+from tiny import write_pictures
 
 from medseg_trt import mask_folder
 from medseg_trt.bundle import load_bundle
@@ -18,15 +18,6 @@ from medseg_trt.errors import InputError, UsageError
 from medseg_trt.files import sha256
 from medseg_trt.images import read_image
 from medseg_trt.mask_folder import infer_to_folder
-
-
-@pytest.fixture
-def images(tmp_path) -> Path:
-    """A folder with two pictures and a volume."""
-    folder = write_pictures(tmp_path / "data", count=2, size=(40, 52)) / "images"
-    pixels = np.stack([picture(seed, (36, 28))[0] for seed in range(5)])
-    write_nifti(folder / "scan.nii.gz", pixels.transpose(2, 1, 0))
-    return folder
 
 
 def read_indices(path: Path) -> np.ndarray:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import make_checkpoint, picture, write_nifti, write_pictures, write_volumes
+from tiny import make_checkpoint, write_volumes
 
 from medseg_trt.errors import AccuracyGateError, UsageError
 from medseg_trt.export import trace as trace_module
@@ -18,15 +18,6 @@ from medseg_trt.session import open_reference
 from medseg_trt.spec import BuildSpec
 from medseg_trt.train.checkpoint import load_checkpoint, save_checkpoint
 from medseg_trt.train.datasets.folder import manifest_sha256, open_folder
-
-
-@pytest.fixture
-def images(tmp_path) -> Path:
-    """A folder with two pictures and a volume."""
-    folder = write_pictures(tmp_path / "data", count=2, size=(40, 52)) / "images"
-    pixels = np.stack([picture(seed, (36, 28))[0] for seed in range(5)])
-    write_nifti(folder / "scan.nii.gz", pixels.transpose(2, 1, 0))
-    return folder
 
 
 @pytest.fixture(scope="module")
