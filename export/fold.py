@@ -1,50 +1,66 @@
 """Replace layers by cheaper ones that compute the same function, before the network is traced.
 
-Every rule puts new layers in the place of old ones and says how many places it found; it changes no tensor in place.
-New weights are computed in float64 and rounded once, to the type that the old ones had.
+Every rule puts new layers in the place of old ones and says how many places it found, or why none; it changes no tensor
+in place. New weights are computed in float64 and rounded once, to the type that the old ones had.
 Source: Jacob et al. 2018, "Quantization and Training of Neural Networks …", §3.2, for BatchNorm.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from itertools import chain
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from medseg_trt.train.transunet import ConvNormReLU, StdConv2d
+from medseg_trt.export.fold_language import (
+    cancel_final_norm,
+    fold_mapper1,
+    fold_mapper2,
+    merge_language_projections,
+    merge_norm_weights,
+    tabulate_rotary,
+)  # fmt: skip
+from medseg_trt.export.folded import Attend
+from medseg_trt.export.rule import Folding, constant, counted, places, stacked
+from medseg_trt.spec import to_dict
+from medseg_trt.train.transunet import Attention, ConvNormReLU, StdConv2d, TransUNet
 
 GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")  # of a Conv2d
-Layer = TypeVar("Layer", bound=nn.Module)
-Network = TypeVar("Network", bound=nn.Module)
 
 
-def fold(model: Network) -> tuple[Network, dict[str, int]]:
+def fold(model: TransUNet) -> tuple[TransUNet, dict[str, Folding]]:
     """Apply every rule of ``RULES`` to a copy of ``model``, in evaluation mode.
 
     The copy shares the tensors that no rule replaces, so that a large frozen block is not in memory twice.
 
     Returns:
-        The copy, and how many places each rule changed.
+        The copy, and what each rule did.
     """
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     folded = copy.deepcopy(model, shared).eval()
-    return folded, {name: rule(folded) for name, rule in RULES.items()}
+    with torch.no_grad():  # or the float64 products would stay in memory for a backward pass
+        return folded, {name: rule(folded) for name, rule in RULES.items()}
 
 
-def fold_standardisation(model: nn.Module) -> int:
+def plain_report(report: Mapping[str, Folding]) -> dict[str, dict[str, Any]]:
+    """Return what each rule did as plain data that JSON can hold: ``{"count": 1, "reason": ""}``."""
+    return {name: to_dict(folding) for name, folding in report.items()}
+
+
+def fold_standardisation(model: nn.Module) -> Folding:
     """Replace every StdConv2d by a plain convolution with the standardised kernel."""
-    places = list(_places(model, StdConv2d))
-    for parent, name, layer in places:
+    found = places(model, StdConv2d)
+    for parent, name, layer in found:
         setattr(parent, name, _convolution(layer, copy.deepcopy(layer).double().standardised(), layer.bias))
-    return len(places)
+    return counted(len(found), "no convolution is standardised")
 
 
-def fold_batch_norm(model: nn.Module) -> int:
+def fold_batch_norm(model: nn.Module) -> Folding:
     """Scale the kernel before every BatchNorm, and turn the rest of the BatchNorm into the convolution's bias."""
-    places = list(_places(model, ConvNormReLU))
-    for parent, name, layer in places:
+    found = places(model, ConvNormReLU)
+    for parent, name, layer in found:
         convolution, norm, relu = cast("tuple[nn.Conv2d, nn.BatchNorm2d, nn.ReLU]", tuple(layer))
         assert norm.running_mean is not None  # ConvNormReLU keeps statistics
         assert norm.running_var is not None
@@ -52,31 +68,39 @@ def fold_batch_norm(model: nn.Module) -> int:
         kernel = convolution.weight.double() * scale[:, None, None, None]
         bias = norm.bias.double() - norm.running_mean.double() * scale
         setattr(parent, name, nn.Sequential(_convolution(convolution, kernel, bias), relu))
-    return len(places)
+    return counted(len(found), "no convolution is followed by a BatchNorm")
 
 
-RULES: Mapping[str, Callable[[nn.Module], int]] = {
+def merge_transformer_projections(model: nn.Module) -> Folding:
+    """Project query, key and value of every transformer layer in one product."""
+    found = places(model, Attention)
+    for parent, name, layer in found:
+        stages = {
+            "qkv": stacked(layer.query, layer.key, layer.value),
+            "attend": Attend(layer.num_heads, layer.num_heads),
+            "out": layer.out,
+        }
+        setattr(parent, name, nn.Sequential(OrderedDict(stages)))
+    return counted(len(found), "the network has no transformer layer")
+
+
+RULES: Mapping[str, Callable[[TransUNet], Folding]] = {  # in this order: each finds what those before it left
     "standardised_convolutions": fold_standardisation,
     "batch_norms": fold_batch_norm,
+    "transformer_projections": merge_transformer_projections,
+    "language_projections": merge_language_projections,
+    "mapper1": fold_mapper1,
+    "final_norm": cancel_final_norm,
+    "mapper2": fold_mapper2,
+    "rotary_tables": tabulate_rotary,
+    "norm_weights": merge_norm_weights,
 }
-
-
-def _places(model: nn.Module, kind: type[Layer]) -> Iterator[tuple[nn.Module, str, Layer]]:
-    """Yield (parent, attribute, layer) for every layer of one class."""
-    for parent in model.modules():
-        for name, layer in parent.named_children():
-            if isinstance(layer, kind):
-                yield parent, name, layer
 
 
 def _convolution(like: nn.Conv2d, kernel: Tensor, bias: Tensor | None) -> nn.Conv2d:
     """Return a plain convolution with the geometry and the type of ``like``."""
     geometry: dict[str, Any] = {name: getattr(like, name) for name in GEOMETRY}
     plain = nn.Conv2d(**geometry, device="meta")
-    plain.weight = _constant(kernel, like.weight)
-    plain.bias = None if bias is None else _constant(bias, like.weight)
+    plain.weight = constant(kernel, like.weight)
+    plain.bias = None if bias is None else constant(bias, like.weight)
     return plain
-
-
-def _constant(values: Tensor, like: Tensor) -> nn.Parameter:
-    return nn.Parameter(values.detach().to(like.dtype), requires_grad=False)

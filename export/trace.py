@@ -7,7 +7,7 @@ asked for an operator set it cannot give, it gives another one and does not comp
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from medseg_trt.errors import MedsegError
 from medseg_trt.train.transunet import TransUNet
 
 OPSET = 23  # the first with Attention and RMSNormalization
+TRACED_OPSETS: Sequence[Mapping[str, int]] = ({"": OPSET},)
 INPUT, OUTPUT = "pixel_values", "logits"
 KEPT_METADATA = "namespace"  # of a node: the module it came from; the rest holds source lines and paths of this machine
 EXAMPLE_BATCH = 2  # a batch of 1 would be taken for a constant
@@ -67,17 +68,28 @@ def trace(model: TransUNet) -> OnnxGraph:
     return graph
 
 
-def check(graph: OnnxGraph, image_size: tuple[int, int], num_classes: int) -> None:
+def check(
+    graph: OnnxGraph,
+    image_size: tuple[int, int],
+    num_classes: int,
+    opsets: Sequence[Mapping[str, int]] = TRACED_OPSETS,
+) -> None:
     """Check what the rest of the toolkit relies on.
 
+    Args:
+        graph: as traced, or after a later pass.
+        image_size: height and width in pixels.
+        num_classes: channels of the logits.
+        opsets: the combinations of operator sets that are allowed; a function is, where its domain is among them.
+
     Raises:
-        MedsegError: another operator set, a doubled or missing name, an unknown shape, or another input or output.
+        MedsegError: another operator set, a function that has no place, a doubled or missing name, an unknown type or
+            shape, or another input or output.
     """
     model, problems = graph.model, list[str]()
-    if model.opset_imports != {"": OPSET}:
-        problems.append(f"the operator sets are {dict(model.opset_imports)}, not {OPSET}")
-    if model.functions:
-        problems.append(f"there are {len(model.functions)} functions")
+    if model.opset_imports not in opsets:
+        problems.append(f"the operator sets are {model.opset_imports}, not {' or '.join(map(str, opsets))}")
+    problems += [f"there is a function {name}" for domain, name, _ in model.functions if domain not in opsets[-1]]
     nodes = list(model.graph)
     for kind, names in (
         ("node", [node.name for node in nodes]),
@@ -87,7 +99,7 @@ def check(graph: OnnxGraph, image_size: tuple[int, int], num_classes: int) -> No
         problems += [f"a {kind} has no name" for name in names if not name]
     for value in (out for node in nodes for out in node.outputs):
         if value.shape is None or value.type is None:
-            problems.append(f"the shape of {value.name} is unknown")
+            problems.append(f"the type or the shape of {value.name} is unknown")
     batch = model.graph.inputs[0].shape and model.graph.inputs[0].shape[0]
     for kind, found, expected in (
         ("input", model.graph.inputs, {INPUT: [3, *image_size]}),
@@ -124,6 +136,10 @@ def _strip(model: ir.Model) -> None:
     model.graph.metadata_props.clear()
     model.producer_name, model.producer_version = "medseg-trt", None
     for node in model.graph:
+        producer = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+        if KEPT_METADATA not in node.metadata_props and producer is not None:
+            # The exporter forgets it where one operator of PyTorch has several outputs.
+            node.metadata_props[KEPT_METADATA] = producer.metadata_props[KEPT_METADATA]
         for key in [key for key in node.metadata_props if key != KEPT_METADATA]:
             del node.metadata_props[key]
         for value in node.outputs:

@@ -86,7 +86,7 @@ def _size_mb(checkpoint: Checkpoint, path: Path) -> float:
 
 
 def _bundle_size_mb(bundle: Bundle) -> float:
-    variant = bundle.default
+    variant = bundle.variant(bundle.default)
     return _total_mb([bundle.folder / variant.graph, bundle.folder / variant.weights])
 
 

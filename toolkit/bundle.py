@@ -21,7 +21,7 @@ from medseg_trt.files import inside, sha256, write_json
 from medseg_trt.preprocess import golden
 from medseg_trt.spec import BuildSpec, Classes, ModelSpec, Preprocessing, from_dict, to_dict
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "manifest.json"
 GOLDEN = "golden.npz"
 DEFAULT_GRAPH = "model.onnx"  # the default variant's graph once more, under the name that other tools look for
@@ -42,14 +42,28 @@ class FileEntry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Variant:
-    """One graph of the bundle: the network in one precision."""
+    """One graph of the bundle: the network in one precision and one flavour."""
 
     precision: str
+    flavour: str  # a key of export.flavours.FLAVOURS
     graph: str  # file names in the bundle
     weights: str
-    folded: Mapping[str, int]  # how often each exact folding rule was used
-    verification: Mapping[str, Any]  # against PyTorch, as export.verify.Verification has it
+    passes: Mapping[str, Any]  # what folding, fusing and quantising did, and why not more
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Execution:
+    """One way to run a variant, and what came of it on the machine where the bundle was built."""
+
+    variant: str  # a key of Manifest.variants
+    backend: str  # a key of session.BACKENDS
+    compute: str  # what its float parts are computed in: fp32 or bf16
+    executed: bool  # False where the back-end was not installed: then the other figures are of the same graph elsewhere
     golden_error: float  # how far the logits of the golden input may be from those in GOLDEN
+    verification: Mapping[str, Any]  # against PyTorch: how far, on which images, whether the gate holds
+    median_ms: float | None = None  # of one image
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -66,14 +80,18 @@ class Manifest:
     source: Mapping[str, Any]  # the checkpoint's name, digests, training data and recipe
     versions: Mapping[str, str]
     variants: Mapping[str, Variant]
-    default: str  # a key of variants
+    executions: tuple[Execution, ...]  # the best first: that is what ``infer`` uses where its back-end is installed
+    dropped: tuple[str, ...] = ()  # the executions that were tried and are not to be used, each with its reason
     files: Mapping[str, FileEntry] = field(default_factory=dict[str, FileEntry])  # filled in by seal
 
     __pydantic_config__ = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
-        if self.default not in self.variants:
-            raise ValueError(f"the default variant {self.default!r} is not among {', '.join(self.variants)}")
+        if not self.executions:
+            raise ValueError("there is no way to run the bundle in it")
+        for execution in self.executions:
+            if execution.variant not in self.variants:
+                raise ValueError(f"the variant {execution.variant!r} is not among {', '.join(self.variants)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,9 +112,13 @@ class Bundle:
         return self.content.classes
 
     @property
-    def default(self) -> Variant:
-        """The variant that ``infer`` uses."""
-        return self.content.variants[self.content.default]
+    def default(self) -> Execution:
+        """What ``infer`` uses where its back-end is installed."""
+        return self.content.executions[0]
+
+    def variant(self, execution: Execution) -> Variant:
+        """Return the graph of an execution."""
+        return self.content.variants[execution.variant]
 
     def manifest(self) -> dict[str, Any]:
         """Return the manifest as plain data that JSON can hold."""
@@ -149,7 +171,7 @@ def load_bundle(folder: Path | str) -> Bundle:
 def seal(folder: Path, manifest: Manifest, golden_logits: ndarray) -> None:
     """Complete a folder that holds the graphs: golden data, configs, and last the manifest with all digests."""
     np.savez(folder / GOLDEN, pixel_values=golden_input(manifest.preprocessing), logits=golden_logits)
-    variant = manifest.variants[manifest.default]
+    variant = manifest.variants[manifest.executions[0].variant]
     (folder / DEFAULT_GRAPH).write_bytes((folder / variant.graph).read_bytes())
     write_json(folder / "config.json", _config(manifest))
     write_json(folder / "preprocessor_config.json", _preprocessor_config(manifest.preprocessing))

@@ -124,7 +124,7 @@ def samples() -> None:
 @click.option("-o", "--output", type=FOLDER, default=Path("samples"), show_default=True, help="Where to put them.")
 @output_options
 def samples_get(names: tuple[str, ...], output: Path, as_json: bool) -> None:
-    """Fetch samples by NAME: organs, llama-block."""
+    """Fetch samples by NAME: organs, tumours, cells, llama-block."""
     from medseg_trt.samples import get
 
     folders = get(names, output)
@@ -138,22 +138,31 @@ def block() -> None:
 
 @block.command("extract")
 @click.argument("source", type=ANY)
-@click.option("--layer", default="last", show_default=True, help="Which layer: a number from 0, or last.")
+@click.option("--layer", help="Which layer: a number from 0, or last.  [default: last]")
+@click.option("--layers", type=click.IntRange(1), help="Take this many layers, up to the last; for insert.num_layers.")
+@click.option("--final-norm", is_flag=True, help="Also take the norm after the last layer; for insert.norm=pretrained.")
 @click.option("-o", "--output", type=FILE, default=Path("block.safetensors"), show_default=True)
 @output_options
-def block_extract(source: Path, layer: str, output: Path, as_json: bool) -> None:
-    """Take one layer out of LLaMA-family weights: GGUF, Hugging Face, or Meta's consolidated.*.pth."""
+def block_extract(
+    source: Path, layer: str | None, layers: int | None, final_norm: bool, output: Path, as_json: bool
+) -> None:  # fmt: skip
+    """Take layers out of LLaMA-family weights: GGUF, Hugging Face, or Meta's consolidated.*.pth."""
     from medseg_trt.spec import to_dict
-    from medseg_trt.train.blocks import extract, save_block
+    from medseg_trt.train.blocks import extract, extract_last, provenance_of, save_block
 
-    if layer != "last" and not layer.isdecimal():
+    if layer is not None and layers is not None:
+        raise UsageError("--layer takes one layer and --layers the last ones; give one of the two")
+    if layer not in (None, "last") and not layer.isdecimal():
         raise UsageError(f"--layer {layer}: give a number from 0, or last")
-    taken = extract(source, "last" if layer == "last" else int(layer))
+    if layers is not None or layer in (None, "last"):
+        taken = extract_last(source, layers or 1, final_norm=final_norm)
+    else:
+        taken = (extract(source, int(layer), final_norm=final_norm),)
     digest = save_block(taken, output)
-    parameters = sum(tensor.numel() for tensor in taken.tensors.values())
+    parameters = sum(each.num_parameters for each in taken)
     result = {
-        "file": str(output), "sha256": digest, "parameters": parameters, "spec": to_dict(taken.spec),
-        "provenance": dict(taken.provenance),
+        "file": str(output), "sha256": digest, "parameters": parameters, "spec": to_dict(taken[0].spec),
+        "provenance": provenance_of(taken),
     }  # fmt: skip
     _print_result(as_json, result, f"{output}: {parameters:,} parameters, sha256 {digest}")
 
@@ -335,6 +344,31 @@ def doctor(as_json: bool) -> None:
     findings = examine()
     lines = [f"{'yes' if found.ready else 'no ':3}  {found.ability}: {found.detail}" for found in findings]
     _print_result(as_json, {"abilities": [asdict(found) for found in findings]}, "\n".join(lines))
+
+
+@cli.group()
+def kernels() -> None:
+    """The CUDA kernels."""
+
+
+@kernels.command("build")
+@click.option(
+    "--arch", "targets", metavar="SM,…", help="sm_80, sm_86, sm_87, sm_89, sm_90, sm_120, jetpack6.  [default: all]"
+)
+@click.option("-o", "--output", type=FOLDER, required=True, help="Where the PTX and manifest.json go.")
+@output_options
+def kernels_build(targets: str | None, output: Path, as_json: bool) -> None:
+    """Compile the kernels to PTX; no GPU and no CUDA installation is needed.
+
+    jetpack6 is sm_87 in PTX 8.5, which the driver of JetPack 6 understands.
+    """
+    from medseg_trt.kernels.library import TARGETS
+    from medseg_trt.kernels.manifest import build as build_kernels
+
+    chosen = list(TARGETS) if targets is None else targets.split(",")
+    manifest = build_kernels(output, chosen)
+    text = f"{output}: {len(manifest['kernels'])} functions for {', '.join(chosen)}"
+    _print_result(as_json, {"folder": str(output), "manifest": manifest}, text)
 
 
 def _print_result(as_json: bool, result: dict[str, Any], text: str) -> None:

@@ -79,7 +79,7 @@ def infer_to_folder(
                     kept += finished is not None
                     if finished is None:
                         label = source.name if len(sources) == 1 else None  # one bar: of the files, or of its slices
-                        image, mask = segment_file(source, session.run, bundle, batch, label)
+                        image, mask = segment_file(source, session, bundle, batch, label)
                         files = [write_mask(mask, output)]
                         if overlay:
                             files.append(output / "overlays" / f"{source.stem}.png")

@@ -1,6 +1,6 @@
 """The whole story in two functions: ``build`` makes a verified bundle, ``infer`` segments images with it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,15 +10,12 @@ from medseg_trt.files import atomic_folder, sha256
 from medseg_trt.images import Image, Mask, Source, find_images, read_image
 from medseg_trt.preprocess import outside_fraction
 from medseg_trt.progress import LOG
-from medseg_trt.segment import Run, segment
-from medseg_trt.session import open_session
-from medseg_trt.spec import BuildSpec, to_dict
+from medseg_trt.segment import segment
+from medseg_trt.session import Session, open_session
+from medseg_trt.spec import BuildSpec
 
 if TYPE_CHECKING:
     from medseg_trt.train.checkpoint import Checkpoint
-
-PRECISION = "fp32"
-GOLDEN_MARGIN = 10  # another processor adds in another order, so its logits may be further off than here
 
 
 def build(
@@ -33,55 +30,48 @@ def build(
         checkpoint: a ``model.pt`` that ``train`` wrote.
         spec: how to build.
         output: the bundle's folder; None puts it beside the checkpoint, with the suffix ``.medseg``.
-        data: a data folder whose images it is verified on; None takes the folder that the checkpoint was trained on, if
-            it is still what it was, else seeded noise.
+        data: a data folder on whose images it is verified and judged; None takes the folder that the checkpoint was
+            trained on, if it is still what it was, else seeded noise.
 
     Raises:
-        UsageError: a precision that does not exist yet, or ``output`` is something else than a bundle.
-        AccuracyGateError: the graph does not answer as PyTorch does.
+        UsageError: a precision that does not exist or lacks calibration images, or ``output`` is no bundle.
+        AccuracyGateError: a graph does not answer as PyTorch does.
         ArtefactError: the checkpoint cannot be used.
     """
-    from medseg_trt.export.fold import fold
-    from medseg_trt.export.trace import save_graph, trace
-    from medseg_trt.export.verify import verify
+    from medseg_trt.executions import GRAPH_OF, try_executions
+    from medseg_trt.export.fold import fold, plain_report
+    from medseg_trt.export.fuse import fuse
+    from medseg_trt.export.trace import trace
+    from medseg_trt.proof import Proof
     from medseg_trt.reference_images import reference_images
     from medseg_trt.report import package_versions
-    from medseg_trt.sessions.onnxruntime import open_graph
     from medseg_trt.train.checkpoint import load_checkpoint
     from medseg_trt.train.model import runner
+    from medseg_trt.variants import make_variants
 
     spec = spec or BuildSpec()
-    if spec.precisions != (PRECISION,):
-        raise UsageError(f"--precision {','.join(spec.precisions)}: only {PRECISION} can be built so far")
     path = Path(checkpoint)
     folder = Path(output) if output is not None else path.with_suffix(".medseg")
     _require_replaceable(folder)
     loaded = load_checkpoint(path)
-    inputs, images = reference_images(loaded, Path(data) if data is not None else None)
-    reference = loaded.model()
+    images = reference_images(loaded, Path(data) if data is not None else None)
+    network = loaded.model()
+    proof = Proof(reference=runner(network), images=images, spec=spec)
 
-    def check(run: Run, what: str) -> Mapping[str, Any]:
-        LOG.info("verify %s against PyTorch on %s", what, images)
-        limits = {"max_abs_error": spec.max_abs_error, "min_agreement": spec.min_agreement}
-        return to_dict(verify(run, runner(reference), inputs, images, **limits))
-
-    folded, counts = fold(reference)
-    check(runner(folded), f"the folded network ({', '.join(f'{count} {rule}' for rule, count in counts.items())})")
+    folded, report = fold(network)
+    folding = plain_report(report)
+    LOG.info("verify the folded network (%s)", ", ".join(f"{each.count} {rule}" for rule, each in report.items()))
+    proof.exact(runner(folded))
     LOG.info("trace the network to ONNX")
-    graph = trace(folded)
-    graph_name, weights_name = f"{PRECISION}.onnx", f"weights-{PRECISION}.bin"
+    graph, fused = fuse(trace(folded))
+    passes = {"folded": folding, "fused": fused}
+    golden = golden_input(loaded.preprocessing)
+    golden_logits = runner(network)(golden)
     with atomic_folder(folder) as temporary:
-        save_graph(graph, temporary, graph_name, weights_name)
-        with open_graph(temporary / graph_name, PRECISION, None) as session:
-            verification = check(session.run, session.description)
-        variant = Variant(
-            precision=PRECISION,
-            graph=graph_name,
-            weights=weights_name,
-            folded=counts,
-            verification=verification,
-            golden_error=GOLDEN_MARGIN * spec.max_abs_error,
-        )
+        variants: dict[str, Variant] = {}
+        for name in dict.fromkeys(GRAPH_OF.get(name, name) for name in spec.precisions):
+            variants |= make_variants(graph, temporary, name, passes, proof)
+        tried = try_executions(temporary, variants, proof, (golden, golden_logits))
         manifest = Manifest(
             model=loaded.spec,
             preprocessing=loaded.preprocessing,
@@ -89,13 +79,15 @@ def build(
             build=spec,
             source=_source(loaded, path),
             versions=package_versions(),
-            variants={PRECISION: variant},
-            default=PRECISION,
+            variants=variants,
+            executions=tried.executions,
+            dropped=tried.dropped,
         )
-        seal(temporary, manifest, runner(reference)(golden_input(loaded.preprocessing)))
+        seal(temporary, manifest, golden_logits)
+    best = tried.executions[0]
     LOG.info(
         "logits differ by at most %.1e, %.4f %% of the labels are the same",
-        verification["max_abs_error"], 100 * verification["agreement"],
+        best.verification["max_abs_error"], 100 * best.verification["agreement"],
     )  # fmt: skip
     return load_bundle(folder)
 
@@ -125,15 +117,15 @@ def infer(
     sources = find_images([Path(each) for each in inputs])
     with open_session(opened, backend, threads) as session:
         for source in sources:
-            yield segment_file(source, session.run, opened, batch, label=None)[1]
+            yield segment_file(source, session, opened, batch, label=None)[1]
 
 
-def segment_file(source: Source, run: Run, bundle: Bundle, batch: int, label: str | None) -> tuple[Image, Mask]:
+def segment_file(source: Source, session: Session, bundle: Bundle, batch: int, label: str | None) -> tuple[Image, Mask]:
     """Read one image and segment it.
 
     Args:
         source: the image.
-        run: the bundle's network.
+        session: the bundle's network.
         bundle: its preprocessing and classes are used.
         batch: how many slices go through the network at once.
         label: where it is given, progress over the slices is shown under this name.
@@ -148,7 +140,8 @@ def segment_file(source: Source, run: Run, bundle: Bundle, batch: int, label: st
             "%s: %.0f %% of every slice lies outside the network's field of view and becomes background",
             source.name, 100 * outside,
         )  # fmt: skip
-    labels = segment(run, image, bundle.preprocessing, batch, label)
+    masks = session.masks if session.gives_masks else None
+    labels = segment(session.run, image, bundle.preprocessing, batch, label, masks)
     return image, Mask.of(image, labels, bundle.classes)
 
 

@@ -1,48 +1,206 @@
-"""Choose the images that a bundle is verified on: real ones where they can be had, and a record of what they were."""
+"""Choose the images of a build: what it is verified on, what its masks are judged on, and what calibrates it.
 
+They are real where real ones can be had, there is a record of what they were, and no image serves for calibration and
+for judgement.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Float64, UInt8
 from numpy import ndarray
 
-from medseg_trt.errors import InputError
+from medseg_trt.errors import InputError, UsageError
 from medseg_trt.export.verify import noise
+from medseg_trt.images import Image, find_images, read_image
+from medseg_trt.metrics import scores
+from medseg_trt.preprocess import prepare, restore
 from medseg_trt.progress import LOG
-from medseg_trt.segment import prepared_slices
+from medseg_trt.spec import Classes, Preprocessing
 from medseg_trt.train.checkpoint import Checkpoint
-from medseg_trt.train.datasets.folder import DataFolder, manifest_sha256, open_folder, read_case_image
+from medseg_trt.train.datasets.folder import (
+    SPLIT_SEED,
+    Case,
+    DataFolder,
+    manifest_sha256,
+    open_folder,
+    read_case,
+    read_case_image,
+)
+from medseg_trt.train.splits import split_files
 
-MAX_IMAGES = 8
+MAX_VERIFIED = 8
+MAX_JUDGED = 64
+MAX_CALIBRATION = 32
+
+Inputs = Float32[ndarray, "_ 3 height width"]
 
 
-def reference_images(
-    checkpoint: Checkpoint, data: Path | None
-) -> tuple[Float32[ndarray, "images 3 height width"], str]:
-    """Return prepared images, evenly spread over the validation split, and what they are.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JudgedImages:
+    """Slices whose masks are compared at their own size."""
+
+    inputs: Inputs
+    sizes: tuple[tuple[int, int], ...]
+    spacings: tuple[tuple[float, float] | None, ...]
+    cases: tuple[str, ...]  # the case of each slice
+    truths: tuple[UInt8[ndarray, "_ _"], ...] | None  # None: nobody has drawn masks, PyTorch's are the truth
+    preprocessing: Preprocessing
+    classes: Classes
+
+    @property
+    def metric(self) -> str:
+        """What the scores of these images are."""
+        return "Dice" if self.truths is not None else "agreement with PyTorch in Dice"
+
+    def masks(self, logits: Float32[ndarray, "images classes height width"]) -> list[ndarray]:
+        """Return the labels of every slice at its own size."""
+        places = zip(logits, self.sizes, self.spacings, strict=True)
+        return [restore(each, size, self.preprocessing, spacing) for each, size, spacing in places]
+
+    def dice(
+        self, masks: Sequence[ndarray], reference_masks: Sequence[ndarray]
+    ) -> tuple[Float64[ndarray, " images"], Float64[ndarray, " images"]]:
+        """Return the scores of the reference and of another network, image by image.
+
+        An image's score is the mean over the classes that occur in the truth or in either mask; a class that a mask
+        rightly lacks counts 1, so that a false alarm costs something.
+        """
+        truths = self.truths or reference_masks
+        pairs = [
+            [[1.0 if s.dice is None else s.dice for s in scores(mask, truth, self.classes)] for mask in both]
+            for truth, *both in zip(truths, reference_masks, masks, strict=True)
+        ]
+        occurring = [
+            [label for label in range(1, len(self.classes.names)) if any((each == label).any() for each in three)]
+            for three in zip(truths, reference_masks, masks, strict=True)
+        ]
+        means = np.array([
+            [np.mean([found[label - 1] for label in labels]) if labels else 1.0 for found in both]
+            for both, labels in zip(pairs, occurring, strict=True)
+        ])  # fmt: skip
+        return means[:, 0], means[:, 1]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReferenceImages:
+    """The images of a build."""
+
+    verified: Inputs  # a few, for the comparison of logits
+    description: str  # which they are, and whether they are real
+    judged: JudgedImages
+    calibration: Inputs | None  # None where there are no images to spare
+
+
+def reference_images(checkpoint: Checkpoint, data: Path | None) -> ReferenceImages:
+    """Return images of the validation split to verify and judge on, and of the training split to calibrate on.
 
     Args:
         checkpoint: its preprocessing is used, and without ``data`` the folder that it was trained on, if that is still
             what it was; else seeded noise, with a warning.
-        data: a data folder.
+        data: a data folder, or a folder of images without masks: then PyTorch's masks are the truth.
 
     Raises:
         InputError: ``data`` cannot be used.
+        UsageError: an image is in both splits.
     """
+    if data is not None and not (data / "masks").exists():
+        return _unlabelled(checkpoint, data)
     folder = open_folder(data) if data is not None else _recorded_folder(checkpoint)
     if folder is None:
-        return noise(checkpoint.spec.image_size), "generated noise"
+        return _noise(checkpoint)
+    names = (folder.classes.names, checkpoint.classes.names)
+    if names[0] != names[1]:
+        raise UsageError(f"{folder.root} has the classes {', '.join(names[0])}, the checkpoint {', '.join(names[1])}")
     split = "val" if folder.splits.get("val") else "train"
     cases = folder.cases(split)
-    each = -(-MAX_IMAGES // len(cases))
-    found: list[np.ndarray] = []
-    for case in cases[:MAX_IMAGES]:
-        image = read_case_image(case)
-        prepared = prepared_slices(image, checkpoint.preprocessing)
-        places = np.linspace(0, len(prepared) - 1, min(len(prepared), each)).round().astype(int)
-        found += [prepared[place] for place in places]
-    inputs = np.stack(found[:MAX_IMAGES])
-    return inputs, f"{len(inputs)} real images of {folder.name}, split {split}"
+    read = ((case.name, *read_case(case, len(checkpoint.classes.names))) for case in cases)
+    judged = _judged(checkpoint, read, -(-MAX_JUDGED // len(cases)), folder.name)
+    calibration = _calibration(checkpoint, folder.cases("train")) if split == "val" else None
+    return _checked(judged, calibration, f"of {folder.name}, split {split}")
+
+
+def _noise(checkpoint: Checkpoint) -> ReferenceImages:
+    inputs = noise(checkpoint.spec.image_size)
+    judged = JudgedImages(
+        inputs=inputs, sizes=(checkpoint.spec.image_size,) * len(inputs), spacings=(None,) * len(inputs),
+        cases=("noise",) * len(inputs), truths=None,
+        preprocessing=replace(checkpoint.preprocessing, spacing_mm=None), classes=checkpoint.classes,
+    )  # fmt: skip
+    return ReferenceImages(verified=inputs, description="generated noise", judged=judged, calibration=None)
+
+
+def digests(inputs: Inputs) -> list[str]:
+    """Return the SHA-256 of every prepared image."""
+    return [hashlib.sha256(np.ascontiguousarray(each).tobytes()).hexdigest() for each in inputs]
+
+
+def _checked(judged: JudgedImages, calibration: Inputs | None, where: str) -> ReferenceImages:
+    shared = set(digests(judged.inputs)) & set(digests(calibration)) if calibration is not None else set[str]()
+    if shared:
+        raise UsageError(
+            f"{len(shared)} of the images {where} are also calibration images, so they cannot judge the result; "
+            "remove the copies, or give other splits in dataset.json"
+        )
+    verified = judged.inputs[_evenly(len(judged.inputs), MAX_VERIFIED)]
+    return ReferenceImages(
+        verified=verified, description=f"{len(verified)} real images {where}", judged=judged, calibration=calibration
+    )
+
+
+def _judged(
+    checkpoint: Checkpoint, cases: Iterator[tuple[str, Image, ndarray | None]], each: int, name: str
+) -> JudgedImages:
+    """Take up to ``each`` slices of every case, with their labels where there are some."""
+    found = list(_spread(checkpoint, cases, each))[:MAX_JUDGED]
+    if not found:
+        raise InputError(f"every validation image of {name} is of one grey; there is nothing to judge masks on")
+    case_names, inputs, sizes, spacings, truths = zip(*found, strict=True)
+    return JudgedImages(
+        inputs=np.stack(inputs), sizes=sizes, spacings=spacings, cases=case_names,
+        truths=None if truths[0] is None else truths,
+        preprocessing=checkpoint.preprocessing, classes=checkpoint.classes,
+    )  # fmt: skip
+
+
+def _unlabelled(checkpoint: Checkpoint, data: Path) -> ReferenceImages:
+    sources = find_images([data / "images" if (data / "images").is_dir() else data])
+    calibrating, judging = split_files(sources, SPLIT_SEED)
+    LOG.warning("%s has no masks, so masks are compared with PyTorch's, not with the truth", data)
+    read = ((source.name, read_image(source), None) for source in judging)
+    judged = _judged(checkpoint, read, -(-MAX_JUDGED // len(judging)), data.name)
+    calibration = _calibration(checkpoint, [Case(image=source, mask=source) for source in calibrating])
+    return _checked(judged, calibration, f"of {data.resolve().name}")
+
+
+def _calibration(checkpoint: Checkpoint, cases: Sequence[Case]) -> Inputs | None:
+    """Return slices, evenly spread over the cases."""
+    chosen = [cases[place] for place in _evenly(len(cases), MAX_CALIBRATION)]
+    read = ((case.name, read_case_image(case), None) for case in chosen)
+    found = [prepared for _, prepared, *_ in _spread(checkpoint, read, -(-MAX_CALIBRATION // len(chosen)))]
+    return np.stack(found[:MAX_CALIBRATION]) if found else None
+
+
+def _spread(
+    checkpoint: Checkpoint, cases: Iterator[tuple[str, Image, ndarray | None]], each: int
+) -> Iterator[tuple[str, ndarray, tuple[int, int], tuple[float, float] | None, ndarray | None]]:
+    """Yield up to ``each`` slices of every case, without those of one grey: they say nothing, and all look alike."""
+    low, high = checkpoint.preprocessing.window
+    for name, image, labels in cases:
+        clipped = (pixels.clip(low, high) for pixels in image.pixels)
+        places = [place for place, pixels in enumerate(clipped) if pixels.min() != pixels.max()]
+        for index in _evenly(len(places), each):
+            place, spacing = places[index], image.spacing_in_plane
+            prepared = prepare(image.pixels[place], checkpoint.preprocessing, spacing)
+            yield name, prepared, image.size, spacing, None if labels is None else labels[place]
+
+
+def _evenly(length: int, count: int) -> list[int]:
+    """Return up to ``count`` places in a sequence, evenly spread, the first and the last among them."""
+    return np.unique(np.linspace(0, length - 1, min(count, length)).round().astype(int)).tolist()
 
 
 def _recorded_folder(checkpoint: Checkpoint) -> DataFolder | None:

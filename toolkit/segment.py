@@ -11,6 +11,7 @@ from medseg_trt.progress import track
 from medseg_trt.spec import Preprocessing
 
 Run = Callable[[np.ndarray], np.ndarray]  # (batch, 3, H, W) float32 -> logits (batch, classes, H, W) float32
+MaskRun = Callable[[np.ndarray, tuple[int, int]], np.ndarray]  # and the images' own size -> labels uint8 of that size
 
 
 def prepared_slices(image: Image, preprocessing: Preprocessing) -> Float32[np.ndarray, "slices 3 height width"]:
@@ -19,7 +20,12 @@ def prepared_slices(image: Image, preprocessing: Preprocessing) -> Float32[np.nd
 
 
 def segment(
-    run: Run, image: Image, preprocessing: Preprocessing, batch: int, label: str | None = None
+    run: Run,
+    image: Image,
+    preprocessing: Preprocessing,
+    batch: int,
+    label: str | None = None,
+    masks: MaskRun | None = None,
 ) -> UInt8[np.ndarray, "slices height width"]:
     """Return the label of every pixel of every slice.
 
@@ -29,12 +35,16 @@ def segment(
         preprocessing: the contract the network was trained with.
         batch: how many slices go through the network at once.
         label: where it is given, progress is shown under this name.
+        masks: a network that makes the labels itself; ``run`` is not called then.
     """
     labels = np.empty(image.pixels.shape[:3], np.uint8)
     starts = range(0, len(labels), batch)
     for start in starts if label is None else track(starts, label):
         part = slice(start, start + batch)
         inputs = np.stack([prepare(pixels, preprocessing, image.spacing_in_plane) for pixels in image.pixels[part]])
+        if masks is not None:
+            labels[part] = masks(inputs, image.size)
+            continue
         for index, logits in zip(range(start, start + len(inputs)), run(inputs), strict=True):
-            labels[index] = restore(logits, image.pixels.shape[1:3], preprocessing, image.spacing_in_plane)
+            labels[index] = restore(logits, image.size, preprocessing, image.spacing_in_plane)
     return labels

@@ -237,11 +237,20 @@ class Classes:
 class BuildSpec:
     """How a checkpoint becomes a bundle."""
 
-    precisions: tuple[str, ...] = ("fp32",)
-    max_abs_error: float = 1e-4  # of the logits, against PyTorch
-    min_agreement: float = 0.9999  # share of pixels with the same label as PyTorch
+    precisions: tuple[str, ...] = ("fp32",)  # keys of export.quantize.SCHEMES, or mixes: "vit=int8,block=w8a16"
+    backend: str = "auto"  # the only back-end that is tried; auto: every one
+    outputs: Literal["logits", "mask"] = "logits"  # mask: graphs that also make masks of the source's size
+    max_abs_error: float = 1e-4  # of the logits, against PyTorch, where nothing is rounded
+    min_agreement: float = 0.9999  # share of pixels with the same label as PyTorch, where nothing is rounded
+    max_dice_drop: float = 0.005  # upper end of its interval, where something is
 
     __pydantic_config__ = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        if not self.precisions or len(set(self.precisions)) < len(self.precisions):
+            raise ValueError(f"the precisions {', '.join(self.precisions)} must be different ones, at least one")
+        if not 0 <= self.max_dice_drop <= 1:
+            raise ValueError(f"max_dice_drop is {self.max_dice_drop}; Dice goes from 0 to 1")
 
 
 def palette(count: int) -> tuple[tuple[int, int, int], ...]:

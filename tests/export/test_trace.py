@@ -74,7 +74,12 @@ def test_names_are_unique_and_shapes_are_inferred(saved):
 def test_nothing_of_this_machine_is_in_the_file(saved):
     text = (saved / "fp32.onnx").read_bytes()
     assert not re.search(rb"File \"|site-packages|\.py\b|stack_trace", text)
-    assert b"LlamaBlock" in text  # the module a node came from is kept
+
+
+def test_every_node_knows_its_module(saved):
+    nodes = onnx.load(saved / "fp32.onnx", load_external_data=False).graph.node
+    modules = [{entry.key: entry.value for entry in node.metadata_props} for node in nodes]
+    assert all(each.keys() == {"namespace"} and "TransUNet" in each["namespace"] for each in modules)
 
 
 def test_another_operator_set_than_asked_for_is_refused(graph):
@@ -92,8 +97,23 @@ def test_a_doubled_node_name_is_refused(graph):
 
 def test_an_unknown_shape_is_refused(graph):
     list(graph.model.graph)[5].outputs[0].shape = None
-    with pytest.raises(MedsegError, match=r"shape of .* is unknown"):
+    with pytest.raises(MedsegError, match=r"type or the shape of .* is unknown"):
         check(graph, SIZE, 3)
+
+
+def test_an_unknown_type_is_refused(graph):
+    list(graph.model.graph)[5].outputs[0].type = None
+    with pytest.raises(MedsegError, match=r"type or the shape of .* is unknown"):
+        check(graph, SIZE, 3)
+
+
+def test_a_function_whose_domain_is_not_allowed_is_refused(graph):
+    graph.model.functions["other", "Twice", ""] = trace_module.ir.Function(
+        "other", "Twice", graph=trace_module.ir.Graph([], [], nodes=[]), attributes=[]
+    )
+    with pytest.raises(MedsegError, match="there is a function Twice"):
+        check(graph, SIZE, 3)
+    check(graph, SIZE, 3, opsets=({"": OPSET}, {"": OPSET, "other": 1}))
 
 
 @pytest.mark.parametrize(("size", "classes"), [((32, 32), 3), (SIZE, 2)])

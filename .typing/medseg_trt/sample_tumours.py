@@ -1,0 +1,1 @@
+../../toolkit/sample_tumours.py

@@ -1,0 +1,242 @@
+"""Measure what range every activation takes on real images, and choose how much of it eight bits should cover.
+
+The images are shown one at a time, twice: the first pass finds the extremes, the second counts a histogram, so that
+memory does not grow with their number. Nothing here opens a session: ``observe`` is a function from a batch to values.
+Sources: Migacz 2017, "8-bit inference with TensorRT", for entropy; Wu et al. 2020, "Integer quantization for deep
+learning inference", §5, for the others.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import Float32
+from numpy import ndarray
+
+from medseg_trt.errors import InputError, UsageError
+from medseg_trt.export.trace import INPUT, OnnxGraph
+
+Observe = Callable[[ndarray], Mapping[str, ndarray]]  # (1, 3, H, W) float32 -> named values
+MIN_IMAGES = 4
+NUM_BINS = 4096  # even, so that zero lies between two bins
+PERCENTILE = 99.99  # of the values' magnitude
+LEVELS = 255  # steps between the lowest and the highest 8-bit code, of the asymmetric form; 254 of the symmetric
+CANDIDATES = np.linspace(0.1, 1.0, 91)  # shares of the largest value that "mse" and "entropy" try
+ENTROPY_BINS, ENTROPY_LEVELS = NUM_BINS // 2, 128  # of the magnitude
+IMPOSSIBLE = 1e-9  # probability of a magnitude for which a clipped distribution has no level
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Range:
+    """The range of a value that eight bits cover; what lies outside is clipped."""
+
+    low: float  # of the asymmetric form, at most 0
+    high: float  # of the asymmetric form, at least 0
+    bound: float  # of the symmetric form: -bound … bound
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Calibration:
+    """The ranges of a graph's activations, and what they were measured on."""
+
+    ranges: Mapping[str, Range]  # by the name of the value
+    method: str  # a key of METHODS
+    images: tuple[str, ...]  # SHA-256 of each prepared image's bytes, in the order shown
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    @property
+    def num_images(self) -> int:
+        """How many images were shown."""
+        return len(self.images)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Histogram:
+    """How often a value fell into each of NUM_BINS equal bins over -limit … limit; exact zeros are kept apart."""
+
+    counts: ndarray  # (NUM_BINS,) float64
+    zeros: int
+    low: float  # the lowest and highest number seen
+    high: float
+
+    @property
+    def limit(self) -> float:
+        """The largest magnitude seen."""
+        return max(-self.low, self.high)
+
+    @property
+    def centres(self) -> ndarray:
+        """The middle of every bin."""
+        return (np.arange(NUM_BINS) + 0.5) * (2 * self.limit / NUM_BINS) - self.limit
+
+    @property
+    def magnitudes(self) -> ndarray:
+        """(NUM_BINS / 2,) float64: how often each magnitude occurred, the smallest first."""
+        half = NUM_BINS // 2
+        return self.counts[half:] + self.counts[:half][::-1]
+
+    def with_values(self, values: ndarray) -> "Histogram":
+        """Return a histogram that also counts ``values``, none of which lies outside ``low`` … ``high``."""
+        nonzero = values[values != 0]
+        counts = np.histogram(nonzero, NUM_BINS, (-self.limit, self.limit))[0] if nonzero.size else 0
+        return replace(self, counts=self.counts + counts, zeros=self.zeros + values.size - nonzero.size)
+
+
+def observed_graph(graph: OnnxGraph, names: Iterable[str]) -> OnnxGraph:
+    """Return a copy whose outputs are also the named values; ``calibrate`` takes the graph's input from the images."""
+    model = graph.model.clone()
+    known = {value.name: value for node in model.graph for value in node.outputs}
+    outputs = {value.name for value in model.graph.outputs}
+    for name in dict.fromkeys(names):
+        if name not in outputs and name != INPUT:
+            model.graph.outputs.append(known[name])
+    return OnnxGraph(model=model)
+
+
+def calibrate(
+    observe: Observe, images: Float32[ndarray, "images 3 height width"], names: Sequence[str], method: str = "mse"
+) -> Calibration:
+    """Return the ranges of the named values on the images.
+
+    Args:
+        observe: runs an ``observed_graph`` and returns its outputs by name.
+        images: prepared images that stand for what the network will see; none of those that it is judged on.
+        names: values of the graph, such as the inputs of its GEMMs.
+        method: a key of ``METHODS``.
+
+    Raises:
+        UsageError: no such method, or fewer than MIN_IMAGES different images.
+        InputError: an image or a value holds NaN or infinity, or all images are of one colour.
+    """
+    if method not in METHODS:
+        raise UsageError(f"no calibration method is called {method!r}; choose one of: {', '.join(METHODS)}")
+    digests = image_digests(images)
+    _check_images(images, digests)
+    extremes = dict.fromkeys(names, (0.0, 0.0))
+    for values in _observations(observe, images, names):
+        for name, value in values.items():
+            if not np.isfinite(value).all():
+                raise InputError(f"{name} is not finite on a calibration image; the network cannot be quantised")
+            low, high = extremes[name]
+            extremes[name] = min(low, float(value.min())), max(high, float(value.max()))
+    histograms = {
+        name: Histogram(counts=np.zeros(NUM_BINS), zeros=0, low=low, high=high)
+        for name, (low, high) in extremes.items()
+    }
+    for values in _observations(observe, images, names):
+        histograms = {name: histogram.with_values(values[name]) for name, histogram in histograms.items()}
+    ranges = {name: METHODS[method](histogram) for name, histogram in histograms.items()}
+    return Calibration(ranges=ranges, method=method, images=digests)
+
+
+def image_digests(images: Float32[ndarray, "images 3 height width"]) -> tuple[str, ...]:
+    """Return the SHA-256 of every prepared image, by which an image is known that must not be judged on as well."""
+    return tuple(hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest() for image in images)
+
+
+def minmax(histogram: Histogram) -> Range:
+    """Cover everything that was seen."""
+    return Range(low=histogram.low, high=histogram.high, bound=histogram.limit)
+
+
+def percentile(histogram: Histogram) -> Range:
+    """Leave out the outermost values, PERCENTILE of all being inside; half of them on either side if asymmetric."""
+    total, outside = histogram.counts.sum() + histogram.zeros, 1 - PERCENTILE / 100
+    half = NUM_BINS // 2
+    width = histogram.limit / half
+    tails = np.cumsum(histogram.magnitudes[::-1])[::-1]  # how many lie in a bin or beyond it
+    bound = width * max(int((tails > outside * total).sum()), 1)
+    above = np.cumsum(histogram.counts[half:][::-1])[::-1]
+    below = np.cumsum(histogram.counts[:half])[::-1]
+    high = width * int((above > outside / 2 * total).sum())
+    low = -width * int((below > outside / 2 * total).sum())
+    return _within(histogram, low, high, bound)
+
+
+def mean_squared_error(histogram: Histogram) -> Range:
+    """Balance the rounding inside against the clipping outside, by their expected squares."""
+    bound = _best(lambda share: _error(histogram, -share * histogram.limit, share * histogram.limit, LEVELS - 1))
+    low = high = 1.0
+    for _ in range(2):  # one side at a time; the second round corrects the first for what the other side became
+        high = _best(lambda share: _error(histogram, low * histogram.low, share * histogram.high, LEVELS))  # noqa: B023
+        low = _best(lambda share: _error(histogram, share * histogram.low, high * histogram.high, LEVELS))  # noqa: B023
+    return _within(histogram, low * histogram.low, high * histogram.high, bound * histogram.limit)
+
+
+def entropy(histogram: Histogram) -> Range:
+    """Keep the distribution of magnitudes as it was, by the least Kullback-Leibler divergence (Migacz 2017)."""
+    magnitudes = histogram.magnitudes
+    ends = np.unique((CANDIDATES * ENTROPY_BINS).astype(int))
+    divergences = [_divergence(magnitudes, int(end)) for end in ends]
+    bound = histogram.limit * float(ends[int(np.argmin(divergences))]) / ENTROPY_BINS
+    return _within(histogram, -bound, bound, bound)
+
+
+METHODS: Mapping[str, Callable[[Histogram], Range]] = {
+    "minmax": minmax,
+    "percentile": percentile,
+    "mse": mean_squared_error,
+    "entropy": entropy,
+}
+
+
+def _observations(observe: Observe, images: ndarray, names: Sequence[str]) -> Iterable[dict[str, ndarray]]:
+    for image in images:
+        values = {INPUT: image[None], **observe(image[None])}
+        if missing := [name for name in names if name not in values]:
+            raise UsageError(f"the observed network has no value {missing[0]!r}; calibrate the graph that you quantise")
+        yield {name: values[name] for name in names}
+
+
+def _check_images(images: ndarray, digests: Sequence[str]) -> None:
+    if len(set(digests)) < MIN_IMAGES:
+        raise UsageError(
+            f"{len(set(digests))} different calibration images are too few; give at least {MIN_IMAGES}: --data DIR"
+        )
+    if not np.isfinite(images).all():
+        raise InputError("a calibration image holds NaN or infinity; check the data: medseg-trt data check DIR")
+    empty = sum(bool(image.min() == image.max()) for image in images)
+    if len(images) - empty < MIN_IMAGES:
+        raise InputError(
+            f"{empty} of {len(images)} calibration images are of one colour, such as all black; "
+            "check the window of the preprocessing, or give other images: --data DIR"
+        )
+
+
+def _within(histogram: Histogram, low: float, high: float, bound: float) -> Range:
+    """Return a range no wider than what was seen."""
+    return Range(low=max(low, histogram.low), high=min(high, histogram.high), bound=min(bound, histogram.limit))
+
+
+def _best(error: Callable[[float], float]) -> float:
+    return float(CANDIDATES[int(np.argmin([error(float(share)) for share in CANDIDATES]))])
+
+
+def _error(histogram: Histogram, low: float, high: float, levels: int) -> float:
+    """Return the expected squared error, summed: a step's square over 12 inside, the distance to the end outside.
+
+    Exact zeros cost nothing: zero is a code of both forms.
+    """
+    centres = histogram.centres
+    clipped = np.where(centres > high, centres - high, np.where(centres < low, low - centres, 0.0))
+    rounding = ((high - low) / levels) ** 2 / 12
+    return float(histogram.counts @ np.where(clipped > 0, clipped**2, rounding))
+
+
+def _divergence(magnitudes: ndarray, end: int) -> float:
+    """Return the divergence of the first ``end`` bins, the rest clipped into the last, from their 128-level image."""
+    kept = magnitudes[:end]
+    reference = kept.copy()
+    reference[-1] += magnitudes[end:].sum()
+    groups = np.minimum(np.arange(end) * ENTROPY_LEVELS // end, ENTROPY_LEVELS - 1)
+    sums = np.bincount(groups, kept, ENTROPY_LEVELS)
+    used = np.bincount(groups, kept > 0, ENTROPY_LEVELS)
+    image = np.where(kept > 0, (sums / np.maximum(used, 1))[groups], 0.0)
+    reference = reference / max(reference.sum(), 1.0)
+    image = np.maximum(image / max(image.sum(), 1.0), IMPOSSIBLE)
+    seen = reference > 0
+    return float((reference[seen] * np.log(reference[seen] / image[seen])).sum())

@@ -1,0 +1,173 @@
+"""Fold the language insert: fewer, wider matrix products, and none in the language model's width that can be avoided.
+
+With ``e`` the transformer's tokens, ``M1`` and ``M2`` the maps, ``g`` a norm's weight and ``r(x)`` the number by which
+an RMSNorm multiplies a token, the published insert is ``M2 N(h + W2 s)`` with ``x = M1 e`` and ``h = x + A(g r(x) x)``.
+
+- ``Wq (g r(x) x) = r(x) (Wq g M1) e``: query, key and value come from ``e`` in the product that gives ``x``
+- a LayerNorm undoes a token's scale: where one follows, the final RMSNorm's division is not needed
+- without it, ``M2 (h + W2 s) = M2 h + (M2 W2) s``
+
+Each holds for any weights; a rule that would not be exact, or not cheaper, says so and leaves the network alone.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from medseg_trt.export.folded import (
+    Attend,
+    Branch,
+    FoldedInsert,
+    InverseRMS,
+    Rotary,
+    RotaryTable,
+    SwiGLU,
+    WeightedRMSNorm,
+)  # fmt: skip
+from medseg_trt.export.rule import Folding, constant, counted, linear, places, stacked
+from medseg_trt.train.llama import LlamaBlock, RMSNorm, rotary_angles
+from medseg_trt.train.model import LanguageInsert
+from medseg_trt.train.transunet import TransUNet
+
+NO_BLOCK = Folding(reason="the network has no language block")
+NO_LAYER = Folding(reason="weights=none: there is no language layer between the maps")
+# Of a LayerNorm's eps, as a share of the variance beside it: it changes the answer by half as much, and logits of
+# order 1 by less than a tenth of the 1e-4 that a build allows. As published, with the maps as drawn, it is 3e-6.
+MAX_EPS_SHARE = 2e-5
+
+
+def merge_language_projections(model: TransUNet) -> Folding:
+    """Project query, key and value in one product, and gate and up in one; the other rules here build on it."""
+    insert = model.insert
+    if not isinstance(insert, LanguageInsert):
+        return NO_BLOCK
+    branches = [branch for layer in insert.layers for branch in _branches(layer)]
+    model.insert = FoldedInsert(
+        insert.mapper1, branches, insert.final_norm, insert.mapper2,
+        goes_round_layers=insert.goes_round_layers, goes_round_maps=insert.goes_round_maps,
+    )  # fmt: skip
+    return counted(len(branches), NO_LAYER.reason)
+
+
+def fold_mapper1(model: TransUNet) -> Folding:
+    """Project the first branch's input straight from the tokens, in one product with ``mapper1``."""
+    insert = model.insert
+    if not isinstance(insert, FoldedInsert):
+        return NO_BLOCK
+    if not len(insert.branches):
+        return NO_LAYER
+    if not _narrows(insert):
+        return _no_saving(insert)
+    first, mapper1 = insert.branches[0], insert.mapper1.weight
+    assert isinstance(first, Branch)
+    norm, project = first.norm, first.project_in
+    assert isinstance(norm, RMSNorm)
+    assert isinstance(project, nn.Linear)
+    scaled = norm.weight.double()[:, None] * mapper1.double()
+    rows = (constant(part.double() @ scaled, mapper1) for part in project.weight.split(insert.language_width))
+    insert.mapper1 = linear(torch.cat([mapper1, *rows]))
+    insert.inverse_rms = InverseRMS(norm.eps)
+    first.norm, first.project_in = nn.Identity(), nn.Identity()
+    return Folding(count=1)
+
+
+def cancel_final_norm(model: TransUNet) -> Folding:
+    """Drop the RMSNorm before ``mapper2`` where ``encoder_norm`` undoes its division; its weight goes into ``mapper2``.
+
+    ``LayerNorm(r y)`` with ``eps`` is ``LayerNorm(y)`` with ``eps / r**2 = eps * (mean square + RMSNorm's eps)``, which
+    differs from token to token. The one taken is that of a token of zeros, the smallest: then an answer changes by
+    about half of ``_eps_share`` at most, however small or large the token is.
+    """
+    insert, follower = model.insert, model.encoder_norm
+    if not isinstance(insert, FoldedInsert):
+        return NO_BLOCK
+    norm = insert.final_norm
+    if not isinstance(norm, RMSNorm):
+        return Folding(reason="norm=none: there is no final norm")
+    if insert.goes_round_layers or insert.goes_round_maps:
+        return Folding(reason=f"residual={model.spec.insert.residual}: the sum that follows needs the tokens' scale")
+    if model.spec.insert_position != model.spec.num_layers:
+        return Folding(reason=f"placement={model.spec.insert.placement}: no LayerNorm follows that undoes the scale")
+    mapper2 = insert.mapper2.weight.double() * norm.weight.double()
+    if (share := _eps_share(mapper2, follower.eps)) > MAX_EPS_SHARE:
+        return Folding(
+            reason=f"the eps of encoder_norm is {share:.0e} of the variance that mapper2 gives it; "
+            f"exact to rounding up to {MAX_EPS_SHARE:.0e}"
+        )
+    insert.mapper2 = linear(constant(mapper2, insert.mapper2.weight))
+    insert.final_norm = nn.Identity()
+    model.encoder_norm = nn.LayerNorm(list(follower.normalized_shape), follower.eps * norm.eps, device="meta")
+    model.encoder_norm.weight, model.encoder_norm.bias = follower.weight, follower.bias
+    return Folding(count=1)
+
+
+def fold_mapper2(model: TransUNet) -> Folding:
+    """Let the last branch answer in the network's width: ``mapper2`` times its last matrix becomes one."""
+    insert = model.insert
+    if not isinstance(insert, FoldedInsert):
+        return NO_BLOCK
+    if not len(insert.branches):
+        return NO_LAYER
+    if not isinstance(insert.final_norm, nn.Identity):
+        return Folding(reason="the final norm stands between the last layer and mapper2")
+    if not _narrows(insert):
+        return _no_saving(insert)
+    last, mapper2 = insert.branches[-1], insert.mapper2.weight
+    assert isinstance(last, Branch)
+    last.project_out = linear(constant(mapper2.double() @ last.project_out.weight.double(), mapper2))
+    insert.branches = insert.branches[:-1]
+    insert.last_branch = last
+    return Folding(count=1)
+
+
+def tabulate_rotary(model: TransUNet) -> Folding:
+    """Compute the rotary embedding's cosines and sines once, for as many tokens as the image has."""
+    _, num_tokens, _ = model.position_embedding.shape
+    found = places(model, Rotary)
+    for parent, name, layer in found:
+        setattr(parent, name, RotaryTable(*rotary_angles(num_tokens, layer.spec, model.position_embedding.detach())))
+    return counted(len(found), "rotary=false: queries and keys are not turned")
+
+
+def merge_norm_weights(model: TransUNet) -> Folding:
+    """Put every RMSNorm's weight inside, so that it is traced to one node and not to four."""
+    found = places(model, RMSNorm)
+    for parent, name, layer in found:
+        setattr(parent, name, WeightedRMSNorm(layer.weight, layer.eps))
+    return counted(len(found), "there is no RMSNorm")
+
+
+def _branches(layer: LlamaBlock) -> Iterator[Branch]:
+    if layer.has_attention:
+        attention = layer.self_attn
+        spec = attention.spec
+        yield Branch(
+            layer.input_layernorm,
+            stacked(attention.q_proj, attention.k_proj, attention.v_proj),
+            Attend(spec.num_heads, spec.num_kv_heads, causal=spec.causal, rotary=Rotary(spec) if spec.rotary else None),
+            attention.o_proj,
+        )
+    if layer.has_mlp:
+        mlp = layer.mlp
+        yield Branch(layer.post_attention_layernorm, stacked(mlp.gate_proj, mlp.up_proj), SwiGLU(), mlp.down_proj)
+
+
+def _narrows(insert: FoldedInsert) -> bool:
+    """Whether a product from or to the network's width is smaller than one from or to the language model's."""
+    return insert.mapper1.in_features < insert.language_width
+
+
+def _no_saving(insert: FoldedInsert) -> Folding:
+    return Folding(
+        reason=f"the network is {insert.mapper1.in_features} wide and the language block {insert.language_width}: "
+        "the folded matrix would not be smaller"
+    )
+
+
+def _eps_share(mapper2: torch.Tensor, eps: float) -> float:
+    """Return eps over the mean variance of ``mapper2 n``, were ``n`` a normalised token of any direction alike."""
+    if mapper2.is_meta:  # there are shapes alone
+        return 0.0
+    variance = (mapper2 - mapper2.mean(0)).square().sum() / len(mapper2)
+    return eps / max(variance.item(), torch.finfo(mapper2.dtype).tiny)

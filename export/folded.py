@@ -1,0 +1,173 @@
+"""The layers that a folded network consists of where the network has others: fewer and wider matrix products.
+
+A decoder layer is one or two residual branches, ``x + project_out(mix(project_in(norm(x))))``, with attention or a gate
+between two matrix products. The first branch can take its projections straight from ``mapper1``, and the last can
+answer in the width of ``mapper2``.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from medseg_trt.spec import BlockSpec
+from medseg_trt.train.llama import rotary_angles, rotate
+
+
+class WeightedRMSNorm(nn.Module):
+    """The RMSNorm of ``train.llama`` with the weight inside, so that it is traced to one node."""
+
+    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+        super().__init__()
+        self.weight = weight
+        self.eps = eps
+
+    def forward(self, tokens: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+        """Return the normalised and scaled tokens."""
+        return F.rms_norm(tokens, self.weight.shape, self.weight, self.eps)
+
+
+class InverseRMS(nn.Module):
+    """The number by which an RMSNorm multiplies a token: ``1 / sqrt(mean(token ** 2) + eps)``."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, tokens: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch 1"]:
+        """Return one number a token."""
+        return torch.rsqrt((tokens * tokens).mean(-1, keepdim=True) + self.eps)
+
+
+class Rotary(nn.Module):
+    """The rotary embedding, with angles that are computed anew every time."""
+
+    def __init__(self, spec: BlockSpec) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def forward(self, heads: Float[Tensor, "batch heads tokens head_dim"]) -> Tensor:
+        """Return the heads, turned."""
+        return rotate(heads, *rotary_angles(heads.shape[2], self.spec, heads))
+
+
+class RotaryTable(nn.Module):
+    """The rotary embedding for a number of tokens that is known, with the angles' cosines and sines as constants."""
+
+    cos: Tensor  # (tokens, head_dim)
+    sin: Tensor
+
+    def __init__(self, cos: Float[Tensor, "tokens head_dim"], sin: Float[Tensor, "tokens head_dim"]) -> None:
+        super().__init__()
+        self.register_buffer("cos", cos)
+        self.register_buffer("sin", sin)
+
+    def forward(self, heads: Float[Tensor, "batch heads tokens head_dim"]) -> Tensor:
+        """Return the heads, turned."""
+        return rotate(heads, self.cos, self.sin)
+
+
+class Attend(nn.Module):
+    """Attention over one tensor of queries, keys and values, ``[q | k | v]`` on the last axis, head by head.
+
+    Args:
+        num_heads: of the queries.
+        num_kv_heads: of the keys, and as many of the values.
+        causal: a token sees only itself and those before it.
+        rotary: what turns queries and keys; None leaves them as they are.
+    """
+
+    def __init__(
+        self, num_heads: int, num_kv_heads: int, *, causal: bool = False, rotary: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.causal = causal
+        self.rotary = rotary
+
+    def forward(self, qkv: Float[Tensor, "batch tokens projected"]) -> Float[Tensor, "batch tokens collected"]:
+        """Return what every token collects, head by head on the last axis."""
+        counts = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        head_dim = qkv.shape[-1] // sum(counts)
+        query, key, value = (
+            part.unflatten(-1, (-1, head_dim)).transpose(1, 2)  # (b, 256, 4096) -> (b, 32, 256, 128)
+            for part in qkv.split([count * head_dim for count in counts], dim=-1)
+        )
+        if self.rotary is not None:
+            query, key = self.rotary(query), self.rotary(key)
+        collected = F.scaled_dot_product_attention(
+            query, key, value, is_causal=self.causal, enable_gqa=self.num_heads > self.num_kv_heads
+        )
+        return collected.transpose(1, 2).flatten(2)
+
+
+class SwiGLU(nn.Module):
+    """``silu(gate) * up`` of one tensor ``[gate | up]``."""
+
+    def forward(self, gate_up: Float[Tensor, "*batch double"]) -> Float[Tensor, "*batch width"]:
+        """Return half as many columns."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+
+class Branch(nn.Module):
+    """What one half of a decoder layer adds to its tokens."""
+
+    def __init__(self, norm: nn.Module, project_in: nn.Module, mix: nn.Module, project_out: nn.Linear) -> None:
+        super().__init__()
+        self.norm = norm
+        self.project_in = project_in
+        self.mix = mix
+        self.project_out = project_out
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the addend; where ``norm`` and ``project_in`` are gone, ``tokens`` are what they would answer."""
+        return self.project_out(self.mix(self.project_in(self.norm(tokens))))
+
+
+class FoldedInsert(nn.Module):
+    """``LanguageInsert`` as residual branches between its two maps.
+
+    ``mapper1`` may answer ``[mapped tokens | projections of the first branch]``; then ``inverse_rms`` is there to
+    finish the norm of that branch. ``last_branch`` answers in the network's width, past ``mapper2``.
+    """
+
+    def __init__(
+        self,
+        mapper1: nn.Linear,
+        branches: Iterable[Branch],
+        final_norm: nn.Module,
+        mapper2: nn.Linear,
+        *,
+        goes_round_layers: bool,
+        goes_round_maps: bool,
+    ) -> None:
+        super().__init__()
+        self.language_width = mapper1.out_features
+        self.mapper1 = mapper1
+        self.inverse_rms: InverseRMS | None = None
+        self.branches = nn.ModuleList(branches)
+        self.last_branch: Branch | None = None
+        self.final_norm = final_norm
+        self.mapper2 = mapper2
+        self.goes_round_layers, self.goes_round_maps = goes_round_layers, goes_round_maps
+
+    def forward(self, tokens: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch tokens hidden"]:
+        """Return the tokens after the detour through the language model."""
+        mapped = entering = self.mapper1(tokens)
+        if self.inverse_rms is not None:
+            widths = [self.language_width, self.mapper1.out_features - self.language_width]
+            mapped, projected = mapped.split(widths, dim=-1)
+            entering = projected * self.inverse_rms(mapped)
+        passing = mapped
+        for branch in self.branches:
+            passing = entering = passing + branch(entering)
+        answer = self.final_norm(passing)
+        if self.goes_round_layers:
+            answer = answer + mapped
+        answer = self.mapper2(answer)
+        if self.last_branch is not None:
+            answer = answer + self.last_branch(entering)
+        return tokens + answer if self.goes_round_maps else answer

@@ -1,0 +1,121 @@
+"""Decide whether a network that was made cheaper still draws the same masks, and find out which layers it fails for.
+
+The gate is a test of non-inferiority: with the images' scores paired, the upper end of the drop's interval must stay
+below the limit, so that few or scattered images make it harder to pass, not easier.
+Source: Efron & Tibshirani 1993, "An Introduction to the Bootstrap", §13.3, for the percentile interval.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float64
+from numpy import ndarray
+
+RESAMPLES = 10_000
+CONFIDENCE = 0.95  # one-sided: the interval runs from the 5th to the 95th percentile
+MIN_CASES = 5  # with fewer patients there is nothing to resample but their slices
+
+Scores = Float64[ndarray, " images"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """How much worse a network's masks are than the reference's, on the same images."""
+
+    metric: str  # "Dice", or "agreement with PyTorch in Dice" where nobody has drawn masks
+    images: int
+    unit: str  # what was resampled: "cases", or "slices" where there are too few cases
+    reference: float  # mean score, 0 … 1
+    candidate: float
+    drop: float  # of the mean; negative where the candidate is better
+    low: float  # the interval of the drop
+    high: float
+    limit: float
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    @property
+    def holds(self) -> bool:
+        """Whether the drop is below the limit, as sure as ``CONFIDENCE``."""
+        return self.high <= self.limit
+
+    def __str__(self) -> str:
+        """Return one line with the interval."""
+        return (
+            f"{self.metric} {self.reference:.4f} → {self.candidate:.4f}, drop {self.drop:.4f} "
+            f"({100 * (2 * CONFIDENCE - 1):.0f} % interval {self.low:.4f} … {self.high:.4f}, {self.images} images, "
+            f"by {self.unit}), limit {self.limit:g}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Relaxed:
+    """What it took to make the gate hold."""
+
+    verdict: Verdict
+    kept_float: tuple[str, ...]  # groups of layers that went back to float, the first one first
+    costs: tuple[float, ...]  # the drop's upper end before each of them went back
+    ranks: tuple[tuple[str, float], ...]  # every group with the error it causes alone, the worst first
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+
+def compare(reference: Scores, candidate: Scores, cases: Sequence[str], limit: float, metric: str = "Dice") -> Verdict:
+    """Compare the scores of two networks, image by image.
+
+    Args:
+        reference: a score per image, 0 … 1.
+        candidate: of the same images in the same order.
+        cases: which case each image belongs to: slices of one patient are no independent images.
+        limit: the largest drop of the mean that is allowed.
+        metric: what the scores are.
+
+    Raises:
+        ValueError: there is no image, or the lengths differ.
+    """
+    if not len(reference) or not len(reference) == len(candidate) == len(cases):
+        raise ValueError(f"{len(reference)}, {len(candidate)} and {len(cases)} scores cannot be paired")
+    drops = reference - candidate
+    unit = "cases" if len(set(cases)) >= MIN_CASES else "slices"
+    groups = np.unique(np.asarray(cases), return_inverse=True)[1] if unit == "cases" else np.arange(len(drops))
+    sums, counts = np.bincount(groups, drops), np.bincount(groups)
+    chosen = np.random.default_rng(0).integers(len(sums), size=(RESAMPLES, len(sums)))
+    means = sums[chosen].sum(axis=1) / counts[chosen].sum(axis=1)
+    low, high = np.quantile(means, [1 - CONFIDENCE, CONFIDENCE])
+    return Verdict(
+        metric=metric, images=len(drops), unit=unit, reference=float(reference.mean()),
+        candidate=float(candidate.mean()), drop=float(drops.mean()), low=float(low), high=float(high), limit=limit,
+    )  # fmt: skip
+
+
+def relax(
+    judge: Callable[[frozenset[str]], Verdict],
+    error_alone: Callable[[str], float],
+    groups: Iterable[str],
+    may_keep: Callable[[frozenset[str]], bool],
+) -> Relaxed:
+    """Give the worst groups of layers back to float, one at a time, until the gate holds or no more may go.
+
+    Args:
+        judge: build the network with these groups in float, and compare it.
+        error_alone: how far the answer is off when one group alone is quantised; only asked for where the gate fails.
+        groups: the names of the groups.
+        may_keep: whether so many groups in float still leave a network that deserves its name.
+
+    Returns:
+        What was reached; its verdict may not hold.
+    """
+    kept: tuple[str, ...] = ()
+    verdict = judge(frozenset())
+    if verdict.holds:
+        return Relaxed(verdict=verdict, kept_float=(), costs=(), ranks=())
+    ranks = sorted(((group, error_alone(group)) for group in groups), key=lambda each: -each[1])
+    costs: list[float] = []
+    for group, _ in ranks:
+        if verdict.holds or not may_keep(frozenset((*kept, group))):
+            break
+        costs.append(verdict.high)
+        kept = (*kept, group)
+        verdict = judge(frozenset(kept))
+    return Relaxed(verdict=verdict, kept_float=kept, costs=tuple(costs), ranks=tuple(ranks))

@@ -1,0 +1,58 @@
+"""What every rule of folding needs: a record of what it did, the places where it applies, and rounded constants."""
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Folding:
+    """How many places a rule changed, or why it changed none."""
+
+    count: int = 0
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.count > 0) == bool(self.reason) or self.count < 0:
+            raise ValueError(f"a rule that changed {self.count} places cannot give {self.reason!r} as its reason")
+
+
+def counted(count: int, reason: str) -> Folding:
+    """Return how many places were changed; ``reason`` says why there are none, where there are none."""
+    return Folding(count=count) if count else Folding(reason=reason)
+
+
+def places(model: nn.Module, kind: type[Layer]) -> list[tuple[nn.Module, str, Layer]]:
+    """Return (parent, attribute, layer) for every layer of one class."""
+    return [
+        (parent, name, layer)
+        for parent in model.modules()
+        for name, layer in parent.named_children()
+        if isinstance(layer, kind)
+    ]
+
+
+def constant(values: Tensor, like: Tensor) -> nn.Parameter:
+    """Return values, computed in float64, rounded once to the type of the weight that they come from."""
+    return nn.Parameter(values.detach().to(like.dtype), requires_grad=False)
+
+
+def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """Return a linear layer that holds these tensors, not copies of them."""
+    rows, columns = weight.shape
+    layer = nn.Linear(columns, rows, bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return layer
+
+
+def stacked(*layers: nn.Linear) -> nn.Linear:
+    """Return one linear layer whose answer is those of ``layers``, one after the other; either all have a bias."""
+    weights: list[Tensor] = [layer.weight for layer in layers]
+    biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
+    return linear(torch.cat(weights), torch.cat(biases) if biases else None)

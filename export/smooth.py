@@ -1,0 +1,233 @@
+"""Even out the channels of an activation before it is rounded: divide a large one, multiply the weight that meets it.
+
+The division goes into constants that make the activation: the weight of a norm, the rows of a kernel, the upper half of
+a gate-up matrix. A ReLU in between lets a positive factor pass. Nothing is computed twice and the function stays the
+same. Every place is tried on real values, and changed only where rounding to eight bits then costs less.
+Sources: Xiao et al. 2023, "SmoothQuant", eq. 4; Nagel et al. 2019, "Data-free quantization", §4.1, for convolutions.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from jaxtyping import Float32
+from numpy import ndarray
+
+from medseg_trt.export.calibrate import NUM_BINS, Histogram, Observe, mean_squared_error
+from medseg_trt.export.gemms import Gemm, gemms
+from medseg_trt.export.trace import OnnxGraph
+from medseg_trt.export.weight_only import add_constant, per_channel
+
+MAKERS: Mapping[str, tuple[int, ...]] = {  # inputs of a node whose first axis is the channels of what it makes
+    "LayerNormalization": (1, 2),
+    "GroupNormalization": (1, 2),
+    "RMSNormalization": (1,),
+    "RMSNorm": (1,),
+    "AddRMSNorm": (2,),
+    "Conv": (1, 2),
+}
+CHANNELS_FIRST = ("GroupNormalization", "Conv")
+ALPHAS = (0.25, 0.5, 0.75)  # how much of the difficulty moves from the activation to the weight
+MIN_GAIN = 0.95  # of the squared error before: less is not worth another constant
+ROWS_PER_IMAGE = 64  # of an activation, evenly spread, on which a place is tried
+MAX_COLUMNS = 1024  # of a weight, evenly spread
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Smoothing:
+    """What was found at one place, and whether it was changed."""
+
+    value: str  # the activation
+    alpha: float | None  # None: left as it was
+    error_before: float  # squared error of the products from rounding to eight bits, relative to their square
+    error_after: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Constant:
+    """A part of a constant input whose entries along one axis are the channels of an activation."""
+
+    node: ir.Node
+    index: int
+    axis: int = 0
+    start: int = 0  # of the channels on that axis; they reach to its end
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Place:
+    value: str
+    readers: tuple[Gemm, ...]
+    divided: tuple[_Constant, ...]
+    multiplied: tuple[_Constant, ...]
+
+
+def smooth(
+    graph: OnnxGraph,
+    names: Collection[str],
+    observe: Observe,
+    images: Float32[ndarray, "images 3 height width"],
+) -> tuple[OnnxGraph, tuple[Smoothing, ...]]:
+    """Return a copy of a float graph that rounds better, and what was done at every place where it could be.
+
+    Ranges of the graph before are stale afterwards: calibrate the copy.
+
+    Args:
+        graph: float.
+        names: of the GEMMs that will multiply eight-bit codes; a place that another GEMM reads is left alone.
+        observe: runs ``observed_graph(graph, smoothable(graph, names))``.
+        images: the calibration images.
+    """
+    copy = OnnxGraph(model=graph.model.clone())
+    places = tuple(_places(copy, names))
+    samples = _samples(observe, images, places)
+    return copy, tuple(_smooth(copy.model.graph, place, *samples[place.value]) for place in places)
+
+
+def smoothable(graph: OnnxGraph, names: Collection[str]) -> tuple[str, ...]:
+    """Return the activations that only the named GEMMs read, and whose channels can be scaled by constants alone."""
+    return tuple(place.value for place in _places(graph, names))
+
+
+def _places(graph: OnnxGraph, names: Collection[str]) -> Iterator[_Place]:
+    readers = dict[str, list[Gemm]]()
+    for gemm in gemms(graph):
+        if gemm.name in names:
+            readers.setdefault(gemm.activation, []).append(gemm)
+    nodes = {node.name: node for node in graph.model.graph}
+    for value in [value for node in graph.model.graph for value in node.outputs]:
+        found = tuple(readers.get(str(value.name), ()))
+        if not found or len(value.uses()) != len(found) or value.is_graph_output():
+            continue
+        if divided := _makers(value, found[0]):
+            multiplied = tuple(_Constant(node=nodes[gemm.name], index=1, axis=gemm.input_axis) for gemm in found)
+            yield _Place(value=str(value.name), readers=found, divided=divided, multiplied=multiplied)
+
+
+def _makers(value: ir.Value, reader: Gemm) -> tuple[_Constant, ...]:
+    """Return the constants that scale the channels of a value, or none where there are no such constants."""
+    node, channels = value.producer(), reader.weight_shape[reader.input_axis]
+    while node is not None and node.op_type == "Relu":
+        value = _input(node, 0)
+        node = value.producer() if len(value.uses()) == 1 else None
+    if node is None or value is not node.outputs[0]:
+        return ()
+    if node.op_type == "SwiGLU":
+        return _upper_half(_input(node, 0), channels)
+    if (node.op_type in CHANNELS_FIRST) != (reader.op_type == "Conv"):
+        return ()
+    indices = [index for index in MAKERS.get(node.op_type, ()) if index < len(node.inputs) and node.inputs[index]]
+    constants = [node.inputs[index] for index in indices]
+    if all(value is not None and value.is_initializer() and _length(value) == channels for value in constants):
+        return tuple(_Constant(node=node, index=index) for index in indices)
+    return ()
+
+
+def _upper_half(gate_up: ir.Value, channels: int) -> tuple[_Constant, ...]:
+    """Return the columns of the matrix that make the factor of SwiGLU which no sigmoid bends."""
+    node = gate_up.producer()
+    if node is None or node.op_type != "MatMul" or len(gate_up.uses()) != 1 or not _input(node, 1).is_initializer():
+        return ()
+    return (_Constant(node=node, index=1, axis=1, start=channels),)
+
+
+def _samples(
+    observe: Observe, images: ndarray, places: Sequence[_Place]
+) -> dict[str, tuple[Float32[ndarray, "rows channels"], Float32[ndarray, " channels"]]]:
+    """Return some rows of every place's activation, and the largest magnitude of each channel on all images."""
+    rows = {place.value: list[ndarray]() for place in places}
+    largest = dict[str, ndarray]()
+    for image in images:
+        values = observe(image[None])
+        for place in places:
+            channels_last = np.moveaxis(values[place.value], place.readers[0].channel_axis, -1)
+            flat = channels_last.reshape(-1, channels_last.shape[-1])
+            rows[place.value].append(flat[np.linspace(0, len(flat) - 1, ROWS_PER_IMAGE).astype(int)])
+            largest[place.value] = np.maximum(largest.get(place.value, np.float32(0)), np.abs(flat).max(axis=0))
+    return {name: (np.concatenate(rows[name]), largest[name]) for name in rows}
+
+
+def _smooth(graph: ir.Graph, place: _Place, rows: ndarray, largest: ndarray) -> Smoothing:
+    weights = [
+        _some_outputs(_numpy(constant), gemm) for constant, gemm in zip(place.multiplied, place.readers, strict=True)
+    ]
+    of_weight = np.max(
+        [np.abs(_by_channel(weight, gemm)).max(axis=1) for weight, gemm in zip(weights, place.readers, strict=True)],
+        axis=0,
+    )
+    factors = {alpha: _factors(largest, of_weight, alpha) for alpha in ALPHAS}
+    before = _error(rows, weights, place.readers, np.ones_like(largest))
+    errors = {alpha: _error(rows, weights, place.readers, factors[alpha]) for alpha in ALPHAS}
+    alpha = min(errors, key=errors.__getitem__)
+    if not errors[alpha] < MIN_GAIN * before:
+        return Smoothing(value=place.value, alpha=None, error_before=before, error_after=before)
+    for constant in place.divided:
+        _scale(graph, constant, 1 / factors[alpha].astype(np.float64))
+    for constant in place.multiplied:
+        _scale(graph, constant, factors[alpha].astype(np.float64))
+    return Smoothing(value=place.value, alpha=alpha, error_before=before, error_after=errors[alpha])
+
+
+def _factors(of_activation: ndarray, of_weight: ndarray, alpha: float) -> Float32[ndarray, " channels"]:
+    """Return what to divide each channel by; a channel that is always zero, or meets only zeros, keeps its scale."""
+    used = (of_activation > 0) & (of_weight > 0)
+    raw = np.where(used, of_activation, 1) ** alpha / np.where(used, of_weight, 1) ** (1 - alpha)
+    return np.where(used, raw / np.exp(np.log(raw[used]).mean()) if used.any() else 1, 1).astype(np.float32)
+
+
+def _error(rows: ndarray, weights: Sequence[ndarray], readers: Sequence[Gemm], factors: ndarray) -> float:
+    """Return the squared error of all products that rounding leaves, relative to the products' own squares."""
+    smooth_rows = rows / factors
+    low, high = min(float(smooth_rows.min()), 0.0), max(float(smooth_rows.max()), 0.0)
+    seen = Histogram(counts=np.zeros(NUM_BINS), zeros=0, low=low, high=high).with_values(smooth_rows)
+    step = np.float32(mean_squared_error(seen).bound / 127 or 1.0)
+    rounded_rows = np.rint(smooth_rows / step).clip(-127, 127) * step
+    error = square = 0.0
+    for weight, gemm in zip(weights, readers, strict=True):
+        shape = [-1 if axis == gemm.input_axis else 1 for axis in range(weight.ndim)]
+        codes = per_channel(weight * factors.reshape(shape), gemm)
+        exact = rows @ _by_channel(weight, gemm)
+        error += float(np.square(rounded_rows @ _by_channel(codes.decoded(), gemm) - exact).sum())
+        square += float(np.square(exact).sum())
+    return error / square if square else 0.0
+
+
+def _some_outputs(weight: ndarray, gemm: Gemm) -> ndarray:
+    outputs = weight.shape[gemm.output_axis]
+    chosen = np.unique(np.linspace(0, outputs - 1, min(outputs, MAX_COLUMNS)).astype(int))
+    return np.take(weight, chosen, axis=gemm.output_axis)
+
+
+def _by_channel(weight: ndarray, gemm: Gemm) -> Float32[ndarray, "channels outputs"]:
+    """Return a weight as a matrix; every tap of a kernel is a column of its own."""
+    first = np.moveaxis(weight, gemm.input_axis, 0)
+    return first.reshape(len(first), -1).astype(np.float32)
+
+
+def _scale(graph: ir.Graph, constant: _Constant, factors: ndarray) -> None:
+    """Give the node a constant of its own, multiplied in float64 and rounded once."""
+    old = _input(constant.node, constant.index)
+    values = _numpy(constant).astype(np.float64)
+    where = tuple(slice(constant.start if axis == constant.axis else 0, None) for axis in range(values.ndim))
+    values[where] *= factors.reshape([-1 if axis == constant.axis else 1 for axis in range(values.ndim)])
+    new = add_constant(graph, f"{old.name}_smooth", values.astype(np.float32))
+    constant.node.replace_input_with(constant.index, new)
+    if not old.uses() and old.name is not None:
+        del graph.initializers[old.name]
+
+
+def _numpy(constant: _Constant) -> ndarray:
+    value = _input(constant.node, constant.index)
+    assert value.const_value is not None  # ``_places`` took only constants
+    return value.const_value.numpy()
+
+
+def _length(value: ir.Value) -> int:
+    assert value.shape is not None
+    return value.shape.numpy()[0]
+
+
+def _input(node: ir.Node, index: int) -> ir.Value:
+    value = node.inputs[index]
+    assert value is not None  # not an optional one
+    return value

@@ -1,0 +1,153 @@
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from tiny import make_checkpoint
+
+from medseg_trt.export.flavours import derive
+from medseg_trt.export.fold import fold
+from medseg_trt.export.fuse import fuse
+from medseg_trt.export.gemms import gemms
+from medseg_trt.export.half import FLOAT, TYPES, to_half
+from medseg_trt.export.overflow import HEADROOM, LARGEST, observed_values, rounded_graph, too_large
+from medseg_trt.export.save import save_flavours
+from medseg_trt.export.trace import OnnxGraph, trace
+from medseg_trt.train.checkpoint import load_checkpoint
+from medseg_trt.train.model import runner
+
+IMAGES = np.random.default_rng(0).random((3, 3, 32, 32), dtype=np.float32)
+IN_FLOAT32 = {"GroupNormalization", "LayerNormalization", "RMSNorm", "AddRMSNorm", "RMSNormalization", "Softmax"}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    return load_checkpoint(make_checkpoint(tmp_path_factory.mktemp("model"))).model()
+
+
+@pytest.fixture(scope="module")
+def graph(reference) -> OnnxGraph:
+    return fuse(trace(fold(reference)[0]))[0]
+
+
+@pytest.fixture(scope="module")
+def everything(graph) -> OnnxGraph:
+    return to_half(graph, [gemm.name for gemm in gemms(graph)])
+
+
+def run(graph: OnnxGraph, folder, images=IMAGES, optimise=True) -> np.ndarray:
+    save_flavours({"graph.onnx": graph}, folder, "weights.bin")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if not optimise:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(str(folder / "graph.onnx"), options, providers=["CPUExecutionProvider"])
+    return session.run(None, {"pixel_values": images})[0]
+
+
+def half_types(node: ir.Node) -> bool:
+    return any(v is not None and v.dtype in TYPES.values() for v in (*node.inputs, *node.outputs))
+
+
+def test_products_are_in_16_bits_and_norms_and_sums_are_not(everything):
+    kinds: dict[str, set[bool]] = {}
+    for node in everything.model.graph:
+        kinds.setdefault(node.op_type, set()).add(half_types(node))
+    assert kinds["MatMul"] == kinds["Conv"] == kinds["Attention"] == kinds["Resize"] == {True}
+    assert {name: kinds[name] for name in IN_FLOAT32 & kinds.keys()} == dict.fromkeys(IN_FLOAT32 & kinds.keys(), {False})
+    assert IN_FLOAT32 & kinds.keys() >= {"GroupNormalization", "LayerNormalization"}
+    for node in everything.model.graph:
+        if node.op_type == "Add" and not any(v is not None and v.is_initializer() for v in node.inputs):
+            assert not half_types(node), f"{node.name} adds two activations"
+        if node.op_type == "Attention":
+            assert node.attributes.get_int("softmax_precision") == int(FLOAT)
+    weights = [gemm.weight for gemm in gemms(everything)]
+    assert {everything.model.graph.initializers[name].dtype for name in weights} == {TYPES["fp16"]}
+    assert {v.dtype for v in (*everything.model.graph.inputs, *everything.model.graph.outputs)} == {FLOAT}
+
+
+def test_no_value_is_cast_down_and_up_again_for_nothing(everything):
+    for node in everything.model.graph:
+        producer = node.inputs[0].producer() if node.op_type == "Cast" else None
+        assert producer is None or producer.op_type != "Cast", f"{node.name} follows {producer.name}"
+
+
+@pytest.mark.parametrize("flavour", ["canonical", "plain"])
+def test_every_flavour_answers_as_pytorch_does_but_for_rounding(everything, reference, tmp_path, flavour):
+    logits = run(derive(flavour, everything, (32, 32), 3), tmp_path)
+    expected = runner(reference)(IMAGES)
+    # Half a unit in the 11th bit is 4.9e-4; through some 30 products in a row it may grow, as a random walk, to 3e-3
+    # of the largest logit. The faults below are ten times as large.
+    assert np.abs(logits - expected).max() < 3e-3 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("part", ["resnet", "vit", "block", "decoder"])
+def test_one_part_alone_leaves_the_others_as_they_were(graph, part, tmp_path):
+    names = [gemm.name for gemm in gemms(graph) if gemm.part == part]
+    mixed = to_half(graph, names)
+    for before, after in zip(gemms(graph), gemms(mixed), strict=True):
+        dtype = mixed.model.graph.initializers[after.weight].dtype
+        assert dtype == (TYPES["fp16"] if before.name in names else FLOAT)
+    assert np.isfinite(run(mixed, tmp_path)).all()
+
+
+def test_what_is_rounded_for_real_agrees_with_what_the_back_end_says(everything, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    widened, rounded = run(everything, tmp_path / "a"), run(rounded_graph(everything), tmp_path / "b")
+    assert np.abs(widened - rounded).max() < 3e-3 * np.abs(rounded).max()
+    assert np.abs(widened - rounded).max() > 0  # else nothing was rounded
+
+
+def loud(graph: OnnxGraph, factor: float) -> tuple[OnnxGraph, str]:
+    """Return a graph whose first GEMM of the block makes numbers that are ``factor`` times as large."""
+    gemm = next(gemm for gemm in gemms(graph) if gemm.part == "block")
+    model = graph.model.clone()
+    weight = model.graph.initializers[gemm.weight]
+    assert weight.const_value is not None
+    weight.const_value = ir.tensor(weight.const_value.numpy() * np.float32(factor), name=weight.name)
+    return OnnxGraph(model=model), gemm.name
+
+
+def test_an_overflow_that_a_cpu_hides_is_found(graph, tmp_path):
+    noisy, name = loud(graph, 1e5)
+    assert np.isfinite(run(noisy, tmp_path)).all()
+    (tmp_path / "b").mkdir()
+    halved = rounded_graph(to_half(noisy, [name]))
+    assert not np.isfinite(run(halved, tmp_path / "b")).all()
+
+
+def test_the_products_that_are_too_large_for_16_bits_are_named(graph):
+    names = [gemm.name for gemm in gemms(graph)]
+    largest = {value: 1.0 for value in observed_values(graph, names)}
+    worst = gemms(graph)[3]
+    beyond = LARGEST["fp16"] / HEADROOM * 1.01
+
+    def observe(image: np.ndarray) -> dict[str, np.ndarray]:
+        found = dict.fromkeys(largest, np.zeros(4, np.float32))
+        return found | {worst.output: np.array([0.0, -beyond], np.float32)}
+
+    found = too_large(graph, names, observe, IMAGES)
+    readers = {gemm.name for gemm in gemms(graph) if worst.output in (gemm.activation, gemm.output)}
+    assert {each.gemm for each in found} == readers
+    assert found[0].largest == pytest.approx(beyond)
+    assert too_large(graph, names, observe, IMAGES, dtype="bf16") == ()
+    without = [name for name in names if name not in readers]
+    assert too_large(graph, without, observe, IMAGES) == ()
+
+
+def test_bfloat16_is_a_graph_for_others_to_run(graph):
+    halved = to_half(graph, [gemm.name for gemm in gemms(graph)], dtype="bf16")
+    assert {halved.model.graph.initializers[g.weight].dtype for g in gemms(halved)} == {ir.DataType.BFLOAT16}
+    assert torch.bfloat16.itemsize == 2
+
+
+def test_the_limit_catches_coarser_weights(everything, reference, tmp_path):
+    model = everything.model.clone()
+    for gemm in gemms(everything):
+        weight = model.graph.initializers[gemm.weight]
+        assert weight.const_value is not None
+        coarse = weight.const_value.numpy().astype(np.float32).view(np.int32) & np.int32(-(2**17))  # 6 bits are left
+        weight.const_value = ir.tensor(coarse.view(np.float32).astype(np.float16), name=weight.name)
+    logits, expected = run(OnnxGraph(model=model), tmp_path), runner(reference)(IMAGES)
+    assert np.abs(logits - expected).max() > 3e-3 * np.abs(expected).max()

@@ -1,0 +1,29 @@
+import pytest
+
+from medseg_trt.errors import MedsegError
+from medseg_trt.export.parts import part_of
+
+ROOT = ": medseg_trt.train.transunet.TransUNet"
+CONV, LINEAR = "torch.nn.modules.conv.Conv2d", "torch.nn.modules.linear.Linear"
+
+
+@pytest.mark.parametrize(
+    ("path", "part"),
+    [
+        (f"resnet: medseg_trt.train.transunet.ResNetStem/resnet.root.0: {CONV}/conv2d: aten.conv2d.default", "resnet"),
+        (f"patch_embedding: {CONV}/conv2d_13: aten.conv2d.default", "vit"),
+        (f"layers.11: medseg_trt.train.transunet.EncoderLayer/layers.11.fc1: {LINEAR}/gelu: aten.gelu.default", "vit"),
+        ("view: aten.view.default", "vit"),
+        (f"insert: medseg_trt.export.folded.FoldedInsert/insert.mapper2: {LINEAR}/mm: aten.mm.default", "block"),
+        ("decoder.3: medseg_trt.train.transunet.DecoderStage/cat_2: aten.cat.default", "decoder"),
+        (f"head: {CONV}/conv2d_23: aten.conv2d.default", "decoder"),
+    ],
+)
+def test_the_first_module_tells_the_part(path, part):
+    assert part_of(f"{ROOT}/{path}") == part
+
+
+@pytest.mark.parametrize("namespace", ["", ROOT, f"{ROOT}/tail: {CONV}/conv2d: aten.conv2d.default"])
+def test_what_is_no_part_of_the_network_is_refused(namespace):
+    with pytest.raises(MedsegError, match="no part of a TransUNet"):
+        part_of(namespace)

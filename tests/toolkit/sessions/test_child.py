@@ -1,0 +1,60 @@
+import os
+import signal
+
+import numpy as np
+import pytest
+
+from medseg_trt.bundle import load_bundle
+from medseg_trt.errors import ArtefactError, DeviceError
+from medseg_trt.session import open_session
+from medseg_trt.sessions.child import ChildSession
+
+
+@pytest.fixture
+def graph(tiny_bundle):
+    bundle = load_bundle(tiny_bundle)
+    return bundle.folder / bundle.variant(bundle.default).graph
+
+
+def open_child(graph) -> ChildSession:
+    return ChildSession(graph, "fp32", "onnxruntime", 1, "fp32")
+
+
+def test_a_child_answers_as_a_session_here(graph, tiny_bundle):
+    images = np.random.default_rng(0).random((3, 3, 32, 32), dtype=np.float32)
+    with open_child(graph) as child, open_session(load_bundle(tiny_bundle), "onnxruntime", threads=1) as here:
+        np.testing.assert_array_equal(child.run(images), here.run(images))
+        np.testing.assert_array_equal(child.run(images[:1]), here.run(images[:1]))  # it goes on answering
+        assert (child.device, child.description) == (here.device, here.description)
+
+
+def test_it_times_and_weighs_itself(graph):
+    with open_child(graph) as child:
+        samples = child.time(np.zeros((1, 3, 32, 32), np.float32), duration_s=0.0, min_runs=7)
+        memory = child.memory()
+    assert len(samples) == 7
+    assert all(sample > 0 for sample in samples)
+    assert 10 < memory["anonymous_mb"] < memory["peak_resident_mb"]  # a Python with ONNX Runtime takes tens of MB
+
+
+def test_a_child_that_dies_is_one_clear_line_and_the_parent_lives(graph):
+    with open_child(graph) as child:
+        os.kill(child._process.pid, signal.SIGSEGV)
+        child._process.wait()
+        with pytest.raises(ArtefactError, match=r"onnxruntime with fp32\.onnx was killed by signal 11"):
+            child.run(np.zeros((1, 3, 32, 32), np.float32))
+
+
+def test_what_goes_wrong_in_the_child_is_raised_here(graph, tmp_path):
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(b"no onnx")
+    with pytest.raises(ArtefactError, match="refuses"):
+        open_child(broken)
+    with pytest.raises(DeviceError, match="do not compute in bf16"):
+        ChildSession(graph, "fp32", "onnxruntime", None, "bf16")
+
+
+def test_it_is_gone_after_it_is_closed(graph):
+    child = open_child(graph)
+    child.close()
+    assert child._process.poll() is not None

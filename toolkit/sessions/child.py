@@ -1,0 +1,158 @@
+"""Run a session in a process of its own: a back-end that dies takes nothing with it, and its memory is its own.
+
+The two processes talk through pipes: a line of JSON, then the float32 array whose shape it announces. The child is
+``python -m medseg_trt.sessions.child``.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from jaxtyping import Float32
+from numpy import ndarray
+
+from medseg_trt import errors
+from medseg_trt.errors import ArtefactError, MedsegError
+from medseg_trt.session import BACKENDS, Session
+
+STATUS = Path("/proc/self/status")  # Linux
+FIELDS = {"anonymous_mb": "RssAnon", "resident_mb": "VmRSS", "peak_resident_mb": "VmHWM"}
+
+
+class ChildSession(Session):
+    """A session of any back-end, in a child process.
+
+    Raises:
+        ArtefactError: the child died; the message says by which signal. Anything else is raised as in the child.
+    """
+
+    def __init__(self, path: Path, precision: str, backend: str, threads: int | None, compute: str) -> None:
+        arguments = {"path": str(path), "precision": precision, "threads": threads, "compute": compute}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "medseg_trt.sessions.child", backend, json.dumps(arguments)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        self._what = f"{backend} with {path.name}"
+        self.backend, self.device, self.description = backend, "", self._what
+        try:
+            hello = self._answer()
+        except BaseException:
+            self.close()
+            raise
+        self.device, self.description = hello["device"], hello["description"]
+
+    def run(self, batch: Float32[ndarray, "batch 3 height width"]) -> Float32[ndarray, "batch classes height width"]:
+        """Return the logits of a batch of prepared images."""
+        self._ask({"do": "run"}, batch)
+        shape = self._answer()["shape"]
+        try:
+            return _read_array(self._pipes[1], shape)
+        except BrokenPipeError:
+            raise self._death() from None
+
+    def time(self, batch: Float32[ndarray, "batch 3 height width"], duration_s: float, min_runs: int) -> list[float]:
+        """Run one batch again and again, for ``duration_s`` and at least ``min_runs`` times; return milliseconds."""
+        self._ask({"do": "time", "duration_s": duration_s, "min_runs": min_runs}, batch)
+        return self._answer()["samples_ms"]
+
+    def memory(self) -> dict[str, float]:
+        """Return what the child takes, in 10^6 bytes, by the keys of ``FIELDS``; nothing where there is no /proc."""
+        self._ask({"do": "memory"})
+        return self._answer()["memory"]
+
+    def close(self) -> None:
+        """End the child."""
+        self._process.kill()
+        self._process.communicate()
+
+    @property
+    def _pipes(self) -> tuple[IO[bytes], IO[bytes]]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        return self._process.stdin, self._process.stdout
+
+    def _ask(self, request: Mapping[str, Any], batch: ndarray | None = None) -> None:
+        try:
+            _send(self._pipes[0], request, batch)
+        except BrokenPipeError:
+            raise self._death() from None
+
+    def _answer(self) -> dict[str, Any]:
+        line = self._pipes[1].readline()
+        if not line.endswith(b"\n"):
+            raise self._death()
+        answer = json.loads(line)
+        if "error" in answer:
+            raise getattr(errors, answer["kind"])(answer["error"])
+        return answer
+
+    def _death(self) -> ArtefactError:
+        code = self._process.wait()
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        return ArtefactError(f"{self._what} {how}; it is not used")
+
+
+def _serve(backend: str, arguments: dict[str, Any], requests: IO[bytes], answers: IO[bytes]) -> None:
+    """Open the session, say so, and answer until the parent hangs up."""
+    try:
+        path = Path(arguments.pop("path"))
+        with import_module(BACKENDS[backend].module).open_graph(path, **arguments) as session:
+            _send(answers, {"device": session.device, "description": session.description})
+            while line := requests.readline():
+                request = json.loads(line)
+                _send(answers, *ANSWERS[request.pop("do")](session, requests, **request))
+    except MedsegError as error:
+        _send(answers, {"error": str(error), "kind": type(error).__name__})
+
+
+def _run(session: Session, requests: IO[bytes], shape: Sequence[int]) -> tuple[dict[str, Any], ndarray]:
+    return {}, session.run(_read_array(requests, shape))
+
+
+def _time(
+    session: Session, requests: IO[bytes], shape: Sequence[int], duration_s: float, min_runs: int
+) -> tuple[dict[str, Any]]:
+    batch, samples = _read_array(requests, shape), list[float]()
+    end = time.perf_counter() + duration_s
+    while len(samples) < min_runs or time.perf_counter() < end:
+        began = time.perf_counter()
+        session.run(batch)
+        samples.append(1000 * (time.perf_counter() - began))
+    return ({"samples_ms": samples},)
+
+
+def _memory(session: Session, requests: IO[bytes]) -> tuple[dict[str, Any]]:
+    lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines()) if STATUS.is_file() else {}
+    kilobytes = {name: lines[field].split()[0] for name, field in FIELDS.items() if field in lines}
+    return ({"memory": {name: int(value) * 1024 / 1e6 for name, value in kilobytes.items()}},)
+
+
+ANSWERS = {"run": _run, "time": _time, "memory": _memory}
+
+
+def _send(pipe: IO[bytes], message: Mapping[str, Any], array: ndarray | None = None) -> None:
+    shape = {} if array is None else {"shape": array.shape}
+    pipe.write(json.dumps({**message, **shape}).encode() + b"\n")
+    if array is not None:
+        pipe.write(np.ascontiguousarray(array, np.float32).data)
+    pipe.flush()
+
+
+def _read_array(pipe: IO[bytes], shape: Sequence[int]) -> ndarray:
+    array = np.empty(shape, np.float32)
+    if pipe.readinto(array.data.cast("B")) != array.nbytes:  # pyright: ignore[reportAttributeAccessIssue]  # buffered
+        raise BrokenPipeError
+    return array
+
+
+if __name__ == "__main__":
+    own = os.fdopen(os.dup(1), "wb")  # a back-end that prints must not print into the conversation
+    os.dup2(2, 1)
+    _serve(sys.argv[1], json.loads(sys.argv[2]), sys.stdin.buffer, own)

@@ -1,0 +1,90 @@
+"""Run a graph with OpenVINO on the CPU.
+
+The graph is compiled for one image at a time: with the batch left open OpenVINO cannot choose its kernels ahead, and on
+a CPU a batch gains nothing. OpenVINO would take bfloat16 wherever the processor has it, so the type is always named.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+from numpy import ndarray
+
+from medseg_trt.errors import ArtefactError, DeviceError, require
+from medseg_trt.session import Session
+
+TYPES = {"fp32": "f32", "bf16": "bf16"}  # OpenVINO's names
+
+
+class OpenVinoSession(Session):
+    """A compiled OpenVINO model."""
+
+    backend = "openvino"
+    device = "CPU"
+
+    def __init__(self, compiled: Any, description: str) -> None:
+        self._shape: list[int] = list(compiled.input(0).shape)  # (1, 3, H, W)
+        self._request: Any = compiled.create_infer_request()
+        self.gives_masks = len(compiled.inputs) > 1
+        self.description = description
+
+    def run(self, batch: Float32[ndarray, "batch 3 height width"]) -> Float32[ndarray, "batch classes height width"]:
+        """Return the logits of a batch of prepared images.
+
+        Raises:
+            ValueError: the batch is of another size than the network.
+        """
+        if list(batch.shape[1:]) != self._shape[1:]:
+            raise ValueError(f"the batch is {batch.shape}, but the network takes {self._shape}")
+        return np.concatenate([self._answer("logits", image, self._shape[2:]) for image in batch])
+
+    def masks(
+        self, batch: Float32[ndarray, "batch 3 _ _"], size: tuple[int, int]
+    ) -> UInt8[ndarray, "batch height width"]:
+        """Return the labels of a batch of prepared images at the size of their sources (height, width)."""
+        return np.concatenate([self._answer("mask", image, size) for image in batch])
+
+    def close(self) -> None:
+        """Free the network."""
+        self._request = None
+
+    def _answer(self, output: str, image: ndarray, size: Sequence[int]) -> ndarray:
+        further = {"source_size": np.array(size, np.int64)} if self.gives_masks else {}
+        self._request.infer({"pixel_values": image[np.newaxis], **further}, share_inputs=True)
+        return self._request.get_tensor(output).data.copy()
+
+
+def open_graph(path: Path, precision: str, threads: int | None, compute: str) -> OpenVinoSession:
+    """Compile an ONNX file.
+
+    Args:
+        path: the graph, of plain operators: OpenVINO refuses other domains even where a function says what they mean.
+        precision: of the graph, for the description.
+        threads: CPU threads; None leaves it to OpenVINO.
+        compute: what its float parts are computed in: fp32, or bf16 where the processor has it.
+
+    Raises:
+        MissingExtraError: OpenVINO is not installed.
+        DeviceError: the processor has no bfloat16.
+        ArtefactError: OpenVINO refuses the graph.
+    """
+    openvino = require("openvino", "openvino")
+    core = openvino.Core()
+    if compute == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise DeviceError("this processor has no bfloat16 arithmetic; choose another precision than bf16")
+    options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": TYPES[compute], "PERFORMANCE_HINT": "LATENCY"}
+    if threads is not None:
+        options["INFERENCE_NUM_THREADS"] = threads
+    release = openvino.__version__.partition("-")[0]
+    try:
+        model = core.read_model(str(path))
+        model.reshape({"pixel_values": [1, *(each.get_length() for each in list(model.input(0).partial_shape)[1:])]})
+        compiled = core.compile_model(model, "CPU", options)
+    except Exception as error:  # its errors have no common base but Exception
+        first = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
+        raise ArtefactError(f"OpenVINO {release} refuses {path}: {first}") from error
+    rest = "" if compute == precision else f", float parts in {compute}"
+    shown = "" if threads is None else f", {threads} thread{'s' if threads > 1 else ''}"
+    return OpenVinoSession(compiled, f"OpenVINO {release} {precision}{rest}{shown}")
