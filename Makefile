@@ -8,15 +8,16 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 DATA := demo/data/organs
 TRAIN = $(MEDSEG) train --recipe organs-demo --data $(DATA) --block demo/block.safetensors
 
-.PHONY: help demo test test-full lint types clean
+.PHONY: help demo test test-full kernels-check lint types clean
 
 help:
-	@echo 'make demo       fetch a real CT scan and a LLaMA block, train, build, infer and measure'
-	@echo 'make test       run the tests that need no GPU'
-	@echo 'make test-full  run the tests with full-size models too'
-	@echo 'make lint       check style and format'
-	@echo 'make types      check types'
-	@echo 'make clean      remove .venv, the demo and everything built'
+	@echo 'make demo           fetch a real CT scan and a LLaMA block, train, build, infer and measure'
+	@echo 'make test           run the tests that need no GPU'
+	@echo 'make test-full      run the tests with full-size models too'
+	@echo 'make kernels-check  run every test of the CUDA kernels, and print which check catches which mutant'
+	@echo 'make lint           check style and format'
+	@echo 'make types          check types'
+	@echo 'make clean          remove .venv, the demo and everything built'
 
 # Each line is a command that you can type yourself. --resume: a second `make demo` goes on where the first one stopped.
 demo: .venv/run.stamp
@@ -55,5 +56,5 @@ clean:
 	@touch $@
 
 .venv/dev.stamp: .venv/run.stamp
-	$(INSTALL) --group dev
+	$(INSTALL) --group dev --editable '.[kernels,jetpack6]'
 	@touch $@

@@ -7,6 +7,7 @@ and spread, so that they mean the same whatever the normalisation was.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import Parameter, signature
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -32,6 +33,16 @@ class Step:
             raise ValueError(f"no augmentation is called {self.name!r}; choose one of: {', '.join(AUGMENTATIONS)}")
         if not 0 <= self.probability <= 1:
             raise ValueError(f"the probability of {self.name} is {self.probability}; it must be 0 … 1")
+        wanted = option_names(self.name)
+        if set(self.options) != set(wanted):
+            taken, given = (", ".join(names) or "none" for names in (wanted, self.options))
+            raise ValueError(f"the options of the augmentation {self.name} must be: {taken}; given are: {given}")
+
+
+def option_names(name: str) -> tuple[str, ...]:
+    """Return the options that an augmentation takes, all of which must be given."""
+    parameters = signature(AUGMENTATIONS[name]).parameters.values()
+    return tuple(parameter.name for parameter in parameters if parameter.kind is Parameter.KEYWORD_ONLY)
 
 
 def augment(image: Picture, labels: Labels, steps: Sequence[Step], rng: np.random.Generator) -> Pair:

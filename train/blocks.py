@@ -1,11 +1,13 @@
 """The frozen LLaMA block: extract it from a language model's checkpoint once, keep it as one small safetensors file.
 
-The file's metadata hold its geometry and where it came from, and its bytes depend on nothing else, so that a checkpoint
-can name the block by SHA-256.
+The file holds one decoder layer, or several of one model, oldest first, whose tensors are then called ``0.…``, ``1.…``.
+Its metadata hold the geometry and where the layers came from, and its bytes depend on nothing else, so that a
+checkpoint can name the block by SHA-256.
 """
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ from medseg_trt.errors import ArtefactError, UsageError, require
 from medseg_trt.files import atomic_file, sha256
 from medseg_trt.progress import LOG
 from medseg_trt.spec import BlockSpec, to_dict
-from medseg_trt.train.layer_readers import READERS, LayerChoice, block_spec, check_layer
+from medseg_trt.train.layer_choice import FINAL_NORM, LayerChoice, LayerNumber
+from medseg_trt.train.layer_readers import READERS, block_spec, check_layer
 from medseg_trt.train.llama import LlamaBlock
 from medseg_trt.train.weight_files import is_finite, open_safetensors
 
@@ -34,7 +37,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 class FrozenBlock:
     """The weights of one LLaMA decoder layer, all of one type, with its geometry and where it came from.
 
-    ``tensors`` have Hugging Face's names and half-split rotary layout. ``provenance`` is plain data that JSON can hold.
+    ``tensors`` have Hugging Face's names and half-split rotary layout; ``norm.weight``, which need not be there, is the
+    language model's own norm after its last layer. ``provenance`` is plain data that JSON can hold.
     """
 
     spec: BlockSpec
@@ -56,31 +60,55 @@ class FrozenBlock:
         return sum(tensor.numel() for tensor in self.tensors.values())
 
 
-def extract(source: Path, layer: LayerChoice = "last") -> FrozenBlock:
-    """Read one decoder layer of a language model, or a block that was extracted before.
+def extract(source: Path, layer: LayerNumber = "last", *, final_norm: bool = False) -> FrozenBlock:
+    """Read one decoder layer of a language model, or of a block file.
 
     Args:
         source: a Hugging Face folder, one ``.safetensors`` or ``.bin`` shard of it with ``config.json`` beside it,
             Meta's folder or ``consolidated.00.pth`` with ``params.json`` beside it, a GGUF file, or a block file.
         layer: which layer, from 0, or "last".
+        final_norm: also take the language model's own norm after its last layer; a block file that has it keeps it.
 
     Raises:
-        ArtefactError: the source is missing, damaged, of another architecture, or has no such layer.
+        ArtefactError: the source is missing, damaged, of another architecture, or has no such layer or norm.
     """
+    return _extract(source, LayerChoice(layer=layer, final_norm=final_norm))[0]
+
+
+def extract_last(source: Path, count: int, *, final_norm: bool = False) -> tuple[FrozenBlock, ...]:
+    """Read the last ``count`` decoder layers, oldest first; the arguments and errors are those of :func:`extract`."""
+    if count < 1:
+        raise UsageError(f"{count} layers cannot be taken; give 1 or more")
+    return _extract(source, LayerChoice(count=count, final_norm=final_norm))
+
+
+def _extract(source: Path, choice: LayerChoice) -> tuple[FrozenBlock, ...]:
     suffix = "" if source.is_dir() else source.suffix.lower()
     if not source.exists() or suffix not in READERS:
         problem = "cannot be read" if source.exists() else "does not exist"
         raise ArtefactError(f"{source} {problem}; give a Hugging Face or Meta folder, or a {SUFFIXES} file")
     if suffix == ".safetensors" and _is_block_file(source):
-        block = load_block(source)
-        if layer not in ("last", block.provenance.get("layer")):
-            raise ArtefactError(f"{source} is an extracted block and holds no layer {layer}; leave the layer out")
-        return block
-    LOG.info("read layer %s of %s", layer, source)
-    found = READERS[suffix](source, layer)
-    LOG.info("left out: %s", ", ".join(found.provenance["skipped"]) or "nothing")
-    provenance = {**found.provenance, "medseg_trt": __version__}
-    return _checked(found.spec, _same_type(found.tensors, source), provenance, source)
+        return _chosen(load_block(source), choice, source)
+    LOG.info("read %s of %s", choice, source)
+    found = READERS[suffix](source, choice)
+    LOG.info("left out: %s", ", ".join(found[0].provenance["skipped"]) or "nothing")
+    return tuple(
+        _checked(layer.spec, _same_type(layer.tensors, source), {**layer.provenance, "medseg_trt": __version__}, source)
+        for layer in found
+    )
+
+
+def _chosen(blocks: Sequence[FrozenBlock], choice: LayerChoice, source: Path) -> tuple[FrozenBlock, ...]:
+    """Return the wanted layers of a block file."""
+    kept = [block for block in blocks if choice.layer in ("last", block.provenance.get("layer"))][-choice.count :]
+    if len(kept) < choice.count:
+        wanted = f"no layer {choice.layer}; leave the layer out" if choice.count == 1 else f"{len(blocks)} layer(s)"
+        raise ArtefactError(f"{source} is an extracted block and holds {wanted}")
+    if choice.final_norm and FINAL_NORM not in kept[-1].tensors:
+        raise ArtefactError(
+            f"{source} is an extracted block without the final norm; extract it again from the language model"
+        )
+    return tuple(kept)
 
 
 def random_block(spec: BlockSpec, seed: int, std: float = 0.02) -> FrozenBlock:
@@ -103,7 +131,7 @@ def random_block(spec: BlockSpec, seed: int, std: float = 0.02) -> FrozenBlock:
 
 
 def build_block(block: FrozenBlock, *, rotary: bool = False, causal: bool = False) -> LlamaBlock:
-    """Build the frozen module in float32 and evaluation mode.
+    """Build the frozen module of one layer in float32 and evaluation mode; a final norm is no part of it.
 
     Args:
         block: its weights.
@@ -119,24 +147,39 @@ def build_block(block: FrozenBlock, *, rotary: bool = False, causal: bool = Fals
         )
     with torch.device("meta"):
         module = LlamaBlock(replace(block.spec, rotary=rotary, causal=causal))
-    module.load_state_dict({name: tensor.float() for name, tensor in block.tensors.items()}, assign=True)
+    module.load_state_dict({name: block.tensors[name].float() for name in module.state_dict()}, assign=True)
     return module.requires_grad_(False).eval()
 
 
-def save_block(block: FrozenBlock, path: Path) -> str:
-    """Write a block as safetensors, whole or not at all, and return the file's SHA-256; same block, same bytes."""
+def save_block(block: FrozenBlock | Sequence[FrozenBlock], path: Path) -> str:
+    """Write a block of one layer or several, oldest first, as safetensors, whole or not at all; same block, same bytes.
+
+    Returns:
+        The file's SHA-256.
+
+    Raises:
+        ValueError: there is no layer, or the layers have different geometries.
+    """
     safetensors_torch = require("safetensors.torch", "train")
-    header = {"schema": SCHEMA, "spec": to_dict(block.spec), "provenance": dict(block.provenance)}
+    layers = (block,) if isinstance(block, FrozenBlock) else tuple(block)
+    if len({layer.spec for layer in layers}) != 1:
+        raise ValueError("a block has one layer or more, all of one geometry")
+    header = {"schema": SCHEMA, "spec": to_dict(layers[0].spec), "provenance": provenance_of(layers)}
     metadata = {METADATA_KEY: json.dumps(header, sort_keys=True, allow_nan=False)}
-    tensors = {name: tensor.contiguous() for name, tensor in block.tensors.items()}
+    prefixes = [""] if len(layers) == 1 else [f"{number}." for number in range(len(layers))]
+    tensors = {
+        prefix + name: tensor.contiguous()
+        for prefix, layer in zip(prefixes, layers, strict=True)
+        for name, tensor in layer.tensors.items()
+    }
     with atomic_file(path) as temporary:
         safetensors_torch.save_file(tensors, temporary, metadata)
         digest = sha256(temporary)
     return digest
 
 
-def load_block(path: Path, digest: str | None = None) -> FrozenBlock:
-    """Read a block that :func:`save_block` wrote.
+def load_block(path: Path, digest: str | None = None) -> tuple[FrozenBlock, ...]:
+    """Read the layers of a block that :func:`save_block` wrote, oldest first.
 
     Args:
         path: the safetensors file.
@@ -152,7 +195,37 @@ def load_block(path: Path, digest: str | None = None) -> FrozenBlock:
     with open_safetensors(path) as file:
         header = _header(file.metadata() or {}, path)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # safe_open is no mapping
-    return _checked(block_spec(header["spec"], path), tensors, header["provenance"], path)
+    spec, provenances = block_spec(header["spec"], path), _provenances(header["provenance"], path)
+    parts = [tensors] if len(provenances) == 1 else _apart(tensors, len(provenances), path)
+    return tuple(_checked(spec, part, origin, path) for part, origin in zip(parts, provenances, strict=True))
+
+
+def provenance_of(blocks: Sequence[FrozenBlock]) -> dict[str, Any]:
+    """Return where the layers of one file came from: one layer's own provenance, or ``layers``, a list of them."""
+    if len(blocks) == 1:
+        return dict(blocks[0].provenance)
+    return {"layers": [dict(block.provenance) for block in blocks]}
+
+
+def _provenances(provenance: Mapping[str, Any], path: Path) -> list[Mapping[str, Any]]:
+    if "layers" not in provenance:
+        return [provenance]
+    layers = provenance["layers"]
+    sound = isinstance(layers, list) and len(layers) > 1 and all(isinstance(layer, dict) for layer in layers)
+    if not sound or len(provenance) > 1:
+        raise ArtefactError(f"{path} has a damaged header: provenance.layers is no list of several layers")
+    return layers
+
+
+def _apart(tensors: Mapping[str, Tensor], num_layers: int, path: Path) -> list[dict[str, Tensor]]:
+    """Divide the tensors of a file by the numbers of their layers."""
+    parts: list[dict[str, Tensor]] = [{} for _ in range(num_layers)]
+    for key, tensor in tensors.items():
+        number, _, name = key.partition(".")
+        if not re.fullmatch(r"0|[1-9]\d{0,5}", number) or int(number) >= num_layers:
+            raise ArtefactError(f"{path}: {key} is no tensor of one of its {num_layers} layers")
+        parts[int(number)][name] = tensor
+    return parts
 
 
 def _is_block_file(path: Path) -> bool:

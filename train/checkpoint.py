@@ -8,7 +8,7 @@ file of its own, known by its SHA-256, and is looked for beside the checkpoint a
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -51,16 +51,16 @@ class Checkpoint:
         Raises:
             ArtefactError: the weights do not fit the architecture, or the block is not the one they were trained with.
         """
-        block = self.block()
-        _check_fit(self, block, "the checkpoint")
-        model = build_model(self.spec, block)
+        blocks = self.block()
+        _check_fit(self, blocks, "the checkpoint")
+        model = build_model(self.spec, blocks)
         model.load_state_dict(dict(self.weights), strict=False)
         return model.eval()
 
-    def block(self) -> FrozenBlock | None:
-        """Read the frozen block, after its digest has been checked; None where the architecture has none."""
+    def block(self) -> tuple[FrozenBlock, ...]:
+        """Read the frozen block's layers, oldest first, after its digest has been checked; none where there is none."""
         if self.block_sha256 is None or self.block_file is None:
-            return None
+            return ()
         return load_block(self.block_file, self.block_sha256)
 
 
@@ -119,7 +119,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         block_sha256=digest,
     )
     _check_agreement(checkpoint, path)
-    _check_fit(checkpoint, None, source)
+    _check_fit(checkpoint, (), source)
     _check_finite(checkpoint, path)
     if digest is None:
         return checkpoint
@@ -166,11 +166,11 @@ def _check_agreement(checkpoint: Checkpoint, path: Path) -> None:
         )
 
 
-def _check_fit(checkpoint: Checkpoint, block: FrozenBlock | None, source: str) -> None:
+def _check_fit(checkpoint: Checkpoint, blocks: Sequence[FrozenBlock], source: str) -> None:
     """Compare names, shapes and types with the architecture, before anything of the sizes in the spec is allocated.
 
     Raises:
-        ArtefactError: the weights, or the block where it is given, are of another architecture.
+        ArtefactError: the weights, or the block's layers where they are given, are of another architecture.
     """
     spec = checkpoint.spec
     misfit = f"{source}: the weights do not fit {spec.architecture}"
@@ -180,8 +180,8 @@ def _check_fit(checkpoint: Checkpoint, block: FrozenBlock | None, source: str) -
     if spec.block is not None:
         block_spec(to_dict(spec.block), source)
         geometry = replace(spec.block, rotary=False, causal=False)
-        if block is not None and block.spec != geometry:
-            raise ArtefactError(f"{source}: the frozen block's geometry is {block.spec}; the model asks for {geometry}")
+        if other := [block.spec for block in blocks if block.spec != geometry]:
+            raise ArtefactError(f"{source}: the frozen block's geometry is {other[0]}; the model asks for {geometry}")
     try:
         with torch.device("meta"):
             model = build_model(spec)

@@ -1,16 +1,11 @@
-"""Read one LLaMA decoder layer out of a Hugging Face, Meta or GGUF checkpoint; nothing else of it is loaded.
-
-A reader is strict: every tensor of the layer is used or named as skipped, and a tensor that LLaMA's layer does not have
-is an error, because then the layer is not LLaMA's.
-"""
+"""Read LLaMA decoder layers out of a Hugging Face, Meta or GGUF checkpoint; nothing else of it is loaded."""
 
 import math
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,15 +16,12 @@ from medseg_trt.files import sha256
 from medseg_trt.spec import BlockSpec, from_dict
 from medseg_trt.train.gguf_file import GgufFile, open_gguf
 from medseg_trt.train.hugging_face_folder import open_hugging_face
+from medseg_trt.train.layer_choice import FINAL_NORM, LayerChoice, Layout, match
 from medseg_trt.train.llama import LlamaBlock
 from medseg_trt.train.meta_file import MetaFile, open_meta, part_paths
 from medseg_trt.train.weight_files import read_json
 
-LayerChoice = int | Literal["last"]
 MAX_SIZE = 1 << 20  # of one axis of a layer; LLaMA-3 405B has 53248
-HUGGING_FACE_LAYER = re.compile(r"(?:model\.)?layers\.(\d{1,6})\.")
-META_LAYER = re.compile(r"layers\.(\d{1,6})\.")
-GGUF_LAYER = re.compile(r"blk\.(\d{1,6})\.")
 GGUF_NAMES: Mapping[str, str] = {  # llama.cpp's name -> Hugging Face's
     "attn_norm.weight": "input_layernorm.weight",
     "attn_q.weight": "self_attn.q_proj.weight",
@@ -52,25 +44,30 @@ META_NAMES: Mapping[str, str] = {  # Meta's name -> Hugging Face's
     "feed_forward.w3.weight": "mlp.up_proj.weight",
     "feed_forward.w2.weight": "mlp.down_proj.weight",
 }
-HUGGING_FACE_NAMES: Mapping[str, str] = {name: name for name in GGUF_NAMES.values()}
-SKIPPED_IN_LAYER = (  # they follow from rope_theta; older checkpoints store them
-    "self_attn.rotary_emb.inv_freq",
-    "attention.inner_attention.rope.freqs",
+HUGGING_FACE_LAYOUT = Layout(
+    pattern=re.compile(r"(?:model\.)?layers\.(\d{1,6})\."),
+    names={name: name for name in GGUF_NAMES.values()},
+    final_norm=("model.norm.weight", "norm.weight"),
 )
+META_LAYOUT = Layout(pattern=re.compile(r"layers\.(\d{1,6})\."), names=META_NAMES, final_norm=("norm.weight",))
+GGUF_LAYOUT = Layout(pattern=re.compile(r"blk\.(\d{1,6})\."), names=GGUF_NAMES, final_norm=("output_norm.weight",))
 MODEL_TYPES = ("llama", "mistral")  # the same layer; others with the same names compute something else (Gemma, Granite)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layer:
-    """One decoder layer as it was read: Hugging Face's tensor names, half-split rotary layout."""
+    """One decoder layer as it was read: Hugging Face's tensor names, half-split rotary layout.
+
+    The last one of a choice may carry the language model's final norm, as ``norm.weight``.
+    """
 
     spec: BlockSpec
     tensors: dict[str, Tensor]
     provenance: dict[str, Any]
 
 
-def read_gguf(path: Path, layer: LayerChoice) -> Layer:
-    """Read one layer of a GGUF file of the architecture "llama"; quantised tensors become float32.
+def read_gguf(path: Path, choice: LayerChoice) -> tuple[Layer, ...]:
+    """Read layers of a GGUF file of the architecture "llama"; quantised tensors become float32.
 
     llama.cpp stores the rows of q and k for interleaved rotary pairs; they are brought back to the half-split order.
 
@@ -82,43 +79,46 @@ def read_gguf(path: Path, layer: LayerChoice) -> Layer:
     if (architecture := meta.get("general.architecture")) != "llama":
         raise ArtefactError(f"{path} is of the architecture {architecture!r}; only 'llama' can be read")
     spec = _gguf_spec(file)
-    num_layers, index = _choose(layer, meta.get("llama.block_count"), path)
-    keys, skipped = _match(file.tensors, GGUF_LAYER, index, GGUF_NAMES, path)
-    try:
-        check_layer(spec, {name: file.tensors[key].shape for name, key in keys.items()})
-    except ValueError as error:
-        raise ArtefactError(f"{path}: {error}") from error
-    tensors = _half_split_q_and_k({name: file.read(key) for name, key in keys.items()}, spec)
-    provenance = {
-        "format": "gguf",
-        "files": {path.name: sha256(path)},
-        "model": meta.get("general.name"),
-        "license": meta.get("general.license"),
-        "architecture": architecture,
-        "layer": index,
-        "num_layers": num_layers,
-        "tensor_types": {name: file.tensors[key].type_name for name, key in keys.items()},
-        "skipped": skipped,
-        "rope_layout": "half-split",
-        "rope_scaling": "factors"
-        if "rope_freqs.weight" in file.tensors
-        else _scaling(meta.get("llama.rope.scaling.type")),
-    }
-    return Layer(spec=spec, tensors=tensors, provenance=provenance)
+    found = match(choice, meta.get("llama.block_count"), file.tensors, GGUF_LAYOUT, path)
+    for keys in found.layers.values():
+        _check(spec, {name: file.tensors[key].shape for name, key in keys.items()}, path)
+    files = {path.name: sha256(path)}
+    return tuple(
+        Layer(
+            spec=spec,
+            tensors=_half_split_q_and_k({name: file.read(key) for name, key in keys.items()}, spec),
+            provenance={
+                "format": "gguf",
+                "files": files,
+                "model": meta.get("general.name"),
+                "license": meta.get("general.license"),
+                "architecture": architecture,
+                "layer": number,
+                "num_layers": found.num_layers,
+                "tensor_types": {name: file.tensors[key].type_name for name, key in keys.items()},
+                "skipped": found.skipped,
+                "rope_layout": "half-split",
+                "rope_scaling": "factors"
+                if "rope_freqs.weight" in file.tensors
+                else _scaling(meta.get("llama.rope.scaling.type")),
+            },
+        )
+        for number, keys in found.layers.items()
+    )
 
 
-def read_folder(source: Path, layer: LayerChoice) -> Layer:
-    """Read one layer of a folder in Hugging Face's layout, or in Meta's where it has no ``config.json``.
+def read_folder(source: Path, choice: LayerChoice) -> tuple[Layer, ...]:
+    """Read layers of a folder in Hugging Face's layout, or in Meta's where it has no ``config.json``.
 
     Raises:
         ArtefactError: as :func:`read_hugging_face` and :func:`read_meta`.
     """
     is_meta = not (source / "config.json").is_file() and bool(part_paths(source))
-    return (read_meta if is_meta else read_hugging_face)(source, layer)
+    return (read_meta if is_meta else read_hugging_face)(source, choice)
 
 
-def read_hugging_face(source: Path, layer: LayerChoice) -> Layer:
-    """Read one layer of a Hugging Face folder, or of one ``*.safetensors`` or ``*.bin`` with ``config.json`` beside it.
+def read_hugging_face(source: Path, choice: LayerChoice) -> tuple[Layer, ...]:
+    """Read layers of a Hugging Face folder, or of one ``*.safetensors`` or ``*.bin`` with ``config.json`` beside it.
 
     Raises:
         ArtefactError: a file is damaged or missing, the model is not LLaMA's kind, or there is no such layer.
@@ -126,33 +126,37 @@ def read_hugging_face(source: Path, layer: LayerChoice) -> Layer:
     folder = source if source.is_dir() else source.parent
     config = read_json(folder / "config.json")
     spec = _hugging_face_spec(config, folder / "config.json")
-    num_layers, index = _choose(layer, config.get("num_hidden_layers"), source)
     opened = open_hugging_face(source)
-    keys, skipped = _match(opened.places, HUGGING_FACE_LAYER, index, HUGGING_FACE_NAMES, source, opened.elsewhere)
-    files = opened.files(keys.values())
-    found = opened.read(keys.values())
-    tensors = {name: found[key] for name, key in keys.items()}
+    num_layers = config.get("num_hidden_layers")
+    found = match(choice, num_layers, opened.places, HUGGING_FACE_LAYOUT, source, opened.elsewhere)
+    values = opened.read(found.keys)
+    files = opened.files(found.keys)
+    digests = {path: sha256(path) for path in (folder / "config.json", *files)}
     model = config.get("_name_or_path")
-    provenance = {
-        "format": files[0].suffix.lower().removeprefix("."),
-        "files": {path.name: sha256(path) for path in (folder / "config.json", *files)},
-        "model": model
-        if isinstance(model, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", model)
-        else None,  # no local paths
-        "license": None,
-        "architecture": config["model_type"],
-        "layer": index,
-        "num_layers": num_layers,
-        "tensor_types": _type_names(tensors),
-        "skipped": skipped,
-        "rope_layout": "half-split",
-        "rope_scaling": _scaling(_rope(config).get("rope_type", _rope(config).get("type"))),
-    }
-    return Layer(spec=spec, tensors=tensors, provenance=provenance)
+    layers: list[Layer] = []
+    for number, keys in found.layers.items():
+        tensors = {name: values[key] for name, key in keys.items()}
+        provenance = {
+            "format": files[0].suffix.lower().removeprefix("."),
+            "files": {path.name: digests[path] for path in (folder / "config.json", *opened.files(keys.values()))},
+            "model": model
+            if isinstance(model, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", model)
+            else None,  # no local paths
+            "license": None,
+            "architecture": config["model_type"],
+            "layer": number,
+            "num_layers": found.num_layers,
+            "tensor_types": _type_names(tensors),
+            "skipped": found.skipped,
+            "rope_layout": "half-split",
+            "rope_scaling": _scaling(_rope(config).get("rope_type", _rope(config).get("type"))),
+        }
+        layers.append(Layer(spec=spec, tensors=tensors, provenance=provenance))
+    return tuple(layers)
 
 
-def read_meta(source: Path, layer: LayerChoice) -> Layer:
-    """Read one layer of Meta's ``consolidated.NN.pth`` with ``params.json`` beside them; all parts are joined.
+def read_meta(source: Path, choice: LayerChoice) -> tuple[Layer, ...]:
+    """Read layers of Meta's ``consolidated.NN.pth`` with ``params.json`` beside them; all parts are joined.
 
     Meta stores the rows of q and k for interleaved rotary pairs; they are brought to the half-split order.
 
@@ -160,33 +164,34 @@ def read_meta(source: Path, layer: LayerChoice) -> Layer:
         ArtefactError: a part is damaged or missing, asks for code to be run, or there is no such layer.
     """
     file = open_meta(source)
-    num_layers, index = _choose(layer, file.params.get("n_layers"), source)
-    keys, skipped = _match(file.keys(), META_LAYER, index, META_NAMES, source)
-    shapes = {name: file.shape(key) for name, key in keys.items()}
-    spec = _meta_spec(file, shapes["mlp.gate_proj.weight"][0])
-    _check_parts(file, shapes["self_attn.q_proj.weight"][0], spec)
-    try:
-        check_layer(spec, shapes)
-    except ValueError as error:
-        raise ArtefactError(f"{source}: {error}") from error
-    tensors = _half_split_q_and_k({name: file.read(key) for name, key in keys.items()}, spec)
-    provenance = {
-        "format": "meta",
-        "files": {path.name: sha256(path) for path in (file.params_path, *file.parts)},
-        "model": None,
-        "license": None,
-        "architecture": "llama",
-        "layer": index,
-        "num_layers": num_layers,
-        "tensor_types": _type_names(tensors),
-        "skipped": skipped,
-        "rope_layout": "half-split",
-        "rope_scaling": "llama3" if file.params.get("use_scaled_rope") else None,
-    }
-    return Layer(spec=spec, tensors=tensors, provenance=provenance)
+    found = match(choice, file.params.get("n_layers"), file.keys(), META_LAYOUT, source)
+    shapes = [{name: file.shape(key) for name, key in keys.items()} for keys in found.layers.values()]
+    spec = _meta_spec(file, shapes[0]["mlp.gate_proj.weight"][0])
+    _check_parts(file, shapes[0]["self_attn.q_proj.weight"][0], spec)
+    for of_layer in shapes:
+        _check(spec, of_layer, source)
+    files = {path.name: sha256(path) for path in (file.params_path, *file.parts)}
+    layers: list[Layer] = []
+    for number, keys in found.layers.items():
+        tensors = _half_split_q_and_k({name: file.read(key) for name, key in keys.items()}, spec)
+        provenance = {
+            "format": "meta",
+            "files": files,
+            "model": None,
+            "license": None,
+            "architecture": "llama",
+            "layer": number,
+            "num_layers": found.num_layers,
+            "tensor_types": _type_names(tensors),
+            "skipped": found.skipped,
+            "rope_layout": "half-split",
+            "rope_scaling": "llama3" if file.params.get("use_scaled_rope") else None,
+        }
+        layers.append(Layer(spec=spec, tensors=tensors, provenance=provenance))
+    return tuple(layers)
 
 
-READERS: Mapping[str, Callable[[Path, LayerChoice], Layer]] = {  # by suffix; "" is a folder
+READERS: Mapping[str, Callable[[Path, LayerChoice], tuple[Layer, ...]]] = {  # by suffix; "" is a folder
     "": read_folder,
     ".safetensors": read_hugging_face,
     ".bin": read_hugging_face,
@@ -196,13 +201,15 @@ READERS: Mapping[str, Callable[[Path, LayerChoice], Layer]] = {  # by suffix; ""
 
 
 def check_layer(spec: BlockSpec, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Check that these are the tensors of one layer of this geometry.
+    """Check that these are the tensors of one layer of this geometry, and perhaps the language model's final norm.
 
     Raises:
         ValueError: a tensor is missing, unknown, or has another shape.
     """
     with torch.device("meta"):
         wanted = {name: tuple(tensor.shape) for name, tensor in LlamaBlock(spec).state_dict().items()}
+    if FINAL_NORM in shapes:
+        wanted[FINAL_NORM] = (spec.hidden_size,)
     if different := sorted(wanted.keys() ^ shapes.keys()):
         raise ValueError(f"{different[0]} is {'missing' if different[0] in wanted else 'no tensor of a LLaMA layer'}")
     for name, shape in shapes.items():
@@ -301,6 +308,13 @@ def _check_parts(file: MetaFile, query_rows: int, spec: BlockSpec) -> None:
         )
 
 
+def _check(spec: BlockSpec, shapes: Mapping[str, tuple[int, ...]], source: Path) -> None:
+    try:
+        check_layer(spec, shapes)
+    except ValueError as error:
+        raise ArtefactError(f"{source}: {error}") from error
+
+
 def _half_split_q_and_k(tensors: dict[str, Tensor], spec: BlockSpec) -> dict[str, Tensor]:
     query, key = "self_attn.q_proj.weight", "self_attn.k_proj.weight"
     return tensors | {
@@ -333,59 +347,3 @@ def _share(hidden: Any, heads: Any) -> Any:
 def _shortest(value: Any) -> Any:
     """Return a float32 as the shortest decimal that means it: 1e-5, not 9.999999747378752e-06."""
     return float(str(np.float32(value))) if isinstance(value, float) else value
-
-
-def _choose(layer: LayerChoice, num_layers: Any, source: Path) -> tuple[int, int]:
-    if not isinstance(num_layers, int) or num_layers < 1:
-        raise ArtefactError(f"{source} does not say how many layers it has (it says {num_layers!r})")
-    index = num_layers - 1 if layer == "last" else layer
-    if not 0 <= index < num_layers:
-        raise ArtefactError(
-            f"{source} has no layer {layer}; it has {num_layers}: choose 0 to {num_layers - 1}, or last"
-        )
-    return num_layers, index
-
-
-def _match(
-    keys: Iterable[str],
-    pattern: re.Pattern[str],
-    index: int,
-    names: Mapping[str, str],
-    source: Path,
-    elsewhere: Mapping[str, str] | None = None,
-) -> tuple[dict[str, str], dict[str, int]]:
-    """Find the layer's tensors: Hugging Face's name -> the file's key, and how many keys were skipped, by group.
-
-    ``elsewhere`` names the files of keys that are not in ``source``, for the message.
-    """
-    found: dict[str, str] = {}
-    skipped: Counter[str] = Counter()
-    for key in keys:
-        match = pattern.match(key)
-        name = key[match.end() :] if match else key
-        if match is not None and int(match[1]) != index:
-            skipped[f"{match[0].replace(match[1], 'N')}*, the other layers"] += 1
-        elif match is None or name in SKIPPED_IN_LAYER:
-            skipped[key] += 1
-        elif name not in names:
-            raise ArtefactError(f"{source}: {key} is no tensor of a LLaMA layer; this is another architecture")
-        elif names[name] in found:
-            raise ArtefactError(f"{source} has one tensor of layer {index} twice: {found[names[name]]} and {key}")
-        else:
-            found[names[name]] = key
-    if missing := [name for name, target in names.items() if target not in found]:
-        places = {key[match.end() :]: file for key, file in (elsewhere or {}).items()
-                  if (match := pattern.match(key)) and int(match[1]) == index}  # fmt: skip
-        raise ArtefactError(f"{source}: layer {index} lacks {_with_places(missing, places)}")
-    return {name: found[name] for name in names.values()}, dict(sorted(skipped.items()))
-
-
-def _with_places(missing: Iterable[str], places: Mapping[str, str]) -> str:
-    """Name missing tensors by the file that has them, and what to do."""
-    groups: dict[str, list[str]] = {}
-    for name in missing:
-        groups.setdefault(places.get(name, ""), []).append(name)
-    named = "; ".join(", ".join(names) + (f" (in {file})" if file else "") for file, names in groups.items())
-    if "" in groups:
-        return f"{named}; if the model is split, give the folder or the part that has it"
-    return f"{named}; put these files into one folder with config.json and the index, and give the folder"

@@ -21,6 +21,7 @@ from medseg_trt.train.evaluate import evaluate
 from medseg_trt.train.losses import segmentation_loss
 from medseg_trt.train.model import runner
 from medseg_trt.train.recipes import Recipe, TrainSpec
+from medseg_trt.train.run_lock import run_lock
 from medseg_trt.train.runs import PARTIAL_SLICES, Row, begin, save
 from medseg_trt.train.schedules import learning_rate
 
@@ -36,11 +37,16 @@ def train(recipe: Recipe, data: DataFolder, out: Path, *, block: Path | None = N
         resume: go on from ``out/last.pt``; the recipe, the data and the block must be those of the run so far.
 
     Raises:
-        UsageError: recipe, block and run folder do not fit together.
+        UsageError: recipe, block and run folder do not fit together, or another training writes to the folder.
         InputError: the data cannot be used.
         ArtefactError: the block or the checkpoint cannot be used.
         MedsegError: the training has diverged.
     """
+    with run_lock(out):
+        return _train(recipe, data, out, block, resume)
+
+
+def _train(recipe: Recipe, data: DataFolder, out: Path, block: Path | None, resume: bool) -> Path:
     state = begin(recipe, data, out, block=block, resume=resume)
     if state.next_epoch > recipe.train.epochs:
         LOG.info("%s is complete; all %d epochs are done", out, recipe.train.epochs)

@@ -29,6 +29,8 @@ SMOLLM2_135M = BlockSpec(
 )
 TINY_LLAMA = BlockSpec(hidden_size=64, intermediate_size=96, num_heads=4, num_kv_heads=2, head_dim=16)
 
+MAX_DRAWN = 1 << 20  # random numbers at once
+
 Preset = Callable[[tuple[int, int], int], ModelSpec]
 
 
@@ -147,6 +149,9 @@ class LanguageInsert(nn.Module):
 def build_model(spec: ModelSpec, block: FrozenBlock | Sequence[FrozenBlock] | None = None) -> TransUNet:
     """Build the network that ``spec`` describes, with fresh trainable weights.
 
+    All that lies outside the insert is drawn from one place of PyTorch's stream of random numbers: with one seed an
+    architecture, its LLM counterpart and every variant of that start from the same weights there.
+
     Args:
         spec: the architecture.
         block: the language layers' weights, one block a layer in the language model's order. Without a block that
@@ -161,17 +166,42 @@ def build_model(spec: ModelSpec, block: FrozenBlock | Sequence[FrozenBlock] | No
             raise UsageError(
                 f"{spec.architecture} has no language block; choose llm-{spec.architecture} or drop the block"
             )
+        _draw_like_published(spec, None, torch.get_rng_state())
         return TransUNet(spec)
     _check_blocks(spec.block, blocks)
+    start = torch.get_rng_state()
     insert = LanguageInsert(spec.hidden_size, spec.block, spec.insert)
     if blocks or not spec.insert.needs_block_file:
         _fill(insert, spec.insert, spec.block, blocks)
+    _draw_like_published(spec, insert, start)
     return TransUNet(spec, insert)
 
 
 def frozen_names(model: nn.Module) -> set[str]:
     """Return the names of the parameters that no training changes, and that no checkpoint therefore holds."""
     return {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+
+
+def _draw_like_published(spec: ModelSpec, insert: LanguageInsert | None, start: Tensor) -> None:
+    """Bring PyTorch's stream to where drawing the published insert of this architecture takes it from ``start``.
+
+    What is drawn next are then the weights with which the published model has always begun.
+    """
+    preset = MODELS.get(f"llm-{spec.architecture.removeprefix('llm-')}")
+    block = preset(spec.image_size, spec.num_classes).block if preset is not None else None
+    if block is None:
+        return
+    with torch.device("meta"):
+        left = _numbers_drawn(LanguageInsert(spec.hidden_size, block))
+    if insert is not None and _numbers_drawn(insert) == left:
+        return
+    torch.set_rng_state(start)
+    while left > 0:  # in parts, since LLaMA-7B's layer has 200 million; parts draw what the whole would
+        left -= torch.rand(min(left, MAX_DRAWN)).numel()
+
+
+def _numbers_drawn(insert: LanguageInsert) -> int:
+    return sum(weight.numel() for weight in insert.parameters() if weight.dim() > 1)  # norms start from ones
 
 
 def _check_blocks(spec: BlockSpec, blocks: Sequence[FrozenBlock]) -> None:

@@ -19,7 +19,7 @@ from medseg_trt.errors import UsageError
 from medseg_trt.files import atomic_file, sha256, write_json
 from medseg_trt.progress import LOG
 from medseg_trt.spec import Preprocessing, from_dict, to_dict
-from medseg_trt.train.blocks import load_block
+from medseg_trt.train.blocks import load_block, provenance_of
 from medseg_trt.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, trained_weights
 from medseg_trt.train.curve import draw_curve
 from medseg_trt.train.datasets.folder import DataFolder, manifest_sha256
@@ -102,9 +102,9 @@ def _fresh(recipe: Recipe, data: DataFolder, provenance: Mapping[str, Any], bloc
             f"{recipe.architecture} needs a frozen block: --block FILE. "
             "Get one: medseg-trt samples get llama-block, then medseg-trt block extract"
         )
-    frozen = load_block(block) if block is not None else None
-    if spec.block is not None and frozen is not None:
-        spec = replace(spec, block=replace(frozen.spec, rotary=recipe.rotary, causal=recipe.causal))
+    frozen = load_block(block) if block is not None else ()
+    if spec.block is not None and frozen:
+        spec = replace(spec, block=replace(frozen[0].spec, rotary=recipe.rotary, causal=recipe.causal))
     torch.manual_seed(recipe.train.seed)
     return Checkpoint(
         weights=trained_weights(build_model(spec, frozen)),
@@ -113,7 +113,7 @@ def _fresh(recipe: Recipe, data: DataFolder, provenance: Mapping[str, Any], bloc
         classes=data.classes,
         block_file=block,
         block_sha256=sha256(block) if block is not None else None,
-        provenance={**provenance, "block": dict(frozen.provenance) if frozen is not None else None},
+        provenance={**provenance, "block": provenance_of(frozen) if frozen else None},
     )
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from medseg_trt.errors import UsageError
 from medseg_trt.spec import BlockSpec, InsertSpec
 from medseg_trt.train.blocks import FrozenBlock, random_block
+from medseg_trt.train.layer_choice import FINAL_NORM
 
-FINAL_NORM = "norm.weight"  # of the language model, in a block that carries it
 Tensors = Mapping[str, Tensor]
 
 
@@ -35,7 +35,8 @@ def layer_weights(insert: InsertSpec, geometry: BlockSpec, blocks: Sequence[Froz
         return [random_block(geometry, _seed(insert.seed, number)).tensors for number in range(insert.num_layers)]
     if len(blocks) != insert.num_layers:
         raise UsageError(
-            f"insert.num_layers is {insert.num_layers}, but the block holds {len(blocks)}; they must agree"
+            f"insert.num_layers is {insert.num_layers}, but the block holds {len(blocks)} layer(s); they must agree: "
+            f"medseg-trt block extract SOURCE --layers {insert.num_layers}"
         )
     return [CHANGES[insert.weights](block.tensors, insert.seed, number) for number, block in enumerate(blocks)]
 
@@ -65,7 +66,7 @@ def final_norm(blocks: Sequence[FrozenBlock]) -> Tensor:
     if not blocks or FINAL_NORM not in blocks[-1].tensors:
         raise UsageError(
             f"insert.norm=pretrained needs the language model's final norm, and the block has no {FINAL_NORM}. "
-            "Extract the block again, from a source that has it, or choose insert.norm=ones"
+            "Extract the block again: medseg-trt block extract SOURCE --final-norm, or choose insert.norm=ones"
         )
     return blocks[-1].tensors[FINAL_NORM]
 

@@ -73,3 +73,21 @@ def test_a_step_of_probability_zero_never_happens():
 def test_an_unknown_step_lists_the_known_ones():
     with pytest.raises(ValueError, match="rotate90"):
         Step(name="elastic")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("affine", {}, "affine must be: degrees, scale, shift; given are: none"),
+        (
+            "intensity",
+            {"gamma": 1.2, "contrast": 1.1},
+            "must be: gamma, contrast, brightness; given are: gamma, contrast$",
+        ),
+        ("noise", {"deviation": 0.1, "colour": 1.0}, "must be: deviation; given are: deviation, colour"),
+        ("flip", {"axis": 1.0}, "flip must be: none; given are: axis"),
+    ],
+)
+def test_options_that_lack_or_are_unknown_are_named_before_anything_is_trained(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        Step(name=name, options=options)

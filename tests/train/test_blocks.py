@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from medseg_trt.errors import ArtefactError
+from medseg_trt.errors import ArtefactError, UsageError
 from medseg_trt.spec import BlockSpec
 from medseg_trt.train import blocks
 from medseg_trt.train.blocks import (
@@ -24,6 +24,7 @@ from medseg_trt.train.blocks import (
     FrozenBlock,
     build_block,
     extract,
+    extract_last,
     load_block,
     random_block,
     save_block,
@@ -49,6 +50,11 @@ def file(block, tmp_path) -> Path:
 @pytest.fixture(scope="module")
 def real(llama_gguf) -> FrozenBlock:
     return extract(llama_gguf)
+
+
+def only(blocks: tuple[FrozenBlock, ...]) -> FrozenBlock:
+    (block,) = blocks
+    return block
 
 
 def assert_same(found: FrozenBlock, expected: FrozenBlock) -> None:
@@ -120,6 +126,117 @@ def test_the_order_of_tensors_and_provenance_does_not_change_the_bytes(block, tm
     assert save_block(turned, tmp_path / "turned") == save_block(block, tmp_path / "block")
 
 
+def test_the_real_block_of_one_layer_has_the_digest_that_checkpoints_know(real, llama_gguf, tmp_path):
+    """The bytes hold the version of medseg-trt too; this is the digest of 0.1.0."""
+    block = replace(real, provenance={**real.provenance, "medseg_trt": "0.1.0"})
+    assert save_block(block, tmp_path / "block.safetensors").startswith("5733bb5e84a77e9e")
+
+
+def test_several_real_layers_and_the_final_norm_are_those_of_the_file(real, llama_gguf, tmp_path):
+    before, last = extract_last(llama_gguf, 2, final_norm=True)
+    assert [block.provenance["layer"] for block in (before, last)] == [28, 29]
+    alone = extract(llama_gguf, 28)
+    assert all(torch.equal(before.tensors[name], tensor) for name, tensor in alone.tensors.items())
+    stored = open_gguf(llama_gguf).read("output_norm.weight")
+    assert torch.equal(last.tensors["norm.weight"], stored)
+    assert stored.std() > 0.1  # a norm of ones would be found
+    assert all(torch.equal(last.tensors[name], tensor) for name, tensor in real.tensors.items())
+    assert "output_norm.weight" not in last.provenance["skipped"]
+
+
+def several(count: int = 3, *, norm: bool = True) -> tuple[FrozenBlock, ...]:
+    """Return generated layers, each of its own values and origin, and the last with a final norm."""
+    layers = [random_block(TINY_LLAMA, seed=seed) for seed in range(count)]
+    if norm:
+        tensors = {**layers[-1].tensors, "norm.weight": torch.linspace(0.5, 1.5, TINY_LLAMA.hidden_size)}
+        layers[-1] = replace(layers[-1], tensors=tensors)
+    return tuple(replace(layer, provenance={**layer.provenance, "layer": 5 + i}) for i, layer in enumerate(layers))
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_several_layers_come_back_in_their_order(norm, tmp_path):
+    layers = several(12, norm=norm)  # "10." would come before "2." in the order of names
+    digest = save_block(layers, tmp_path / "block.safetensors")
+    found = load_block(tmp_path / "block.safetensors", digest)
+    for one, other in zip(found, layers, strict=True):
+        assert_same(one, other)
+    assert save_block(found, tmp_path / "again.safetensors") == digest
+    names = set(load_file(tmp_path / "block.safetensors"))
+    assert {"0.mlp.up_proj.weight", "11.mlp.up_proj.weight"} < names
+    assert ("11.norm.weight" in names) == norm
+
+
+def test_a_block_of_several_layers_gives_the_last_ones_and_each_by_its_number(tmp_path):
+    layers, path = several(3), tmp_path / "block.safetensors"
+    save_block(layers, path)
+    for one, other in zip(extract_last(path, 2, final_norm=True), layers[1:], strict=True):
+        assert_same(one, other)
+    assert_same(extract(path), layers[2])
+    assert_same(extract(path, 6), layers[1])
+    with pytest.raises(ArtefactError, match="is an extracted block and holds 3 layer"):
+        extract_last(path, 4)
+    with pytest.raises(ArtefactError, match="holds no layer 4; leave the layer out"):
+        extract(path, 4)
+    with pytest.raises(ArtefactError, match="without the final norm; extract it again from the language model"):
+        extract(path, 6, final_norm=True)
+
+
+def test_a_final_norm_is_no_part_of_the_layer(tmp_path):
+    plain, carrying = several(1, norm=False), several(1)
+    tokens = torch.randn(1, 3, TINY_LLAMA.hidden_size, generator=torch.Generator().manual_seed(0))
+    one, other = (build_block(block[0]) for block in (plain, carrying))
+    assert one.state_dict().keys() == other.state_dict().keys()
+    assert torch.equal(one(tokens), other(tokens))
+    assert save_block(plain, tmp_path / "plain") != save_block(carrying, tmp_path / "carrying")
+
+
+def test_layers_of_two_geometries_or_none_at_all_are_no_block(tmp_path):
+    other = random_block(replace(TINY_LLAMA, num_kv_heads=4), seed=0)
+    for layers in ((), (*several(1), other)):
+        with pytest.raises(ValueError, match="one layer or more, all of one geometry"):
+            save_block(layers, tmp_path / "block.safetensors")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UsageError, match="0 layers cannot be taken"):
+        extract_last(tmp_path, 0)
+
+
+SEVERAL: Mapping[str, tuple[Damage | None, Callable[[dict[str, torch.Tensor]], Any] | None, str]] = {
+    "one layer too few": (
+        lambda header: header["provenance"]["layers"].pop(), None, r"2\..* is no tensor of one of its 2",
+    ),
+    "one layer too many": (lambda header: header["provenance"]["layers"].append({}), None, "is missing"),
+    "one alone": (lambda header: header["provenance"].update(layers=[{}]), None, "no list of several layers"),
+    "no list": (lambda header: header["provenance"].update(layers="three"), None, "no list of several layers"),
+    "layers and more": (lambda header: header["provenance"].update(layer=3), None, "no list of several layers"),
+    "a layer without a number": (None, lambda tensors: tensors.update(x=torch.zeros(1)), "x is no tensor of one of"),
+    "a number written otherwise": (
+        None, lambda tensors: tensors.update({"02.mlp.x": torch.zeros(1)}), r"02\.mlp\.x is no tensor of one of its 3",
+    ),
+    "a tensor missing": (None, lambda tensors: tensors.pop("1.mlp.up_proj.weight"), "mlp.up_proj.weight is missing"),
+    "a final norm of another width": (
+        None, lambda tensors: tensors.update({"2.norm.weight": torch.ones(32)}), r"norm\.weight has the shape \(32,\)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", SEVERAL)
+def test_a_changed_block_of_several_layers_is_refused(fault, tmp_path):
+    file = tmp_path / "block.safetensors"
+    save_block(several(3), file)
+    change_header, change_tensors, problem = SEVERAL[fault]
+    if change_header is not None:
+        damage = change_header
+        rewrite(file, lambda header: damage(header) and None)
+    if change_tensors is not None:
+        with open_safetensors(file) as opened:
+            metadata = opened.metadata()
+        tensors = load_file(file)
+        change_tensors(tensors)
+        save_file(tensors, file, metadata)
+    with pytest.raises(ArtefactError, match=f"{re.escape(str(file))}.*{problem}"):
+        load_block(file)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_block_comes_back_as_it_was_saved(dtype, block, tmp_path):
     block = replace(
@@ -128,7 +245,7 @@ def test_a_block_comes_back_as_it_was_saved(dtype, block, tmp_path):
         provenance={"model": "générée", "layer": 4, "files": {"a.gguf": "0" * 64}, "skipped": {}, "license": None},
     )
     digest = save_block(block, tmp_path / "block.safetensors")
-    assert_same(load_block(tmp_path / "block.safetensors", digest), block)
+    assert_same(only(load_block(tmp_path / "block.safetensors", digest)), block)
     assert_same(extract(tmp_path / "block.safetensors", 4), block)
     with pytest.raises(ArtefactError, match="holds no layer 3; leave the layer out"):
         extract(tmp_path / "block.safetensors", 3)
@@ -162,7 +279,7 @@ def test_the_module_is_frozen_in_float32_and_has_the_switches_it_was_asked_for(b
 
 def test_another_digest_is_refused_before_anything_is_parsed(block, file, monkeypatch):
     expected = hashlib.sha256(file.read_bytes()).hexdigest()
-    assert_same(load_block(file, expected), block)
+    assert_same(only(load_block(file, expected)), block)
 
     def parse(path: Path) -> None:
         raise AssertionError(f"{path} was parsed")
@@ -224,7 +341,7 @@ def test_a_changed_header_is_refused(fault, file):
 
 def test_a_header_that_was_only_rewritten_is_accepted(block, file):
     rewrite(file, lambda header: None)
-    assert_same(load_block(file), block)
+    assert_same(only(load_block(file)), block)
 
 
 def test_a_safetensors_file_that_is_no_block_says_how_to_make_one(file):

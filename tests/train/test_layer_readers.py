@@ -5,7 +5,7 @@ import json
 import logging
 import pickle
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from medseg_trt.errors import ArtefactError, UsageError
 from medseg_trt.spec import BlockSpec
 from medseg_trt.train import layer_readers
-from medseg_trt.train.blocks import FrozenBlock, build_block, extract, save_block
+from medseg_trt.train.blocks import FrozenBlock, build_block, extract, extract_last, save_block
 from medseg_trt.train.layer_readers import GGUF_NAMES, META_NAMES, half_split
 
 NUM_LAYERS = 3
@@ -234,6 +234,22 @@ def parity(block: FrozenBlock, model: LlamaForCausalLM, layer: int) -> float:
         return (build_block(block, rotary=True, causal=True)(tokens) - expected).abs().max().item()
 
 
+def last_layers_parity(blocks: Sequence[FrozenBlock], model: LlamaForCausalLM) -> float:
+    """Return how far the blocks and the final norm are from the end of transformers' model, for tokens of size 1."""
+    end = deepcopy(model.model)
+    end.layers = torch.nn.ModuleList(list(model.model.layers)[-len(blocks) :])
+    end.config.num_hidden_layers = len(blocks)
+    tokens = torch.randn(2, 11, SPEC.hidden_size, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = end(inputs_embeds=tokens, use_cache=False).last_hidden_state
+        found = tokens
+        for block in blocks:
+            found = build_block(block, rotary=True, causal=True)(found)
+        norm = blocks[-1].tensors["norm.weight"]
+        found = torch.nn.functional.rms_norm(found, norm.shape, norm, SPEC.rms_norm_eps)
+        return (found - expected).abs().max().item()
+
+
 SOURCES = ["folder", "sharded", "bin_folder", "meta", "meta_parts", "gguf_file"]
 
 
@@ -261,12 +277,59 @@ def test_every_layout_of_the_same_weights_gives_the_same_bytes(num_kv_heads, tmp
         sources.append(write_meta(tmp_path / f"meta{num_parts}", model, num_parts))
     model.save_pretrained(tmp_path / "hugging-face")
     sources.append(tmp_path / "hugging-face")
-    digests = set()
+    digests: dict[str, set[str]] = {"one layer": set(), "two layers and the final norm": set()}
     for source in sources:
         block = replace(extract(source, 1), provenance={})
-        digests.add(save_block(block, tmp_path / "block.safetensors"))
+        digests["one layer"].add(save_block(block, tmp_path / "block.safetensors"))
         assert parity(block, model, 1) < FLOAT32
-    assert len(digests) == 1
+        blocks = [replace(layer, provenance={}) for layer in extract_last(source, 2, final_norm=True)]
+        digests["two layers and the final norm"].add(save_block(blocks, tmp_path / "blocks.safetensors"))
+        assert last_layers_parity(blocks, model) < FLOAT32
+    assert [len(found) for found in digests.values()] == [1, 1]
+
+
+def test_the_parity_of_the_end_catches_an_order_and_a_norm_that_are_wrong(model, folder):
+    assert not torch.equal(model.model.norm.weight, torch.ones(SPEC.hidden_size))
+    before, last = extract_last(folder, 2, final_norm=True)
+    turned = [before, replace(last, tensors={**last.tensors, "norm.weight": last.tensors["norm.weight"].flip(0)})]
+    swapped = [replace(last, tensors=layer_alone(last)), replace(before, tensors={**before.tensors, **norm_of(last)})]
+    for wrong in (turned, swapped):
+        assert last_layers_parity(wrong, model) > 100 * FLOAT32
+
+
+def norm_of(block: FrozenBlock) -> dict[str, Tensor]:
+    return {"norm.weight": block.tensors["norm.weight"]}
+
+
+def layer_alone(block: FrozenBlock) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in block.tensors.items() if name != "norm.weight"}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_the_final_norm_comes_on_request_alone(source, model, request):
+    plain = extract(request.getfixturevalue(source), 1)
+    carrying = extract(request.getfixturevalue(source), 1, final_norm=True)
+    assert "norm.weight" not in plain.tensors
+    assert torch.equal(carrying.tensors["norm.weight"], model.model.norm.weight)
+    assert layer_alone(carrying).keys() == plain.tensors.keys()
+    left_out = plain.provenance["skipped"].keys() - carrying.provenance["skipped"].keys()
+    assert left_out <= {"model.norm.weight", "norm.weight", "output_norm.weight"}
+    assert len(left_out) == 1
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_more_layers_than_there_are_cannot_be_taken(source, request):
+    assert len(extract_last(request.getfixturevalue(source), NUM_LAYERS)) == NUM_LAYERS
+    with pytest.raises(ArtefactError, match="has 3 layers; 4 cannot be taken"):
+        extract_last(request.getfixturevalue(source), NUM_LAYERS + 1)
+
+
+def test_a_shard_without_the_final_norm_says_which_shard_has_it(model, folder, tmp_path):
+    write_three_shards(model, folder, tmp_path, "safetensors")
+    first, last = (tmp_path / shard_name(number, "safetensors") for number in (1, 3))
+    with pytest.raises(ArtefactError, match=rf"lacks the final norm, model\.norm\.weight \(in {last.name}\)"):
+        extract(first, 0, final_norm=True)
+    assert extract(first, 0).provenance["layer"] == 0
 
 
 FAULTS: Mapping[str, Callable[[Tensor, int], Tensor]] = {

@@ -14,14 +14,12 @@ from tiny import (
     tiny_recipe,
     tiny_spec,
     train_and_kill,
-    write_block,
     write_description,
-    write_pictures,
     write_volumes,
 )
 
 from medseg_trt.errors import InputError, MedsegError
-from medseg_trt.train import loop, runs
+from medseg_trt.train import loop
 from medseg_trt.train.blocks import random_block
 from medseg_trt.train.checkpoint import FROZEN_PREFIXES, load_checkpoint
 from medseg_trt.train.datasets.folder import open_folder
@@ -32,18 +30,6 @@ from medseg_trt.train.model import build_model, runner
 from medseg_trt.train.recipes import OPTIMIZERS
 
 RUN_FILES = {"best.pt", "last.pt", "history.jsonl", "curve.png", "recipe.json", "data.json"}
-
-
-@pytest.fixture
-def no_curve(monkeypatch):
-    monkeypatch.setattr(runs, "draw_curve", lambda history, path: None)  # it takes ten times as long as an epoch here
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """Five pictures and a frozen block."""
-    folder = tmp_path_factory.mktemp("source")
-    return open_folder(write_pictures(folder / "pictures", 5)), write_block(folder)
 
 
 @pytest.fixture(scope="module")

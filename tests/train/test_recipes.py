@@ -34,6 +34,7 @@ def test_fields_are_changed_at_any_depth():
         ("train.epochs.more=3", "no field train.epochs.more"),
         ("architecture=unet", "llm-transunet"),
         ("preprocessing.window=[5, 5]", "empty"),
+        ('augmentation=[{"name": "affine", "options": {"degrees": 5}}]', "degrees, scale, shift; given are: degrees"),
     ],
 )
 def test_a_wrong_change_is_explained(change, message):

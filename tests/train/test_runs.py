@@ -9,7 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from tiny import tiny_changes, tiny_recipe, train_and_kill, write_block, write_pictures
+from tiny import tiny_changes, tiny_recipe, train_and_kill, write_block
 
 from medseg_trt.errors import ArtefactError, UsageError
 from medseg_trt.files import sha256
@@ -21,19 +21,8 @@ from medseg_trt.train.evaluate import Evaluation
 from medseg_trt.train.loop import train
 from medseg_trt.train.recipes import Recipe
 
+pytestmark = pytest.mark.usefixtures("no_curve")
 RECIPE = tiny_recipe()  # three epochs of two steps
-
-
-@pytest.fixture(autouse=True)
-def no_curve(monkeypatch):
-    monkeypatch.setattr(runs, "draw_curve", lambda history, path: None)  # it takes ten times as long as an epoch here
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """Five pictures and a frozen block."""
-    folder = tmp_path_factory.mktemp("source")
-    return open_folder(write_pictures(folder / "pictures", 5)), write_block(folder)
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,10 @@ from medseg_trt.errors import UsageError
 from medseg_trt.export.fold import fold
 from medseg_trt.export.trace import save_graph, trace
 from medseg_trt.spec import BlockSpec, InsertSpec, ModelSpec, Preprocessing, from_dict, to_dict
-from medseg_trt.train import blocks as blocks_module
-from medseg_trt.train.blocks import FrozenBlock, random_block, save_block
+from medseg_trt.train.blocks import FrozenBlock, extract_last, random_block, save_block
 from medseg_trt.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, trained_weights
 from medseg_trt.train.datasets.folder import open_folder
+from medseg_trt.train.gguf_file import open_gguf
 from medseg_trt.train.loop import make_optimizer, train
 from medseg_trt.train.model import TINY_LLAMA, LanguageInsert, build_model, count_parameters, frozen_names, model_spec
 from medseg_trt.train.recipes import TrainSpec, recipe
@@ -76,18 +76,7 @@ VARIANTS: Mapping[str, Variant] = {
         causal=True,
     ),
 }  # fmt: skip
-SEVERAL_BLOCKS = ("two layers", "several")  # a block file holds one layer
 SAME_FUNCTION = {"trained": "published"}  # of variants that differ only in what training does to them
-
-
-@pytest.fixture(autouse=True)
-def final_norm_in_blocks(monkeypatch):
-    """Let a block carry its language model's final norm. ``check_layer`` does not allow it yet."""
-
-    def check(spec: BlockSpec, shapes: Mapping[str, tuple[int, ...]], real: Any = blocks_module.check_layer) -> None:
-        real(spec, {name: shape for name, shape in shapes.items() if name != "norm.weight"})
-
-    monkeypatch.setattr(blocks_module, "check_layer", check)
 
 
 def language_model(num_layers: int = 2) -> tuple[FrozenBlock, ...]:
@@ -101,7 +90,7 @@ def language_model(num_layers: int = 2) -> tuple[FrozenBlock, ...]:
             name: tensor + 0.3 * torch.randn(tensor.shape, generator=noise) if "norm" in name else tensor
             for name, tensor in block.tensors.items()
         }
-        blocks.append(replace(block, tensors={**tensors, "norm.weight": norm}))
+        blocks.append(replace(block, tensors={**tensors, "norm.weight": norm.clone()}))
     return tuple(blocks)
 
 
@@ -422,6 +411,44 @@ def test_a_step_changes_all_that_is_trained_and_nothing_that_is_frozen(name):
     assert ("insert.final_norm.weight" in before) == (VARIANTS[name].insert.norm != "none")
 
 
+def outside(spec: ModelSpec, blocks: Sequence[FrozenBlock] = (), seed: int = 3) -> dict[str, torch.Tensor]:
+    """Return the weights outside the insert with which a model of this seed starts."""
+    torch.manual_seed(seed)
+    state = build_model(spec, blocks).state_dict()
+    return {name: value for name, value in state.items() if not name.startswith("insert.")}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_arm_of_one_seed_starts_from_the_same_weights_outside_the_insert(name):
+    """TransUNet without a language block is the arm that all are compared with."""
+    baseline = outside(model_spec("transunet-tiny", SIZE, 3))
+    found = outside(VARIANTS[name].spec(), needed_blocks(VARIANTS[name].insert))
+    assert found.keys() == baseline.keys()
+    assert all(torch.equal(found[key], value) for key, value in baseline.items())
+    other = outside(VARIANTS[name].spec(), needed_blocks(VARIANTS[name].insert), seed=4)
+    assert not torch.equal(other["head.weight"], baseline["head.weight"])
+
+
+def test_a_block_of_another_width_changes_nothing_outside_the_insert():
+    wider = replace(TINY_LLAMA, intermediate_size=160)
+    spec = replace(VARIANTS["published"].spec(), block=wider)
+    found = outside(spec, (random_block(wider, seed=0),))
+    assert torch.equal(found["head.weight"], outside(VARIANTS["published"].spec(), language_model(1))["head.weight"])
+
+
+def test_the_published_model_starts_where_it_always_started():
+    """Its insert drawn first, then all else, as runs of earlier versions began."""
+    spec = VARIANTS["published"].spec()
+    assert spec.block is not None
+    torch.manual_seed(3)
+    insert = LanguageInsert(spec.hidden_size, spec.block)
+    expected = TransUNet(spec, insert).state_dict()
+    torch.manual_seed(3)
+    found = build_model(spec, language_model(1)).state_dict()
+    for name, value in expected.items():
+        assert name.startswith(("insert.block.", "insert.final_norm.")) or torch.equal(found[name], value), name
+
+
 # Random and shuffled weights follow from the spec and the block.
 
 
@@ -524,7 +551,7 @@ def test_onnx_runtime_agrees_with_pytorch(chosen, tmp_path):
 # Checkpoints and runs.
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name not in SEVERAL_BLOCKS])
+@pytest.mark.parametrize("name", VARIANTS)
 def test_a_checkpoint_brings_a_variant_back_without_its_frozen_weights(name, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     chosen = VARIANTS[name]
@@ -532,7 +559,7 @@ def test_a_checkpoint_brings_a_variant_back_without_its_frozen_weights(name, tmp
     block_file, digest = None, None
     if blocks := needed_blocks(chosen.insert):
         block_file = tmp_path / "block.safetensors"
-        digest = save_block(blocks[0], block_file)
+        digest = save_block(blocks, block_file)
     checkpoint = Checkpoint(
         weights=trained_weights(model),
         spec=chosen.spec(),
@@ -563,6 +590,37 @@ def test_a_recipe_chooses_the_variant_and_a_control_needs_no_block(pictures, tmp
     spec = load_checkpoint(train(tiny_recipe(*changes), open_folder(pictures), tmp_path)).spec
     assert spec.insert == InsertSpec(weights="random", seed=3, residual="out", placement=1)
     assert spec.block == replace(TINY_LLAMA, rotary=True)
+
+
+def test_a_run_takes_several_layers_and_the_final_norm_from_one_file(pictures, tmp_path):
+    """And resumes with them; the checkpoint says where each layer came from."""
+    block = tmp_path / "block.safetensors"
+    save_block(language_model(), block)
+    changes = ("train.epochs=1", "insert.num_layers=2", "insert.norm=pretrained")
+    best = train(tiny_recipe(*changes), open_folder(pictures), tmp_path / "run", block=block)
+    checkpoint = load_checkpoint(best)
+    assert [layer["seed"] for layer in checkpoint.provenance["block"]["layers"]] == [0, 1]
+    insert = checkpoint.model().insert
+    assert isinstance(insert, LanguageInsert)
+    for layer, expected in zip(insert.layers, language_model(), strict=True):
+        assert torch.equal(layer.mlp.up_proj.weight, expected.tensors["mlp.up_proj.weight"])
+    assert torch.equal(insert.final_norm.get_parameter("weight"), language_model()[0].tensors["norm.weight"])
+    train(tiny_recipe(*changes), open_folder(pictures), tmp_path / "run", block=block, resume=True)
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_real_language_models_layers_and_norm_are_in_the_network(count, llama_gguf, pictures, tmp_path):
+    blocks = extract_last(llama_gguf, count, final_norm=True)
+    save_block(blocks, tmp_path / "block.safetensors")
+    changes = ("train.epochs=0", f"insert.num_layers={count}", "insert.norm=pretrained")
+    best = train(tiny_recipe(*changes), open_folder(pictures), tmp_path / "run", block=tmp_path / "block.safetensors")
+    insert = load_checkpoint(best).model().insert
+    assert isinstance(insert, LanguageInsert)
+    own = open_gguf(llama_gguf).read("output_norm.weight")
+    assert torch.equal(insert.final_norm.get_parameter("weight"), own)
+    values = open_gguf(llama_gguf).read(f"blk.{30 - count}.ffn_up.weight")  # of the oldest of them
+    assert torch.equal(insert.layers[0].mlp.up_proj.weight, values)
 
 
 def test_a_trained_block_starts_from_the_file_and_leaves_it(pictures, tmp_path):
@@ -596,8 +654,8 @@ def test_a_run_that_was_begun_before_there_were_variants_goes_on(pictures, tmp_p
         (["insert.placement=3"], "after layer 3; llm-transunet-tiny has 2"),
         (["architecture=transunet-tiny", "insert.residual=in"], "no language block"),
         (["architecture=transunet-tiny", "causal=true"], "no language block"),
-        (["insert.num_layers=2"], "num_layers is 2, but the block holds 1"),
-        (["insert.norm=pretrained"], r"no norm\.weight.*Extract the block again"),
+        (["insert.num_layers=2"], "num_layers is 2, but the block holds 1 layer.*--layers 2"),
+        (["insert.norm=pretrained"], r"no norm\.weight.*Extract the block again.*--final-norm"),
         (["insert.parts=mlp", "causal=true"], "this insert has none"),
     ],
 )

@@ -1,0 +1,127 @@
+"""The forms in which a kernel writes its result: as it comes, or quantised to 8 bits while it is still in registers.
+
+A quantised form rounds once: the float32 result is divided by the scale and rounded to the nearest, ties to even, as
+ONNX's QuantizeLinear does it; it saturates at the ends of the type. NaN becomes the integer 0 and stays NaN in float8.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from medseg_trt.kernels.kernel import (
+    C_TYPES,
+    Entry,
+    Expected,
+    Floats,
+    Parameter,
+    Scalars,
+    Tolerance,
+    float_from_bits,
+    pointer,
+    scalar,
+)
+
+FLOAT32_MAX = (2.0**24 - 1) * 2.0**104
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Form:
+    """One form: the output's type, and where its scale comes from."""
+
+    dtype: str  # of the output; "" is the inputs' own
+    c_type: str
+    scale: str  # SCALE_NONE, SCALE_TENSOR: an argument; SCALE_TOKEN: the row's largest magnitude over 127, an output
+    min_arch: int = 80
+    defines: tuple[tuple[str, str], ...] = ()
+
+
+FORMS: Mapping[str, Form] = {
+    "": Form(dtype="", c_type="SCALAR", scale="SCALE_NONE"),
+    "_int8": Form(dtype="int8", c_type="int8", scale="SCALE_TENSOR"),
+    "_int8_token": Form(dtype="int8", c_type="int8", scale="SCALE_TOKEN"),
+    "_fp8": Form(
+        dtype="float8_e4m3", c_type="__nv_fp8_e4m3", scale="SCALE_TENSOR", min_arch=89, defines=(("WITH_FP8", "1"),)
+    ),
+}
+INT8_TOLERANCE = Tolerance(
+    ulps=0.5,
+    tie=1e-5,
+    reason="one rounding to the nearest step; float32 leaves less than 1e-5 of the largest term",
+)
+FP8_TOLERANCE = Tolerance(ulps=0.505, reason="one rounding; float32 leaves less than 0.005 of float8's spacing")
+
+
+def make_entries(
+    kernel: str, forms: tuple[str, ...], inputs: tuple[str, ...], scalars: tuple[str, ...], extra: tuple[str, ...] = ()
+) -> tuple[Entry, ...]:
+    """Return an entry for every floating type and form.
+
+    Args:
+        kernel: its name.
+        forms: keys of ``FORMS``.
+        inputs: names of the input arrays, all of the floating type.
+        scalars: names of the int32 arguments; ``scale_bits`` is added where a form needs it.
+        extra: names of output arrays of the floating type, after ``y`` and ``scales``.
+    """
+    return tuple(_entry(kernel, dtype, suffix, inputs, scalars, extra) for dtype in C_TYPES for suffix in forms)
+
+
+def _entry(
+    kernel: str, dtype: str, suffix: str, inputs: tuple[str, ...], scalars: tuple[str, ...], extra: tuple[str, ...]
+) -> Entry:
+    form = FORMS[suffix]
+    name = f"{kernel}_{dtype}{suffix}"
+    parameters: list[Parameter] = [pointer(array, dtype) for array in inputs]
+    parameters += [scalar(number) for number in scalars]
+    parameters += [scalar("scale_bits")] if form.scale == "SCALE_TENSOR" else []
+    parameters += [pointer("y", form.dtype or dtype, "out")]
+    parameters += [pointer("scales", "float32", "out")] if form.scale == "SCALE_TOKEN" else []
+    parameters += [pointer(array, dtype, "out") for array in extra]
+    defines = {"ENTRY": f"medseg_{name}", "SCALAR": C_TYPES[dtype], "OUTPUT": form.c_type, "SCALE": form.scale}
+    return Entry(
+        name=name,
+        dtype=dtype,
+        defines={**defines, **dict(form.defines)},
+        parameters=tuple(parameters),
+        min_arch=form.min_arch,
+    )
+
+
+def quantise(value: Floats, largest_term: Floats, entry: Entry, scalars: Scalars) -> dict[str, Expected]:
+    """Return what a quantised entry writes for rows of exact results: ``y``, and ``scales`` if every row has its own.
+
+    Args:
+        value: the exact results, (rows, width).
+        largest_term: as in ``Expected``, of ``value``.
+        entry: of a form with a scale.
+        scalars: its int32 arguments.
+    """
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        if entry.defines["SCALE"] == "SCALE_TENSOR":
+            scale = np.float64(float_from_bits(scalars["scale_bits"]))
+            return {"y": plain(value / scale, largest_term / scale)}
+        largest = np.max(np.abs(value), axis=1, initial=0.0)  # NaN if one is
+        scales = largest / 127
+        terms = np.max(largest_term, axis=1, initial=0.0)
+        steps = value / scales[:, None]
+        share = np.abs(steps) / 127 * (terms / scales)[:, None]  # what an error of the scale does to a result
+        return {
+            "y": plain(steps, largest_term / scales[:, None] + share),
+            "scales": plain(scales, terms / 127),
+        }
+
+
+def plain(value: Floats, largest_term: Floats | None = None) -> Expected:
+    """Return an expectation that no earlier rounding makes uncertain; without a sum, the largest term is the value."""
+    return Expected(
+        value=value,
+        largest_term=np.abs(value) if largest_term is None else largest_term,
+        slack=np.zeros_like(value),
+    )
+
+
+def inverse_root(mean: Floats, epsilon: float, width: int) -> Floats:
+    """Return ``1 / sqrt(mean + epsilon)``; 0 where the sum of the squares is beyond float32, as in PyTorch."""
+    with np.errstate(divide="ignore", over="ignore"):
+        return 1 / np.sqrt(np.where(mean * width > FLOAT32_MAX, np.inf, mean) + epsilon)

@@ -1,0 +1,194 @@
+"""Declare ``image_to_tensor``: 8-bit pictures, resized, clipped and normalised as ``preprocess.prepare`` does it.
+
+The picture may have any row, pixel and picture stride (a crop, a padded frame, BGRA read as three of four channels);
+one channel is repeated to three. Padding is the window's lower end.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from medseg_trt.kernels.kernel import (
+    C_TYPES,
+    DTYPES,
+    Array,
+    Entry,
+    Expected,
+    Floats,
+    Kernel,
+    Scalars,
+    Tolerance,
+    float_bits,
+    float_from_bits,
+    pointer,
+    scalar,
+)
+from medseg_trt.spec import Preprocessing
+
+CHANNELS = 3
+TILE = 2048  # pixels of a block: 16 for each of its threads
+MAX_PIXELS = 16384  # of an axis; the whole-number weights of larger ones would not fit into 32 bits
+EXACT_TAPS = 66  # of both axes together: up to a 16-fold reduction the tolerance needs no slack
+SCALARS = (
+    "batch", "height", "width", "channels", "image_stride", "row_stride", "pixel_stride",
+    "resampled_height", "resampled_width", "image_height", "image_width", "antialias", "low_bits", "high_bits",
+    "scale0_bits", "scale1_bits", "scale2_bits", "bias0_bits", "bias1_bits", "bias2_bits",
+)  # fmt: skip
+
+
+def scalars(
+    p: Preprocessing,
+    shape: tuple[int, int, int, int],
+    spacing_mm: tuple[float, float] | None = None,
+    strides: tuple[int, int, int] | None = None,
+) -> dict[str, int]:
+    """Return the kernel's scalars for pictures under a preprocessing contract.
+
+    Args:
+        p: the contract; ``nearest`` is not for pictures.
+        shape: pictures, rows, columns, channels; 1 or 3 channels.
+        spacing_mm: distance between rows and between columns, where it is known.
+        strides: bytes from picture to picture, row to row, pixel to pixel; without gaps if not given.
+
+    Raises:
+        ValueError: the kernel cannot do it; the message says why.
+    """
+    batch, height, width, channels = shape
+    resampled = resampled_size((height, width), p, spacing_mm)
+    if channels not in (1, CHANNELS):
+        raise ValueError(f"the picture has {channels} channels; 1 or 3 are possible")
+    if p.resize == "nearest":
+        raise ValueError("image_to_tensor resizes with linear or linear_antialias, not with nearest")
+    if not min(height, width, *resampled, *p.image_size) > 0 or max(height, width, *resampled) > MAX_PIXELS:
+        raise ValueError(f"{height} x {width} pixels to {resampled}: an axis may have 1 to {MAX_PIXELS}")
+    image_stride, row_stride, pixel_stride = strides or (height * width * channels, width * channels, channels)
+    low, high = p.window
+    factors = {
+        name: float_bits(value)
+        for c, (mean, std) in enumerate(zip(p.mean, p.std, strict=True))
+        for name, value in ((f"scale{c}_bits", 1 / ((high - low) * std)), (f"bias{c}_bits", -mean / std))
+    }
+    return {
+        "batch": batch, "height": height, "width": width, "channels": channels,
+        "image_stride": image_stride, "row_stride": row_stride, "pixel_stride": pixel_stride,
+        "resampled_height": resampled[0], "resampled_width": resampled[1],
+        "image_height": p.image_size[0], "image_width": p.image_size[1],
+        "antialias": int(p.resize == "linear_antialias"), "low_bits": float_bits(low), "high_bits": float_bits(high),
+        **factors,
+    }  # fmt: skip
+
+
+def resampled_size(
+    source_size: tuple[int, int], p: Preprocessing, spacing_mm: tuple[float, float] | None
+) -> tuple[int, int]:
+    """Return rows and columns of the source once it has the contract's spacing, before it is padded or cropped."""
+    if p.spacing_mm is None or spacing_mm is None:
+        return p.image_size
+    rows, columns = (max(1, round(n * each / p.spacing_mm)) for n, each in zip(source_size, spacing_mm, strict=True))
+    return rows, columns
+
+
+def triangle(source: int, resampled: int, antialias: bool) -> Floats:
+    """Return the weights, (resampled, source), that resize an axis; every row sums to one.
+
+    Source: the triangle filter at half-pixel centres, as PyTorch's ``interpolate(antialias=…)`` has it.
+    """
+    centre = (np.arange(resampled)[:, np.newaxis] + 0.5) * source / resampled
+    support = max(source / resampled, 1.0) if antialias else 1.0
+    weights = np.maximum(1.0 - np.abs(np.arange(source) + 0.5 - centre) / support, 0.0)
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+def _reference(_entry: Entry, inputs: Mapping[str, Array], s: Scalars) -> dict[str, Expected]:
+    low, high = float_from_bits(s["low_bits"]), float_from_bits(s["high_bits"])
+    pictures = np.lib.stride_tricks.as_strided(
+        inputs["pixels"].reshape(-1),
+        (s["batch"], s["height"], s["width"], s["channels"]),
+        (s["image_stride"], s["row_stride"], s["pixel_stride"], 1),
+        writeable=False,
+    )
+    above_low = np.clip(pictures.astype(np.float64), low, high) - low
+    rows = triangle(s["height"], s["resampled_height"], bool(s["antialias"]))
+    columns = triangle(s["width"], s["resampled_width"], bool(s["antialias"]))
+    resampled = np.moveaxis(np.moveaxis(above_low, 3, 1) @ columns.T, 2, 3) @ rows.T  # (batch, channel, column, row)
+    canvas = np.zeros((s["batch"], s["channels"], s["image_height"], s["image_width"]))
+    (to_rows, from_rows), (to_columns, from_columns) = (
+        _overlap(s[f"resampled_{axis}"], s[f"image_{axis}"]) for axis in ("height", "width")
+    )
+    canvas[:, :, to_rows, to_columns] = np.moveaxis(resampled, 3, 2)[:, :, from_rows, from_columns]
+    scale, bias = (
+        np.array([float_from_bits(s[f"{name}{c}_bits"]) for c in range(CHANNELS)]).reshape(1, CHANNELS, 1, 1)
+        for name in ("scale", "bias")
+    )
+    product = np.abs(canvas * scale)
+    taps = np.count_nonzero(rows, axis=1).max() + np.count_nonzero(columns, axis=1).max()
+    slack = max(taps - EXACT_TAPS, 0) * 2.0**-25 * product  # half an ulp for each further sum
+    value = canvas * scale + bias
+    return {"tensor": Expected(value=value, largest_term=np.maximum(product, np.abs(bias)), slack=slack)}
+
+
+def _overlap(resampled: int, canvas: int) -> tuple[slice, slice]:
+    """Return which part of the canvas is filled, and with which part of the resampled axis."""
+    offset = (canvas - resampled) // 2
+    start, stop = max(offset, 0), min(offset + resampled, canvas)
+    return slice(start, stop), slice(start - offset, stop - offset)
+
+
+def _grid(s: Scalars) -> tuple[int, int, int]:
+    return -(-s["image_height"] * s["image_width"] // TILE), s["batch"], 1
+
+
+def _shapes(s: Scalars, _entry: Entry) -> dict[str, tuple[int, ...]]:
+    return {
+        "pixels": (s["batch"], s["image_stride"]),
+        "tensor": (s["batch"], CHANNELS, s["image_height"], s["image_width"]),
+    }
+
+
+def _bytes_moved(s: Scalars, entry: Entry) -> int:
+    read = s["height"] * s["width"] * s["channels"]
+    written = CHANNELS * s["image_height"] * s["image_width"] * DTYPES[entry.dtype].itemsize
+    return s["batch"] * (read + written)
+
+
+def _entry(dtype: str) -> Entry:
+    name = f"image_to_tensor_{dtype}"
+    return Entry(
+        name=name,
+        dtype=dtype,
+        defines={"ENTRY": f"medseg_{name}", "SCALAR": C_TYPES[dtype]},
+        parameters=(
+            pointer("pixels", "uint8"),
+            *map(scalar, SCALARS),
+            pointer("tensor", dtype, "out"),
+        ),
+    )
+
+
+KERNEL = Kernel(
+    name="image_to_tensor",
+    source=Path(__file__).with_suffix(".cu"),
+    entries=tuple(_entry(dtype) for dtype in ("float16", "float32")),
+    block=(128, 1, 1),
+    grid=_grid,
+    grid_rule="(ceil(image_height * image_width / 2048), batch, 1)",
+    shared_bytes=0,
+    shapes=_shapes,
+    reference=_reference,
+    tolerance={
+        "float16": Tolerance(
+            ulps=0.505,
+            of="largest_term",
+            reason="float32 throughout, 4 float32 ulps at most, then one rounding to float16",
+        ),
+        "float32": Tolerance(
+            ulps=4.0,
+            of="largest_term",
+            reason="weighted sums of positive terms, a reciprocal, two products and a sum; whole-number weights",
+        ),
+    },
+    bytes_moved=_bytes_moved,
+    onnx="",
+    max_width=MAX_PIXELS,
+)

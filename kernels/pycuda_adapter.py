@@ -1,0 +1,63 @@
+"""Launch through ``pycuda``."""
+
+from typing import Any
+
+from medseg_trt.kernels.launch import CudaError, Driver, Launch, import_driver, no_device
+
+
+def open_device(device: int) -> Driver:
+    """Return the adapter for a device, in the current context or else in its primary one.
+
+    Raises:
+        MissingExtraError: pycuda is not installed.
+        DeviceError: there is no NVIDIA driver or no such device.
+    """
+    cuda = import_driver("pycuda.driver", "pycuda", device)
+    try:
+        return Pycuda(cuda, device)
+    except cuda.Error as error:
+        raise no_device(device, error) from error
+
+
+class Pycuda(Driver):
+    """The CUDA driver as ``pycuda.driver`` has it."""
+
+    def __init__(self, cuda: Any, device: int) -> None:
+        """Open a device; ``cuda`` is the module ``pycuda.driver``."""
+        self._cuda = cuda
+        cuda.init()
+        version: int = cuda.get_driver_version()
+        self.cuda = version // 1000, version % 1000 // 10
+        if cuda.Context.get_current() is None:
+            self._context = cuda.Device(device).retain_primary_context()
+            self._context.push()
+        major, minor = cuda.Context.get_device().compute_capability()
+        self.capability = 10 * major + minor
+        self._modules: list[Any] = []  # a function lives as long as its module
+
+    def load(self, ptx: str, symbol: str) -> Any:
+        """Return a function of a PTX text, compiled for the device."""
+        try:
+            self._modules.append(self._cuda.module_from_buffer(ptx.encode() + b"\0"))
+            return self._modules[-1].get_function(symbol)
+        except self._cuda.Error as error:
+            raise CudaError(str(error)) from error
+
+    def launch(self, launch: Launch) -> None:
+        """Put a launch into its stream: a ``pycuda.driver.Stream``, or 0; pycuda takes no other library's handle."""
+        if isinstance(launch.stream, int) and launch.stream != 0:
+            raise CudaError("pycuda launches on its own Stream objects only; pass one, or open cuda-bindings")
+        try:
+            launch.function.prepare(launch.layout)
+            launch.function.prepared_async_call(
+                launch.grid, launch.block, launch.stream or None, *launch.arguments, shared_size=launch.shared_bytes
+            )
+        except self._cuda.Error as error:
+            raise CudaError(str(error)) from error
+
+    def synchronize(self, stream: Any) -> None:
+        """Wait until everything in a stream, or for 0 in the context, is done."""
+        try:
+            (stream or self._cuda.Context).synchronize()
+        except self._cuda.Error as error:
+            raise CudaError(str(error)) from error

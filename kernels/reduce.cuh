@@ -1,0 +1,54 @@
+// Sums and largest values over a warp and over a block of WARPS full warps.
+//
+// Every thread gets the result, always added in the same order, so that a row's answer is the same on every run and
+// wherever the row lies in the batch.
+#pragma once
+
+constexpr unsigned WHOLE_WARP = 0xffffffffu;
+
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) {
+        value = __fadd_rn(value, __shfl_xor_sync(WHOLE_WARP, value, distance));
+    }
+    return value;
+}
+
+__device__ __forceinline__ unsigned warp_max(unsigned value) {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) {
+        value = max(value, __shfl_xor_sync(WHOLE_WARP, value, distance));
+    }
+    return value;
+}
+
+// `scratch` holds WARPS elements of shared memory and may be used again as soon as this returns.
+template <int WARPS>
+__device__ __forceinline__ float block_sum(float value, float* scratch) {
+    value = warp_sum(value);
+    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
+    __syncthreads();
+    float total = scratch[0];
+#pragma unroll
+    for (int warp = 1; warp < WARPS; ++warp) total = __fadd_rn(total, scratch[warp]);
+    __syncthreads();
+    return total;
+}
+
+// The largest magnitude of a block's floats. As integers, magnitudes sort like the numbers, with NaN above infinity: a
+// NaN anywhere in a row is not lost, as fmaxf would lose it.
+template <int WARPS>
+__device__ __forceinline__ float block_max_magnitude(float value, float* scratch) {
+    const unsigned bits = warp_max(__float_as_uint(value) & 0x7fffffffu);
+    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = __uint_as_float(bits);
+    __syncthreads();
+    unsigned largest = __float_as_uint(scratch[0]);
+#pragma unroll
+    for (int warp = 1; warp < WARPS; ++warp) largest = max(largest, __float_as_uint(scratch[warp]));
+    __syncthreads();
+    return __uint_as_float(largest);
+}
+
+__device__ __forceinline__ float max_magnitude(float first, float second) {
+    return __uint_as_float(max(__float_as_uint(first) & 0x7fffffffu, __float_as_uint(second) & 0x7fffffffu));
+}

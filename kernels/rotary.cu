@@ -1,0 +1,180 @@
+// Rotary position embedding of q and k, read from the fused [q | k | v] of a token: a block of 128 threads a token.
+//
+// The block first puts the token's cosines and sines into shared memory, a chunk of pairs at a time; then every thread
+// turns the same few neighbouring pairs in every head that falls to it. Half-split layout: column i turns with
+// i + head_dim / 2, so a thread moves two runs of 16 bytes; interleaved: 2i with 2i + 1, one run. Where a head is no
+// multiple of such runs or not aligned, it is one pair of single elements. v is copied along, if asked for.
+// Everything is IEEE float32, rounded to the nearest; only the result is rounded to SCALAR.
+//
+// Angles: ANGLES_TABLE reads cosine and sine of (position, pair). ANGLES_FREQUENCY reads, for every pair, the turns that
+// one position adds, as a 64-bit fraction; multiplying it by the position modulo 2^64 is the range reduction, exact for
+// every position below 2^31.
+// -D ENTRY is the function's name. -D SCALAR=__half | __nv_bfloat16 | float, -D LAYOUT=LAYOUT_HALF | LAYOUT_INTERLEAVED,
+// -D ANGLES=ANGLES_TABLE | ANGLES_FREQUENCY. Not timed on any card yet.
+#include "elements.cuh"
+
+#define LAYOUT_HALF 0
+#define LAYOUT_INTERLEAVED 1
+#define ANGLES_TABLE 0
+#define ANGLES_FREQUENCY 1
+
+constexpr int THREADS = 128;
+constexpr int CHUNK = 256;  // pairs whose angles are in shared memory at once: heads of up to 512 columns need one chunk
+
+struct Heads {
+    int query, key, value;  // how many; value: how many are copied
+    int dim;
+};
+
+// Cosine and sine of `fraction` · 2^-64 turns, to 1 ulp: the nearest quarter turn, and what is left of it, at most pi/4,
+// through the polynomials of Cephes (Moshier, sinf.c). What is left is an exact integer, so that a cosine or sine near 0
+// is as good, in ulps, as any other; its upper 24 bits times 2 pi are taken exactly, as a sum of two floats.
+__device__ __forceinline__ void turn(unsigned long long fraction, float& cosine, float& sine) {
+    const unsigned quarter = static_cast<unsigned>((fraction + (1ull << 61)) >> 62);
+    const long long rest = static_cast<long long>(fraction - (static_cast<unsigned long long>(quarter) << 62));
+    const float upper = __int2float_rn(static_cast<int>(rest >> 38));
+    const float lower = __ll2float_rn(rest & ((1ll << 38) - 1));
+    const float product = __fmul_rn(upper, 0x1.921fb6p-24f);  // 2 pi · 2^-26, in two parts
+    const float remainder = __fmaf_rn(upper, 0x1.921fb6p-24f, -product);
+    const float tail = __fmaf_rn(lower, 0x1.921fb6p-62f, __fmaf_rn(upper, -0x1.777a5cp-49f, remainder));
+    const float x = __fadd_rn(product, tail);
+    const float square = __fmul_rn(x, x);
+    float s = __fmaf_rn(-1.9515295891e-4f, square, 8.3321608736e-3f);
+    s = __fmaf_rn(s, square, -1.6666654611e-1f);
+    s = __fmaf_rn(__fmul_rn(s, square), x, x);
+    float c = __fmaf_rn(2.443315711809948e-5f, square, -1.388731625493765e-3f);
+    c = __fmaf_rn(c, square, 4.166664568298827e-2f);
+    c = __fmaf_rn(__fmul_rn(square, square), c, __fmaf_rn(square, -0.5f, 1.0f));
+    const bool swapped = quarter & 1;
+    cosine = swapped ? s : c;
+    sine = swapped ? c : s;
+    if ((quarter + 1) & 2) cosine = -cosine;
+    if (quarter & 2) sine = -sine;
+}
+
+struct Angles {
+#if ANGLES == ANGLES_TABLE
+    const float* cosine;
+    const float* sine;
+#else
+    const int* frequencies;  // the upper half of every pair's fraction, then the lower halves
+#endif
+    int position;
+
+    __device__ __forceinline__ void fetch(int half, int pair, float& cosines, float& sines) const {
+#if ANGLES == ANGLES_TABLE
+        const size_t place = static_cast<size_t>(position) * half + pair;
+        cosines = cosine[place];
+        sines = sine[place];
+#else
+        const unsigned long long upper = static_cast<unsigned>(frequencies[pair]);
+        const unsigned lower = static_cast<unsigned>(frequencies[half + pair]);
+        turn(static_cast<unsigned>(position) * (upper << 32 | lower), cosines, sines);
+#endif
+    }
+};
+
+// How a thread moves the elements of a head: PAIRS pairs at once, RUN elements and ANGLE_RUN angles an access.
+template <bool VECTOR>
+struct Access {
+    static constexpr int RUN = VECTOR ? LANES : 1;
+    static constexpr int PAIRS = !VECTOR ? 1 : LAYOUT == LAYOUT_HALF ? LANES : LANES / 2;
+    static constexpr int ANGLE_RUN = !VECTOR ? 1 : PAIRS < 4 ? PAIRS : 4;
+};
+
+// Move the PAIRS pairs that begin at `pair` in a head, and turn them if TURN.
+template <int RUN, bool TURN, int PAIRS>
+__device__ __forceinline__ void move(const SCALAR* from, SCALAR* to, int half, int pair, const float (&cosines)[PAIRS],
+                                     const float (&sines)[PAIRS]) {
+    SCALAR both[2 * PAIRS];  // half-split: the first column of every pair, then the second
+#if LAYOUT == LAYOUT_HALF
+    SCALAR(&first)[PAIRS] = reinterpret_cast<SCALAR(&)[PAIRS]>(both[0]);
+    SCALAR(&second)[PAIRS] = reinterpret_cast<SCALAR(&)[PAIRS]>(both[PAIRS]);
+    load<RUN>(from + pair, first);
+    load<RUN>(from + half + pair, second);
+    constexpr int STEP = 1, PARTNER = PAIRS;
+#else
+    load<RUN>(from + 2 * pair, both);
+    constexpr int STEP = 2, PARTNER = 1;
+#endif
+    if (TURN) {
+#pragma unroll
+        for (int k = 0; k < PAIRS; ++k) {
+            SCALAR& a = both[STEP * k];
+            SCALAR& b = both[STEP * k + PARTNER];
+            const float x = widen(a), y = widen(b);
+            a = narrow<SCALAR>(__fmaf_rn(x, cosines[k], -__fmul_rn(y, sines[k])));
+            b = narrow<SCALAR>(__fmaf_rn(y, cosines[k], __fmul_rn(x, sines[k])));
+        }
+    }
+#if LAYOUT == LAYOUT_HALF
+    store<RUN>(to + pair, first);
+    store<RUN>(to + half + pair, second);
+#else
+    store<RUN>(to + 2 * pair, both);
+#endif
+}
+
+template <bool VECTOR>
+__device__ __forceinline__ void rotate_token(const SCALAR* qkv, const Angles& angles, const Heads& heads, SCALAR* q,
+                                             SCALAR* k, SCALAR* v, float* all_cosines, float* all_sines) {
+    constexpr int RUN = Access<VECTOR>::RUN;
+    constexpr int PAIRS = Access<VECTOR>::PAIRS;
+    const int half = heads.dim / 2;
+    for (int chunk = 0; chunk < half; chunk += CHUNK) {
+        const int pairs = min(half - chunk, CHUNK);
+        for (int pair = threadIdx.x; pair < pairs; pair += THREADS) {
+            angles.fetch(half, chunk + pair, all_cosines[pair], all_sines[pair]);
+        }
+        __syncthreads();
+        const int places = pairs / PAIRS;  // runs of pairs in this part of a head
+        const int lanes = min(places, THREADS);
+        const int groups = THREADS / lanes;  // heads that the block works on at once
+        const int group = threadIdx.x / lanes;
+        for (int place = threadIdx.x % lanes; group < groups && place < places; place += lanes) {
+            const int pair = place * PAIRS;
+            float cosines[PAIRS], sines[PAIRS];
+            load<Access<VECTOR>::ANGLE_RUN>(all_cosines + pair, cosines);
+            load<Access<VECTOR>::ANGLE_RUN>(all_sines + pair, sines);
+            for (int head = group; head < heads.query + heads.key + heads.value; head += groups) {
+                const SCALAR* from = qkv + head * heads.dim;
+                const int key = head - heads.query, value = key - heads.key;
+                if (key < 0) move<RUN, true>(from, q + head * heads.dim, half, chunk + pair, cosines, sines);
+                else if (value < 0) move<RUN, true>(from, k + key * heads.dim, half, chunk + pair, cosines, sines);
+                else move<RUN, false>(from, v + value * heads.dim, half, chunk + pair, cosines, sines);
+            }
+        }
+        __syncthreads();  // before the next chunk's angles
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+ENTRY(const SCALAR* __restrict__ qkv,
+#if ANGLES == ANGLES_TABLE
+      const float* __restrict__ cosine, const float* __restrict__ sine,
+#else
+      const int* __restrict__ frequencies,
+#endif
+      int tokens, int sequence, int first_position, int num_heads, int num_kv_heads, int head_dim, int copy_values,
+      SCALAR* __restrict__ q, SCALAR* __restrict__ k, SCALAR* __restrict__ v) {
+    alignas(16) __shared__ float cosines[CHUNK];
+    alignas(16) __shared__ float sines[CHUNK];
+    const int token = blockIdx.x;
+    if (token >= tokens) return;
+    const Heads heads{num_heads, num_kv_heads, copy_values ? num_kv_heads : 0, head_dim};
+    const int position = first_position + token % sequence;
+    const bool vector = head_dim % (2 * Access<true>::PAIRS) == 0 && aligned<LANES>(qkv) && aligned<LANES>(q) &&
+                        aligned<LANES>(k) && (!copy_values || aligned<LANES>(v));
+#if ANGLES == ANGLES_TABLE
+    const Angles angles{cosine, sine, position};
+#else
+    const Angles angles{frequencies, position};
+#endif
+    const size_t row = token;
+    const SCALAR* from = qkv + row * (num_heads + 2 * num_kv_heads) * head_dim;
+    SCALAR* query = q + row * num_heads * head_dim;
+    SCALAR* key = k + row * num_kv_heads * head_dim;
+    SCALAR* value = copy_values ? v + row * num_kv_heads * head_dim : v;
+    if (vector) rotate_token<true>(from, angles, heads, query, key, value, cosines, sines);
+    else rotate_token<false>(from, angles, heads, query, key, value, cosines, sines);
+}

@@ -1,0 +1,161 @@
+"""Rotary position embedding: pairs of columns of q and k turned by an angle that grows with the token's position.
+
+Contract: ``(a, b) -> (a cos - b sin, b cos + a sin)`` in float32, rounded once to the inputs' type; Hugging Face rounds
+cosine, sine and both products to 16 bits as well. q, k and v are read from rows ``[q | k | v]``, as one GEMM of the
+three writes them; v is copied along if ``copy_values`` is 1. Column i turns with i + head_dim / 2 (``half``, Hugging
+Face) or 2i with 2i + 1 (``interleaved``, Meta).
+
+Angles come from tables of cosine and sine, or from ``frequency_words``. There a position is multiplied by a 64-bit
+fraction of a turn, modulo one turn, which is exact: up to position 1e6 the angle is within 1.8e-13 radians of
+``position · theta^(-2i / head_dim)``, where float32 angles are off by up to 0.06; cosine and sine are within 2 ulps.
+Sources: Su et al. 2021 (RoFormer), eq. 15; Hugging Face ``modeling_llama.py``; meta-llama/llama ``model.py``.
+"""
+
+from collections.abc import Mapping
+from decimal import Decimal, localcontext
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int32
+from numpy import ndarray
+
+from medseg_trt.kernels.forms import plain
+from medseg_trt.kernels.kernel import (
+    C_TYPES,
+    Array,
+    Entry,
+    Expected,
+    Floats,
+    Kernel,
+    Scalars,
+    Tolerance,
+    bytes_of_shapes,
+    pointer,
+    scalar,
+)
+
+PI = Decimal("3.14159265358979323846264338327950288419716939937511")
+LAYOUTS = ("half", "interleaved")
+ANGLES: Mapping[str, tuple[str, ...]] = {"table": ("cosine", "sine"), "frequency": ("frequencies",)}
+SIXTEEN_BITS = Tolerance(ulps=0.505, of="largest_term", reason="one rounding; the two products cancel")
+
+
+def frequency_words(head_dim: int, theta: float) -> Int32[ndarray, "2 half"]:
+    """Return the turns that one position adds to every pair, as 64-bit fractions of a turn: upper, then lower 32 bits.
+
+    Args:
+        head_dim: columns of a head, even.
+        theta: the base, more than 1: 10000 for LLaMA-1 and -2.
+    """
+    with localcontext() as context:
+        context.prec = 50
+        turns = [Decimal(theta) ** (Decimal(-2 * pair) / head_dim) / (2 * PI) for pair in range(head_dim // 2)]
+        fractions = np.array([round(turn * 2**64) for turn in turns], np.uint64)
+    words = np.stack([fractions >> np.uint64(32), fractions & np.uint64(0xFFFFFFFF)])
+    return words.astype(np.uint32).view(np.int32)
+
+
+def shapes(scalars: Scalars, entry: Entry) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every array; a table's row is a position, and ``v`` is empty if it is not copied."""
+    tokens, dim, kv_heads = scalars["tokens"], scalars["head_dim"], scalars["num_kv_heads"]
+    table = (scalars["first_position"] + scalars["sequence"], dim // 2)
+    every = {
+        "qkv": (tokens, (scalars["num_heads"] + 2 * kv_heads) * dim),
+        "cosine": table,
+        "sine": table,
+        "frequencies": (2, dim // 2),
+        "q": (tokens, scalars["num_heads"] * dim),
+        "k": (tokens, kv_heads * dim),
+        "v": (tokens, kv_heads * dim if scalars["copy_values"] else 0),
+    }
+    return {parameter.name: every[parameter.name] for parameter in entry.parameters if parameter.kind == "pointer"}
+
+
+def bytes_moved(scalars: Scalars, entry: Entry) -> int:
+    """Return the bytes that must move: what is turned or copied once each way, and the angles in use once."""
+    used = shapes(scalars, entry)
+    outputs = {name: used[name] for name in ("q", "k", "v")}
+    angles = {name: used[name] for name in ("cosine", "sine", "frequencies") if name in used}
+    rows = min(scalars["tokens"], scalars["sequence"])
+    angles = {name: shape if name == "frequencies" else (rows, shape[1]) for name, shape in angles.items()}
+    empty = dict.fromkeys(used, (0,))
+    return 2 * bytes_of_shapes({**empty, **outputs}, entry) + bytes_of_shapes({**empty, **angles}, entry)
+
+
+def reference(entry: Entry, inputs: Mapping[str, Array], scalars: Scalars) -> dict[str, Expected]:
+    """Return ``q``, ``k`` and ``v`` (tokens, heads · head_dim); ``v`` is empty if it is not copied."""
+    heads, kv_heads, dim = scalars["num_heads"], scalars["num_kv_heads"], scalars["head_dim"]
+    qkv = inputs["qkv"].astype(np.float64)
+    positions = scalars["first_position"] + np.arange(scalars["tokens"]) % scalars["sequence"]
+    cosine, sine = _angles(inputs, positions)
+    query, key, value = np.split(qkv, [heads * dim, (heads + kv_heads) * dim], axis=1)
+    copied = value if scalars["copy_values"] else value[:, :0]
+    layout = entry.defines["LAYOUT"]
+    return {"q": _turned(query, cosine, sine, layout), "k": _turned(key, cosine, sine, layout), "v": plain(copied)}
+
+
+def _angles(inputs: Mapping[str, Array], positions: Array) -> tuple[Floats, Floats]:
+    """Return cosine and sine, (tokens, pairs)."""
+    if "cosine" in inputs:
+        return inputs["cosine"][positions].astype(np.float64), inputs["sine"][positions].astype(np.float64)
+    words = inputs["frequencies"].view(np.uint32).astype(object)
+    fractions = positions.astype(object)[:, None] * (words[0] * 2**32 + words[1])[None, :]
+    angles = (fractions % 2**64).astype(np.float64) * (2 * np.pi / 2**64)  # whole numbers of Python: exact
+    return np.cos(angles), np.sin(angles)
+
+
+def _turned(rows: Floats, cosine: Floats, sine: Floats, layout: str) -> Expected:
+    tokens, pairs = cosine.shape
+    split = (tokens, -1, 2, pairs) if layout == "LAYOUT_HALF" else (tokens, -1, pairs, 2)
+    axis = 2 if layout == "LAYOUT_HALF" else 3
+    first, second = (np.take(rows.reshape(split), index, axis=axis) for index in (0, 1))
+    cosine, sine = cosine[:, None, :], sine[:, None, :]
+    with np.errstate(invalid="ignore", over="ignore"):
+        terms = (first * cosine, -second * sine), (second * cosine, first * sine)
+        value = np.stack([left + right for left, right in terms], axis=axis)
+        largest = np.stack([np.maximum(np.abs(left), np.abs(right)) for left, right in terms], axis=axis)
+    return plain(value.reshape(rows.shape), largest.reshape(rows.shape))
+
+
+def _entry(dtype: str, layout: str, angles: str) -> Entry:
+    name = f"rotary_{dtype}_{layout}_{angles}"
+    kind = "int32" if angles == "frequency" else "float32"
+    numbers = ("tokens", "sequence", "first_position", "num_heads", "num_kv_heads", "head_dim", "copy_values")
+    return Entry(
+        name=name,
+        dtype=dtype,
+        defines={
+            "ENTRY": f"medseg_{name}",
+            "SCALAR": C_TYPES[dtype],
+            "LAYOUT": f"LAYOUT_{layout.upper()}",
+            "ANGLES": f"ANGLES_{angles.upper()}",
+        },
+        parameters=(
+            pointer("qkv", dtype),
+            *(pointer(array, kind) for array in ANGLES[angles]),
+            *(scalar(number) for number in numbers),
+            *(pointer(array, dtype, "out") for array in ("q", "k", "v")),
+        ),
+    )
+
+
+KERNEL = Kernel(
+    name="rotary",
+    source=Path(__file__).with_suffix(".cu"),
+    entries=tuple(_entry(dtype, layout, angles) for dtype in C_TYPES for layout in LAYOUTS for angles in ANGLES),
+    block=(128, 1, 1),
+    grid=lambda scalars: (scalars["tokens"], 1, 1),
+    grid_rule="(tokens, 1, 1)",
+    shared_bytes=0,
+    shapes=shapes,
+    reference=reference,
+    tolerance={
+        "float16": SIXTEEN_BITS,
+        "bfloat16": SIXTEEN_BITS,
+        "float32": Tolerance(
+            ulps=4.0, of="largest_term", reason="cosine and sine to 2 ulps, a product and a sum rounded"
+        ),
+    },
+    bytes_moved=bytes_moved,
+    onnx="Rotary",
+)

@@ -1,0 +1,64 @@
+"""SwiGLU: ``silu(gate) · up``, from rows of ``[gate | up]`` as one GEMM of both writes them.
+
+Contract: ``gate / (1 + exp(-gate)) · up`` in float32, rounded once. LLaMA rounds the SiLU to 16 bits before it
+multiplies; one rounding lies nearer to the exact result. A gate below -173 counts as -0 (PyTorch's float32 SiLU does so
+below -88.7). The quantised forms round once, to 8 bits (``forms.py``).
+Sources: Shazeer 2020, "GLU Variants Improve Transformer"; meta-llama/llama ``model.py``, class ``FeedForward``.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from medseg_trt.kernels.forms import FP8_TOLERANCE, INT8_TOLERANCE, make_entries, plain, quantise
+from medseg_trt.kernels.kernel import Array, Entry, Expected, Kernel, Scalars, Tolerance, bytes_of_shapes
+
+SMALLEST_GATE = -173.0
+SIXTEEN_BITS = Tolerance(ulps=0.505, reason="one rounding; float32 before it leaves less than 0.005 ulp")
+
+
+def shapes(scalars: Scalars, entry: Entry) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every array; ``width`` is that of ``y``, half a row of ``gate_up``."""
+    rows, width = scalars["rows"], scalars["width"]
+    arrays = {parameter.name for parameter in entry.parameters if parameter.kind == "pointer"}
+    every = {"gate_up": (rows, 2 * width), "y": (rows, width), "scales": (rows,)}
+    return {name: shape for name, shape in every.items() if name in arrays}
+
+
+def bytes_moved(scalars: Scalars, entry: Entry) -> int:
+    """Return the bytes that must move: every array once."""
+    return bytes_of_shapes(shapes(scalars, entry), entry)
+
+
+def reference(entry: Entry, inputs: Mapping[str, Array], scalars: Scalars) -> dict[str, Expected]:
+    """Return ``y`` (rows, width), and ``scales`` (rows,) if every row has its own, as the contract defines them."""
+    gate, up = np.split(inputs["gate_up"].astype(np.float64), 2, axis=1)
+    with np.errstate(invalid="ignore", over="ignore", under="ignore"):
+        sigmoid = np.where(gate < SMALLEST_GATE, 0.0, 1 / (1 + np.exp(-np.maximum(gate, SMALLEST_GATE))))
+        value = gate * sigmoid * up
+    if entry.defines["SCALE"] != "SCALE_NONE":
+        return quantise(value, np.abs(value), entry, scalars)
+    return {"y": plain(value)}
+
+
+KERNEL = Kernel(
+    name="swiglu",
+    source=Path(__file__).with_suffix(".cu"),
+    entries=make_entries("swiglu", ("", "_int8", "_int8_token", "_fp8"), ("gate_up",), ("rows", "width")),
+    block=(256, 1, 1),
+    grid=lambda scalars: (scalars["rows"], 1, 1),
+    grid_rule="(rows, 1, 1)",
+    shared_bytes=0,
+    shapes=shapes,
+    reference=reference,
+    tolerance={
+        "float16": SIXTEEN_BITS,
+        "bfloat16": SIXTEEN_BITS,
+        "float32": Tolerance(ulps=8.0, reason="exp(gate / 2), rounded to 1.2 ulp, enters twice; six roundings more"),
+        "int8": INT8_TOLERANCE,
+        "float8_e4m3": FP8_TOLERANCE,
+    },
+    bytes_moved=bytes_moved,
+    onnx="SwiGLU",
+)

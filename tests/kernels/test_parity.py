@@ -1,0 +1,158 @@
+"""The PTX that ships, executed: every kernel and entry within its tolerance, without a finding, without a wasted byte.
+
+The default run covers every entry with every width, with all numbers of rows and magnitudes in turn; ``slow`` is the
+whole grid on every architecture.
+"""
+
+import zlib
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+from gpu_free.cases import CASES, SCALES
+from gpu_free.execute import Execution, excesses, execute, ptx_of
+
+from medseg_trt.kernels import KERNELS, load
+from medseg_trt.kernels.kernel import DTYPES, Array, Entry, Expected, Kernel, distance, float_bits
+
+WIDTHS = (1, 33, 64, 576, 768, 4093, 4096, 8192)
+ROWS = (1, 3, 17, 256)
+TARGETS = ((80, "13.0"), (87, "12.6"), (90, "13.0"), (120, "13.0"))  # 12.6: JetPack 6
+ENTRIES = [(name, entry.name) for name in KERNELS for entry in load(name).entries]
+ROW_KERNELS = tuple(name for name in KERNELS if name not in ("image_to_tensor", "logits_to_mask"))
+
+
+def made(entry_name: str, kernel: Kernel, rows: int, width: int, first_scale: int):
+    """Return scalars and inputs, the same on every run."""
+    rng = np.random.default_rng(zlib.crc32(f"{entry_name} {rows} {width} {first_scale}".encode()))
+    with np.errstate(over="ignore"):  # the largest numbers are infinite in float16
+        return CASES[kernel.name](kernel.entry(entry_name), rows, width, first_scale, rng)
+
+
+def check(kernel: Kernel, entry: Entry, ptx: str, rows: int, width: int, first_scale: int) -> Execution:
+    """Run one case and assert that nothing is wrong with it."""
+    scalars, inputs = made(entry.name, kernel, rows, width, first_scale)
+    execution = execute(kernel, entry, scalars, inputs, ptx)
+    with np.errstate(invalid="ignore"):
+        worst = excesses(kernel, entry, scalars, inputs, execution.outputs)
+    where = f"{entry.name}, {rows} rows of {width}, from scale {SCALES[first_scale % len(SCALES)]}"
+    assert not execution.report.findings, f"{where}: {'; '.join(map(str, execution.report.findings))}"
+    assert all(excess <= 1 for excess in worst.values()), f"{where}: {worst} times the tolerance"
+    return execution
+
+
+def test_every_kernel_has_cases() -> None:
+    assert CASES.keys() == KERNELS.keys()
+
+
+@pytest.mark.parametrize(("name", "entry_name"), ENTRIES)
+def test_shipped_ptx_keeps_its_contract(name: str, entry_name: str) -> None:
+    kernel, number = load(name), ENTRIES.index((name, entry_name))
+    entry = kernel.entry(entry_name)
+    for index, width in enumerate(WIDTHS):
+        arch, toolchain = TARGETS[(number if index % 2 else 0) % len(TARGETS)]  # every entry for two, all in turn
+        rows = ROWS[(index + number) % 3]
+        check(kernel, entry, ptx_of(kernel, entry, arch, toolchain), rows, width, index + number)
+
+
+@pytest.mark.parametrize(("name", "entry_name"), ENTRIES)
+def test_256_rows_of_4096_move_no_more_than_they_must(name: str, entry_name: str) -> None:
+    kernel = load(name)
+    entry = kernel.entry(entry_name)
+    execution = check(kernel, entry, ptx_of(kernel, entry), 256, 4096, 0)
+    scalars, _ = made(entry_name, kernel, 256, 4096, 0)
+    least = kernel.bytes_moved(scalars, entry)
+    assert least <= execution.report.moved_bytes <= 1.01 * least
+    if name in ROW_KERNELS:
+        for array, traffic in {**execution.report.loads, **execution.report.stores}.items():
+            if array != "scales":  # a block writes one
+                assert traffic.sectors == traffic.ideal_sectors, array
+                assert max(traffic.widths) == {"int8": 8, "float8_e4m3": 8}.get(_dtype(entry, array), 16), array
+
+
+def _dtype(entry: Entry, array: str) -> str:
+    return next(parameter.dtype for parameter in entry.parameters if parameter.name == array)
+
+
+@pytest.mark.parametrize(("name", "entry_name"), ENTRIES)
+def test_arrays_that_begin_anywhere_give_the_same_bits(name: str, entry_name: str) -> None:
+    kernel = load(name)
+    entry, ptx = kernel.entry(entry_name), ptx_of(kernel, kernel.entry(entry_name))
+    scalars, inputs = made(entry_name, kernel, 3, 64, 0)
+    aligned = execute(kernel, entry, scalars, inputs, ptx)
+    arrays = [parameter for parameter in entry.parameters if parameter.kind == "pointer"]
+    for moved in arrays:
+        shifted = execute(kernel, entry, scalars, inputs, ptx, starts={moved.name: DTYPES[moved.dtype].itemsize})
+        assert not shifted.report.findings, moved.name
+        for output, values in aligned.outputs.items():
+            np.testing.assert_array_equal(values.view(np.uint8), shifted.outputs[output].view(np.uint8), moved.name)
+
+
+@pytest.mark.parametrize(("name", "entry_name"), ENTRIES)
+def test_no_opcode_is_approximate(name: str, entry_name: str) -> None:
+    """What the interpreter computes of an approximate opcode is not what a card computes."""
+    kernel = load(name)
+    ptx = ptx_of(kernel, kernel.entry(entry_name))
+    assert ".approx" not in ptx
+    assert ".full" not in ptx
+
+
+FAULTS: Mapping[str, tuple[str, str, str, str]] = {  # fault -> entry, text in the PTX, what replaces it, what it trips
+    "fp16 cut off": ("rmsnorm_float16", "cvt.rn.f16.f32", "cvt.rz.f16.f32", "tolerance"),
+    "bf16 cut off": ("swiglu_bfloat16", "cvt.rn.bf16.f32", "cvt.rz.bf16.f32", "tolerance"),
+    "fp16 rotary cut off": ("rotary_float16_half_table", "cvt.rn.f16.f32", "cvt.rz.f16.f32", "tolerance"),
+    "int8 cut off": ("layernorm_quant_float16_int8", "cvt.rni.s32.f32", "cvt.rzi.s32.f32", "tolerance"),
+    "a step of the shuffle repeated": ("rmsnorm_float32", ", 16, 31, -1;", ", 8, 31, -1;", "tolerance"),
+    "the sine's sign": ("rotary_float32_interleaved_table", "neg.f32", "mov.f32", "tolerance"),
+    "no barrier": ("add_rmsnorm_float16", "bar.sync \t0;", "", "race"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_broken_kernel_is_caught(fault: str) -> None:
+    entry_name, text, replacement, trips = FAULTS[fault]
+    name = next(name for name, each in ENTRIES if each == entry_name)
+    kernel = load(name)
+    entry = kernel.entry(entry_name)
+    ptx = ptx_of(kernel, entry)
+    assert text in ptx
+    scalars, inputs = made(entry_name, kernel, 17, 768, 0)
+    execution = execute(kernel, entry, scalars, inputs, ptx.replace(text, replacement))
+    with np.errstate(invalid="ignore"):
+        worst = max(excesses(kernel, entry, scalars, inputs, execution.outputs).values())
+    assert trips in (execution.report.kinds if trips != "tolerance" else {"tolerance"} if worst > 1 else set())
+
+
+def test_a_wrong_epsilon_is_caught_in_small_rows() -> None:
+    kernel = load("rmsnorm")
+    entry = kernel.entry("rmsnorm_float32")
+    inputs: dict[str, Array] = {
+        "x": np.random.default_rng(0).normal(0, 1e-3, (3, 768)).astype(np.float32),
+        "weight": np.ones(768, np.float32),
+    }
+    scalars = {"rows": 3, "width": 768, "epsilon_bits": float_bits(1e-6)}
+    wrong = execute(kernel, entry, {**scalars, "epsilon_bits": float_bits(1e-5)}, inputs, ptx_of(kernel, entry))
+    assert excesses(kernel, entry, scalars, inputs, wrong.outputs)["y"] > 1
+
+
+@pytest.mark.parametrize(("name", "dtype"), [(name, dtype) for name in KERNELS for dtype in load(name).tolerance])
+def test_a_tolerance_refuses_a_result_just_beyond_it(name: str, dtype: str) -> None:
+    tolerance = load(name).tolerance[dtype]
+    value = np.array([1.25, 3.0, 100.0])
+    expected = Expected(value=value, largest_term=value, slack=np.zeros(3))
+    _, unit = distance(value.astype(DTYPES[dtype]), expected, dtype)
+    steps = np.ceil(tolerance.ulps + 0.01)
+    assert (tolerance.excess((value + 2 * steps * unit).astype(DTYPES[dtype]), expected, dtype) > 1).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "toolchain"), TARGETS)
+@pytest.mark.parametrize(("name", "entry_name"), ENTRIES)
+def test_the_whole_grid(name: str, entry_name: str, arch: int, toolchain: str) -> None:
+    kernel = load(name)
+    entry = kernel.entry(entry_name)
+    ptx = ptx_of(kernel, entry, arch, toolchain)
+    for width in WIDTHS:
+        for rows in ROWS:
+            for first_scale in range(0, len(SCALES), rows):  # so that every magnitude occurs
+                check(kernel, entry, ptx, rows, width, first_scale)
