@@ -38,6 +38,10 @@ test: .venv/dev.stamp
 test-full: .venv/dev.stamp
 	$(BIN)/python -m pytest -m ''
 
+kernels-check: .venv/dev.stamp
+	$(BIN)/python -m pytest tests/kernels tests/gpu_free -m ''
+	cd tests && ../$(BIN)/python -m gpu_free.mutants
+
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

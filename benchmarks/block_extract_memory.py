@@ -226,7 +226,7 @@ def check_same(model: Model, block: Path) -> None:
 
     That is 1/254 of the largest of 32 values, and the step is rounded to float16: 1/220 leaves a tenth.
     """
-    found = load_block(block).tensors
+    found = load_block(block)[0].tensors
     for name, expected in last_layer(model).items():
         step = 0.0 if found[name].dtype == torch.float16 else expected.abs().max().item() / 220
         if (found[name].float() - expected.float()).abs().max().item() > step:

@@ -8,6 +8,7 @@ Source: Micikevicius et al. 2018, "Mixed precision training", §3.3, for what is
 
 from collections.abc import Collection, Mapping
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
@@ -84,7 +85,9 @@ class _Narrow:
     def _constant(self, value: ir.Value) -> ir.Value:
         assert value.const_value is not None
         name = f"{value.name}_{self.dtype.name.lower()}"
-        tensor = ir.tensor(value.const_value.numpy().astype(self.dtype.numpy()), dtype=self.dtype, name=name)
+        with np.errstate(over="ignore"):  # an infinite weight makes infinite logits, which no gate lets pass
+            rounded = value.const_value.numpy().astype(self.dtype.numpy())
+        tensor = ir.tensor(rounded, dtype=self.dtype, name=name)
         constant = ir.Value(name=name, shape=value.shape, type=ir.TensorType(self.dtype), const_value=tensor)
         self.graph.register_initializer(constant)
         return constant

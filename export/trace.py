@@ -9,9 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import onnx
 import onnx_ir as ir
 import torch
 
@@ -114,20 +112,6 @@ def check(
             problems.append(f"the batch of the {kind} is fixed")
     if problems:
         raise MedsegError(f"the traced graph cannot be used: {'; '.join(problems[:3])}")
-
-
-def save_graph(graph: OnnxGraph, folder: Path, graph_name: str, weights_name: str) -> None:
-    """Write the graph and, beside it, its weights; ONNX's own checker reads both again.
-
-    Raises:
-        MedsegError: the checker refuses what was written.
-    """
-    path = folder / graph_name
-    ir.save(graph.model, path, external_data=weights_name)
-    try:
-        onnx.checker.check_model(str(path), full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise MedsegError(f"ONNX refuses the graph that was written: {error}") from error
 
 
 def _strip(model: ir.Model) -> None:

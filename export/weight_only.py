@@ -20,6 +20,7 @@ from medseg_trt.progress import LOG
 
 INT8_MAX = 127  # -128 stays unused, so that negating a weight negates its code
 INT4_MIN, INT4_MAX = -8, 7
+NOTHING = 2.0**-100  # weights below are zeros; their scale would leave the normal float32 numbers
 BLOCK_SIZES = (128, 64, 32)  # the first that divides the number of summed weights
 SHRINKS = np.linspace(0.7, 1.0, 13, dtype=np.float32)  # of the scale that covers the whole block
 CHUNK_COLUMNS = 512  # of a matrix that are searched at once, to bound memory
@@ -66,10 +67,12 @@ def to_w4a16(graph: OnnxGraph, names: Collection[str]) -> OnnxGraph:
 def per_channel(weight: ndarray, gemm: Gemm) -> Codes:
     """Round a weight to -127 … 127, half to even, with one scale per output channel; a channel of zeros has scale 1."""
     others = tuple(axis for axis in range(weight.ndim) if axis != gemm.output_axis)
-    largest = np.abs(weight).max(axis=others, keepdims=True)
-    scales = np.where(largest > 0, largest / np.float32(INT8_MAX), np.float32(1))
-    codes = np.rint(weight / scales).clip(-INT8_MAX, INT8_MAX).astype(np.int8)
-    return Codes(codes=codes, scales=scales.reshape(-1).astype(np.float32), axis=gemm.output_axis)
+    largest = np.maximum(weight.max(axis=others, keepdims=True), -weight.min(axis=others, keepdims=True))
+    scales = np.where(largest > NOTHING, largest / np.float32(INT8_MAX), np.float32(1)).astype(np.float32)
+    quotients = weight / scales
+    np.rint(quotients, out=quotients)
+    np.clip(quotients, -INT8_MAX, INT8_MAX, out=quotients)
+    return Codes(codes=quotients.astype(np.int8), scales=scales.reshape(-1), axis=gemm.output_axis)
 
 
 def per_block(weight: ndarray, gemm: Gemm) -> Codes:
@@ -150,7 +153,7 @@ def _decode(graph: ir.Graph, reader: ir.Node, weight: ir.Value, codes: Codes) ->
 def _least_error(blocks: ndarray) -> tuple[ndarray, ndarray]:
     """Return the scales (blocks, outputs) and the codes (blocks, size, outputs) of the best shrink of each."""
     largest = np.abs(blocks).max(axis=1)
-    full = np.where(largest > 0, largest / np.float32(INT4_MAX), np.float32(1))
+    full = np.where(largest > NOTHING, largest / np.float32(INT4_MAX), np.float32(1))
     best = np.full(full.shape, np.inf, np.float32)
     scales = full.copy()
     for shrink in SHRINKS:

@@ -50,7 +50,7 @@ def usage(ptx: str, arch: str, toolchain: str = DEFAULT) -> Usage:
         with tempfile.TemporaryDirectory() as folder:
             return _assemble(ptxas, ptx, arch, Path(folder, "kernel.cubin"))
 
-    report = remember(["usage", ptx, arch, _digest(ptxas)], make)
+    report = remember(_usage_key(ptxas, ptx, arch), make)
     shared = re.search(r"(\d+) bytes smem", report)
     (registers,) = _numbers(r"Used (\d+) registers", report)
     stack, stores, loads = _numbers(
@@ -75,7 +75,9 @@ def opcodes(ptx: str, arch: str, toolchain: str = DEFAULT, *, contract: bool = T
     def make() -> str:
         with tempfile.TemporaryDirectory() as folder:
             cubin = Path(folder, "kernel.cubin")
-            _assemble(ptxas, ptx, arch, cubin, f"--fmad={str(contract).lower()}")
+            report = _assemble(ptxas, ptx, arch, cubin, f"--fmad={str(contract).lower()}")
+            if contract:  # ptxas's default: spares ``usage`` its run
+                remember(_usage_key(ptxas, ptx, arch), lambda: report)
             listing = _run(nvdisasm, "--no-dataflow", str(cubin))
         return json.dumps(Counter(INSTRUCTION.findall(listing)), sort_keys=True)
 
@@ -89,6 +91,10 @@ def count(found: Mapping[str, int], name: str, *modifiers: str) -> int:
         first, *rest = opcode.split(".")
         total += times if first == name and set(modifiers) <= set(rest) else 0
     return total
+
+
+def _usage_key(ptxas: Path, ptx: str, arch: str) -> list[str]:
+    return ["usage", ptx, arch, _digest(ptxas)]
 
 
 def _assemble(ptxas: Path, ptx: str, arch: str, cubin: Path, *options: str) -> str:

@@ -28,36 +28,36 @@ class CudaBindings(Driver):
     def __init__(self, cuda: Any, device: int) -> None:
         """Open a device; ``cuda`` is the module ``cuda.bindings.driver``."""
         self._cuda = cuda
-        self._call("cuInit", 0)
-        version: int = self._call("cuDriverGetVersion")
+        self.call("cuInit", 0)
+        version: int = self.call("cuDriverGetVersion")
         self.cuda = version // 1000, version % 1000 // 10
-        if int(self._call("cuCtxGetCurrent")) == 0:
-            self._call("cuCtxSetCurrent", self._call("cuDevicePrimaryCtxRetain", self._call("cuDeviceGet", device)))
-        here = self._call("cuCtxGetDevice")
+        if int(self.call("cuCtxGetCurrent")) == 0:
+            self.call("cuCtxSetCurrent", self.call("cuDevicePrimaryCtxRetain", self.call("cuDeviceGet", device)))
+        here = self.call("cuCtxGetDevice")
         kinds = cuda.CUdevice_attribute
-        major: int = self._call("cuDeviceGetAttribute", kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, here)
-        minor: int = self._call("cuDeviceGetAttribute", kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, here)
+        major: int = self.call("cuDeviceGetAttribute", kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, here)
+        minor: int = self.call("cuDeviceGetAttribute", kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, here)
         self.capability = 10 * major + minor
         self._modules: list[Any] = []  # a function lives as long as its module
 
     def load(self, ptx: str, symbol: str) -> Any:
         """Return a function of a PTX text, compiled for the device."""
-        self._modules.append(self._call("cuModuleLoadData", ptx.encode() + b"\0"))
-        return self._call("cuModuleGetFunction", self._modules[-1], symbol.encode())
+        self._modules.append(self.call("cuModuleLoadData", ptx.encode() + b"\0"))
+        return self.call("cuModuleGetFunction", self._modules[-1], symbol.encode())
 
     def launch(self, launch: Launch) -> None:
         """Put a launch into its stream, a handle."""
         types = tuple(TYPES[kind] for kind in launch.layout)
-        self._call(
+        self.call(
             "cuLaunchKernel", launch.function, *launch.grid, *launch.block, launch.shared_bytes, launch.stream,
             (launch.arguments, types), 0,
         )  # fmt: skip
 
     def synchronize(self, stream: Any) -> None:
         """Wait until everything in a stream is done."""
-        self._call("cuStreamSynchronize", stream)
+        self.call("cuStreamSynchronize", stream)
 
-    def _call(self, function: str, *arguments: Any) -> Any:
+    def call(self, function: str, *arguments: Any) -> Any:
         """Call a function of the driver and return its one result, if it has any."""
         status, *results = getattr(self._cuda, function)(*arguments)
         if int(status) != 0:

@@ -1,7 +1,7 @@
 // Element types of the kernels on rows, their conversions, and loads and stores of several at once.
 //
 // -D SCALAR=__half | __nv_bfloat16 | float            the floating inputs
-// -D OUTPUT=SCALAR | int8 | __nv_fp8_e4m3             what is written
+// -D OUTPUT=SCALAR | int8 | __nv_fp8_e4m3             what is written; the last one needs -D WITH_FP8=1
 // -D SCALE=SCALE_NONE | SCALE_TENSOR | SCALE_TOKEN    how OUTPUT is scaled: not, by one number, by one for each row
 #pragma once
 #include <cuda_bf16.h>
@@ -80,7 +80,16 @@ __device__ __forceinline__ void store(T* to, const T (&values)[COUNT]) {
 #pragma unroll
     for (int k = 0; k < COUNT; k += RUN) {
         Type word;
-        memcpy(&word, values + k, sizeof(Type));
+        if constexpr (sizeof(T) == 1 && RUN % 4 == 0) {  // copied as one, NVRTC for sm_120 reads bytes before it sets them
+            unsigned parts[RUN / 4] = {};
+#pragma unroll
+            for (int j = 0; j < RUN; ++j) {
+                parts[j / 4] |= static_cast<unsigned>(reinterpret_cast<const unsigned char&>(values[k + j])) << 8 * (j % 4);
+            }
+            memcpy(&word, parts, sizeof(Type));
+        } else {
+            memcpy(&word, values + k, sizeof(Type));
+        }
         *reinterpret_cast<Type*>(to + k) = word;
     }
 }

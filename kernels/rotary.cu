@@ -26,7 +26,7 @@ struct Heads {
     int dim;
 };
 
-// Cosine and sine of `fraction` · 2^-64 turns, to 1 ulp: the nearest quarter turn, and what is left of it, at most pi/4,
+// Cosine and sine of `fraction` · 2^-64 turns, to 2 ulps: the nearest quarter turn, and what is left of it, at most pi/4,
 // through the polynomials of Cephes (Moshier, sinf.c). What is left is an exact integer, so that a cosine or sine near 0
 // is as good, in ulps, as any other; its upper 24 bits times 2 pi are taken exactly, as a sum of two floats.
 __device__ __forceinline__ void turn(unsigned long long fraction, float& cosine, float& sine) {

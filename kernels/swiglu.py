@@ -55,7 +55,7 @@ KERNEL = Kernel(
     tolerance={
         "float16": SIXTEEN_BITS,
         "bfloat16": SIXTEEN_BITS,
-        "float32": Tolerance(ulps=8.0, reason="exp(gate / 2), rounded to 1.2 ulp, enters twice; six roundings more"),
+        "float32": Tolerance(ulps=8.0, reason="exp(gate / 2), to 0.9 ulp, enters up to four times; 4.2 ulps measured"),
         "int8": INT8_TOLERANCE,
         "float8_e4m3": FP8_TOLERANCE,
     },

@@ -120,6 +120,26 @@ class Bundle:
         """Return the graph of an execution."""
         return self.content.variants[execution.variant]
 
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Return what can be run, as a header and rows of text."""
+        header = ["precision", "back-end", "floats", "ms", "equal px", "Dice", "drop <", "MB"]
+        return header, [self._row(execution) for execution in self.content.executions]
+
+    def _row(self, execution: Execution) -> list[str]:
+        variant, found = self.variant(execution), execution.verification
+        gate = found.get("gate")
+        size = sum((self.folder / name).stat().st_size for name in (variant.graph, variant.weights))
+        return [
+            variant.precision + (f" ({variant.flavour})" if variant.flavour != "canonical" else ""),
+            execution.backend if execution.executed else f"{execution.backend} (not installed here)",
+            execution.compute,
+            "–" if execution.median_ms is None else f"{execution.median_ms:.2f}",
+            f"{100 * found['agreement']:.2f} %",
+            f"{gate['candidate']:.4f}" if gate else "same",
+            f"{gate['high']:.4f}" if gate else "–",
+            f"{size / 1e6:.1f}",
+        ]
+
     def manifest(self) -> dict[str, Any]:
         """Return the manifest as plain data that JSON can hold."""
         return to_dict(self.content)

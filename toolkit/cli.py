@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -168,7 +168,7 @@ def block_extract(
 
 
 @cli.command()
-@click.option("--recipe", "recipe_name", required=True, help="A named recipe: folder, organs-demo.")
+@click.option("--recipe", "recipe_name", required=True, help="A named recipe: folder, organs-demo, tumours-demo.")
 @click.option("--data", "data_folder", type=FOLDER, required=True, help="A folder with images/ and masks/.")
 @click.option("--block", "block_file", type=FILE, help="The frozen block, from 'medseg-trt block extract'.")
 @click.option("-o", "--output", type=FOLDER, help="The run folder.  [default: runs/RECIPE]")
@@ -198,34 +198,60 @@ def train(
 @click.option("--ckpt", "checkpoint", type=FILE, required=True, help="A checkpoint that 'train' wrote.")
 @click.option("-o", "--output", type=FOLDER, help="The bundle's folder.  [default: the checkpoint's name with .medseg]")
 @click.option(
-    "--data", "data_folder", type=FOLDER, help="Images to verify on.  [default: the folder it was trained on]"
-)
-@click.option("--precision", "precisions", default="fp32", show_default=True, help="Comma-separated; only fp32 so far.")
+    "--data", "data_folder", type=FOLDER,
+    help="Images to verify, judge and calibrate on.  [default: the folder it was trained on]",
+)  # fmt: skip
+@click.option(
+    "--precision", "precisions", multiple=True, default=("fp32",), show_default=True,
+    help="fp32, bf16, fp16, int8, w8a16, w4a16, several with commas, or a mix such as vit=int8,block=w8a16.",
+)  # fmt: skip
+@click.option(
+    "--max-dice-drop", type=click.FloatRange(0, 1), default=0.005, show_default=True,
+    help="How much Dice may fall, at the upper end of its interval, where numbers are rounded.",
+)  # fmt: skip
+@click.option("--backend", default="auto", show_default=True, help="The only back-end to try; auto tries all.")
+@click.option(
+    "--outputs", type=click.Choice(["logits", "mask"]), default="logits", show_default=True,
+    help="mask: the graphs also make masks of the images' own size.",
+)  # fmt: skip
 @output_options
-def build(checkpoint: Path, output: Path | None, data_folder: Path | None, precisions: str, as_json: bool) -> None:
-    """Turn a checkpoint into a verified ONNX bundle."""
+def build(
+    checkpoint: Path, output: Path | None, data_folder: Path | None, precisions: tuple[str, ...], max_dice_drop: float,
+    backend: str, outputs: Literal["logits", "mask"], as_json: bool,
+) -> None:  # fmt: skip
+    """Turn a checkpoint into a bundle: folded, fused, in several precisions, each verified, the fastest first."""
     from medseg_trt import pipeline
-    from medseg_trt.spec import BuildSpec
+    from medseg_trt.spec import BuildSpec, split_precisions
 
-    spec = BuildSpec(precisions=tuple(precisions.split(",")))
+    try:
+        spec = BuildSpec(
+            precisions=split_precisions(precisions), max_dice_drop=max_dice_drop, backend=backend, outputs=outputs
+        )
+    except ValueError as error:
+        raise UsageError(f"--precision {','.join(precisions)}: {error}") from error
     bundle = pipeline.build(checkpoint, spec, output, data_folder)
-    result = {"bundle": str(bundle.folder), "manifest": bundle.manifest()}
-    _print_result(as_json, result, str(bundle.folder))
+    if as_json:
+        click.echo(json.dumps({"bundle": str(bundle.folder), "manifest": bundle.manifest()}, indent=2))
+        return
+    _print_table(f"{bundle.folder}, the first row is what infer uses", *bundle.table())
+    for line in bundle.content.dropped:
+        click.echo(f"not used: {line}")
 
 
 @cli.command()
 @click.argument("inputs", nargs=-1, required=True, type=ANY)
 @click.option("--bundle", "bundle_folder", type=FOLDER, help="The bundle to run.  [default: the only *.medseg here]")
 @click.option("-o", "--output", type=FOLDER, default=Path("masks"), show_default=True, help="Where the masks go.")
-@click.option("--backend", default="auto", show_default=True, help="What runs the network.")
+@click.option("--backend", default="auto", show_default=True, help="What runs the network: onnxruntime, openvino.")
+@click.option("--precision", help="One of the bundle's.  [default: the fastest]")
 @click.option("--overlay", is_flag=True, help="Also draw the masks over the images, in overlays/.")
 @click.option("--batch", type=click.IntRange(1), default=4, show_default=True, help="Slices at once.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all]")
 @click.option("--continue", "resume", is_flag=True, help="Keep the masks that an earlier run finished.")
 @output_options
 def infer(
-    inputs: tuple[Path, ...], bundle_folder: Path | None, output: Path, backend: str, overlay: bool, batch: int,
-    threads: int | None, resume: bool, as_json: bool,
+    inputs: tuple[Path, ...], bundle_folder: Path | None, output: Path, backend: str, precision: str | None,
+    overlay: bool, batch: int, threads: int | None, resume: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Segment images and folders of images; write masks and a table of areas."""
     from medseg_trt.bundle import find_bundle
@@ -239,7 +265,8 @@ def infer(
 
     written = infer_to_folder(
         inputs, find_bundle(bundle_folder), output,
-        backend=backend, overlay=overlay, batch=batch, threads=threads, resume=resume, on_error=skip,
+        backend=backend, precision=precision, overlay=overlay, batch=batch, threads=threads, resume=resume,
+        on_error=skip,
     )  # fmt: skip
     result = {
         "masks": [str(path) for path in written.masks],
@@ -362,6 +389,9 @@ def kernels_build(targets: str | None, output: Path, as_json: bool) -> None:
 
     jetpack6 is sm_87 in PTX 8.5, which the driver of JetPack 6 understands.
     """
+    from medseg_trt.errors import require
+
+    require("ml_dtypes", "kernels")
     from medseg_trt.kernels.library import TARGETS
     from medseg_trt.kernels.manifest import build as build_kernels
 

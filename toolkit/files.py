@@ -41,6 +41,10 @@ def atomic_file(path: Path) -> Generator[Path, None, None]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:  # a full disk names no file, and nobody knows the temporary one
+        if error.filename in (None, name):
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

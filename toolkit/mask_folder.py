@@ -36,6 +36,7 @@ def infer_to_folder(
     output: Path,
     *,
     backend: str = "auto",
+    precision: str | None = None,
     overlay: bool = False,
     batch: int = 4,
     threads: int | None = None,
@@ -49,6 +50,7 @@ def infer_to_folder(
         bundle_folder: the bundle.
         output: where everything goes.
         backend: a key of ``session.BACKENDS``, or ``auto``.
+        precision: one of the bundle's; None takes the best.
         overlay: also draw the masks over the images.
         batch: how many slices go through the network at once.
         threads: CPU threads; None leaves it to the back-end.
@@ -68,7 +70,7 @@ def infer_to_folder(
     done: list[Finished] = []
     kept = 0
     try:
-        with open_session(bundle, backend, threads) as session:
+        with open_session(bundle, backend, threads, precision) as session:
             made_by = (
                 f"bundle {sha256(bundle.folder / MANIFEST)}, {session.description}, batch {batch}, overlay {overlay}"
             )

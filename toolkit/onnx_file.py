@@ -37,7 +37,12 @@ def describe_onnx(path: Path) -> dict[str, Any]:
         "operators": dict(Counter(node.op_type for node in graph.node).most_common()),
         "parameters": sum(_size(tensor.dims) for tensor in graph.initializer),
         "external_weights": sorted(
-            {entry.value for tensor in graph.initializer for entry in tensor.external_data if entry.key == "location"}
+            {
+                str(entry.value)  # a damaged file may hold bytes that are no text
+                for tensor in graph.initializer
+                for entry in tensor.external_data
+                if entry.key == "location"
+            }
         ),
     }
 

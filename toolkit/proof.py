@@ -54,7 +54,7 @@ class Proof:
         judged = self.images.judged
         if not np.isfinite(logits).all():
             raise AccuracyGateError("the logits are not finite: a number is too large for its type")
-        reference, candidate = judged.dice(judged.masks(logits), self._masks)
+        reference, candidate = (judged.counts(masks, self._masks) for masks in (self._masks, judged.masks(logits)))
         verdict = compare(reference, candidate, judged.cases, self.spec.max_dice_drop, judged.metric)
         error = self.error_of(logits)
         return verdict, {

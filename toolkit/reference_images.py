@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float32, Float64, UInt8
+from jaxtyping import Float32, Int64, UInt8
 from numpy import ndarray
 
 from medseg_trt.errors import InputError, UsageError
 from medseg_trt.export.verify import noise
 from medseg_trt.images import Image, find_images, read_image
-from medseg_trt.metrics import scores
+from medseg_trt.metrics import confusion
 from medseg_trt.preprocess import prepare, restore
 from medseg_trt.progress import LOG
 from medseg_trt.spec import Classes, Preprocessing
@@ -61,28 +61,16 @@ class JudgedImages:
         places = zip(logits, self.sizes, self.spacings, strict=True)
         return [restore(each, size, self.preprocessing, spacing) for each, size, spacing in places]
 
-    def dice(
+    def counts(
         self, masks: Sequence[ndarray], reference_masks: Sequence[ndarray]
-    ) -> tuple[Float64[ndarray, " images"], Float64[ndarray, " images"]]:
-        """Return the scores of the reference and of another network, image by image.
+    ) -> Int64[ndarray, "images classes 3"]:
+        """Count the pixels of every class but the background in every slice: right, in the mask, in the truth.
 
-        An image's score is the mean over the classes that occur in the truth or in either mask; a class that a mask
-        rightly lacks counts 1, so that a false alarm costs something.
+        Without drawn masks, the reference's are the truth.
         """
         truths = self.truths or reference_masks
-        pairs = [
-            [[1.0 if s.dice is None else s.dice for s in scores(mask, truth, self.classes)] for mask in both]
-            for truth, *both in zip(truths, reference_masks, masks, strict=True)
-        ]
-        occurring = [
-            [label for label in range(1, len(self.classes.names)) if any((each == label).any() for each in three)]
-            for three in zip(truths, reference_masks, masks, strict=True)
-        ]
-        means = np.array([
-            [np.mean([found[label - 1] for label in labels]) if labels else 1.0 for found in both]
-            for both, labels in zip(pairs, occurring, strict=True)
-        ])  # fmt: skip
-        return means[:, 0], means[:, 1]
+        matrices = [confusion(mask, truth, len(self.classes.names)) for mask, truth in zip(masks, truths, strict=True)]
+        return np.array([np.stack([m.diagonal(), m.sum(axis=0), m.sum(axis=1)], axis=1)[1:] for m in matrices])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,6 +4,7 @@ Every object here is made in one place and never changed afterwards. ``to_dict``
 JSON; what comes from a file is checked field by field, and an unknown field is an error.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from math import isfinite
@@ -251,6 +252,20 @@ class BuildSpec:
             raise ValueError(f"the precisions {', '.join(self.precisions)} must be different ones, at least one")
         if not 0 <= self.max_dice_drop <= 1:
             raise ValueError(f"max_dice_drop is {self.max_dice_drop}; Dice goes from 0 to 1")
+
+
+def split_precisions(texts: Sequence[str]) -> tuple[str, ...]:
+    """Return the precisions of a command line: ``fp32,vit=int8,block=w8a16`` are two, fp32 and a mix of two."""
+    found: list[str] = []
+    for text in texts:
+        was_mix = False
+        for word in text.replace(" ", "").split(","):
+            if was_mix and "=" in word:
+                found[-1] += f",{word}"
+            else:
+                found.append(word)
+            was_mix = "=" in word
+    return tuple(found)
 
 
 def palette(count: int) -> tuple[tuple[int, int, int], ...]:

@@ -47,8 +47,8 @@ def test_percentile_leaves_out_the_share_it_says():
     bin_width, outside = 2 * 40 / NUM_BINS, 1 - PERCENTILE / 100
     for beyond, one_bin_less, share in (
         (np.abs(OUTLIER) > found.bound, np.abs(OUTLIER) > found.bound - bin_width, outside),
-        (OUTLIER < found.low, OUTLIER < found.low + bin_width, outside / 2),
-        (OUTLIER > found.high, OUTLIER > found.high - bin_width, outside / 2),
+        (found.low > OUTLIER, found.low + bin_width > OUTLIER, outside / 2),
+        (found.high < OUTLIER, found.high - bin_width < OUTLIER, outside / 2),
     ):
         assert beyond.mean() <= share < one_bin_less.mean()
 

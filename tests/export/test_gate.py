@@ -1,12 +1,21 @@
 import numpy as np
 import pytest
+from numpy import ndarray
 
-from medseg_trt.export.gate import CONFIDENCE, MIN_CASES, Verdict, compare, relax
+from medseg_trt.export.gate import MIN_CASES, Verdict, compare, relax
+from medseg_trt.metrics import mean_scores, scores
+from medseg_trt.spec import Classes
+
+
+def counts_of(dice) -> ndarray:
+    """Return the counts of one class in slices where truth and mask have 10,000 pixels each."""
+    right = np.rint(10_000 * np.asarray(dice, np.float64)).astype(np.int64)
+    return np.stack([right, np.full_like(right, 10_000), np.full_like(right, 10_000)], axis=-1)[:, None]
 
 
 def verdict_of(drops, limit=0.005, cases=None) -> Verdict:
     drops = np.asarray(drops, np.float64)
-    return compare(np.full(len(drops), 0.9), 0.9 - drops, cases or ["one"] * len(drops), limit)
+    return compare(counts_of(np.full(len(drops), 0.9)), counts_of(0.9 - drops), cases or ["one"] * len(drops), limit)
 
 
 def test_the_same_masks_pass_and_have_no_interval():
@@ -20,31 +29,28 @@ def test_a_drop_on_every_image_fails_just_above_the_limit():
 
 
 def test_a_mean_below_the_limit_is_not_enough_where_images_scatter():
-    drops = np.tile([0.1, -0.094], 10)
-    verdict = verdict_of(drops)
+    verdict = verdict_of(np.tile([0.1, -0.094], 10))
     assert verdict.drop < verdict.limit < verdict.high
     assert not verdict.holds
 
 
 def test_the_interval_is_that_of_the_normal_distribution_where_there_are_many_images():
-    drops = np.random.default_rng(0).normal(0.01, 0.05, 4000)
+    drops = np.random.default_rng(0).normal(0.01, 0.02, 1000)
     verdict = verdict_of(drops)
     half = 1.6449 * drops.std() / np.sqrt(len(drops))  # the 95th percentile of the mean's normal distribution
-    # 10,000 resamples leave 2 % of scatter in a 5th percentile: about half / 1.6449 * 0.021 = 0.013 half.
-    assert verdict.high - verdict.drop == pytest.approx(half, rel=0.06)
-    assert verdict.drop - verdict.low == pytest.approx(half, rel=0.06)
-    assert CONFIDENCE == 0.95
+    # 5,000 resamples leave 3 % of scatter in a 5th percentile: about half / 1.6449 * 0.03 = 0.018 half.
+    assert verdict.high - verdict.drop == pytest.approx(half, rel=0.08)
+    assert verdict.drop - verdict.low == pytest.approx(half, rel=0.08)
 
 
 def test_slices_of_one_patient_are_no_independent_images():
-    rng = np.random.default_rng(0)
-    by_patient = rng.normal(0, 0.02, 12)
-    cases = [f"patient{number}" for number in range(12) for _ in range(50)]
-    drops = np.repeat(by_patient, 50)
-    together, apart = verdict_of(drops, cases=cases), verdict_of(drops, cases=["one"] * 600)
+    by_patient = np.random.default_rng(0).normal(0, 0.02, 12)
+    cases = [f"patient{number:02}" for number in range(12) for _ in range(25)]
+    drops = np.repeat(by_patient, 25)
+    together, apart = verdict_of(drops, cases=cases), verdict_of(drops, cases=["one"] * 300)
     assert (together.unit, apart.unit) == ("cases", "slices")
-    # 12 values instead of 600: the interval is wider by the root of 50, 7.1.
-    assert (together.high - together.low) / (apart.high - apart.low) == pytest.approx(7.1, rel=0.15)
+    # 12 values instead of 300: the interval is wider by the root of 25.
+    assert (together.high - together.low) / (apart.high - apart.low) == pytest.approx(5, rel=0.15)
 
 
 def test_few_patients_are_resampled_by_slice():
@@ -52,11 +58,45 @@ def test_few_patients_are_resampled_by_slice():
     assert MIN_CASES == 5
 
 
+def test_the_score_is_that_of_evaluate():
+    classes = Classes(names=("background", "one", "two"))
+    rng = np.random.default_rng(0)
+    cases = ["a", "a", "a", "b", "b"]
+    truths, masks = rng.integers(0, 3, (2, 5, 8, 8)).astype(np.uint8)
+    expected = [scores(masks[np.array(cases) == case], truths[np.array(cases) == case], classes) for case in "ab"]
+    counts = np.array([
+        [[((m == k) & (t == k)).sum(), (m == k).sum(), (t == k).sum()] for k in (1, 2)]
+        for m, t in zip(masks, truths, strict=True)
+    ])  # fmt: skip
+    verdict = compare(counts, counts, cases, 0.005)
+    assert verdict.reference == pytest.approx(np.mean([each.dice for each in mean_scores(expected)]))
+
+
+def test_a_false_alarm_in_a_case_without_the_class_costs_something():
+    reference = np.array([[[50, 60, 60], [0, 0, 0]], [[50, 60, 60], [0, 0, 0]]])
+    candidate = reference.copy()
+    candidate[1, 1] = [0, 5, 0]
+    verdict = compare(reference, candidate, ["a", "b"], 0.005)
+    five_sixths = 100 / 120
+    assert verdict.reference == pytest.approx((five_sixths + five_sixths + 1) / 3)
+    assert verdict.candidate == pytest.approx((five_sixths + five_sixths + 0) / 3)
+    # In another slice of a case that has the class it is a few pixels among many.
+    reference[0, 1] = candidate[0, 1] = [90, 100, 100]
+    pooled = compare(reference, candidate, ["a", "a"], 0.005)
+    assert pooled.drop == pytest.approx((180 / 200 - 180 / 205) / 2)
+
+
+def test_where_nothing_is_and_nothing_is_found_there_is_no_drop():
+    nothing = np.zeros((3, 2, 3), np.int64)
+    verdict = compare(nothing, nothing, ["a", "b", "c"], 0.005)
+    assert (verdict.reference, verdict.candidate, verdict.holds) == (1, 1, True)
+
+
 def test_scores_that_cannot_be_paired_are_refused():
     with pytest.raises(ValueError, match="cannot be paired"):
-        compare(np.zeros(3), np.zeros(3), ["a"], 0.1)
+        compare(np.zeros((3, 1, 3), np.int64), np.zeros((3, 1, 3), np.int64), ["a"], 0.1)
     with pytest.raises(ValueError, match="cannot be paired"):
-        compare(np.zeros(0), np.zeros(0), [], 0.1)
+        compare(np.zeros((0, 1, 3), np.int64), np.zeros((0, 1, 3), np.int64), [], 0.1)
 
 
 ERRORS = {"harmless": 0.001, "bad": 0.3, "worse": 0.5}

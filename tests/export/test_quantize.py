@@ -1,3 +1,4 @@
+import copy
 import importlib
 from collections import Counter
 from dataclasses import replace
@@ -94,8 +95,9 @@ def names(graph: OnnxGraph) -> set[str]:
 
 
 def test_every_product_of_the_network_is_counted(graph, folded):
+    shapes = copy.deepcopy(folded).to("meta")  # on the CPU, attention is one operator that PyTorch does not count
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        folded(torch.from_numpy(IMAGES[:1]))
+        shapes(torch.zeros(1, 3, *SIZE, device="meta"))
     assert total_macs(graph) == counter.get_total_flops() // 2  # a multiplication and an addition are two to PyTorch
     found = gemms(graph)
     assert {gemm.part for gemm in found} == set(PART_NAMES)

@@ -11,7 +11,8 @@ from tiny import make_checkpoint
 from medseg_trt.errors import MedsegError
 from medseg_trt.export import trace as trace_module
 from medseg_trt.export.fold import fold
-from medseg_trt.export.trace import OPSET, OnnxGraph, check, save_graph, trace
+from medseg_trt.export.save import save_flavours
+from medseg_trt.export.trace import OPSET, OnnxGraph, check, trace
 from medseg_trt.train.checkpoint import load_checkpoint
 from medseg_trt.train.model import LanguageInsert
 
@@ -27,7 +28,7 @@ def folded(tmp_path_factory):
 def saved(folded, tmp_path_factory):
     """Return the folder with the written graph."""
     folder = tmp_path_factory.mktemp("graph")
-    save_graph(trace(folded), folder, "fp32.onnx", "weights.bin")
+    save_flavours({"fp32.onnx": trace(folded)}, folder, "weights.bin")
     return folder
 
 
@@ -133,7 +134,7 @@ def test_a_graph_that_onnx_refuses_is_not_kept(graph, tmp_path):
     (matmul, *_) = (node for node in graph.model.graph if node.op_type == "MatMul")
     matmul.op_type = "NoSuchOperator"
     with pytest.raises(MedsegError, match="ONNX refuses"):
-        save_graph(graph, tmp_path, "broken.onnx", "weights.bin")
+        save_flavours({"broken.onnx": graph}, tmp_path, "weights.bin")
 
 
 def test_rotary_embedding_and_causal_mask_are_traced_where_they_are_switched_on(tmp_path):
@@ -142,7 +143,7 @@ def test_rotary_embedding_and_causal_mask_are_traced_where_they_are_switched_on(
     plain = fold(model)[0]
     attention = model.insert.layers[0].self_attn
     attention.spec = replace(attention.spec, rotary=True, causal=True)
-    save_graph(trace(fold(model)[0]), tmp_path, "model.onnx", "weights.bin")
+    save_flavours({"model.onnx": trace(fold(model)[0])}, tmp_path, "weights.bin")
     images = np.random.default_rng(0).random((2, 3, 32, 32), dtype=np.float32)
     with torch.inference_mode():
         expected, without = (network(torch.from_numpy(images)).numpy() for network in (model, plain))

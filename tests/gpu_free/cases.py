@@ -1,4 +1,4 @@
-"""Inputs for every kernel, as generated numbers of chosen magnitudes: one row tiny, the next zero, infinite, NaN …"""
+"""Generated inputs for every kernel, of chosen magnitudes: one row tiny, the next zero, infinite, NaN."""
 
 from collections.abc import Callable, Mapping
 
@@ -12,7 +12,15 @@ from medseg_trt.spec import Preprocessing
 Case = tuple[dict[str, int], dict[str, Array]]  # scalars, input arrays
 SCALES = ("1", "1e-3", "1e3", "fp16 max", "zeros", "inf", "nan")
 FINITE = SCALES[:5]
-FACTORS: Mapping[str, float] = {"1": 1.0, "1e-3": 1e-3, "1e3": 1e3, "fp16 max": 1.0, "zeros": 0.0, "inf": 1.0, "nan": 1.0}
+FACTORS: Mapping[str, float] = {
+    "1": 1.0,
+    "1e-3": 1e-3,
+    "1e3": 1e3,
+    "fp16 max": 1.0,
+    "zeros": 0.0,
+    "inf": 1.0,
+    "nan": 1.0,
+}
 HEADS: Mapping[int, tuple[int, int, int]] = {  # width -> heads, key and value heads, columns of a head
     1: (1, 1, 2),
     33: (3, 1, 22),
@@ -24,6 +32,7 @@ HEADS: Mapping[int, tuple[int, int, int]] = {  # width -> heads, key and value h
     8192: (64, 8, 128),
 }
 EPSILON = 1e-6
+SPACING_MM = (1.2, 0.9)  # of pictures whose contract asks for 1 mm: they do not fill, and exceed, the network's picture
 OUTPUT_STEP = 0.03  # of the 8-bit outputs: values of magnitude 1 use a quarter of the steps, large ones saturate
 
 
@@ -82,31 +91,37 @@ def _rotary(entry: Entry, rows: int, width: int, first_scale: int, rng: np.rando
 
 
 def _image_to_tensor(entry: Entry, rows: int, width: int, first_scale: int, rng: np.random.Generator) -> Case:
-    """Resize ``rows`` x ``width`` pixels: enlarge, keep and reduce in turn, with rows and pixels apart in memory."""
+    """Resize ``rows`` x ``width`` pixels: keep, enlarge and reduce in turn, some with padding or gaps in memory."""
     channels = (3, 1)[first_scale % 2]
-    size = [(rows, width), (rows + 3, min(width, 900) + 5), (max(rows // 2, 1), max(min(width, 900) // 3, 1))][first_scale % 3]
-    antialias = first_scale % 4 < 2 and width <= 1024  # of a wider one every pixel sums many
-    pixel_stride, gap = (channels, 0) if first_scale % 2 == 0 else (channels + 1, 5)
-    row_stride = width * pixel_stride + gap
     contract = Preprocessing(
-        image_size=size,
-        resize="linear_antialias" if antialias else "linear",
+        image_size=_size(rows, width, first_scale),
+        resize="linear_antialias" if first_scale % 4 in (1, 2) and width <= 1024 else "linear",
         window=(0.0, 255.0) if first_scale % 3 else (20.0, 180.0),
+        spacing_mm=1.0 if first_scale % 4 == 3 else None,
     )
+    pixel_stride, gap = (channels + 1, 5) if first_scale % 3 == 2 else (channels, 0)
+    row_stride = width * pixel_stride + gap
     batch = 2 if rows * width < 4096 else 1
     strides = (rows * row_stride, row_stride, pixel_stride)
-    scalars = image_to_tensor.scalars(contract, (batch, rows, width, channels), strides=strides)
+    scalars = image_to_tensor.scalars(contract, (batch, rows, width, channels), SPACING_MM, strides)
     return scalars, {"pixels": rng.integers(0, 256, (batch, strides[0]), np.uint8)}
 
 
 def _logits_to_mask(entry: Entry, rows: int, width: int, first_scale: int, rng: np.random.Generator) -> Case:
-    """Label ``rows`` x ``width`` pixels from fewer, as many, and more logits; finite ones, as a network gives them."""
+    """Label ``rows`` x ``width`` pixels from as many, more, and fewer logits; finite ones, as a network gives them."""
     classes = (4, 1, 9)[first_scale % 3]
-    size = [(max(rows // 2, 1), max(width // 4, 1)), (rows, width), (rows + 7, min(width, 900) + 3)][first_scale % 3]
+    size = _size(rows, width, first_scale)
+    contract = Preprocessing(image_size=size, spacing_mm=1.0 if first_scale % 4 == 3 else None)
     batch = 2 if rows * width < 4096 else 1
-    scalars = logits_to_mask.scalars(Preprocessing(image_size=size), batch, classes, (rows, width))
+    scalars = logits_to_mask.scalars(contract, batch, classes, (rows, width), SPACING_MM)
     values = scaled_rows(rng, (batch, classes * size[0] * size[1]), entry.dtype, first_scale, FINITE)
     return scalars, {"logits": values.reshape(batch, classes, *size)}
+
+
+def _size(rows: int, width: int, first_scale: int) -> tuple[int, int]:
+    """Return the network's picture for a source: the same, larger, or smaller."""
+    some = min(width, 900)
+    return ((rows, width), (rows + 3, some + 5), (max(rows // 2, 1), max(some // 3, 1)))[first_scale % 3]
 
 
 def _used(entry: Entry, scalars: Mapping[str, int]) -> dict[str, int]:

@@ -5,7 +5,6 @@ from functools import partial
 
 import ml_dtypes
 import numpy as np
-
 from gpu_free.rounding import MODES, canonical, flush, narrow, saturate, to_odd
 from gpu_free.values import DTYPES, Operation, pack, unpack
 
@@ -76,30 +75,32 @@ def _clamped(a: np.ndarray, *, ftz: bool) -> np.ndarray:
     return saturate(flush(a) if ftz else a)
 
 
-def _pair(high: np.ndarray, low: np.ndarray, *, kind: str, mode: str, relu: bool, satfinite: bool) -> np.ndarray:
+def _pair(high: np.ndarray, low: np.ndarray, *, kind: str, mode: str, satfinite: bool) -> np.ndarray:
     """Convert two float32 values; the first operand goes into the high half."""
     parts = [narrow(part.astype(np.float64), kind, mode) for part in (low, high)]
     if satfinite:
-        largest = parts[0].dtype.type(65504.0 if kind == "f16" else 255 * 2.0**120)
-        parts = [np.where(np.isnan(part), part, np.clip(part, -largest, largest)) for part in parts]
-    if relu:
-        parts = [np.where(part > 0, part, np.where(np.isnan(part), part, part.dtype.type(0))) for part in parts]
+        largest = np.array(np.inf, parts[0].dtype).view(np.uint16) - np.uint16(1)
+        parts = [np.where(np.isinf(part), _with_sign(largest, part), part) for part in parts]
     return pack(*parts)
 
 
-def _to_float8_pair(high: np.ndarray, low: np.ndarray, *, kind: str, relu: bool) -> np.ndarray:
+def _with_sign(bits: np.ndarray, of: np.ndarray) -> np.ndarray:
+    """Return a 16-bit magnitude with the signs of other values."""
+    return (bits | (of.view(np.uint16) & np.uint16(0x8000))).view(of.dtype)
+
+
+def _to_float8_pair(high: np.ndarray, low: np.ndarray, *, kind: str) -> np.ndarray:
     dtype, largest = FLOAT8[kind]
     codes = []
     for part in (low, high):
-        part = np.maximum(part, np.float32(0)) if relu else part
         code = np.clip(part, np.float32(-largest), np.float32(largest)).astype(dtype).view(np.uint8)
         codes.append(np.where(np.isnan(part), np.uint8(0x7F), code).astype(np.uint16))
     return codes[0] | codes[1] << np.uint16(8)
 
 
-def _half_pair_to_float8(pair: np.ndarray, *, kind: str, relu: bool) -> np.ndarray:
+def _half_pair_to_float8(pair: np.ndarray, *, kind: str) -> np.ndarray:
     low, high = (part.astype(np.float32) for part in unpack(pair, "f16"))
-    return _to_float8_pair(high, low, kind=kind, relu=relu)
+    return _to_float8_pair(high, low, kind=kind)
 
 
 def _float8_pair_to_halves(pair: np.ndarray, *, kind: str) -> np.ndarray:
@@ -153,16 +154,14 @@ def _table() -> Mapping[str, Operation]:
         put(f"{ftz}.sat".lstrip("."), "f32", "f32", partial(_clamped, ftz=bool(ftz)))
     for kind in ("f16", "bf16"):
         for mode in ("rn", "rz"):
-            for relu in ("", ".relu"):
-                for satfinite in ("", ".satfinite"):
-                    compute = partial(_pair, kind=kind, mode=mode, relu=bool(relu), satfinite=bool(satfinite))
-                    put(f"{mode}{relu}{satfinite}", f"{kind}x2", "f32", compute, count=2)
+            for satfinite in ("", ".satfinite"):
+                compute = partial(_pair, kind=kind, mode=mode, satfinite=bool(satfinite))
+                put(f"{mode}{satfinite}", f"{kind}x2", "f32", compute, count=2)
     for kind in FLOAT8:
-        for relu in ("", ".relu"):
-            into = partial(_to_float8_pair, kind=kind, relu=bool(relu))
-            found[f"cvt.rn.satfinite{relu}.{kind}x2.f32"] = Operation(("b16",), ("f32", "f32"), into)
-            halves = partial(_half_pair_to_float8, kind=kind, relu=bool(relu))
-            found[f"cvt.rn.satfinite{relu}.{kind}x2.f16x2"] = Operation(("b16",), ("f16x2",), halves)
+        into = partial(_to_float8_pair, kind=kind)
+        found[f"cvt.rn.satfinite.{kind}x2.f32"] = Operation(("b16",), ("f32", "f32"), into)
+        halves = partial(_half_pair_to_float8, kind=kind)
+        found[f"cvt.rn.satfinite.{kind}x2.f16x2"] = Operation(("b16",), ("f16x2",), halves)
         out = partial(_float8_pair_to_halves, kind=kind)
         found[f"cvt.rn.f16x2.{kind}x2"] = Operation(("f16x2",), ("b16",), out)
     return found

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-
 from gpu_free.machine import Argument, run_ptx
 from gpu_free.report import Report
+
 from medseg_trt.kernels.compile import DEFAULT, compile_ptx
 from medseg_trt.kernels.kernel import DTYPES, Array, Entry, Kernel
 

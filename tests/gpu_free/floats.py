@@ -5,8 +5,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 import numpy as np
-
-from gpu_free.rounding import MODES, canonical, flush, fma_float64, fma_odd, narrow, saturate, two_sum, to_odd
+from gpu_free.rounding import MODES, canonical, flush, fma_float64, fma_odd, narrow, saturate, to_odd, two_sum
 from gpu_free.values import DTYPES, Operation, pack, unpack
 
 WORKING = {"f16": np.float64, "bf16": np.float64, "f32": np.float64, "f64": np.float64}

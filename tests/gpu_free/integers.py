@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 import numpy as np
-
 from gpu_free.floats import COMBINATIONS, COMPARISONS
 from gpu_free.values import DTYPES, Operation
 
@@ -198,7 +197,7 @@ def _plain() -> Mapping[str, Operation]:
                 found[f"mul.wide.{kind}"] = Operation((twice,), (kind, kind), partial(_wide_product, kind=kind))
                 compute = partial(_multiply_add, form="wide", kind=kind)
                 found[f"mad.wide.{kind}"] = Operation((twice,), (kind, kind, twice), compute)
-        found[f"neg.s{bits}"] = Operation((f"s{bits}",), (f"s{bits}",), operator.neg)
+        found[f"neg.s{bits}"] = Operation((f"s{bits}",), (f"s{bits}",), np.negative)
         found[f"abs.s{bits}"] = Operation((f"s{bits}",), (f"s{bits}",), np.abs)
         found[f"shl.b{bits}"] = Operation((f"b{bits}",), (f"b{bits}", "u32"), _left)
         found[f"shr.b{bits}"] = Operation((f"b{bits}",), (f"b{bits}", "u32"), _right)
@@ -210,7 +209,7 @@ def _logic() -> Mapping[str, Operation]:
     for kind in ("pred", "b16", "b32", "b64"):
         for name, compute in {"and": operator.and_, "or": operator.or_, "xor": operator.xor}.items():
             found[f"{name}.{kind}"] = Operation((kind,), (kind, kind), compute)
-        found[f"not.{kind}"] = Operation((kind,), (kind,), operator.invert)
+        found[f"not.{kind}"] = Operation((kind,), (kind,), np.invert)
     for kind in ("b32", "b64"):
         found[f"clz.{kind}"] = Operation(("u32",), (kind,), _leading_zeros)
         found[f"popc.{kind}"] = Operation(("u32",), (kind,), lambda a: np.bitwise_count(a).astype(np.uint32))
@@ -249,7 +248,11 @@ def _carries() -> Mapping[str, Operation]:
     for bits in (32, 64):
         for kind in (f"u{bits}", f"s{bits}"):
             unsigned = f"u{bits}"  # the carry is that of unsigned addition for both
-            for spelled, (carry_in, carry_out) in {".cc": (False, True), "c": (True, False), "c.cc": (True, True)}.items():
+            for spelled, (carry_in, carry_out) in {
+                ".cc": (False, True),
+                "c": (True, False),
+                "c.cc": (True, True),
+            }.items():
                 flags = {"carry_in": carry_in, "carry_out": carry_out, "kind": unsigned}
                 gives = (unsigned, "cc") if carry_out else (unsigned,)
                 extra = ("cc",) if carry_in else ()

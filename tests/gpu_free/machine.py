@@ -10,15 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-
-from gpu_free.memory import GlobalArray, Threads
+from gpu_free.memory import Threads
 from gpu_free.opcodes import OPCODES
-from gpu_free.ptx import Function, Instruction, Module, PtxError, Register, Symbol, parse
+from gpu_free.ptx import Function, Instruction, PtxError, Symbol, parse
 from gpu_free.registers import Registers
 from gpu_free.report import Report
 from gpu_free.spaces import ACCESSES, Spaces
-from gpu_free.warps import SHUFFLES, shuffle
 from gpu_free.values import Operation
+from gpu_free.warps import SHUFFLES, shuffle
 
 LANES_AT_ONCE = 1 << 16  # threads in one batch of blocks: arrays of this length stay in the cache
 BRANCHES = ("bra", "bra.uni")
@@ -26,8 +25,12 @@ EXITS = ("ret", "exit", "ret.uni")
 BARRIERS = ("bar.sync", "barrier.sync", "barrier.sync.aligned")
 WARP_BARRIER = "bar.warp.sync"
 ADDRESS_CASTS = tuple(f"cvta{to}.{space}.u64" for to in ("", ".to") for space in ("global", "shared", "local", "const"))
-MOVES = tuple(f"mov.{kind}" for kind in (*(f"{sign}{bits}" for sign in "bus" for bits in (16, 32, 64)), "f32", "f64", "pred"))
-KNOWN = OPCODES.keys() | ACCESSES.keys() | SHUFFLES | {*BRANCHES, *EXITS, *BARRIERS, WARP_BARRIER, *ADDRESS_CASTS, *MOVES}
+MOVES = tuple(
+    f"mov.{kind}" for kind in (*(f"{sign}{bits}" for sign in "bus" for bits in (16, 32, 64)), "f32", "f64", "pred")
+)
+KNOWN = (
+    OPCODES.keys() | ACCESSES.keys() | SHUFFLES | {*BRANCHES, *EXITS, *BARRIERS, WARP_BARRIER, *ADDRESS_CASTS, *MOVES}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,6 +268,11 @@ class _Batch:
         if not own.all():
             text = f"lane {lanes[own == 0][0] % 32} is not in its own mask {masks[own == 0][0]:#010x}"
             self.report.add("shuffle", instruction, text, int((own == 0).sum()))
+        here = self._bits_of(lanes)
+        for mask in np.unique(masks):
+            same = self._bits_of(lanes[masks == mask])
+            if ((same != 0) & (here & mask != same)).any():
+                self.report.add("shuffle", instruction, f"not every lane that {mask:#010x} names has this mask")
         if instruction.opcode == WARP_BARRIER:
             if (masks & ~self._bits(self.exited)[lanes // 32] != ~self._bits(self.exited)[lanes // 32]).any():
                 raise PtxError(f"line {instruction.line}: a barrier of a part of a warp: {instruction.text}")
@@ -294,9 +302,7 @@ class _Batch:
         self._at(place + 1, lanes)
 
     def _wait(self, instruction: Instruction, place: int, lanes: np.ndarray) -> None:
-        number, *count = (
-            self.registers.read(operand, "u32", lanes, instruction) for operand in instruction.operands
-        )
+        number, *count = (self.registers.read(operand, "u32", lanes, instruction) for operand in instruction.operands)
         if count or (number != 0).any():
             raise PtxError(f"line {instruction.line}: only barrier 0 of a whole block is known: {instruction.text}")
         self.waiting[lanes] = place

@@ -7,7 +7,6 @@ and a step outside cannot land in a neighbour. Shared and local variables have o
 from dataclasses import dataclass
 
 import numpy as np
-
 from gpu_free.ptx import Instruction, PtxError
 from gpu_free.report import Report, Traffic, count_traffic
 
@@ -92,7 +91,7 @@ class Segment:
 
     def has_unwritten(self, index: np.ndarray, width: int) -> np.ndarray:
         """Return which reads touch a byte that was never written."""
-        return ~np.take(self.written.reshape(-1, width), index, axis=0).all(axis=1)
+        return np.logical_not(np.take(self.written.reshape(-1, width), index, axis=0).all(axis=1))
 
 
 class GlobalArray(Segment):

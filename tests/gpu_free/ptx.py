@@ -18,7 +18,9 @@ VARIABLE = re.compile(
     r"(" + NAME + r")\s*(?:\[(\d*)\])?\s*(?:=\s*(?:\{([^}]*)\}|([^;]+)))?;"
 )
 PARAMETER = re.compile(
-    r"\.param\s+(?:\.align\s+\d+\s+)?\.([busf]\d+)\s+(?:\.ptr\s+(?:\.global\s+)?(?:\.align\s+\d+\s+)?)?(" + NAME + r")(?:\[(\d+)\])?"
+    r"\.param\s+(?:\.align\s+\d+\s+)?\.([busf]\d+)\s+(?:\.ptr\s+(?:\.global\s+)?(?:\.align\s+\d+\s+)?)?("
+    + NAME
+    + r")(?:\[(\d+)\])?"
 )
 
 
@@ -159,9 +161,7 @@ def _number(text: str) -> int:
 
 def _function(head: re.Match[str], body: str, first_line: int) -> Function:
     kind, _, name, parameters, attributes, _ = head.groups()
-    sizes = {
-        found[2]: int(found[1][1:]) // 8 * int(found[3] or 1) for found in PARAMETER.finditer(parameters)
-    }
+    sizes = {found[2]: int(found[1][1:]) // 8 * int(found[3] or 1) for found in PARAMETER.finditer(parameters)}
     limit = re.search(r"\.(?:max|req)ntid\s+(\d+)(?:\s*,\s*(\d+))?(?:\s*,\s*(\d+))?", attributes)
     threads = int(limit[1]) * int(limit[2] or 1) * int(limit[3] or 1) if limit else None
     function = Function(name, kind == "entry", sizes, threads)

@@ -8,7 +8,6 @@ Source: NVIDIA, "PTX ISA", "Memory Consistency Model".
 from dataclasses import dataclass, field
 
 import numpy as np
-
 from gpu_free.ptx import Instruction
 from gpu_free.report import Report
 
@@ -21,6 +20,7 @@ class SharedLog:
     """Accesses to shared memory."""
 
     parts: list[tuple[np.ndarray, ...]] = field(default_factory=list)
+    widths: list[int] = field(default_factory=list)
     instructions: list[Instruction] = field(default_factory=list)
 
     def note(
@@ -38,15 +38,16 @@ class SharedLog:
         self.instructions.append(instruction)
         number = len(self.instructions) - 1
         place = (blocks.astype(np.int64) << 44) | (epochs.astype(np.int64) << 28) | addresses
-        self.parts.append((place, lanes, warp_epochs, np.full(len(lanes), is_write), np.full(len(lanes), number), width))
+        self.parts.append((place, lanes, warp_epochs, np.full(len(lanes), is_write), np.full(len(lanes), number)))
+        self.widths.append(width)
 
     def check(self, report: Report) -> None:
         """Report the races."""
         if not any(part[3].any() for part in self.parts):
             return
-        unit = min(part[5] for part in self.parts)
+        unit = min(self.widths)
         columns = [[] for _ in COLUMNS]
-        for *arrays, width in self.parts:
+        for arrays, width in zip(self.parts, self.widths, strict=True):
             for step in range(0, width, unit):
                 for column, array in zip(columns, (arrays[0] + step, *arrays[1:]), strict=True):
                     column.append(array)

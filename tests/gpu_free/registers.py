@@ -3,13 +3,18 @@
 from collections.abc import Mapping
 
 import numpy as np
-
 from gpu_free.memory import Access
 from gpu_free.ptx import Address, Discard, Immediate, Instruction, Operand, PtxError, Register, Special, Symbol, Vector
 from gpu_free.report import Report
 from gpu_free.values import DTYPES
 
-BITS = {1: np.dtype(bool), 8: np.dtype(np.uint8), 16: np.dtype(np.uint16), 32: np.dtype(np.uint32), 64: np.dtype(np.uint64)}
+BITS = {
+    1: np.dtype(bool),
+    8: np.dtype(np.uint8),
+    16: np.dtype(np.uint16),
+    32: np.dtype(np.uint32),
+    64: np.dtype(np.uint64),
+}
 CARRY = Register("%carry", 1)
 
 
@@ -36,13 +41,13 @@ class Registers:
             bits = self._bits(operand, lanes, instruction)
             if operand.negated:
                 bits = ~bits
-            if bits.dtype.itemsize != dtype.itemsize or (operand.bits == 1) != (dtype == bool):
+            if bits.dtype.itemsize != dtype.itemsize or (operand.bits == 1) != (dtype.kind == "b"):
                 if not any_width or bits.dtype.itemsize < dtype.itemsize or operand.bits == 1:
                     raise PtxError(f"line {instruction.line}: {operand.name} is no {kind}: {instruction.text}")
                 bits = bits.astype(f"u{dtype.itemsize}")
             return bits.view(dtype)
         if isinstance(operand, Immediate):
-            width = BITS[8 * dtype.itemsize] if dtype != bool else BITS[1]
+            width = BITS[8 * dtype.itemsize] if dtype.kind != "b" else BITS[1]
             value = operand.value % (1 << 8 * dtype.itemsize)
             return np.full(len(lanes), value, width).view(dtype)
         if isinstance(operand, Special):
@@ -100,7 +105,9 @@ class Registers:
         """Set the carry flag."""
         self.write(CARRY, "pred", values, lanes, Instruction("", (), None, 0, "carry"))
 
-    def address(self, operand: Operand, space: str, lanes: np.ndarray, instruction: Instruction) -> np.ndarray | Address:
+    def address(
+        self, operand: Operand, space: str, lanes: np.ndarray, instruction: Instruction
+    ) -> np.ndarray | Address:
         """Return the addresses of ``[register + offset]`` as int64; a parameter's as it is written."""
         if not isinstance(operand, Address):
             raise PtxError(f"line {instruction.line}: no address: {instruction.text}")
@@ -129,9 +136,7 @@ class Registers:
         sign = "i" if access.kind.startswith("s") else "u"
         elements = np.ascontiguousarray(values).view(f"{sign}{access.bits // 8}")
         for column, part in enumerate(_parts(operand, access, instruction)):
-            self.write(
-                part, access.kind, np.ascontiguousarray(elements[:, column]), lanes, instruction, any_width=True
-            )
+            self.write(part, access.kind, np.ascontiguousarray(elements[:, column]), lanes, instruction, any_width=True)
 
     def move(self, instruction: Instruction, lanes: np.ndarray) -> None:
         """Copy, pack a vector into one register, or unpack one; an address's space is no part of it."""

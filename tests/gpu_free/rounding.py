@@ -2,7 +2,8 @@
 
 A number rounded to odd (the neighbour with an odd last bit unless it is exact) in a format at least two bits longer
 rounds to the same result as the exact number in every mode.
-Source: Boldo and Melquiond 2008, "Emulation of FMA and correctly rounded sums: proved algorithms using rounding to odd".
+Source: Boldo and Melquiond 2008, "Emulation of FMA and correctly rounded sums: proved algorithms using rounding to
+odd".
 """
 
 from fractions import Fraction
@@ -27,7 +28,7 @@ def to_odd(rounded: np.ndarray, error: np.ndarray) -> np.ndarray:
     integer = np.int64 if rounded.dtype == np.float64 else np.int32
     bits = rounded.view(integer)
     inexact = (error != 0) & np.isfinite(error) & np.isfinite(rounded) & (bits & 1 == 0)
-    away = (error > 0) == (rounded > 0)
+    away = ((error > 0) == (rounded > 0)) | (rounded == 0)  # a product too small for the format keeps its sign
     return np.where(inexact, bits + np.where(away, 1, -1).astype(integer), bits).view(rounded.dtype)
 
 

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-
 from gpu_free.memory import REGION, Access, GlobalArray, Segment, Threads
 from gpu_free.ptx import Address, Function, Instruction, Module, PtxError, Symbol, Variable
 from gpu_free.races import SharedLog
@@ -25,7 +24,7 @@ def _accesses() -> dict[str, Access]:
         for vector, count in VECTORS.items():
             if bits * count > 128:
                 continue
-            for space in ("global", "shared", "local", "param"):
+            for space in ("global", "shared", "local", *(("param",) if count == 1 else ())):
                 for hint in HINTS if space == "global" else ("",):
                     load, store = f"ld.{space}{hint}{vector}.{kind}", f"st.{space}{hint}{vector}.{kind}"
                     found[load] = Access(True, space, kind, bits, count, False)

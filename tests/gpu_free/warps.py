@@ -6,7 +6,6 @@ Source: NVIDIA, "PTX ISA", shfl.sync (the pseudo-code of its semantics).
 from collections.abc import Callable, Mapping
 
 import numpy as np
-
 from gpu_free.ptx import Instruction
 from gpu_free.registers import Registers
 from gpu_free.report import Report

@@ -11,55 +11,70 @@ import numpy as np
 import pytest
 from gpu_free.execute import excesses, execute, ptx_of
 from gpu_free.host.cases import cases
-from gpu_free.host.host import ORDERS, Builder, Case, Finding, missing, run
+from gpu_free.host.checks import TIES, same, ties, unaligned
+from gpu_free.host.host import ORDERS, Builder, Case, Finding, missing, run, shared_builder
 
 from medseg_trt.kernels import KERNELS, load
-from medseg_trt.kernels.kernel import DTYPES, Array, Entry, Kernel, pointer
+from medseg_trt.kernels.kernel import Entry, Kernel, pointer
 
 THREADS = 64
 MESSAGES: Mapping[str, tuple[str, str, str]] = {  # fault -> sanitizer, its finding, the body of a kernel of one block
     "store out of bounds": ("address", "AddressSanitizer: heap-buffer-overflow", "y[t + 1] = x[t];"),
     "load out of bounds": ("address", "AddressSanitizer: heap-buffer-overflow", "y[t] = x[t + t / 63];"),
     "shared memory out of bounds": (
-        *("address", "UndefinedBehaviorSanitizer: load of address"),
+        "address",
+        "UndefinedBehaviorSanitizer: load of address",
         "__shared__ float kept[64]; float* last = kept + t; kept[t] = x[t]; y[t] = last[1];",
     ),
     "misaligned store": (
-        *("address", "UndefinedBehaviorSanitizer: store to misaligned address"),
+        "address",
+        "UndefinedBehaviorSanitizer: store to misaligned address",
         "*reinterpret_cast<float4*>(y + 1 + t % 4) = make_float4(x[t], x[t], x[t], x[t]);",
     ),
     "write to an input": ("address", "host check: an input was written to", "const_cast<float*>(x)[t] = y[t];"),
-    "barrier that a warp skips": ("address", "waits at a barrier; thread 32 has returned", "if (t < 32) __syncthreads();"),
+    "barrier that a warp skips": (
+        "address",
+        "waits at a barrier; thread 32 has returned",
+        "if (t < 32) __syncthreads();",
+    ),
     "two barriers that meet": (
-        *("address", "waits at this barrier, thread 32 at that of line"),
+        "address",
+        "waits at this barrier, thread 32 at that of line",
         "if (t < 32) __syncthreads();\nelse __syncthreads();",
     ),
     "mask without the lane that calls": (
-        *("address", "mask 0000ffff lacks lane 16, which calls"),
+        "address",
+        "mask 0000ffff lacks lane 16, which calls",
         "y[t] = __shfl_xor_sync(0xffffu, x[t], 1);",
     ),
     "mask with a lane that does not come": (
-        *("address", "waits with mask ffffffff for a lane that never comes"),
+        "address",
+        "waits with mask ffffffff for a lane that never comes",
         "if (t % 32 < 16) y[t] = __shfl_xor_sync(0xffffffffu, x[t], 1);",
     ),
     "shuffle from outside the mask": (
-        *("address", "lane 0 reads lane 16, which mask 0000ffff leaves out"),
+        "address",
+        "lane 0 reads lane 16, which mask 0000ffff leaves out",
         "if (t % 32 < 16) y[t] = __shfl_xor_sync(0xffffu, x[t], 16);",
     ),
     "lanes that meet at different shuffles": (
-        *("address", "lane 0 waits with mask ffffffff, lane 16 at line"),
+        "address",
+        "lane 0 waits with mask ffffffff, lane 16 at line",
         "if (t % 32 < 16) y[t] = __shfl_xor_sync(~0u, x[t], 1);\nelse y[t] = __shfl_xor_sync(~0u, x[t], 1);",
     ),
     "race between warps": (
-        *("thread", "ThreadSanitizer: data race"),
+        "thread",
+        "ThreadSanitizer: data race",
         "__shared__ float kept[64]; kept[t] = x[t]; y[t] = kept[t ^ 32];",
     ),
     "race within a warp": (
-        *("thread", "ThreadSanitizer: data race"),
+        "thread",
+        "ThreadSanitizer: data race",
         "__shared__ float kept[64]; kept[t] = __shfl_xor_sync(~0u, x[t], 1); y[t] = kept[t ^ 1];",
     ),
     "shared memory used again too early": (
-        *("thread", "ThreadSanitizer: data race"),
+        "thread",
+        "ThreadSanitizer: data race",
         "__shared__ float kept[64]; kept[t] = x[t]; __syncthreads(); y[t] = kept[63 - t]; kept[t] = 0;",
     ),
 }
@@ -89,24 +104,10 @@ def selection(shared_only: bool = False) -> list:
 
 
 @pytest.fixture(scope="module")
-def builder(tmp_path_factory) -> Builder:
-    for sanitizer in ("address", "thread"):
-        if reason := missing(sanitizer):
-            pytest.skip(reason)
-    return Builder(tmp_path_factory.mktemp("host"))
-
-
-def same(first: Mapping[str, Array], second: Mapping[str, Array]) -> bool:
-    """Say whether all bits are equal; one NaN is as good as another, whose bits C++ leaves open."""
-    return all(
-        np.array_equal(np.isnan(first[name]), np.isnan(second[name]))
-        and np.array_equal(bits(first[name])[~np.isnan(first[name])], bits(second[name])[~np.isnan(first[name])])
-        for name in first
-    )
-
-
-def bits(values: Array) -> Array:
-    return values.view(f"u{values.dtype.itemsize}")
+def builder() -> Builder:
+    if reason := missing():
+        pytest.skip(reason)
+    return shared_builder()
 
 
 @pytest.mark.parametrize(("kernel", "entry"), selection())
@@ -129,19 +130,15 @@ def test_threads_that_share_memory_do_not_race(builder, kernel: Kernel, entry: E
 
 
 @pytest.mark.parametrize("kernel", [pytest.param(load(name), id=name) for name in KERNELS])
-def test_arrays_off_the_16_byte_boundary_give_the_same(builder, kernel: Kernel):
-    entry = kernel.entries[0]
-    pointers = [parameter for parameter in entry.parameters if parameter.kind == "pointer"]
-    launches = cases(kernel, entry)[:2]
-    moved = [
-        Case(inputs=launch.inputs, scalars=launch.scalars, offsets={one.name: DTYPES[one.dtype].itemsize})
-        for launch in launches
-        for one in pointers
-    ]
-    (expected,) = run(builder.program(kernel, entry, "address"), kernel, entry, launches, ORDERS[:1])
-    (found,) = run(builder.program(kernel, entry, "address"), kernel, entry, moved, ORDERS[:1])
-    for index, outputs in enumerate(found):
-        assert same(outputs, expected[index // len(pointers)]), moved[index].offsets
+def test_arrays_off_the_16_byte_boundary_are_within_the_contract(builder, kernel: Kernel):
+    assert not unaligned(kernel, kernel.entries[0], kernel)
+
+
+@pytest.mark.parametrize("kernel", [pytest.param(load(name), id=name) for name in TIES])
+def test_ties_go_where_the_contract_says(builder, kernel: Kernel):
+    for entry in kernel.entries:
+        if entry.defines.get("OUTPUT", "int8") == "int8" and entry.defines.get("SCALE") != "SCALE_TOKEN":
+            assert not ties(kernel, entry, kernel), entry.name
 
 
 def kernel_of(body: str, folder: Path, threads: int = THREADS) -> tuple[Kernel, Entry]:
@@ -185,7 +182,9 @@ def test_a_fault_is_named(builder, tmp_path, fault):
 @pytest.mark.parametrize("body", SOUND)
 def test_what_cuda_allows_is_no_finding(builder, tmp_path, sanitizer, body):
     kernel, entry = kernel_of(SOUND[body], tmp_path)
-    for (outputs,) in run(builder.program(kernel, entry, sanitizer), kernel, entry, [Case(inputs={"x": X}, scalars={})]):
+    for (outputs,) in run(
+        builder.program(kernel, entry, sanitizer), kernel, entry, [Case(inputs={"x": X}, scalars={})]
+    ):
         np.testing.assert_array_equal(outputs["y"], X)
 
 
@@ -218,7 +217,9 @@ SHUFFLES: Mapping[str, np.ndarray] = {  # lane -> lane read; segments of 8 lanes
 @pytest.mark.parametrize("call", SHUFFLES)
 def test_shuffles_read_the_lane_that_cuda_says(builder, tmp_path, call):
     kernel, entry = kernel_of(f"y[t] = {call};", tmp_path)
-    for (outputs,) in run(builder.program(kernel, entry, "address"), kernel, entry, [Case(inputs={"x": X}, scalars={})]):
+    for (outputs,) in run(
+        builder.program(kernel, entry, "address"), kernel, entry, [Case(inputs={"x": X}, scalars={})]
+    ):
         np.testing.assert_array_equal(outputs["y"], X[SHUFFLES[call]])
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from medseg_trt.errors import DeviceError, MissingExtraError, UsageError
 from medseg_trt.kernels import KERNELS, cuda_bindings_adapter, image_to_tensor, load, logits_to_mask, pycuda_adapter
+from medseg_trt.kernels.device_memory import DeviceMemory, milliseconds
 from medseg_trt.kernels.launch import CudaError, Driver, Launch, Launcher, open_driver, pack
 from medseg_trt.kernels.library import TARGETS
 from medseg_trt.spec import Preprocessing
@@ -274,6 +275,34 @@ def test_cuda_bindings_is_called_as_the_driver_api_wants():
         ("cuLaunchKernel", "function", 4, 2, 1, 128, 1, 1, 0, 77, (values, types), 0),
         ("cuStreamSynchronize", 77),
     ]
+
+
+def test_memory_is_filled_read_and_given_back():
+    cuda = FakeCudaBindings()
+    cuda.results["cuMemAlloc"] = 0x5000
+    numbers = np.arange(6, dtype=np.float16).reshape(2, 3)[:, ::-1]  # is copied in its own order
+    with DeviceMemory(cuda_bindings_adapter.CudaBindings(cuda, 0)) as memory:
+        array = memory.upload(numbers)
+        uploaded = cuda.calls[-1]
+        assert uploaded[:2] == ("cuMemcpyHtoD", 0x5000)
+        assert uploaded[3] == 12
+        assert array.__cuda_array_interface__["data"] == (0x5000, False)
+        assert (array.__cuda_array_interface__["shape"], array.__cuda_array_interface__["typestr"]) == ((2, 3), "<f2")
+        assert memory.download(array).shape == (2, 3)
+        assert [call[0] for call in cuda.calls[-2:]] == ["cuStreamSynchronize", "cuMemcpyDtoH"]
+        memory.copy(array, array)
+        assert cuda.calls[-1] == ("cuMemcpyDtoDAsync", 0x5000, 0x5000, 12, 0)
+    assert cuda.calls[-1] == ("cuMemFree", 0x5000)
+
+
+def test_time_is_that_of_one_launch():
+    cuda = FakeCudaBindings()
+    cuda.results |= {"cuEventCreate": "event", "cuEventElapsedTime": 12.0}
+    launches: list[int] = []
+    driver = cuda_bindings_adapter.CudaBindings(cuda, 0)
+    assert milliseconds(driver, lambda: launches.append(1), runs=3, repeats=4) == [3.0, 3.0, 3.0]
+    assert len(launches) == 3 + 3 * 4  # the first three warm up
+    assert [call[0] for call in cuda.calls].count("cuEventRecord") == 6
 
 
 def test_cuda_bindings_stays_in_the_context_of_the_thread():

@@ -16,10 +16,12 @@ from medseg_trt.kernels import KERNELS, load
 from medseg_trt.kernels.kernel import DTYPES, Array, Entry, Expected, Kernel, distance, float_bits
 
 WIDTHS = (1, 33, 64, 576, 768, 4093, 4096, 8192)
+WIDER = (12296, 12297)  # than what a block of any kernel on rows holds in its registers; odd: without vectors
 ROWS = (1, 3, 17, 256)
 TARGETS = ((80, "13.0"), (87, "12.6"), (90, "13.0"), (120, "13.0"))  # 12.6: JetPack 6
 ENTRIES = [(name, entry.name) for name in KERNELS for entry in load(name).entries]
 ROW_KERNELS = tuple(name for name in KERNELS if name not in ("image_to_tensor", "logits_to_mask"))
+ANY_WIDTH = tuple(name for name in ROW_KERNELS if name != "rotary")  # any width
 
 
 def made(entry_name: str, kernel: Kernel, rows: int, width: int, first_scale: int):
@@ -29,13 +31,23 @@ def made(entry_name: str, kernel: Kernel, rows: int, width: int, first_scale: in
         return CASES[kernel.name](kernel.entry(entry_name), rows, width, first_scale, rng)
 
 
-def check(kernel: Kernel, entry: Entry, ptx: str, rows: int, width: int, first_scale: int) -> Execution:
+def check(
+    kernel: Kernel,
+    entry: Entry,
+    ptx: str,
+    rows: int,
+    width: int,
+    first_scale: int,
+    starts: Mapping[str, int] | None = None,
+) -> Execution:
     """Run one case and assert that nothing is wrong with it."""
     scalars, inputs = made(entry.name, kernel, rows, width, first_scale)
-    execution = execute(kernel, entry, scalars, inputs, ptx)
+    execution = execute(kernel, entry, scalars, inputs, ptx, starts=starts)
     with np.errstate(invalid="ignore"):
         worst = excesses(kernel, entry, scalars, inputs, execution.outputs)
-    where = f"{entry.name}, {rows} rows of {width}, from scale {SCALES[first_scale % len(SCALES)]}"
+    where = (
+        f"{entry.name}, {rows} rows of {width}, from scale {SCALES[first_scale % len(SCALES)]}, {starts or 'aligned'}"
+    )
     assert not execution.report.findings, f"{where}: {'; '.join(map(str, execution.report.findings))}"
     assert all(excess <= 1 for excess in worst.values()), f"{where}: {worst} times the tolerance"
     return execution
@@ -55,6 +67,14 @@ def test_shipped_ptx_keeps_its_contract(name: str, entry_name: str) -> None:
         check(kernel, entry, ptx_of(kernel, entry, arch, toolchain), rows, width, index + number)
 
 
+@pytest.mark.parametrize(("name", "entry_name"), [(name, entry) for name, entry in ENTRIES if name in ANY_WIDTH])
+@pytest.mark.parametrize("width", WIDER)
+def test_rows_that_no_block_holds_at_once(name: str, entry_name: str, width: int) -> None:
+    kernel = load(name)
+    entry = kernel.entry(entry_name)
+    check(kernel, entry, ptx_of(kernel, entry), 3, width, width)
+
+
 @pytest.mark.parametrize(("name", "entry_name"), ENTRIES)
 def test_256_rows_of_4096_move_no_more_than_they_must(name: str, entry_name: str) -> None:
     kernel = load(name)
@@ -65,27 +85,23 @@ def test_256_rows_of_4096_move_no_more_than_they_must(name: str, entry_name: str
     assert least <= execution.report.moved_bytes <= 1.01 * least
     if name in ROW_KERNELS:
         for array, traffic in {**execution.report.loads, **execution.report.stores}.items():
-            if array != "scales":  # a block writes one
+            if array not in ("scales", "cosine", "sine", "frequencies"):  # one number a block; tables stay in the cache
                 assert traffic.sectors == traffic.ideal_sectors, array
-                assert max(traffic.widths) == {"int8": 8, "float8_e4m3": 8}.get(_dtype(entry, array), 16), array
+                assert max(traffic.widths) == _widest(entry, array), array
 
 
-def _dtype(entry: Entry, array: str) -> str:
-    return next(parameter.dtype for parameter in entry.parameters if parameter.name == array)
+def _widest(entry: Entry, array: str) -> int:
+    """Return the bytes of an access that go with 16 bytes of the entry's type."""
+    dtype = next(parameter.dtype for parameter in entry.parameters if parameter.name == array)
+    return 16 // DTYPES[entry.dtype].itemsize * DTYPES[dtype].itemsize
 
 
 @pytest.mark.parametrize(("name", "entry_name"), ENTRIES)
-def test_arrays_that_begin_anywhere_give_the_same_bits(name: str, entry_name: str) -> None:
+def test_arrays_that_begin_anywhere_are_no_fault(name: str, entry_name: str) -> None:
     kernel = load(name)
     entry, ptx = kernel.entry(entry_name), ptx_of(kernel, kernel.entry(entry_name))
-    scalars, inputs = made(entry_name, kernel, 3, 64, 0)
-    aligned = execute(kernel, entry, scalars, inputs, ptx)
-    arrays = [parameter for parameter in entry.parameters if parameter.kind == "pointer"]
-    for moved in arrays:
-        shifted = execute(kernel, entry, scalars, inputs, ptx, starts={moved.name: DTYPES[moved.dtype].itemsize})
-        assert not shifted.report.findings, moved.name
-        for output, values in aligned.outputs.items():
-            np.testing.assert_array_equal(values.view(np.uint8), shifted.outputs[output].view(np.uint8), moved.name)
+    for moved in (parameter for parameter in entry.parameters if parameter.kind == "pointer"):
+        check(kernel, entry, ptx, 3, 64, 0, starts={moved.name: DTYPES[moved.dtype].itemsize})
 
 
 @pytest.mark.parametrize(("name", "entry_name"), ENTRIES)
@@ -102,7 +118,7 @@ FAULTS: Mapping[str, tuple[str, str, str, str]] = {  # fault -> entry, text in t
     "bf16 cut off": ("swiglu_bfloat16", "cvt.rn.bf16.f32", "cvt.rz.bf16.f32", "tolerance"),
     "fp16 rotary cut off": ("rotary_float16_half_table", "cvt.rn.f16.f32", "cvt.rz.f16.f32", "tolerance"),
     "int8 cut off": ("layernorm_quant_float16_int8", "cvt.rni.s32.f32", "cvt.rzi.s32.f32", "tolerance"),
-    "a step of the shuffle repeated": ("rmsnorm_float32", ", 16, 31, -1;", ", 8, 31, -1;", "tolerance"),
+    "sums from the wrong lanes": ("rmsnorm_float32", "shfl.sync.bfly.b32", "shfl.sync.up.b32", "tolerance"),
     "the sine's sign": ("rotary_float32_interleaved_table", "neg.f32", "mov.f32", "tolerance"),
     "no barrier": ("add_rmsnorm_float16", "bar.sync \t0;", "", "race"),
 }

@@ -247,8 +247,12 @@ def test_interleaved_rotary_multiplies_complex_numbers_as_meta_does():
 @pytest.mark.parametrize("layout", ["half", "interleaved"])
 def test_angles_on_the_fly_are_those_of_the_table(layout):
     kernel = load("rotary")
-    table, fly = (kernel.entry(f"rotary_float32_{layout}_{angles}") for angles in ("table", "frequency"))
-    by_table, on_the_fly = (kernel.reference(entry, *reversed(rotary_case(entry, 8))) for entry in (table, fly))
+    outputs: list[dict[str, Expected]] = []
+    for angles in ("table", "frequency"):
+        entry = kernel.entry(f"rotary_float32_{layout}_{angles}")
+        scalars, inputs = rotary_case(entry, 8)
+        outputs.append(kernel.reference(entry, inputs, scalars))
+    by_table, on_the_fly = outputs
     for name in ("q", "k", "v"):  # transformers' float32 angles are below 8 and rounded three times: 1.5e-6
         np.testing.assert_allclose(on_the_fly[name].value, by_table[name].value, rtol=0, atol=6e-6)
 
@@ -258,7 +262,7 @@ def test_angles_at_position_a_million_are_exact(theta):
     kernel = load("rotary")
     entry = kernel.entry("rotary_float32_half_frequency")
     scalars = {**rotary_case(entry, 64)[0], "first_position": 999_995, "num_heads": 1, "num_kv_heads": 0}
-    qkv = np.tile(np.repeat(np.float32([1, 0]), 32), (10, 1))  # (1, 0) turns into (cos, sin)
+    qkv = np.tile(np.repeat(np.array([1, 0], np.float32), 32), (10, 1))  # (1, 0) turns into (cos, sin)
     inputs = {"qkv": qkv, "frequencies": frequency_words(64, theta)}
     expected = kernel.reference(entry, inputs, scalars)["q"].value
     with mpmath.workdps(40):
@@ -297,7 +301,7 @@ def onnx_quantise(values: Array, scale: float, dtype: int) -> Array:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return session.run(None, {"x": values.astype(np.float32)})[0]
+    return np.asarray(session.run(None, {"x": values.astype(np.float32)})[0])
 
 
 @pytest.mark.parametrize("dtype", TORCH)
@@ -323,9 +327,8 @@ def test_the_row_scale_makes_the_largest_magnitude_127():
     kernel = load("layernorm_quant")
     inputs = {"x": numbers(17, ROWS, WIDTH), "weight": numbers(18, WIDTH), "bias": numbers(19, WIDTH)}
     expected = kernel.reference(kernel.entry("layernorm_quant_float32_int8_token"), inputs, row_scalars())
-    exact = F.layer_norm(
-        *(tensor(inputs["x"]).double(), (WIDTH,)), *(tensor(inputs[n]).double() for n in ("weight", "bias")), EPSILON
-    )
+    x, weight, bias = (tensor(inputs[name]).double() for name in ("x", "weight", "bias"))
+    exact = F.layer_norm(x, (WIDTH,), weight, bias, EPSILON)
     np.testing.assert_allclose(np.max(np.abs(expected["y"].value), axis=1), 127, rtol=1e-12)
     np.testing.assert_allclose(expected["y"].value * expected["scales"].value[:, None], exact, rtol=0, atol=1e-12)
 

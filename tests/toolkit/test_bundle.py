@@ -29,19 +29,29 @@ def test_the_manifest_names_every_file_with_its_digest(tiny_bundle):
     files = {path.name for path in tiny_bundle.iterdir()} - {MANIFEST}
     assert bundle.content.files.keys() == files
     assert files == {
-        "fp32.onnx", "weights-fp32.bin", "model.onnx", "golden.npz", "config.json", "preprocessor_config.json",
+        "fp32.onnx", "fp32-plain.onnx", "weights-fp32.bin", "model.onnx", "golden.npz", "config.json",
+        "preprocessor_config.json",
     }  # fmt: skip
     assert all(sha256(tiny_bundle / name) == entry.sha256 for name, entry in bundle.content.files.items())
-    assert (tiny_bundle / "model.onnx").read_bytes() == (tiny_bundle / bundle.default.graph).read_bytes()
+    assert (tiny_bundle / "model.onnx").read_bytes() == (tiny_bundle / bundle.variant(bundle.default).graph).read_bytes()
 
 
 def test_the_manifest_says_what_was_built_and_how_well_it_was_verified(tiny_bundle):
     manifest = load_bundle(tiny_bundle).manifest()
     assert manifest["source"]["sha256"] == sha256(tiny_bundle.parent / "model" / "model.pt")
-    verification = manifest["variants"][manifest["default"]]["verification"]
-    assert verification["images"] == "generated noise"
-    assert 0 < verification["max_abs_error"] <= 1e-4
-    assert verification["agreement"] >= 0.9999
+    assert {(each["backend"], each["variant"]) for each in manifest["executions"]} == {
+        ("onnxruntime", "fp32"),
+        ("openvino", "fp32-plain"),
+    }
+    for execution in manifest["executions"]:
+        assert execution["executed"]
+        assert execution["median_ms"] > 0
+        assert execution["verification"]["images"] == "generated noise"
+        assert 0 < execution["verification"]["max_abs_error"] <= 1e-4
+        assert execution["verification"]["agreement"] >= 0.9999
+    passes = manifest["variants"]["fp32"]["passes"]
+    assert passes["folded"]["mapper1"] == {"count": 1, "reason": ""}
+    assert passes["fused"]["swiglus"] == 1
     assert manifest["classes"]["names"] == ("background", "disc", "bar")
     assert json.loads(json.dumps(manifest))["model"]["image_size"] == [32, 32]
 

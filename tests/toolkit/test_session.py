@@ -8,7 +8,7 @@ import pytest
 from medseg_trt import session as session_module
 from medseg_trt.bundle import load_bundle
 from medseg_trt.errors import ArtefactError, MissingExtraError, UsageError
-from medseg_trt.session import BACKENDS, Session, open_reference, open_session
+from medseg_trt.session import BACKENDS, Session, choose, open_reference, open_session
 from medseg_trt.sessions import onnxruntime as onnxruntime_module
 from medseg_trt.train.checkpoint import load_checkpoint
 
@@ -30,11 +30,26 @@ def test_every_backend_answers_as_the_reference(bundle, tiny_bundle, backend, ba
         assert reference.backend == "pytorch"
 
 
-def test_auto_takes_the_first_and_says_so(bundle, caplog):
+def test_auto_takes_the_fastest_and_says_so(bundle, caplog):
     with caplog.at_level("INFO", "medseg_trt"), open_session(bundle) as session:
-        assert session.backend == next(iter(BACKENDS))
-    assert "auto" in caplog.text
+        assert session.backend == bundle.default.backend
+    times = [execution.median_ms for execution in bundle.content.executions]
+    assert times == sorted(times)
+    assert f"auto: the fastest of {len(times)} at the build" in caplog.text
     assert session.description in caplog.text
+
+
+def test_auto_takes_the_next_where_the_fastest_is_not_installed_and_says_so(bundle, caplog, monkeypatch):
+    first, second = bundle.default.backend, next(name for name in BACKENDS if name != bundle.default.backend)
+    monkeypatch.setattr(session_module, "is_installed", lambda backend: backend != first)
+    with caplog.at_level("INFO", "medseg_trt"), open_session(bundle) as session:
+        assert session.backend == second
+    assert "the fastest at the build, is not installed here" in caplog.text
+
+
+def test_a_precision_that_the_bundle_lacks_lists_what_it_holds(bundle):
+    with pytest.raises(UsageError, match=r"holds nothing for openvino int8; it holds .*onnxruntime fp32"):
+        choose(bundle, "openvino", "int8")
 
 
 def test_an_unknown_backend_lists_the_known_ones(bundle):
@@ -50,16 +65,18 @@ def test_a_backend_that_is_not_installed_names_its_extra(bundle, monkeypatch):
     assert builtins.__import__ is original
 
 
-def test_threads_are_passed_on_and_do_not_change_the_masks(bundle):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_threads_are_passed_on_and_do_not_change_the_masks(bundle, backend):
     images = np.random.default_rng(0).random((2, 3, 32, 32), dtype=np.float32)
-    with open_session(bundle, threads=1) as one, open_session(bundle, threads=2) as two:
+    with open_session(bundle, backend, threads=1) as one, open_session(bundle, backend, threads=2) as two:
         assert "1 thread" in one.description
         assert "2 threads" in two.description
         np.testing.assert_array_equal(one.run(images).argmax(1), two.run(images).argmax(1))
 
 
-def test_a_batch_of_another_size_is_refused(bundle):
-    with open_session(bundle) as session, pytest.raises(ValueError, match="network takes"):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_batch_of_another_size_is_refused(bundle, backend):
+    with open_session(bundle, backend) as session, pytest.raises(ValueError, match="network takes"):
         session.run(np.zeros((1, 3, 48, 32), np.float32))
 
 
@@ -67,8 +84,8 @@ def test_a_session_that_answers_the_golden_input_otherwise_is_refused_and_closed
     closed = []
     original = onnxruntime_module.open_graph
 
-    def broken(path, precision, threads) -> Session:
-        session = original(path, precision, threads)
+    def broken(path, precision, threads, compute) -> Session:
+        session = original(path, precision, threads, compute)
         run = session.run
         session.run = lambda batch: run(batch) + np.float32(5e-3)
         session.close = lambda: closed.append(True)
@@ -76,17 +93,19 @@ def test_a_session_that_answers_the_golden_input_otherwise_is_refused_and_closed
 
     monkeypatch.setattr(onnxruntime_module, "open_graph", broken)
     with pytest.raises(ArtefactError, match="golden input"):
-        open_session(bundle)
+        open_session(bundle, "onnxruntime")
     assert closed == [True]
 
 
-def test_a_graph_that_onnx_runtime_refuses_is_one_clear_line(bundle, tmp_path):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_graph_that_a_backend_refuses_is_one_clear_line(bundle, tmp_path, backend):
     folder = shutil.copytree(bundle.folder, tmp_path / "broken.medseg")
-    (folder / "fp32.onnx").write_bytes(b"no onnx")
+    for graph in ("fp32.onnx", "fp32-plain.onnx"):
+        (folder / graph).write_bytes(b"no onnx")
     with pytest.raises(ArtefactError, match="refuses") as caught:
-        open_session(replace(bundle, folder=folder))
+        open_session(replace(bundle, folder=folder), backend)
     assert "\n" not in str(caught.value)
 
 
 def test_backends_are_loaded_by_name(bundle):
-    assert all(hasattr(session_module.import_module(module), "open_graph") for module in BACKENDS.values())
+    assert all(hasattr(session_module.import_module(each.module), "open_graph") for each in BACKENDS.values())

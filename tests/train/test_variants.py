@@ -16,7 +16,8 @@ from tiny import SIZE, TWO_ORGANS, tiny_recipe, write_block, write_pictures
 
 from medseg_trt.errors import UsageError
 from medseg_trt.export.fold import fold
-from medseg_trt.export.trace import save_graph, trace
+from medseg_trt.export.save import save_flavours
+from medseg_trt.export.trace import trace
 from medseg_trt.spec import BlockSpec, InsertSpec, ModelSpec, Preprocessing, from_dict, to_dict
 from medseg_trt.train.blocks import FrozenBlock, extract_last, random_block, save_block
 from medseg_trt.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, trained_weights
@@ -535,7 +536,7 @@ def test_random_weights_have_the_spread_that_the_spec_says():
 )
 def test_onnx_runtime_agrees_with_pytorch(chosen, tmp_path):
     model = make_model(chosen)
-    save_graph(trace(fold(model)[0]), tmp_path, "model.onnx", "weights.bin")
+    save_flavours({"model.onnx": trace(fold(model)[0])}, tmp_path, "weights.bin")
     images = np.random.default_rng(0).random((2, 3, *SIZE), dtype=np.float32)
     published = make_model(VARIANTS["published"])
     with torch.inference_mode():

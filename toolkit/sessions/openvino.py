@@ -74,7 +74,11 @@ def open_graph(path: Path, precision: str, threads: int | None, compute: str) ->
     core = openvino.Core()
     if compute == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise DeviceError("this processor has no bfloat16 arithmetic; choose another precision than bf16")
-    options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": TYPES[compute], "PERFORMANCE_HINT": "LATENCY"}
+    options: dict[str, Any] = {
+        "INFERENCE_PRECISION_HINT": TYPES[compute],
+        "PERFORMANCE_HINT": "LATENCY",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # else it rounds activations before 4- and 8-bit weights on its own
+    }
     if threads is not None:
         options["INFERENCE_NUM_THREADS"] = threads
     release = openvino.__version__.partition("-")[0]

@@ -5,11 +5,13 @@ set of sanitizers. It runs any number of cases and answers with the outputs, or 
 Source: GCC, "Program Instrumentation Options"; LLVM, "AddressSanitizer", "ThreadSanitizer" (fibre annotations).
 """
 
+import atexit
 import hashlib
 import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -17,18 +19,26 @@ from pathlib import Path
 
 import numpy as np
 
+from medseg_trt.errors import MissingExtraError
 from medseg_trt.kernels.compile import DEFAULT, TOOLCHAINS, sources, wheel_file
 from medseg_trt.kernels.kernel import DTYPES, Array, Entry, Kernel
 
 HERE = Path(__file__).parent
 RUNTIME = ("runtime", "serve")
 FLAGS = (
-    *("-std=c++17", "-O1", "-g1", "-ffp-contract=off", "-fno-strict-aliasing"),  # CUDA reads bytes through any type
-    *("-Wno-unknown-pragmas", "-Wno-attributes"),
+    "-std=c++17",
+    "-O1",
+    "-g1",  # lines, for the findings
+    "-ffp-contract=off",  # as NVRTC's --fmad=false
+    "-fno-strict-aliasing",  # CUDA reads bytes through any type
+    "-Wno-unknown-pragmas",
+    "-Wno-attributes",
 )
 SANITIZERS: Mapping[str, tuple[str, ...]] = {
-    "address": (  # what `block_shared` holds is guarded too, though it has a section of its own
-        *("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fsanitize-sections=block_shared"),
+    "address": (
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+        "-fsanitize-sections=block_shared",  # shared memory has a section of its own; it is guarded all the same
     ),
     "thread": ("-fsanitize=thread",),
 }
@@ -63,9 +73,9 @@ class Finding(Exception):  # noqa: N818  an answer, not an accident
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """One launch: the input arrays, the scalars and the outputs' shapes, by parameter name.
+    """One launch: input arrays and scalars by parameter name.
 
-    ``offsets`` moves an array by so many bytes from the 256-byte boundary that ``cudaMalloc`` gives.
+    ``offsets`` moves an array, also of outputs, so many bytes past the 256-byte boundary that ``cudaMalloc`` gives.
     """
 
     inputs: Mapping[str, Array]
@@ -73,14 +83,22 @@ class Case:
     offsets: Mapping[str, int] = field(default_factory=dict)
 
 
-def missing(sanitizer: str) -> str:
-    """Return why programs under this sanitizer cannot be built here; "" where they can."""
+@cache
+def missing() -> str:
+    """Return why the host build cannot be made here; "" where it can."""
     compiler = shutil.which("g++")
     if compiler is None:
         return "the host build needs g++"
-    command = [compiler, "-x", "c++", "-", "-o", "/dev/null", *SANITIZERS[sanitizer]]
-    tried = subprocess.run(command, input="int main() {}", text=True, capture_output=True)
-    return tried.stderr.strip().partition("\n")[0] if tried.returncode else ""
+    for options in SANITIZERS.values():
+        command = [compiler, "-x", "c++", "-", "-o", os.devnull, *options]
+        tried = subprocess.run(command, input="int main() {}", text=True, capture_output=True)
+        if tried.returncode:
+            return f"the host build needs g++ with {options[0]}: {tried.stderr.strip().splitlines()[-1]}"
+    try:
+        _headers()
+    except MissingExtraError as error:
+        return str(error)
+    return ""
 
 
 class Builder:
@@ -101,7 +119,10 @@ class Builder:
             return program
         common = self._common(sanitizer)
         lines = ['#include "cuda_host.h"', *(f"#define {name} {value}" for name, value in entry.defines.items())]
-        lines += [f'#include "{kernel.source}"', f"int main() {{ return fibres::serve_kernel<&{entry.symbol}>(&{entry.symbol}); }}"]
+        lines += [
+            f'#include "{kernel.source}"',
+            f"int main() {{ return fibres::serve_kernel<&{entry.symbol}>(&{entry.symbol}); }}",
+        ]
         _compile([*SANITIZERS[sanitizer], "-x", "c++", "-", *common, "-o", str(program)], "\n".join(lines))
         return program
 
@@ -116,6 +137,14 @@ class Builder:
             for name, file in zip(RUNTIME, objects, strict=True):
                 _compile([f"-DSANITIZER_{sanitizer.upper()}", "-c", str(HERE / f"{name}.cpp"), "-o", str(file)])
         return [f"-I{folder}", "-x", "none", *map(str, objects)]
+
+
+@cache
+def shared_builder() -> Builder:
+    """Return one for the whole process; its folder is gone when the process is."""
+    folder = tempfile.mkdtemp(prefix="medseg-host-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Builder(Path(folder))
 
 
 def _compile(options: Sequence[str], text: str = "") -> None:
@@ -143,7 +172,10 @@ def run(
     launches = [(order, case) for order in orders for case in cases]
     request = b"".join([_numbers(len(launches)), *(_request(kernel, entry, case, order) for order, case in launches)])
     command = [*_steady(), str(program)]
-    done = subprocess.run(command, input=request, capture_output=True, env=os.environ | OPTIONS, timeout=LONGEST_S)
+    try:
+        done = subprocess.run(command, input=request, capture_output=True, env=os.environ | OPTIONS, timeout=LONGEST_S)
+    except subprocess.TimeoutExpired:
+        raise Finding("time", f"no answer in {LONGEST_S:g} s") from None
     if done.returncode:
         raise _finding(done.stderr.decode(errors="replace"), done.returncode)
     outputs = list(_split(done.stdout, kernel, entry, [case for _, case in launches]))
@@ -181,10 +213,12 @@ def _split(answer: bytes, kernel: Kernel, entry: Entry, cases: Sequence[Case]) -
 
 
 def _finding(report: str, status: int) -> Finding:
+    report = re.sub(r"[^\s(]*/([\w.]+:\d+)", r"\1", report)  # files by their names
     for pattern, check in FINDINGS.items():
         if found := re.search(pattern, report):
-            places = re.findall(r"([\w.]+\.cuh?:\d+)", report)  # the first is where it happened
-            return Finding(check, " ".join([found[1].strip(), *places[:1]]))
+            text = re.sub(r" on address 0x.*| \(pid=\d+\)|, which requires.*", "", found[1]).strip()
+            place = re.search(r"[\w.]+\.cuh?:\d+", report)  # the first is where it happened
+            return Finding(check, f"{text}, {place[0]}" if place and place[0] not in text else text)
     return Finding("exit", f"status {status}: {report.strip()[-300:]}")
 
 
@@ -197,7 +231,6 @@ def _headers() -> tuple[str, ...]:
     tools = TOOLCHAINS[DEFAULT]
     folders = dict.fromkeys(wheel_file(*each, tools.extra).parent for each in tools.headers)
     return tuple(part for folder in folders for part in ("-isystem", str(folder)))
-
 
 
 @cache

@@ -1,0 +1,85 @@
+"""Graphs that make masks themselves, compared with ``preprocess.restore``, in every back-end."""
+
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from medseg_trt.errors import UsageError
+from medseg_trt.export.masks import with_masks
+from medseg_trt.export.save import save_flavours
+from medseg_trt.export.trace import INPUT, OPSET, OUTPUT, OnnxGraph
+from medseg_trt.preprocess import restore
+from medseg_trt.session import BACKENDS, Session
+from medseg_trt.spec import Preprocessing
+
+SIZE = (32, 48)
+STRETCHED = Preprocessing(image_size=SIZE)
+IMAGES = np.random.default_rng(0).normal(size=(3, 3, *SIZE)).astype(np.float32)
+SOURCE_SIZES = [SIZE, (75, 101), (13, 21), (64, 24), (1, 1)]  # the same, larger, smaller, one axis each way, one pixel
+
+
+def network(num_classes: int) -> OnnxGraph:
+    """Return a graph whose logits are the first channels of the image."""
+    batch = ir.SymbolicDim("batch")
+    image = ir.Value(name=INPUT, shape=ir.Shape([batch, 3, *SIZE]), type=ir.TensorType(ir.DataType.FLOAT))
+    logits = ir.Value(name=OUTPUT, shape=ir.Shape([batch, num_classes, *SIZE]), type=ir.TensorType(ir.DataType.FLOAT))
+    bounds = [
+        ir.val(name, const_value=ir.tensor(np.array([value]), name=name))
+        for name, value in (("start", 0), ("end", num_classes), ("axis", 1))
+    ]
+    node = ir.node("Slice", [image, *bounds], outputs=[logits], name="slice")
+    graph = ir.Graph([image], [logits], nodes=[node], initializers=bounds, opset_imports={"": OPSET}, name="network")
+    return OnnxGraph(model=ir.Model(graph, ir_version=10))
+
+
+def opened(graph: OnnxGraph, backend: str, folder: Path) -> Session:
+    save_flavours({"graph.onnx": graph}, folder, "weights.bin")
+    return import_module(BACKENDS[backend].module).open_graph(folder / "graph.onnx", "fp32", 1, "fp32")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("num_classes", [1, 3])
+def test_masks_are_those_of_restore(tmp_path, backend, num_classes):
+    with opened(with_masks(network(num_classes), STRETCHED), backend, tmp_path) as session:
+        assert session.gives_masks
+        np.testing.assert_array_equal(session.run(IMAGES), IMAGES[:, :num_classes])
+        for size in SOURCE_SIZES:
+            expected = np.stack([restore(each[:num_classes], size, STRETCHED, None) for each in IMAGES])
+            found = session.masks(IMAGES, size)
+            assert (found.dtype, found.shape) == (np.uint8, (3, *size))
+            # The order of the additions differs, so a pixel may flip where two classes tie to 1e-6: none of these.
+            np.testing.assert_array_equal(found, expected)
+            assert size == (1, 1) or len(np.unique(found)) == max(num_classes, 2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equal_logits_go_to_the_lower_label_and_zero_is_background(tmp_path, backend):
+    flat = np.zeros((1, 3, *SIZE), np.float32)
+    for num_classes in (1, 3):
+        folder = tmp_path / str(num_classes)
+        folder.mkdir()
+        with opened(with_masks(network(num_classes), STRETCHED), backend, folder) as session:
+            assert not session.masks(flat, (40, 40)).any()
+
+
+def test_the_graph_it_is_given_stays_as_it_was():
+    graph = network(3)
+    masked = with_masks(graph, STRETCHED)
+    assert [value.name for value in graph.model.graph.outputs] == [OUTPUT]
+    assert [value.name for value in masked.model.graph.outputs] == [OUTPUT, "mask"]
+    assert [value.name for value in masked.model.graph.inputs] == [INPUT, "source_size"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_graph_of_logits_does_not_claim_to_make_masks(tmp_path, backend):
+    with opened(network(3), backend, tmp_path) as session:
+        assert not session.gives_masks
+
+
+def test_images_that_were_cropped_by_their_spacing_are_refused_in_one_line():
+    with pytest.raises(UsageError, match=r"brought to 1\.5 mm .* choose --outputs logits") as caught:
+        with_masks(network(3), Preprocessing(image_size=SIZE, spacing_mm=1.5))
+    assert "\n" not in str(caught.value)

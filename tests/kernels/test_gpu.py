@@ -1,0 +1,171 @@
+"""On a GPU: both adapters against the references, PyTorch's tensors, errors by name, time, NVIDIA's own checkers."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pytest
+from gpu_free.cases import CASES
+
+from medseg_trt.errors import DeviceError
+from medseg_trt.kernels import KERNELS, load
+from medseg_trt.kernels.cuda_bindings_adapter import CudaBindings
+from medseg_trt.kernels.device_memory import DeviceMemory, milliseconds
+from medseg_trt.kernels.kernel import DTYPES, Array, Entry, Kernel, rounded
+from medseg_trt.kernels.launch import DRIVERS, Launcher, open_driver
+
+pytestmark = pytest.mark.gpu
+FUNCTIONS = [(name, entry.name) for name in KERNELS for entry in load(name).entries]
+TRAFFIC = 256 * 2**20  # bytes; several times any card's cache, so that the memory itself is measured
+SHARE = 0.5  # of the copy's bandwidth; a first bound, which no card has confirmed yet
+
+
+@pytest.fixture(scope="module")
+def driver() -> CudaBindings:
+    try:
+        return cast("CudaBindings", open_driver("cuda-bindings"))
+    except DeviceError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(params=DRIVERS)
+def launcher(request, driver) -> Launcher:
+    try:
+        return Launcher(open_driver(request.param), wait=True)
+    except DeviceError as error:
+        pytest.skip(str(error))
+
+
+def wanted(launcher: Launcher, kernel: Kernel, name: str) -> Entry:
+    entry = kernel.entry(name)
+    if entry.min_arch > launcher.driver.capability:
+        pytest.skip(f"{name} needs sm_{entry.min_arch}; this device is sm_{launcher.driver.capability}")
+    return entry
+
+
+def outputs(
+    driver: CudaBindings, launcher: Launcher, kernel: Kernel, entry: Entry, scalars: dict[str, int],
+    inputs: dict[str, Array],
+) -> dict[str, Array]:  # fmt: skip
+    """Run a function on the device; what it does not write stays 0xCD."""
+    shapes = kernel.shapes(scalars, entry)
+    with DeviceMemory(driver) as memory:
+        arrays = {name: memory.upload(values) for name, values in inputs.items()}
+        for each in entry.parameters:
+            if each.direction == "out":
+                nbytes = int(np.prod(shapes[each.name])) * DTYPES[each.dtype].itemsize
+                blank = np.full(nbytes, 0xCD, np.uint8).view(DTYPES[each.dtype]).reshape(shapes[each.name])
+                arrays[each.name] = memory.upload(blank)
+        launcher.launch(kernel, entry, arrays, scalars)
+        return {each.name: memory.download(arrays[each.name]) for each in entry.parameters if each.direction == "out"}
+
+
+def worst(kernel: Kernel, entry: Entry, scalars: dict[str, int], inputs: dict[str, Array], found) -> float:
+    """Return the largest error as a multiple of what is allowed."""
+    expected = kernel.reference(entry, inputs, scalars)
+    return max(
+        float(kernel.tolerance[each.dtype].excess(found[each.name], expected[each.name], each.dtype).max())
+        for each in entry.parameters
+        if each.direction == "out"
+    )
+
+
+@pytest.mark.parametrize(("name", "function"), FUNCTIONS)
+@pytest.mark.parametrize(("rows", "width"), [(17, 33), (17, 4096)])
+def test_parity(name, function, rows, width, driver, launcher):
+    kernel = load(name)
+    entry = wanted(launcher, kernel, function)
+    for first_scale in range(3):
+        scalars, inputs = CASES[name](entry, rows, width, first_scale, np.random.default_rng(first_scale))
+        found = outputs(driver, launcher, kernel, entry, scalars, inputs)
+        assert worst(kernel, entry, scalars, inputs, found) <= 1
+
+
+def test_both_adapters_give_the_same_bits(driver):
+    kernel = load("rmsnorm")
+    scalars, inputs = CASES["rmsnorm"](kernel.entries[0], 17, 4093, 0, np.random.default_rng(0))
+    try:
+        launchers = [Launcher(open_driver(name), wait=True) for name in DRIVERS]
+    except DeviceError as error:
+        pytest.skip(str(error))
+    one, other = (outputs(driver, each, kernel, kernel.entries[0], scalars, inputs) for each in launchers)
+    assert all(one[name].tobytes() == other[name].tobytes() for name in one)
+
+
+def test_tensors_of_pytorch_are_taken_as_they_are(driver):
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("this PyTorch sees no CUDA device")
+    kernel = load("logits_to_mask")
+    entry = kernel.entry("logits_to_mask_bfloat16")
+    scalars, inputs = CASES["logits_to_mask"](entry, 64, 96, 0, np.random.default_rng(0))
+    logits = torch.from_numpy(inputs["logits"].astype(np.float32)).cuda().bfloat16()
+    mask = torch.empty(kernel.shapes(scalars, entry)["mask"], dtype=torch.uint8, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    Launcher(driver).launch(kernel, entry, {"logits": logits, "mask": mask}, scalars, stream.cuda_stream)
+    stream.synchronize()
+    assert worst(kernel, entry, scalars, inputs, {"mask": mask.cpu().numpy()}) <= 1
+
+
+def test_an_error_inside_a_kernel_has_its_name():
+    """In a process of its own: after an illegal access a CUDA context is of no more use."""
+    code = """
+from medseg_trt.kernels import load
+from medseg_trt.kernels.launch import Launcher, open_driver
+kernel = load("logits_to_mask")
+scalars = dict(batch=1, classes=2, image_height=64, image_width=64, resampled_height=64, resampled_width=64,
+               height=64, width=64)
+try:
+    driver = open_driver()
+except Exception as error:
+    raise SystemExit(f"skip: {error}")
+Launcher(driver, wait=True).launch(kernel, kernel.entries[0], {"logits": 16, "mask": 2**20}, scalars)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if done.stderr.startswith("skip: "):
+        pytest.skip(done.stderr.strip())
+    assert "DeviceError: logits_to_mask_float16: cuStreamSynchronize returned 700" in done.stderr
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_large_launch_reaches_a_share_of_the_copy_bandwidth(name, driver):
+    kernel = load(name)
+    entry = kernel.entries[0]
+    launcher = Launcher(driver)
+    rng = np.random.default_rng(0)
+    rows = 1024 if name in ("image_to_tensor", "logits_to_mask") else TRAFFIC // kernel.bytes_moved(
+        CASES[name](entry, 64, 4096, 0, rng)[0], entry
+    ) * 64  # fmt: skip
+    scalars, inputs = CASES[name](entry, rows, 4096, 1 if name == "logits_to_mask" else 0, rng)
+    with DeviceMemory(driver) as memory:
+        arrays = {key: memory.upload(values) for key, values in inputs.items()}
+        for key, shape in kernel.shapes(scalars, entry).items():
+            if key not in arrays:
+                dtype = next(each.dtype for each in entry.parameters if each.name == key)
+                arrays[key] = memory.upload(rounded(np.zeros(shape), dtype))
+        half = np.zeros(kernel.bytes_moved(scalars, entry) // 2, np.uint8)
+        source, target = memory.upload(half), memory.upload(half)
+        copy_ms = np.median(milliseconds(driver, lambda: memory.copy(source, target), runs=20, repeats=5))
+        kernel_ms = np.median(
+            milliseconds(driver, lambda: launcher.launch(kernel, entry, arrays, scalars), runs=20, repeats=5)
+        )
+    assert copy_ms / kernel_ms > SHARE
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
+def test_compute_sanitizer_finds_nothing(tool, driver):
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        pytest.skip("compute-sanitizer is not installed; it comes with the CUDA toolkit")
+    done = subprocess.run(
+        [
+            program, "--tool", tool, "--error-exitcode", "99", sys.executable, "-m", "pytest", "-q",
+            "-k", "test_parity and cuda-bindings and 33", Path(__file__),
+        ],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]

@@ -1,0 +1,99 @@
+"""A disk that is full in the middle of ``infer``: the kernel refuses to let a file grow, as it does without space."""
+
+import resource
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+from click.testing import CliRunner
+from tiny import picture, write_nifti, write_pictures
+
+from medseg_trt import mask_folder
+from medseg_trt.cli import cli, main
+from medseg_trt.images import write_mask
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Let no file of this process grow beyond ``size`` bytes; what is written beyond fails with EFBIG."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture
+def noisy_masks(monkeypatch) -> None:
+    """Write noise for masks: they cannot be compressed, so that a mask's size is that of its image."""
+
+    def write(mask, output, real=write_mask):
+        rng = np.random.default_rng(0)
+        mask.labels[:] = rng.integers(0, len(mask.classes.names), mask.labels.shape, np.uint8)
+        return real(mask, output)
+
+    monkeypatch.setattr(mask_folder, "write_mask", write)
+
+
+@pytest.fixture(params=["z.png", "z.nii.gz", "z.tif"])
+def images(request, tmp_path) -> Path:
+    """A small picture, and a large image of one of the kinds that are written."""
+    folder = write_pictures(tmp_path / "data", count=1, size=(40, 52)) / "images"
+    pixels = np.stack([picture(seed, (240, 260))[0] for seed in range(2)])
+    if request.param == "z.nii.gz":
+        write_nifti(folder / request.param, pixels.transpose(2, 1, 0))
+    else:  # of a PNG the first alone
+        first, *others = map(PIL.Image.fromarray, pixels)
+        pages = {"save_all": True, "append_images": others} if request.param == "z.tif" else {}
+        first.save(folder / request.param, **pages)
+    return folder
+
+
+@pytest.fixture
+def command(images, tiny_bundle, tmp_path) -> list[str]:
+    return ["medseg-trt", "infer", str(images), "--bundle", str(tiny_bundle), "-o", str(tmp_path / "out")]
+
+
+@pytest.fixture
+def complaints(command, noisy_masks, monkeypatch, capsys) -> list[str]:
+    """What the command says where no file may have more than 6000 bytes, which the large mask alone would."""
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(sys, "argv", command)
+    try:
+        with largest_file(6000), pytest.raises(SystemExit) as left:
+            main()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert left.value.code == 1
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("medseg-trt: ")]
+
+
+def large(images: Path) -> str:
+    (name,) = [path.name for path in images.iterdir() if path.name.startswith("z")]
+    return name
+
+
+def test_one_line_names_the_file(complaints, images, tmp_path):
+    assert complaints == [f"medseg-trt: {tmp_path / 'out' / large(images)}: File too large"]
+
+
+def test_no_partial_file_is_left_and_what_was_finished_is_whole(complaints, command, images, tmp_path):
+    out = tmp_path / "out"
+    assert len(complaints) == 1
+    assert complaints[0].endswith(": File too large")
+    assert sorted(path.name for path in out.iterdir()) == [".finished", "areas.csv", "case0.png"]
+    assert [path.name for path in (out / ".finished").iterdir()] == ["case0.json"]
+    rows = (out / "areas.csv").read_text(encoding="utf-8").splitlines()
+    assert {row.split(",")[0] for row in rows} == {"file", "case0.png"}
+    small, made_ns = (out / "case0.png").read_bytes(), (out / "case0.png").stat().st_mtime_ns
+
+    ran = CliRunner().invoke(cli, [*command[1:], "--continue"])  # with room again
+    assert ran.exit_code == 0, ran.output
+    assert ((out / "case0.png").read_bytes(), (out / "case0.png").stat().st_mtime_ns) == (small, made_ns)
+    assert (out / large(images)).stat().st_size > 6000
