@@ -3,9 +3,9 @@
     python benchmarks/kernel_parity.py [--full] [-o benchmarks/results]
 
 Every entry runs over widths 1 to 8192 with 3 and 17 rows (``--full``: 1, 3, 17 and 256), and once with 256 rows of
-4096. Each width meets rows of magnitude 1e-3, 1, 1e3 and near the largest float16, of zeros, with an infinity, with a
-NaN. ``kernel_parity.json`` and ``.md`` get, for every output of every entry, the largest error in units of the tolerance
-and of the type's spacing, the checkers' findings, and the bytes moved.
+4096. Each width meets rows of magnitude 1e-3, 1, 1e3 and near the largest float16, of zeros, with an infinity, with
+a NaN. ``kernel_parity.json`` and ``.md`` get, for each output of each entry, the largest error in tolerances and in
+spacings of its type, the findings of the checkers, and the bytes moved.
 """
 
 import argparse

@@ -69,7 +69,7 @@ def test_the_score_is_that_of_evaluate():
         for m, t in zip(masks, truths, strict=True)
     ])  # fmt: skip
     verdict = compare(counts, counts, cases, 0.005)
-    assert verdict.reference == pytest.approx(np.mean([each.dice for each in mean_scores(expected)]))
+    assert verdict.reference == pytest.approx(np.mean([each.dice or 0.0 for each in mean_scores(expected)]))
 
 
 def test_a_false_alarm_in_a_case_without_the_class_costs_something():

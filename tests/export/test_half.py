@@ -42,7 +42,7 @@ def run(graph: OnnxGraph, folder, images=IMAGES, optimise=True) -> np.ndarray:
     if not optimise:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(str(folder / "graph.onnx"), options, providers=["CPUExecutionProvider"])
-    return session.run(None, {"pixel_values": images})[0]
+    return np.asarray(session.run(None, {"pixel_values": images})[0])
 
 
 def half_types(node: ir.Node) -> bool:

@@ -48,6 +48,9 @@ class ChildSession(Session):
             raise
         self.device, self.description = hello["device"], hello["description"]
 
+    def __enter__(self) -> "ChildSession":
+        return self
+
     def run(self, batch: Float32[ndarray, "batch 3 height width"]) -> Float32[ndarray, "batch classes height width"]:
         """Return the logits of a batch of prepared images."""
         self._ask({"do": "run"}, batch)
