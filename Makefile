@@ -56,9 +56,9 @@ clean:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=...") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv .venv
 	$(INSTALL) 'pip>=25.1'
-	$(INSTALL) --editable '.[cpu,medical,train,export,report]'
+	$(INSTALL) --editable '.[cpu,openvino,medical,train,export,report]'
 	@touch $@
 
 .venv/dev.stamp: .venv/run.stamp
-	$(INSTALL) --group dev --editable '.[kernels,jetpack6]'
+	$(INSTALL) --group dev --editable '.[kernels,jetpack6,tensorrt-rtx]'
 	@touch $@

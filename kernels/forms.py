@@ -5,7 +5,7 @@ ONNX's QuantizeLinear does it; it saturates at the ends of the type. NaN becomes
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from medseg_trt.kernels.kernel import (
 )
 
 FLOAT32_MAX = (2.0**24 - 1) * 2.0**104
+TINY, SUBNORMAL_ERROR = 2.0**-126, 2.0**-150  # of float32: the smallest normal number, half a step below it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,10 +107,17 @@ def quantise(value: Floats, largest_term: Floats, entry: Entry, scalars: Scalars
         terms = np.max(largest_term, axis=1, initial=0.0)
         steps = value / scales[:, None]
         share = np.abs(steps) / 127 * (terms / scales)[:, None]  # what an error of the scale does to a result
+        y = plain(steps, largest_term / scales[:, None] + share)
         return {
-            "y": plain(steps, largest_term / scales[:, None] + share),
+            "y": replace(y, slack=np.abs(steps) * _lost_bits(scales)[:, None]),
             "scales": plain(scales, terms / 127),
         }
+
+
+def _lost_bits(scales: Floats) -> Floats:
+    """Return what the rounding of a scale below float32's normal numbers does to its row, as a share of the results."""
+    error = np.where(scales < TINY, SUBNORMAL_ERROR / np.maximum(scales, SUBNORMAL_ERROR / 2), 0.0)
+    return np.where(error < 0.5, error / np.maximum(1 - error, 0.5), 2.0)  # half the scale lost: nothing is promised
 
 
 def plain(value: Floats, largest_term: Floats | None = None) -> Expected:

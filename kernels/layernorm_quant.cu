@@ -104,7 +104,7 @@ __device__ __forceinline__ void normalise(const SCALAR* x, const SCALAR* weight,
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
+extern "C" __global__ void __launch_bounds__(THREADS, 3)
 ENTRY(const SCALAR* __restrict__ x, const SCALAR* __restrict__ weight, const SCALAR* __restrict__ bias, int rows,
       int width, int epsilon_bits,
 #if SCALE == SCALE_TENSOR

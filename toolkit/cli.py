@@ -30,6 +30,7 @@ EXTRAS = {  # what installs the packages that modules of train and export import
     "onnx": "export",
     "onnxscript": "export",
     "onnx_ir": "export",
+    "ml_dtypes": "kernels",
 }
 
 

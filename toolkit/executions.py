@@ -59,7 +59,7 @@ def try_executions(
     reasons: dict[str, MedsegError] = {}
     for name, variant in variants.items():
         for backend, compute in _ways(variant, wanted, _computes(variant, proof.spec.precisions)):
-            what = f"{name} with {backend} in {compute}"
+            what = _what(name, backend, compute)
             try:
                 found.append(_try(folder, name, variant, backend, compute, proof, golden))
             except DeviceError as error:  # this machine cannot; that is no fault of the graph
@@ -68,13 +68,22 @@ def try_executions(
                 dropped.append(f"{what}: {error}")
                 reasons[variant.precision] = error
                 LOG.warning("%s is not used: %s", what, error)
+    timed, died = _timed(folder, variants, found, golden[0])
+    for execution, error in died:
+        what = _what(execution.variant, execution.backend, execution.compute)
+        dropped.append(f"{what}: {error}")
+        reasons[variants[execution.variant].precision] = error
+        LOG.warning("%s is not used: %s", what, error)
     for precision, error in reasons.items():
-        if not any(variants[each.variant].precision == precision for each in found):
+        if not any(variants[each.variant].precision == precision for each in timed):
             raise error
-    if not found:
+    if not timed:
         raise DeviceError(f"nothing here can run what was built: {'; '.join(dropped)}")
-    timed = _timed(folder, variants, found, golden[0])
     return Tried(executions=_ranked(timed, variants), dropped=tuple(dropped))
+
+
+def _what(name: str, backend: str, compute: str) -> str:
+    return f"{name} with {backend} in {compute}"
 
 
 def _ways(variant: Variant, wanted: str, computes: Sequence[str]) -> list[tuple[str, str]]:
@@ -130,15 +139,23 @@ def _is_exact(variant: Variant, compute: str) -> bool:
 
 def _timed(
     folder: Path, variants: Mapping[str, Variant], executions: Sequence[Execution], image: ndarray
-) -> list[Execution]:
+) -> tuple[list[Execution], list[tuple[Execution, ArtefactError]]]:
+    """Return the executions with their times, and those that died meanwhile with the reason."""
     best: dict[int, float] = {}
+    died: dict[int, ArtefactError] = {}
     for _ in range(ROUNDS if len(executions) > 1 else 1):
         for place, execution in enumerate(executions):
-            if execution.executed:
-                with _child(folder, variants[execution.variant], execution.backend, execution.compute) as session:
-                    median = float(np.median(session.time(image, SECONDS, MIN_RUNS)))
-                best[place] = min(median, best.get(place, median))
-    return [replace(each, median_ms=best.get(place)) for place, each in enumerate(executions)]
+            if execution.executed and place not in died:
+                try:
+                    with _child(folder, variants[execution.variant], execution.backend, execution.compute) as session:
+                        median = float(np.median(session.time(image, SECONDS, MIN_RUNS)))
+                except ArtefactError as error:
+                    died[place] = error
+                else:
+                    best[place] = min(median, best.get(place, median))
+    numbered = list(enumerate(executions))
+    timed = [replace(each, median_ms=best.get(place)) for place, each in numbered if place not in died]
+    return timed, [(each, died[place]) for place, each in numbered if place in died]
 
 
 def _ranked(executions: Sequence[Execution], variants: Mapping[str, Variant]) -> tuple[Execution, ...]:

@@ -5,6 +5,7 @@ Every test has a cache folder of its own, so that what is shown does not depend 
 
 import ctypes
 import dataclasses
+import errno
 import hashlib
 import json
 from pathlib import Path
@@ -120,7 +121,7 @@ def test_a_damaged_cache_entry_is_compiled_again(content, small, cache, compilat
 
 
 def test_a_compilation_that_dies_leaves_nothing_behind(small, cache, monkeypatch):
-    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "the disk is full")))
     with pytest.raises(OSError, match="full"):
         compile.compile_ptx(small, ENTRY)
     assert list(cache.iterdir()) == []

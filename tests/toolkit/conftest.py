@@ -1,10 +1,21 @@
 """What several tests of the toolkit start from."""
 
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from tiny import picture, write_nifti, write_pictures
+from click.testing import CliRunner
+from tiny import make_checkpoint, picture, write_nifti, write_pictures, write_volumes
+
+from medseg_trt import executions, variants
+from medseg_trt.cli import cli
+from medseg_trt.session import BACKENDS, Session
+from medseg_trt.sessions.child import ChildSession
 
 
 @pytest.fixture
@@ -14,3 +25,59 @@ def images(tmp_path: Path) -> Path:
     pixels = np.stack([picture(seed, (36, 28))[0] for seed in range(5)])
     write_nifti(folder / "scan.nii.gz", pixels.transpose(2, 1, 0))
     return folder
+
+
+class SessionHere(ChildSession):
+    """A session of this process behind the interface of a child: a build opens dozens."""
+
+    def __init__(self, path: Path, precision: str, backend: str, threads: int | None, compute: str) -> None:
+        self._session: Session = import_module(BACKENDS[backend].module).open_graph(path, precision, 1, compute)
+        self.backend, self.device = backend, self._session.device
+        self.description = self._session.description
+
+    def run(self, batch: np.ndarray) -> np.ndarray:
+        return self._session.run(batch)
+
+    def time(self, batch: np.ndarray, duration_s: float, min_runs: int) -> list[float]:
+        return [float(len(self.description))]  # no unit test is decided by how busy the machine is
+
+    def close(self) -> None:
+        self._session.close()
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let builds open their sessions in this process."""
+    for module in (executions, variants):
+        monkeypatch.setattr(module, "ChildSession", SessionHere)
+
+
+MIX = "vit=int8,block=w8a16,decoder=fp16"
+PRECISIONS = ("fp32", "bf16", "fp16", "int8", "w4a16", MIX)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """A bundle of every precision, and what it was made of; do not write to it."""
+
+    bundle: Path
+    checkpoint: Path
+    data: Path
+    manifest: Mapping[str, Any]  # as ``build --json`` printed it
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    root = tmp_path_factory.mktemp("precisions")
+    data = write_volumes(root / "data", count=3)
+    checkpoint = make_checkpoint(root)
+    command = ["build", "--ckpt", checkpoint, "--data", data, "-o", root / "model.medseg", "--max-dice-drop", "0.05"]
+    precisions = ["--precision", ",".join(PRECISIONS[:-1]), "--precision", MIX]
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (executions, variants):
+            patch.setattr(module, "ChildSession", SessionHere)
+        ran = CliRunner().invoke(cli, [*map(str, command), *precisions, "--json"])
+    assert ran.exit_code == 0, ran.output
+    found = json.loads(ran.stdout)
+    assert found["bundle"] == str(root / "model.medseg")
+    return Built(bundle=root / "model.medseg", checkpoint=checkpoint, data=data, manifest=found["manifest"])

@@ -58,6 +58,7 @@ def test_the_manifest_says_what_was_built_and_how_well_it_was_verified(tiny_bund
 
 def test_hugging_face_configs_say_the_same(tiny_bundle):
     config = json.loads((tiny_bundle / "config.json").read_text())
+    assert config["model_type"] == "medseg-trt"
     assert config["id2label"] == {"0": "background", "1": "disc", "2": "bar"}
     processor = json.loads((tiny_bundle / "preprocessor_config.json").read_text())
     assert processor["size"] == {"height": 32, "width": 32}

@@ -1,0 +1,102 @@
+"""Make the networks of the CPU benchmark, and the peers' graphs of the network as it was published, unfolded.
+
+PyTorch exports, OpenVINO's own NNCF rounds, all with their defaults for a transformer.
+"""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+SLICES = 8  # of each scan: one calibrates, the other is judged
+SCANS = ("ct_A.nii.gz", "ct_B.nii.gz")
+OPSET = 18  # at 21 and above OpenVINO 2026.4 dies of native GroupNormalization
+GEMM_TOKENS, GEMM_WIDTH, GEMM_LAYERS = 256, 4096, 4  # the language part's shapes
+GEMM_MACS = GEMM_TOKENS * GEMM_WIDTH**2 * GEMM_LAYERS
+
+
+def write_networks(folder: Path) -> None:
+    """Write the scans, the checkpoints, the prepared images and PyTorch's logits of those that are judged."""
+    import torch
+    from bench_cpu_network import ARCHITECTURES, image_folder, write_checkpoint
+
+    from medseg_trt.reference_images import reference_images
+    from medseg_trt.train.model import runner
+
+    images = image_folder(folder, SCANS, SLICES)
+    found: dict[str, np.ndarray] = {}
+    for architecture in ARCHITECTURES:
+        (folder / architecture).mkdir()
+        checkpoint = write_checkpoint(architecture, folder / architecture / "model.pt", images)
+        chosen = reference_images(checkpoint, images)
+        assert chosen.calibration is not None
+        found |= {"calibration": chosen.calibration, "judged": chosen.judged.inputs}
+        run = runner(checkpoint.model())
+        found[architecture] = np.concatenate([run(image[np.newaxis]) for image in found["judged"]])
+        del run
+    np.savez(folder / "images.npz", **found)
+    del torch
+
+
+def write_unfolded(folder: Path) -> None:
+    """Write the published network as PyTorch exports it, for one image."""
+    import torch
+
+    from medseg_trt.train.checkpoint import load_checkpoint
+
+    model = load_checkpoint(folder / "llm-transunet" / "model.pt").model()
+    (folder / "peers").mkdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model, (torch.zeros(1, 3, *model.spec.image_size),), str(folder / "peers" / "unfolded.onnx"), dynamo=True,
+            opset_version=OPSET, input_names=["pixel_values"], output_names=["logits"], external_data=True,
+            verbose=False,
+        )  # fmt: skip
+
+
+def write_nncf(folder: Path) -> None:
+    """Write the published network in INT8 as OpenVINO's NNCF makes it after training, on the same images."""
+    import nncf
+    import openvino
+
+    with np.load(folder / "images.npz") as file:
+        images = file["calibration"]
+    model = openvino.Core().read_model(str(folder / "peers" / "unfolded.onnx"))
+    rounded = nncf.quantize(
+        model, nncf.Dataset([image[np.newaxis] for image in images]), model_type=nncf.ModelType.TRANSFORMER,
+        subset_size=len(images),
+    )  # fmt: skip
+    openvino.save_model(rounded, str(folder / "peers" / "int8.xml"), compress_to_fp16=False)
+
+
+def write_gemm(folder: Path) -> None:
+    """Write a chain of INT8 matrix products, whose rate is the limit for any network of such products."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    random = np.random.default_rng(0)
+    nodes, constants, value = [], [], "pixel_values"
+    shape = [1, GEMM_TOKENS, GEMM_WIDTH]
+    for layer in range(GEMM_LAYERS):
+        arrays = {
+            f"scale{layer}": np.array(4 / 255, np.float32), f"zero{layer}": np.array(128, np.uint8),
+            f"weight{layer}": random.integers(-127, 128, (GEMM_WIDTH, GEMM_WIDTH), np.int8),
+            f"weight_scale{layer}": np.full(GEMM_WIDTH, GEMM_WIDTH**-0.5 / 73, np.float32),
+            f"weight_zero{layer}": np.zeros(GEMM_WIDTH, np.int8),
+        }  # fmt: skip
+        constants += [numpy_helper.from_array(array, name) for name, array in arrays.items()]
+        scale, zero, weight, weight_scale, weight_zero = arrays
+        answer = "logits" if layer == GEMM_LAYERS - 1 else f"product{layer}"
+        nodes += [
+            helper.make_node("QuantizeLinear", [value, scale, zero], [f"codes{layer}"]),
+            helper.make_node("DequantizeLinear", [f"codes{layer}", scale, zero], [f"rounded{layer}"]),
+            helper.make_node("DequantizeLinear", [weight, weight_scale, weight_zero], [f"matrix{layer}"], axis=1),
+            helper.make_node("MatMul", [f"rounded{layer}", f"matrix{layer}"], [answer]),
+        ]
+        value = answer
+    graph = helper.make_graph(
+        nodes, "gemm", [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape)], constants,
+    )  # fmt: skip
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)]), folder / "gemm.onnx")
