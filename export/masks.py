@@ -14,17 +14,26 @@ from medseg_trt.spec import Preprocessing
 SIZE, MASK = "source_size", "mask"  # int64 (2,): height and width in pixels -> uint8 (batch, height, width)
 
 
-def with_masks(graph: OnnxGraph, preprocessing: Preprocessing) -> OnnxGraph:
-    """Return a copy with the further input ``source_size`` and the further output ``mask``.
+def require_stretched(preprocessing: Preprocessing) -> None:
+    """Refuse pictures that are not simply stretched to the network's size.
 
     Raises:
-        UsageError: pictures are cropped or padded by their pixel spacing, which such a graph does not undo.
+        UsageError: pictures are cropped or padded by their pixel spacing, which a graph does not undo.
     """
     if preprocessing.spacing_mm is not None:
         raise UsageError(
             f"--outputs mask: images are brought to {preprocessing.spacing_mm:g} mm and cropped, which cannot be "
             "undone inside the graph; choose --outputs logits"
         )
+
+
+def with_masks(graph: OnnxGraph, preprocessing: Preprocessing) -> OnnxGraph:
+    """Return a copy with the further input ``source_size`` and the further output ``mask``.
+
+    Raises:
+        UsageError: pictures are cropped or padded by their pixel spacing, which such a graph does not undo.
+    """
+    require_stretched(preprocessing)
     model = graph.model.clone()
     logits = next(value for value in model.graph.outputs if value.name == OUTPUT)
     assert logits.shape is not None  # ``trace.check`` saw it

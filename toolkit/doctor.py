@@ -26,6 +26,7 @@ class Finding:
 
 ABILITIES: Mapping[str, Ability] = {
     "infer on the CPU with ONNX Runtime": Ability(modules={"onnxruntime": "onnxruntime"}, extra="cpu"),
+    "infer on the CPU with OpenVINO": Ability(modules={"openvino": "openvino"}, extra="openvino"),
     "read NIfTI volumes": Ability(modules={"nibabel": "nibabel"}, extra="medical"),
     "train": Ability(
         modules={
@@ -39,6 +40,18 @@ ABILITIES: Mapping[str, Ability] = {
     ),
     "build bundles": Ability(
         modules={"torch": "torch", "onnx": "onnx", "onnxscript": "onnxscript", "onnx_ir": "onnx-ir"}, extra="export"
+    ),
+    "build engines with TensorRT-RTX": Ability(
+        modules={"tensorrt_rtx": "tensorrt-rtx-cu13", "cuda.bindings": "cuda-bindings"}, extra="tensorrt-rtx"
+    ),
+    "compile CUDA kernels": Ability(
+        modules={
+            "nvidia.cu13.lib": "nvidia-cuda-nvrtc",
+            "nvidia.cu13.bin": "nvidia-cuda-nvcc",
+            "nvidia.cu13.include": "nvidia-cuda-runtime",
+            "ml_dtypes": "ml_dtypes",
+        },
+        extra="kernels",
     ),
     "measure HD95": Ability(modules={"scipy": "scipy"}, extra="report"),
 }

@@ -58,7 +58,7 @@ class MedsegConfig(transformers.PretrainedConfig):
             ArtefactError: the bundle is damaged, is not on this machine, or takes more inputs than Optimum gives.
         """
         if "name_or_path" in options:
-            str(options["name_or_path"])
+            _check(options["name_or_path"])
         return super().from_dict(config_dict, **options)
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 from gpu_free.host.checks import CHECKS
-from gpu_free.host.host import missing
+from gpu_free.host.host import CompileError, missing
 from gpu_free.mutants import MUTANTS, SOUND, break_kernel, catch, kernel_name
 
 from medseg_trt.kernels import KERNELS, load
@@ -59,3 +59,8 @@ def test_what_changes_nothing_survives(tmp_path):
 def test_a_mutant_whose_text_is_not_there_once_is_an_error(tmp_path, old):
     with pytest.raises(ValueError, match="a mutant needs one"):
         break_kernel(replace(next(iter(MUTANTS.values())), old=old), tmp_path)
+
+
+def test_a_mutant_that_does_not_compile_is_not_caught(tmp_path):
+    with pytest.raises(CompileError):
+        catch(replace(MUTANTS["epsilon outside the root"], new="no such name"), tmp_path)

@@ -33,7 +33,9 @@ def test_the_manifest_names_every_file_with_its_digest(tiny_bundle):
         "preprocessor_config.json",
     }  # fmt: skip
     assert all(sha256(tiny_bundle / name) == entry.sha256 for name, entry in bundle.content.files.items())
-    assert (tiny_bundle / "model.onnx").read_bytes() == (tiny_bundle / bundle.variant(bundle.default).graph).read_bytes()
+    assert (tiny_bundle / "model.onnx").read_bytes() == (
+        tiny_bundle / bundle.variant(bundle.default).graph
+    ).read_bytes()
 
 
 def test_the_manifest_says_what_was_built_and_how_well_it_was_verified(tiny_bundle):

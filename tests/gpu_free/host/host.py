@@ -71,6 +71,10 @@ class Finding(Exception):  # noqa: N818  an answer, not an accident
         super().__init__(f"{check}: {text}")
 
 
+class CompileError(Exception):
+    """g++ refuses the source: nothing was checked, so this is no finding."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
     """One launch: input arrays and scalars by parameter name.
@@ -111,7 +115,7 @@ class Builder:
         """Compile one entry, unless that was done before, and return the program.
 
         Raises:
-            Finding: ``check`` is ``"g++"``: the source does not compile.
+            CompileError: g++ refuses the source.
         """
         digest = hashlib.sha256("".join(sources(kernel.source).values()).encode()).hexdigest()[:16]
         program = self._folder / sanitizer / f"{entry.name}-{digest}"
@@ -151,7 +155,7 @@ def _compile(options: Sequence[str], text: str = "") -> None:
     command = ["g++", *FLAGS, *options, f"-I{HERE}", *_headers()]
     done = subprocess.run(command, input=text, text=True, capture_output=True)
     if done.returncode:
-        raise Finding("g++", next((line for line in done.stderr.splitlines() if "error" in line), done.stderr))
+        raise CompileError(next((line for line in done.stderr.splitlines() if "error" in line), done.stderr))
 
 
 def run(
