@@ -25,7 +25,7 @@ demo: .venv/run.stamp
 	$(MEDSEG) block extract demo/data/llama-block/SmolLM2-135M-Instruct.Q4_1.gguf -o demo/block.safetensors
 	$(TRAIN) -o demo/untrained --resume --set train.epochs=0
 	$(TRAIN) -o demo/trained --resume
-	$(MEDSEG) build --ckpt demo/trained/best.pt --data $(DATA) -o demo/model.medseg
+	$(MEDSEG) build --ckpt demo/trained/best.pt --data $(DATA) -o demo/model.medseg --precision fp32,int8
 	$(MEDSEG) infer $(DATA)/images/ct_B.nii.gz --bundle demo/model.medseg -o demo/masks --overlay
 	$(MEDSEG) evaluate --ckpt demo/untrained/best.pt --ckpt demo/trained/best.pt --bundle demo/model.medseg \
 		--data $(DATA) --split val --split test

@@ -34,7 +34,6 @@ BUNDLES: Mapping[str, str] = {  # by name: the precisions in it
 }
 ROOT = Path(__file__).parents[1]
 SECONDS_BETWEEN_LOOKS = 0.2  # at the memory of a build
-ARCHITECTURES = ("llm-transunet", "transunet")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

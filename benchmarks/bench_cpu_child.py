@@ -54,7 +54,7 @@ class Child:
         return self._asked("time", image, seconds, min_runs)
 
     def memory(self) -> dict[str, float]:
-        """Return ``anonymous_mb`` after the first image, ``resident_mb`` now and ``peak_resident_mb``, in 10^6 bytes."""
+        """Return ``anonymous_mb`` after the first image, ``resident_mb``, ``peak_resident_mb``, in 10^6 bytes."""
         return self._asked("memory")
 
     def close(self) -> None:

@@ -17,7 +17,6 @@ GEMM_MACS = GEMM_TOKENS * GEMM_WIDTH**2 * GEMM_LAYERS
 
 def write_networks(folder: Path) -> None:
     """Write the scans, the checkpoints, the prepared images and PyTorch's logits of those that are judged."""
-    import torch
     from bench_cpu_network import ARCHITECTURES, image_folder, write_checkpoint
 
     from medseg_trt.reference_images import reference_images
@@ -34,8 +33,7 @@ def write_networks(folder: Path) -> None:
         run = runner(checkpoint.model())
         found[architecture] = np.concatenate([run(image[np.newaxis]) for image in found["judged"]])
         del run
-    np.savez(folder / "images.npz", **found)
-    del torch
+    np.savez(folder / "images.npz", **found)  # pyright: ignore[reportArgumentType]  # no name is allow_pickle
 
 
 def write_unfolded(folder: Path) -> None:

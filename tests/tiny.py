@@ -109,8 +109,11 @@ def train_and_kill(arguments: Sequence[str], signal: int, at_step: int) -> subpr
 
     program = f"""
 import os
+import signal
 from medseg_trt.cli import main
 from medseg_trt.train import loop, runs
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 
 def loss(*arguments, real=loop.segmentation_loss, steps=iter(range({at_step}))):
     if next(steps, None) is None:

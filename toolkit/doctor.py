@@ -13,6 +13,14 @@ class Ability:
 
     modules: Mapping[str, str]  # module to import, and the package that holds it
     extra: str  # of medseg-trt, which installs them
+    wheels: tuple[
+        str, ...
+    ] = ()  # further packages, known by their name alone: they share a namespace or hold no module
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """All packages it needs."""
+        return (*self.modules.values(), *self.wheels)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,15 +50,11 @@ ABILITIES: Mapping[str, Ability] = {
         modules={"torch": "torch", "onnx": "onnx", "onnxscript": "onnxscript", "onnx_ir": "onnx-ir"}, extra="export"
     ),
     "build engines with TensorRT-RTX": Ability(
-        modules={"tensorrt_rtx": "tensorrt-rtx-cu13", "cuda.bindings": "cuda-bindings"}, extra="tensorrt-rtx"
+        modules={"tensorrt_rtx": "tensorrt-rtx-cu13"}, wheels=("cuda-bindings",), extra="tensorrt-rtx"
     ),
     "compile CUDA kernels": Ability(
-        modules={
-            "nvidia.cu13.lib": "nvidia-cuda-nvrtc",
-            "nvidia.cu13.bin": "nvidia-cuda-nvcc",
-            "nvidia.cu13.include": "nvidia-cuda-runtime",
-            "ml_dtypes": "ml_dtypes",
-        },
+        modules={"ml_dtypes": "ml_dtypes"},
+        wheels=("nvidia-cuda-nvrtc", "nvidia-cuda-nvcc", "nvidia-cuda-runtime", "nvidia-cuda-crt", "nvidia-cuda-cccl"),
         extra="kernels",
     ),
     "measure HD95": Ability(modules={"scipy": "scipy"}, extra="report"),
@@ -64,17 +68,20 @@ def examine() -> list[Finding]:
 
 def _examine(name: str, ability: Ability) -> Finding:
     missing = [package for module, package in ability.modules.items() if importlib.util.find_spec(module) is None]
+    missing += [package for package in ability.wheels if _version(package) is None]
     if missing:
         detail = f"{', '.join(missing)} missing; install: pip install 'medseg-trt[{ability.extra}]'"
         return Finding(ability=name, ready=False, detail=detail)
-    return Finding(ability=name, ready=True, detail=", ".join(_versioned(each) for each in ability.modules.values()))
+    detail = ", ".join(f"{each} {_version(each) or ''}".strip() for each in ability.packages)
+    return Finding(ability=name, ready=True, detail=detail)
 
 
-def _versioned(package: str) -> str:
+def _version(package: str) -> str | None:
+    """Return what is installed; None also where another package brings the module, as onnxruntime-gpu onnxruntime."""
     try:
-        return f"{package} {version(package)}"
-    except PackageNotFoundError:  # onnxruntime-gpu brings the module onnxruntime, too
-        return package
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _driver() -> Finding:

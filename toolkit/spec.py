@@ -241,7 +241,7 @@ class BuildSpec:
     precisions: tuple[str, ...] = ("fp32",)  # keys of export.quantize.SCHEMES, or mixes: "vit=int8,block=w8a16"
     backend: str = "auto"  # the only back-end that is tried; auto: every one
     outputs: Literal["logits", "mask"] = "logits"  # mask: graphs that also make masks of the source's size
-    max_abs_error: float = 1e-4  # of the logits, against PyTorch, where nothing is rounded
+    max_abs_error: float = 1e-4  # of logits up to 1, or as a share of the largest, where nothing is rounded
     min_agreement: float = 0.9999  # share of pixels with the same label as PyTorch, where nothing is rounded
     max_dice_drop: float = 0.005  # upper end of its interval, where something is
 

@@ -42,6 +42,7 @@ from medseg_trt.spec import to_dict
 
 MIN_INT8_SHARE = 0.8  # of all MACs, or it is not called int8
 INT8, FLOAT = "int8", "fp32"
+KEEPS_CASTS = "onnxruntime"  # OpenVINO drops a cast to 16 bits and back, and with it an overflow
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,7 +194,7 @@ def _answers(prepared: _Prepared, key: str, kept: frozenset[str], proof: Proof) 
     graph = _written(prepared, key, kept, proof)
     backend, images = WRITTEN[key].backend, proof.images.judged.inputs
     if set(prepared.precision.values()) & set(TYPES):
-        graph = rounded_graph(graph)
+        graph, backend = rounded_graph(graph), KEEPS_CASTS
     with TemporaryDirectory() as folder:
         save_flavours({"tried.onnx": graph}, Path(folder), "weights.bin")
         with ChildSession(Path(folder, "tried.onnx"), "tried", backend, None, FLOAT) as session:

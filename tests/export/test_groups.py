@@ -24,7 +24,9 @@ def chain(namespaces: list[str]) -> OnnxGraph:
         name = OUTPUT if index == len(namespaces) - 1 else f"v{index}"
         output = ir.Value(name=name, shape=shape, type=ir.TensorType(ir.DataType.FLOAT))
         metadata = {"namespace": namespace}
-        nodes.append(ir.node("MatMul", [value, weights[-1]], outputs=[output], name=f"n{index}", metadata_props=metadata))
+        nodes.append(
+            ir.node("MatMul", [value, weights[-1]], outputs=[output], name=f"n{index}", metadata_props=metadata)
+        )
         value = output
     graph = ir.Graph(inputs, [value], nodes=nodes, initializers=weights, opset_imports={"": OPSET}, name="chain")
     return OnnxGraph(model=ir.Model(graph, ir_version=10))

@@ -2,8 +2,10 @@ import importlib.util
 import json
 import re
 import tomllib
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
 from medseg_trt import doctor
@@ -15,8 +17,10 @@ PYPROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_te
 
 def test_what_is_installed_is_named_with_its_version():
     found = {each.ability: each for each in examine()}
-    assert all(found[name].ready for name in ABILITIES)  # the tests need all of them
+    # The tests need all of the others.
+    assert {name for name in ABILITIES if not found[name].ready} <= {"build engines with TensorRT-RTX"}
     assert re.search(r"torch \d+\.\d+", found["train"].detail)
+    assert re.search(r"nvidia-cuda-nvrtc 13\.0\.\d+", found["compile CUDA kernels"].detail)
 
 
 def test_what_is_missing_comes_with_the_command_that_installs_it(monkeypatch):
@@ -32,7 +36,36 @@ def test_every_command_it_gives_installs_the_package():
     extras = PYPROJECT["project"]["optional-dependencies"]
     for ability in ABILITIES.values():
         names = {re.split(r"[>=<\[]", requirement)[0] for requirement in extras[ability.extra]}
-        assert set(ability.modules.values()) <= names
+        assert set(ability.packages) <= names
+
+
+@pytest.mark.parametrize(
+    ("module", "ability", "command"),
+    [
+        ("openvino", "infer on the CPU with OpenVINO", "pip install 'medseg-trt[openvino]'"),
+        ("tensorrt_rtx", "build engines with TensorRT-RTX", "pip install 'medseg-trt[tensorrt-rtx]'"),
+        ("ml_dtypes", "compile CUDA kernels", "pip install 'medseg-trt[kernels]'"),
+    ],
+)
+def test_what_a_backend_or_a_compiler_lacks_is_said(monkeypatch, module, ability, command):
+    original = importlib.util.find_spec
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name == module else original(name))
+    found = {each.ability: each for each in examine()}[ability]
+    assert not found.ready
+    assert found.detail.endswith(command)
+
+
+def test_a_wheel_without_a_module_of_its_own_is_missed_too(monkeypatch):
+    original = doctor.version
+
+    def version(package: str) -> str:
+        if package == "nvidia-cuda-nvcc":
+            raise PackageNotFoundError(package)
+        return original(package)
+
+    monkeypatch.setattr(doctor, "version", version)
+    found = {each.ability: each for each in examine()}["compile CUDA kernels"]
+    assert found.detail == "nvidia-cuda-nvcc missing; install: pip install 'medseg-trt[kernels]'"
 
 
 def test_no_driver_is_said_in_words(monkeypatch):

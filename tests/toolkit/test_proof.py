@@ -15,13 +15,14 @@ def network(batch: np.ndarray) -> np.ndarray:
     return np.stack([batch[:, 0] + batch[:, 1], batch[:, 1] - batch[:, 2], 0.5 * batch[:, 2]], axis=1)
 
 
-def proof_of(reference=network, **limits: float) -> Proof:
+def proof_of(reference=network, max_dice_drop: float = 0.005, max_abs_error: float = 1e-4) -> Proof:
     judged = JudgedImages(
         inputs=IMAGES, sizes=((20, 12),) * 6, spacings=(None,) * 6, cases=tuple("abcdef"), truths=None,
         preprocessing=Preprocessing(image_size=SIZE), classes=Classes(names=("background", "disc", "bar")),
     )  # fmt: skip
     images = ReferenceImages(verified=IMAGES[:4], description="generated noise", judged=judged, calibration=None)
-    return Proof(reference=reference, images=images, spec=BuildSpec(**limits))
+    spec = BuildSpec(max_dice_drop=max_dice_drop, max_abs_error=max_abs_error)
+    return Proof(reference=reference, images=images, spec=spec)
 
 
 def test_the_reference_is_asked_once_for_every_judged_image():

@@ -1,0 +1,210 @@
+"""Time the full-size LLM-TransUNet on a CPU, batch 1, 256 x 256: PyTorch and other tools against medseg-trt.
+
+Every variant runs in a process of its own, on all cores. All of them first answer the same real images, and what
+answers wrongly is not timed; then they are timed in turn, round by round, so that a drifting machine hits all alike.
+The weights are random: this measures speed, memory and rounding, not masks.
+
+    python benchmarks/bench_cpu.py [--json] [--rounds 5] [--fresh]
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bench_cpu_artefacts import Artefacts, artefacts, in_own_process
+from bench_cpu_child import Child, Variant
+from bench_cpu_figures import sqnr_db, verdict
+from bench_cpu_graph import folding_error, graph_figures, profile
+from bench_cpu_peers import GEMM_MACS, GEMM_TOKENS, GEMM_WIDTH
+
+from medseg_trt.bundle import load_bundle
+from medseg_trt.files import atomic_file, write_json
+from medseg_trt.report import machine, table
+
+SECONDS, MIN_RUNS = 1.5, 3  # of a variant in a round
+MIN_SQNR_TO_TIME_DB = 3.0  # less is another network, not a rounded one
+IN_ROUNDS = ("fp32", "bf16", "int8")  # precisions whose speed is judged; of the others the memory is
+STORED = ("fp32", "int8", "w8a16", "w4a16", "fp16")
+HEADER = ("network", "group", "median ms", "p90 ms", "SQNR dB", "max abs error", "anonymous MB", "peak RSS MB")
+
+
+def peers(found: Artefacts) -> list[Variant]:
+    """Return the networks of others, all unfolded."""
+    checkpoint, plain = found.checkpoint("llm-transunet"), found.checkpoint("transunet")
+    graph, int8 = found.networks / "peers" / "unfolded.onnx", found.networks / "peers" / "int8.xml"
+    rows = [
+        ("pytorch-eager-fp32", "pytorch", checkpoint, "fp32", "llm-transunet"),
+        ("pytorch-bf16", "pytorch", checkpoint, "bf16", "llm-transunet"),
+        ("torch-compile-fp32", "torch-compile", checkpoint, "fp32", "llm-transunet"),
+        ("pytorch-eager-fp32-transunet", "pytorch", plain, "fp32", "transunet"),
+        ("onnxruntime-fp32", "onnxruntime", graph, "fp32", "llm-transunet"),
+        ("openvino-fp32", "openvino", graph, "fp32", "llm-transunet"),
+        ("openvino-bf16", "openvino", graph, "bf16", "llm-transunet"),
+        ("openvino-nncf-int8-fp32", "openvino", int8, "fp32", "llm-transunet"),
+        ("openvino-nncf-int8-bf16", "openvino", int8, "bf16", "llm-transunet"),
+    ]
+    return [Variant(name=name, group="peer", opener=opener, path=path, compute=compute, reference=reference)
+            for name, opener, path, compute, reference in rows]  # fmt: skip
+
+
+def ours(found: Artefacts, name: str) -> list[Variant]:
+    """Return every execution of a bundle."""
+    bundle = load_bundle(found.bundle(name))
+    variants = []
+    for execution in bundle.content.executions:
+        graph = bundle.variant(execution)
+        label = f"medseg-trt-{execution.backend}-{execution.variant}"
+        variants.append(Variant(
+            name=label if execution.compute == "fp32" else f"{label}-{execution.compute}", group="ours",
+            opener=execution.backend, path=bundle.folder / graph.graph, compute=execution.compute,
+            precision=graph.precision,
+        ))  # fmt: skip
+    return variants
+
+
+def verified(child: Child, images: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Return how far a variant's logits of the judged images are off.
+
+    Raises:
+        SystemExit: they are those of another network.
+    """
+    reference = images[child.variant.reference]
+    logits = child.run(images["judged"])
+    ratio = sqnr_db(logits, reference)
+    if not ratio >= MIN_SQNR_TO_TIME_DB:
+        raise SystemExit(f"{child.variant.name}: SQNR {ratio:.1f} dB; it is not timed, and neither is anything else")
+    return {"max_abs_error": float(np.abs(logits - reference).max()), "sqnr_db": ratio}
+
+
+def measure(variants: Sequence[Variant], images: Mapping[str, np.ndarray], rounds: int) -> dict[str, Any]:
+    """Open all variants, verify them, and time them in turn.
+
+    Returns:
+        ``errors`` and ``memory`` by variant, and ``rounds``: milliseconds by variant, round and run.
+    """
+    children: dict[str, Child] = {}
+    try:
+        errors, samples = dict[str, dict[str, float]](), {each.name: list[list[float]]() for each in variants}
+        for variant in variants:
+            children[variant.name] = child = Child(variant)
+            if variant.group != "limit":
+                errors[variant.name] = verified(child, images)
+            print(f"{variant.name}: opened in {child.opened_s:.1f} s", file=sys.stderr, flush=True)
+        gemm_input = np.random.default_rng(0).random((1, GEMM_TOKENS, GEMM_WIDTH), np.float32)
+        for number in range(rounds):
+            print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
+            for variant in variants:
+                image = gemm_input if variant.group == "limit" else images["judged"][:1]
+                samples[variant.name].append(children[variant.name].time(image, SECONDS, MIN_RUNS))
+        memory = {name: child.memory() for name, child in children.items()}
+        return {"errors": errors, "memory": memory, "rounds": samples}
+    finally:
+        for child in children.values():
+            child.close()
+
+
+def memory_of_infer(found: Artefacts, images: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Open the bundles as ``infer`` does, and return what it takes after the first image."""
+    rows = []
+    for precision in STORED:
+        bundle = found.bundle("default" if precision in IN_ROUNDS else "stored")
+        child = Child(
+            Variant(name=f"infer {precision}", group="ours", opener="infer", path=bundle, precision=precision)
+        )
+        error = verified(child, images)
+        weights = (bundle / f"weights-{precision}.bin").stat().st_size / 1e6
+        memory = child.memory()
+        child.close()
+        limit = 1.5 * weights + 250
+        rows.append({"precision": precision, "weights_mb": weights, "limit_mb": limit, **memory, **error,
+                     "holds": memory["anonymous_mb"] <= limit})  # fmt: skip
+    return rows
+
+
+def row(variant: Variant, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a line of the table as plain data."""
+    taken = np.concatenate(found["rounds"][variant.name])
+    memory = found["memory"][variant.name]
+    return {
+        "name": variant.name, "group": variant.group, "median_ms": float(np.median(taken)),
+        "p90_ms": float(np.percentile(taken, 90)), "runs": len(taken), "peak_rss_mb": memory["peak_resident_mb"],
+        "anonymous_mb": memory["anonymous_mb"], **found["errors"].get(variant.name, {}),
+        "round_medians_ms": [float(np.median(each)) for each in found["rounds"][variant.name]],
+    }  # fmt: skip
+
+
+def to_markdown(result: Mapping[str, Any]) -> str:
+    """Return the results as a page."""
+    here, lines = result["machine"], ["# Full-size LLM-TransUNet on a CPU, batch 1, 256 x 256", ""]
+    lines += [f"{here['processor']}, {here['cores']} cores, {here['system']}; "
+              + ", ".join(f"{name} {number}" for name, number in here["versions"].items()), ""]  # fmt: skip
+    cells = [
+        (each["name"], each["group"], f"{each['median_ms']:.1f}", f"{each['p90_ms']:.1f}",
+         f"{each['sqnr_db']:.1f}" if "sqnr_db" in each else "–",
+         f"{each['max_abs_error']:.1e}" if "max_abs_error" in each else "–",
+         f"{each['anonymous_mb']:.0f}", f"{each['peak_rss_mb']:.0f}")
+        for each in result["rows"]
+    ]  # fmt: skip
+    lines += [*table(HEADER, cells), "", "```json"]
+    lines += [json.dumps({key: value for key, value in result.items() if key not in ("rows", "machine")}, indent=1)]
+    return "\n".join([*lines, "```", ""])
+
+
+def main() -> None:
+    """Measure, write the results, and fail where the verdict does."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--fresh", action="store_true", help="build the bundles anew and time that, too")
+    parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results")
+    chosen = parser.parse_args()
+    found = artefacts(fresh_bundles=chosen.fresh)
+    images = found.images()
+    limit = Variant(name="int8-gemm", group="limit", opener="openvino", path=found.networks / "gemm.onnx")
+    variants = [*peers(found), *ours(found, "default"), limit]
+    measured = measure(variants, images, chosen.rounds)
+    rows = [row(each, measured) for each in variants]
+    judged = verdict(
+        measured["rounds"], {each.name: each.group for each in variants},
+        {name: error["sqnr_db"] for name, error in measured["errors"].items()}, _processor_flags(),
+    )  # fmt: skip
+    best = next(each for each in variants if each.name == judged["ours"])
+    graph = found.bundle("default") / "fp32.onnx"
+    figures = in_own_process(graph_figures, graph, found.bundle("stored") / "w4a16.onnx")
+    rate = GEMM_MACS / next(each["median_ms"] for each in rows if each["group"] == "limit") / 1e6  # 10^9 a second
+    best_ms = next(each["median_ms"] for each in rows if each["name"] == best.name)
+    int8_files = [*found.bundle("default").glob("int8*.onnx"), found.bundle("default") / "weights-int8.bin"]
+    result = {
+        "rows": rows,
+        "machine": machine(),
+        "verdict": judged,
+        "limit": {"int8_gmac_per_s": rate, "gmac": figures["gmac"], "limit_ms": 1000 * figures["gmac"] / rate,
+                  "share_reached": 1000 * figures["gmac"] / rate / best_ms},
+        "profile": in_own_process(profile, best.path, graph, best.compute, images["judged"][:1]),
+        "graph": figures,
+        "folded_max_abs_error": in_own_process(folding_error, found),
+        "int8_all_flavours_mb": sum(file.stat().st_size for file in int8_files) / 1e6,
+        "infer": memory_of_infer(found, images),
+        "builds": [found.build_figures(name) for name in ("default", "stored")],
+    }  # fmt: skip
+    write_json(chosen.output / "bench_cpu.json", result)
+    with atomic_file(chosen.output / "bench_cpu.md") as temporary:
+        temporary.write_text(to_markdown(result), encoding="utf-8")
+    print(json.dumps(result) if chosen.json else to_markdown(result))
+    if judged["judged"] and not judged["holds"]:
+        raise SystemExit(f"not fast enough: {'; '.join(judged['reasons'])}")
+
+
+def _processor_flags() -> list[str]:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("flags"):
+            return line.partition(":")[2].split()
+    return []
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Does every precision keep the masks of trained networks? Builds each checkpoint in all of them.
+
+    python benchmarks/precisions.py organs-run/best.pt data/organs tumours-run/best.pt data/tumours
+
+The gate, its limit and its images are those of ``medseg-trt build``; milliseconds are those of the build, on a machine
+that did other work between them, and serve to order the rows.
+"""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from medseg_trt.bundle import Bundle
+from medseg_trt.files import atomic_file, write_json
+from medseg_trt.pipeline import build
+from medseg_trt.report import machine, table
+from medseg_trt.spec import BuildSpec
+
+PRECISIONS = ("fp32", "bf16", "fp16", "int8", "w8a16", "w4a16")
+RESULTS = Path(__file__).parent / "results"
+
+
+def main(pairs: list[str]) -> None:
+    """Build every pair of checkpoint and data folder."""
+    if not pairs or len(pairs) % 2:
+        sys.exit("give pairs of a checkpoint and its data folder")
+    found: dict[str, Any] = {}
+    lines = ["# Precisions on trained networks", ""]
+    for checkpoint, data in zip(pairs[::2], pairs[1::2], strict=True):
+        with TemporaryDirectory() as folder:
+            bundle = build(checkpoint, BuildSpec(precisions=PRECISIONS), Path(folder, "model.medseg"), data)
+            found[Path(data).name] = _record(bundle)
+            lines += _section(bundle, Path(data).name)
+    versions = machine()
+    lines += [f"{versions['processor']}, {versions['cores']} cores, {versions['system']}, Python {versions['python']}; "
+              + ", ".join(f"{name} {number}" for name, number in versions["versions"].items()) + ".", ""]  # fmt: skip
+    write_json(RESULTS / "precisions.json", {"machine": versions, "networks": found})
+    with atomic_file(RESULTS / "precisions.md") as temporary:
+        temporary.write_text("\n".join(lines), encoding="utf-8")
+
+
+def _record(bundle: Bundle) -> dict[str, Any]:
+    content = bundle.content
+    return {
+        "executions": [asdict(each) for each in content.executions],
+        "dropped": list(content.dropped),
+        "int8_share": {name: variant.passes["int8_share"] for name, variant in content.variants.items()},
+        "kept_float": {name: (v.passes["gate"] or {}).get("kept_float") for name, v in content.variants.items()},
+    }
+
+
+def _section(bundle: Bundle, name: str) -> list[str]:
+    gate = next(each.verification["gate"] for each in bundle.content.executions if "gate" in each.verification)
+    return [
+        f"## {name}",
+        "",
+        f"{gate['images']} slices of the validation split, resampled by {gate['unit']}; Dice of PyTorch "
+        f"{gate['reference']:.4f}; limit of the drop {gate['limit']}.",
+        "",
+        *table(*bundle.table()),
+        "",
+        *(f"Not used: {line}" for line in bundle.content.dropped),
+        "",
+    ]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
