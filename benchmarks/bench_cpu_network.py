@@ -1,9 +1,9 @@
 """The networks of the CPU benchmark: full size, seeded random weights, answers that are not degenerate; and its images.
 
 PyTorch's own start makes a decoder whose numbers shrink from layer to layer, so that rounding would be judged on next
-to nothing: logits with a spread of 0.003. Here every convolution keeps the variance of what it gets (He et al. 2015), the
-branches of the residual units are small beside what they are added to, as in trained networks (Goyal et al. 2017, §5.1,
-start them at zero), and the last layer's answers are centred and have a spread of ``LOGIT_SPREAD``.
+to nothing: logits with a spread of 0.003. Here every convolution keeps the variance of what it gets (He et al. 2015),
+the branches of the residual units are small beside what they are added to, as in trained networks (Goyal et al. 2017,
+§5.1, start them at zero), and the last layer's answers are centred and have a spread of ``LOGIT_SPREAD``.
 """
 
 from collections.abc import Sequence

@@ -42,7 +42,7 @@ def atomic_file(path: Path) -> Generator[Path, None, None]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:  # a full disk names no file, and nobody knows the temporary one
-        if error.filename in (None, name):
+        if error.errno is not None and error.filename in (None, name):
             error.filename = str(path)
         raise
     finally:

@@ -104,7 +104,7 @@ def test_an_interrupted_training_leaves_with_its_code_and_can_go_on(tmp_path, nu
     ]  # fmt: skip
     with subprocess.Popen(
         command, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a job in the background ignores it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background job ignores it
     ) as process:  # fmt: skip
         assert process.stderr is not None
         for line in process.stderr:

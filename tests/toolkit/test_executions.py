@@ -135,7 +135,7 @@ def test_without_a_float_the_fastest_is_first(machine):
 
 
 def test_a_busy_second_does_not_decide(machine):
-    machine.times_ms = {"fp32-canonical.onnx": [30.0, 10.0], "fp16-canonical.onnx": [20.0, 20.0]}
+    machine.times_ms = {"fp32-canonical.onnx": [10.0, 30.0], "fp16-canonical.onnx": [40.0, 20.0]}
     found = tried(graphs("fp32", "fp16"))
     assert [each.median_ms for each in found.executions] == [10.0, 20.0]
     timed = machine.openings[2:]  # two to compare them, and then in turn

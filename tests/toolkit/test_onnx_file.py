@@ -13,7 +13,7 @@ def test_a_graph_is_described_without_its_weights(tiny_bundle, tmp_path):
     path.write_bytes((tiny_bundle / "model.onnx").read_bytes())  # weights-fp32.bin is not beside it
     found = json.loads(json.dumps(describe(str(path), 256, 1)))
     assert found["sha256"] == sha256(path)
-    assert found["opsets"] == {"ai.onnx": 23}
+    assert found["opsets"] == {"ai.onnx": 23, "medseg": 1}
     assert found["inputs"] == {"pixel_values": "float (batch, 3, 32, 32)"}
     assert found["outputs"] == {"logits": "float (batch, 3, 32, 32)"}
     assert found["external_weights"] == ["weights-fp32.bin"]
