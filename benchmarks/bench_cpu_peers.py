@@ -55,7 +55,7 @@ def write_unfolded(folder: Path) -> None:
 
 def write_nncf(folder: Path) -> None:
     """Write the published network in INT8 as OpenVINO's NNCF makes it after training, on the same images."""
-    import nncf
+    import nncf  # pyright: ignore[reportMissingImports]  # of the group bench, which the tests do without
     import openvino
 
     with np.load(folder / "images.npz") as file:
