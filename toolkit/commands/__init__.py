@@ -1,0 +1,1 @@
+"""One file a command; each turns arguments into a spec, calls one library function and prints."""

@@ -1,0 +1,54 @@
+"""``medseg-trt build``: turn a checkpoint into a bundle."""
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from medseg_trt.commands.options import FILE, FOLDER, output_options, print_table
+from medseg_trt.errors import UsageError
+
+
+@click.command()
+@click.option("--ckpt", "checkpoint", type=FILE, required=True, help="A checkpoint that 'train' wrote.")
+@click.option("-o", "--output", type=FOLDER, help="The bundle's folder.  [default: the checkpoint's name with .medseg]")
+@click.option(
+    "--data", "data_folder", type=FOLDER,
+    help="Images to verify, judge and calibrate on.  [default: the folder it was trained on]",
+)  # fmt: skip
+@click.option(
+    "--precision", "precisions", multiple=True, default=("fp32",), show_default=True,
+    help="fp32, bf16, fp16, int8, w8a16, w4a16, several with commas, or a mix such as vit=int8,block=w8a16.",
+)  # fmt: skip
+@click.option(
+    "--max-dice-drop", type=click.FloatRange(0, 1), default=0.005, show_default=True,
+    help="How much Dice may fall, at the upper end of its interval, where numbers are rounded.",
+)  # fmt: skip
+@click.option("--backend", default="auto", show_default=True, help="The only back-end to try; auto tries all.")
+@click.option(
+    "--outputs", type=click.Choice(["logits", "mask"]), default="logits", show_default=True,
+    help="mask: the graphs also make masks of the images' own size.",
+)  # fmt: skip
+@output_options
+def build(
+    checkpoint: Path, output: Path | None, data_folder: Path | None, precisions: tuple[str, ...], max_dice_drop: float,
+    backend: str, outputs: Literal["logits", "mask"], as_json: bool,
+) -> None:  # fmt: skip
+    """Turn a checkpoint into a bundle: folded, fused, in several precisions, each verified, the fastest first."""
+    from medseg_trt import pipeline
+    from medseg_trt.spec import BuildSpec, split_precisions
+
+    try:
+        spec = BuildSpec(
+            precisions=split_precisions(precisions), max_dice_drop=max_dice_drop, backend=backend, outputs=outputs
+        )
+    except ValueError as error:
+        raise UsageError(f"--precision {','.join(precisions)}: {error}") from error
+    bundle = pipeline.build(checkpoint, spec, output, data_folder)
+    if as_json:
+        click.echo(json.dumps({"bundle": str(bundle.folder), "manifest": bundle.manifest()}, indent=2))
+        return
+    print_table(f"{bundle.folder}, the first row is what infer uses", *bundle.table())
+    for line in bundle.content.dropped:
+        click.echo(f"not used: {line}")

@@ -1,0 +1,18 @@
+"""``medseg-trt doctor``: say what this machine can run."""
+
+import click
+
+from medseg_trt.commands.options import output_options, print_result
+
+
+@click.command()
+@output_options
+def doctor(as_json: bool) -> None:
+    """Say what this machine can run, and what to type for the rest."""
+    from dataclasses import asdict
+
+    from medseg_trt.doctor import examine
+
+    findings = examine()
+    lines = [f"{'yes' if found.ready else 'no ':3}  {found.ability}: {found.detail}" for found in findings]
+    print_result(as_json, {"abilities": [asdict(found) for found in findings]}, "\n".join(lines))

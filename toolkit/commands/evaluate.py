@@ -1,0 +1,41 @@
+"""``medseg-trt evaluate``: compare networks with the masks."""
+
+import json
+from pathlib import Path
+
+import click
+
+from medseg_trt.commands.options import FILE, FOLDER, output_options, print_table
+from medseg_trt.errors import UsageError
+
+
+@click.command()
+@click.option("--ckpt", "checkpoints", type=FILE, multiple=True, help="A checkpoint; may be given several times.")
+@click.option("--bundle", "bundles", type=FOLDER, multiple=True, help="A bundle; may be given several times.")
+@click.option("--data", "data_folder", type=FOLDER, required=True, help="A folder with images/ and masks/.")
+@click.option(
+    "--split", "splits", multiple=True, default=("val",), show_default=True, help="May be given several times."
+)
+@click.option("--backend", default="auto", show_default=True, help="What runs the bundles.")
+@click.option("--hd95", is_flag=True, help="Also the 95th percentile of the distance between the outlines.")
+@output_options
+def evaluate(
+    checkpoints: tuple[Path, ...],
+    bundles: tuple[Path, ...],
+    data_folder: Path,
+    splits: tuple[str, ...],
+    backend: str,
+    hd95: bool,
+    as_json: bool,
+) -> None:
+    """Compare checkpoints and bundles with the masks: Dice, IoU and HD95 per class."""
+    from medseg_trt import scoreboard
+
+    if not checkpoints and not bundles:
+        raise UsageError("nothing to evaluate; give --ckpt model.pt or --bundle model.medseg")
+    boards = scoreboard.evaluate_all(checkpoints, bundles, data_folder, splits, backend, hd95)
+    if as_json:
+        click.echo(json.dumps({"splits": [board.to_dict() for board in boards]}, indent=2))
+    else:
+        for board in boards:
+            print_table(board.title, board.header(), board.cells())

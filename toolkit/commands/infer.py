@@ -1,0 +1,49 @@
+"""``medseg-trt infer``: segment images."""
+
+from pathlib import Path
+
+import click
+
+from medseg_trt.commands.options import ANY, FOLDER, output_options, print_result
+from medseg_trt.errors import InputError
+
+
+@click.command()
+@click.argument("inputs", nargs=-1, required=True, type=ANY)
+@click.option("--bundle", "bundle_folder", type=FOLDER, help="The bundle to run.  [default: the only *.medseg here]")
+@click.option("-o", "--output", type=FOLDER, default=Path("masks"), show_default=True, help="Where the masks go.")
+@click.option("--backend", default="auto", show_default=True, help="What runs the network: onnxruntime, openvino.")
+@click.option("--precision", help="One of the bundle's.  [default: the fastest]")
+@click.option("--overlay", is_flag=True, help="Also draw the masks over the images, in overlays/.")
+@click.option("--batch", type=click.IntRange(1), default=4, show_default=True, help="Slices at once.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all]")
+@click.option("--continue", "resume", is_flag=True, help="Keep the masks that an earlier run finished.")
+@output_options
+def infer(
+    inputs: tuple[Path, ...], bundle_folder: Path | None, output: Path, backend: str, precision: str | None,
+    overlay: bool, batch: int, threads: int | None, resume: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Segment images and folders of images; write masks and a table of areas."""
+    from medseg_trt.bundle import find_bundle
+    from medseg_trt.mask_folder import infer_to_folder
+
+    failed: dict[str, str] = {}
+
+    def skip(path: Path, error: InputError) -> None:
+        failed[str(path)] = str(error)
+        click.echo(f"medseg-trt: {error}", err=True)
+
+    written = infer_to_folder(
+        inputs, find_bundle(bundle_folder), output,
+        backend=backend, precision=precision, overlay=overlay, batch=batch, threads=threads, resume=resume,
+        on_error=skip,
+    )  # fmt: skip
+    result = {
+        "masks": [str(path) for path in written.masks],
+        "areas": str(written.areas), "kept": written.kept, "failed": failed,
+    }  # fmt: skip
+    print_result(as_json, result, f"{len(written.masks)} mask(s) in {output}, areas in {written.areas}")
+    if failed:
+        raise InputError(
+            f"{len(failed)} of {len(failed) + len(written.masks)} file(s) could not be used; they are named above"
+        )

@@ -1,0 +1,35 @@
+"""``medseg-trt kernels``: the CUDA kernels."""
+
+from pathlib import Path
+
+import click
+
+from medseg_trt.commands.options import FOLDER, output_options, print_result
+
+
+@click.group()
+def kernels() -> None:
+    """The CUDA kernels."""
+
+
+@kernels.command("build")
+@click.option(
+    "--arch", "targets", metavar="SM,…", help="sm_80, sm_86, sm_87, sm_89, sm_90, sm_120, jetpack6.  [default: all]"
+)
+@click.option("-o", "--output", type=FOLDER, required=True, help="Where the PTX and manifest.json go.")
+@output_options
+def kernels_build(targets: str | None, output: Path, as_json: bool) -> None:
+    """Compile the kernels to PTX; no GPU and no CUDA installation is needed.
+
+    jetpack6 is sm_87 in PTX 8.5, which the driver of JetPack 6 understands.
+    """
+    from medseg_trt.errors import require
+
+    require("ml_dtypes", "kernels")
+    from medseg_trt.kernels.library import TARGETS
+    from medseg_trt.kernels.manifest import build as build_kernels
+
+    chosen = list(TARGETS) if targets is None else targets.split(",")
+    manifest = build_kernels(output, chosen)
+    text = f"{output}: {len(manifest['kernels'])} functions for {', '.join(chosen)}"
+    print_result(as_json, {"folder": str(output), "manifest": manifest}, text)
