@@ -71,6 +71,39 @@ BODIES: Mapping[str, str] = {
             silu = Mul (gate, opening)
             y = Mul (silu, up)
         }""",
+    # The same, quantised as QuantizeLinear does it: int8, one scale, no zero point. The kernels round but once.
+    "QuantizedRMSNorm": """
+        QuantizedRMSNorm <epsilon, scale, plugin_namespace, plugin_version> (x, weight) => (y) {
+            float_y = RMSNormalization <axis = -1, stash_type = 1, epsilon: float = @epsilon> (x, weight)
+            wide = Cast <to = 1> (float_y)
+            step = Constant <value_float: float = @scale> ()
+            y = QuantizeLinear <output_dtype = 3> (wide, step)
+        }""",
+    "QuantizedAddRMSNorm": """
+        QuantizedAddRMSNorm <epsilon, scale, plugin_namespace, plugin_version> (x, residual, weight) => (y, sum) {
+            sum = Add (x, residual)
+            float_y = RMSNormalization <axis = -1, stash_type = 1, epsilon: float = @epsilon> (sum, weight)
+            wide = Cast <to = 1> (float_y)
+            step = Constant <value_float: float = @scale> ()
+            y = QuantizeLinear <output_dtype = 3> (wide, step)
+        }""",
+    "QuantizedSwiGLU": """
+        QuantizedSwiGLU <scale, plugin_namespace, plugin_version> (gate_up) => (y) {
+            gate, up = Split <axis = -1, num_outputs = 2> (gate_up)
+            opening = Sigmoid (gate)
+            silu = Mul (gate, opening)
+            product = Mul (silu, up)
+            wide = Cast <to = 1> (product)
+            step = Constant <value_float: float = @scale> ()
+            y = QuantizeLinear <output_dtype = 3> (wide, step)
+        }""",
+    "QuantizedLayerNorm": """
+        QuantizedLayerNorm <epsilon, scale, plugin_namespace, plugin_version> (x, weight, bias) => (y) {
+            float_y = LayerNormalization <axis = -1, stash_type = 1, epsilon: float = @epsilon> (x, weight, bias)
+            wide = Cast <to = 1> (float_y)
+            step = Constant <value_float: float = @scale> ()
+            y = QuantizeLinear <output_dtype = 3> (wide, step)
+        }""",
 }
 
 
