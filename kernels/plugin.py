@@ -79,6 +79,7 @@ class NodePlugin:
         self.num_outputs = len(written)
         self._make_launcher = launcher
         self._launcher: Launcher | None = None
+        self._stored: dict[str, np.ndarray] = {}
 
     def get_capability_interface(self, kind: Any) -> "NodePlugin":
         """Return the object that has the methods of a capability: this one has all."""
@@ -95,10 +96,10 @@ class NodePlugin:
     def get_fields_to_serialize(self) -> Any:
         """Return the attributes, from which the plan makes the plugin again."""
         kinds = self.node.attributes
-        values = {name: np.array([self.attributes[name]], FIELD_TYPES[kind]) for name, kind in kinds.items()}
+        self._stored = {name: np.array([self.attributes[name]], FIELD_TYPES[kind]) for name, kind in kinds.items()}
         types = {"float32": self.trt.PluginFieldType.FLOAT32, "int32": self.trt.PluginFieldType.INT32}
-        return self.trt.PluginFieldCollection(
-            [self.trt.PluginField(name, value, types[kinds[name]]) for name, value in values.items()]
+        return self.trt.PluginFieldCollection(  # a field points into its array, which therefore has to stay
+            [self.trt.PluginField(name, value, types[kinds[name]]) for name, value in self._stored.items()]
         )
 
     def get_output_data_types(self, input_types: Sequence[Any]) -> list[Any]:
