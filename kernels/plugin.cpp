@@ -177,6 +177,47 @@ Scalars scalars_of(Rule rule, const Dims& dims, const Values& values) {
     return {{"rows", rows}, {"width", rule == Rule::rows ? last : last / 2}};
 }
 
+using Shape = std::vector<int64_t>;
+constexpr int64_t OPEN = -1;  // a dimension that is not known yet
+
+bool differ(int64_t one, int64_t other) { return one != OPEN && other != OPEN && one != other; }
+
+// Throw if the inputs' shapes do not belong together, as far as they are known; as launch_scalars in nodes.py.
+void check_shapes(Rule rule, const std::vector<Shape>& shapes, const Values& values) {
+    const Shape& first = shapes[0];
+    if (first.size() < 2 || (rule == Rule::heads && first.size() != 3)) throw std::runtime_error("wrong number of axes");
+    const int64_t last = first.back();
+    const int64_t heads = rule == Rule::heads ? static_cast<int64_t>(values.at("num_heads") + 2 * values.at("num_kv_heads")) : 1;
+    if (last != OPEN && rule != Rule::rows && last % (2 * heads) != 0) {
+        throw std::runtime_error("rows of " + std::to_string(last) + " columns cannot be divided");
+    }
+    for (size_t i = 1; i < shapes.size(); ++i) {
+        const Shape wanted = rule == Rule::heads ? Shape{first[1], last == OPEN ? OPEN : last / heads / 2}
+                             : shapes[i].size() == 1 ? Shape{last}
+                                                     : first;
+        bool fits = wanted.size() == shapes[i].size();
+        for (size_t axis = 0; fits && axis < wanted.size(); ++axis) fits = !differ(wanted[axis], shapes[i][axis]);
+        if (!fits) throw std::runtime_error("input " + std::to_string(i) + " has another shape than the first one asks for");
+    }
+}
+
+std::vector<Shape> shapes_of(const PluginTensorDesc* tensors, int32_t count) {
+    std::vector<Shape> shapes;
+    for (int32_t i = 0; i < count; ++i) shapes.emplace_back(tensors[i].dims.d, tensors[i].dims.d + tensors[i].dims.nbDims);
+    return shapes;
+}
+
+std::vector<Shape> shapes_of(const DimsExprs* tensors, int32_t count) {
+    std::vector<Shape> shapes(count);
+    for (int32_t i = 0; i < count; ++i) {
+        for (int32_t axis = 0; axis < tensors[i].nbDims; ++axis) {
+            const IDimensionExpr* dim = tensors[i].d[axis];
+            shapes[i].push_back(dim->isConstant() ? dim->getConstantValue() : OPEN);
+        }
+    }
+    return shapes;
+}
+
 int32_t bits_of(double value) {
     const float narrow = static_cast<float>(value);
     int32_t bits;
@@ -234,11 +275,11 @@ public:
         });
     }
 
-    int32_t getOutputShapes(const DimsExprs* inputs, int32_t, const DimsExprs*, int32_t, DimsExprs* outputs, int32_t count,
+    int32_t getOutputShapes(const DimsExprs* inputs, int32_t given, const DimsExprs*, int32_t, DimsExprs* outputs, int32_t count,
                             IExprBuilder& builder) noexcept override {
         return guarded(node.name, [&] {
             const DimsExprs& first = inputs[0];
-            if (first.nbDims < 2 || (node.rule == Rule::heads && first.nbDims != 3)) throw std::runtime_error("wrong number of axes");
+            check_shapes(node.rule, shapes_of(inputs, given), values);
             const IDimensionExpr* last = first.d[first.nbDims - 1];
             const auto divided = [&](int64_t by) {
                 return builder.operation(DimensionOperation::kFLOOR_DIV, *last, *builder.constant(by));
@@ -265,13 +306,16 @@ public:
     int32_t configurePlugin(const DynamicPluginTensorDesc*, int32_t, const DynamicPluginTensorDesc*, int32_t) noexcept override {
         return 0;
     }
-    int32_t onShapeChange(const PluginTensorDesc*, int32_t, const PluginTensorDesc*, int32_t) noexcept override { return 0; }
+    int32_t onShapeChange(const PluginTensorDesc* inputs, int32_t given, const PluginTensorDesc*, int32_t) noexcept override {
+        return guarded(node.name, [&] { check_shapes(node.rule, shapes_of(inputs, given), values); });
+    }
 
     int32_t enqueue(const PluginTensorDesc* inputs, const PluginTensorDesc*, const void* const* sources, void* const* targets,
                     void*, cudaStream_t stream) noexcept override {
         return guarded(node.name, [&] {
             const Function* function = of(inputs[0].type);
             if (!function) throw std::runtime_error("no kernel takes inputs of this type");
+            check_shapes(node.rule, shapes_of(inputs, num_inputs), values);
             Scalars scalars = scalars_of(node.rule, inputs[0].dims, values);
             for (const Attribute& each : node.attributes) {
                 if (each.type == PluginFieldType::kFLOAT32) scalars[std::string(each.name) + "_bits"] = bits_of(values.at(each.name));
