@@ -3,7 +3,7 @@
 Every interval here is one that few or scattered samples make wider. Where something is drawn at random, the generator
 has a fixed seed: the same samples give the same interval.
 Sources: MLCommons inference rules, appendix "Early Stopping Criterion", for tails; Efron & Tibshirani 1993, "An
-Introduction to the Bootstrap", chapters 8 (blocks) and 13 (percentiles); Hesterberg 2015, "What Teachers Should Know
+Introduction to the Bootstrap", chapter 13; Hesterberg 2015, "What Teachers Should Know
 About the Bootstrap", §4.3, for the percentiles that small samples need.
 """
 
@@ -21,10 +21,10 @@ CONFIDENCE = 0.95  # of either end: the interval runs from the 5th to the 95th p
 TAIL_CONFIDENCE = 0.99  # of a tail latency, as MLPerf has it
 RESAMPLES = 5_000
 MIN_UNITS = 5  # fewer show their range and no interval: of four, all lie on one side by chance one time in eight
-BLOCKS = 25  # of consecutive samples, each short beside a drift and long beside a hiccup
 DRAWN_AT_ONCE = 1 << 22  # numbers, 32 MiB
 
 Answer = Literal["holds", "fails", "undecided"]
+Rounds = Sequence[Sequence[float]]  # latencies by round; a round is short beside a drift and long beside a hiccup
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +34,7 @@ class Interval:
     estimate: float
     low: float
     high: float
-    units: int  # independent ones: cases, or blocks of samples
+    units: int  # independent ones: cases, or rounds of a measurement
     confidence: float | None = CONFIDENCE  # of either end; None where the ends are the range of fewer than MIN_UNITS
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -114,33 +114,30 @@ def change_interval(
     return _interval(differences, confidence, np.random.default_rng(0))
 
 
-def speed_interval(
-    slower: Sequence[float], faster: Sequence[float], *, in_turn: bool, confidence: float = CONFIDENCE
-) -> Interval:
+def speed_interval(slower: Rounds, faster: Rounds, *, in_turn: bool, confidence: float = CONFIDENCE) -> Interval:
     """Bound how many times faster one network is than another: the ratio of their median latencies.
 
-    The samples are cut into up to 25 blocks of consecutive ones. A block's ratio is that of its medians, which a hiccup
-    does not move, and the estimate is the geometric mean of the blocks' ratios. Where the two ran in turn, a drift of
-    the machine hits both sides of a block's ratio and cancels. Where they did not, every network's blocks are resampled
-    by themselves, and what the machine did between the two measurements is in no interval.
+    A round's ratio is that of its medians, which a hiccup does not move, and the estimate is the geometric mean of the
+    rounds' ratios. Where the two had their turn in every round, a drift of the machine hits both sides of a round's
+    ratio and cancels; rounds are resampled in pairs. Where they did not, every network's rounds are resampled by
+    themselves, and what the machine did between the two measurements is in no interval.
 
     Args:
-        slower: latencies above the fraction bar, in the order they were taken.
+        slower: latencies above the fraction bar, by round.
         faster: those below it.
-        in_turn: whether ``slower[i]`` and ``faster[i]`` followed one another.
+        in_turn: whether ``slower[i]`` and ``faster[i]`` were taken in the same round.
         confidence: of either end.
 
     Raises:
-        ValueError: a latency is not a positive number, there is none, or those taken in turn are not as many.
+        ValueError: a latency is not a positive number, there is none, or those taken in turn are not as many rounds.
     """
-    above, below = _latencies(slower), _latencies(faster)
+    above, below = _logs_of_medians(slower), _logs_of_medians(faster)
     if in_turn:
         if len(above) != len(below):
-            raise ValueError(f"{len(above)} and {len(below)} latencies were not taken in turn")
-        logs = _block_logs(above) - _block_logs(below)
-        found = change_interval(np.zeros_like(logs), logs, confidence)
+            raise ValueError(f"{len(above)} and {len(below)} rounds were not taken in turn")
+        found = change_interval(below, above, confidence)
     else:
-        found = _difference(_block_logs(above), _block_logs(below), confidence)
+        found = _difference(above, below, confidence)
     ends = np.exp([found.estimate, found.low, found.high]).tolist()
     return Interval(estimate=ends[0], low=ends[1], high=ends[2], units=found.units, confidence=found.confidence)
 
@@ -198,10 +195,10 @@ def _latencies(samples: Sequence[float] | ndarray) -> Float64[ndarray, " samples
     return values
 
 
-def _block_logs(latencies: Float64[ndarray, " samples"]) -> Float64[ndarray, " blocks"]:
-    """Return the logarithms of the medians of consecutive blocks of equal length, to within one sample."""
-    blocks = np.array_split(latencies, min(BLOCKS, len(latencies)))
-    return np.log([np.median(block) for block in blocks])
+def _logs_of_medians(rounds: Rounds) -> Float64[ndarray, " rounds"]:
+    if not len(rounds):
+        raise ValueError("there is no round")
+    return np.log([np.median(_latencies(taken)) for taken in rounds])
 
 
 def _interval(values: Float64[ndarray, "units columns"], confidence: float, generator: np.random.Generator) -> Interval:
