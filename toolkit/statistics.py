@@ -3,12 +3,13 @@
 Every interval here is one that few or scattered samples make wider. Where something is drawn at random, the generator
 has a fixed seed: the same samples give the same interval.
 Sources: MLCommons inference rules, appendix "Early Stopping Criterion", for tails; Efron & Tibshirani 1993, "An
-Introduction to the Bootstrap", chapter 13; Hesterberg 2015, "What Teachers Should Know
-About the Bootstrap", §4.3, for the percentiles that small samples need.
+Introduction to the Bootstrap", chapter 13; Hesterberg 2015, "What Teachers Should Know About the Bootstrap", §4.3, for
+the percentiles that small samples need.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import comb
 from statistics import NormalDist
 from typing import Literal
@@ -93,11 +94,11 @@ def sign_test_bound(values: Sequence[float], confidence: float = CONFIDENCE) -> 
 
 
 def change_interval(
-    before: Float[ndarray, "units ..."], after: Float[ndarray, "units ..."], confidence: float = CONFIDENCE
+    before: Float[ndarray, "..."], after: Float[ndarray, "..."], confidence: float = CONFIDENCE
 ) -> Interval:
     """Bound the change of a mean that was measured before and after on the same units, which are resampled in pairs.
 
-    With columns, for example classes, the mean is that of the columns' means. NaN marks what a unit lacks, before and
+    Units are rows. With columns, for example classes, the mean is that of the columns' means. NaN marks what a unit lacks, before and
     after alike; a column without any value does not count.
 
     Raises:
@@ -158,6 +159,7 @@ def bounds(resampled: Float64[ndarray, " draws"], units: int, confidence: float 
     return float(low), float(high)
 
 
+@cache
 def expanded_tail(units: int, confidence: float) -> float:
     """Return the share of resamples to leave out at either end so that so many units bound at this confidence."""
     if units < 2:
