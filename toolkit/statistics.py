@@ -53,7 +53,7 @@ def coefficient_of_variation(samples: Sequence[float] | ndarray) -> float:
     return float(values.std(ddof=1) / values.mean()) if len(values) > 1 else 0.0
 
 
-def allowed_over_latency(queries: int, percentile: float, confidence: float = TAIL_CONFIDENCE) -> int:
+def allowed_over_latency(queries: int, percentile: float | int, confidence: float = TAIL_CONFIDENCE) -> int:
     """Return how many of so many queries may exceed a latency that is still, surely, above the percentile; or -1.
 
     If one query in ``100 - percentile`` per cent truly exceeded it, so few would do so with a probability of at most
@@ -71,7 +71,7 @@ def allowed_over_latency(queries: int, percentile: float, confidence: float = TA
     return int((np.cumsum(np.exp(log_probability)) <= 1 - confidence).sum()) - 1
 
 
-def tail_latency(samples: Sequence[float] | ndarray, percentile: float) -> float | None:
+def tail_latency(samples: Sequence[float] | ndarray, percentile: float | int) -> float | None:
     """Return MLPerf's early-stopping estimate of a percentile, which is at or above the true one with 99 %.
 
     Returns:
@@ -98,8 +98,8 @@ def change_interval(
 ) -> Interval:
     """Bound the change of a mean that was measured before and after on the same units, which are resampled in pairs.
 
-    Units are rows. With columns, for example classes, the mean is that of the columns' means. NaN marks what a unit lacks, before and
-    after alike; a column without any value does not count.
+    Units are rows. With columns, for example classes, the mean is that of the columns' means. NaN marks what a unit
+    lacks, before and after alike; a column without any value does not count.
 
     Raises:
         ValueError: there is no unit, or the two cannot be paired.
