@@ -84,6 +84,7 @@ class Images:
     """The images that all rows were shown."""
 
     description: str  # which, how many, of what split
+    timed: str  # the one image of the end-to-end scope, in words
     data: str  # the data folder's name
     split: str
     labelled: bool  # False: nobody has drawn masks, the reference's are the truth
@@ -129,7 +130,7 @@ class Speedup:
     ratio: float
     low: float  # the interval
     high: float
-    confidence: float  # of the interval, 0 … 1
+    confidence: float | None  # of either end, 0 … 1; None: the ends are the range of too few rounds for an interval
     rounds: int
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -245,9 +246,9 @@ class Difference:
     reference: float
     candidate: float
     difference: float  # candidate minus reference
-    low: float | None  # the interval of the difference; None: one pair alone has none
-    high: float | None
-    confidence: float  # of the interval, 0 … 1
+    low: float  # the interval of the difference
+    high: float
+    confidence: float | None  # of either end, 0 … 1; None: the ends are the range of too few pairs for an interval
 
     __pydantic_config__ = {"extra": "forbid"}
 
