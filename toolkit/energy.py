@@ -1,4 +1,4 @@
-"""Read what a machine's own meters say of its energy: RAPL of Intel and AMD, NVML of NVIDIA's cards, Jetson's tegrastats.
+"""Read a machine's own meters of energy: RAPL of Intel and AMD, NVML of NVIDIA's cards, Jetson's tegrastats.
 
 A meter counts for everything on it, not for one process: measure on an idle machine.
 """

@@ -79,7 +79,7 @@ def timed_runs(
         spent_ms += max(taken[-1], 0.0)
         standing = standing + 1 if taken[-1] == 0 else 0
         if standing > MAX_STANDING:
-            raise DeviceError("the clock stands still, so nothing can be timed here; look at the machine's clock source")
+            raise DeviceError("the clock stands still, so nothing can be timed; look at the machine's clock source")
     return taken
 
 

@@ -258,8 +258,11 @@ class Verdict:
     """Whether a row's masks are as good as the reference's: a test of non-inferiority in Dice."""
 
     holds: bool
-    drop: float  # of the mean Dice; negative where the row is better
-    drop_high: float  # the upper end of its interval
+    reference: float  # mean Dice, as the gate of a build counts it: a class found where there is none counts 0
+    candidate: float
+    drop: float  # negative where the row is better
+    drop_low: float  # the interval
+    drop_high: float
     limit: float  # that the upper end must not exceed
     confidence: float  # one-sided, 0 … 1
     unit: Unit

@@ -159,6 +159,11 @@ def _send(pipe: IO[bytes], message: Mapping[str, Any], array: ndarray | None = N
 
 
 def read_array(pipe: IO[bytes], shape: Sequence[int]) -> ndarray:
+    """Return the float32 array that follows a request.
+
+    Raises:
+        BrokenPipeError: the other side ended before it was through.
+    """
     array = np.empty(shape, np.float32)
     if pipe.readinto(array.data.cast("B")) != array.nbytes:  # pyright: ignore[reportAttributeAccessIssue]  # buffered
         raise BrokenPipeError

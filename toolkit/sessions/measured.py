@@ -13,7 +13,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any, ClassVar
 
-import numpy as np
 from jaxtyping import Float32
 from numpy import ndarray
 
