@@ -43,9 +43,9 @@ def build(
     from medseg_trt.export.masks import require_stretched
     from medseg_trt.export.quantize import parse_precision
     from medseg_trt.export.trace import trace
+    from medseg_trt.machine import package_versions
     from medseg_trt.proof import Proof
     from medseg_trt.reference_images import reference_images
-    from medseg_trt.report import package_versions
     from medseg_trt.train.checkpoint import load_checkpoint
     from medseg_trt.train.model import runner
     from medseg_trt.variants import make_variants

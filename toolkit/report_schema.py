@@ -84,6 +84,7 @@ class Images:
     """The images that all rows were shown."""
 
     description: str  # which, how many, of what split
+    timed: str  # the one image of the end-to-end scope, in words
     data: str  # the data folder's name
     split: str
     labelled: bool  # False: nobody has drawn masks, the reference's are the truth
@@ -129,7 +130,7 @@ class Speedup:
     ratio: float
     low: float  # the interval
     high: float
-    confidence: float  # of the interval, 0 … 1
+    confidence: float | None  # of either end, 0 … 1; None: the ends are the range of too few rounds for an interval
     rounds: int
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -245,9 +246,9 @@ class Difference:
     reference: float
     candidate: float
     difference: float  # candidate minus reference
-    low: float | None  # the interval of the difference; None: one pair alone has none
-    high: float | None
-    confidence: float  # of the interval, 0 … 1
+    low: float  # the interval of the difference
+    high: float
+    confidence: float | None  # of either end, 0 … 1; None: the ends are the range of too few pairs for an interval
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -257,8 +258,11 @@ class Verdict:
     """Whether a row's masks are as good as the reference's: a test of non-inferiority in Dice."""
 
     holds: bool
-    drop: float  # of the mean Dice; negative where the row is better
-    drop_high: float  # the upper end of its interval
+    reference: float  # mean Dice, as the gate of a build counts it: a class found where there is none counts 0
+    candidate: float
+    drop: float  # negative where the row is better
+    drop_low: float  # the interval
+    drop_high: float
     limit: float  # that the upper end must not exceed
     confidence: float  # one-sided, 0 … 1
     unit: Unit
