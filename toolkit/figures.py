@@ -199,7 +199,8 @@ def _parts(report: Report, axes: Any) -> bool:
     rows = [(row, row.profile) for row in report.rows if isinstance(row.profile, Profile)]
     names = ["resnet", "vit", "block", "decoder", "other"]
     shares = {
-        row.name: [sum(part.share for part in found.parts if part.part == name) for name in names] for row, found in rows
+        row.name: [sum(part.share for part in found.parts if part.part == name) for name in names]
+        for row, found in rows
     }
     return _stacked(axes, shares, names, "share of the time of all steps")
 
@@ -244,4 +245,3 @@ def _milliseconds(axes: Any, which: str) -> None:
 
 def _plain(value: float, _place: int) -> str:
     return f"{value:g}"
-
