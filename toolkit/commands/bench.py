@@ -69,7 +69,8 @@ def bench(
     if as_json:  # before anything is written: a full disk does not take the figures along
         click.echo(json.dumps(to_dict(report), indent=2))
     else:
-        print_table(f"{report.images.description}; batch {report.batch}, the network alone", HEADER, cells(report))
+        header, *rows = zip(HEADER, *cells(report), strict=True)  # a column each: they are few, and figures are many
+        print_table(f"{report.images.description}; batch {report.batch}, the network alone", header, rows)
         click.echo(report.summary.headline)
     page = write_report(measured, output)
     if not as_json:
