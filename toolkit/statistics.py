@@ -3,12 +3,13 @@
 Every interval here is one that few or scattered samples make wider. Where something is drawn at random, the generator
 has a fixed seed: the same samples give the same interval.
 Sources: MLCommons inference rules, appendix "Early Stopping Criterion", for tails; Efron & Tibshirani 1993, "An
-Introduction to the Bootstrap", chapter 13; Hesterberg 2015, "What Teachers Should Know
-About the Bootstrap", §4.3, for the percentiles that small samples need.
+Introduction to the Bootstrap", chapter 13; Hesterberg 2015, "What Teachers Should Know About the Bootstrap", §4.3, for
+the percentiles that small samples need.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import comb
 from statistics import NormalDist
 from typing import Literal
@@ -52,7 +53,7 @@ def coefficient_of_variation(samples: Sequence[float] | ndarray) -> float:
     return float(values.std(ddof=1) / values.mean()) if len(values) > 1 else 0.0
 
 
-def allowed_over_latency(queries: int, percentile: float, confidence: float = TAIL_CONFIDENCE) -> int:
+def allowed_over_latency(queries: int, percentile: float | int, confidence: float = TAIL_CONFIDENCE) -> int:
     """Return how many of so many queries may exceed a latency that is still, surely, above the percentile; or -1.
 
     If one query in ``100 - percentile`` per cent truly exceeded it, so few would do so with a probability of at most
@@ -70,7 +71,7 @@ def allowed_over_latency(queries: int, percentile: float, confidence: float = TA
     return int((np.cumsum(np.exp(log_probability)) <= 1 - confidence).sum()) - 1
 
 
-def tail_latency(samples: Sequence[float] | ndarray, percentile: float) -> float | None:
+def tail_latency(samples: Sequence[float] | ndarray, percentile: float | int) -> float | None:
     """Return MLPerf's early-stopping estimate of a percentile, which is at or above the true one with 99 %.
 
     Returns:
@@ -93,12 +94,12 @@ def sign_test_bound(values: Sequence[float], confidence: float = CONFIDENCE) -> 
 
 
 def change_interval(
-    before: Float[ndarray, "units ..."], after: Float[ndarray, "units ..."], confidence: float = CONFIDENCE
+    before: Float[ndarray, "..."], after: Float[ndarray, "..."], confidence: float = CONFIDENCE
 ) -> Interval:
     """Bound the change of a mean that was measured before and after on the same units, which are resampled in pairs.
 
-    With columns, for example classes, the mean is that of the columns' means. NaN marks what a unit lacks, before and
-    after alike; a column without any value does not count.
+    Units are rows. With columns, for example classes, the mean is that of the columns' means. NaN marks what a unit
+    lacks, before and after alike; a column without any value does not count.
 
     Raises:
         ValueError: there is no unit, or the two cannot be paired.
@@ -158,6 +159,7 @@ def bounds(resampled: Float64[ndarray, " draws"], units: int, confidence: float 
     return float(low), float(high)
 
 
+@cache
 def expanded_tail(units: int, confidence: float) -> float:
     """Return the share of resamples to leave out at either end so that so many units bound at this confidence."""
     if units < 2:
