@@ -6,7 +6,6 @@ Matplotlib draws in placeholder colours, which are then replaced by the page's C
 import re
 from collections.abc import Callable, Mapping, Sequence
 from io import StringIO
-from math import log10
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ VARIABLES = {
 WIDTH_INCHES = 8.0
 MARKERS = "osD^vP*X"
 CURVE_POINTS = 160
+LETTER_POINTS, LINE_POINTS = 6.0, 12.0  # of a label
 SETTINGS: Mapping[str, Any] = {
     "svg.fonttype": "none", "font.size": 10, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": MUTED,
     "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "grid.color": GRID,
@@ -141,15 +141,18 @@ def _accuracy_latency(report: Report, axes: Any) -> bool:
 
 
 def _label(axes: Any, drawn: Sequence[tuple[float, float, Row]]) -> None:
-    """Write the rows' names beside their points, one below the other where these are close."""
-    low, high = axes.get_ylim()
-    taken: list[tuple[float, float]] = []
+    """Write the rows' names to the right of their points, lower where another name is in the way."""
+    axes.figure.draw_without_rendering()  # fixes where the points are
+    taken: list[tuple[float, float, float]] = []
     for x, y, row in sorted(drawn, key=lambda each: -each[1]):
-        place = y + 0.02 * (high - low)
-        while any(abs(log10(x / other)) < 0.45 and abs(place - used) < 0.075 * (high - low) for other, used in taken):
-            place -= 0.01 * (high - low)
-        taken.append((x, place))
-        axes.annotate(row.name, (x, place), (9, 0), textcoords="offset points", va="center", fontsize=9.5)
+        left, at = axes.transData.transform((x, y)) * 72 / axes.figure.dpi
+        width, place = LETTER_POINTS * len(row.name), float(at)
+        while any(
+            left < end and begin < left + width and abs(place - other) < LINE_POINTS for begin, end, other in taken
+        ):
+            place -= 1
+        taken.append((left, left + width, place))
+        axes.annotate(row.name, (x, y), (9, place - at), textcoords="offset points", va="center", fontsize=9.5)
 
 
 def _roofline(report: Report, axes: Any) -> bool:
@@ -176,22 +179,11 @@ def _roofline(report: Report, axes: Any) -> bool:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(_plain)
         axis.set_minor_formatter("")
-    _label_log(axes, [(found.intensity, found.reached_gmacs_per_s, row) for row, found in points])
+    _label(axes, [(found.intensity, found.reached_gmacs_per_s, row) for row, found in points])
     axes.set_xlabel("multiply-accumulates a byte moved, logarithmic")
     axes.set_ylabel("billion multiply-accumulates a second")
     axes.grid(linewidth=0.6)
     return True
-
-
-def _label_log(axes: Any, drawn: Sequence[tuple[float, float, Row]]) -> None:
-    low, high = (log10(value) for value in axes.get_ylim())
-    taken: list[float] = []
-    for x, y, row in sorted(drawn, key=lambda each: -each[1]):
-        place = log10(y)
-        while any(abs(place - used) < 0.075 * (high - low) for used in taken):
-            place -= 0.01 * (high - low)
-        taken.append(place)
-        axes.annotate(row.name, (x, 10**place), (9, 0), textcoords="offset points", va="center", fontsize=9.5)
 
 
 def _parts(report: Report, axes: Any) -> bool:

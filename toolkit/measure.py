@@ -144,8 +144,8 @@ def complaints(found: Latency, device: str, scope: str) -> list[str]:
     said: list[str] = []
     if not found.stable:
         said.append(
-            f"{scope}: unstable, the times vary by {100 * found.variation:.1f} %, more than "
-            f"{100 * max_variation(device):g} %; stop other work, fix the processor's clock, or measure longer"
+            f"{scope}: unstable, times vary by {100 * found.variation:.1f} %, "
+            f"more than {100 * max_variation(device):g} %"
         )
     if found.set_aside_ms:
         said.append(
@@ -153,7 +153,7 @@ def complaints(found: Latency, device: str, scope: str) -> list[str]:
             "these are in no figure"
         )
     if found.p90_estimate_ms is None:
-        said.append(f"{scope}: {found.runs} runs are too few to be sure of the 90th percentile")
+        said.append(f"{scope}: {found.runs} runs are too few to be sure of p90")
     return said
 
 

@@ -52,7 +52,7 @@ def _line(row: Row, reference: Row) -> str:
         return f"{row.name}: no verdict. {judged.reason}"
     if not judged.holds:
         return f"{row.name}: its masks do not hold, so it is not timed. {judged.words}."
-    masks = f"Dice {judged.reference:.4f} → {judged.candidate:.4f}, surely not {max(judged.drop_high, 0):.4f} lower"
+    masks = f"Dice {judged.reference:.4f} → {judged.candidate:.4f}, at most {max(judged.drop_high, 0):.4f} lower"
     if not isinstance(speed, Speedup):
         return f"{row.name}: masks hold, {masks}."
     ends = f"{speed.low:.2f} … {speed.high:.2f}"
