@@ -79,15 +79,15 @@ def report(seed: int = 0, machine: float = 1.0, slower: float = 1.0, dice: float
     rng, truth = np.random.default_rng(seed), np.random.default_rng(99)
     drift = machine * np.exp(0.2 * np.sin(np.arange(ROUNDS) / 3) + np.cumsum(rng.normal(0, 0.02, ROUNDS)))
     rows = (
-        row("PyTorch", "pytorch", "fp32", latency(rng, drift, 80), accuracy(np.random.default_rng(99), rng, 0.9)),
-        row("ORT int8", "onnxruntime", "int8", latency(rng, drift, 20 * slower), accuracy(truth, rng, dice)),
+        row("PyTorch", "pytorch", "fp32", latency(rng, drift, 80.0), accuracy(np.random.default_rng(99), rng, 0.9)),
+        row("ORT int8", "onnxruntime", "int8", latency(rng, drift, 20.0 * slower), accuracy(truth, rng, dice)),
     )
     cases = tuple(
         CaseFile(case=f"case{case}", slices=SLICES, height=64, width=64, sha256=f"{case:064x}") for case in range(CASES)
     )
     return Report(
         created="2026-11-25T00:00:00+00:00", commands=("generated",),
-        tier=Tier(name="quick", warmup_ms=200, warmup_runs=10, duration_s=3, min_runs=10, starts=1), batch=1,
+        tier=Tier(name="quick", warmup_ms=200.0, warmup_runs=10, duration_s=3.0, min_runs=10, starts=1), batch=1,
         reference="generated",
         images=Images(description="generated", timed="none", data="generated", split="val", labelled=True,
                       slices=CASES * SLICES, cases=cases),
@@ -163,7 +163,7 @@ def test_a_gate_ends_with_its_exit_code(tmp_path, after, gate, error):
     ("text", "gate"),
     [
         ("speed=1.2x,dice=-0.005", Gate(speed=1.2, dice=-0.005)), ("speed=1.2", Gate(speed=1.2)),
-        (" Dice = -0.01 ", Gate(dice=-0.01)), ("dice=0,speed=2X", Gate(speed=2, dice=0)),
+        (" Dice = -0.01 ", Gate(dice=-0.01)), ("dice=0,speed=2X", Gate(speed=2.0, dice=0.0)),
     ],
 )  # fmt: skip
 def test_a_gate_is_read(text, gate):
