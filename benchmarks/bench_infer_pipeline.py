@@ -22,11 +22,13 @@ from medseg_trt import mask_folder
 from medseg_trt.bundle import load_bundle
 from medseg_trt.files import sha256
 from medseg_trt.images import Image, Mask, read_image
+from medseg_trt.machine import cores
 from medseg_trt.segment import segment, steps
 from medseg_trt.session import open_session
 from medseg_trt.statistics import speed_interval
 
 SIZE = (512, 512)
+Run = tuple[float, float, dict[str, str]]  # seconds, peak 10^6 bytes, digests of the masks
 
 
 def simple_loop(images, session, bundle, batch, label=None):
@@ -40,16 +42,22 @@ def simple_loop(images, session, bundle, batch, label=None):
             yield image
 
 
-WAYS = {"simple loop": simple_loop, "overlapping": mask_folder.segment_many}
+LOOPS = {"simple": simple_loop, "overlapping": mask_folder.segment_many}
+WAYS = {  # how, and threads of the network
+    "simple loop": ("simple", None),
+    "overlapping": ("overlapping", None),
+    "overlapping, --threads 1": ("overlapping", 1),
+}
 
 
-def run_once(pipe: Any, way: str, images: Path, bundle: Path, backend: str, threads: int | None) -> None:
+def run_once(pipe: Any, way: str, images: Path, bundle: Path, backend: str) -> None:
     """Run ``infer`` one way, and send seconds, peak memory and the masks' digests."""
     began: list[float] = []
+    loop, threads = WAYS[way]
 
     def started(*arguments, **named):  # the session is open then
         began.append(time.perf_counter())
-        return WAYS[way](*arguments, **named)
+        return LOOPS[loop](*arguments, **named)
 
     mask_folder.segment_many = started
     with TemporaryDirectory() as out:
@@ -61,7 +69,7 @@ def run_once(pipe: Any, way: str, images: Path, bundle: Path, backend: str, thre
     pipe.send((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000, digests))
 
 
-def in_own_process(*arguments: Any) -> tuple[float, float, dict[str, str]]:
+def in_own_process(*arguments: Any) -> Run:
     """Return what ``run_once`` sends."""
     context = get_context("spawn")
     ours, theirs = context.Pipe()
@@ -86,10 +94,10 @@ def write_pictures(volume: Path, window: tuple[float, float], folder: Path, coun
     return folder
 
 
-def stages(images: Path, bundle_folder: Path, backend: str, threads: int | None) -> dict[str, float]:
+def stages(images: Path, bundle_folder: Path, backend: str) -> dict[str, float]:
     """Return the median milliseconds of each step of a picture in the simple loop, with nothing beside it."""
     bundle, taken = load_bundle(bundle_folder), dict[str, list[float]]()
-    with open_session(bundle, backend, threads) as session, TemporaryDirectory() as out:
+    with open_session(bundle, backend) as session, TemporaryDirectory() as out:
         for path in sorted(images.iterdir())[:30]:
             clock = [time.perf_counter()]
             image = read_image(path)
@@ -110,25 +118,28 @@ def stages(images: Path, bundle_folder: Path, backend: str, threads: int | None)
 
 def to_markdown(result: Any) -> str:
     """Return the results as a page."""
-    lines = ["# infer: the simple loop and the overlapping one", "", result["network"] + ".", ""]
     rows = [
-        (each["what"], f"{each['simple loop']['median_s']:.2f}", f"{each['overlapping']['median_s']:.2f}",
-         f"{each['speed']:.2f}x", f"{each['low']:.2f} … {each['high']:.2f}", str(each["rounds"]),
-         f"{each['simple loop']['peak_mb']:.0f}", f"{each['overlapping']['peak_mb']:.0f}")
-        for each in result["rows"]
+        (f"{each['what']}: {way}", f"{found['median_s']:.2f}", f"{found['speed']:.2f}x",
+         f"{found['low']:.2f} … {found['high']:.2f}", str(len(found["seconds"])), f"{found['peak_mb']:.0f}",
+         "yes" if found["same_masks"] else "no")
+        for each in result["rows"] for way, found in each["ways"].items()
     ]  # fmt: skip
-    header = ("images", "simple s", "overlapping s", "speed", "90 % interval", "rounds", "simple peak MB", "peak MB")
-    lines += [
-        *table(header, rows),
-        "",
-        "All masks are the same byte for byte.",
-        "",
-        "One picture in the simple loop:",
-        "",
-    ]
-    return "\n".join(
-        [*lines, *table(("step", "ms"), [(name, f"{ms:.1f}") for name, ms in result["stages_ms"].items()]), ""]
-    )
+    header = ("images", "s", "speed", "90 % interval", "rounds", "peak MB", "same masks")
+    spent = result["stages_ms"]
+    return "\n".join([
+        "# infer: the simple loop and the overlapping one", "", result["network"] + ".", "",
+        *table(header, rows), "",
+        "The ways had their turn in every round; masks are compared byte for byte with the simple loop's.", "",
+        "One picture in the simple loop, of which the network alone uses more than one core:", "",
+        *table(("step", "ms"), [(name, f"{ms:.1f}") for name, ms in spent.items()]), "",
+        f"If the network kept {result['machine']['cores']} cores busy and everything else one, and nothing were lost, "
+        f"overlapping would be {result['bound']:.2f} times as fast and no more.", "",
+    ])  # fmt: skip
+
+
+def bound(picture_ms: float, run_ms: float, cores: int) -> float:
+    """Return how many times faster overlapping can be if the network uses all cores and the rest one at a time."""
+    return picture_ms / (run_ms + (picture_ms - run_ms) / cores)
 
 
 def main() -> None:
@@ -139,7 +150,6 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--backend", default="auto")
-    parser.add_argument("--threads", type=int)
     chosen = parser.parse_args()
     bundle = load_bundle(chosen.bundle)
     with ExitStack() as stack:
@@ -151,26 +161,35 @@ def main() -> None:
         }
         rows = []
         for name, images in what.items():
-            taken: dict[str, list[tuple[float, float, dict[str, str]]]] = {way: [] for way in WAYS}
+            taken: dict[str, list[Run]] = {way: [] for way in WAYS}
             for number in range(chosen.rounds + 1):  # the first one fills the file cache and is not counted
                 for way in WAYS:
-                    found = in_own_process(way, images, chosen.bundle, chosen.backend, chosen.threads)
+                    found = in_own_process(way, images, chosen.bundle, chosen.backend)
                     if number:
                         taken[way].append(found)
-            digests = [each[2] for runs in taken.values() for each in runs]
-            if any(each != digests[0] for each in digests):
+            if taken["overlapping"][0][2] != taken["simple loop"][0][2]:
                 raise SystemExit(f"{name}: the two ways do not give the same masks; there is no speed to report")
-            seconds = {way: [[each[0]] for each in runs] for way, runs in taken.items()}
-            speed = speed_interval(seconds["simple loop"], seconds["overlapping"], in_turn=True)
-            rows.append({
-                "what": name, "speed": speed.estimate, "low": speed.low, "high": speed.high, "rounds": speed.units,
-                **{way: {"median_s": float(np.median(seconds[way])), "seconds": [each[0] for each in seconds[way]],
-                         "peak_mb": max(each[1] for each in taken[way])} for way in WAYS},
-            })  # fmt: skip
-        with open_session(bundle, chosen.backend, chosen.threads) as session:
+            rows.append(
+                {"what": name, "ways": {way: figures(runs, taken["simple loop"]) for way, runs in taken.items()}}
+            )
+        with open_session(bundle, chosen.backend) as session:
             network = f"{session.description} on {session.device}, images of {bundle.preprocessing.image_size}"
-        spent = stages(pictures, chosen.bundle, chosen.backend, chosen.threads)
-    publish("infer_pipeline", {"network": network, "rows": rows, "stages_ms": spent}, to_markdown, chosen)
+        spent = stages(pictures, chosen.bundle, chosen.backend)
+    picture_ms = 1000 * rows[0]["ways"]["simple loop"]["median_s"] / chosen.pictures
+    highest = bound(picture_ms, spent["run"], cores())
+    result = {"network": network, "rows": rows, "stages_ms": spent, "picture_ms": picture_ms, "bound": highest}
+    publish("infer_pipeline", result, to_markdown, chosen)
+
+
+def figures(runs: list[Run], simple: list[Run]) -> dict[str, Any]:
+    """Sum up the runs of one way, against the simple loop's of the same rounds."""
+    seconds, simple_seconds = ([[each[0]] for each in taken] for taken in (runs, simple))
+    speed = speed_interval(simple_seconds, seconds, in_turn=True)
+    return {
+        "median_s": float(np.median(seconds)), "seconds": [each[0] for each in runs], "speed": speed.estimate,
+        "low": speed.low, "high": speed.high, "peak_mb": max(each[1] for each in runs),
+        "same_masks": all(each[2] == simple[0][2] for each in runs),
+    }  # fmt: skip
 
 
 def _fail(path: Path, error: Exception) -> None:
