@@ -37,7 +37,8 @@ def random_bundle(architecture: str, size: int, folder: Path) -> Bundle:
     torch.manual_seed(0)
     checkpoint = Checkpoint(
         weights=trained_weights(build_model(spec, block)), spec=spec,
-        preprocessing=Preprocessing(image_size=(size, size)), classes=CLASSES, block_file=file, block_sha256=digest, provenance={},
+        preprocessing=Preprocessing(image_size=(size, size)), classes=CLASSES,
+        block_file=file, block_sha256=digest, provenance={},
     )  # fmt: skip
     save_checkpoint(checkpoint, folder / "model.pt")
     return build(folder / "model.pt", BuildSpec(), folder / "model.medseg")

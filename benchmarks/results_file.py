@@ -44,11 +44,12 @@ def publish(
 
 
 def where(result: Mapping[str, Any]) -> str:
-    """Return a line on the machine, the day and the versions of a result."""
+    """Return a line on the machine, the day and the versions of a result, or of a report of ``bench``."""
     here = result["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     load = f"; load of the minute before {here['load']:.1f}" if here.get("load") is not None else ""
+    day = (result.get("measured") or result["created"])[:10]
     return (
-        f"Measured {result['measured'][:10]} on {here['processor']}, {here['cores']} cores{load}; {here['system']}, "
+        f"Measured {day} on {here['processor']}, {here['cores']} cores{load}; {here['system']}, "
         f"Python {here['python']}; {versions}."
     )
