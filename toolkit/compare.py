@@ -48,6 +48,7 @@ class RowChange:
     """One network in both reports."""
 
     name: str
+    is_reference: bool
     speed: Mapping[Scope, SpeedChange | Missing]
     dice: DiceChange | Missing
 
@@ -84,9 +85,9 @@ def compare_reports(before: Report, after: Report) -> Comparison:
 
 
 def judge(comparison: Comparison, gate: Gate) -> list[Judged]:
-    """Put the limits to every network but an unchanged reference."""
+    """Put the limits to every network but the reference, and to that one where nothing else is in both reports."""
     judged: list[Judged] = []
-    for row in comparison.rows[1:] or comparison.rows:
+    for row in [row for row in comparison.rows if not row.is_reference] or comparison.rows:
         speed = row.speed["model"]
         if gate.dice is not None:
             dice = row.dice if isinstance(row.dice, Missing) else row.dice.change
@@ -107,7 +108,7 @@ def _change(before: Report, after: Report, old: Row, new: Row) -> RowChange:
     speed: dict[Scope, SpeedChange | Missing] = {}
     for scope in SCOPES:
         speed[scope] = _speed(before, after, old, new, scope)
-    return RowChange(name=name, speed=speed, dice=_dice(before, after, old, new))
+    return RowChange(name=name, is_reference=old.role == "reference", speed=speed, dice=_dice(before, after, old, new))
 
 
 def _speed(before: Report, after: Report, old: Row, new: Row, scope: Scope) -> SpeedChange | Missing:

@@ -218,6 +218,13 @@ def test_other_images_are_compared_on_those_in_both():
     require(judge(comparison, Gate(speed=0.9)))  # their speeds can be
 
 
+def test_limits_are_put_to_the_variants_whatever_the_reference_is():
+    after = report(1)
+    after = replace(after, rows=(replace(after.rows[0], backend="onnxruntime"), after.rows[1]))
+    judged = judge(compare_reports(report(), after), Gate(speed=0.5))
+    assert [(each.name, each.holds) for each in judged] == [("ORT int8", True)]
+
+
 def test_what_a_reader_has_to_know_is_said():
     after = report(1)
     machine = replace(after.machine, processor="another", cores=8)
