@@ -73,7 +73,9 @@ def test_networks_have_their_turns_after_each_has_warmed_up(machine):
 
 def test_a_drifting_machine_hits_all_alike(machine):
     alike = {name: machine.network(name, 10, drift=2**-9) for name in "ab"}
-    found = in_turn(alike, Tier(name="long", warmup_ms=0.0, warmup_runs=3, duration_s=20.0, min_runs=100, starts=1), skip)
+    found = in_turn(
+        alike, Tier(name="long", warmup_ms=0.0, warmup_runs=3, duration_s=20.0, min_runs=100, starts=1), skip
+    )
     first, last = found["a"].rounds_ms[0][0], found["a"].rounds_ms[-1][-1]
     assert last > 1.5 * first
     interval = speed_interval(found["b"].rounds_ms, found["a"].rounds_ms, in_turn=True)
@@ -134,7 +136,10 @@ def test_percentiles_are_those_of_the_standard_library(runs):
 
 
 def test_the_tail_is_estimated_from_as_many_runs_as_mlperf_wants():
-    found = {runs: latency(Taken(rounds_ms=[[float(step) for step in range(1, runs + 1)]]), "CPU") for runs in (63, 64, 661, 662)}
+    found = {
+        runs: latency(Taken(rounds_ms=[[float(step) for step in range(1, runs + 1)]]), "CPU")
+        for runs in (63, 64, 661, 662)
+    }
     assert [found[runs].p90_estimate_ms is None for runs in (63, 64, 661, 662)] == [True, False, False, False]
     assert [found[runs].p99_estimate_ms is None for runs in (63, 64, 661, 662)] == [True, True, True, False]
     assert found[64].p90_estimate_ms == 64  # one may be over; the slowest is the estimate
