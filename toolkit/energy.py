@@ -86,7 +86,8 @@ class Tegrastats(Meter):
         self._process = subprocess.Popen(
             [command, "--interval", str(TEGRASTATS_MS)], stdout=subprocess.PIPE, text=True, bufsize=1
         )
-        threading.Thread(target=self._count, daemon=True).start()
+        self._counting = threading.Thread(target=self._count, daemon=True)
+        self._counting.start()
 
     def joules(self) -> float:
         """Return the energy of the board since the meter was opened."""
@@ -95,7 +96,8 @@ class Tegrastats(Meter):
     def close(self) -> None:
         """Stop tegrastats."""
         self._process.kill()
-        self._process.wait()
+        self._counting.join()
+        self._process.communicate()
 
     def _count(self) -> None:
         assert self._process.stdout is not None

@@ -152,7 +152,7 @@ def _label(axes: Any, drawn: Sequence[tuple[float, float, Row]]) -> None:
         ):
             place -= 1
         taken.append((left, left + width, place))
-        axes.annotate(row.name, (x, y), (9, place - at), textcoords="offset points", va="center", fontsize=9.5)
+        axes.annotate(row.name, (x, y), (5, place - at + 6), textcoords="offset points", va="bottom", fontsize=9.5)
 
 
 def _roofline(report: Report, axes: Any) -> bool:

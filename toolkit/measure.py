@@ -21,10 +21,10 @@ Clock = Callable[[], float]  # seconds
 Turn = Callable[[float, int], list[float]]  # for so many seconds, at least so many runs: the milliseconds of each
 
 TIERS: Mapping[str, Tier] = {
-    "quick": Tier(name="quick", warmup_ms=200, warmup_runs=10, duration_s=3, min_runs=10, starts=1),
-    "report": Tier(name="report", warmup_ms=200, warmup_runs=10, duration_s=10, min_runs=100, starts=3),
+    "quick": Tier(name="quick", warmup_ms=200.0, warmup_runs=10, duration_s=3.0, min_runs=10, starts=1),
+    "report": Tier(name="report", warmup_ms=200.0, warmup_runs=10, duration_s=10.0, min_runs=100, starts=3),
     # 662 is the least number of runs from which a 99th percentile can be estimated with 99 % confidence.
-    "certify": Tier(name="certify", warmup_ms=200, warmup_runs=10, duration_s=600, min_runs=662, starts=5),
+    "certify": Tier(name="certify", warmup_ms=200.0, warmup_runs=10, duration_s=600.0, min_runs=662, starts=5),
 }
 TURN_S = 0.5
 MIN_ROUNDS = 5  # fewer give no interval of a ratio
@@ -105,7 +105,7 @@ def in_turn(rows: Mapping[str, Turn], tier: Tier, settle: Callable[[float], None
     for _ in range(rounds):
         for name in rows:
             settle(SETTLE_S)
-            turn(name, 0, 1)  # what the others have put out of the caches comes back uncounted
+            turn(name, 0.0, 1)  # what the others have put out of the caches comes back uncounted
             if taken := turn(name, tier.duration_s / rounds, ceil(tier.min_runs / rounds)):
                 found[name].rounds_ms.append(taken)
     return found

@@ -72,8 +72,8 @@ def _gemm_rate(backend: str, arithmetic: str, width: int, rows: int) -> tuple[fl
         write_products(path, arithmetic, width, rows)
         precision = "int8" if arithmetic == "int8" else "fp32"
         with ChildSession(path, precision, backend, None, compute) as session:
-            session.time(image, 0, 2)
-            best_ms = min(session.time(image, 0, REPEATS))
+            session.time(image, 0.0, 2)
+            best_ms = min(session.time(image, 0.0, REPEATS))
             description = session.description
     return LAYERS * CHANNELS * rows * width**2 / best_ms / 1e6, description
 

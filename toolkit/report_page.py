@@ -133,13 +133,15 @@ def warned(report: Report) -> list[str]:
     return [*report.warnings, *(f"{row.name}: {'; '.join(row.warnings)}" for row in report.rows if row.warnings)]
 
 
-def _ways(report: Report) -> list[dict[str, str]]:
-    """Say how images were handed over, in the order of every row's throughputs."""
-    found = next((row.throughput for row in report.rows if not isinstance(row.throughput, Missing)), ())
-    return [
-        {"words": f"{each.streams} callers, {each.threads} thread each" if each.streams > 1 else f"batch {each.batch}"}
-        for each in found
-    ]
+def _ways(report: Report) -> list[dict[str, Any]]:
+    """Say where the report tells how images were handed over: in the throughputs of any row."""
+    for place, row in enumerate(report.rows):
+        if not isinstance(row.throughput, Missing):
+            return [
+                {"path": f"rows.{place}.throughput.{number}", "callers": each.streams > 1}
+                for number, each in enumerate(row.throughput)
+            ]
+    return []
 
 
 def _change(row: Mapping[str, Any], metric: str, class_name: str) -> int | None:

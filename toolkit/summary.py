@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 
 from medseg_trt.report_schema import Latency, Missing, Row, Speedup, Summary, Tier, Verdict
+from medseg_trt.statistics import CONFIDENCE
+
+SHOWN = 0.00005  # what four decimals can show
 
 
 def summary(rows: Sequence[Row], tier: Tier, labelled: bool) -> Summary:
@@ -52,7 +55,8 @@ def _line(row: Row, reference: Row) -> str:
         return f"{row.name}: no verdict. {judged.reason}"
     if not judged.holds:
         return f"{row.name}: its masks do not hold, so it is not timed. {judged.words}."
-    masks = f"Dice {judged.reference:.4f} → {judged.candidate:.4f}, at most {max(judged.drop_high, 0):.4f} lower"
+    lower = f"at most {judged.drop_high:.4f} lower" if judged.drop_high >= SHOWN else "not lower"
+    masks = f"Dice {judged.reference:.4f} → {judged.candidate:.4f}, {lower} ({CONFIDENCE:.0%} sure)"
     if not isinstance(speed, Speedup):
         return f"{row.name}: masks hold, {masks}."
     ends = f"{speed.low:.2f} … {speed.high:.2f}"

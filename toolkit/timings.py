@@ -68,7 +68,7 @@ def open_candidates(
                     candidate.path, candidate.precision, candidate.backend, None, candidate.compute
                 )
                 try:
-                    (first_ms,) = session.time(image, 0, 1)
+                    (first_ms,) = session.time(image, 0.0, 1)
                 except BaseException:
                     session.close()
                     raise
