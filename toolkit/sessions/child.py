@@ -144,7 +144,7 @@ def _run(session: Session, requests: IO[bytes], shape: Sequence[int], dtype: str
 def _masks(
     session: Session, requests: IO[bytes], shape: Sequence[int], dtype: str, size: Size, resampled: Size
 ) -> tuple[dict[str, Any], ndarray]:
-    return {}, session.masks(read_array(requests, shape, dtype), tuple(size), tuple(resampled))
+    return {}, session.masks(read_array(requests, shape, dtype), (size[0], size[1]), (resampled[0], resampled[1]))
 
 
 def _time(
