@@ -36,20 +36,21 @@ def test_items_come_in_order_and_the_threads_end():
         assert list(doubled) == list(range(0, 200, 2))
 
 
-def test_stages_run_at_the_same_time():
-    """Each stage waits for the one after it to have begun with an earlier item: a loop would stand still."""
-    begun = threading.Event()
+def second_is_made_while_first_is_used(through, wait_s: float) -> bool:
+    second = threading.Event()
 
     def items():
         yield 0
-        assert begun.wait(10)
+        second.set()
         yield 1
 
+    return next(second.wait(wait_s) for _ in through(items()))
+
+
+def test_stages_run_at_the_same_time():
     with Overlap() as overlap:
-        for item in overlap.ahead(items()):
-            begun.set()
-            if item == 0:
-                time.sleep(0.01)
+        assert second_is_made_while_first_is_used(overlap.ahead, 10)
+    assert not second_is_made_while_first_is_used(iter, 0.05)
 
 
 @pytest.mark.parametrize("depth", [1, DEPTH, 5])
