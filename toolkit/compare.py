@@ -159,7 +159,7 @@ def _dice(before: Report, after: Report, old: Row, new: Row) -> DiceChange | Mis
     cases = [case for case, _ in shared]
     found = compare_counts(pair[0], pair[1], cases, limit=0.0)
     units = len(set(cases)) if found.unit == "cases" else found.images
-    change = Interval(estimate=-found.drop, low=-found.high, high=-found.low, units=units)
+    change = Interval(estimate=0.0 - found.drop, low=0.0 - found.high, high=0.0 - found.low, units=units)  # never -0.0
     return DiceChange(before=found.reference, after=found.candidate, change=change, unit=found.unit)
 
 

@@ -114,4 +114,4 @@ def _dice(row: Row) -> Interval | Missing:
     found = row.verdict
     if not isinstance(found, Verdict):
         return found
-    return Interval(estimate=-found.drop, low=-found.drop_high, high=-found.drop_low, units=found.pairs)
+    return Interval(estimate=0.0 - found.drop, low=0.0 - found.drop_high, high=0.0 - found.drop_low, units=found.pairs)
