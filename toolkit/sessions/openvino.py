@@ -4,7 +4,7 @@ The graph is compiled for one image at a time: with the batch left open OpenVINO
 a CPU a batch gains nothing. OpenVINO would take bfloat16 wherever the processor has it, so the type is always named.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from jaxtyping import Float32, UInt8
 from numpy import ndarray
 
 from medseg_trt.errors import ArtefactError, DeviceError, require
+from medseg_trt.preprocess import Size
 from medseg_trt.session import Session
 
 TYPES = {"fp32": "f32", "bf16": "bf16"}  # OpenVINO's names
@@ -27,7 +28,8 @@ class OpenVinoSession(Session):
     def __init__(self, compiled: Any, description: str) -> None:
         self._shape: list[int] = list(compiled.input(0).shape)  # (1, 3, H, W)
         self._request: Any = compiled.create_infer_request()
-        self.gives_masks = len(compiled.inputs) > 1
+        self._sizes = [value.any_name for value in compiled.inputs[1:]]
+        self.gives_masks = bool(self._sizes)
         self.description = description
 
     def run(self, batch: Float32[ndarray, "batch 3 height width"]) -> Float32[ndarray, "batch classes height width"]:
@@ -38,20 +40,22 @@ class OpenVinoSession(Session):
         """
         if list(batch.shape[1:]) != self._shape[1:]:
             raise ValueError(f"the batch is {batch.shape}, but the network takes {self._shape}")
-        return np.concatenate([self._answer("logits", image, self._shape[2:]) for image in batch])
+        own = batch.shape[2], batch.shape[3]
+        return np.concatenate([self._answer("logits", image, own, own) for image in batch])
 
     def masks(
-        self, batch: Float32[ndarray, "batch 3 _ _"], size: tuple[int, int]
+        self, batch: Float32[ndarray, "batch 3 _ _"], size: Size, resampled: Size
     ) -> UInt8[ndarray, "batch height width"]:
-        """Return the labels of a batch of prepared images at the size of their sources (height, width)."""
-        return np.concatenate([self._answer("mask", image, size) for image in batch])
+        """Return the labels of a batch of prepared images at the size of their sources, see ``Session``."""
+        return np.concatenate([self._answer("mask", image, size, resampled) for image in batch])
 
     def close(self) -> None:
         """Free the network."""
         self._request = None
 
-    def _answer(self, output: str, image: ndarray, size: Sequence[int]) -> ndarray:
-        further = {"source_size": np.array(size, np.int64)} if self.gives_masks else {}
+    def _answer(self, output: str, image: ndarray, size: Size, resampled: Size) -> ndarray:
+        given = {"source_size": size, "resampled_size": resampled}
+        further = {name: np.array(given[name], np.int64) for name in self._sizes}
         self._request.infer({"pixel_values": image[np.newaxis], **further}, share_inputs=True)
         return self._request.get_tensor(output).data.copy()
 
@@ -70,6 +74,26 @@ def open_graph(path: Path, precision: str, threads: int | None, compute: str) ->
         DeviceError: the processor has no bfloat16.
         ArtefactError: OpenVINO refuses the graph.
     """
+    model = compiled(path, threads, compute)
+    rest = "" if compute == precision else f", float parts in {compute}"
+    shown = "" if threads is None else f", {threads} thread{'s' if threads > 1 else ''}"
+    return OpenVinoSession(model, f"OpenVINO {_release()} {precision}{rest}{shown}")
+
+
+def compiled(path: Path, threads: int | None, compute: str, further: Mapping[str, Any] | None = None) -> Any:
+    """Return OpenVINO's own object for an ONNX file, compiled for one image.
+
+    Args:
+        path: the graph.
+        threads: CPU threads; None leaves it to OpenVINO.
+        compute: what its float parts are computed in: fp32, or bf16 where the processor has it.
+        further: more of OpenVINO's properties.
+
+    Raises:
+        MissingExtraError: OpenVINO is not installed.
+        DeviceError: the processor has no bfloat16.
+        ArtefactError: OpenVINO refuses the graph.
+    """
     openvino = require("openvino", "openvino")
     core = openvino.Core()
     if compute == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
@@ -78,17 +102,18 @@ def open_graph(path: Path, precision: str, threads: int | None, compute: str) ->
         "INFERENCE_PRECISION_HINT": TYPES[compute],
         "PERFORMANCE_HINT": "LATENCY",
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # else it rounds activations before 4- and 8-bit weights on its own
+        **(further or {}),
     }
     if threads is not None:
         options["INFERENCE_NUM_THREADS"] = threads
-    release = openvino.__version__.partition("-")[0]
     try:
         model = core.read_model(str(path))
         model.reshape({"pixel_values": [1, *(each.get_length() for each in list(model.input(0).partial_shape)[1:])]})
-        compiled = core.compile_model(model, "CPU", options)
+        return core.compile_model(model, "CPU", options)
     except Exception as error:  # its errors have no common base but Exception
         first = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
-        raise ArtefactError(f"OpenVINO {release} refuses {path}: {first}") from error
-    rest = "" if compute == precision else f", float parts in {compute}"
-    shown = "" if threads is None else f", {threads} thread{'s' if threads > 1 else ''}"
-    return OpenVinoSession(compiled, f"OpenVINO {release} {precision}{rest}{shown}")
+        raise ArtefactError(f"OpenVINO {_release()} refuses {path}: {first}") from error
+
+
+def _release() -> str:
+    return require("openvino", "openvino").__version__.partition("-")[0]
