@@ -7,7 +7,6 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
-import torch
 from tiny import make_checkpoint, picture
 
 from medseg_trt.export.calibrate import calibrate, observed_graph
@@ -15,16 +14,12 @@ from medseg_trt.export.flavours import FLAVOURS
 from medseg_trt.export.fold import fold
 from medseg_trt.export.functions import DOMAIN
 from medseg_trt.export.fuse import fuse
-from medseg_trt.export.gemms import gemms
-from medseg_trt.export.half import FLOAT, to_half
 from medseg_trt.export.quantised_nodes import join_quantisers
 from medseg_trt.export.quantize import parse_precision, quantise, values_to_calibrate
 from medseg_trt.export.save import save_flavours
 from medseg_trt.export.trace import INPUT, OnnxGraph, check, trace
-from medseg_trt.spec import InsertSpec
 from medseg_trt.train.checkpoint import load_checkpoint
 from medseg_trt.train.llama import LlamaBlock
-from medseg_trt.train.model import build_model, model_spec
 
 SIZE = (32, 48)
 IMAGES = np.stack([np.repeat(picture(seed, SIZE)[0][None] / 255, 3, axis=0) for seed in range(4)]).astype(np.float32)
@@ -125,16 +120,3 @@ def test_what_the_kernel_cannot_do_stays(change, int8):
 
 def test_a_float_graph_has_nothing_to_join(graph):
     assert join_quantisers(graph)[1] == 0
-
-
-def test_rotary_follows_into_16_bits_and_its_angles_stay_float32():
-    spec = model_spec("llm-transunet-tiny", SIZE, 3, InsertSpec(num_layers=2), rotary=True)
-    torch.manual_seed(0)
-    graph = fuse(trace(fold(build_model(spec).eval())[0]))[0]
-    halved = to_half(graph, [gemm.name for gemm in gemms(graph)])
-    first, second = [node for node in halved.model.graph if node.op_type == "Rotary"]
-    assert first.inputs[0] is not None
-    assert first.inputs[0].dtype == FLOAT  # its rows are divided by their root mean square, in float32
-    assert [value.dtype for value in second.inputs if value is not None] == [ir.DataType.FLOAT16, FLOAT, FLOAT]
-    for value in second.outputs:
-        assert {user.op_type for user in value.consumers()} == {"Attention"}  # without a cast between
