@@ -147,7 +147,8 @@ def segment_file(source: Source, session: Session, bundle: Bundle, batch: int, l
             source.name, 100 * outside,
         )  # fmt: skip
     masks = session.masks if session.gives_masks else None
-    labels = segment(session.run, image, bundle.preprocessing, batch, label, masks)
+    on_device = session.pixel_path(image.pixels, image.spacing_in_plane)
+    labels = segment(session.run, image, bundle.preprocessing, batch, label, masks, on_device)
     return image, Mask.of(image, labels, bundle.classes)
 
 

@@ -12,6 +12,7 @@ from medseg_trt.spec import Preprocessing
 
 Run = Callable[[np.ndarray], np.ndarray]  # (batch, 3, H, W) float32 -> logits (batch, classes, H, W) float32
 MaskRun = Callable[[np.ndarray, tuple[int, int]], np.ndarray]  # and the images' own size -> labels uint8 of that size
+PixelRun = Callable[[np.ndarray], np.ndarray]  # raw (batch, height, width, channels) -> labels uint8 of that size
 
 
 def prepared_slices(image: Image, preprocessing: Preprocessing) -> Float32[np.ndarray, "slices 3 height width"]:
@@ -26,6 +27,7 @@ def segment(
     batch: int,
     label: str | None = None,
     masks: MaskRun | None = None,
+    pixels_to_masks: PixelRun | None = None,
 ) -> UInt8[np.ndarray, "slices height width"]:
     """Return the label of every pixel of every slice.
 
@@ -36,11 +38,15 @@ def segment(
         batch: how many slices go through the network at once.
         label: where it is given, progress is shown under this name.
         masks: a network that makes the labels itself; ``run`` is not called then.
+        pixels_to_masks: a network that also prepares the pixels itself; nothing else is called then.
     """
     labels = np.empty(image.pixels.shape[:3], np.uint8)
     starts = range(0, len(labels), batch)
     for start in starts if label is None else track(starts, label):
         part = slice(start, start + batch)
+        if pixels_to_masks is not None:
+            labels[part] = pixels_to_masks(image.pixels[part])
+            continue
         inputs = np.stack([prepare(pixels, preprocessing, image.spacing_in_plane) for pixels in image.pixels[part]])
         if masks is not None:
             labels[part] = masks(inputs, image.size)

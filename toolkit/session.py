@@ -13,12 +13,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32, Num, UInt8
 from numpy import ndarray
 
 from medseg_trt.bundle import Bundle, Execution
 from medseg_trt.errors import ArtefactError, MissingExtraError, UsageError
 from medseg_trt.progress import LOG
+from medseg_trt.segment import PixelRun
 
 if TYPE_CHECKING:
     from medseg_trt.train.checkpoint import Checkpoint
@@ -74,6 +75,15 @@ class Session(ABC):
             UsageError: the graph gives logits alone.
         """
         raise UsageError(f"{self.description} gives logits alone; build with --outputs mask")
+
+    def pixel_path(
+        self, pixels: Num[ndarray, "slices height width channels"], spacing_mm: tuple[float, float] | None
+    ) -> PixelRun | None:
+        """Return what makes masks of slices like these, (batch, height, width, channels), all on the device.
+
+        None, where they are to be prepared and labelled on the CPU: for this session, or for pixels like these.
+        """
+        return None
 
     @abstractmethod
     def close(self) -> None:
