@@ -24,6 +24,7 @@ LEAVES = (
     "formats",
     "overlay",
     "segment",
+    "fingerprint",
 )
 HEAVY = (
     "torch",
