@@ -8,19 +8,17 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from medseg_trt.errors import ArtefactError
 from medseg_trt.files import write_json
-from medseg_trt.spec import from_dict, to_dict
+from medseg_trt.spec import Hardware, from_dict, to_dict
 
 SCHEMA = 1
 MAX_BYTES = 1 << 20  # of a side-car
 FOLDER = "engines"  # of a bundle
 LIBRARY_NAMES: Mapping[str, str] = {"tensorrt-rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}
 FIRST_COMPATIBLE_SM = 80  # of the hardware level "ampere_plus"
-
-Hardware = Literal["none", "same_compute_capability", "ampere_plus"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,7 +34,7 @@ class EngineFingerprint:
     targets: tuple[str, ...]  # "sm86", "sm89" …; for the classic library, the GPU it was built on
     gpu: str | None = None  # that it was built and timed on; None: built without one
     driver: str | None = None  # of that machine
-    cuda: str  # the CUDA version the library is built for, "13" or "13.0"
+    cuda: str | None = None  # the CUDA version the library is built for, "13" or "13.0"
     precision: str  # of the variant
     flavour: str
     graph: str  # file name of the ONNX graph in the bundle
@@ -59,7 +57,7 @@ class EngineFingerprint:
                 raise ValueError(f"{name!r} is no plain file name")
         if self.library not in LIBRARY_NAMES:
             raise ValueError(f"no library is called {self.library!r}; known are {', '.join(LIBRARY_NAMES)}")
-        if not self.cuda.partition(".")[0].isdecimal():
+        if self.cuda is not None and not _major(self.cuda).isdecimal():
             raise ValueError(f"the CUDA version {self.cuda!r} is no number")
         if not 1 <= self.batch[0] <= self.batch[1] <= self.batch[2]:
             raise ValueError(f"the batch range {self.batch} is not in ascending order from 1")
@@ -150,7 +148,7 @@ def _gpu(found: EngineFingerprint, here: Here) -> str | None:
 
 
 def _driver(found: EngineFingerprint, here: Here) -> str | None:
-    if here.cuda is None or int(_major(here.cuda)) >= int(_major(found.cuda)):
+    if here.cuda is None or found.cuda is None or int(_major(here.cuda)) >= int(_major(found.cuda)):
         return None
     driver = f"driver {here.driver}" if here.driver else "driver"
     return f"{found.plan} needs CUDA {found.cuda}; the {driver} here goes up to CUDA {here.cuda}."
