@@ -30,6 +30,7 @@ def bench(
     batch: int,
     warmup_ms: float,
     duration_s: float,
+    verify_key: Path | None = None,
 ) -> Report:
     """Compare, then time.
 
@@ -38,7 +39,7 @@ def bench(
         InputError: the data cannot be used.
         ArtefactError: the checkpoint or the bundle cannot be used.
     """
-    bundle, checkpoint = load_bundle(bundle_folder), load_checkpoint(checkpoint_path)
+    bundle, checkpoint = load_bundle(bundle_folder, verify_key), load_checkpoint(checkpoint_path)
     data = open_folder(data_folder)
     cases = data.cases(split)
     inputs = np.concatenate(

@@ -90,6 +90,7 @@ def _ways(variant: Variant, wanted: str, computes: Sequence[str]) -> list[tuple[
     return [
         (name, compute)
         for name, backend in BACKENDS.items()
+        if not backend.gpu
         if wanted in ("auto", name) and variant.flavour in backend.flavours
         for compute in computes
         if compute in backend.computes

@@ -67,6 +67,7 @@ def evaluate_all(
     splits: Sequence[str],
     backend: str,
     hd95: bool = False,
+    verify_key: Path | None = None,
 ) -> list[Scoreboard]:
     """Score every checkpoint and bundle on every split; with ``hd95`` also measure the distance between the outlines.
 
@@ -84,7 +85,7 @@ def evaluate_all(
     with ExitStack() as stack:
         networks = [
             *(_from_checkpoint(path, names[path], stack) for path in checkpoints),
-            *(_from_bundle(path, names[path], backend, stack) for path in bundles),
+            *(_from_bundle(path, names[path], backend, verify_key, stack) for path in bundles),
         ]
         for network in networks:
             _require_same_classes(network, data)
@@ -112,8 +113,8 @@ def _from_checkpoint(path: Path, name: str, stack: ExitStack) -> Network:
     )
 
 
-def _from_bundle(path: Path, name: str, backend: str, stack: ExitStack) -> Network:
-    bundle = load_bundle(path)
+def _from_bundle(path: Path, name: str, backend: str, verify_key: Path | None, stack: ExitStack) -> Network:
+    bundle = load_bundle(path, verify_key)
     session = stack.enter_context(open_session(bundle, backend))
     return Network(
         name=f"{name} ({session.backend})",

@@ -1,7 +1,7 @@
 """What several tests of the toolkit start from."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from fakes.bundles import FakeMachine
 from tiny import make_checkpoint, picture, write_nifti, write_pictures, write_volumes
 
 from medseg_trt import executions, variants
+from medseg_trt.bundle import load_bundle
 from medseg_trt.cli import cli
-from medseg_trt.session import BACKENDS, Session
+from medseg_trt.session import BACKENDS, Session, open_session
 from medseg_trt.sessions.child import ChildSession
 
 
@@ -81,3 +83,13 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     found = json.loads(ran.stdout)
     assert found["bundle"] == str(root / "model.medseg")
     return Built(bundle=root / "model.medseg", checkpoint=checkpoint, data=data, manifest=found["manifest"])
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path, tmp_path: Path) -> Iterator[FakeMachine]:
+    """A fake machine whose engine is the tiny bundle's network; its caches are in a folder of the test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    bundle = load_bundle(tiny_bundle)
+    with open_session(bundle, "onnxruntime", threads=1) as session:
+        model = bundle.content.model
+        yield FakeMachine(monkeypatch, session.run, model.image_size, model.num_classes)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from medseg_trt.commands.options import FILE, FOLDER, output_options, print_table
+from medseg_trt.commands.options import FILE, FOLDER, output_options, print_table, verify_option
 
 
 @click.command()
@@ -19,10 +19,11 @@ from medseg_trt.commands.options import FILE, FOLDER, output_options, print_tabl
 @click.option("--warmup-ms", type=click.FloatRange(0), default=200.0, show_default=True)
 @click.option("--duration-s", type=click.FloatRange(0), default=10.0, show_default=True)
 @click.option("-o", "--output", type=FOLDER, default=Path("report"), show_default=True, help="Where the report goes.")
+@verify_option
 @output_options
 def bench(
     bundle_folder: Path | None, checkpoint: Path, data_folder: Path, split: str, batch: int, warmup_ms: float,
-    duration_s: float, output: Path, as_json: bool,
+    duration_s: float, output: Path, verify_key: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure a bundle against PyTorch on the same images: agreement first, then speed."""
     from medseg_trt.benchmark import bench as run_bench
@@ -31,7 +32,7 @@ def bench(
 
     report = run_bench(
         find_bundle(bundle_folder), checkpoint, data_folder, split,
-        batch=batch, warmup_ms=warmup_ms, duration_s=duration_s,
+        batch=batch, warmup_ms=warmup_ms, duration_s=duration_s, verify_key=verify_key,
     )  # fmt: skip
     page = write_report(report, output)
     if as_json:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from medseg_trt.commands.options import FILE, FOLDER, output_options, print_table
+from medseg_trt.commands.options import FILE, FOLDER, output_options, print_table, verify_option
 from medseg_trt.errors import UsageError
 
 
@@ -18,6 +18,7 @@ from medseg_trt.errors import UsageError
 )
 @click.option("--backend", default="auto", show_default=True, help="What runs the bundles.")
 @click.option("--hd95", is_flag=True, help="Also the 95th percentile of the distance between the outlines.")
+@verify_option
 @output_options
 def evaluate(
     checkpoints: tuple[Path, ...],
@@ -26,6 +27,7 @@ def evaluate(
     splits: tuple[str, ...],
     backend: str,
     hd95: bool,
+    verify_key: Path | None,
     as_json: bool,
 ) -> None:
     """Compare checkpoints and bundles with the masks: Dice, IoU and HD95 per class."""
@@ -33,7 +35,7 @@ def evaluate(
 
     if not checkpoints and not bundles:
         raise UsageError("nothing to evaluate; give --ckpt model.pt or --bundle model.medseg")
-    boards = scoreboard.evaluate_all(checkpoints, bundles, data_folder, splits, backend, hd95)
+    boards = scoreboard.evaluate_all(checkpoints, bundles, data_folder, splits, backend, hd95, verify_key)
     if as_json:
         click.echo(json.dumps({"splits": [board.to_dict() for board in boards]}, indent=2))
     else:

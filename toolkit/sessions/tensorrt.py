@@ -12,19 +12,27 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Num, UInt8
 from numpy import ndarray
 
-from medseg_trt.errors import ArtefactError, DeviceError
-from medseg_trt.kernels.device import Device, DeviceMemoryError
+from medseg_trt.bundle import Bundle, Execution
+from medseg_trt.engine_choice import fitting_engine
+from medseg_trt.errors import ArtefactError, DeviceError, require
+from medseg_trt.files import inside
+from medseg_trt.fingerprint import FOLDER, LIBRARY_NAMES
+from medseg_trt.kernels import load
+from medseg_trt.kernels.device import Device, DeviceMemoryError, open_device
 from medseg_trt.kernels.image_to_tensor import scalars as tensor_scalars
 from medseg_trt.kernels.launch import CudaError, Launcher
-from medseg_trt.kernels.library import FindPtx
+from medseg_trt.kernels.library import FILE, FindPtx, open_library
+from medseg_trt.kernels.logits_to_mask import MAX_CLASSES
 from medseg_trt.kernels.logits_to_mask import scalars as mask_scalars
 from medseg_trt.segment import PixelRun
-from medseg_trt.session import Session
+from medseg_trt.session import BACKENDS, Session
+from medseg_trt.sessions.tensorrt_cache import cache_file, load_kernels, save_kernels
 from medseg_trt.sessions.tensorrt_engine import Engine, EngineError
 from medseg_trt.sessions.tensorrt_lane import Job, Lane
 from medseg_trt.sessions.tensorrt_lanes import Lanes
@@ -32,6 +40,7 @@ from medseg_trt.spec import Preprocessing
 
 MOST_LANES = 2  # one computes while the other's thread prepares; each takes the engine's working memory once more
 WARM_UPS = 2  # the first run compiles and loads, the second records
+KERNELS_FOLDER = "kernels"  # of a bundle
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,6 +169,77 @@ def _free(device: Device) -> str:
         return f"{device.free_bytes() / 1e6:.0f} MB are free"
     except CudaError:
         return "nobody knows how much is free"
+
+
+def open_engine(bundle: Bundle, execution: Execution) -> TensorRtSession:
+    """Open the engine of a bundle that fits this machine.
+
+    Raises:
+        MissingExtraError: TensorRT or cuda-bindings is not installed.
+        DeviceError: there is no GPU, or it has too little memory.
+        UsageError: the bundle has no such engine.
+        ArtefactError: no engine fits, a file is not what the manifest says, or TensorRT refuses it.
+    """
+    library, variant = execution.backend, bundle.variant(execution)
+    trt = require(BACKENDS[library].package, BACKENDS[library].extra)
+    device = open_device()
+    found = fitting_engine(bundle, library, trt.__version__, variant.precision, device)
+    path = inside(bundle.folder, f"{FOLDER}/{found.plan}")
+    plan = read_verified(path, bundle.content.files[f"{FOLDER}/{found.plan}"].sha256)
+    if found.plugins:
+        _register_plugins(trt)
+    kernels, where = _pixel_kernels(bundle, device)
+    what = f"{LIBRARY_NAMES[library]} {trt.__version__} {variant.precision}, {where}"
+    engine = _load(trt, library, plan, path, device, host_code=found.version_compatible or bool(found.plugins))
+    session = TensorRtSession(engine, device, library, what, kernels)
+    try:
+        with device_errors(device, what):
+            if found.stripped:
+                engine.refit(inside(bundle.folder, found.graph))
+            cache = cache_file(found.sha256, device.name)
+            load_kernels(engine, cache)
+            session.warm_up()
+            save_kernels(engine, cache)
+    except BaseException:
+        session.close()
+        raise
+    return session
+
+
+def _load(trt: Any, library: str, plan: bytes, path: Path, device: Device, *, host_code: bool) -> Engine:
+    try:
+        return Engine(trt, library, plan, host_code=host_code)
+    except EngineError as error:
+        if error.is_memory:
+            with device_errors(device, str(path)):
+                raise
+        raise ArtefactError(f"{path}: {error}. Build it again: medseg-trt build --ckpt model.pt") from error
+
+
+def _register_plugins(trt: Any) -> None:
+    from medseg_trt.kernels.plugin import register
+
+    register(trt)
+
+
+def _pixel_kernels(bundle: Bundle, device: Device) -> tuple[PixelKernels | None, str]:
+    """Return what prepares and labels pixels on the device, or None, and in words which it is."""
+    p, classes = bundle.preprocessing, bundle.content.model.num_classes
+    obstacle = ""
+    if f"{KERNELS_FOLDER}/{FILE}" not in bundle.content.files:
+        obstacle = "the bundle has no kernels for it"
+    elif p.resize == "nearest" or classes > MAX_CLASSES:
+        obstacle = "no kernel resizes so" if p.resize == "nearest" else "there are too many classes"
+    else:
+        find_ptx = open_library(inside(bundle.folder, KERNELS_FOLDER))
+        try:
+            for kernel in map(load, ("image_to_tensor", "logits_to_mask")):
+                find_ptx(kernel, kernel.entry(f"{kernel.name}_float32"), device.capability, device.cuda)
+        except DeviceError as error:
+            obstacle = str(error)
+        else:
+            return PixelKernels(find_ptx=find_ptx, preprocessing=p), "8-bit pictures prepared and labelled on the GPU"
+    return None, f"pictures prepared and labelled on the CPU ({obstacle})"
 
 
 def read_verified(path: Path, sha256: str) -> bytes:

@@ -4,34 +4,20 @@ A plan is executable code. Whoever makes an ``Engine`` has checked its digest be
 """
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from medseg_trt.errors import ArtefactError
+from medseg_trt.fingerprint import LIBRARY_NAMES
 from medseg_trt.progress import LOG
 
+COMPILES_HERE = ("tensorrt-rtx",)  # libraries that compile kernels on their first use, into a cache
 INPUT, OUTPUT = "pixel_values", "logits"
 TYPES = ("float32", "float16")  # that our kernels read and write
 MEMORY_WORDS = ("out of memory", "outofmemory", "memory allocation", "allocation failed", "failed_allocation")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Library:
-    """One of the two TensorRT libraries."""
-
-    module: str
-    extra: str  # of medseg-trt, which installs it
-    title: str
-    compiles_here: bool  # kernels, on their first use, into a cache
-
-
-LIBRARIES: Mapping[str, Library] = {  # by back-end
-    "tensorrt-rtx": Library(module="tensorrt_rtx", extra="tensorrt-rtx", title="TensorRT-RTX", compiles_here=True),
-    "tensorrt": Library(module="tensorrt", extra="tensorrt", title="TensorRT", compiles_here=False),
-}
 
 
 class EngineError(Exception):
@@ -65,27 +51,28 @@ class Engine:
         ArtefactError: it is an engine of something else than our networks.
     """
 
-    def __init__(self, trt: Any, library: Library, plan: bytes, *, host_code: bool = False) -> None:
+    def __init__(self, trt: Any, library: str, plan: bytes, *, host_code: bool = False) -> None:
         """Deserialise a plan.
 
         Args:
             trt: the library's module.
-            library: which one it is.
+            library: which one it is, a key of ``LIBRARY_NAMES``.
             plan: the bytes whose digest was checked.
             host_code: whether the plan may bring code for the processor: a runtime or plugins of its own.
         """
-        self._trt, self._library = trt, library
+        self._trt, self._title = trt, f"{LIBRARY_NAMES[library]} {trt.__version__}"
         self._heard: list[str] = []
-        self._runtime = trt.Runtime(_logger(trt, self._heard))
+        self._logger = _logger(trt, self._heard)
+        self._runtime = trt.Runtime(self._logger)
         if host_code:
             self._runtime.engine_host_code_allowed = True
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
-            raise self.error(f"{library.title} {trt.__version__} cannot load the plan")
+            raise self.error(f"{self._title} cannot load the plan")
         self.input, self.output = self._tensors()
         self.least, self.usual, self.most = self._batches()
         self.activation_bytes = int(self._engine.device_memory_size_v2)
-        self._config = self._runtime_config() if library.compiles_here else None
+        self._config = self._runtime_config() if library in COMPILES_HERE else None
 
     def error(self, what: str) -> EngineError:
         """Return the error that something failed, in the library's last words, which are forgotten then."""
@@ -107,6 +94,17 @@ class Engine:
     @property
     def _user_managed(self) -> Any:
         return self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+
+    def refit(self, graph: Path) -> None:
+        """Give an engine that was built without weights those of its graph.
+
+        Raises:
+            EngineError: they do not belong to it.
+        """
+        refitter = self._trt.Refitter(self._engine, self._logger)
+        parser = self._trt.OnnxParserRefitter(refitter, self._logger)
+        if not (parser.refit_from_file(str(graph)) and refitter.refit_cuda_engine()):
+            raise self.error(f"the weights of {graph.name} do not fit the engine")
 
     def load_kernels(self, blob: bytes) -> bool:
         """Take kernels that were compiled before; the library refuses those of another GPU, driver or version."""

@@ -9,11 +9,12 @@ from fakes.gpu import FakeGpu, illegal_address, symbol_as_ptx
 from fakes.trt import FakeTrt
 
 from medseg_trt.errors import ArtefactError, DeviceError
+from medseg_trt.fingerprint import LIBRARY_NAMES
 from medseg_trt.kernels.device import DeviceMemoryError
 from medseg_trt.preprocess import prepare, restore
 from medseg_trt.sessions import tensorrt_lane
 from medseg_trt.sessions.tensorrt import PixelKernels, TensorRtSession
-from medseg_trt.sessions.tensorrt_engine import LIBRARIES, Engine, EngineError
+from medseg_trt.sessions.tensorrt_engine import Engine, EngineError
 from medseg_trt.sessions.tensorrt_lane import MOST_GRAPHS, Buffer, Lane
 from medseg_trt.spec import Preprocessing
 
@@ -37,7 +38,7 @@ class Opened:
         self.gpu = FakeGpu()
         self.gpu.activate()
         self.trt = FakeTrt(self.gpu, network, INPUT, OUTPUT, **trt)
-        engine = Engine(self.trt, LIBRARIES[library], b"plan")
+        engine = Engine(self.trt, library, b"plan")
         self.session = TensorRtSession(engine, self.gpu, library, "fake", kernels, graphs=graphs)
         self.gpu.calls.clear()
 
@@ -377,7 +378,7 @@ def engine_of(
     fake = FakeTrt(gpu, network, INPUT, OUTPUT, **trt)
     if refuses:
         fake.refuses, fake.refused = refuses, {"deserialize_cuda_engine"}
-    return fake, Engine(fake, LIBRARIES[library], b"plan", host_code=host_code)
+    return fake, Engine(fake, library, b"plan", host_code=host_code)
 
 
 def test_a_plan_that_the_library_refuses():
@@ -385,7 +386,7 @@ def test_a_plan_that_the_library_refuses():
         engine_of(refuses="Version tag\n mismatch")
 
 
-@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("library", LIBRARY_NAMES)
 def test_code_for_the_processor_is_let_in_only_where_it_is_asked_for(library):
     assert [engine_of(library, host_code=asked)[0].host_code for asked in (False, True)] == [[False], [True]]
 
