@@ -40,9 +40,7 @@ ABILITIES: Mapping[str, Ability] = {
         wheels=("cuda-bindings",),
         extra="tensorrt-rtx",
     ),
-    "infer on an NVIDIA GPU with ONNX Runtime": Ability(
-        modules={"onnxruntime": "onnxruntime-gpu"}, wheels=("onnxruntime-gpu",), extra="gpu"
-    ),
+    "infer on an NVIDIA GPU with ONNX Runtime": Ability(modules={}, wheels=("onnxruntime-gpu",), extra="gpu"),
     "sign bundles and verify them": Ability(modules={"cryptography": "cryptography"}, extra="sign"),
     "read NIfTI volumes": Ability(modules={"nibabel": "nibabel"}, extra="medical"),
     "train": Ability(

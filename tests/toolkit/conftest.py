@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from fakes.bundles import FakeMachine
+from fakes.keys import write_keys
 from tiny import make_checkpoint, picture, write_nifti, write_pictures, write_volumes
 
 from medseg_trt import executions, variants
@@ -65,6 +66,7 @@ class Built:
     bundle: Path
     checkpoint: Path
     data: Path
+    verify_key: Path  # it is signed
     manifest: Mapping[str, Any]  # as ``build --json`` printed it
 
 
@@ -72,9 +74,10 @@ class Built:
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     root = tmp_path_factory.mktemp("precisions")
     data = write_volumes(root / "data", count=3)
+    private, public = write_keys(root)
     checkpoint = make_checkpoint(root)
     command = ["build", "--ckpt", checkpoint, "--data", data, "-o", root / "model.medseg", "--max-dice-drop", "0.05"]
-    precisions = ["--precision", ",".join(PRECISIONS[:-1]), "--precision", MIX]
+    precisions = ["--precision", ",".join(PRECISIONS[:-1]), "--precision", MIX, "--sign", str(private)]
     with pytest.MonkeyPatch.context() as patch:
         for module in (executions, variants):
             patch.setattr(module, "ChildSession", SessionHere)
@@ -82,7 +85,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     assert ran.exit_code == 0, ran.output
     found = json.loads(ran.stdout)
     assert found["bundle"] == str(root / "model.medseg")
-    return Built(bundle=root / "model.medseg", checkpoint=checkpoint, data=data, manifest=found["manifest"])
+    return Built(
+        bundle=root / "model.medseg", checkpoint=checkpoint, data=data, verify_key=public, manifest=found["manifest"]
+    )
 
 
 @pytest.fixture
