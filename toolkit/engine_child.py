@@ -80,7 +80,7 @@ def _steps(pipe: IO[bytes], last: dict[str, Any]) -> Iterator[int]:
 
 
 def _settle() -> None:
-    """Keep to one core, and start this process again with fixed addresses; where the system forbids it, go on without."""
+    """Keep to one core, and start again with fixed addresses; where the system forbids that, go on without."""
     if not sys.platform.startswith("linux"):
         return
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})

@@ -35,6 +35,11 @@ class Tried:
     executions: tuple[Execution, ...]  # the best first
     dropped: tuple[str, ...]  # those that are not to be used, each with its reason
 
+    @property
+    def verified(self) -> frozenset[str]:
+        """The variants that a back-end has run, with masks that are right."""
+        return frozenset(execution.variant for execution in self.executions)
+
 
 def try_executions(
     folder: Path, variants: Mapping[str, Variant], proof: Proof, golden: tuple[ndarray, ndarray]

@@ -38,6 +38,7 @@ def build(
         AccuracyGateError: a graph does not answer as PyTorch does.
         ArtefactError: the checkpoint cannot be used.
     """
+    from medseg_trt.engines import Engines, build_engines, check_engines
     from medseg_trt.executions import GRAPH_OF, try_executions
     from medseg_trt.export.fold import fold, plain_report
     from medseg_trt.export.fuse import fuse
@@ -56,6 +57,8 @@ def build(
     _require_replaceable(folder)
     for name in spec.precisions:
         parse_precision(name)  # a typo is found now, not after minutes
+    if spec.engines is not None:
+        check_engines(spec.engines, spec.outputs, spec.precisions)
     loaded = load_checkpoint(path)
     images = reference_images(loaded, Path(data) if data is not None else None)
     network = loaded.model()
@@ -75,6 +78,9 @@ def build(
         for name in dict.fromkeys(GRAPH_OF.get(name, name) for name in spec.precisions):
             variants |= make_variants(graph, temporary, name, passes, proof)
         tried = try_executions(temporary, variants, proof, (golden, golden_logits))
+        engines = Engines(built=(), dropped=())
+        if spec.engines is not None:
+            engines = build_engines(temporary, variants, tried.verified, spec.engines, spec.precisions)
         manifest = Manifest(
             model=loaded.spec,
             preprocessing=loaded.preprocessing,
@@ -84,7 +90,8 @@ def build(
             versions=package_versions(),
             variants=variants,
             executions=tried.executions,
-            dropped=tried.dropped,
+            engines=engines.built,
+            dropped=(*tried.dropped, *engines.dropped),
         )
         seal(temporary, manifest, golden_logits)
     best = tried.executions[0]
