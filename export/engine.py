@@ -2,8 +2,8 @@
 
 Precision is in the graph alone, since both libraries are strongly typed. What differs between them stands in
 ``LIBRARIES``: how the GPUs are named, which options exist, and which form of the graph is read. The builder keeps
-counters for a whole process that end up in the plan, and sorts by address, so the same engine comes out only of a process
-of its own whose addresses are fixed.
+counters for a whole process that end up in the plan, and sorts by address, so the same engine comes out only of a
+process of its own whose addresses are fixed.
 
 Source: TensorRT, ``IBuilder``, ``IBuilderConfig`` and ``IProgressMonitor``; TensorRT-RTX, "CPU-Only AOT".
 """
@@ -166,6 +166,7 @@ def build_engine(graph: Path, plan: Path, spec: EngineSpec, on_progress: OnProgr
     registered = _register(trt) if spec.plugins else {}
     source = engine_graph(graph)
     builder = trt.Builder(log)
+    builder.max_threads = 1
     network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, log)
     if not parser.parse(source.serialized, str(graph)):

@@ -11,8 +11,8 @@ from math import prod
 
 import onnx_ir as ir
 
+from medseg_trt.export.onnx_graph import KEPT_METADATA, OnnxGraph
 from medseg_trt.export.parts import PARTS, part_of
-from medseg_trt.export.trace import KEPT_METADATA, OnnxGraph
 
 PART_NAMES = tuple(dict.fromkeys(PARTS.values()))  # resnet, vit, block, decoder
 STORED_BEHIND = ("DequantizeLinear", "Cast")  # between a stored weight and the GEMM that reads it
@@ -50,7 +50,7 @@ def gemms(graph: OnnxGraph) -> tuple[Gemm, ...]:
 
 def total_macs(graph: OnnxGraph) -> int:
     """Return the MACs of one image: GEMMs, and the products of two activations in MatMul and Attention."""
-    return sum(_macs(node) for node in graph.model.graph)
+    return sum(node_macs(node) for node in graph.model.graph)
 
 
 def stored_weight(value: ir.Value | None) -> ir.Value | None:
@@ -75,7 +75,7 @@ def _gemms(graph: ir.Graph) -> Iterator[Gemm]:
         yield Gemm(
             name=_name(node), part=part_of(namespace), op_type=node.op_type, activation=_name(activation),
             output=_name(node.outputs[0]), weight=_name(weight), weight_shape=shape, output_axis=_output_axis(node),
-            macs=_macs(node),
+            macs=node_macs(node),
         )  # fmt: skip
 
 
@@ -85,7 +85,7 @@ def _output_axis(node: ir.Node) -> int:
     return 1
 
 
-def _macs(node: ir.Node) -> int:
+def node_macs(node: ir.Node) -> int:
     """Return the multiply-accumulates of a node for one image, 0 where it multiplies no matrices."""
     if node.domain or node.op_type not in ("MatMul", "Gemm", "Conv", "Attention"):
         return 0

@@ -16,7 +16,7 @@ from medseg_trt.errors import MedsegError
 from medseg_trt.kernels.kernel import Entry
 from medseg_trt.kernels.launch import Driver, Launcher, open_driver
 from medseg_trt.kernels.library import FindPtx, compile_here
-from medseg_trt.kernels.nodes import NAMESPACE, NODES, VERSION, Arithmetic, Attributes, Node, split
+from medseg_trt.kernels.nodes import NAMESPACE, NODES, VERSION, Attributes, Node, split
 from medseg_trt.kernels.parser_link import link_parser
 
 TYPES: Mapping[str, str] = {  # ours -> TensorRT's DataType
@@ -126,13 +126,9 @@ class NodePlugin:
         shapes = _known_shapes(inputs)
         if shapes is not None:
             self.node.launch_scalars(next(iter(self.entries.values())), shapes, self.attributes)
-        divide = self.trt.DimensionOperation.FLOOR_DIV
-        arithmetic = Arithmetic(
-            constant=builder.constant,
-            divide=lambda dim, number: builder.operation(divide, dim, builder.constant(number)),
-        )
-        dims = [[each[axis] for axis in range(len(each))] for each in inputs]
-        return [self.trt.DimsExprs(shape) for shape in self.node.output_dims(dims, self.attributes, arithmetic)]
+        dims = [[_Expression(self.trt, builder, each[axis]) for axis in range(len(each))] for each in inputs]
+        outputs = self.node.output_dims(dims, self.attributes, self.num_outputs)
+        return [self.trt.DimsExprs([_unwrapped(builder, dim) for dim in shape]) for shape in outputs]
 
     def supports_format_combination(self, position: int, tensors: Sequence[Any], num_inputs: int) -> bool:
         """Tell whether a tensor, after those before it, is as a kernel wants it: row-major, of the right type."""
@@ -220,6 +216,28 @@ def _classes(trt: ModuleType) -> tuple[Callable[..., NodePlugin], Callable[..., 
 
 def _bases(trt: ModuleType) -> tuple[type, ...]:
     return trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime
+
+
+class _Expression:
+    """A dimension of TensorRT's that can be multiplied and divided as a number can."""
+
+    def __init__(self, trt: ModuleType, builder: Any, value: Any) -> None:
+        self._trt, self._builder, self.value = trt, builder, value
+
+    def __mul__(self, other: "_Expression | int") -> "_Expression":
+        return self._combined("PROD", other)
+
+    def __floordiv__(self, other: int) -> "_Expression":
+        return self._combined("FLOOR_DIV", other)
+
+    def _combined(self, operation: str, other: "_Expression | int") -> "_Expression":
+        kind = getattr(self._trt.DimensionOperation, operation)
+        value = self._builder.operation(kind, self.value, _unwrapped(self._builder, other))
+        return _Expression(self._trt, self._builder, value)
+
+
+def _unwrapped(builder: Any, dim: "_Expression | int") -> Any:
+    return builder.constant(dim) if isinstance(dim, int) else dim.value
 
 
 def _known_shapes(inputs: Sequence[Any]) -> list[list[int]] | None:

@@ -21,9 +21,10 @@ from medseg_trt.errors import ArtefactError, UsageError
 from medseg_trt.files import inside, sha256, write_json
 from medseg_trt.preprocess import golden
 from medseg_trt.signature import verify
-from medseg_trt.spec import BuildSpec, Classes, ModelSpec, Preprocessing, from_dict, to_dict
+from medseg_trt.spec import BuildSpec, Classes, EngineSpec, ModelSpec, Preprocessing, from_dict, to_dict
 
-SCHEMA = 2
+SCHEMA = 3
+READABLE = (2, 3)  # a bundle of schema 2 has no engines
 MANIFEST = "manifest.json"
 GOLDEN = "golden.npz"
 DEFAULT_GRAPH = "model.onnx"  # the default variant's graph once more, under the name that other tools look for
@@ -71,6 +72,21 @@ class Execution:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class BuiltEngine:
+    """An engine of the bundle, for GPUs; its fingerprint and the report of its layers lie beside it."""
+
+    plan: str  # "engines/NAME.plan"
+    variant: str  # a key of Manifest.variants: the graph that it was built from
+    spec: EngineSpec
+    executed: bool = False  # whether it ever ran; until then all that is known of its masks is that of the graph
+    seconds: float  # that the builder took
+    peak_resident_mb: float  # of the builder
+    unmet: tuple[str, ...] = ()  # what the report of its layers expected in vain
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """What stands in ``manifest.json``."""
 
@@ -83,6 +99,7 @@ class Manifest:
     versions: Mapping[str, str]
     variants: Mapping[str, Variant]
     executions: tuple[Execution, ...]  # the best first: that is what ``infer`` uses where its back-end is installed
+    engines: tuple[BuiltEngine, ...] = ()
     dropped: tuple[str, ...] = ()  # the executions that were tried and are not to be used, each with its reason
     files: Mapping[str, FileEntry] = field(default_factory=dict[str, FileEntry])  # filled in by seal
 
@@ -94,6 +111,9 @@ class Manifest:
         for execution in self.executions:
             if execution.variant not in self.variants:
                 raise ValueError(f"the variant {execution.variant!r} is not among {', '.join(self.variants)}")
+        for engine in self.engines:
+            if engine.variant not in self.variants:
+                raise ValueError(f"the variant {engine.variant!r} is not among {', '.join(self.variants)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,6 +163,24 @@ class Bundle:
             f"{size / 1e6:.1f}",
         ]
 
+    def engine_table(self) -> tuple[list[str], list[list[str]]]:
+        """Return the engines, as a header and rows of text."""
+        header = ["engine", "library", "GPUs", "executed", "MB", "build s", "build MB", "unmet expectations"]
+        return header, [self._engine_row(engine) for engine in self.content.engines]
+
+    def _engine_row(self, engine: BuiltEngine) -> list[str]:
+        precision = self.content.variants[engine.variant].precision
+        return [
+            precision + (" (plugins)" if engine.spec.plugins else ""),
+            engine.spec.library,
+            ", ".join(engine.spec.targets),
+            "yes" if engine.executed else "no",
+            f"{(self.folder / engine.plan).stat().st_size / 1e6:.1f}",
+            f"{engine.seconds:.1f}",
+            f"{engine.peak_resident_mb:.0f}",
+            str(len(engine.unmet)),
+        ]
+
     def manifest(self) -> dict[str, Any]:
         """Return the manifest as plain data that JSON can hold."""
         return to_dict(self.content)
@@ -190,6 +228,7 @@ def load_bundle(folder: Path | str, verify_key: Path | None = None) -> Bundle:
     signed_by = verify(path, written, verify_key) if verify_key is not None else None
     content = _read_manifest(path, written)
     named = {name for variant in content.variants.values() for name in (variant.graph, variant.weights)}
+    named |= {name for engine in content.engines for name in (engine.plan, f"{engine.plan.removesuffix('.plan')}.json")}
     if unlisted := sorted((named | {GOLDEN}) - content.files.keys()):
         raise ArtefactError(f"{path} gives no digest of {', '.join(unlisted)}; the bundle is not to be trusted")
     for name, entry in content.files.items():
@@ -206,7 +245,11 @@ def seal(folder: Path, manifest: Manifest, golden_logits: ndarray) -> None:
     (folder / DEFAULT_GRAPH).write_bytes((folder / variant.graph).read_bytes())
     write_json(folder / "config.json", _config(manifest))
     write_json(folder / "preprocessor_config.json", _preprocessor_config(manifest.preprocessing))
-    files = {path.name: FileEntry(sha256=sha256(path), bytes=path.stat().st_size) for path in sorted(folder.iterdir())}
+    files = {
+        path.relative_to(folder).as_posix(): FileEntry(sha256=sha256(path), bytes=path.stat().st_size)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
     write_json(folder / MANIFEST, to_dict(replace(manifest, files=files)))
 
 
@@ -229,9 +272,10 @@ def _read_manifest(path: Path, written: bytes) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise ArtefactError(f"{path} is no valid JSON: {error}") from error
     fields = cast("dict[str, Any]", data) if isinstance(data, dict) else {}
-    if fields.get("schema") != SCHEMA:
+    if fields.get("schema") not in READABLE:
         raise ArtefactError(
-            f"{path} has schema {fields.get('schema')!r}; this version reads {SCHEMA}. Build the bundle again"
+            f"{path} has schema {fields.get('schema')!r}; this version reads {' and '.join(map(str, READABLE))}. "
+            "Build the bundle again"
         )
     return from_dict(Manifest, fields, str(path))
 

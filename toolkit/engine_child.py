@@ -1,7 +1,8 @@
 """Build an engine in a process of its own: a builder that dies takes nothing with it, and its memory is free again.
 
-The child is ``python -m medseg_trt.engine_child``; it answers in lines of JSON on stdout. It fixes its addresses first:
-the builder sorts by them, and would write another plan every time.
+The child is ``python -m medseg_trt.engine_child``; it answers in lines of JSON on stdout. First it fixes its addresses
+and keeps to one core: the builder numbers and sorts by addresses and by which thread comes first, and would write
+another plan every time.
 """
 
 import ctypes
@@ -78,10 +79,11 @@ def _steps(pipe: IO[bytes], last: dict[str, Any]) -> Iterator[int]:
             yield message["done"]
 
 
-def _fix_addresses() -> None:
-    """Start this process again with fixed addresses; where the system forbids it, go on without."""
+def _settle() -> None:
+    """Keep to one core, and start again with fixed addresses; where the system forbids that, go on without."""
     if not sys.platform.startswith("linux"):
         return
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     personality = ctypes.CDLL(None).personality
     personality.argtypes = [ctypes.c_ulong]
     now = personality(ASK)
@@ -110,7 +112,7 @@ def _reporter(say: Callable[[dict[str, Any]], None]) -> Callable[[str, int, int]
 
 
 if __name__ == "__main__":
-    _fix_addresses()
+    _settle()
     own = os.fdopen(os.dup(1), "wb")  # a library that prints must not print into the answers
     os.dup2(2, 1)
     _serve(json.loads(sys.argv[1]), own)

@@ -3,27 +3,22 @@
 from medseg_trt.bundle import Bundle
 from medseg_trt.errors import ArtefactError, UsageError
 from medseg_trt.files import inside
-from medseg_trt.fingerprint import FOLDER, EngineFingerprint, Here, mismatches, read_fingerprint, rebuild_hint, side_car
+from medseg_trt.fingerprint import EngineFingerprint, Here, mismatches, read_fingerprint, rebuild_hint, side_car
 from medseg_trt.kernels.device import Device
 from medseg_trt.kernels.nodes import NODES
-
-PLAN = ".plan"
 
 
 def engines_of(bundle: Bundle, library: str) -> list[EngineFingerprint]:
     """Return the fingerprints of the engines that a bundle has for a library.
 
     Raises:
-        ArtefactError: a plan has no fingerprint, or one that the manifest does not know or that is another plan's.
+        ArtefactError: a fingerprint is damaged, or that of another plan.
     """
-    files = bundle.content.files
     found: list[EngineFingerprint] = []
-    for name in sorted(name for name in files if name.startswith(f"{FOLDER}/") and name.endswith(PLAN)):
-        plan = inside(bundle.folder, name)
-        if side_car(plan).relative_to(bundle.folder.resolve()).as_posix() not in files:
-            raise ArtefactError(f"{plan} has no fingerprint that the manifest knows; it is not to be trusted")
+    for engine in bundle.content.engines:
+        plan = inside(bundle.folder, engine.plan)
         fingerprint = read_fingerprint(plan)
-        if fingerprint.plan != plan.name or fingerprint.sha256 != files[name].sha256:
+        if fingerprint.plan != plan.name or fingerprint.sha256 != bundle.content.files[engine.plan].sha256:
             raise ArtefactError(f"{side_car(plan)} is the fingerprint of another plan; it is not to be trusted")
         found += [fingerprint] if fingerprint.library == library else []
     return found

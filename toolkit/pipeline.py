@@ -41,10 +41,10 @@ def build(
         AccuracyGateError: a graph does not answer as PyTorch does.
         ArtefactError: the checkpoint cannot be used.
     """
+    from medseg_trt.engines import Engines, build_engines, check_engines
     from medseg_trt.executions import GRAPH_OF, try_executions
     from medseg_trt.export.fold import fold, plain_report
     from medseg_trt.export.fuse import fuse
-    from medseg_trt.export.masks import require_stretched
     from medseg_trt.export.quantize import parse_precision
     from medseg_trt.export.trace import trace
     from medseg_trt.proof import Proof
@@ -62,9 +62,9 @@ def build(
     _require_replaceable(folder)
     for name in spec.precisions:
         parse_precision(name)  # a typo is found now, not after minutes
+    if spec.engines is not None:
+        check_engines(spec.engines, spec.outputs, spec.precisions)
     loaded = load_checkpoint(path)
-    if spec.outputs == "mask":
-        require_stretched(loaded.preprocessing)
     images = reference_images(loaded, Path(data) if data is not None else None)
     network = loaded.model()
     proof = Proof(reference=runner(network), images=images, spec=spec)
@@ -83,6 +83,9 @@ def build(
         for name in dict.fromkeys(GRAPH_OF.get(name, name) for name in spec.precisions):
             variants |= make_variants(graph, temporary, name, passes, proof)
         tried = try_executions(temporary, variants, proof, (golden, golden_logits))
+        engines = Engines(built=(), dropped=())
+        if spec.engines is not None:
+            engines = build_engines(temporary, variants, tried.verified, spec.engines, spec.precisions)
         manifest = Manifest(
             model=loaded.spec,
             preprocessing=loaded.preprocessing,
@@ -92,7 +95,8 @@ def build(
             versions=package_versions(),
             variants=variants,
             executions=tried.executions,
-            dropped=tried.dropped,
+            engines=engines.built,
+            dropped=(*tried.dropped, *engines.dropped),
         )
         seal(temporary, manifest, golden_logits)
         if key is not None:

@@ -38,9 +38,21 @@ def with_engine(source: Path, folder: Path, kernels: Path | None = None, **chang
         "graph": "fp32.onnx", "graph_sha256": manifest["files"]["fp32.onnx"]["sha256"],
         "weights_sha256": manifest["files"]["weights-fp32.bin"]["sha256"], "batch": (1, 2, 4), **changes,
     }  # fmt: skip
-    write_fingerprint(EngineFingerprint(**facts), folder / FOLDER)
-    rehash(folder)
+    add_engine(folder, EngineFingerprint(**facts))
     return folder
+
+
+def add_engine(folder: Path, fingerprint: EngineFingerprint) -> None:
+    """Write the side-car of a plan that is there, and name both in the manifest."""
+    write_fingerprint(fingerprint, folder / FOLDER)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    spec = {"library": fingerprint.library, "targets": fingerprint.targets, "opt_batch": 2, "max_batch": 4}
+    engine = {
+        "plan": f"{FOLDER}/{fingerprint.plan}", "variant": "fp32", "spec": spec, "seconds": 1.0, "peak_resident_mb": 1.0
+    }  # fmt: skip
+    manifest["engines"] = [*manifest.get("engines", []), engine]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    rehash(folder)
 
 
 def rehash(folder: Path) -> None:

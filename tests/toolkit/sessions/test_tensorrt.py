@@ -9,7 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from click.testing import CliRunner
-from fakes.bundles import LIBRARY_FILE, rehash, with_engine
+from fakes.bundles import LIBRARY_FILE, add_engine, rehash, with_engine
 from fakes.trt import FakeContext, FakeEngine, FakeTrt
 from tiny import write_pictures
 
@@ -17,7 +17,7 @@ from medseg_trt.bundle import MANIFEST, load_bundle
 from medseg_trt.cli import cli, main
 from medseg_trt.errors import ArtefactError, DeviceError, UsageError
 from medseg_trt.files import sha256
-from medseg_trt.fingerprint import FOLDER, read_fingerprint, side_car, write_fingerprint
+from medseg_trt.fingerprint import FOLDER, read_fingerprint, side_car
 from medseg_trt.kernels import manifest as kernel_manifest
 from medseg_trt.kernels.nodes import NODES
 from medseg_trt.session import open_session
@@ -201,8 +201,7 @@ def test_of_several_engines_the_fitting_one_is_taken(machine, tiny_bundle, tmp_p
     found = read_fingerprint(folder / PLAN)
     (folder / FOLDER / "second.plan").write_bytes(b"the second plan")
     second = replace(found, plan="second.plan", sha256=sha256(folder / FOLDER / "second.plan"), targets=("sm89",))
-    write_fingerprint(second, folder / FOLDER)
-    rehash(folder)
+    add_engine(folder, second)
     opened(folder).close()
     assert machine.trt.plans == [b"the second plan"]
 
@@ -221,7 +220,7 @@ def test_a_plan_whose_fingerprint_is_not_its_own_is_refused(machine, engine_bund
         manifest = json.loads((engine_bundle / MANIFEST).read_text())
         del manifest["files"][car.relative_to(engine_bundle).as_posix()]
         (engine_bundle / MANIFEST).write_text(json.dumps(manifest))
-    refused(machine, engine_bundle, "fingerprint|another plan")
+    refused(machine, engine_bundle, "fingerprint|another plan|gives no digest")
 
 
 @pytest.mark.parametrize(
