@@ -26,6 +26,7 @@ from medseg_trt.fingerprint import (
 )
 from medseg_trt.gpu import Gpu, find_gpu
 from medseg_trt.progress import LOG
+from medseg_trt.signature import signature_of
 from medseg_trt.spec import EngineSpec, to_dict
 
 LAYERS_SUFFIX = ".layers.json"
@@ -234,6 +235,9 @@ def _replace(bundle: Bundle, engines: list[BuiltEngine]) -> None:
         files[path.relative_to(folder).as_posix()] = FileEntry(sha256=sha256(path), bytes=path.stat().st_size)
     manifest: Manifest = replace(content, engines=tuple(engines), files=files)
     write_json(folder / MANIFEST, to_dict(manifest))
+    if (signature := signature_of(folder / MANIFEST)).is_file():
+        LOG.warning("%s is another bundle now than the one that was signed; its signature is removed", folder)
+        signature.unlink()
     for path in old - new:
         path.unlink(missing_ok=True)
 

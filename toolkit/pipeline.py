@@ -1,6 +1,7 @@
 """The whole story in two functions: ``build`` makes a verified bundle, ``infer`` segments images with it."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,7 @@ def build(
     from medseg_trt.export.fuse import fuse
     from medseg_trt.export.quantize import parse_precision
     from medseg_trt.export.trace import trace
+    from medseg_trt.image_kernels import add_image_kernels
     from medseg_trt.proof import Proof
     from medseg_trt.reference_images import reference_images
     from medseg_trt.report import package_versions
@@ -86,6 +88,8 @@ def build(
         engines = Engines(built=(), dropped=())
         if spec.engines is not None:
             engines = build_engines(temporary, variants, tried.verified, spec.engines, spec.precisions)
+            without = add_image_kernels(temporary, spec.engines.targets)
+            engines = replace(engines, dropped=(*engines.dropped, *without))
         manifest = Manifest(
             model=loaded.spec,
             preprocessing=loaded.preprocessing,

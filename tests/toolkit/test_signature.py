@@ -104,10 +104,18 @@ def test_keys_of_other_kinds_and_with_passwords_are_told_apart(tmp_path):
         read_private_key(locked)
 
 
+class NotInstalled:
+    """An import system in which cryptography is not."""
+
+    def find_spec(self, name, _path=None, _target=None):
+        if name == "cryptography":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
 def test_without_the_package_it_says_what_to_install(signed, keys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "cryptography", None)
-    for name in [name for name in sys.modules if name.startswith("cryptography.")]:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "cryptography"]:
         monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [NotInstalled(), *sys.meta_path])
     with pytest.raises(MissingExtraError, match=r"pip install 'medseg-trt\[sign\]'"):
         load_bundle(signed, keys[1])
 

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Float32, Num, UInt8
 from numpy import ndarray
 
+from medseg_trt import image_kernels
 from medseg_trt.bundle import Bundle, Execution
 from medseg_trt.engine_choice import fitting_engine
 from medseg_trt.errors import ArtefactError, DeviceError, require
@@ -40,7 +41,6 @@ from medseg_trt.spec import Preprocessing
 
 MOST_LANES = 2  # one computes while the other's thread prepares; each takes the engine's working memory once more
 WARM_UPS = 2  # the first run compiles and loads, the second records
-KERNELS_FOLDER = "kernels"  # of a bundle
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,14 +226,14 @@ def _pixel_kernels(bundle: Bundle, device: Device) -> tuple[PixelKernels | None,
     """Return what prepares and labels pixels on the device, or None, and in words which it is."""
     p, classes = bundle.preprocessing, bundle.content.model.num_classes
     obstacle = ""
-    if f"{KERNELS_FOLDER}/{FILE}" not in bundle.content.files:
+    if f"{image_kernels.FOLDER}/{FILE}" not in bundle.content.files:
         obstacle = "the bundle has no kernels for it"
     elif p.resize == "nearest" or classes > MAX_CLASSES:
         obstacle = "no kernel resizes so" if p.resize == "nearest" else "there are too many classes"
     else:
-        find_ptx = open_library(inside(bundle.folder, KERNELS_FOLDER))
+        find_ptx = open_library(inside(bundle.folder, image_kernels.FOLDER))
         try:
-            for kernel in map(load, ("image_to_tensor", "logits_to_mask")):
+            for kernel in map(load, image_kernels.KERNELS):
                 find_ptx(kernel, kernel.entry(f"{kernel.name}_float32"), device.capability, device.cuda)
         except DeviceError as error:
             obstacle = str(error)

@@ -1,0 +1,1 @@
+../../toolkit/image_kernels.py
