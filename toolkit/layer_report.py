@@ -67,7 +67,7 @@ class Layer:
 
     @property
     def dtype(self) -> str:
-        """The type that it computes in: that of what it reads, or else writes; integers only where there is no float."""
+        """The type that it computes in: of what it reads, or writes; of a product, integers only where no float is."""
         types = [tensor.dtype for tensor in (*self.inputs, *self.constants[:1])] or [
             each.dtype for each in self.outputs
         ]
