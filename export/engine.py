@@ -172,6 +172,8 @@ def build_engine(graph: Path, plan: Path, spec: EngineSpec, on_progress: OnProgr
     if not parser.parse(source.serialized, str(graph)):
         errors = "; ".join(_oneline(parser.get_error(index).desc()) for index in range(parser.num_errors))
         raise ArtefactError(f"{LIBRARY_NAMES[spec.library]} {trt.__version__} does not read {graph.name}: {errors}")
+    if spec.max_batch == 1:
+        _fix_batch(network)
     config = _config(trt, builder, spec, source)
     config.progress_monitor = _monitor(trt, on_progress)
     timings = None if LIBRARIES[spec.library].cross_builds else load_cache(config, cache)
@@ -222,6 +224,13 @@ def _network_flags(trt: ModuleType) -> int:
     """Return the flag of strong types, which later libraries take for granted and may not name any more."""
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
+
+
+def _fix_batch(network: Any) -> None:
+    """Leave no size free: then two builds are the same bytes; with a free batch, names inside the plan differ."""
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        tensor.shape = (1, *tuple(tensor.shape)[1:])
 
 
 def _config(trt: ModuleType, builder: Any, spec: EngineSpec, source: EngineGraph) -> Any:

@@ -5,50 +5,20 @@ counted, and those that are no are named. A no breaks nothing; it says where tim
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from medseg_trt.export.gemms import Gemm, gemms, node_macs
-from medseg_trt.export.layers import CUSTOM, Layer, parse_layers
+from medseg_trt.export.gemms import PART_NAMES, Gemm, gemms, node_macs
+from medseg_trt.export.layers import parse_layers
 from medseg_trt.export.onnx_graph import KEPT_METADATA, OnnxGraph
 from medseg_trt.export.parts import part_of
 from medseg_trt.export.quantize import found_precisions
+from medseg_trt.layer_report import CUSTOM, Layer, LayerReport, Outcome
 
-SCHEMA = 1
 STORED = ("int8", "w8a16", "w4a16")  # precisions whose weights are integers
 MOVERS = frozenset({"Cast", "Transpose", "Reshape", "Split", "Concat", "Slice", "Resize", "Pad", "Expand", "Squeeze",
                     "Unsqueeze", "Attention", "QuantizeLinear", "DequantizeLinear"})  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
-    """What came of one expectation."""
-
-    name: str
-    asked: int  # how many nodes, or layers
-    failed: tuple[str, ...]  # "node in part: why"
-
-    @property
-    def holds(self) -> bool:
-        """Whether every answer is yes; of nothing, it is."""
-        return not self.failed
-
-    def failed_in(self, part: str) -> tuple[str, ...]:
-        """Return the failures in a part of the network."""
-        return tuple(each for each in self.failed if each.partition(":")[0].endswith(f" in {part}"))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LayerReport:
-    """The layers of an engine, and what was expected of them."""
-
-    schema: int = SCHEMA
-    layers: tuple[Layer, ...]
-    outcomes: tuple[Outcome, ...]
-    unread: int  # lines of the builder's list in a form that is not known
-
-    __pydantic_config__ = {"extra": "forbid"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,7 +34,7 @@ class _Engine:
         return [layer for layer in self.layers if node in layer.nodes and layer.is_product]
 
     def label(self, node: ir.Node) -> str:
-        return f"{node.name} in {part_of(node.metadata_props.get(KEPT_METADATA, ''))}"
+        return f"{node.name} in {_part(node)}"
 
     def of_type(self, op_type: str) -> list[ir.Node]:
         return [node for node in self.nodes.values() if node.op_type == op_type]
@@ -81,12 +51,25 @@ def layer_report(text: str, graph: OnnxGraph) -> LayerReport:
         graph: as it lies in the bundle.
     """
     nodes = {str(node.name): node for node in graph.model.graph}
-    layers, unread = parse_layers(text, {name: node_macs(node) for name, node in nodes.items()})
+    read, unread = parse_layers(text, {name: node_macs(node) for name, node in nodes.items()})
+    layers = tuple(_with_parts(read, nodes))
     engine = _Engine(
         nodes=nodes, gemms={gemm.name: gemm for gemm in gemms(graph)}, precisions=found_precisions(graph), layers=layers
     )
     outcomes = [_outcome(name, list(ask(engine))) for name, ask in EXPECTATIONS.items()] if layers else []
     return LayerReport(layers=layers, outcomes=tuple(outcomes), unread=unread)
+
+
+def _with_parts(layers: Sequence[Layer], nodes: Mapping[str, ir.Node]) -> Iterator[Layer]:
+    part = PART_NAMES[0]
+    for layer in layers:
+        found = [_part(nodes[name]) for name in layer.nodes if name in nodes]
+        part = found[0] if found else part
+        yield replace(layer, part=part)
+
+
+def _part(node: ir.Node) -> str:
+    return part_of(node.metadata_props.get(KEPT_METADATA, ""))
 
 
 def _outcome(name: str, answers: list[tuple[str, str | None]]) -> Outcome:
@@ -133,16 +116,14 @@ def _weights_stay_stored(engine: _Engine) -> Answers:
 
 def _no_surprise_copy(engine: _Engine) -> Answers:
     for layer in (layer for layer in engine.layers if layer.only_moves and not layer.decodes_weights):
-        sources = [engine.nodes[name] for name in layer.nodes if name in engine.nodes]
-        asked_for = any(node.op_type in MOVERS for node in sources)
-        part = part_of(sources[0].metadata_props.get(KEPT_METADATA, "")) if sources else "no part"
-        yield f"{layer.name} in {part}", None if asked_for else f"{layer.bytes} bytes that no node asks for"
+        asked_for = any(engine.nodes[name].op_type in MOVERS for name in layer.nodes if name in engine.nodes)
+        yield f"{layer.name} in {layer.part}", None if asked_for else f"{layer.bytes} bytes that no node asks for"
 
 
 def _plugins_are_custom(engine: _Engine) -> Answers:
     for layer in (layer for layer in engine.layers if layer.kind == CUSTOM):
         known = any(node in engine.nodes and engine.nodes[node].domain for node in layer.nodes)
-        yield f"{layer.name} in no part", None if known else "it stands for no node of domain medseg"
+        yield f"{layer.name} in {layer.part}", None if known else "it stands for no node of domain medseg"
 
 
 EXPECTATIONS: Mapping[str, Callable[[_Engine], Answers]] = {

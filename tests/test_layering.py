@@ -25,6 +25,7 @@ LEAVES = (
     "overlay",
     "segment",
     "fingerprint",
+    "layer_report",
 )
 HEAVY = (
     "torch",

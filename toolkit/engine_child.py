@@ -8,7 +8,6 @@ another plan every time.
 import ctypes
 import json
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from medseg_trt.spec import EngineSpec, from_dict, to_dict
 
 FIXED_ADDRESSES = 0x0040000  # ADDR_NO_RANDOMIZE of <sys/personality.h>
 ASK = 0xFFFFFFFF
+STATUS = Path("/proc/self/status")  # Linux
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +31,7 @@ class Answer:
     """What a child made, and what it took."""
 
     built: Built
-    peak_resident_mb: float  # of the child
+    peak_resident_mb: float  # of the child; 0 where the system does not say
 
 
 def build_in_child(graph: Path, plan: Path, spec: EngineSpec, cache: Path | None) -> Answer:
@@ -103,8 +103,13 @@ def _serve(request: dict[str, Any], answers: IO[bytes]) -> None:
     except MedsegError as error:
         say({"error": str(error), "kind": type(error).__name__})
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6  # kilobytes, on Linux
-        say({"built": to_dict(built), "peak_resident_mb": peak})
+        say({"built": to_dict(built), "peak_resident_mb": _peak_resident_mb()})
+
+
+def _peak_resident_mb() -> float:
+    """Return the most memory that this process had; getrusage would count what the parent had when it forked."""
+    lines = STATUS.read_text().splitlines() if STATUS.is_file() else []
+    return next((int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM:")), 0.0)
 
 
 def _reporter(say: Callable[[dict[str, Any]], None]) -> Callable[[str, int, int], None]:

@@ -25,11 +25,11 @@ from medseg_trt.fingerprint import (
     write_fingerprint,
 )
 from medseg_trt.gpu import Gpu, find_gpu
+from medseg_trt.layer_report import LAYERS_SUFFIX
 from medseg_trt.progress import LOG
 from medseg_trt.signature import signature_of
 from medseg_trt.spec import EngineSpec, to_dict
 
-LAYERS_SUFFIX = ".layers.json"
 MEMINFO = Path("/proc/meminfo")
 # Full-size builds took at most 520 MB and 2.9 times the weights (benchmarks/results/engines.md).
 BASE_BYTES, BYTES_PER_WEIGHT_BYTE = 600 << 20, 3.0

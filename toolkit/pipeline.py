@@ -62,10 +62,10 @@ def build(
     path = Path(checkpoint)
     folder = Path(output) if output is not None else path.with_suffix(".medseg")
     _require_replaceable(folder)
-    for name in spec.precisions:
-        parse_precision(name)  # a typo is found now, not after minutes
     if spec.engines is not None:
         check_engines(spec.engines, spec.outputs, spec.precisions)
+    for name in spec.precisions:
+        parse_precision(name)  # a typo is found now, not after minutes
     loaded = load_checkpoint(path)
     images = reference_images(loaded, Path(data) if data is not None else None)
     network = loaded.model()

@@ -22,11 +22,12 @@ from medseg_trt.errors import InputError
 @click.option("--batch", type=click.IntRange(1), default=4, show_default=True, help="Slices at once.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all]")
 @click.option("--continue", "resume", is_flag=True, help="Keep the masks that an earlier run finished.")
+@click.option("--rebuild", is_flag=True, help="First build those engines again that do not fit this machine.")
 @verify_option
 @output_options
 def infer(
     inputs: tuple[Path, ...], bundle_folder: Path | None, output: Path, backend: str, precision: str | None,
-    overlay: bool, batch: int, threads: int | None, resume: bool, verify_key: Path | None, as_json: bool,
+    overlay: bool, batch: int, threads: int | None, resume: bool, rebuild: bool, verify_key: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Segment images and folders of images; write masks and a table of areas."""
     from medseg_trt.bundle import find_bundle
@@ -38,8 +39,16 @@ def infer(
         failed[str(path)] = str(error)
         click.echo(f"medseg-trt: {error}", err=True)
 
+    folder = find_bundle(bundle_folder)
+    if rebuild:
+        from medseg_trt.bundle import load_bundle
+        from medseg_trt.engines import rebuild_engines
+
+        verified = load_bundle(folder, verify_key)
+        if rebuild_engines(verified).content != verified.content:
+            verify_key = None  # what it was built from is verified; what was built here nobody has signed
     written = infer_to_folder(
-        inputs, find_bundle(bundle_folder), output,
+        inputs, folder, output,
         backend=backend, precision=precision, overlay=overlay, batch=batch, threads=threads, resume=resume,
         verify_key=verify_key, on_error=skip,
     )  # fmt: skip
