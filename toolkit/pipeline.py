@@ -42,13 +42,13 @@ def build(
         AccuracyGateError: a graph does not answer as PyTorch does.
         ArtefactError: the checkpoint cannot be used.
     """
+    from medseg_trt.engine_kernels import add_kernels
     from medseg_trt.engines import Engines, build_engines, check_engines
     from medseg_trt.executions import GRAPH_OF, try_executions
     from medseg_trt.export.fold import fold, plain_report
     from medseg_trt.export.fuse import fuse
     from medseg_trt.export.quantize import parse_precision
     from medseg_trt.export.trace import trace
-    from medseg_trt.image_kernels import add_image_kernels
     from medseg_trt.proof import Proof
     from medseg_trt.reference_images import reference_images
     from medseg_trt.report import package_versions
@@ -88,7 +88,7 @@ def build(
         engines = Engines(built=(), dropped=())
         if spec.engines is not None:
             engines = build_engines(temporary, variants, tried.verified, spec.engines, spec.precisions)
-            without = add_image_kernels(temporary, spec.engines.targets)
+            without = add_kernels(temporary, spec.engines)
             engines = replace(engines, dropped=(*engines.dropped, *without))
         manifest = Manifest(
             model=loaded.spec,

@@ -11,7 +11,7 @@ import pytest
 from fakes.gpu import FakeGpu
 from fakes.trt import FakeTrt, Network
 
-from medseg_trt import image_kernels
+from medseg_trt import engine_kernels
 from medseg_trt.bundle import MANIFEST
 from medseg_trt.files import sha256
 from medseg_trt.fingerprint import FOLDER, EngineFingerprint, write_fingerprint
@@ -32,7 +32,7 @@ def with_engine(source: Path, folder: Path, kernels: Path | None = None, **chang
     plan.write_bytes(rng.bytes(PLAN_BYTES))
     (folder / LIBRARY_FILE).write_bytes(b"\x7fELF" + rng.bytes(PLAN_BYTES))
     if kernels is not None:
-        shutil.copytree(kernels, folder / image_kernels.FOLDER)
+        shutil.copytree(kernels, folder / engine_kernels.FOLDER)
     facts: dict[str, Any] = {
         "plan": plan.name, "sha256": sha256(plan), "bytes": PLAN_BYTES, "library": "tensorrt-rtx",
         "version": FakeTrt.__version__, "targets": ("sm89",), "cuda": "13", "precision": "fp32", "flavour": "canonical",

@@ -50,10 +50,16 @@ class FakeTrt:
         self.capturable = True
         self.cache = b""
         self.contexts: list[FakeContext] = []
-        self.threads_in_engine = 0
+        self.refitted: list[str] = []
 
     def Runtime(self, logger: ILogger) -> "FakeRuntime":  # noqa: N802  # the bindings' name
         return FakeRuntime(self, logger)
+
+    def Refitter(self, engine: "FakeEngine", logger: Any) -> "FakeRefitter":  # noqa: N802
+        return FakeRefitter(self, logger)
+
+    def OnnxParserRefitter(self, refitter: "FakeRefitter", logger: Any) -> "FakeRefitter":  # noqa: N802
+        return refitter
 
     def nptype(self, dtype: np.dtype[Any]) -> type:
         return dtype.type
@@ -78,6 +84,20 @@ class FakeRuntime:
         if self._trt.fails("deserialize_cuda_engine", self._logger):
             return None
         return FakeEngine(self._trt, self._logger)
+
+
+class FakeRefitter:
+    """The refitter, and the parser that feeds it."""
+
+    def __init__(self, trt: FakeTrt, logger: Any) -> None:
+        self._trt, self._logger = trt, logger
+
+    def refit_from_file(self, graph: str) -> bool:
+        self._trt.refitted.append(graph)
+        return True
+
+    def refit_cuda_engine(self) -> bool:
+        return not self._trt.fails("refit_cuda_engine", self._logger)
 
 
 class FakeEngine:

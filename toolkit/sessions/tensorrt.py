@@ -4,7 +4,8 @@ A plan is code that runs here as soon as it is deserialised. So its bytes are re
 the manifest's, its fingerprint with this machine, and only then does the library see them.
 
 Pictures of 8 bits go to the GPU as they are and come back as masks: resizing, normalising and labelling are kernels
-between the copies. Everything else is prepared and labelled on the CPU, and the description says which it is.
+between the copies. Everything else is prepared and labelled on the CPU, and the description says which it is. One thing
+differs: logits that are NaN are an error on the CPU, and background on the device, which does not look for them.
 """
 
 import hashlib
@@ -18,12 +19,12 @@ import numpy as np
 from jaxtyping import Float32, Num, UInt8
 from numpy import ndarray
 
-from medseg_trt import image_kernels
+from medseg_trt import engine_kernels
 from medseg_trt.bundle import Bundle, Execution
 from medseg_trt.engine_choice import fitting_engine
 from medseg_trt.errors import ArtefactError, DeviceError, require
 from medseg_trt.files import inside
-from medseg_trt.fingerprint import FOLDER, LIBRARY_NAMES
+from medseg_trt.fingerprint import FOLDER, LIBRARY_NAMES, EngineFingerprint
 from medseg_trt.kernels import load
 from medseg_trt.kernels.device import Device, DeviceMemoryError, open_device
 from medseg_trt.kernels.image_to_tensor import scalars as tensor_scalars
@@ -187,15 +188,13 @@ def open_engine(bundle: Bundle, execution: Execution) -> TensorRtSession:
     path = inside(bundle.folder, f"{FOLDER}/{found.plan}")
     plan = read_verified(path, bundle.content.files[f"{FOLDER}/{found.plan}"].sha256)
     if found.plugins:
-        _register_plugins(trt)
+        _register_plugins(trt, bundle)
     kernels, where = _pixel_kernels(bundle, device)
     what = f"{LIBRARY_NAMES[library]} {trt.__version__} {variant.precision}, {where}"
-    engine = _load(trt, library, plan, path, device, host_code=found.version_compatible or bool(found.plugins))
+    engine = _load(trt, bundle, found, plan, device)
     session = TensorRtSession(engine, device, library, what, kernels)
     try:
         with device_errors(device, what):
-            if found.stripped:
-                engine.refit(inside(bundle.folder, found.graph))
             cache = cache_file(found.sha256, device.name)
             load_kernels(engine, cache)
             session.warm_up()
@@ -206,34 +205,41 @@ def open_engine(bundle: Bundle, execution: Execution) -> TensorRtSession:
     return session
 
 
-def _load(trt: Any, library: str, plan: bytes, path: Path, device: Device, *, host_code: bool) -> Engine:
+def _load(trt: Any, bundle: Bundle, found: EngineFingerprint, plan: bytes, device: Device) -> Engine:
+    """Deserialise a plan, and give it its weights where it has none."""
+    path = bundle.folder / FOLDER / found.plan
     try:
-        return Engine(trt, library, plan, host_code=host_code)
+        engine = Engine(trt, found.library, plan, host_code=found.version_compatible or bool(found.plugins))
+        if found.stripped:
+            engine.refit(inside(bundle.folder, found.graph))
     except EngineError as error:
         if error.is_memory:
             with device_errors(device, str(path)):
                 raise
         raise ArtefactError(f"{path}: {error}. Build it again: medseg-trt build --ckpt model.pt") from error
+    return engine
 
 
-def _register_plugins(trt: Any) -> None:
+def _register_plugins(trt: Any, bundle: Bundle) -> None:
     from medseg_trt.kernels.plugin import register
 
-    register(trt)
+    if f"{engine_kernels.FOLDER}/{FILE}" not in bundle.content.files:
+        raise ArtefactError(f"{bundle.folder} has no kernels for its plugins; build it again with --plugins on")
+    register(trt, open_library(inside(bundle.folder, engine_kernels.FOLDER)))
 
 
 def _pixel_kernels(bundle: Bundle, device: Device) -> tuple[PixelKernels | None, str]:
     """Return what prepares and labels pixels on the device, or None, and in words which it is."""
     p, classes = bundle.preprocessing, bundle.content.model.num_classes
     obstacle = ""
-    if f"{image_kernels.FOLDER}/{FILE}" not in bundle.content.files:
+    if f"{engine_kernels.FOLDER}/{FILE}" not in bundle.content.files:
         obstacle = "the bundle has no kernels for it"
     elif p.resize == "nearest" or classes > MAX_CLASSES:
         obstacle = "no kernel resizes so" if p.resize == "nearest" else "there are too many classes"
     else:
-        find_ptx = open_library(inside(bundle.folder, image_kernels.FOLDER))
+        find_ptx = open_library(inside(bundle.folder, engine_kernels.FOLDER))
         try:
-            for kernel in map(load, image_kernels.KERNELS):
+            for kernel in map(load, engine_kernels.FOR_PICTURES):
                 find_ptx(kernel, kernel.entry(f"{kernel.name}_float32"), device.capability, device.cuda)
         except DeviceError as error:
             obstacle = str(error)

@@ -6,6 +6,7 @@ A plan is executable code. Whoever makes an ``Engine`` has checked its digest be
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,7 @@ class Engine:
         """
         self._trt, self._title = trt, f"{LIBRARY_NAMES[library]} {trt.__version__}"
         self._heard: list[str] = []
+        self._one_at_a_time = Lock()
         self._logger = _logger(trt, self._heard)
         self._runtime = trt.Runtime(self._logger)
         if host_code:
@@ -85,7 +87,8 @@ class Engine:
         Raises:
             EngineError: there is none to be had.
         """
-        made = self._engine.create_execution_context(self._config or self._user_managed)
+        with self._one_at_a_time:
+            made = self._engine.create_execution_context(self._config or self._user_managed)
         if made is None:
             raise self.error("no execution context")
         made.set_device_memory(activations, self.activation_bytes)

@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 from tiny import make_checkpoint
 
+from medseg_trt import engine_kernels
 from medseg_trt.bundle import load_bundle
 from medseg_trt.cli import cli
 from medseg_trt.engine_choice import fitting_engine
@@ -24,6 +25,7 @@ from medseg_trt.fingerprint import FOLDER, LIBRARY_NAMES
 from medseg_trt.images import read_image
 from medseg_trt.kernels.device import DeviceMemoryError, open_device
 from medseg_trt.kernels.device_memory import milliseconds
+from medseg_trt.kernels.library import open_library
 from medseg_trt.preprocess import prepare, restore
 from medseg_trt.session import BACKENDS, choose, open_reference, open_session
 from medseg_trt.sessions.tensorrt import TensorRtSession
@@ -82,7 +84,7 @@ def engine_session(found: OnGpu, precision: str, *, graphs: bool) -> TensorRtSes
     if fingerprint.plugins:
         from medseg_trt.kernels.plugin import register
 
-        register(trt)
+        register(trt, open_library(bundle.folder / engine_kernels.FOLDER))
     engine = Engine(trt, found.library, plan, host_code=bool(fingerprint.plugins))
     return TensorRtSession(engine, device, found.library, f"{precision} engine", graphs=graphs)
 

@@ -252,12 +252,26 @@ def test_a_gpu_that_is_too_small_for_the_weights_is_one_line_of_another_kind(mac
 
 def test_code_in_the_plan_is_let_in_where_the_fingerprint_tells_of_some(machine, tiny_bundle, tmp_path, monkeypatch):
     registered = []
-    monkeypatch.setattr(tensorrt, "_register_plugins", registered.append)
+    monkeypatch.setattr(tensorrt, "_register_plugins", lambda _, bundle: registered.append(bundle))
     plugins = {"SwiGLU": NODES["SwiGLU"].digest}
     opened(with_engine(tiny_bundle, tmp_path / "without.medseg")).close()
     opened(with_engine(tiny_bundle, tmp_path / "with.medseg", plugins=plugins)).close()
     assert machine.trt.host_code == [False, True]
     assert len(registered) == 1
+
+
+def test_plugins_whose_kernels_the_bundle_lacks_are_not_compiled_here(machine, tiny_bundle, tmp_path):
+    folder = with_engine(tiny_bundle, tmp_path / "model.medseg", plugins={"SwiGLU": NODES["SwiGLU"].digest})
+    refused(machine, folder, "has no kernels for its plugins")
+
+
+def test_an_engine_without_weights_gets_those_of_its_graph(machine, tiny_bundle, tmp_path):
+    folder = with_engine(tiny_bundle, tmp_path / "model.medseg", stripped=True)
+    opened(folder).close()
+    assert machine.trt.refitted == [str(folder / "fp32.onnx")]
+    machine.trt.refused, machine.trt.refuses = {"refit_cuda_engine"}, "3 weights are missing"
+    with pytest.raises(ArtefactError, match=r"the weights of fp32\.onnx do not fit the engine: 3 weights are missing"):
+        opened(folder)
 
 
 def test_a_bundle_without_an_engine_says_how_to_build_one(machine, tiny_bundle, engine_bundle):

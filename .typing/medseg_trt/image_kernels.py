@@ -1,1 +1,0 @@
-../../toolkit/image_kernels.py
