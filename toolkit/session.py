@@ -214,7 +214,11 @@ def choose(bundle: Bundle, backend: str = "auto", precision: str | None = None) 
     ]
     if not found:
         wanted = " ".join(part for part in (backend if backend != "auto" else "", precision or "") if part)
-        known = dict.fromkeys(f"{each.backend} {bundle.variant(each).precision}" for each in bundle.content.executions)
+        content = bundle.content
+        known = dict.fromkeys(f"{each.backend} {bundle.variant(each).precision}" for each in content.executions)
+        known |= dict.fromkeys(
+            f"{each.spec.library} {content.variants[each.variant].precision}" for each in content.engines
+        )
         raise UsageError(f"{bundle.folder} holds nothing for {wanted}; it holds {', '.join(known)}{_how(backend)}")
     for execution in found:
         if is_installed(execution.backend):
