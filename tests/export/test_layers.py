@@ -107,9 +107,10 @@ def test_what_a_layer_is_said_to_do(name, kind, inputs, constants, outputs, prop
         (["Int8"], ["Int8", "Float"], "Int8"),  # the constants after the weight are scales
         (["Int8", "Float"], [], "Float"),  # decoded first, then multiplied as floats
         (["Half"], ["Half", "Int8"], "Half"),  # a stored weight
+        (["Float", "Half"], ["Half"], "Half"),  # a residual sum after it
     ],
 )
-def test_a_product_computes_in_integers_only_where_no_float_is(inputs, constants, dtype):
+def test_a_product_computes_in_the_type_of_its_weight_unless_it_decodes_it(inputs, constants, dtype):
     sides = [", ".join(tensor(each, 4, 4) for each in side) for side in (inputs, constants, ["Float"])]
     (layer,), _ = read(line("__myl_CastMulFc_myl0_70", "runtime_fusion", *sides))
     assert layer.dtype == dtype
