@@ -141,14 +141,14 @@ def _write(rows: list[Row], version: str) -> None:
     lines = [
         "# Engines of the full-size LLM-TransUNet",
         "",
-        f"Random weights, 256 x 256 pixels, batch 1 to 8, TensorRT-RTX {version}, for {TARGETS}. Built without a GPU and "
-        f"never executed. One build each; limits: {LIMIT_S} s and {LIMIT_RESIDENT_MB} MB of the process that builds.",
+        f"Random weights, 256 x 256 pixels, batch 1 to 8, TensorRT-RTX {version}, for {TARGETS}. Built without a GPU "
+        f"and never executed. One build each; limits: {LIMIT_S} s and {LIMIT_RESIDENT_MB} MB of the building process.",
         "",
         *table(header, cells),
         "",
-        f"`w8a16` is `{PRECISIONS['w8a16']}`. Seconds and memory are those of the whole child process. With a free batch "
-        "two builds differ in the names and the order of symbols of shapes inside the plan; with `--max-batch 1` "
-        "nothing is free.",
+        f"`w8a16` is `{PRECISIONS['w8a16']}`. Seconds and memory are those of the whole child process. With a free "
+        "batch two builds differ in the names and the order of symbols of shapes inside the plan; with "
+        "`--max-batch 1` nothing is free.",
         "",
         "## What the builder's list of layers says",
         "",

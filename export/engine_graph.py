@@ -1,11 +1,12 @@
 """Make the copy of a graph that an engine is built from, and say what each of its nodes is.
 
-Both libraries read ONNX, but not all of it. A repair changes the copy only where the library would refuse the graph,
-and changes nothing of what is computed:
+Both libraries read ONNX, but not all of it, and not every form runs equally well. A repair changes the copy alone and
+nothing of what is computed:
 
 - ``softmax_precision`` of an Attention, which no parser takes: the fused kernels compute the softmax in float32 anyway;
 - an Attention in float32 is marked ``TRT_decomposable``: there is no fused kernel for it, and without the mark the
-  builder refuses it when the batch is free.
+  builder refuses it when the batch is free;
+- q, k and v are brought into order before they are cut apart (``qkv_order.py``).
 
 Source: ONNX operators, opset 23; TensorRT, ``IAttention.decomposable``.
 """
@@ -18,6 +19,7 @@ import onnx
 from onnx import NodeProto, TensorProto
 
 from medseg_trt.errors import ArtefactError
+from medseg_trt.export.qkv_order import order_before_split
 
 MAX_GRAPH_BYTES = 64 << 20  # without weights; the largest so far is below one
 DOMAIN = "medseg"  # as in functions.py, which needs PyTorch
@@ -40,12 +42,12 @@ def engine_graph(path: Path) -> EngineGraph:
         ArtefactError: it is no ONNX graph, or an input has a free axis besides the batch.
     """
     model = read_graph(path)
-    types = {value.name: value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.value_info)}
-    repairs = tuple(
-        f"{count} nodes: {name}"
-        for name, repair in REPAIRS.items()
-        if (count := sum(repair(node, types) for node in model.graph.node))
-    )
+    values = (*model.graph.input, *model.graph.value_info)
+    types = {value.name: value.type.tensor_type.elem_type for value in values}
+    shapes = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in values}
+    counts = {name: sum(repair(node, types) for node in model.graph.node) for name, repair in REPAIRS.items()}
+    counts[ORDERED] = order_before_split(model.graph, shapes)
+    repairs = tuple(f"{count} nodes: {name}" for name, count in counts.items() if count)
     inputs = {value.name: _free_batch(value, path) for value in model.graph.input}
     functions = frozenset(node.op_type for node in model.graph.node if node.domain == DOMAIN)
     return EngineGraph(serialized=model.SerializeToString(), inputs=inputs, functions=functions, repairs=repairs)
@@ -85,6 +87,7 @@ def _mark_decomposable(node: NodeProto, types: Mapping[str, int]) -> bool:
     return True
 
 
+ORDERED = "q, k and v cut apart after they are in order, so that their weights stay one"
 REPAIRS: Mapping[str, Callable[[NodeProto, Mapping[str, int]], bool]] = {
     "softmax_precision dropped, the fused kernels take float32": _drop_softmax_precision,
     "float32 attention marked decomposable, no fused kernel takes it": _mark_decomposable,

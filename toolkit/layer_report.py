@@ -14,6 +14,7 @@ PRODUCTS = ("gemm", "correlation", "convolution", "deconvolution")  # types of l
 PRODUCT_WORDS = ("Fc", "Conv", "gemm", "mha")  # parts of the names of kernels that were generated and do
 CUSTOM = "custom_layer"  # a plugin
 CODES = ("Int8", "Int4")  # what products decode before or after they multiply
+COUNTERS = ("Int32", "Int64")  # sizes, which come with a free batch
 MOVES = frozenset({"Move", "Tran", "Resh", "Repl", "Slic", "Cast", "Copy", "Reformat", "Conc"})  # words of kernels
 
 _WORD = re.compile(r"[A-Z][a-z0-9]*|[a-z0-9]+")
@@ -55,7 +56,7 @@ class Layer:
     @property
     def only_moves(self) -> bool:
         """Whether its name says that it does nothing but copy, cut, cast or scale the numbers of a picture or token."""
-        found, counts = words(self.name), all(tensor.dtype in ("Int32", "Int64") for tensor in self.outputs)
+        found, counts = words(self.name), all(tensor.dtype in COUNTERS for tensor in self.outputs)
         return self.kind not in PRODUCTS and not counts and bool(found) and found <= MOVES | {"Mul"}
 
     @property
@@ -67,12 +68,15 @@ class Layer:
 
     @property
     def dtype(self) -> str:
-        """The type that it computes in: of what it reads, or writes; of a product, integers only where no float is."""
-        types = [tensor.dtype for tensor in (*self.inputs, *self.constants[:1])] or [
-            each.dtype for each in self.outputs
-        ]
-        floats = [dtype for dtype in types if dtype not in CODES]
-        return next(iter((floats if self.is_product else types) or types), "–")
+        """The type that it computes in: a product that of its weight, unless it decodes it; others what they read."""
+        read = [tensor.dtype for tensor in self.inputs] or [tensor.dtype for tensor in self.outputs]
+        weight = max(self.constants, key=lambda tensor: tensor.elements, default=None)
+        if not self.is_product or weight is None or weight.elements == 1:
+            kinds = (*COUNTERS, *CODES) if self.is_product else COUNTERS
+            return next((dtype for dtype in read if dtype not in kinds), read[0] if read else "–")
+        if weight.dtype not in CODES:
+            return weight.dtype
+        return next((dtype for dtype in read if dtype not in CODES), weight.dtype)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
