@@ -51,6 +51,7 @@ class FakeGpu(Device):
         self.fail: dict[str, Exception] = {}
         self.memory: dict[int, np.ndarray] = {}
         self.pinned: dict[int, np.ndarray] = {}
+        self.once_pinned: list[np.ndarray] = []  # so that a session that reads there does not bring down the tests
         self.streams: dict[int, list[Work]] = {}
         self.capturing: dict[int, list[Work]] = {}
         self.graphs: list[Graph] = []
@@ -122,7 +123,7 @@ class FakeGpu(Device):
     def free_host(self, address: int) -> None:
         self.note("free_host", address)
         self._require_unused(address)
-        del self.pinned[address]
+        self.once_pinned.append(self.pinned.pop(address))
 
     def new_stream(self) -> int:
         self.note("new_stream")
@@ -141,16 +142,19 @@ class FakeGpu(Device):
 
     def upload(self, target: int, source: int, nbytes: int, stream: int) -> None:
         self.note("upload", nbytes)
-        self._require_pinned(source, nbytes)
-        self.enqueue(stream, lambda: np.copyto(self.view(target, nbytes), _host(source, nbytes)), target, source)
+        self._host(source, nbytes)
+        self.enqueue(stream, lambda: np.copyto(self.view(target, nbytes), self._host(source, nbytes)), target, source)
 
     def download(self, target: int, source: int, nbytes: int, stream: int) -> None:
         self.note("download", nbytes)
-        self._require_pinned(target, nbytes)
-        self.enqueue(stream, lambda: np.copyto(_host(target, nbytes), self.view(source, nbytes)), target, source)
+        self._host(target, nbytes)
+        self.enqueue(stream, lambda: np.copyto(self._host(target, nbytes), self.view(source, nbytes)), target, source)
 
-    def _require_pinned(self, address: int, nbytes: int) -> None:
-        assert any(start <= address and address + nbytes <= start + len(each) for start, each in self.pinned.items())
+    def _host(self, address: int, nbytes: int) -> np.ndarray:
+        """Return pinned memory, which must be allocated as a whole."""
+        found = [1 for start, each in list(self.pinned.items()) if start <= address <= start + len(each) - nbytes]
+        assert found, f"{nbytes} bytes at {address:#x} are not pinned"
+        return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
 
     def synchronize(self, stream: Any) -> None:
         self.note("synchronize")
@@ -213,7 +217,3 @@ class FakeGpu(Device):
 def illegal_address() -> CudaError:
     """Return what a driver says of a broken kernel, from then on at every call."""
     return CudaError("cuStreamSynchronize returned 700 CUDA_ERROR_ILLEGAL_ADDRESS")
-
-
-def _host(address: int, nbytes: int) -> np.ndarray:
-    return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
