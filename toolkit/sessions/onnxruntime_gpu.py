@@ -15,6 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from numpy import ndarray
+
 from medseg_trt.errors import ArtefactError, DeviceError, MissingExtraError, require
 from medseg_trt.session import BACKENDS
 from medseg_trt.sessions.onnxruntime import ERRORS_ONLY, OnnxRuntimeSession
@@ -33,9 +35,13 @@ class Provider:
     beside: tuple[str, ...] = ()  # others on the same GPU that may take what it leaves
 
 
-CUDA_OPTIONS = {"use_tf32": "0"}  # else float32 is multiplied with 10 bits where the GPU can
+CUDA = "onnxruntime-cuda"
 PROVIDERS: Mapping[str, Provider] = {  # by back-end
-    "onnxruntime-cuda": Provider(name="CUDAExecutionProvider", title="CUDA", options=CUDA_OPTIONS),
+    CUDA: Provider(
+        name="CUDAExecutionProvider",
+        title="CUDA",
+        options={"use_tf32": "0"},  # else float32 is multiplied with 10 bits of fraction where the GPU can
+    ),
     "onnxruntime-tensorrt": Provider(
         name="TensorrtExecutionProvider", title="TensorRT", beside=("CUDAExecutionProvider",)
     ),
@@ -43,22 +49,38 @@ PROVIDERS: Mapping[str, Provider] = {  # by back-end
 }
 
 
-def open_cuda(path: Path, precision: str, threads: int | None, compute: str) -> OnnxRuntimeSession:
+class OnnxRuntimeGpuSession(OnnxRuntimeSession):
+    """An open ONNX Runtime session whose nodes are all on a GPU; an error in a run stays one."""
+
+    device = "GPU"
+
+    def __init__(self, session: Any, backend: str, description: str) -> None:
+        super().__init__(session, description)
+        self.backend = backend
+
+    def _answer(self, *arguments: Any) -> ndarray:
+        try:
+            return super()._answer(*arguments)
+        except Exception as error:  # its errors have no common base but Exception
+            raise DeviceError(f"{self.description}: {str(error).splitlines()[0]}") from error
+
+
+def open_cuda(path: Path, precision: str, threads: int | None, compute: str) -> OnnxRuntimeGpuSession:
     """Open an ONNX file with the CUDA provider; see ``_open``."""
-    return _open("onnxruntime-cuda", path, precision)
+    return _open(CUDA, path, precision)
 
 
-def open_tensorrt(path: Path, precision: str, threads: int | None, compute: str) -> OnnxRuntimeSession:
+def open_tensorrt(path: Path, precision: str, threads: int | None, compute: str) -> OnnxRuntimeGpuSession:
     """Open an ONNX file with the TensorRT provider; see ``_open``."""
     return _open("onnxruntime-tensorrt", path, precision)
 
 
-def open_tensorrt_rtx(path: Path, precision: str, threads: int | None, compute: str) -> OnnxRuntimeSession:
+def open_tensorrt_rtx(path: Path, precision: str, threads: int | None, compute: str) -> OnnxRuntimeGpuSession:
     """Open an ONNX file with the TensorRT-RTX provider, which is a package of its own; see ``_open``."""
     return _open("onnxruntime-tensorrt-rtx", path, precision)
 
 
-def _open(backend: str, path: Path, precision: str) -> OnnxRuntimeSession:
+def _open(backend: str, path: Path, precision: str) -> OnnxRuntimeGpuSession:
     """Open an ONNX file on the GPU.
 
     Raises:
@@ -83,9 +105,9 @@ def _open(backend: str, path: Path, precision: str) -> OnnxRuntimeSession:
     shares = ", ".join(
         f"{len(nodes)} nodes in {name.removesuffix('ExecutionProvider')}" for name, nodes in placed.items()
     )
-    opened = OnnxRuntimeSession(session, f"ONNX Runtime {runtime.__version__} {precision}, {provider.title}: {shares}")
-    opened.backend, opened.device = backend, "GPU"
-    return opened
+    return OnnxRuntimeGpuSession(
+        session, backend, f"ONNX Runtime {runtime.__version__} {precision}, {provider.title}: {shares}"
+    )
 
 
 def placement(session: Any) -> dict[str, list[str]]:
@@ -133,7 +155,8 @@ def _choose(runtime: ModuleType, backend: str, options: Any) -> dict[str, Any]:
             )
         with redirect_stdout(sys.stderr):  # it prints what it cannot find
             runtime.preload_dlls()
-        return {"providers": [(provider.name, dict(provider.options)), *provider.beside]}
+        beside = [(name, dict(PROVIDERS[CUDA].options)) for name in provider.beside]
+        return {"providers": [(provider.name, dict(provider.options)), *beside]}
     library = require(package, BACKENDS[backend].extra)
     if provider.name not in runtime.get_available_providers():
         runtime.register_execution_provider_library(library.get_ep_name(), library.get_library_path())

@@ -1,15 +1,23 @@
 """ONNX Runtime's GPU providers on a machine without one: what falls to the CPU is found, and said in one line."""
 
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import onnxruntime
 import pytest
 
 from medseg_trt.bundle import load_bundle
 from medseg_trt.errors import DeviceError, MissingExtraError
 from medseg_trt.session import BACKENDS, choose, open_session
-from medseg_trt.sessions.onnxruntime_gpu import PROVIDERS, RECORD, Provider, placement, require_placed
+from medseg_trt.sessions.onnxruntime_gpu import (
+    PROVIDERS,
+    RECORD,
+    OnnxRuntimeGpuSession,
+    Provider,
+    placement,
+    require_placed,
+)
 
 CUDA, RTX = PROVIDERS["onnxruntime-cuda"], PROVIDERS["onnxruntime-tensorrt-rtx"]
 
@@ -139,3 +147,18 @@ def test_the_gpu_is_given_the_flavour_that_it_reads(bundle):
 def test_every_provider_is_a_backend_and_known_to_onnx_runtime():
     assert set(PROVIDERS) == {name for name in BACKENDS if name.startswith("onnxruntime-")}
     assert {each.name for each in PROVIDERS.values()} <= set(onnxruntime.get_all_providers())
+
+
+def test_an_error_in_a_run_is_one_line_and_not_another_run_on_the_cpu(bundle):
+    session = OnnxRuntimeGpuSession(
+        session_of(bundle, ["CPUExecutionProvider"]), "onnxruntime-cuda", "ONNX Runtime, CUDA"
+    )
+    image = np.zeros((1, 3, 32, 32), np.float32)
+    assert session.run(image).shape == (1, 3, 32, 32)
+
+    def full(*_):
+        raise RuntimeError("CUDA failure 2: out of memory\nGPU=0")
+
+    session._session = SimpleNamespace(run=full)
+    with pytest.raises(DeviceError, match=r"^ONNX Runtime, CUDA: CUDA failure 2: out of memory$"):
+        session.run(image)
