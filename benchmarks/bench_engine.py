@@ -133,11 +133,11 @@ def _write(rows: list[Row], version: str) -> None:
     found = {"library": f"TensorRT-RTX {version}", "targets": TARGETS, "executed": False, "limits": limits,
              "machine": here, "precisions": PRECISIONS, "rows": [asdict(row) for row in rows]}  # fmt: skip
     write_json(RESULTS / "engines.json", json.loads(json.dumps(found)))
-    header = ["engine", "plan MB", "limit MB", "processor s", "wall s", "load", "peak MB", "bytes that differ, free batch",
-              "fixed batch identical", "kernels", "MACs"]  # fmt: skip
+    header = ["engine", "plan MB", "limit MB", "processor s", "wall s", "load", "peak MB",
+              "bytes that differ, free batch", "fixed batch identical", "kernels", "MACs"]  # fmt: skip
     cells = [
-        [row.precision, f"{row.plan_mb:.1f}", str(LIMITS_MB[row.precision]), f"{row.processor_s:.1f}", f"{row.wall_s:.1f}",
-         f"{row.load_average:.1f}",
+        [row.precision, f"{row.plan_mb:.1f}", str(LIMITS_MB[row.precision]), f"{row.processor_s:.1f}",
+         f"{row.wall_s:.1f}", f"{row.load_average:.1f}",
          f"{row.peak_resident_mb:.0f}", f"{row.differing_bytes:,}", "yes" if row.fixed_batch_identical else "no",
          str(row.kernels), ", ".join(f"{100 * share:.1f} % {dtype}" for dtype, share in row.shares.items())]
         for row in rows
@@ -151,9 +151,9 @@ def _write(rows: list[Row], version: str) -> None:
         "",
         *table(header, cells),
         "",
-        f"`w8a16` is `{PRECISIONS['w8a16']}`. Seconds and memory are those of the whole child process, which keeps to one "
-        "core; the machine did other work (load), so the processor's seconds are held against the limit. With a free "
-        "batch two builds differ in the names and the order of symbols of shapes inside the plan; with "
+        f"`w8a16` is `{PRECISIONS['w8a16']}`. Seconds and memory are those of the whole child process, which keeps to "
+        "one core; the machine did other work (load), so the processor's seconds are held against the limit. With a "
+        "free batch two builds differ in the names and the order of symbols of shapes inside the plan; with "
         "`--max-batch 1` nothing is free.",
         "",
         "## What the builder's list of layers says",

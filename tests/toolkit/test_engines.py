@@ -316,6 +316,19 @@ def test_float32_products_on_sm75_are_explained(with_engines: WithEngines, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+def test_one_engine_that_fails_leaves_the_others(with_engines: WithEngines, tmp_path: Path, caplog):
+    folder = shutil.copytree(with_engines.bundle.folder, tmp_path / "b", ignore=shutil.ignore_patterns("engines"))
+    variants = {name: with_engines.bundle.content.variants[name] for name in ("fp32", "fp16")}
+    found = build_engines(folder, variants, set(variants), replace(SPEC, targets=("sm75",)), variants)
+    assert [each.variant for each in found.built] == ["fp16"]
+    (line,) = found.dropped
+    assert line.startswith("fp32 engine: ")
+    assert "sm75 multiplies no float32" in line
+    unverified = build_engines(folder, variants, set(), SPEC, variants)
+    assert unverified.built == ()
+    assert all("no back-end has run its graph" in line for line in unverified.dropped)
+
+
 def test_a_workspace_that_is_too_small_is_explained(with_engines: WithEngines, tmp_path: Path):
     with pytest.raises(MedsegError, match="--workspace-gib"):
         build_in_child(with_engines.graph("fp16"), tmp_path / "a.plan", replace(SPEC, workspace_gib=2**-20), None)
