@@ -138,6 +138,8 @@ class Node:
         every = self.arguments(shapes, attributes)
         scalars = {each.name: every[each.name] for each in entry.parameters if each.kind == "int32"}
         wanted = self.kernel.shapes(scalars, entry)
+        if scalars.get("head_dim", 0) % 2:
+            raise ValueError(f"{NAMESPACE}.{self.name}: a head has {scalars['head_dim']} columns; they turn in pairs")
         for name, shape in zip((each.name for each in read), shapes, strict=True):
             if math.prod(shape) != math.prod(wanted[name]) or shape[-1] != wanted[name][-1]:
                 raise ValueError(f"{NAMESPACE}.{self.name}: {name} has shape {tuple(shape)}; it must be {wanted[name]}")

@@ -57,6 +57,16 @@ def register(
     return digests
 
 
+def data_type(trt: ModuleType, dtype: str) -> Any:
+    """Return TensorRT's word for a type of ours."""
+    return getattr(trt.DataType, TYPES[dtype])
+
+
+def dtype_name(kind: Any) -> str:
+    """Return our word for a type of TensorRT's; its own where we have none."""
+    return next((ours for ours, theirs in TYPES.items() if theirs == kind.name), str(kind.name))
+
+
 class NodePlugin:
     """One node of a network; together with TensorRT's base classes it is an ``IPluginV3``."""
 
@@ -79,6 +89,7 @@ class NodePlugin:
         self.num_outputs = len(written)
         self._make_launcher = launcher
         self._launcher: Launcher | None = None
+        self._stored: dict[str, np.ndarray] = {}
 
     def get_capability_interface(self, kind: Any) -> "NodePlugin":
         """Return the object that has the methods of a capability: this one has all."""
@@ -95,10 +106,10 @@ class NodePlugin:
     def get_fields_to_serialize(self) -> Any:
         """Return the attributes, from which the plan makes the plugin again."""
         kinds = self.node.attributes
-        values = {name: np.array([self.attributes[name]], FIELD_TYPES[kind]) for name, kind in kinds.items()}
+        self._stored = {name: np.array([self.attributes[name]], FIELD_TYPES[kind]) for name, kind in kinds.items()}
         types = {"float32": self.trt.PluginFieldType.FLOAT32, "int32": self.trt.PluginFieldType.INT32}
-        return self.trt.PluginFieldCollection(
-            [self.trt.PluginField(name, value, types[kinds[name]]) for name, value in values.items()]
+        return self.trt.PluginFieldCollection(  # a field points into its array, which therefore has to stay
+            [self.trt.PluginField(name, value, types[kinds[name]]) for name, value in self._stored.items()]
         )
 
     def get_output_data_types(self, input_types: Sequence[Any]) -> list[Any]:
@@ -107,15 +118,15 @@ class NodePlugin:
         Raises:
             ValueError: no kernel takes inputs of these types.
         """
-        entry = self.node.entry(self._dtype(input_types[0]), self.attributes)
+        entry = self.node.entry(dtype_name(input_types[0]), self.attributes)
         read, written = split(entry)
         for parameter, given in zip(read, input_types, strict=True):
-            if given != self._type(parameter.dtype):
+            if given != data_type(self.trt, parameter.dtype):
                 raise ValueError(
-                    f"{NAMESPACE}.{self.node.name}: {parameter.name} is {self._dtype(given)}; "
+                    f"{NAMESPACE}.{self.node.name}: {parameter.name} is {dtype_name(given)}; "
                     f"beside {read[0].name} in {read[0].dtype} it must be {parameter.dtype}"
                 )
-        return [self._type(parameter.dtype) for parameter in written]
+        return [data_type(self.trt, parameter.dtype) for parameter in written]
 
     def get_output_shapes(self, inputs: Sequence[Any], shape_inputs: Sequence[Any], builder: Any) -> list[Any]:
         """Return expressions for the outputs' shapes.
@@ -133,10 +144,10 @@ class NodePlugin:
     def supports_format_combination(self, position: int, tensors: Sequence[Any], num_inputs: int) -> bool:
         """Tell whether a tensor, after those before it, is as a kernel wants it: row-major, of the right type."""
         tensor, first = tensors[position].desc, tensors[0].desc
-        if tensor.format != self.trt.TensorFormat.LINEAR or self._dtype(first.type) not in self.entries:
+        if tensor.format != self.trt.TensorFormat.LINEAR or dtype_name(first.type) not in self.entries:
             return False
-        read, written = split(self.entries[self._dtype(first.type)])
-        return tensor.type == self._type((*read, *written)[position].dtype)
+        read, written = split(self.entries[dtype_name(first.type)])
+        return tensor.type == data_type(self.trt, (*read, *written)[position].dtype)
 
     def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         """Choose nothing; an error here would end the process, so shapes are checked before and after."""
@@ -164,15 +175,8 @@ class NodePlugin:
         self._launcher.launch(self.node.kernel, entry, arrays, scalars, stream)
 
     def _scalars(self, inputs: Sequence[Any]) -> tuple[Entry, dict[str, int]]:
-        entry = self.node.entry(self._dtype(inputs[0].type), self.attributes)
+        entry = self.node.entry(dtype_name(inputs[0].type), self.attributes)
         return entry, self.node.launch_scalars(entry, [tuple(each.dims) for each in inputs], self.attributes)
-
-    def _type(self, dtype: str) -> Any:
-        return getattr(self.trt.DataType, TYPES[dtype])
-
-    def _dtype(self, kind: Any) -> str:
-        """Return our word for a type of TensorRT's, or its own."""
-        return next((ours for ours, theirs in TYPES.items() if theirs == kind.name), str(kind.name))
 
 
 class NodeCreator:

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ class Answer:
 
     built: Built
     peak_resident_mb: float  # of the child; 0 where the system does not say
+    processor_s: float  # that the child used, all of it
 
 
 def build_in_child(graph: Path, plan: Path, spec: EngineSpec, cache: Path | None) -> Answer:
@@ -62,7 +64,8 @@ def build_in_child(graph: Path, plan: Path, spec: EngineSpec, cache: Path | None
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         hint = "; the machine may have run out of memory" if code == -9 else ""
         raise ArtefactError(f"the builder of {plan.name} {how}{hint}; no engine was written")
-    return Answer(built=from_dict(Built, last["built"], "the builder"), peak_resident_mb=last["peak_resident_mb"])
+    built = from_dict(Built, last["built"], "the builder")
+    return Answer(built=built, peak_resident_mb=last["peak_resident_mb"], processor_s=last["processor_s"])
 
 
 def _steps(pipe: IO[bytes], last: dict[str, Any]) -> Iterator[int]:
@@ -103,7 +106,8 @@ def _serve(request: dict[str, Any], answers: IO[bytes]) -> None:
     except MedsegError as error:
         say({"error": str(error), "kind": type(error).__name__})
     else:
-        say({"built": to_dict(built), "peak_resident_mb": _peak_resident_mb()})
+        took = {"peak_resident_mb": _peak_resident_mb(), "processor_s": time.process_time()}
+        say({"built": to_dict(built), **took})
 
 
 def _peak_resident_mb() -> float:

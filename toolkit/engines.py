@@ -11,7 +11,7 @@ from pathlib import Path
 
 from medseg_trt.bundle import MANIFEST, BuiltEngine, Bundle, FileEntry, Manifest, Variant, load_bundle
 from medseg_trt.engine_child import Answer, build_in_child
-from medseg_trt.errors import MissingExtraError, UsageError
+from medseg_trt.errors import MedsegError, MissingExtraError, UsageError
 from medseg_trt.export.engine import LIBRARIES, check_engine_spec, cuda_of, flavour_for, require_library
 from medseg_trt.files import cache_folder, inside, sha256, write_json
 from medseg_trt.fingerprint import (
@@ -31,7 +31,7 @@ from medseg_trt.signature import signature_of
 from medseg_trt.spec import EngineSpec, to_dict
 
 MEMINFO = Path("/proc/meminfo")
-# Full-size builds took at most 520 MB and 2.9 times the weights (benchmarks/results/engines.md).
+# Full-size builds in four precisions took this and 2.9 to 3.0 times the weights.
 BASE_BYTES, BYTES_PER_WEIGHT_BYTE = 600 << 20, 3.0
 EXECUTION_HINTS: Mapping[str, str] = {"bf16": "bf16 is a way to run the fp32 graph on a CPU; there is no graph in bf16"}
 PLAIN_INTEGERS = (
@@ -95,12 +95,13 @@ def build_engines(
         precisions: that were asked for, of which some have no graph.
 
     Raises:
-        MedsegError: the builder fails.
+        MedsegError: the builder makes none of the engines; where it makes some, the others are dropped with the reason.
     """
     trt_version = require_library(spec.library).__version__
     flavour = flavour_for(spec.library, trt_version)
     dropped = [f"{name} engine: {EXECUTION_HINTS[name]}" for name in precisions if name in EXECUTION_HINTS]
     built: list[BuiltEngine] = []
+    failed: list[MedsegError] = []
     for name, variant in variants.items():
         if variant.flavour != flavour:
             continue
@@ -112,8 +113,14 @@ def build_engines(
         if flavour == "plain" and "int8" in variant.precision:
             dropped.append(f"{variant.precision} engine: {PLAIN_INTEGERS}")
             continue
-        stem = f"{name}-{'-'.join(spec.targets)}{'-plugins' if spec.plugins else ''}"
-        built.append(_build(folder, name, variant, spec, stem))
+        try:
+            built.append(_build(folder, name, variant, spec))
+        except MedsegError as error:
+            dropped.append(f"{variant.precision} engine: {error}")
+            LOG.warning("%s", error)
+            failed.append(error)
+    if failed and not built:
+        raise failed[0]
     return Engines(built=tuple(built), dropped=tuple(dropped))
 
 
@@ -144,8 +151,7 @@ def rebuild_engines(bundle: Bundle) -> Bundle:
         spec = replace(engine.spec, targets=(gpu.sm,) if gpu else engine.spec.targets)
         trt = require_library(spec.library)
         check_engine_spec(spec, trt, gpu.sm if gpu else None)
-        stem = f"{engine.variant}-{'-'.join(spec.targets)}-{spec.library}-{trt.__version__}"
-        kept.append(_build(bundle.folder, engine.variant, content.variants[engine.variant], spec, stem))
+        kept.append(_build(bundle.folder, engine.variant, content.variants[engine.variant], spec))
     if kept != list(content.engines):
         _replace(bundle, kept)
     return load_bundle(bundle.folder)
@@ -166,11 +172,11 @@ def here(bundle: Bundle, fingerprint: EngineFingerprint, gpu: Gpu | None) -> Her
     )  # fmt: skip
 
 
-def _build(folder: Path, name: str, variant: Variant, spec: EngineSpec, stem: str) -> BuiltEngine:
+def _build(folder: Path, name: str, variant: Variant, spec: EngineSpec) -> BuiltEngine:
     """Build one engine and write what is known of it; the plan is there last."""
     graph, weights = folder / variant.graph, folder / variant.weights
-    plan = folder / FOLDER / f"{stem}.plan"
-    plan.parent.mkdir(exist_ok=True)
+    (folder / FOLDER).mkdir(exist_ok=True)
+    plan = _free_path(folder / FOLDER, f"{name}-{'-'.join(spec.targets)}{'-plugins' if spec.plugins else ''}")
     _warn_of_memory(weights, plan.name)
     LOG.info(
         "build an engine of %s for %s with %s", variant.graph, ", ".join(spec.targets), LIBRARY_NAMES[spec.library]
@@ -186,6 +192,12 @@ def _build(folder: Path, name: str, variant: Variant, spec: EngineSpec, stem: st
         plan=f"{FOLDER}/{plan.name}", variant=name, spec=spec, seconds=answer.built.seconds,
         peak_resident_mb=answer.peak_resident_mb, unmet=report,
     )  # fmt: skip
+
+
+def _free_path(folder: Path, stem: str) -> Path:
+    """Return a path for a plan that is not there yet: what an older manifest names stays until the new one is there."""
+    names = (f"{stem}.plan", *(f"{stem}-{number}.plan" for number in range(2, 1000)))
+    return next(folder / name for name in names if not (folder / name).exists())
 
 
 def _write_report(graph: Path, plan: Path, answer: Answer) -> tuple[str, ...]:
@@ -226,7 +238,7 @@ def _fingerprint(
 
 
 def _replace(bundle: Bundle, engines: list[BuiltEngine]) -> None:
-    """Let the manifest name other engines; the files of those that it named before go last."""
+    """Let the manifest name other engines; files that it does not name any more go last."""
     folder, content = bundle.folder, bundle.content
     new = {path for engine in engines for path in _files_of(folder, engine)}
     old = {path for engine in content.engines for path in _files_of(folder, engine)}
@@ -238,7 +250,7 @@ def _replace(bundle: Bundle, engines: list[BuiltEngine]) -> None:
     if (signature := signature_of(folder / MANIFEST)).is_file():
         LOG.warning("%s is another bundle now than the one that was signed; its signature is removed", folder)
         signature.unlink()
-    for path in old - new:
+    for path in set((folder / FOLDER).iterdir()) - new:
         path.unlink(missing_ok=True)
 
 

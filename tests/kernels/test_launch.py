@@ -333,7 +333,7 @@ class FakePycuda(ModuleType):
         super().__init__("pycuda.driver")
         self.fail = fail
         self.calls: list[tuple[Any, ...]] = []
-        context = SimpleNamespace(push=lambda: self._note("push"))
+        context = SimpleNamespace(push=lambda: self._note("push"), pop=lambda: self._note("pop"))
         self.Device = lambda number: SimpleNamespace(
             retain_primary_context=lambda: (self._note("retain", number), context)[1]
         )

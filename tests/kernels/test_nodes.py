@@ -135,6 +135,7 @@ def test_the_kernel_computes_what_the_node_means(name, dtype):
         ("SwiGLU", [(2, 5, 61)], r"gate_up has shape \(2, 5, 61\); it must be \(10, 60\)"),
         ("Rotary", [(2, 5, 61), (5, 6), (5, 6)], r"qkv has shape \(2, 5, 61\); it must be \(2, 5, 60\)"),
         ("Rotary", [(2, 5, 60), (4, 6), (5, 6)], r"cos has shape \(4, 6\); it must be \(5, 6\)"),
+        ("Rotary", [(2, 5, 55), (5, 5), (5, 5)], "a head has 11 columns; they turn in pairs"),
         ("Rotary", [(5, 60), (5, 6), (5, 6)], "qkv has 2 axes, not 3 to 3"),
         ("SwiGLU", [(60,)], "gate_up has 1 axes, not 2 to 8"),
     ],

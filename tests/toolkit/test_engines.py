@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
 from xml.etree import ElementTree
 
 import numpy as np
@@ -316,6 +316,19 @@ def test_float32_products_on_sm75_are_explained(with_engines: WithEngines, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+def test_one_engine_that_fails_leaves_the_others(with_engines: WithEngines, tmp_path: Path, caplog):
+    folder = shutil.copytree(with_engines.bundle.folder, tmp_path / "b", ignore=shutil.ignore_patterns("engines"))
+    variants = {name: with_engines.bundle.content.variants[name] for name in ("fp32", "fp16")}
+    found = build_engines(folder, variants, set(variants), replace(SPEC, targets=("sm75",)), variants)
+    assert [each.variant for each in found.built] == ["fp16"]
+    (line,) = found.dropped
+    assert line.startswith("fp32 engine: ")
+    assert "sm75 multiplies no float32" in line
+    unverified = build_engines(folder, variants, set(), SPEC, variants)
+    assert unverified.built == ()
+    assert all("no back-end has run its graph" in line for line in unverified.dropped)
+
+
 def test_a_workspace_that_is_too_small_is_explained(with_engines: WithEngines, tmp_path: Path):
     with pytest.raises(MedsegError, match="--workspace-gib"):
         build_in_child(with_engines.graph("fp16"), tmp_path / "a.plan", replace(SPEC, workspace_gib=2**-20), None)
@@ -381,12 +394,13 @@ def test_little_memory_is_said_before_the_build(with_engines: WithEngines, monke
 
 
 def test_the_classic_library_builds_for_the_gpu_that_is_here():
-    classic, spec = SimpleNamespace(__version__="10.15.1"), replace(SPEC, library="tensorrt", targets=("sm86",))
-    check_engine_spec(spec, classic, "sm86")  # pyright: ignore[reportArgumentType]  # it looks at the version alone
+    classic, spec = ModuleType("tensorrt"), replace(SPEC, library="tensorrt", targets=("sm86",))
+    vars(classic)["__version__"] = "10.15.1"
+    check_engine_spec(spec, classic, "sm86")
     with pytest.raises(UsageError, match="knows sm89"):
-        check_engine_spec(spec, classic, "sm89")  # pyright: ignore[reportArgumentType]
+        check_engine_spec(spec, classic, "sm89")
     with pytest.raises(DeviceError, match="--backend tensorrt-rtx"):
-        check_engine_spec(spec, classic, None)  # pyright: ignore[reportArgumentType]
+        check_engine_spec(spec, classic, None)
 
 
 @pytest.mark.parametrize(
