@@ -9,11 +9,11 @@ import pytest
 from click.testing import CliRunner
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption
-from fakes.bundles import rehash
+from fakes.bundles import rehash, with_engine
 from fakes.keys import write_keys
 from tiny import write_pictures
 
-from medseg_trt import pipeline
+from medseg_trt import engines, pipeline
 from medseg_trt.bundle import MANIFEST, load_bundle
 from medseg_trt.cli import cli
 from medseg_trt.errors import ArtefactError, MissingExtraError, UsageError
@@ -135,6 +135,16 @@ def test_openssl_makes_our_keys_and_checks_our_signature(signed, tmp_path):
     options = ["-pubin", "-inkey", public, "-rawin", "-in", signed / MANIFEST, "-sigfile", signature]
     checked = openssl("pkeyutl", "-verify", *options)
     assert "Signature Verified Successfully" in checked.stdout
+
+
+def test_a_rebuild_takes_the_signature_away_and_says_so(tiny_bundle, tmp_path, keys, caplog):
+    folder = with_engine(tiny_bundle, tmp_path / "model.medseg")
+    sign(folder / MANIFEST, read_private_key(keys[0]))
+    bundle = load_bundle(folder, keys[1])
+    engines._replace(bundle, [])
+    assert "its signature is removed" in caplog.text
+    assert load_bundle(folder).content.engines == ()
+    refused(folder, keys[1], "is not signed")
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
