@@ -59,6 +59,8 @@ def try_executions(
     wanted = proof.spec.backend
     if wanted != "auto" and wanted not in BACKENDS:
         raise UsageError(f"no back-end is called {wanted!r}; choose one of: auto, {', '.join(BACKENDS)}")
+    if wanted != "auto" and BACKENDS[wanted].gpu:
+        raise UsageError(f"a build does not try {wanted}; leave --backend out here, and give it to infer")
     found: list[Execution] = []
     dropped: list[str] = []
     reasons: dict[str, MedsegError] = {}
