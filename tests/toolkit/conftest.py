@@ -12,9 +12,11 @@ import pytest
 from click.testing import CliRunner
 from fakes.bundles import FakeMachine
 from fakes.keys import write_keys
+from measured_here import SHORT, measure_here
 from tiny import make_checkpoint, picture, write_nifti, write_pictures, write_volumes
 
 from medseg_trt import executions, variants
+from medseg_trt.benchmark import Bench, Measured, bench
 from medseg_trt.bundle import load_bundle
 from medseg_trt.cli import cli
 from medseg_trt.preprocess import Size
@@ -59,6 +61,12 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "ChildSession", SessionHere)
 
 
+@pytest.fixture
+def measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ``bench`` open its sessions in this process, and make up what it would look for inside."""
+    measure_here(monkeypatch)
+
+
 MIX = "vit=int8,block=w8a16,decoder=fp16"
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "w4a16", MIX)
 
@@ -89,9 +97,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     assert ran.exit_code == 0, ran.output
     found = json.loads(ran.stdout)
     assert found["bundle"] == str(root / "model.medseg")
-    return Built(
-        bundle=root / "model.medseg", checkpoint=checkpoint, data=data, verify_key=public, manifest=found["manifest"]
-    )
+    bundle, manifest = root / "model.medseg", found["manifest"]
+    return Built(bundle=bundle, checkpoint=checkpoint, data=data, verify_key=public, manifest=manifest)
 
 
 @pytest.fixture
@@ -102,3 +109,17 @@ def machine(monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path, tmp_path: Path) 
     with open_session(bundle, "onnxruntime", threads=1) as session:
         model = bundle.content.model
         yield FakeMachine(monkeypatch, session.run, model.image_size, model.num_classes)
+
+
+@pytest.fixture(scope="session")
+def measured(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    """What ``bench`` finds of that bundle: real masks, made-up times."""
+    with pytest.MonkeyPatch.context() as patch:
+        measure_here(patch)
+        return bench(
+            Bench(
+                bundle=built.bundle, checkpoint=built.checkpoint, data=built.data, split="val", tier=SHORT,
+                max_dice_drop=0.3, commands=("medseg-trt bench --bundle model.medseg",),
+            ),
+            tmp_path_factory.mktemp("scratch"),
+        )  # fmt: skip
