@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from medseg_trt.export.gemms import PART_NAMES, Gemm, gemms, node_macs
+from medseg_trt.export.gemms import PART_NAMES, Gemm, gemms, macs_of
 from medseg_trt.export.layers import parse_layers
 from medseg_trt.export.onnx_graph import KEPT_METADATA, OnnxGraph
 from medseg_trt.export.parts import part_of
@@ -51,7 +51,7 @@ def layer_report(text: str, graph: OnnxGraph) -> LayerReport:
         graph: as it lies in the bundle.
     """
     nodes = {str(node.name): node for node in graph.model.graph}
-    read, unread = parse_layers(text, {name: node_macs(node) for name, node in nodes.items()})
+    read, unread = parse_layers(text, {name: macs_of(node) for name, node in nodes.items()})
     layers = tuple(_with_parts(read, nodes))
     engine = _Engine(
         nodes=nodes, gemms={gemm.name: gemm for gemm in gemms(graph)}, precisions=found_precisions(graph), layers=layers

@@ -17,6 +17,7 @@ LEAVES = (
     "errors",
     "files",
     "progress",
+    "statistics",
     "metrics",
     "surface",
     "preprocess",
