@@ -1,18 +1,21 @@
 """How large are the engines of the full-size network, and what does building one take? No GPU is needed, and none used.
 
     python benchmarks/bench_engine.py -o /tmp/engines.medseg
+    python benchmarks/bench_engine.py -o /tmp/engines --graphs default.medseg --graphs stored.medseg
 
-Builds a bundle of a full-size LLM-TransUNet of random weights with engines for three kinds of GPUs, then every engine
-again, with a free batch and with a fixed one, and compares the bytes. The checkpoint is that of the CPU benchmark,
-where its cache has one, else one is made the same way.
+Builds a bundle of a full-size LLM-TransUNet of random weights with engines for three kinds of GPUs, then engines again,
+with a free batch and with a fixed one, and compares the bytes. The checkpoint is that of the CPU benchmark, where its
+cache has one, else one is made the same way. With ``--graphs`` the graphs are those of bundles that are there already,
+and the mix is made of their float graph by the pass that the build uses, without its verification.
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
-import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,13 +23,19 @@ from typing import Any
 
 import bench_cpu_network
 import numpy as np
+import onnx_ir as ir
 
-from medseg_trt.bundle import BuiltEngine, Bundle, load_bundle
+from medseg_trt.bundle import BuiltEngine, Variant, load_bundle
 from medseg_trt.engine_child import build_in_child
 from medseg_trt.engine_inspection import read_report, shares
+from medseg_trt.engines import build_engines
+from medseg_trt.export.onnx_graph import OnnxGraph
+from medseg_trt.export.quantize import parse_precision, quantise
+from medseg_trt.export.save import save_flavours
 from medseg_trt.files import atomic_file, cache_folder, write_json
 from medseg_trt.fingerprint import read_fingerprint
 from medseg_trt.report import machine, table
+from medseg_trt.spec import EngineSpec
 
 TARGETS = "sm86,sm89,sm120"
 PRECISIONS = {  # by their name in the table
@@ -47,36 +56,73 @@ class Row:
 
     precision: str
     plan_mb: float
-    wall_s: float  # of the process that builds it again, with everything
+    wall_s: float  # of the process that builds it, with everything
     processor_s: float  # of the same; it keeps to one core, so an idle machine would take about as long
-    load_average: float  # when it began: other work on the machine
     peak_resident_mb: float  # of the same
-    differing_bytes: int  # of the two builds, where the batch is free
-    fixed_batch_identical: bool  # of two builds with a batch of 1
+    differing_bytes: int | None  # of two builds where the batch is free; None: it was built once
+    fixed_batch_identical: bool | None  # of two builds with a batch of 1
     kernels: int
     shares: dict[str, float]  # of the multiply-accumulates, by type
     outcomes: list[dict[str, Any]]  # of what was expected of the layers
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Made:
+    """Engines and the graphs that they were built from."""
+
+    folder: Path
+    variants: Mapping[str, Variant]
+    engines: Sequence[BuiltEngine]
+    source: str
+
+
 def main() -> int:
     """Build, measure, compare, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--output", type=Path, required=True, help="where the bundle goes")
-    parser.add_argument("--keep", action="store_true", help="measure the bundle that is there already")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="where the bundle, or the engines, go")
+    parser.add_argument("--graphs", type=Path, action="append", help="a bundle that has some of the graphs")
+    parser.add_argument("--again", choices=["all", *PRECISIONS], default="all", help="what is built again, to compare")
     options = parser.parse_args()
-    if not options.keep:
-        _build(options.output)
-    bundle = load_bundle(options.output)
+    made = _of_graphs(options.graphs, options.output) if options.graphs else _build(options.output)
     names = {text: name for name, text in PRECISIONS.items()}
     rows = [
-        _measure(bundle, engine, names[bundle.content.variants[engine.variant].precision])
-        for engine in bundle.content.engines
+        _measure(made, engine, names[made.variants[engine.variant].precision], options.again) for engine in made.engines
     ]
-    _write(rows, read_fingerprint(bundle.folder / bundle.content.engines[0].plan).version)
+    _write(rows, read_fingerprint(made.folder / made.engines[0].plan).version, made.source)
     return 0 if all(_holds(row) for row in rows) else 1
 
 
-def _build(output: Path) -> None:
+def _of_graphs(bundles: Sequence[Path], output: Path) -> Made:
+    """Build engines of graphs that bundles hold; the mix is made of the float one."""
+    found = {
+        variant.precision: (folder, variant)
+        for folder in bundles
+        for variant in load_bundle(folder).content.variants.values()
+        if variant.flavour == "canonical"
+    }
+    variants: dict[str, Variant] = {}
+    output.mkdir(parents=True)
+    for name, precision in PRECISIONS.items():
+        if precision in found:
+            folder, variants[name] = found[precision]
+            for file in (variants[name].graph, variants[name].weights):
+                shutil.copyfile(folder / file, output / file)
+        else:
+            folder, variant = found["fp32"]
+            graph = quantise(OnnxGraph(model=ir.load(folder / variant.graph)), parse_precision(precision))
+            files = {"graph": f"{name}.onnx", "weights": f"weights-{name}.bin"}
+            save_flavours({files["graph"]: graph}, output, files["weights"])
+            variants[name] = replace(variant, precision=precision, **files)
+    spec = EngineSpec(library="tensorrt-rtx", targets=tuple(TARGETS.split(",")))
+    engines = build_engines(output, variants, set(variants), spec, PRECISIONS.values())
+    source = (
+        "Graphs of bundles that `medseg-trt build` made and verified; that of w8a16 is made of their float graph by "
+        "the pass that the build uses, and was not verified."
+    )
+    return Made(folder=output, variants=variants, engines=engines.built, source=source)
+
+
+def _build(output: Path) -> Made:
     with TemporaryDirectory() as folder:
         checkpoint = next(iter(cache_folder("bench_cpu").glob("networks-*/llm-transunet/model.pt")), None)
         scans = bench_cpu_network.image_folder(Path(folder), SCANS, SLICES)
@@ -88,27 +134,28 @@ def _build(output: Path) -> None:
                    *precisions, "--max-dice-drop", "1", "--backend", "tensorrt-rtx", "--target", TARGETS,
                    "-o", str(output)]  # fmt: skip
         subprocess.run(command, check=True)
+    content = load_bundle(output).content
+    source = "Built and verified by one `medseg-trt build`."
+    return Made(folder=output, variants=content.variants, engines=content.engines, source=source)
 
 
-def _measure(bundle: Bundle, engine: BuiltEngine, name: str) -> Row:
-    graph = bundle.folder / bundle.content.variants[engine.variant].graph
-    first = bundle.folder / engine.plan
-    with TemporaryDirectory() as folder:
-        again = Path(folder, first.name)
-        began, load = time.perf_counter(), os.getloadavg()[0]
-        answer = build_in_child(graph, again, engine.spec, None)
-        wall_s = time.perf_counter() - began
-        fixed = [Path(folder, f"fixed{number}.plan") for number in range(2)]
-        for path in fixed:
-            build_in_child(graph, path, replace(engine.spec, max_batch=1), None)
-        report = read_report(first)
-        return Row(
-            precision=name, plan_mb=first.stat().st_size / 1e6, wall_s=wall_s,
-            processor_s=answer.processor_s, load_average=load,
-            peak_resident_mb=answer.peak_resident_mb, differing_bytes=_differing_bytes(first, again),
-            fixed_batch_identical=_differing_bytes(*fixed) == 0, kernels=len(report.layers),
-            shares=shares(report.layers), outcomes=[asdict(each) | {"holds": each.holds} for each in report.outcomes],
-        )  # fmt: skip
+def _measure(made: Made, engine: BuiltEngine, name: str, again: str) -> Row:
+    graph, first = made.folder / made.variants[engine.variant].graph, made.folder / engine.plan
+    report, differing, identical = read_report(first), None, None
+    if again in ("all", name):
+        with TemporaryDirectory() as folder:
+            second, fixed = Path(folder, first.name), [Path(folder, f"fixed{number}.plan") for number in range(2)]
+            build_in_child(graph, second, engine.spec, None)
+            differing = _differing_bytes(first, second)
+            for path in fixed:
+                build_in_child(graph, path, replace(engine.spec, max_batch=1), None)
+            identical = _differing_bytes(*fixed) == 0
+    return Row(
+        precision=name, plan_mb=first.stat().st_size / 1e6, wall_s=engine.wall_s, processor_s=engine.processor_s,
+        peak_resident_mb=engine.peak_resident_mb, differing_bytes=differing, fixed_batch_identical=identical,
+        kernels=len(report.layers), shares=shares(report.layers),
+        outcomes=[asdict(each) | {"holds": each.holds} for each in report.outcomes],
+    )  # fmt: skip
 
 
 def _differing_bytes(first: Path, second: Path) -> int:
@@ -123,22 +170,24 @@ def _holds(row: Row) -> bool:
         row.plan_mb <= LIMITS_MB[row.precision]
         and row.processor_s <= LIMIT_S
         and row.peak_resident_mb <= LIMIT_RESIDENT_MB
-        and row.fixed_batch_identical
+        and row.fixed_batch_identical is not False
     )
 
 
-def _write(rows: list[Row], version: str) -> None:
-    here = machine()
+def _write(rows: list[Row], version: str, source: str) -> None:
+    here, load = machine(), os.getloadavg()[0]
     limits = {"plan_mb": LIMITS_MB, "processor_s": LIMIT_S, "peak_resident_mb": LIMIT_RESIDENT_MB}
     found = {"library": f"TensorRT-RTX {version}", "targets": TARGETS, "executed": False, "limits": limits,
-             "machine": here, "precisions": PRECISIONS, "rows": [asdict(row) for row in rows]}  # fmt: skip
+             "machine": here, "load_average": load, "source": source, "precisions": PRECISIONS,
+             "rows": [asdict(row) for row in rows]}  # fmt: skip
     write_json(RESULTS / "engines.json", json.loads(json.dumps(found)))
-    header = ["engine", "plan MB", "limit MB", "processor s", "wall s", "load", "peak MB",
+    header = ["engine", "plan MB", "limit MB", "processor s", "wall s", "peak MB",
               "bytes that differ, free batch", "fixed batch identical", "kernels", "MACs"]  # fmt: skip
     cells = [
         [row.precision, f"{row.plan_mb:.1f}", str(LIMITS_MB[row.precision]), f"{row.processor_s:.1f}",
-         f"{row.wall_s:.1f}", f"{row.load_average:.1f}",
-         f"{row.peak_resident_mb:.0f}", f"{row.differing_bytes:,}", "yes" if row.fixed_batch_identical else "no",
+         f"{row.wall_s:.1f}",
+         f"{row.peak_resident_mb:.0f}", "–" if row.differing_bytes is None else f"{row.differing_bytes:,}",
+         {None: "–", True: "yes", False: "no"}[row.fixed_batch_identical],
          str(row.kernels), ", ".join(f"{100 * share:.1f} % {dtype}" for dtype, share in row.shares.items())]
         for row in rows
     ]  # fmt: skip
@@ -147,14 +196,16 @@ def _write(rows: list[Row], version: str) -> None:
         "# Engines of the full-size LLM-TransUNet",
         "",
         f"Random weights, 256 x 256 pixels, batch 1 to 8, TensorRT-RTX {version}, for {TARGETS}. Built without a GPU "
-        f"and never executed. One build each; limits: {LIMIT_S} s and {LIMIT_RESIDENT_MB} MB of the building process.",
+        f"and never executed. {source}",
+        "",
+        f"One build each; limits: {LIMIT_S} s of processor time and {LIMIT_RESIDENT_MB} MB of the building process.",
         "",
         *table(header, cells),
         "",
         f"`w8a16` is `{PRECISIONS['w8a16']}`. Seconds and memory are those of the whole child process, which keeps to "
-        "one core; the machine did other work (load), so the processor's seconds are held against the limit. With a "
-        "free batch two builds differ in the names and the order of symbols of shapes inside the plan; with "
-        "`--max-batch 1` nothing is free.",
+        f"one core; the machine did other work (load average {load:.0f}), so the processor's seconds are held against "
+        "the limit. With a free batch two builds differ in the names and the order of symbols of shapes inside the "
+        "plan; with `--max-batch 1` nothing is free.",
         "",
         "## What the builder's list of layers says",
         "",

@@ -95,10 +95,10 @@ REPAIRS: Mapping[str, Callable[[NodeProto, Mapping[str, int]], bool]] = {
 
 
 def _free_batch(value: onnx.ValueInfoProto, path: Path) -> tuple[int, ...]:
-    batch, *rest = value.type.tensor_type.shape.dim or [None]
-    if batch is None or not batch.dim_param or not all(dim.dim_value > 0 for dim in rest):
+    batch, *rest = [(dim.dim_param, dim.dim_value) for dim in value.type.tensor_type.shape.dim] or [("", 0)]
+    if not batch[0] or not all(size > 0 for _, size in rest):
         raise ArtefactError(
             f"{path.name}: the input {value.name} has other free sizes than its batch; engines are built from graphs "
             "that give logits: --outputs logits"
         )
-    return tuple(dim.dim_value for dim in rest)
+    return tuple(size for _, size in rest)

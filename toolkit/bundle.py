@@ -79,8 +79,9 @@ class BuiltEngine:
     variant: str  # a key of Manifest.variants: the graph that it was built from
     spec: EngineSpec
     executed: bool = False  # whether it ever ran; until then all that is known of its masks is that of the graph
-    seconds: float  # that the builder took
-    peak_resident_mb: float  # of the builder
+    wall_s: float  # that the process which built it took, with everything
+    processor_s: float  # that it used
+    peak_resident_mb: float  # that it had at most; 0 where the system does not say
     unmet: tuple[str, ...] = ()  # what the report of its layers expected in vain
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -176,7 +177,7 @@ class Bundle:
             ", ".join(engine.spec.targets),
             "yes" if engine.executed else "no",
             f"{(self.folder / engine.plan).stat().st_size / 1e6:.1f}",
-            f"{engine.seconds:.1f}",
+            f"{engine.wall_s:.1f}",
             f"{engine.peak_resident_mb:.0f}",
             str(len(engine.unmet)),
         ]

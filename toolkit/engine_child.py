@@ -33,7 +33,8 @@ class Answer:
 
     built: Built
     peak_resident_mb: float  # of the child; 0 where the system does not say
-    processor_s: float  # that the child used, all of it
+    wall_s: float  # from its start to its end
+    processor_s: float  # that it used
 
 
 def build_in_child(graph: Path, plan: Path, spec: EngineSpec, cache: Path | None) -> Answer:
@@ -46,6 +47,7 @@ def build_in_child(graph: Path, plan: Path, spec: EngineSpec, cache: Path | None
     request = {"graph": str(graph), "plan": str(plan), "spec": to_dict(spec), "cache": str(cache) if cache else None}
     command = [sys.executable, "-m", "medseg_trt.engine_child", json.dumps(request)]
     environment = {**os.environ, "PYTHONHASHSEED": "0"}  # so that memory is handed out in the same order every time
+    began = time.perf_counter()
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None
         last: dict[str, Any] = {}
@@ -65,7 +67,8 @@ def build_in_child(graph: Path, plan: Path, spec: EngineSpec, cache: Path | None
         hint = "; the machine may have run out of memory" if code == -9 else ""
         raise ArtefactError(f"the builder of {plan.name} {how}{hint}; no engine was written")
     built = from_dict(Built, last["built"], "the builder")
-    return Answer(built=built, peak_resident_mb=last["peak_resident_mb"], processor_s=last["processor_s"])
+    took = {name: last[name] for name in ("peak_resident_mb", "processor_s")}
+    return Answer(built=built, wall_s=time.perf_counter() - began, **took)
 
 
 def _steps(pipe: IO[bytes], last: dict[str, Any]) -> Iterator[int]:

@@ -189,7 +189,8 @@ def _build(folder: Path, name: str, variant: Variant, spec: EngineSpec) -> Built
     report = _write_report(graph, plan, answer)
     write_fingerprint(_fingerprint(variant, spec, gpu, answer, plan, (graph, weights)), plan.parent)
     return BuiltEngine(
-        plan=f"{FOLDER}/{plan.name}", variant=name, spec=spec, seconds=answer.built.seconds,
+        plan=f"{FOLDER}/{plan.name}", variant=name, spec=spec, wall_s=answer.wall_s,
+        processor_s=answer.processor_s,
         peak_resident_mb=answer.peak_resident_mb, unmet=report,
     )  # fmt: skip
 

@@ -21,7 +21,7 @@ from medseg_trt.engine_child import build_in_child
 from medseg_trt.engine_inspection import inspect_engine, read_report, shares
 from medseg_trt.engines import build_engines, check_engines, rebuild_engines
 from medseg_trt.errors import ArtefactError, DeviceError, MedsegError, MissingExtraError, UsageError
-from medseg_trt.export.engine import LIBRARIES, check_engine_spec, flavour_for, shell_command
+from medseg_trt.export.engine import LIBRARIES, check_engine_spec, flavour_for, require_library, shell_command
 from medseg_trt.export.engine_graph import EngineGraph, engine_graph
 from medseg_trt.export.expectations import layer_report
 from medseg_trt.export.gemms import total_macs
@@ -251,9 +251,8 @@ def test_a_builder_that_says_nothing_leaves_an_empty_report(with_engines: WithEn
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_graph_that_is_not_repaired_is_refused_by_the_library(with_engines: WithEngines, precision, monkeypatch):
-    import tensorrt_rtx as trt
-
+def test_a_graph_that_is_not_repaired_is_refused_by_the_library(with_engines: WithEngines, precision):
+    trt = require_library("tensorrt-rtx")
     graph = with_engines.graph(precision)
     assert len(engine_graph(graph).repairs) == 2
     builder = trt.Builder(trt.Logger(trt.Logger.INTERNAL_ERROR))
