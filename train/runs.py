@@ -54,7 +54,7 @@ def begin(recipe: Recipe, data: DataFolder, out: Path, *, block: Path | None, re
     root, digest = str(data.root.resolve()), manifest_sha256(manifest)
     provenance = {
         "recipe": json.loads(json.dumps(to_dict(recipe))),
-        "data": {"name": data.name, "root": root, "sha256": digest, "note": data.note},
+        "data": {"name": data.name, "root": root, "sha256": digest, "note": data.note, "manifest": manifest},
         "versions": {"medseg-trt": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
     }
     last = out / "last.pt"
