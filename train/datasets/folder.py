@@ -154,7 +154,10 @@ def open_folder(root: Path) -> DataFolder:
         }
     else:
         splits = _divide(tuple(pairs.values()))
-    _warn_of_leaks(splits)
+    if leaks := shared_slices(splits):
+        LOG.warning(
+            "the splits share slices, so figures do not tell how the model does on new images: %s", _first(leaks)
+        )
     return DataFolder(
         root=root, name=described.name or root.resolve().name, classes=classes, splits=splits, window=described.window,
         note=described.note, split_notes=described.split_notes,
@@ -285,8 +288,8 @@ def _divide(cases: Sequence[Case]) -> dict[str, tuple[Case, ...]]:
     return {name: (replace(only, slices=block),) for name, block in zip(("train", "val"), blocks, strict=True)}
 
 
-def _warn_of_leaks(splits: Mapping[str, Sequence[Case]]) -> None:
-    """Say where two splits share slices: figures of what was trained on are too good."""
+def shared_slices(splits: Mapping[str, Sequence[Case]]) -> list[str]:
+    """Return where two splits share slices: figures of what was trained on are too good."""
     seen: dict[Source | Path, list[tuple[str, Case]]] = {}
     leaks: list[str] = []
     for split, cases in splits.items():
@@ -296,10 +299,7 @@ def _warn_of_leaks(splits: Mapping[str, Sequence[Case]]) -> None:
                 f"{case.name} ({other} and {split})" for other, old in others if other != split and _overlap(case, old)
             ]
             others.append((split, case))
-    if leaks:
-        LOG.warning(
-            "the splits share slices, so figures do not tell how the model does on new images: %s", _first(leaks)
-        )
+    return leaks
 
 
 def _overlap(case: Case, other: Case) -> bool:
