@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from medseg_trt.commands.options import FOLDER, output_options, print_table
+from medseg_trt.errors import InputError
 
 
 @click.group()
@@ -34,8 +35,7 @@ def data_check(folder: Path, changes: tuple[str, ...], as_json: bool) -> None:
         for kind, lines in (("wrong", report.problems), ("note", report.remarks)):
             for line in lines:
                 click.echo(f"{kind}: {line}")
-        click.echo(
-            "something is wrong with this data set" if report.problems else "nothing is wrong with this data set"
-        )
+        if not report.problems:
+            click.echo("nothing is wrong with this data set")
     if report.problems:
-        click.get_current_context().exit(1)
+        raise InputError(f"{len(report.problems)} thing(s) are wrong with {folder}; they are named above")

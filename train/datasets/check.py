@@ -85,8 +85,8 @@ def orientation_problems(data: DataFolder) -> list[str]:
     if not silent or not telling:
         return []
     return [
-        f"{silent[0]} does not say how it lies ({len(silent)} such volume(s)), but {telling[0]} does, so they cannot be "
-        "turned alike; repair its sform or qform"
+        f"{silent[0]} does not say how it lies ({len(silent)} such volume(s)), but {telling[0]} does, "
+        "so they cannot be turned alike; repair its sform or qform"
     ]
 
 
