@@ -122,7 +122,7 @@ def _fresh(recipe: Recipe, data: DataFolder, provenance: Mapping[str, Any], bloc
 def _preprocessing(recipe: Recipe, data: DataFolder) -> Preprocessing:
     if data.window is None or data.window == recipe.preprocessing.window:
         return recipe.preprocessing
-    LOG.info("the window is %g … %g, as dataset.json says", *data.window)
+    LOG.info("the window is %g … %g, as the data set says", *data.window)
     return replace(recipe.preprocessing, window=data.window)
 
 
