@@ -174,6 +174,13 @@ def save_nifti(
     nibabel.save(volume, path)
 
 
+def load_nifti(path: Path) -> nibabel.Nifti1Image:
+    """Open a volume that was written here."""
+    volume = nibabel.load(path)
+    assert isinstance(volume, nibabel.Nifti1Image)
+    return volume
+
+
 def _write_transunet(root: Path, train: Sequence[str], test: Sequence[str], slices: int, size: tuple[int, int]) -> Path:
     data, lists = root / "data" / "Synapse", _folder(root / "lists" / "lists_Synapse")
     names: list[str] = []

@@ -8,6 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from official import (
+    load_nifti,
     save_nifti,
     write_acdc,
     write_busi,
@@ -173,7 +174,7 @@ def test_a_dim_mask_is_neither_black_and_white_nor_labels(tmp_path):
 
 def silence(path):
     """Remove what a NIfTI header says of where the volume lies."""
-    volume = nibabel.load(path)
+    volume = load_nifti(path)
     values = np.asarray(volume.dataobj).copy()
     silent = nibabel.Nifti1Image(values, None)
     silent.header.set_zooms(volume.header.get_zooms())
@@ -207,7 +208,7 @@ def test_a_mask_that_lies_elsewhere_than_its_image_is_named(tmp_path):
 @pytest.mark.parametrize("wrong", ["val", "test"])
 def test_training_does_not_start_where_a_later_case_cannot_be_read(tmp_path, wrong):
     data = open_dataset("colondb", write_pictures(tmp_path / "data", 12), ANY)
-    data.splits[wrong][0].mask.write_bytes(b"no picture")
+    data.splits[wrong][0].files[1].write_bytes(b"no picture")
     block = write_block(tmp_path)
     with pytest.raises(InputError, match=f"masks/{data.splits[wrong][0].name}.png"):
         begin(tiny_recipe(), data, tmp_path / "run", block=block, resume=False)
@@ -217,7 +218,7 @@ def test_training_does_not_start_where_a_later_case_cannot_be_read(tmp_path, wro
 def test_training_does_not_start_with_a_wrong_label(tmp_path):
     write_pictures(tmp_path / "data", 12)
     data = open_dataset("colondb", tmp_path / "data", ANY)
-    PIL.Image.fromarray(np.full((32, 32), 60, np.uint8)).save(data.splits["train"][2].mask)
+    PIL.Image.fromarray(np.full((32, 32), 60, np.uint8)).save(data.splits["train"][2].files[1])
     with pytest.raises(InputError, match=f"{data.splits['train'][2].name}.png goes from 0 to 60"):
         train(tiny_recipe(), data, tmp_path / "run", block=write_block(tmp_path))
     assert not (tmp_path / "run" / "last.pt").exists()

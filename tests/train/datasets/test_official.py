@@ -11,6 +11,7 @@ import pytest
 from official import (
     SIZE,
     colour_picture,
+    load_nifti,
     save_nifti,
     write_acdc,
     write_busi,
@@ -262,7 +263,7 @@ def test_a_raw_scan_is_in_hounsfield_units_and_turned_to_lps(archives, tmp_path)
     root = shutil.copytree(archives["synapse"], tmp_path / "RawData")  # the same scan, stored from the head down
     for part in ("img", "label"):
         path = root / "Training" / part / f"{part}0005.nii.gz"
-        stored = nibabel.load(path)
+        stored = load_nifti(path)
         values = np.asarray(stored.dataobj)[:, :, ::-1]
         affine = stored.affine @ np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, -1, values.shape[2] - 1], [0, 0, 0, 1]])
         nibabel.save(nibabel.Nifti1Image(values.copy(), affine), path)
@@ -288,6 +289,16 @@ def test_a_patient_of_acdc_is_in_one_split_and_films_are_left_alone(archives, la
     }
     assert not any("4d" in case.name for case in all_cases(data))
     assert data.classes.names == ("background", "right ventricle", "myocardium", "left ventricle")
+
+
+def test_the_window_of_raw_hearts_is_that_of_the_training_volumes(tmp_path):
+    root = write_acdc(tmp_path)
+    train = open_dataset("acdc", root, ANY).splits["train"]
+    peaks = [np.percentile(read_image(case.image).pixels, 99.5) for case in train]
+    assert open_dataset("acdc", root, ANY).window == (0, pytest.approx(max(peaks)))
+    brighter = root / "training" / "patient001" / "patient001_frame01.nii.gz"  # of a test patient
+    save_nifti(brighter, np.full((3, 32, 40), 3000, np.int16), (10.0, 1.5, 1.5))
+    assert open_dataset("acdc", root, ANY).window == (0, pytest.approx(max(peaks)))
 
 
 def test_all_hundred_patients_are_the_official_number(tmp_path):
