@@ -10,16 +10,12 @@ the authors' ``dataset_ACDC.py`` have it.
 """
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
 
 from medseg_trt.errors import InputError
 from medseg_trt.images import natural_key
-from medseg_trt.progress import track
 from medseg_trt.spec import Classes
-from medseg_trt.train.datasets.folder import Case, read_case_image
+from medseg_trt.train.datasets.folder import Case
 from medseg_trt.train.datasets.layout import Dataset, Found, Layout, below, by_name, files, folders, locator, paired
 from medseg_trt.train.datasets.options import DataOptions
 
@@ -27,7 +23,6 @@ CLASSES = Classes(names=("background", "right ventricle", "myocardium", "left ve
 PATIENTS = {"train": range(31, 101), "val": range(21, 31), "test": range(1, 21)}
 FRAMES_OF_A_PATIENT = 2
 SCALED = (0.0, 1.0)
-BRIGHTEST = 99.5
 PATIENT, FRAME, SLICE = r"(patient\d{3})", r"(patient\d{3}_frame\d+)", r"(patient\d{3}_frame\d+_slice_\d+)"
 MAX_INFO_BYTES = 1 << 16
 
@@ -47,9 +42,7 @@ def read_official(base: Path, _options: DataOptions) -> Found:
         found += [Case(image=image, mask=mask, group=folder.name) for _, image, mask in pairs]
     official = {part: FRAMES_OF_A_PATIENT * len(numbers) for part, numbers in PATIENTS.items()}
     parts = {part: _of(part, found) for part in PATIENTS}
-    return Found(
-        parts=parts, official=official, classes=CLASSES, window=_window(parts["train"]), problems=tuple(problems)
-    )
+    return Found(parts=parts, official=official, classes=CLASSES, problems=tuple(problems))
 
 
 def read_prepared(base: Path, options: DataOptions) -> Found:
@@ -73,21 +66,6 @@ def read_prepared(base: Path, options: DataOptions) -> Found:
         official={part: FRAMES_OF_A_PATIENT * len(PATIENTS[part]) for part in ("val", "test")},
         classes=CLASSES, window=SCALED, problems=tuple(problems),
     )  # fmt: skip
-
-
-def _window(cases: Sequence[Case]) -> tuple[float, float] | None:
-    """Return 0 and the largest of the training volumes' ``BRIGHTEST`` percentiles; None where none can be read.
-
-    The numbers of MR have no unit, and scanners differ by factors. SSL4MIS scales every volume by itself; here one
-    window must do, since it is part of the network's contract, and this one cuts hardly anything off.
-    """
-    peaks: list[float] = []
-    for case in track(cases, "look for the largest values of the volumes"):
-        try:
-            peaks.append(float(np.percentile(read_case_image(case).pixels, BRIGHTEST)))
-        except InputError:  # whoever reads its labels says so
-            continue
-    return (0.0, max(peaks)) if peaks and max(peaks) > 0 else None
 
 
 SLICES = ("acdc_training_slices", "slices")

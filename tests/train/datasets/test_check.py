@@ -3,11 +3,13 @@
 import shutil
 from dataclasses import replace
 
+import nibabel
 import numpy as np
 import PIL.Image
 import pytest
 from official import (
     colour_picture,
+    load_nifti,
     write_acdc,
     write_busi,
     write_clinicdb,
@@ -148,13 +150,11 @@ def test_what_is_no_fault_is_remarked_on(tmp_path):
 
 
 def test_classes_that_never_occur_and_mixed_axes_are_remarked_on(tmp_path):
-    import nibabel
-
     root = write_volumes(tmp_path, 2)
     described = {"train": [{"image": "scan0"}], "val": [{"image": "scan1"}]}
     write_description(root, described, replace(LESION, names=("background", "disc", "bar", "ghost"), colors=()))
     for part in ("images", "masks"):
-        stored = nibabel.load(root / part / "scan1.nii.gz")
+        stored = load_nifti(root / part / "scan1.nii.gz")
         nibabel.save(stored.as_reoriented(np.array([[0, -1], [1, 1], [2, 1]])), root / part / "scan1.nii.gz")
     report = check_data(root)
     assert report.problems == ()
