@@ -1,6 +1,6 @@
 """Put several checkpoints and bundles side by side on the same labelled images: Dice and IoU per class."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +14,9 @@ from medseg_trt.segment import Run
 from medseg_trt.session import open_reference, open_session
 from medseg_trt.spec import Classes, Preprocessing
 from medseg_trt.train.checkpoint import load_checkpoint
-from medseg_trt.train.datasets.folder import DataFolder, open_folder
+from medseg_trt.train.datasets.folder import DataFolder
+from medseg_trt.train.datasets.official import open_recorded, recorded_options
+from medseg_trt.train.datasets.options import with_changes
 from medseg_trt.train.evaluate import Evaluation, evaluate, metric_mode
 
 BRANCHES = "in both / missed / false alarm / absent"
@@ -28,6 +30,7 @@ class Network:
     run: Run
     preprocessing: Preprocessing
     classes: Classes
+    provenance: Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,19 +93,23 @@ def evaluate_all(
     splits: Sequence[str],
     backend: str,
     hd95: bool = False,
+    *,
     metric: str = "volume",
     batch: int = 8,
+    changes: Sequence[str] = (),
 ) -> list[Scoreboard]:
     """Score every checkpoint and bundle on every split; with ``hd95`` also measure the distance between the outlines.
 
+    The data are read and divided as the networks' training read and divided them, but for ``changes``, such as
+    ``data.dataset=colondb``.
+
     Raises:
-        UsageError: a network knows other classes than the data, or there is no such metric.
+        UsageError: a network knows other classes than the data, or was trained with other options of the data, or
+            there is no such metric.
         InputError: the data cannot be used, or has no such split.
         ArtefactError: a checkpoint or bundle cannot be used.
     """
     metric_mode(metric, hd95)  # a typo is found now, not after minutes
-    data = open_folder(data_folder)
-    cases = {split: data.cases(split) for split in splits}
     paths = list(dict.fromkeys([*checkpoints, *bundles]))
     names = {path: "/".join(path.parts[-2:]) for path in paths}  # enough to tell runs apart
     if len(set(names.values())) < len(paths):
@@ -112,6 +119,8 @@ def evaluate_all(
             *(_from_checkpoint(path, names[path], stack) for path in checkpoints),
             *(_from_bundle(path, names[path], backend, stack) for path in bundles),
         ]
+        data = _open_data(data_folder, networks, changes)
+        cases = {split: data.cases(split) for split in splits}
         for network in networks:
             _require_same_classes(network, data)
         return [
@@ -130,6 +139,15 @@ def evaluate_all(
         ]
 
 
+def _open_data(folder: Path, networks: Sequence[Network], changes: Sequence[str]) -> DataFolder:
+    options = {with_changes(recorded_options(network.provenance), changes): network for network in networks}
+    if len(options) > 1:
+        names = ", ".join(network.name for network in options.values())
+        raise UsageError(f"{names} were trained with other options of the data; evaluate them one by one")
+    ((chosen, network),) = options.items()
+    return open_recorded(folder, network.provenance, chosen if changes else None)
+
+
 def _from_checkpoint(path: Path, name: str, stack: ExitStack) -> Network:
     checkpoint = load_checkpoint(path)
     session = stack.enter_context(open_reference(checkpoint))
@@ -138,6 +156,7 @@ def _from_checkpoint(path: Path, name: str, stack: ExitStack) -> Network:
         run=session.run,
         preprocessing=checkpoint.preprocessing,
         classes=checkpoint.classes,
+        provenance=checkpoint.provenance,
     )
 
 
@@ -149,6 +168,7 @@ def _from_bundle(path: Path, name: str, backend: str, stack: ExitStack) -> Netwo
         run=session.run,
         preprocessing=bundle.preprocessing,
         classes=bundle.classes,
+        provenance=bundle.content.source.get("provenance", {}),
     )
 
 

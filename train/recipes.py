@@ -8,6 +8,7 @@ from typing import Any
 from medseg_trt.errors import ArtefactError, UsageError
 from medseg_trt.spec import InsertSpec, Preprocessing, from_dict, to_dict
 from medseg_trt.train.augment import Step
+from medseg_trt.train.datasets.options import DataOptions
 from medseg_trt.train.model import MODELS
 from medseg_trt.train.schedules import SCHEDULES
 
@@ -65,6 +66,7 @@ class Recipe:
     insert: InsertSpec = field(default_factory=InsertSpec)
     rotary: bool = False
     causal: bool = False
+    data: DataOptions = field(default_factory=DataOptions)
 
     __pydantic_config__ = {"extra": "forbid"}
 
