@@ -20,6 +20,7 @@ FinalNorm = Literal["ones", "pretrained", "none"]
 Placement = Literal["before_norm", "after_norm"] | int
 Weights = Literal["pretrained", "random", "shuffled", "none"]
 Parts = Literal["full", "attention", "mlp"]
+MapperInit = Literal["default", "trunc02"]
 SPLINE_ORDERS: Mapping[str, int] = {"spline3": 3, "spline0": 0}  # of the methods of Resize that are SciPy's ``zoom``
 PIXELS_PER_TOKEN = 16  # the R50 stage halves the image four times, and a token is one of its pixels
 
@@ -83,6 +84,9 @@ class InsertSpec:
     their structure. "none" leaves the layers out, ``L(x) = x``, so that only the maps and the norm remain. Frozen
     random and shuffled weights follow from ``seed`` and the block file and are in no checkpoint.
 
+    ``mapper_init``: what ``M1`` and ``M2`` start from, PyTorch's own draw for a linear map, as published, or a normal
+    one with a standard deviation of 0.02, cut off at ±2 (Pang et al. 2024, LM4VisualEncoding).
+
     Source: Lai et al. 2024, ``vit_llama.py`` of LLMBoostMedical, for the residuals (``llam_res`` 1, 2 and 3).
     """
 
@@ -94,6 +98,7 @@ class InsertSpec:
     num_layers: int = 1  # the last ones of the language model, one after the other
     trainable: bool = False  # the language layers, from the weights above; then they are in the checkpoint
     seed: int = 0  # of random and shuffled weights
+    mapper_init: MapperInit = "default"
 
     __pydantic_config__ = {"extra": "forbid"}
 

@@ -9,6 +9,8 @@ from medseg_trt.errors import ArtefactError, UsageError
 from medseg_trt.spec import InsertSpec, Preprocessing, from_dict, to_dict
 from medseg_trt.train.augment import Step
 from medseg_trt.train.datasets.options import DataOptions
+from medseg_trt.train.engine import AUTOCASTS
+from medseg_trt.train.frozen import FROZEN_DTYPES
 from medseg_trt.train.model import MODELS
 from medseg_trt.train.schedules import SCHEDULES
 
@@ -34,6 +36,10 @@ class TrainSpec:
     validate_every: int = 1  # epochs
     seed: int = 1234
     workers: int = 0  # processes that load data beside the main one
+    autocast: str = "no"  # a key of AUTOCASTS: what a training step computes in
+    frozen_dtype: str = "fp32"  # a key of FROZEN_DTYPES: what the frozen block is kept and computed in while training
+    accumulate: int = 1  # micro-batches that a batch is computed in, one after the other
+    save_every_steps: int | None = None  # also write last.pt in the middle of an epoch
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -48,6 +54,15 @@ class TrainSpec:
             raise ValueError("seed, workers and warmup_steps must be 0 or more")
         if self.learning_rate <= 0 or (self.slices_per_epoch is not None and self.slices_per_epoch < 1):
             raise ValueError("learning_rate must be positive, slices_per_epoch 1 or more")
+        for what, name, known in (
+            ("autocast", self.autocast, AUTOCASTS), ("frozen_dtype", self.frozen_dtype, FROZEN_DTYPES)
+        ):  # fmt: skip
+            if name not in known:
+                raise ValueError(f"{what} cannot be {name!r}; choose one of: {', '.join(known)}")
+        if not 1 <= self.accumulate <= self.batch_size:
+            raise ValueError(f"accumulate is {self.accumulate}; it must be 1 … batch_size, {self.batch_size}")
+        if self.save_every_steps is not None and self.save_every_steps < 1:
+            raise ValueError("save_every_steps must be 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +88,10 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.architecture not in MODELS:
             raise ValueError(f"no architecture is called {self.architecture!r}; choose one of: {', '.join(MODELS)}")
+        if self.insert.trainable and self.train.frozen_dtype != "fp32":
+            raise ValueError(
+                f"frozen_dtype={self.train.frozen_dtype} is for a block that is frozen; insert.trainable=true trains it"
+            )
 
 
 def organs_demo() -> Recipe:

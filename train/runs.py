@@ -1,6 +1,7 @@
 """A run folder: start one, go on with one after a kill, and save what an epoch has brought.
 
-It holds ``best.pt`` (highest mean Dice on the validation split), ``last.pt`` (with the optimiser's state),
+It holds ``best.pt`` (highest mean Dice on the validation split), ``last.pt`` (with the optimiser's state, after the
+latest epoch or, with ``train.save_every_steps``, in the middle of one),
 ``history.jsonl`` (a line an epoch; epoch 0 is the untrained model), ``curve.png``, ``recipe.json`` and ``data.json``.
 """
 
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from medseg_trt import __version__
 from medseg_trt.errors import UsageError
@@ -33,16 +35,22 @@ Row = Mapping[str, Any]  # of history.jsonl: epoch, loss, seconds, and dice, dic
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """How far an epoch that is not complete has come."""
+
+    epoch: int
+    losses: tuple[float, ...]  # of the steps that are done
+    random_state: Mapping[str, Tensor]  # before the next step
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunState:
     """Where a training run stands."""
 
     checkpoint: Checkpoint
-    history: tuple[Row, ...] = ()
-
-    @property
-    def next_epoch(self) -> int:
-        """The epoch to do next; 0 is the look at the untrained model."""
-        return self.history[-1]["epoch"] + 1 if self.history else 0
+    history: tuple[Row, ...] = ()  # known to the process that writes it
+    next_epoch: int = 0  # 0 is the look at the untrained model
+    progress: Progress | None = None  # in ``next_epoch``
 
 
 def begin(recipe: Recipe, data: DataFolder, out: Path, *, block: Path | None, resume: bool) -> RunState:
@@ -73,8 +81,22 @@ def begin(recipe: Recipe, data: DataFolder, out: Path, *, block: Path | None, re
     return RunState(checkpoint=checkpoint)
 
 
-def save(state: RunState, model: TransUNet, optimizer: torch.optim.Optimizer, row: Row, out: Path) -> RunState:
-    """Write what an epoch has brought, so that a kill at any moment loses no more than the epoch it interrupts."""
+def join(recipe: Recipe, data: DataFolder, out: Path, *, block: Path | None) -> RunState:
+    """Return what ``begin`` has returned in another process, which has checked it all; nothing is written."""
+    last = out / "last.pt"
+    return _state(load_checkpoint(last)) if last.is_file() else RunState(checkpoint=_fresh(recipe, data, {}, block))
+
+
+def save(state: RunState, model: TransUNet, training: Mapping[str, Any], row: Row, out: Path) -> RunState:
+    """Write what an epoch has brought, so that a kill at any moment loses no more than the epoch it interrupts.
+
+    Args:
+        state: of the run before this epoch.
+        model: after it.
+        training: what is needed besides the weights to go on.
+        row: of the history.
+        out: the run folder.
+    """
     history = (*state.history, row)
     provenance = {**state.checkpoint.provenance, "epoch": row["epoch"], "metrics": {"val": row.get("dice_of_class")}}
     checkpoint = replace(state.checkpoint, weights=trained_weights(model), provenance=provenance, training=None)
@@ -82,10 +104,19 @@ def save(state: RunState, model: TransUNet, optimizer: torch.optim.Optimizer, ro
         save_checkpoint(checkpoint, out / "best.pt")
     with atomic_file(out / "history.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in history), encoding="utf-8")
-    training = {"optimizer": optimizer.state_dict(), "epoch": row["epoch"]}
-    save_checkpoint(replace(checkpoint, training=training), out / "last.pt")
+    save_checkpoint(replace(checkpoint, training={**training, "epoch": row["epoch"]}), out / "last.pt")
     draw_curve(history, out / "curve.png")
-    return RunState(checkpoint=state.checkpoint, history=history)
+    return RunState(checkpoint=state.checkpoint, history=history, next_epoch=row["epoch"] + 1)
+
+
+def save_progress(
+    state: RunState, model: TransUNet, training: Mapping[str, Any], progress: Progress, out: Path
+) -> None:
+    """Write ``last.pt`` in the middle of an epoch, so that a kill loses no more than the steps after it."""
+    last = {**training, "epoch": progress.epoch - 1, "progress": to_dict(progress)}
+    provenance = {**state.checkpoint.provenance, "epoch": progress.epoch - 1, "step": len(progress.losses)}
+    checkpoint = replace(state.checkpoint, weights=trained_weights(model), provenance=provenance, training=last)
+    save_checkpoint(checkpoint, out / "last.pt")
 
 
 def _is_best(row: Row, history: Sequence[Row]) -> bool:
@@ -140,11 +171,22 @@ def _resumed(last: Checkpoint, provenance: Mapping[str, Any], block: Path | None
         raise UsageError(
             f"{out} was begun with another {' and '.join(changed)}; resume with the same, or choose another -o"
         )
-    assert last.training is not None  # last.pt always carries it
+    state = _state(last)
     rows = [json.loads(line) for line in (out / "history.jsonl").read_text(encoding="utf-8").splitlines()]
-    history = tuple(row for row in rows if row["epoch"] <= last.training["epoch"])
-    LOG.info("go on after epoch %d", last.training["epoch"])
-    return RunState(checkpoint=last, history=history)
+    history = tuple(row for row in rows if row["epoch"] < state.next_epoch)
+    step = f", step {len(state.progress.losses)} of the next" if state.progress is not None else ""
+    LOG.info("go on after epoch %d%s", state.next_epoch - 1, step)
+    return replace(state, history=history)
+
+
+def _state(last: Checkpoint) -> RunState:
+    assert last.training is not None  # last.pt always carries it
+    progress = last.training.get("progress")
+    return RunState(
+        checkpoint=last,
+        next_epoch=last.training["epoch"] + 1,
+        progress=Progress(**progress) if progress is not None else None,
+    )
 
 
 def _with_defaults(recorded: object, out: Path) -> dict[str, Any]:

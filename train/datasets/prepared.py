@@ -14,6 +14,7 @@ from medseg_trt.spec import Preprocessing
 from medseg_trt.train.datasets.folder import Case, read_case
 
 EIGHT_BIT = (0.0, 255.0)
+IMAGES, LABELS = "images.npy", "labels.npy"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,6 +24,12 @@ class PreparedSlices:
     images: np.ndarray  # (slices, 3, height, width) float32, mapped from disk
     labels: np.ndarray  # (slices, height, width) uint8, mapped from disk
     slices_of_class: tuple[np.ndarray, ...]  # for every label that occurs, the slices that hold it
+
+
+def mapped_slices(folder: Path, slices_of_class: tuple[np.ndarray, ...]) -> PreparedSlices:
+    """Return the slices that ``prepare_slices`` has put into a folder, in whichever process."""
+    images, labels = (np.load(folder / name, mmap_mode="r") for name in (IMAGES, LABELS))
+    return PreparedSlices(images=images, labels=labels, slices_of_class=slices_of_class)
 
 
 def prepare_slices(
@@ -44,8 +51,8 @@ def prepare_slices(
         raise InputError(
             f"the disk of {folder} has no room for {wanted / 1e9:.1f} GB of prepared slices; choose another with -o"
         )
-    images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.float32, (total, 3, height, width))
-    labels = np.lib.format.open_memmap(folder / "labels.npy", "w+", np.uint8, (total, height, width))
+    images = np.lib.format.open_memmap(folder / IMAGES, "w+", np.float32, (total, 3, height, width))
+    labels = np.lib.format.open_memmap(folder / LABELS, "w+", np.uint8, (total, height, width))
     holds = np.zeros((total, num_labels), bool)
     unscaled: list[str] = []
     index = 0
