@@ -25,6 +25,7 @@ from medseg_trt.commands.kernels import kernels
 from medseg_trt.commands.samples import samples
 from medseg_trt.commands.train import train
 from medseg_trt.errors import MedsegError, MissingExtraError
+from medseg_trt.progress import is_spokesman
 
 COMMANDS: tuple[click.Command, ...] = (
     samples,
@@ -106,7 +107,7 @@ def cli() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_Messages())
     logger.handlers = [handler]
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO if is_spokesman() else logging.ERROR)
 
 
 for command in COMMANDS:

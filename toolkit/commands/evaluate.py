@@ -18,6 +18,15 @@ from medseg_trt.errors import UsageError
 )
 @click.option("--backend", default="auto", show_default=True, help="What runs the bundles.")
 @click.option(
+    "--metric",
+    default="volume",
+    show_default=True,
+    help="How to count: volume, per_image, unext_batch, volume_transunet.",
+)
+@click.option(
+    "--batch", type=click.IntRange(1), default=8, show_default=True, help="Slices at once; unext_batch depends on it."
+)
+@click.option(
     "--set", "changes", multiple=True, metavar="FIELD=VALUE", help="Read the data otherwise, e.g. data.dataset=colondb."
 )
 @click.option("--hd95", is_flag=True, help="Also the 95th percentile of the distance between the outlines.")
@@ -28,6 +37,8 @@ def evaluate(
     data_folder: Path,
     splits: tuple[str, ...],
     backend: str,
+    metric: str,
+    batch: int,
     hd95: bool,
     changes: tuple[str, ...],
     as_json: bool,
@@ -37,9 +48,12 @@ def evaluate(
 
     if not checkpoints and not bundles:
         raise UsageError("nothing to evaluate; give --ckpt model.pt or --bundle model.medseg")
-    boards = scoreboard.evaluate_all(checkpoints, bundles, data_folder, splits, backend, hd95, changes)
+    boards = scoreboard.evaluate_all(
+        checkpoints, bundles, data_folder, splits, backend, hd95, metric=metric, batch=batch, changes=changes
+    )
     if as_json:
         click.echo(json.dumps({"splits": [board.to_dict() for board in boards]}, indent=2))
     else:
         for board in boards:
-            print_table(board.title, board.header(), board.cells())
+            print_table(board.heading(), board.header(), board.cells())
+            print_table("How often each class was found:", *board.branches())

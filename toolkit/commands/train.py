@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from medseg_trt.commands.options import FILE, FOLDER, output_options, print_result
+from medseg_trt.progress import is_spokesman
 
 
 @click.command()
@@ -23,7 +24,10 @@ def train(
     recipe_name: str, data_folder: Path, split_manifest: Path | None, block_file: Path | None, output: Path | None,
     changes: tuple[str, ...], resume: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Train a model on images and masks."""
+    """Train a model on images and masks.
+
+    Several GPUs or machines share every batch: torchrun --nproc-per-node 4 -m medseg_trt train …
+    """
     from medseg_trt.train.datasets.official import open_dataset
     from medseg_trt.train.loop import train as run_training
     from medseg_trt.train.recipes import recipe
@@ -33,6 +37,8 @@ def train(
     out = output or Path("runs", recipe_name)
     data = open_dataset(None, data_folder, chosen.data)
     best = run_training(chosen, data, out, block=block_file, resume=resume)
+    if not is_spokesman():
+        return
     last_row = json.loads((out / "history.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     result = {"checkpoint": str(best), "last": str(out / "last.pt"), "curve": str(out / "curve.png"), "final": last_row}
     print_result(as_json, result, f"best checkpoint: {best}\ncurve: {out / 'curve.png'}")
