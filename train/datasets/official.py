@@ -1,7 +1,7 @@
 """The table of the paper's data sets, and the way from a folder on the disk to cases in splits."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ DATASETS: Mapping[str, Dataset] = {
     "acdc": acdc.DATASET,
 }
 FOLDER = "folder"  # anyone's own data, see datasets.folder
-ONE_DATASET = ("masks", "normals", "organs")  # the fields of DataOptions that only some data sets know
+CHOICES = ("order", "split_seed", "group_by", "masks", "normals", "organs")  # which mean nothing to some data
 MAX_NAMED = 3
 
 
@@ -115,19 +115,20 @@ def look_into(name: str | None, root: Path, options: DataOptions) -> Opened | No
     name = name or options.dataset
     if name not in (None, FOLDER, *DATASETS):
         raise UsageError(f"no data set is called {name!r}; choose one of: {FOLDER}, {', '.join(DATASETS)}")
-    if name == FOLDER or (root / "dataset.json").is_file():
+    is_own = name is None and (root / "images").is_dir()
+    if is_own or name == FOLDER or (root / "dataset.json").is_file():
+        _require_meaning(options, (), f"{root}, which dataset.json divides")
         return None
     candidates = [name] if name is not None else list(DATASETS)
     matches = _matches(root, candidates, only_telling=name is None)
-    if not matches and (name is not None or not (root / "images").is_dir()):
+    if not matches:
         raise InputError(_unknown_layout(root, candidates))
-    if not matches or (name is None and (root / "images").is_dir()):
-        return None
     if len(matches) > 1:
         raise InputError(f"{root} holds several data sets, {', '.join(matches)}; give the folder of one of them")
     ((found_name, (layout, base)),) = matches.items()
-    _check_choices(found_name, options)
-    LOG.info("%s is read as %s: %s", base, DATASETS[found_name].title, layout.what)
+    dataset = DATASETS[found_name]
+    _require_meaning(options, ("order", "split_seed", "group_by", *dataset.choices), dataset.title)
+    LOG.info("%s is read as %s: %s", base, dataset.title, layout.what)
     return Opened(name=found_name, layout=layout, found=layout.read(base, options))
 
 
@@ -223,12 +224,16 @@ def _check_unique(found: Found) -> None:
         raise InputError(f"two cases are called {twice[0]} ({len(twice)} such name(s)); names must tell cases apart")
 
 
-def _check_choices(name: str, options: DataOptions) -> None:
+def _require_meaning(options: DataOptions, known: Sequence[str], title: str) -> None:
+    """Refuse an option that would change nothing, which its user would not notice.
+
+    Raises:
+        UsageError: an option that is not the default is none of ``known``.
+    """
     default = DataOptions()
-    for field in fields(options):
-        is_changed = getattr(options, field.name) != getattr(default, field.name)
-        if is_changed and field.name in ONE_DATASET and field.name not in DATASETS[name].choices:
-            raise UsageError(f"data.{field.name} means nothing to {DATASETS[name].title}; leave it out")
+    for name in CHOICES:
+        if name not in known and getattr(options, name) != getattr(default, name):
+            raise UsageError(f"data.{name} means nothing to {title}; leave it out")
 
 
 def _unknown_layout(root: Path, candidates: Sequence[str]) -> str:

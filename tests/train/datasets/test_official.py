@@ -354,6 +354,14 @@ def test_an_option_that_would_change_nothing_is_refused(archives, layout, option
         open_dataset(None, archives[layout], options)
 
 
+@pytest.mark.parametrize("change", ["split_seed=7", "masks=first", "group_by=sequence"])
+def test_a_folder_of_ones_own_has_no_such_options(tmp_path, change):
+    write_pictures(tmp_path, 4)
+    options = with_changes(DataOptions(), (change,))
+    with pytest.raises(UsageError, match=f"data.{change.partition('=')[0]} means nothing to .*dataset.json divides"):
+        open_dataset(None, tmp_path, options)
+
+
 def test_options_are_changed_by_name_and_read_back_from_a_recipe():
     changed = with_changes(DataOptions(), ("data.masks=first", "split_seed=7", "data.count=300"))
     assert (changed.masks, changed.split_seed, changed.count) == ("first", 7, 300)
