@@ -171,8 +171,8 @@ def _weights(state: State, spec: ModelSpec, path: Path) -> dict[str, Tensor]:
             found = state[wanted[ours]]
             if found.shape != like.shape:
                 raise ArtefactError(
-                    f"{path}: {wanted[ours]} is {tuple(found.shape)}, but {spec.architecture} at {spec.image_size[0]} x "
-                    f"{spec.image_size[1]} has {tuple(like.shape)}"
+                    f"{path}: {wanted[ours]} is {tuple(found.shape)}, but that of {spec.architecture} is "
+                    f"{tuple(like.shape)}; for another image size give --image-size"
                 )
             weights[ours] = found.to(like.dtype)
     return weights

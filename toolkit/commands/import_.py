@@ -15,9 +15,7 @@ from medseg_trt.errors import UsageError
 @click.option("--classes", help="The labels' names, the background first, with commas between them.")
 @click.option("--image-size", help="Pixels: 224, or HEIGHTxWIDTH.  [default: the square it was trained with]")
 @click.option("--block", "block_file", type=FILE, help="The frozen block, where the checkpoint does not hold it.")
-@click.option(
-    "--recipe", default="synapse", show_default=True, help="Whose preprocessing the network was trained with."
-)
+@click.option("--recipe", default="synapse", show_default=True, help="Whose preprocessing the network had.")
 @click.option("--architecture", help="One of other sizes.  [default: transunet, or llm-transunet, by what is inside]")
 @output_options
 def import_(
@@ -46,8 +44,8 @@ def import_(
     size = " x ".join(map(str, spec.image_size))
     print_result(
         as_json, result,
-        f"{output}: {spec.architecture}, {size} pixels, {len(checkpoint.classes.names)} classes; images are prepared as "
-        f"the recipe {recipe} does it",
+        f"{output}: {spec.architecture}, {size} pixels, {len(checkpoint.classes.names)} classes; "
+        f"images are prepared as the recipe {recipe} does it",
     )  # fmt: skip
 
 
