@@ -1,7 +1,7 @@
 """The published forward pass of TransUNet and LLM4MedSeg, written down once more under the authors' own names.
 
-An oracle for ``medseg-trt import``: nothing of ``medseg_trt.train`` is used. Written from the tables of names and shapes
-of the two repositories and from what their layers compute, functionally, on a state dict; evaluation mode.
+An oracle for ``medseg-trt import``: nothing of ``medseg_trt.train`` is used. Written from the names and shapes of the
+two repositories and from what their layers compute, as functions of a state dict, in evaluation mode.
 """
 
 import math

@@ -89,6 +89,7 @@ def _member(archive: zipfile.ZipFile, name: str, path: Path) -> Array:
         with archive.open(name) as file:
             NPY_HEADERS[np.lib.format.read_magic(file)](file)
             content = file.read(prod(shape) * dtype.itemsize)
+            file.read(1)  # at the end of a member its checksum is compared
         values = np.frombuffer(content, dtype).reshape(shape, order="F" if is_fortran else "C")
         return torch.from_numpy(np.ascontiguousarray(values, np.float32))
 
