@@ -1,9 +1,9 @@
-"""One of two processes, or the only one, that takes the steps of ``test_processes``; the first prints what it found.
+"""One of two processes, or the only one, that takes the steps of ``test_processes``; the first writes what it found.
 
-Started with torchrun's variables in the environment. Every case begins with the same weights.
+Started with torchrun's variables in the environment, and the file to write. Every case begins with the same weights.
 """
 
-import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from unittest.mock import patch
@@ -14,6 +14,7 @@ from tiny import TINY_LLAMA, tiny_recipe, tiny_spec
 from torch import Tensor, nn
 
 from medseg_trt.train.blocks import random_block
+from medseg_trt.train.checkpoint import trained_weights
 from medseg_trt.train.datasets.prepared import PreparedSlices
 from medseg_trt.train.engine import Engine
 from medseg_trt.train.loop import make_optimizer, train_epoch
@@ -46,8 +47,7 @@ def take_steps(case: str) -> dict[str, object]:
     engine = Engine()
     optimizer = make_optimizer(model, recipe.train)
     loss = train_epoch(engine.connect(model), optimizer, slices(max(num_logits, 2)), recipe, 1, engine)
-    state = {name: value.double() for name, value in model.state_dict().items() if not name.startswith("insert.block")}
-    return {"loss": loss, "weights": {name: value.flatten().tolist() for name, value in state.items()}}
+    return {"loss": loss, "weights": trained_weights(model)}
 
 
 # Each fault forgets one of the things that look beyond a process's own rows.
@@ -96,7 +96,7 @@ def main() -> None:
         with fault():
             found[fault.__name__] = take_steps("several classes")
     if Engine().rank == 0:
-        print(json.dumps(found))
+        torch.save(found, sys.argv[1])
 
 
 if __name__ == "__main__":

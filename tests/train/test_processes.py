@@ -8,7 +8,6 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from tiny import tiny_changes, tiny_recipe, write_block, write_volumes
@@ -39,27 +38,23 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def found() -> Mapping[int, Mapping[str, dict]]:
+def found(tmp_path_factory) -> Mapping[int, Mapping[str, dict]]:
     """Return what one process found and what two found."""
-    answers = {}
+    folder, answers = tmp_path_factory.mktemp("found"), {}
     for count in (1, 2):
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
         places = [{}] if count == 1 else [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in range(2)]
-        children = [
-            subprocess.Popen([sys.executable, CHILD], env=environment(**place), stdout=subprocess.PIPE, text=True)
-            for place in places
-        ]
-        outputs = [child.communicate(timeout=120)[0] for child in children]
-        assert [child.returncode for child in children] == [0] * count
-        assert not any(outputs[1:])
-        answers[count] = json.loads(outputs[0])
+        command = [sys.executable, str(CHILD), str(folder / str(count))]
+        children = [subprocess.Popen(command, env=environment(**place)) for place in places]
+        assert [child.wait(timeout=120) for child in children] == [0] * count
+        answers[count] = torch.load(folder / str(count))
     return answers
 
 
 def differences(one: dict, two: dict) -> tuple[float, float]:
     """Return by how much the losses and the weights differ."""
     assert one["weights"].keys() == two["weights"].keys()
-    weights = (abs(np.subtract(one["weights"][name], two["weights"][name])).max() for name in one["weights"])
+    weights = ((one["weights"][name] - two["weights"][name]).abs().max().item() for name in one["weights"])
     return abs(one["loss"] - two["loss"]), max(weights)
 
 
