@@ -18,8 +18,14 @@ def require_stretched(preprocessing: Preprocessing) -> None:
     """Refuse pictures that are not simply stretched to the network's size.
 
     Raises:
-        UsageError: pictures are cropped or padded by their pixel spacing, which a graph does not undo.
+        UsageError: pictures are cropped or padded by their pixel spacing, or labels are resized with a spline, which
+            a graph does not undo.
     """
+    if preprocessing.resizes_with_splines:
+        raise UsageError(
+            f"--outputs mask: with resize={preprocessing.resize}, labels are brought to the picture's size by SciPy, "
+            "which is not done inside the graph; choose --outputs logits"
+        )
     if preprocessing.spacing_mm is not None:
         raise UsageError(
             f"--outputs mask: images are brought to {preprocessing.spacing_mm:g} mm and cropped, which cannot be "

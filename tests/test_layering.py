@@ -18,6 +18,7 @@ LEAVES = (
     "files",
     "progress",
     "metrics",
+    "metric_modes",
     "surface",
     "preprocess",
     "images",

@@ -14,7 +14,8 @@ from medseg_trt.report import BenchRow, Report, machine
 from medseg_trt.segment import prepared_slices
 from medseg_trt.session import Session, choose, open_reference, open_session
 from medseg_trt.train.checkpoint import Checkpoint, load_checkpoint
-from medseg_trt.train.datasets.folder import open_folder, read_case
+from medseg_trt.train.datasets.folder import read_case
+from medseg_trt.train.datasets.official import open_recorded
 from medseg_trt.train.evaluate import evaluate
 
 EXACT_DISAGREEMENT = 0.001  # share of pixels: a network that gives other masks is not timed
@@ -39,7 +40,7 @@ def bench(
         ArtefactError: the checkpoint or the bundle cannot be used.
     """
     bundle, checkpoint = load_bundle(bundle_folder), load_checkpoint(checkpoint_path)
-    data = open_folder(data_folder)
+    data = open_recorded(data_folder, checkpoint.provenance)
     cases = data.cases(split)
     inputs = np.concatenate(
         [prepared_slices(read_case(case, len(data.classes.names))[0], checkpoint.preprocessing) for case in cases]

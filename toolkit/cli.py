@@ -16,6 +16,7 @@ from medseg_trt import __version__
 from medseg_trt.commands.bench import bench
 from medseg_trt.commands.block import block
 from medseg_trt.commands.build import build
+from medseg_trt.commands.data import data
 from medseg_trt.commands.doctor import doctor
 from medseg_trt.commands.evaluate import evaluate
 from medseg_trt.commands.infer import infer
@@ -29,6 +30,7 @@ from medseg_trt.progress import is_spokesman
 COMMANDS: tuple[click.Command, ...] = (
     samples,
     block,
+    data,
     train,
     evaluate,
     build,

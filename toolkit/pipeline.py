@@ -17,6 +17,8 @@ from medseg_trt.spec import BuildSpec
 if TYPE_CHECKING:
     from medseg_trt.train.checkpoint import Checkpoint
 
+PRIVATE = ("root", "manifest")  # what is known of the training images' place and names
+
 
 def build(
     checkpoint: Path | str,
@@ -157,10 +159,14 @@ def _require_replaceable(folder: Path) -> None:
 
 
 def _source(checkpoint: "Checkpoint", path: Path) -> dict[str, Any]:
-    """Say where the bundle came from, without the place of the training images on the disk."""
+    """Say where the bundle came from, without the place and the names of the training images."""
     provenance = dict(checkpoint.provenance)
     if provenance.get("data"):
-        provenance["data"] = {name: value for name, value in provenance["data"].items() if name != "root"}
+        provenance["data"] = {name: value for name, value in provenance["data"].items() if name not in PRIVATE}
+    options = provenance.get("recipe", {}).get("data")
+    if options and options["manifest"]:
+        named = {**options, "manifest": Path(options["manifest"]).name}
+        provenance["recipe"] = {**provenance["recipe"], "data": named}
     return {
         "checkpoint": path.name,
         "sha256": sha256(path),

@@ -26,10 +26,10 @@ from medseg_trt.train.datasets.folder import (
     Case,
     DataFolder,
     manifest_sha256,
-    open_folder,
     read_case,
     read_case_image,
 )
+from medseg_trt.train.datasets.official import is_labelled, open_recorded
 from medseg_trt.train.splits import split_files
 
 MAX_VERIFIED = 8
@@ -95,9 +95,9 @@ def reference_images(checkpoint: Checkpoint, data: Path | None) -> ReferenceImag
         InputError: ``data`` cannot be used.
         UsageError: an image is in both splits.
     """
-    if data is not None and not (data / "masks").exists():
+    if data is not None and not is_labelled(data):
         return _unlabelled(checkpoint, data)
-    folder = open_folder(data) if data is not None else _recorded_folder(checkpoint)
+    folder = open_recorded(data, checkpoint.provenance) if data is not None else _recorded_folder(checkpoint)
     if folder is None:
         return _noise(checkpoint)
     names = (folder.classes.names, checkpoint.classes.names)
@@ -197,7 +197,7 @@ def _recorded_folder(checkpoint: Checkpoint) -> DataFolder | None:
     reason = "the checkpoint does not say what it was trained on"
     if recorded:
         try:
-            folder = open_folder(Path(recorded["root"]))
+            folder = open_recorded(Path(recorded["root"]), checkpoint.provenance)
             if manifest_sha256(folder.manifest()) == recorded["sha256"]:
                 return folder
             reason = f"{folder.root} has changed since the training"

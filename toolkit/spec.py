@@ -4,7 +4,7 @@ Every object here is made in one place and never changed afterwards. ``to_dict``
 JSON; what comes from a file is checked field by field, and an unknown field is an error.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from math import isfinite
@@ -13,13 +13,15 @@ from typing import Any, Literal, TypeVar
 from medseg_trt.errors import ArtefactError
 
 Spec = TypeVar("Spec")
-Resize = Literal["nearest", "linear", "linear_antialias"]
+Resize = Literal["nearest", "linear", "linear_antialias", "spline3", "spline0"]
+ChannelOrder = Literal["rgb", "bgr"]
 Residual = Literal["none", "in", "out", "both"]
 FinalNorm = Literal["ones", "pretrained", "none"]
 Placement = Literal["before_norm", "after_norm"] | int
 Weights = Literal["pretrained", "random", "shuffled", "none"]
 Parts = Literal["full", "attention", "mlp"]
 MapperInit = Literal["default", "trunc02"]
+SPLINE_ORDERS: Mapping[str, int] = {"spline3": 3, "spline0": 0}  # of the methods of Resize that are SciPy's ``zoom``
 PIXELS_PER_TOKEN = 16  # the R50 stage halves the image four times, and a token is one of its pixels
 
 
@@ -190,6 +192,10 @@ class Preprocessing:
     Values are clipped to ``window`` and scaled to 0 … 1, then resized, then ``(x - mean) / std`` per channel. Without
     ``spacing_mm`` a picture is stretched to ``image_size``. With it, a picture whose pixel spacing is known is first
     brought to that spacing and then padded with the window's lower end, or cropped, about its centre.
+
+    With "spline3" or "spline0" pictures are resized as TransUNet's protocol does it: ``scipy.ndimage.zoom`` of that
+    order, which lays the corners on one another, and masks with order 0, the network's answer as labels as well.
+    ``mean`` and ``std`` are those of the network's channels: with "bgr" a coloured picture's are turned round first.
     """
 
     image_size: tuple[int, int]  # height, width in pixels
@@ -198,6 +204,7 @@ class Preprocessing:
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
     resize: Resize = "linear_antialias"
     spacing_mm: float | None = None
+    channel_order: ChannelOrder = "rgb"  # in which the network takes the channels of a coloured picture
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -210,6 +217,13 @@ class Preprocessing:
             raise ValueError(f"std {self.std} must be positive")
         if self.spacing_mm is not None and self.spacing_mm <= 0:
             raise ValueError(f"spacing_mm is {self.spacing_mm}; it must be positive")
+        if self.spacing_mm is not None and self.resizes_with_splines:
+            raise ValueError(f"{self.resize} stretches pictures to image_size; spacing_mm must be unset")
+
+    @property
+    def resizes_with_splines(self) -> bool:
+        """Whether pictures, masks and answers are resized with SciPy's ``zoom``, not with our own resizing."""
+        return self.resize in SPLINE_ORDERS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

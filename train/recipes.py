@@ -8,6 +8,7 @@ from typing import Any
 from medseg_trt.errors import ArtefactError, UsageError
 from medseg_trt.spec import InsertSpec, Preprocessing, from_dict, to_dict
 from medseg_trt.train.augment import Step
+from medseg_trt.train.datasets.options import DataOptions
 from medseg_trt.train.engine import AUTOCASTS
 from medseg_trt.train.frozen import FROZEN_DTYPES
 from medseg_trt.train.model import MODELS
@@ -80,6 +81,7 @@ class Recipe:
     insert: InsertSpec = field(default_factory=InsertSpec)
     rotary: bool = False
     causal: bool = False
+    data: DataOptions = field(default_factory=DataOptions)
 
     __pydantic_config__ = {"extra": "forbid"}
 

@@ -24,6 +24,7 @@ from medseg_trt.spec import Preprocessing, from_dict, to_dict
 from medseg_trt.train.blocks import load_block, provenance_of
 from medseg_trt.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, trained_weights
 from medseg_trt.train.curve import draw_curve
+from medseg_trt.train.datasets.check import require_usable
 from medseg_trt.train.datasets.folder import DataFolder, manifest_sha256
 from medseg_trt.train.model import build_model, model_spec
 from medseg_trt.train.recipes import Recipe
@@ -62,7 +63,7 @@ def begin(recipe: Recipe, data: DataFolder, out: Path, *, block: Path | None, re
     root, digest = str(data.root.resolve()), manifest_sha256(manifest)
     provenance = {
         "recipe": json.loads(json.dumps(to_dict(recipe))),
-        "data": {"name": data.name, "root": root, "sha256": digest, "note": data.note},
+        "data": {"name": data.name, "root": root, "sha256": digest, "note": data.note, "manifest": manifest},
         "versions": {"medseg-trt": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
     }
     last = out / "last.pt"
@@ -73,6 +74,7 @@ def begin(recipe: Recipe, data: DataFolder, out: Path, *, block: Path | None, re
         return _resumed(load_checkpoint(last), provenance, block, out)
     if resume:
         LOG.warning("%s holds no run to go on with; a new one begins", out)
+    require_usable(data)
     checkpoint = _fresh(recipe, data, provenance, block)
     write_json(out / "recipe.json", to_dict(recipe))
     write_json(out / "data.json", manifest)

@@ -83,3 +83,8 @@ def test_images_that_were_cropped_by_their_spacing_are_refused_in_one_line():
     with pytest.raises(UsageError, match=r"brought to 1\.5 mm .* choose --outputs logits") as caught:
         with_masks(network(3), Preprocessing(image_size=SIZE, spacing_mm=1.5))
     assert "\n" not in str(caught.value)
+
+
+def test_labels_that_are_resized_with_a_spline_are_refused_in_one_line():
+    with pytest.raises(UsageError, match=r"resize=spline3.* choose --outputs logits"):
+        with_masks(network(3), Preprocessing(image_size=SIZE, resize="spline3"))
