@@ -60,6 +60,8 @@ def scalars(
         raise ValueError(f"the picture has {channels} channels; 1 or 3 are possible")
     if p.resize not in ("linear", "linear_antialias"):
         raise ValueError(f"image_to_tensor resizes with linear or linear_antialias, not with {p.resize}")
+    if p.own_window:
+        raise ValueError("image_to_tensor takes one window for all its pictures, not each one's own")
     if p.channel_order != "rgb":
         raise ValueError(f"image_to_tensor keeps the order of the channels; it cannot make {p.channel_order} of rgb")
     if not min(height, width, *resampled, *p.image_size) > 0 or max(height, width, *resampled) > MAX_PIXELS:

@@ -6,7 +6,7 @@ of ``n`` lies at ``(i + 0.5) / n``. The splines of TransUNet's protocol are SciP
 ``i / (n - 1)``.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import numpy as np
@@ -22,6 +22,14 @@ Spacing = tuple[float, float]  # millimetres between rows, and between columns
 BAND_VALUES = 2**16  # logits brought to the source's size at once; with 2**18 and more it takes twice as long
 
 
+def of_image(p: Preprocessing, pixels: Num[ndarray, "slices height width channels"]) -> Preprocessing:
+    """Return the contract for one whole image, whose own window it may ask for."""
+    if not p.own_window:
+        return p
+    low, high = float(pixels.min()), float(pixels.max())
+    return replace(p, window=(low, high if high > low else low + 1), own_window=False)
+
+
 def prepare(
     pixels: Num[ndarray, "height width channels"], p: Preprocessing, spacing_mm: Spacing | None
 ) -> Float32[ndarray, "3 image_height image_width"]:
@@ -29,7 +37,7 @@ def prepare(
 
     Args:
         pixels: raw values with 1 or 3 channels, in the unit of ``p.window``.
-        p: the contract.
+        p: the contract of this image, see ``of_image``.
         spacing_mm: distance between rows and between columns, where it is known.
 
     Raises:
@@ -165,7 +173,7 @@ def golden(
     low, high = p.window
     pixels = (low + (high - low) * (1.5 * noise - 0.25)).astype(np.float32)
     spacing_mm = None if p.spacing_mm is None else (1.3 * p.spacing_mm, 0.8 * p.spacing_mm)
-    return pixels, prepare(pixels, p, spacing_mm)
+    return pixels, prepare(pixels, of_image(p, pixels[np.newaxis]), spacing_mm)
 
 
 def _zoom(plane: ndarray, size: Size, order: int) -> ndarray:

@@ -17,7 +17,7 @@ from medseg_trt.errors import InputError, UsageError
 from medseg_trt.export.verify import noise
 from medseg_trt.images import Image, find_images, read_image
 from medseg_trt.metrics import confusion
-from medseg_trt.preprocess import prepare, restore
+from medseg_trt.preprocess import of_image, prepare, restore
 from medseg_trt.progress import LOG
 from medseg_trt.spec import Classes, Preprocessing
 from medseg_trt.train.checkpoint import Checkpoint
@@ -176,13 +176,14 @@ def _spread(
     checkpoint: Checkpoint, cases: Iterator[tuple[str, Image, ndarray | None]], each: int
 ) -> Iterator[tuple[str, ndarray, tuple[int, int], tuple[float, float] | None, ndarray | None]]:
     """Yield up to ``each`` slices of every case, without those of one grey: they say nothing, and all look alike."""
-    low, high = checkpoint.preprocessing.window
     for name, image, labels in cases:
+        contract = of_image(checkpoint.preprocessing, image.pixels)
+        low, high = contract.window
         clipped = (pixels.clip(low, high) for pixels in image.pixels)
         places = [place for place, pixels in enumerate(clipped) if pixels.min() != pixels.max()]
         for index in _evenly(len(places), each):
             place, spacing = places[index], image.spacing_in_plane
-            prepared = prepare(image.pixels[place], checkpoint.preprocessing, spacing)
+            prepared = prepare(image.pixels[place], contract, spacing)
             yield name, prepared, image.size, spacing, None if labels is None else labels[place]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from medseg_trt.images import Image
-from medseg_trt.preprocess import prepare, restore
+from medseg_trt.preprocess import of_image, prepare, restore
 from medseg_trt.progress import track
 from medseg_trt.spec import Preprocessing
 
@@ -16,7 +16,8 @@ MaskRun = Callable[[np.ndarray, tuple[int, int]], np.ndarray]  # and the images'
 
 def prepared_slices(image: Image, preprocessing: Preprocessing) -> Float32[np.ndarray, "slices 3 height width"]:
     """Return all slices as the network's input."""
-    return np.stack([prepare(pixels, preprocessing, image.spacing_in_plane) for pixels in image.pixels])
+    contract = of_image(preprocessing, image.pixels)
+    return np.stack([prepare(pixels, contract, image.spacing_in_plane) for pixels in image.pixels])
 
 
 def segment(
@@ -38,10 +39,11 @@ def segment(
         masks: a network that makes the labels itself; ``run`` is not called then.
     """
     labels = np.empty(image.pixels.shape[:3], np.uint8)
+    contract = of_image(preprocessing, image.pixels)
     starts = range(0, len(labels), batch)
     for start in starts if label is None else track(starts, label):
         part = slice(start, start + batch)
-        inputs = np.stack([prepare(pixels, preprocessing, image.spacing_in_plane) for pixels in image.pixels[part]])
+        inputs = np.stack([prepare(pixels, contract, image.spacing_in_plane) for pixels in image.pixels[part]])
         if masks is not None:
             labels[part] = masks(inputs, image.size)
             continue

@@ -205,6 +205,7 @@ class Preprocessing:
     resize: Resize = "linear_antialias"
     spacing_mm: float | None = None
     channel_order: ChannelOrder = "rgb"  # in which the network takes the channels of a coloured picture
+    own_window: bool = False  # of every image, from its smallest to its largest value, in place of ``window``
 
     __pydantic_config__ = {"extra": "forbid"}
 

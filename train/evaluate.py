@@ -8,7 +8,7 @@ import numpy as np
 from medseg_trt.errors import InputError, UsageError
 from medseg_trt.metric_modes import METRICS, MetricMode
 from medseg_trt.metrics import ClassScore, MeanScore, mean_scores, scores
-from medseg_trt.preprocess import prepare, prepare_labels, restore
+from medseg_trt.preprocess import of_image, prepare, prepare_labels, restore
 from medseg_trt.progress import track
 from medseg_trt.segment import Run, segment
 from medseg_trt.spec import Classes, Preprocessing
@@ -152,10 +152,11 @@ def _prepared(
     """Yield the name, the network's input and the labels of that size of every slice, in the order of the cases."""
     for case in track(cases, "evaluate"):
         image, truth = read_case(case, num_labels)
+        contract = of_image(preprocessing, image.pixels)
         for number, (pixels, labels) in enumerate(zip(image.pixels, truth, strict=True)):
             name = case.name if len(truth) == 1 else f"{case.name}, slice {number}"
             spacing = image.spacing_in_plane
-            yield name, prepare(pixels, preprocessing, spacing), prepare_labels(labels, preprocessing, spacing)
+            yield name, prepare(pixels, contract, spacing), prepare_labels(labels, contract, spacing)
 
 
 def _grouped(

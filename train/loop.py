@@ -5,7 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,18 @@ from torch.utils.data import DataLoader, Dataset
 from medseg_trt.errors import MedsegError, UsageError
 from medseg_trt.progress import LOG, track
 from medseg_trt.segment import Run
-from medseg_trt.train.augment import augment
+from medseg_trt.train.augment import augment, worker_steps
 from medseg_trt.train.datasets.folder import DataFolder
-from medseg_trt.train.datasets.prepared import PreparedSlices, mapped_slices, prepare_slices
+from medseg_trt.train.datasets.prepared import PreparedSlices, mapped_slices, prepare_slices, source_slices
 from medseg_trt.train.engine import Engine
 from medseg_trt.train.evaluate import evaluate
 from medseg_trt.train.frozen import keep_frozen_in
 from medseg_trt.train.losses import segmentation_loss
 from medseg_trt.train.model import runner
-from medseg_trt.train.recipes import Recipe, TrainSpec
 from medseg_trt.train.run_lock import run_lock
 from medseg_trt.train.runs import PARTIAL_SLICES, Progress, Row, RunState, begin, join, save, save_progress
-from medseg_trt.train.schedules import learning_rate
+from medseg_trt.train.schedules import learning_rate, scheduled_step
+from medseg_trt.train.training_spec import Recipe, TrainSpec
 from medseg_trt.train.transunet import TransUNet
 from medseg_trt.train.whole_batch import Part, compute_part
 
@@ -70,9 +70,9 @@ def _train(recipe: Recipe, data: DataFolder, out: Path, state: RunState, engine:
     if checkpoint.training is not None:
         optimizer.load_state_dict(checkpoint.training["optimizer"])
         engine.scaler.load_state_dict(checkpoint.training.get("scaler", {}))
-    if not data.splits.get("val", ()):
+    if not data.splits.get("val", ()) and spec.best != "last":
         LOG.warning("%s has no validation split, so best.pt is simply the latest epoch", data.name)
-    slices = _prepared(data, state, out, engine, held)
+    slices = _prepared(recipe, data, state, out, engine, held)
     LOG.info("train %s on %d slices of %s", recipe.architecture, len(slices.images), data.name)
     training = _Training(recipe=recipe, data=data, out=out, engine=engine, model=model, optimizer=optimizer)
     connected, progress = engine.connect(model), state.progress
@@ -103,10 +103,14 @@ class _Training:
         self.model.eval()
         if validation and (epoch % spec.validate_every == 0 or epoch == spec.epochs):
             run = _finite_runner(self.model, spec)
-            found = evaluate(run, validation, state.checkpoint.preprocessing, self.data.classes, spec.batch_size)
-            row = {**row, "dice": found.mean_dice, "dice_of_class": {mean.name: mean.dice for mean in found.means}}
+            found = evaluate(
+                run, validation, state.checkpoint.preprocessing, self.data.classes, spec.batch_size,
+                metric=spec.validate_with,
+            )  # fmt: skip
+            of_class = {mean.name: mean.dice for mean in found.means}
+            row = {**row, "dice": found.mean_dice, "iou": found.mean_iou, "dice_of_class": of_class}
         row = {**row, "seconds": round(time.monotonic() - began, 2)}
-        state = save(state, self.model, self._beside_weights(), row, self.out)
+        state = save(state, self.model, self._beside_weights(), row, self.out, spec)
         _tell(row, spec.epochs)
         return state
 
@@ -118,16 +122,21 @@ class _Training:
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.engine.scaler.state_dict()}
 
 
-def _prepared(data: DataFolder, state: RunState, out: Path, engine: Engine, held: ExitStack) -> PreparedSlices:
+def _prepared(
+    recipe: Recipe, data: DataFolder, state: RunState, out: Path, engine: Engine, held: ExitStack
+) -> PreparedSlices:
     """Prepare the slices of the training split once on every machine, in a folder that ``held`` removes."""
+    contract = state.checkpoint.preprocessing
+    at_source = recipe.augment_at == "source"
+    in_training = replace(contract, resize=recipe.training_resize or contract.resize)
 
     def prepare() -> tuple[Path, tuple[np.ndarray, ...]]:
         partial = tempfile.TemporaryDirectory(dir=out, prefix=PARTIAL_SLICES, ignore_cleanup_errors=True)
         folder = Path(held.enter_context(partial))
-        cases, preprocessing = data.cases("train"), state.checkpoint.preprocessing
-        return folder, prepare_slices(cases, preprocessing, len(data.classes.names), folder).slices_of_class
+        keep = source_slices if at_source else prepare_slices
+        return folder, keep(data.cases("train"), in_training, len(data.classes.names), folder).slices_of_class
 
-    return mapped_slices(*engine.first_of_machine(prepare))
+    return mapped_slices(*engine.first_of_machine(prepare), in_training if at_source else None)
 
 
 def train_epoch(
@@ -171,7 +180,8 @@ def train_epoch(
     model.train()
     for step in track(range(len(losses), len(batches)), f"epoch {epoch} of {spec.epochs}"):
         rate = learning_rate(
-            (epoch - 1) * len(batches) + step, spec.epochs * len(batches),
+            scheduled_step((epoch - 1) * len(batches) + step, len(batches), spec.schedule_step),
+            spec.epochs * len(batches),
             schedule=spec.schedule, peak=spec.learning_rate, floor=spec.min_learning_rate,
             warmup_steps=spec.warmup_steps,
         )  # fmt: skip
@@ -190,17 +200,20 @@ def train_epoch(
 
 
 def _batches(count: int, spec: TrainSpec, engine: Engine) -> list[tuple[int, tuple[Part, ...]]]:
-    """Return where each batch of an epoch begins, and this process's parts of it; a short last batch is left out.
+    """Return where each batch of an epoch begins, and this process's parts of it.
 
-    Where there are fewer slices than a batch should have, they are the only one.
+    A short last batch is left out where ``spec.drop_last`` says so and it is not the only one.
     """
     size = min(spec.batch_size, count)
-    if size < engine.processes:
+    rest = 0 if spec.drop_last else count % size
+    smallest = rest or size
+    if smallest < engine.processes:
         raise UsageError(
-            f"a batch of {size} slice(s) cannot be shared by {engine.processes} processes; start fewer, "
+            f"a batch of {smallest} slice(s) cannot be shared by {engine.processes} processes; start fewer, "
             f"or choose --set train.batch_size={engine.processes}"
         )
-    return [(start, engine.parts(size, spec.accumulate)) for start in range(0, count - size + 1, size)]
+    whole = [(start, engine.parts(size, spec.accumulate)) for start in range(0, count - size + 1, size)]
+    return [*whole, (count - rest, engine.parts(rest, spec.accumulate))] if rest else whole
 
 
 def _loss_and_gradients(
@@ -237,6 +250,9 @@ class EpochSlices(Dataset[tuple[np.ndarray, np.ndarray]]):
         else:
             laps = -(-count // len(slices.images))
             self.order = np.concatenate([rng.permutation(len(slices.images)) for _ in range(laps)])[:count]
+        self.steps = [recipe.augmentation] * count
+        if recipe.train.rng == "faithful":
+            self.steps = worker_steps(recipe.augmentation, recipe.train.seed, count, recipe.train.batch_size)
 
     def __len__(self) -> int:
         return len(self.order)
@@ -246,7 +262,7 @@ class EpochSlices(Dataset[tuple[np.ndarray, np.ndarray]]):
         rng = np.random.default_rng(seed)
         index = self.order[item]
         image, labels = np.array(self.slices.images[index]), np.array(self.slices.labels[index])
-        image, labels = augment(image, labels, self.recipe.augmentation, rng)
+        image, labels = self.slices.finish(*augment(image, labels, self.steps[item], rng))
         return image, labels.astype(np.int64)
 
 

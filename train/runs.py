@@ -1,8 +1,8 @@
 """A run folder: start one, go on with one after a kill, and save what an epoch has brought.
 
-It holds ``best.pt`` (highest mean Dice on the validation split), ``last.pt`` (with the optimiser's state, after the
-latest epoch or, with ``train.save_every_steps``, in the middle of one),
-``history.jsonl`` (a line an epoch; epoch 0 is the untrained model), ``curve.png``, ``recipe.json`` and ``data.json``.
+It holds ``best.pt`` (highest mean Dice on the validation split, or what ``train.best`` says), ``last.pt`` (with the
+optimiser's state, after the latest epoch or, with ``train.save_every_steps``, in the middle of one), ``history.jsonl``
+(a line an epoch; epoch 0 is the untrained model), ``curve.png``, ``recipe.json`` and ``data.json``.
 """
 
 import json
@@ -27,7 +27,7 @@ from medseg_trt.train.curve import draw_curve
 from medseg_trt.train.datasets.check import require_usable
 from medseg_trt.train.datasets.folder import DataFolder, manifest_sha256
 from medseg_trt.train.model import build_model, model_spec
-from medseg_trt.train.recipes import Recipe
+from medseg_trt.train.training_spec import Recipe, TrainSpec
 from medseg_trt.train.transunet import TransUNet
 
 PARTIAL_SLICES = ".partial-slices-"  # how the folder of prepared slices begins, which a run removes at its end
@@ -87,7 +87,9 @@ def join(recipe: Recipe, data: DataFolder, out: Path, *, block: Path | None) -> 
     return _state(load_checkpoint(last)) if last.is_file() else RunState(checkpoint=_fresh(recipe, data, {}, block))
 
 
-def save(state: RunState, model: TransUNet, training: Mapping[str, Any], row: Row, out: Path) -> RunState:
+def save(
+    state: RunState, model: TransUNet, training: Mapping[str, Any], row: Row, out: Path, spec: TrainSpec
+) -> RunState:
     """Write what an epoch has brought, so that a kill at any moment loses no more than the epoch it interrupts.
 
     Args:
@@ -96,12 +98,15 @@ def save(state: RunState, model: TransUNet, training: Mapping[str, Any], row: Ro
         training: what is needed besides the weights to go on.
         row: of the history.
         out: the run folder.
+        spec: which epochs are kept, and which is the best.
     """
     history = (*state.history, row)
     provenance = {**state.checkpoint.provenance, "epoch": row["epoch"], "metrics": {"val": row.get("dice_of_class")}}
     checkpoint = replace(state.checkpoint, weights=trained_weights(model), provenance=provenance, training=None)
-    if _is_best(row, state.history):
+    if _is_best(row, state.history, spec):
         save_checkpoint(checkpoint, out / "best.pt")
+    if row["epoch"] in spec.keep_epochs:
+        save_checkpoint(checkpoint, out / f"epoch-{row['epoch']}.pt")
     with atomic_file(out / "history.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in history), encoding="utf-8")
     save_checkpoint(replace(checkpoint, training={**training, "epoch": row["epoch"]}), out / "last.pt")
@@ -119,10 +124,17 @@ def save_progress(
     save_checkpoint(checkpoint, out / "last.pt")
 
 
-def _is_best(row: Row, history: Sequence[Row]) -> bool:
-    """Say whether no epoch was better; of equals the later, and the latest where there is nothing to validate on."""
-    before = [old["dice"] for old in history if "dice" in old]
-    return row["dice"] >= max(before, default=0.0) if "dice" in row else not before
+def _is_best(row: Row, history: Sequence[Row], spec: TrainSpec) -> bool:
+    """Say whether no epoch was better; the latest is, where there is nothing to validate on or ``best`` says so."""
+    if spec.best == "last":
+        return True
+    if row.get(spec.best) is None:
+        return not any(old.get(spec.best) is not None for old in history)
+    rivals = [old for old in history if old["epoch"] > 0] if spec.first_of_equals else history
+    before = [old[spec.best] for old in rivals if old.get(spec.best) is not None]
+    if spec.first_of_equals:
+        return not before or row[spec.best] > max(before)
+    return row[spec.best] >= max(before, default=0.0)
 
 
 def _fresh(recipe: Recipe, data: DataFolder, provenance: Mapping[str, Any], block: Path | None) -> Checkpoint:
@@ -151,10 +163,13 @@ def _fresh(recipe: Recipe, data: DataFolder, provenance: Mapping[str, Any], bloc
 
 
 def _preprocessing(recipe: Recipe, data: DataFolder) -> Preprocessing:
-    if data.window is None or data.window == recipe.preprocessing.window:
-        return recipe.preprocessing
-    LOG.info("the window is %g … %g, as dataset.json says", *data.window)
-    return replace(recipe.preprocessing, window=data.window)
+    contract = recipe.contract
+    if data.window is None:
+        return contract
+    told = replace(contract, window=data.window, own_window=False)
+    if told != contract:
+        LOG.info("the window is %g … %g, as the data set says", *data.window)
+    return told
 
 
 def _resumed(last: Checkpoint, provenance: Mapping[str, Any], block: Path | None, out: Path) -> RunState:

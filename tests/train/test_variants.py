@@ -25,7 +25,8 @@ from medseg_trt.train.datasets.folder import open_folder
 from medseg_trt.train.gguf_file import open_gguf
 from medseg_trt.train.loop import make_optimizer, train
 from medseg_trt.train.model import TINY_LLAMA, LanguageInsert, build_model, count_parameters, frozen_names, model_spec
-from medseg_trt.train.recipes import TrainSpec, recipe
+from medseg_trt.train.recipes import recipe
+from medseg_trt.train.training_spec import TrainSpec
 from medseg_trt.train.transunet import TransUNet
 from medseg_trt.train.variants import layer_weights
 
