@@ -234,6 +234,7 @@ def _split_off(inside: State, norm: Tensor | None, preset: BlockSpec, path: Path
             "num_kv_heads": key.shape[0] // preset.head_dim,
             "head_dim": preset.head_dim,
             "rms_norm_eps": preset.rms_norm_eps,
+            "rope_theta": preset.rope_theta,
         },
         path,
     )

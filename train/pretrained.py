@@ -91,7 +91,7 @@ def _member(archive: zipfile.ZipFile, name: str, path: Path) -> Array:
             content = file.read(prod(shape) * dtype.itemsize)
             file.read(1)  # at the end of a member its checksum is compared
         values = np.frombuffer(content, dtype).reshape(shape, order="F" if is_fortran else "C")
-        return torch.from_numpy(np.ascontiguousarray(values, np.float32))
+        return torch.from_numpy(np.array(values, np.float32))
 
     return Array(shape=tuple(shape), read=read)
 
