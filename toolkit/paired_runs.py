@@ -133,7 +133,7 @@ def _counted(score: object, figure: str, found: Evaluation) -> float | None:
     from medseg_trt.metric_modes import METRICS
 
     value = getattr(score, figure)
-    return value if METRICS[found.metric].every_unit_counts or getattr(score, "truth_pixels") else None
+    return value if METRICS[found.metric].every_unit_counts or score.truth_pixels else None
 
 
 def _array(scores: Scores) -> Float64[ndarray, "units classes"]:

@@ -115,7 +115,7 @@ class _Training:
             row = {**row, "dice": found.mean_dice, "iou": found.mean_iou, "dice_of_class": of_class}
         row = {**row, "seconds": round(time.monotonic() - began, 2)}
         state = save(state, self.model, self._beside_weights(), row, self.out, spec)
-        _tell(row, spec.epochs)
+        _tell(row, spec)
         return state
 
     def keep(self, state: RunState, progress: Progress) -> None:
@@ -298,13 +298,14 @@ def _diverged(what: str, spec: TrainSpec) -> MedsegError:
     return MedsegError(f"{what}. Try a smaller rate in another run folder: {smaller}")
 
 
-def _tell(row: Row, epochs: int) -> None:
+def _tell(row: Row, spec: TrainSpec) -> None:
     loss = f"loss {row['loss']:.3f}, " if "loss" in row else "untrained, "
     dice = ""
     if "dice" in row:
         classes = ", ".join(
             f"{name} {'absent' if value is None else f'{value:.2f}'}" for name, value in row["dice_of_class"].items()
         )
-        dice = f"validation Dice {row['dice']:.3f} ({classes}), "
-    left = f", about {row['seconds'] * (epochs - row['epoch']):.0f} s left" if "loss" in row else ""
-    LOG.info("epoch %d of %d: %s%s%.0f s%s", row["epoch"], epochs, loss, dice, row["seconds"], left)
+        iou = f", IoU {row['iou']:.3f}" if spec.best == "iou" and row["iou"] is not None else ""
+        dice = f"validation Dice {row['dice']:.3f} ({classes}){iou}, "
+    left = f", about {row['seconds'] * (spec.epochs - row['epoch']):.0f} s left" if "loss" in row else ""
+    LOG.info("epoch %d of %d: %s%s%.0f s%s", row["epoch"], spec.epochs, loss, dice, row["seconds"], left)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import click
 
-from medseg_trt.commands.options import FILE, FOLDER, output_options, print_result
-from medseg_trt.progress import is_spokesman
+from medseg_trt.commands.options import FILE, FOLDER, nested_lines, output_options, print_result
+from medseg_trt.progress import LOG, is_spokesman
 
 
 @click.command()
@@ -34,6 +34,7 @@ def train(
 
     Several GPUs or machines share every batch: torchrun --nproc-per-node 4 -m medseg_trt train …
     """
+    from medseg_trt.spec import to_dict
     from medseg_trt.train.datasets.official import open_dataset
     from medseg_trt.train.loop import train as run_training
     from medseg_trt.train.recipes import recipe
@@ -42,6 +43,11 @@ def train(
     start = ("pretrained=file",) if weights is not None else ()
     chosen = recipe(recipe_name, (*start, *changes, *splits))
     out = output or Path("runs", recipe_name)
+    changed = f" with {', '.join(changes)}" if changes else ""
+    LOG.info(
+        "the recipe is %s%s; %s keeps every field of it, and -v shows them", recipe_name, changed, out / "recipe.json"
+    )
+    LOG.debug("%s", "\n".join(nested_lines(to_dict(chosen))))
     data = open_dataset(None, data_folder, chosen.data)
     best = run_training(chosen, data, out, block=block_file, weights=weights, resume=resume)
     if not is_spokesman():
