@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from medseg_trt.commands.options import FILE, FOLDER, nested_lines, output_options, print_result
+from medseg_trt.commands.options import FILE, FOLDER, output_options, print_result
 from medseg_trt.progress import LOG, is_spokesman
 
 
@@ -44,10 +44,8 @@ def train(
     chosen = recipe(recipe_name, (*start, *changes, *splits))
     out = output or Path("runs", recipe_name)
     changed = f" with {', '.join(changes)}" if changes else ""
-    LOG.info(
-        "the recipe is %s%s; %s keeps every field of it, and -v shows them", recipe_name, changed, out / "recipe.json"
-    )
-    LOG.debug("%s", "\n".join(nested_lines(to_dict(chosen))))
+    LOG.info("the recipe is %s%s; all of it is in %s, and -v shows it", recipe_name, changed, out / "recipe.json")
+    LOG.debug("%s", json.dumps(to_dict(chosen), indent=2))
     data = open_dataset(None, data_folder, chosen.data)
     best = run_training(chosen, data, out, block=block_file, weights=weights, resume=resume)
     if not is_spokesman():
