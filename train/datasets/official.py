@@ -1,12 +1,12 @@
 """The table of the paper's data sets, and the way from a folder on the disk to cases in splits."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from medseg_trt.errors import InputError, UsageError
-from medseg_trt.images import natural_key
 from medseg_trt.progress import LOG
 from medseg_trt.spec import from_dict
 from medseg_trt.train.datasets import acdc, busi, clinicdb, colondb, isic2017, synapse
@@ -86,7 +86,12 @@ def open_recorded(root: Path, provenance: Mapping[str, Any], options: DataOption
     if options is None:
         options = recorded_options(provenance)
         manifest = provenance.get("data", {}).get("manifest")
-        if options.manifest is not None and manifest is not None:
+        if options.manifest is not None and manifest is None:  # a bundle, which does not name the cases
+            raise InputError(
+                f"the model was trained with the splits of {Path(options.manifest).name}, which is not in it; "
+                "give the file again: --set data.manifest=FILE"
+            )
+        if options.manifest is not None:
             data = open_dataset(None, root, replace(options, manifest=None, order="natural"))
             return with_recorded_splits(data, from_dict(SplitManifest, manifest, "the model"), "the model")
     return open_dataset(None, root, options)
@@ -205,7 +210,9 @@ def _in_order(cases: Sequence[Case], options: DataOptions) -> tuple[Case, ...]:
 def _groups(opened: Opened, cases: Sequence[Case], options: DataOptions) -> list[str] | None:
     if options.group_by == "none":
         return None
-    alone = [case.name for case in cases if case.group is None or opened.dataset.groups != options.group_by]
+    if opened.dataset.groups != options.group_by:
+        raise UsageError(f"no {options.group_by} is known of {opened.dataset.title}; leave data.group_by out")
+    alone = [case.name for case in cases if case.group is None]
     if alone:
         raise InputError(
             f"data.group_by={options.group_by} needs the {options.group_by} of every case, and that of {alone[0]} is "
@@ -215,12 +222,9 @@ def _groups(opened: Opened, cases: Sequence[Case], options: DataOptions) -> list
 
 
 def _check_unique(found: Found) -> None:
-    names = [case.name for cases in found.parts.values() for case in cases]
-    if (
-        twice := sorted({name for name in names if names.count(name) > 1}, key=natural_key)
-        if (len(set(names)) < len(names))
-        else []
-    ):
+    counts = Counter(case.name for cases in found.parts.values() for case in cases)
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
         raise InputError(f"two cases are called {twice[0]} ({len(twice)} such name(s)); names must tell cases apart")
 
 
