@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import save_file
 from scipy import ndimage
-from tiny import tiny_recipe, tiny_spec
+from tiny import tiny_changes, tiny_recipe, tiny_spec
 
+from medseg_trt.cli import cli
 from medseg_trt.errors import ArtefactError, UsageError
 from medseg_trt.train.checkpoint import load_checkpoint
 from medseg_trt.train.loop import train
@@ -253,3 +255,16 @@ def test_a_recipe_that_wants_weights_says_where_they_are_and_how_to_go_without(s
     with pytest.raises(UsageError, match="contradict"):
         train(tiny_recipe(), data, tmp_path / "run", block=block, weights=npz)
     assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_the_command_takes_the_file_and_records_it(source, npz, tmp_path, no_curve):
+    data, block = source
+    run = ["train", "--recipe", "folder", "--data", str(data.root), "--block", str(block), "--weights", str(npz)]
+    run += [part for change in tiny_changes("train.epochs=0") for part in ("--set", change)]
+    ran = CliRunner().invoke(cli, [*run, "-o", str(tmp_path / "run"), "--json"])
+    assert ran.exit_code == 0, ran.output
+    checkpoint = load_checkpoint(Path(json.loads(ran.stdout)["checkpoint"]))
+    assert checkpoint.provenance["recipe"]["pretrained"] == "file"
+    assert checkpoint.provenance["weights"]["file"] == npz.name
+    ran = CliRunner().invoke(cli, [*run, "-o", str(tmp_path / "other"), "--set", "pretrained=none"])
+    assert isinstance(ran.exception, UsageError)
