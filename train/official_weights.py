@@ -23,6 +23,9 @@ from medseg_trt.progress import LOG
 from medseg_trt.spec import PIXELS_PER_TOKEN, BlockSpec, Classes, ModelSpec, Preprocessing
 from medseg_trt.train.blocks import FrozenBlock, load_block, save_block
 from medseg_trt.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from medseg_trt.train.datasets import acdc
+from medseg_trt.train.datasets.layout import LESION
+from medseg_trt.train.datasets.synapse import ORGANS
 from medseg_trt.train.layer_choice import FINAL_NORM
 from medseg_trt.train.layer_readers import block_spec, half_split
 from medseg_trt.train.model import build_model, model_spec
@@ -36,6 +39,7 @@ MAPPER = "transformer.llama_dim_mapper1.weight"
 LANGUAGE_LAYER, LANGUAGE_NORM = "transformer.llama.layers.0.", "transformer.llama.norm.weight"
 ROTARY_TABLE = re.compile(r"transformer\.llama\.(layers\.0\.attention\.inner_attention\.)?(rope\.)?freqs(_cis)?")
 NAMED = 4  # keys in a message
+USUAL_CLASSES = (Classes(names=ORGANS["transunet"]), acdc.CLASSES, LESION)  # of the data sets that the authors used
 
 State = Mapping[str, Tensor]
 
@@ -56,7 +60,7 @@ def import_official(
         path: the ``.pth`` file.
         out: the checkpoint to write.
         contract: how images were prepared for the network; its size is replaced by the network's.
-        classes: the labels' names; None numbers them.
+        classes: the labels' names; None takes those of the authors' data set with as many, or else numbers.
         image_size: height and width in pixels; None: the square that the position embedding is of.
         block: the frozen layer, for a file that does not hold it.
         architecture: a key of ``MODELS`` with other sizes than the published ones.
@@ -145,6 +149,10 @@ def _square(state: State, path: Path) -> tuple[int, int]:
 
 def _named(classes: Classes | None, num_logits: int, path: Path) -> Classes:
     if classes is None:
+        usual = next((each for each in USUAL_CLASSES if each.num_logits == num_logits), None)
+        if usual is not None:
+            LOG.warning("the classes are taken to be %s; if not, --classes", ", ".join(usual.names))
+            return usual
         LOG.warning("the classes have no names; give them, the background first: --classes background,liver,…")
         count = max(num_logits, 2)
         return Classes(names=("background", *(f"class {label}" for label in range(1, count))))

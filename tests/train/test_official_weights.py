@@ -241,6 +241,22 @@ def test_part_of_a_language_layer_and_one_of_odd_shape_are_refused(tmp_path):
             import_official(path, tmp_path / "model.pt", contract=CONTRACT, classes=THREE, architecture=LLM)
 
 
+@pytest.mark.parametrize(
+    ("classes", "names"),
+    [
+        (9, ("background", "aorta", "gallbladder", "kidney_left", "kidney_right", "liver", "pancreas", "spleen",
+             "stomach")),
+        (4, ("background", "right ventricle", "myocardium", "left ventricle")),
+        (1, ("background", "lesion")),
+        (3, ("background", "class 1", "class 2")),
+    ],
+)  # fmt: skip
+def test_classes_without_names_are_those_of_the_authors_data_or_numbers(tmp_path, classes, names):
+    path = saved(tmp_path / "official.pth", official_state(OURS, classes=classes))
+    found = import_official(path, tmp_path / "model.pt", contract=CONTRACT, architecture=OURS)
+    assert found.classes.names == names
+
+
 class Hostile:
     def __reduce__(self):
         return (print, ("code was run",))
