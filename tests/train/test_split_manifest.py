@@ -12,8 +12,8 @@ from medseg_trt.files import sha256
 from medseg_trt.train import runs
 from medseg_trt.train.checkpoint import load_checkpoint
 from medseg_trt.train.datasets.folder import manifest_sha256
-from medseg_trt.train.datasets.official import open_dataset, open_recorded
-from medseg_trt.train.datasets.options import DataOptions
+from medseg_trt.train.datasets.official import open_dataset, open_recorded, recorded_options
+from medseg_trt.train.datasets.options import DataOptions, with_changes
 from medseg_trt.train.loop import train
 from medseg_trt.train.split_manifest import read_order, read_split_manifest
 
@@ -89,6 +89,16 @@ def test_splits_that_a_manifest_gave_need_no_file_once_they_are_in_the_checkpoin
     (tmp_path / "splits.json").unlink()
     provenance = load_checkpoint(best).provenance
     assert names(open_recorded(busi, provenance)) == json.loads((run / "data.json").read_text())["splits"]
+
+
+def test_a_bundle_asks_for_the_manifest_that_it_does_not_hold(busi, run):
+    manifest = run / "data.json"
+    options = {"count": "any", "masks": "first", "manifest": "data.json"}
+    provenance = {"recipe": {"data": options}, "data": {"name": "BUSI"}}
+    with pytest.raises(InputError, match=r"splits of data.json, which is not in it.*--set data.manifest=FILE"):
+        open_recorded(busi, provenance)
+    given = with_changes(recorded_options(provenance), (f"data.manifest={manifest}",))
+    assert names(open_recorded(busi, provenance, given)) == json.loads(manifest.read_text())["splits"]
 
 
 def test_a_changed_file_is_named(busi, run, tmp_path):

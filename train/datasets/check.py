@@ -72,22 +72,29 @@ def orientation_problems(data: DataFolder) -> list[str]:
 
     Volumes that tell are all turned to LPS, however they are stored.
     """
-    from medseg_trt.formats.nifti import stored_axes
-
-    silent: list[Path] = []
-    telling: list[Path] = []
-    for path in dict.fromkeys(_path(case.image) for cases in data.splits.values() for case in cases):
-        if path.name.lower().endswith(NIFTI):
-            try:
-                (telling if stored_axes(path) else silent).append(path)
-            except InputError:  # whoever reads the volume says so
-                continue
+    axes = _stored_axes(data)
+    silent, telling = [path for path in axes if not axes[path]], [path for path in axes if axes[path]]
     if not silent or not telling:
         return []
     return [
         f"{silent[0]} does not say how it lies ({len(silent)} such volume(s)), but {telling[0]} does, "
         "so they cannot be turned alike; repair its sform or qform"
     ]
+
+
+def _stored_axes(data: DataFolder) -> dict[Path, str]:
+    """Return where the axes of every NIfTI volume run to, nothing where it does not say."""
+    from medseg_trt.formats.nifti import stored_axes
+
+    found: dict[Path, str] = {}
+    for case in chain.from_iterable(data.splits.values()):
+        path = case.image.path if isinstance(case.image, Source) else case.image
+        if path.name.lower().endswith(NIFTI):
+            try:
+                found[path] = stored_axes(path)
+            except InputError:  # whoever reads the volume says so
+                continue
+    return found
 
 
 def _open(root: Path, options: DataOptions) -> tuple[DataFolder, list[str], list[str]]:
@@ -147,7 +154,7 @@ def _remarks(facts: Sequence[CaseFacts], data: DataFolder) -> list[str]:
     """Say what is no fault, but good to know."""
     labelled = np.sum([case.pixels_of_label for case in facts], axis=0) if facts else np.zeros(0)
     spacings = {case.spacing_mm is None for case in facts}
-    axes = _axes(data)
+    axes = [f"{axes or 'not said'} {count}" for axes, count in Counter(_stored_axes(data).values()).items()]
     found = {
         "masks are empty": [case.name for case in facts if case.empty_slices == case.slices],
         "masks hold greys between black and white; brighter than half counts as the lesion": [
@@ -165,22 +172,5 @@ def _remarks(facts: Sequence[CaseFacts], data: DataFolder) -> list[str]:
     return remarks
 
 
-def _axes(data: DataFolder) -> list[str]:
-    from medseg_trt.formats.nifti import stored_axes
-
-    counts: Counter[str] = Counter()
-    for case in chain.from_iterable(data.splits.values()):
-        if (path := _path(case.image)).name.lower().endswith(NIFTI):
-            try:
-                counts[stored_axes(path)] += 1
-            except InputError:
-                continue
-    return [f"{axes or 'not said'} {count}" for axes, count in counts.items()]
-
-
 def _named(what: str, names: Sequence[str]) -> str:
     return f"{len(names)} {what}: {', '.join(names[:MAX_NAMED])}{', …' if len(names) > MAX_NAMED else ''}"
-
-
-def _path(image: Source | Path) -> Path:
-    return image.path if isinstance(image, Source) else image

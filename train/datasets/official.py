@@ -1,12 +1,12 @@
 """The table of the paper's data sets, and the way from a folder on the disk to cases in splits."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from medseg_trt.errors import InputError, UsageError
-from medseg_trt.images import natural_key
 from medseg_trt.progress import LOG
 from medseg_trt.spec import from_dict
 from medseg_trt.train.datasets import acdc, busi, clinicdb, colondb, isic2017, synapse
@@ -25,7 +25,7 @@ DATASETS: Mapping[str, Dataset] = {
     "acdc": acdc.DATASET,
 }
 FOLDER = "folder"  # anyone's own data, see datasets.folder
-ONE_DATASET = ("masks", "normals", "organs")  # the fields of DataOptions that only some data sets know
+CHOICES = ("order", "split_seed", "group_by", "masks", "normals", "organs")  # which mean nothing to some data
 MAX_NAMED = 3
 
 
@@ -86,7 +86,12 @@ def open_recorded(root: Path, provenance: Mapping[str, Any], options: DataOption
     if options is None:
         options = recorded_options(provenance)
         manifest = provenance.get("data", {}).get("manifest")
-        if options.manifest is not None and manifest is not None:
+        if options.manifest is not None and manifest is None:  # a bundle, which does not name the cases
+            raise InputError(
+                f"the model was trained with the splits of {Path(options.manifest).name}, which is not in it; "
+                "give the file again: --set data.manifest=FILE"
+            )
+        if options.manifest is not None:
             data = open_dataset(None, root, replace(options, manifest=None, order="natural"))
             return with_recorded_splits(data, from_dict(SplitManifest, manifest, "the model"), "the model")
     return open_dataset(None, root, options)
@@ -115,19 +120,20 @@ def look_into(name: str | None, root: Path, options: DataOptions) -> Opened | No
     name = name or options.dataset
     if name not in (None, FOLDER, *DATASETS):
         raise UsageError(f"no data set is called {name!r}; choose one of: {FOLDER}, {', '.join(DATASETS)}")
-    if name == FOLDER or (root / "dataset.json").is_file():
+    is_own = name is None and (root / "images").is_dir()
+    if is_own or name == FOLDER or (root / "dataset.json").is_file():
+        _require_meaning(options, (), f"{root}, which dataset.json divides")
         return None
     candidates = [name] if name is not None else list(DATASETS)
     matches = _matches(root, candidates, only_telling=name is None)
-    if not matches and (name is not None or not (root / "images").is_dir()):
+    if not matches:
         raise InputError(_unknown_layout(root, candidates))
-    if not matches or (name is None and (root / "images").is_dir()):
-        return None
     if len(matches) > 1:
         raise InputError(f"{root} holds several data sets, {', '.join(matches)}; give the folder of one of them")
     ((found_name, (layout, base)),) = matches.items()
-    _check_choices(found_name, options)
-    LOG.info("%s is read as %s: %s", base, DATASETS[found_name].title, layout.what)
+    dataset = DATASETS[found_name]
+    _require_meaning(options, ("order", "split_seed", "group_by", *dataset.choices), dataset.title)
+    LOG.info("%s is read as %s: %s", base, dataset.title, layout.what)
     return Opened(name=found_name, layout=layout, found=layout.read(base, options))
 
 
@@ -204,7 +210,9 @@ def _in_order(cases: Sequence[Case], options: DataOptions) -> tuple[Case, ...]:
 def _groups(opened: Opened, cases: Sequence[Case], options: DataOptions) -> list[str] | None:
     if options.group_by == "none":
         return None
-    alone = [case.name for case in cases if case.group is None or opened.dataset.groups != options.group_by]
+    if opened.dataset.groups != options.group_by:
+        raise UsageError(f"no {options.group_by} is known of {opened.dataset.title}; leave data.group_by out")
+    alone = [case.name for case in cases if case.group is None]
     if alone:
         raise InputError(
             f"data.group_by={options.group_by} needs the {options.group_by} of every case, and that of {alone[0]} is "
@@ -214,21 +222,22 @@ def _groups(opened: Opened, cases: Sequence[Case], options: DataOptions) -> list
 
 
 def _check_unique(found: Found) -> None:
-    names = [case.name for cases in found.parts.values() for case in cases]
-    if (
-        twice := sorted({name for name in names if names.count(name) > 1}, key=natural_key)
-        if (len(set(names)) < len(names))
-        else []
-    ):
+    counts = Counter(case.name for cases in found.parts.values() for case in cases)
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
         raise InputError(f"two cases are called {twice[0]} ({len(twice)} such name(s)); names must tell cases apart")
 
 
-def _check_choices(name: str, options: DataOptions) -> None:
+def _require_meaning(options: DataOptions, known: Sequence[str], title: str) -> None:
+    """Refuse an option that would change nothing, which its user would not notice.
+
+    Raises:
+        UsageError: an option that is not the default is none of ``known``.
+    """
     default = DataOptions()
-    for field in fields(options):
-        is_changed = getattr(options, field.name) != getattr(default, field.name)
-        if is_changed and field.name in ONE_DATASET and field.name not in DATASETS[name].choices:
-            raise UsageError(f"data.{field.name} means nothing to {DATASETS[name].title}; leave it out")
+    for name in CHOICES:
+        if name not in known and getattr(options, name) != getattr(default, name):
+            raise UsageError(f"data.{name} means nothing to {title}; leave it out")
 
 
 def _unknown_layout(root: Path, candidates: Sequence[str]) -> str:

@@ -103,6 +103,15 @@ def test_a_photograph_of_isic_comes_with_its_own_mask_and_without_superpixels(ar
         assert np.abs(image.pixels[0].astype(int) - colours).mean() < 8  # JPEG's losses; of another picture 40
 
 
+def test_folders_within_folders_of_their_own_name_are_passed_through(archives, tmp_path):
+    for folder in archives["isic2017"].iterdir():  # as some unpackers leave them
+        shutil.copytree(folder, tmp_path / folder.name / folder.name)
+    mask = next((tmp_path / "ISIC-2017_Test_v2_Part1_GroundTruth").rglob("*.png"))
+    mask.rename(mask.with_suffix(".PNG"))
+    found, expected = (open_dataset("isic2017", root, ANY) for root in (tmp_path, archives["isic2017"]))
+    assert [names(cases) for cases in found.splits.values()] == [names(cases) for cases in expected.splits.values()]
+
+
 def test_busis_masks_are_merged_or_the_first_is_taken(archives):
     merged, first = (
         {case.name: case for case in all_cases(open_dataset("busi", archives["busi"], options))}
@@ -345,6 +354,8 @@ def test_several_data_sets_in_one_folder_are_named(tmp_path):
     [
         ("isic2017", DataOptions(count="any", split_seed=42), "ISIC 2017.* comes divided"),
         ("synapse", DataOptions(count="any", group_by="sequence"), "comes divided"),
+        ("busi", DataOptions(count="any", group_by="patient"), "no patient is known of BUSI"),
+        ("clinicdb", DataOptions(count="any", group_by="patient"), "no patient is known of CVC-ClinicDB"),
         ("clinicdb", DataOptions(count="any", masks="first"), "data.masks means nothing to CVC-ClinicDB"),
         ("acdc", DataOptions(count="any", organs="emcad"), "data.organs means nothing to ACDC"),
     ],
@@ -352,6 +363,14 @@ def test_several_data_sets_in_one_folder_are_named(tmp_path):
 def test_an_option_that_would_change_nothing_is_refused(archives, layout, options, message):
     with pytest.raises(UsageError, match=message):
         open_dataset(None, archives[layout], options)
+
+
+@pytest.mark.parametrize("change", ["split_seed=7", "masks=first", "group_by=sequence"])
+def test_a_folder_of_ones_own_has_no_such_options(tmp_path, change):
+    write_pictures(tmp_path, 4)
+    options = with_changes(DataOptions(), (change,))
+    with pytest.raises(UsageError, match=f"data.{change.partition('=')[0]} means nothing to .*dataset.json divides"):
+        open_dataset(None, tmp_path, options)
 
 
 def test_options_are_changed_by_name_and_read_back_from_a_recipe():
