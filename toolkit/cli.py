@@ -22,6 +22,7 @@ from medseg_trt.commands.evaluate import evaluate
 from medseg_trt.commands.infer import infer
 from medseg_trt.commands.inspect import inspect
 from medseg_trt.commands.kernels import kernels
+from medseg_trt.commands.reproduce import reproduce
 from medseg_trt.commands.samples import samples
 from medseg_trt.commands.train import train
 from medseg_trt.errors import MedsegError, MissingExtraError
@@ -33,6 +34,7 @@ COMMANDS: tuple[click.Command, ...] = (
     data,
     train,
     evaluate,
+    reproduce,
     build,
     infer,
     bench,
