@@ -116,7 +116,7 @@ def write_synapse(
     training = root / "RawData" / "Training"
     for name in sorted((*train, *test)):
         values, labels = _scan(int(name), slices, size, HEADER_LABELS)
-        hounsfield = (values * 5.0 - 400).astype(np.int16)
+        hounsfield = (values * 3.0 - 250).astype(np.int16)
         for part, stored in (("img", hounsfield), ("label", labels)):
             save_nifti(_folder(training / part) / f"{part}{name}.nii.gz", stored, (3.0, 0.8, 0.8))
     _folder(root / "RawData" / "Testing" / "img")
@@ -172,6 +172,13 @@ def save_nifti(
         np.ascontiguousarray(slices_first.transpose(2, 1, 0)), lps if affine is None else affine
     )
     nibabel.save(volume, path)
+
+
+def load_nifti(path: Path) -> nibabel.Nifti1Image:
+    """Open a volume that was written here."""
+    volume = nibabel.load(path)
+    assert isinstance(volume, nibabel.Nifti1Image)
+    return volume
 
 
 def _write_transunet(root: Path, train: Sequence[str], test: Sequence[str], slices: int, size: tuple[int, int]) -> Path:

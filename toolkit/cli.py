@@ -19,6 +19,7 @@ from medseg_trt.commands.build import build
 from medseg_trt.commands.data import data
 from medseg_trt.commands.doctor import doctor
 from medseg_trt.commands.evaluate import evaluate
+from medseg_trt.commands.import_ import import_
 from medseg_trt.commands.infer import infer
 from medseg_trt.commands.inspect import inspect
 from medseg_trt.commands.kernels import kernels
@@ -33,6 +34,7 @@ COMMANDS: tuple[click.Command, ...] = (
     block,
     data,
     train,
+    import_,
     evaluate,
     reproduce,
     build,

@@ -6,12 +6,12 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from medseg_trt.images import Image
-from medseg_trt.preprocess import of_image, prepare, restore
+from medseg_trt.preprocess import Size, of_image, prepare, resampled_size, restore
 from medseg_trt.progress import track
 from medseg_trt.spec import Preprocessing
 
 Run = Callable[[np.ndarray], np.ndarray]  # (batch, 3, H, W) float32 -> logits (batch, classes, H, W) float32
-MaskRun = Callable[[np.ndarray, tuple[int, int]], np.ndarray]  # and the images' own size -> labels uint8 of that size
+MaskRun = Callable[[np.ndarray, Size, Size], np.ndarray]  # ``Session.masks``
 
 
 def prepared_slices(image: Image, preprocessing: Preprocessing) -> Float32[np.ndarray, "slices 3 height width"]:
@@ -45,7 +45,8 @@ def segment(
         part = slice(start, start + batch)
         inputs = np.stack([prepare(pixels, contract, image.spacing_in_plane) for pixels in image.pixels[part]])
         if masks is not None:
-            labels[part] = masks(inputs, image.size)
+            resampled = resampled_size(image.size, preprocessing, image.spacing_in_plane)
+            labels[part] = masks(inputs, image.size, resampled)
             continue
         for index, logits in zip(range(start, start + len(inputs)), run(inputs), strict=True):
             labels[index] = restore(logits, image.size, preprocessing, image.spacing_in_plane)

@@ -23,6 +23,7 @@ from medseg_trt.export.groups import groups_of
 from medseg_trt.export.half import TYPES
 from medseg_trt.export.masks import with_masks
 from medseg_trt.export.overflow import observed_values, rounded_graph, too_large
+from medseg_trt.export.policy import policy_digest
 from medseg_trt.export.quantize import (
     int8_share,
     needs_calibration,
@@ -106,12 +107,16 @@ def make_variants(
         graphs = {key: with_masks(each, proof.images.judged.preprocessing) for key, each in graphs.items()}
     save_flavours({file: graphs[key] for file, key in files.items()}, folder, f"weights-{stem}.bin")
     done = {**passes, **prepared.notes, "int8_share": share, "gate": to_dict(relaxed) if relaxed else None}
+    groups = relaxed.kept_float if relaxed else ()
     return {
         file.removesuffix(".onnx"): Variant(
-            precision=name, flavour=key, graph=file, weights=f"weights-{stem}.bin", passes=done
+            precision=name, flavour=key, graph=file, weights=f"weights-{stem}.bin",
+            passes=done | {
+                "policy": policy_digest(prepared.precision, WRITTEN[key].form, WRITTEN[key].flavour, groups)
+            },
         )
         for file, key in files.items()
-    }
+    }  # fmt: skip
 
 
 def _prepare(graph: OnnxGraph, name: str, proof: Proof) -> _Prepared:

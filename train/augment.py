@@ -51,7 +51,7 @@ def option_names(name: str) -> tuple[str, ...]:
     return tuple(parameter.name for parameter in parameters if parameter.kind is Parameter.KEYWORD_ONLY)
 
 
-def augment(image: Picture, labels: Labels, steps: Sequence[Step], rng: np.random.Generator) -> Pair:
+def augment(image: Picture, labels: Labels, steps: Sequence[Step], rng: np.random.Generator) -> TurnedPair:
     """Apply the steps of a recipe in their order, each with its probability."""
     for step in steps:
         if rng.random() < step.probability:

@@ -34,7 +34,10 @@ from medseg_trt.train.transunet import TransUNet
 from medseg_trt.train.whole_batch import Part, compute_part
 
 
-def train(recipe: Recipe, data: DataFolder, out: Path, *, block: Path | None = None, resume: bool = False) -> Path:
+def train(
+    recipe: Recipe, data: DataFolder, out: Path, *, block: Path | None = None, weights: Path | None = None,
+    resume: bool = False,
+) -> Path:  # fmt: skip
     """Train a model and return the path of its best checkpoint.
 
     Args:
@@ -42,6 +45,7 @@ def train(recipe: Recipe, data: DataFolder, out: Path, *, block: Path | None = N
         data: a labelled folder.
         out: the run folder, see ``train.runs``.
         block: the frozen block's file, for an architecture that has one.
+        weights: what the encoder starts from, for a recipe whose ``pretrained`` is "file".
         resume: go on from ``out/last.pt``; the recipe, the data and the block must be those of the run so far.
 
     Raises:
@@ -53,8 +57,8 @@ def train(recipe: Recipe, data: DataFolder, out: Path, *, block: Path | None = N
     engine = Engine(recipe.train.autocast)
     with ExitStack() as held:
         engine.first(lambda: held.enter_context(run_lock(out)))
-        state = engine.first(lambda: begin(recipe, data, out, block=block, resume=resume))
-        state = state or join(recipe, data, out, block=block)
+        state = engine.first(lambda: begin(recipe, data, out, block=block, weights=weights, resume=resume))
+        state = state or join(recipe, data, out, block=block, weights=weights)
         if state.next_epoch > recipe.train.epochs:
             LOG.info("%s is complete; all %d epochs are done", out, recipe.train.epochs)
         else:
@@ -111,7 +115,7 @@ class _Training:
             row = {**row, "dice": found.mean_dice, "iou": found.mean_iou, "dice_of_class": of_class}
         row = {**row, "seconds": round(time.monotonic() - began, 2)}
         state = save(state, self.model, self._beside_weights(), row, self.out, spec)
-        _tell(row, spec.epochs)
+        _tell(row, spec)
         return state
 
     def keep(self, state: RunState, progress: Progress) -> None:
@@ -260,7 +264,7 @@ class EpochSlices(Dataset[tuple[np.ndarray, np.ndarray]]):
     def __getitem__(self, item: int) -> tuple[np.ndarray, np.ndarray]:
         seed = [self.recipe.train.seed, self.epoch, item + 1]  # NumPy pads with zeros: [s, e, 0] would repeat [s, e]
         rng = np.random.default_rng(seed)
-        index = self.order[item]
+        index = int(self.order[item])
         image, labels = np.array(self.slices.images[index]), np.array(self.slices.labels[index])
         image, labels = self.slices.finish(*augment(image, labels, self.steps[item], rng))
         return image, labels.astype(np.int64)
@@ -294,13 +298,14 @@ def _diverged(what: str, spec: TrainSpec) -> MedsegError:
     return MedsegError(f"{what}. Try a smaller rate in another run folder: {smaller}")
 
 
-def _tell(row: Row, epochs: int) -> None:
+def _tell(row: Row, spec: TrainSpec) -> None:
     loss = f"loss {row['loss']:.3f}, " if "loss" in row else "untrained, "
     dice = ""
     if "dice" in row:
         classes = ", ".join(
             f"{name} {'absent' if value is None else f'{value:.2f}'}" for name, value in row["dice_of_class"].items()
         )
-        dice = f"validation Dice {row['dice']:.3f} ({classes}), "
-    left = f", about {row['seconds'] * (epochs - row['epoch']):.0f} s left" if "loss" in row else ""
-    LOG.info("epoch %d of %d: %s%s%.0f s%s", row["epoch"], epochs, loss, dice, row["seconds"], left)
+        iou = f", IoU {row['iou']:.3f}" if spec.best == "iou" and row["iou"] is not None else ""
+        dice = f"validation Dice {row['dice']:.3f} ({classes}){iou}, "
+    left = f", about {row['seconds'] * (spec.epochs - row['epoch']):.0f} s left" if "loss" in row else ""
+    LOG.info("epoch %d of %d: %s%s%.0f s%s", row["epoch"], spec.epochs, loss, dice, row["seconds"], left)

@@ -20,17 +20,22 @@ from medseg_trt import __version__
 from medseg_trt.errors import UsageError
 from medseg_trt.files import atomic_file, sha256, write_json
 from medseg_trt.progress import LOG
-from medseg_trt.spec import Preprocessing, from_dict, to_dict
+from medseg_trt.spec import ModelSpec, Preprocessing, from_dict, to_dict
 from medseg_trt.train.blocks import load_block, provenance_of
 from medseg_trt.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, trained_weights
 from medseg_trt.train.curve import draw_curve
 from medseg_trt.train.datasets.check import require_usable
 from medseg_trt.train.datasets.folder import DataFolder, manifest_sha256
 from medseg_trt.train.model import build_model, model_spec
+from medseg_trt.train.pretrained import load_encoder
 from medseg_trt.train.training_spec import Recipe, TrainSpec
 from medseg_trt.train.transunet import TransUNet
 
 PARTIAL_SLICES = ".partial-slices-"  # how the folder of prepared slices begins, which a run removes at its end
+NO_WEIGHTS = (
+    "the recipe starts from pretrained weights of the encoder: --weights R50+ViT-B_16.npz, or timm's "
+    "vit_base_r50_s16_224.orig_in21k as .safetensors. To start from random ones: --set pretrained=none"
+)
 Row = Mapping[str, Any]  # of history.jsonl: epoch, loss, seconds, and dice, dice_of_class where it was validated
 
 
@@ -53,12 +58,20 @@ class RunState:
     progress: Progress | None = None  # in ``next_epoch``
 
 
-def begin(recipe: Recipe, data: DataFolder, out: Path, *, block: Path | None, resume: bool) -> RunState:
+def begin(
+    recipe: Recipe, data: DataFolder, out: Path, *, block: Path | None, weights: Path | None, resume: bool
+) -> RunState:
     """Start a run, or with ``resume`` go on with the one in ``out``.
 
     Raises:
-        UsageError: ``out`` holds a run already, or one of another recipe, data set or block; or a block is missing.
+        UsageError: ``out`` holds a run already, or one of another recipe, data set, block or pretrained weights; or a
+            block or the weights are missing.
     """
+    last = out / "last.pt"
+    if last.is_file() and not resume:
+        raise UsageError(f"{out} holds a run already. Add --resume to go on with it, or choose another folder with -o")
+    if not last.is_file():
+        _checked_spec(recipe, data, block, weights)  # before gigabytes of data are hashed
     manifest = data.manifest()
     root, digest = str(data.root.resolve()), manifest_sha256(manifest)
     provenance = {
@@ -66,25 +79,26 @@ def begin(recipe: Recipe, data: DataFolder, out: Path, *, block: Path | None, re
         "data": {"name": data.name, "root": root, "sha256": digest, "note": data.note, "manifest": manifest},
         "versions": {"medseg-trt": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
     }
-    last = out / "last.pt"
-    if last.is_file() and not resume:
-        raise UsageError(f"{out} holds a run already. Add --resume to go on with it, or choose another folder with -o")
     _remove_leftovers(out)
     if last.is_file():
-        return _resumed(load_checkpoint(last), provenance, block, out)
+        return _resumed(load_checkpoint(last), provenance, block, weights, out)
     if resume:
         LOG.warning("%s holds no run to go on with; a new one begins", out)
     require_usable(data)
-    checkpoint = _fresh(recipe, data, provenance, block)
+    checkpoint = _fresh(recipe, data, provenance, block, weights)
     write_json(out / "recipe.json", to_dict(recipe))
     write_json(out / "data.json", manifest)
     return RunState(checkpoint=checkpoint)
 
 
-def join(recipe: Recipe, data: DataFolder, out: Path, *, block: Path | None) -> RunState:
+def join(recipe: Recipe, data: DataFolder, out: Path, *, block: Path | None, weights: Path | None) -> RunState:
     """Return what ``begin`` has returned in another process, which has checked it all; nothing is written."""
     last = out / "last.pt"
-    return _state(load_checkpoint(last)) if last.is_file() else RunState(checkpoint=_fresh(recipe, data, {}, block))
+    return (
+        _state(load_checkpoint(last))
+        if last.is_file()
+        else RunState(checkpoint=_fresh(recipe, data, {}, block, weights))
+    )
 
 
 def save(
@@ -137,7 +151,31 @@ def _is_best(row: Row, history: Sequence[Row], spec: TrainSpec) -> bool:
     return row[spec.best] >= max(before, default=0.0)
 
 
-def _fresh(recipe: Recipe, data: DataFolder, provenance: Mapping[str, Any], block: Path | None) -> Checkpoint:
+def _fresh(
+    recipe: Recipe, data: DataFolder, provenance: Mapping[str, Any], block: Path | None, weights: Path | None
+) -> Checkpoint:
+    spec = _checked_spec(recipe, data, block, weights)
+    frozen = load_block(block) if block is not None else ()
+    if spec.block is not None and frozen:
+        spec = replace(spec, block=replace(frozen[0].spec, rotary=recipe.rotary, causal=recipe.causal))
+    torch.manual_seed(recipe.train.seed)
+    model = build_model(spec, frozen)
+    if weights is not None:
+        unused = load_encoder(model, weights)
+        provenance = {**provenance, "weights": {"file": weights.name, "sha256": sha256(weights), "unused": unused}}
+    return Checkpoint(
+        weights=trained_weights(model),
+        spec=spec,
+        preprocessing=_preprocessing(recipe, data),
+        classes=data.classes,
+        block_file=block,
+        block_sha256=sha256(block) if block is not None else None,
+        provenance={**provenance, "block": provenance_of(frozen) if frozen else None},
+    )
+
+
+def _checked_spec(recipe: Recipe, data: DataFolder, block: Path | None, weights: Path | None) -> ModelSpec:
+    """Return the architecture, once it is sure that the files are given which it starts from."""
     spec = model_spec(
         recipe.architecture, recipe.preprocessing.image_size, data.classes.num_logits,
         recipe.insert, rotary=recipe.rotary, causal=recipe.causal,
@@ -147,19 +185,9 @@ def _fresh(recipe: Recipe, data: DataFolder, provenance: Mapping[str, Any], bloc
             f"{recipe.architecture} needs a frozen block: --block FILE. "
             "Get one: medseg-trt samples get llama-block, then medseg-trt block extract"
         )
-    frozen = load_block(block) if block is not None else ()
-    if spec.block is not None and frozen:
-        spec = replace(spec, block=replace(frozen[0].spec, rotary=recipe.rotary, causal=recipe.causal))
-    torch.manual_seed(recipe.train.seed)
-    return Checkpoint(
-        weights=trained_weights(build_model(spec, frozen)),
-        spec=spec,
-        preprocessing=_preprocessing(recipe, data),
-        classes=data.classes,
-        block_file=block,
-        block_sha256=sha256(block) if block is not None else None,
-        provenance={**provenance, "block": provenance_of(frozen) if frozen else None},
-    )
+    if (weights is None) != (recipe.pretrained == "none"):
+        raise UsageError(NO_WEIGHTS if weights is None else "pretrained=none and --weights contradict one another")
+    return spec
 
 
 def _preprocessing(recipe: Recipe, data: DataFolder) -> Preprocessing:
@@ -172,13 +200,17 @@ def _preprocessing(recipe: Recipe, data: DataFolder) -> Preprocessing:
     return told
 
 
-def _resumed(last: Checkpoint, provenance: Mapping[str, Any], block: Path | None, out: Path) -> RunState:
+def _resumed(
+    last: Checkpoint, provenance: Mapping[str, Any], block: Path | None, weights: Path | None, out: Path
+) -> RunState:
+    begun_from = last.provenance.get("weights", {}).get("sha256")
     changed = [
         name
         for name, before, now in (
             ("recipe", _with_defaults(last.provenance["recipe"], out), provenance["recipe"]),
             ("data", last.provenance["data"]["sha256"], provenance["data"]["sha256"]),
             ("block", last.block_sha256, sha256(block) if block is not None else last.block_sha256),
+            ("pretrained weights", begun_from, sha256(weights) if weights is not None else begun_from),
         )
         if before != now
     ]

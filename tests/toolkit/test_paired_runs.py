@@ -15,7 +15,7 @@ def scores(values, weights=None, names=None):
     rows = tuple(tuple(None if math.isnan(value) else float(value) for value in row) for row in np.atleast_2d(values))
     return Scores(
         names=names or tuple(f"case{index}" for index in range(len(rows))),
-        weights=tuple(weights or [1.0] * len(rows)), values=rows, mean=float(np.nanmean(values)),
+        weights=tuple(map(float, weights or [1] * len(rows))), values=rows, mean=float(np.nanmean(values)),
     )  # fmt: skip
 
 
@@ -55,12 +55,12 @@ def test_a_true_gain_counts_and_noise_does_not():
 
 def test_a_gain_that_holds_on_few_images_or_in_few_runs_alone_does_not_count():
     random = np.random.default_rng(2)
-    of_one_case = np.zeros((12, 1))
+    of_one_case = np.full((12, 1), -0.01)
     of_one_case[0] = 0.5  # every run finds it, so that t over runs is sure
     one_case = gain(pairs([of_one_case + random.normal(0, 1e-3, (12, 1)) for _ in range(3)]))
     assert one_case.student[0] > 0
-    assert one_case.bootstrap[0] < 0.005
-    assert not one_case.is_distinguishable or one_case.bootstrap[0] > 0
+    assert one_case.bootstrap[0] < 0
+    assert not one_case.is_distinguishable
     lucky = gain(pairs([np.full((40, 1), 0.04), np.full((40, 1), 0.01), np.full((40, 1), 0.02)]))
     assert lucky.bootstrap[0] > 0  # a bootstrap of three runs never reaches below the smallest
     assert lucky.student[0] < 0

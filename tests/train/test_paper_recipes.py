@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
+from tiny import tiny_recipe
 
 from medseg_trt.errors import UsageError
 from medseg_trt.spec import Preprocessing
@@ -92,17 +93,13 @@ def test_poly_follows_transunets_trainer_step_by_step():
     assert rate(spec, 13_950, steps) == pytest.approx(0.01 * (1 / ITERATIONS) ** 0.9, rel=1e-9)
 
 
-def test_a_short_last_batch_is_left_out_or_trained_on(source, tmp_path, no_curve):
+def test_a_short_last_batch_is_left_out_or_trained_on(source, tmp_path, no_curve, monkeypatch):
     data, block = source  # five pictures, four for training
-    from tiny import tiny_recipe
-
-    for changes, batches in ((("train.batch_size=3",), 1), (("train.batch_size=3", "train.drop_last=false"), 2)):
-        steps = []
-        with pytest.MonkeyPatch.context() as patch:
-            real = loop.segmentation_loss
-            patch.setattr(loop, "segmentation_loss", lambda *given: steps.append(len(given[0])) or real(*given))
-            loop.train(tiny_recipe("train.epochs=1", *changes), data, tmp_path / str(batches), block=block)
-        assert steps == [3, 1][:batches]
+    steps, real = [], loop.segmentation_loss
+    monkeypatch.setattr(loop, "segmentation_loss", lambda *given: steps.append(len(given[0])) or real(*given))
+    for changes in (("train.batch_size=3",), ("train.batch_size=3", "train.drop_last=false")):
+        loop.train(tiny_recipe("train.epochs=1", *changes), data, tmp_path / str(len(steps)), block=block)
+    assert steps == [3, 3, 1]
 
 
 def test_input_scales_are_named_and_come_to_the_checkpoint_as_mean_and_std():
@@ -217,7 +214,8 @@ def test_an_epoch_of_slices_at_their_source_is_of_the_networks_size(tmp_path, rn
     for image, labels in (pair for epoch in items for pair in epoch):
         assert (image.shape, labels.shape, image.dtype, labels.dtype) == ((3, 32, 32), (32, 32), np.float32, np.int64)
     assert any(not np.array_equal(one[0], other[0]) for one, other in zip(*items, strict=True))
-    assert (epochs[0].steps == epochs[1].steps) and len(epochs[0].steps) == 3
+    assert epochs[0].steps == epochs[1].steps
+    assert len(epochs[0].steps) == 3
 
 
 @pytest.mark.parametrize(

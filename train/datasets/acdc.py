@@ -41,10 +41,8 @@ def read_official(base: Path, _options: DataOptions) -> Found:
             problems.append(wrong)
         found += [Case(image=image, mask=mask, group=folder.name) for _, image, mask in pairs]
     official = {part: FRAMES_OF_A_PATIENT * len(numbers) for part, numbers in PATIENTS.items()}
-    return Found(
-        parts={part: _of(part, found) for part in PATIENTS},
-        official=official, classes=CLASSES, problems=tuple(problems),
-    )  # fmt: skip
+    parts = {part: _of(part, found) for part in PATIENTS}
+    return Found(parts=parts, official=official, classes=CLASSES, problems=tuple(problems))
 
 
 def read_prepared(base: Path, options: DataOptions) -> Found:

@@ -125,5 +125,5 @@ def _summary(cases: Sequence[CaseFacts]) -> dict[str, Any]:
 
 
 def _range(values: Iterable[float]) -> list[float]:
-    found = list(values)
+    found = [float(value) for value in values]
     return [min(found), max(found)]

@@ -53,7 +53,10 @@ def look_at(pixels: Num[ndarray, "slices height width channels"], window: tuple[
     """
     header = f"{pixels.shape} {pixels.dtype.str} ".encode()
     digest = hashlib.sha256(header + np.ascontiguousarray(pixels).tobytes()).hexdigest()
-    grey = pixels[len(pixels) // 2].astype(np.float32).mean(axis=2)
+    middle = pixels[len(pixels) // 2]
+    grey = np.zeros(middle.shape[:2], np.float32)
+    for channel in range(middle.shape[2]):  # a mean over the last axis takes five times as long
+        grey += middle[..., channel] / np.float32(middle.shape[2])
     if window is not None:
         grey = grey.clip(*window)
     small = resize(grey, (THUMBNAIL, THUMBNAIL), "linear_antialias")

@@ -12,7 +12,7 @@ from medseg_trt.train.datasets.options import DataOptions
 
 ALL = "all"  # the part of a data set that comes undivided
 LESION = Classes(names=("background", "lesion"))
-MAX_DEPTH = 2  # archives unzip into folders of their own, and are unzipped into folders
+MAX_DEPTH = 3  # archives unzip into folders of their own, and are unzipped into folders
 IGNORED_FOLDERS = ("__MACOSX",)
 
 

@@ -64,6 +64,8 @@ def open_dataset(name: str | None, root: Path, options: DataOptions | None = Non
             more = f" (and {len(problems) - MAX_NAMED} more)" if len(problems) > MAX_NAMED else ""
             raise InputError(f"{root}, read as {opened.dataset.title}: {'; '.join(problems[:MAX_NAMED])}{more}")
         data = divided(opened, root, options)
+        for remark in opened.found.remarks:
+            LOG.info("%s", remark)
     if options.manifest is not None and options.order != "manifest":
         data = with_recorded_splits(data, read_split_manifest(Path(options.manifest)), options.manifest)
     return data
@@ -180,8 +182,6 @@ def divided(opened: Opened, root: Path, options: DataOptions) -> DataFolder:
         if options.split_seed != DataOptions().split_seed or options.group_by not in ("none", dataset.groups):
             raise UsageError(f"{dataset.title} comes divided, so data.split_seed and data.group_by cannot change it")
         splits = {part: _in_order(cases, options) for part, cases in found.parts.items() if cases}
-    for remark in found.remarks:
-        LOG.info("%s", remark)
     LOG.info("%s: %s", dataset.title, ", ".join(f"{len(cases)} {split}" for split, cases in splits.items()))
     return DataFolder(
         root=root, name=dataset.title, classes=found.classes, splits=splits, window=found.window,
