@@ -1,13 +1,13 @@
-"""Does the frozen LLaMA block help on the real samples? Three seeds with it and three without, on organs and tumours.
+r"""Does the frozen LLaMA block help on the real samples? Three seeds with it, three without, on organs and tumours.
 
 The runs are made by these commands, two minutes to an hour each, and go on with ``--resume`` after a kill:
 
     medseg-trt samples get organs tumours llama-block -o data
     medseg-trt block extract data/llama-block/SmolLM2-135M-Instruct.Q4_1.gguf -o block.safetensors
     for seed in 1234 1235 1236; do for data in organs tumours; do
-      medseg-trt train --recipe $data-demo --data data/$data --set train.seed=$seed --resume \\
+      medseg-trt train --recipe $data-demo --data data/$data --set train.seed=$seed --resume \
         -o runs/$data-llm-transunet-small-$seed --block block.safetensors
-      medseg-trt train --recipe $data-demo --data data/$data --set train.seed=$seed --resume \\
+      medseg-trt train --recipe $data-demo --data data/$data --set train.seed=$seed --resume \
         -o runs/$data-transunet-small-$seed --set architecture=transunet-small
     done; done
     python benchmarks/language_block.py runs --data data
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from medseg_trt.files import atomic_file, write_json
-from medseg_trt.paired_runs import Gain, Pair, Scores, gain, mean_and_deviation, scores_of
+from medseg_trt.paired_runs import Pair, Scores, gain, mean_and_deviation, scores_of
 from medseg_trt.report import machine
 from medseg_trt.train.checkpoint import load_checkpoint
 from medseg_trt.train.datasets.folder import DataFolder
@@ -120,8 +120,8 @@ def to_markdown(result: Mapping[str, Any]) -> str:
         "",
         "Mean Dice over the classes that occur, `medseg-trt evaluate` with `volume`, of `best.pt`, which was chosen on "
         "the validation split; mean ± standard deviation over seeds. Networks of one seed start from the same weights "
-        "and see the same slices. Gain: with the block (SmolLM2-135M's last layer) minus without, in pairs of one seed; "
-        "95 % intervals.",
+        "and see the same slices. Gain: with the block (SmolLM2-135M's last layer) minus without, in pairs of one "
+        "seed; 95 % intervals.",
         "",
         "| data, split | cases | without the block | with the block | gain | bootstrap | t over seeds | pairs |",
         "|:--|--:|--:|--:|--:|--:|--:|--:|",
