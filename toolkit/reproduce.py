@@ -23,7 +23,7 @@ from medseg_trt.train.datasets.official import DATASETS, open_dataset
 from medseg_trt.train.recipes import recipe
 from medseg_trt.train.training_spec import Recipe
 
-FIRST_SEED, FIRST_SPLIT = 1234, 41
+FIRST_SEED = 1234
 BATCH = 8  # of the paper's validation and test of lesions; unext_batch depends on it
 TEST = "test.json"
 GENERATED = "GENERATED"  # a file of this name marks a folder whose pictures are of nobody
@@ -53,6 +53,7 @@ class Wanted:
     splits: int = 5  # of the data sets that come undivided
     changes: tuple[str, ...] = ()  # of all recipes; an architecture is that without the block
     block: Path | None = None
+    weights: Path | None = None  # what the encoder starts from
 
     def __post_init__(self) -> None:
         if self.table not in TABLES:
@@ -80,11 +81,15 @@ def reproduce(wanted: Wanted) -> Path:
     runs = [run for name, place in places.items() if place is not None for run in _plan(name, place, wanted)]
     if wanted.block is None and any(needs_block(run.recipe) for run in runs):
         raise UsageError("llm-transunet needs a frozen block: --block FILE, from 'medseg-trt block extract'")
+    if wanted.weights is None and any(run.recipe.pretrained == "file" for run in runs):
+        raise UsageError(
+            "the paper starts from R50+ViT-B_16: --weights R50+ViT-B_16.npz; from random weights: --set pretrained=none"
+        )
     tested: list[Tested] = []
     for number, run in enumerate(runs, 1):
         LOG.info("run %d of %d: %s", number, len(runs), run.folder.name)
         if not (run.folder / TEST).is_file():
-            _train(run, wanted.block)
+            _train(run, wanted)
         if is_spokesman():
             tested.append(_test(run, table.modes))
     path = wanted.out / f"{wanted.table}.json"
@@ -116,12 +121,13 @@ def _plan(name: str, place: Path, wanted: Wanted) -> list[Run]:
     architectures: Mapping[Arm, str] = {"transunet": small, "llm-transunet": f"llm-{small}"}
     first = open_dataset(name, place, chosen.data)
     is_divided = "split_seed" not in first.how
-    splits = [None] if is_divided else list(range(FIRST_SPLIT, FIRST_SPLIT + wanted.splits))
+    first_split = chosen.data.split_seed
+    splits = [None] if is_divided else list(range(first_split, first_split + wanted.splits))
     runs: list[Run] = []
     for split in splits:
         title = "official" if split is None else f"split{split}"
         common = (*wanted.changes, f"data.dataset={name}", *(() if split is None else (f"data.split_seed={split}",)))
-        data = first if split is None else open_dataset(name, place, recipe(name, common).data)
+        data = first if split in (None, first_split) else open_dataset(name, place, recipe(name, common).data)
         for seed, arm in product(range(FIRST_SEED, FIRST_SEED + wanted.seeds), ARMS):
             own = recipe(name, (*common, f"architecture={architectures[arm]}", f"train.seed={seed}"))
             folder = wanted.out / f"{name}-{architectures[arm]}-{title}-seed{seed}"
@@ -129,10 +135,11 @@ def _plan(name: str, place: Path, wanted: Wanted) -> list[Run]:
     return runs
 
 
-def _train(run: Run, block: Path | None) -> None:
+def _train(run: Run, wanted: Wanted) -> None:
     from medseg_trt.train.loop import train
 
-    train(run.recipe, run.data, run.folder, block=block if needs_block(run.recipe) else None, resume=True)
+    block = wanted.block if needs_block(run.recipe) else None
+    train(run.recipe, run.data, run.folder, block=block, weights=wanted.weights, resume=True)
 
 
 def _test(run: Run, modes: Sequence[str]) -> Tested:

@@ -134,4 +134,5 @@ def test_what_cannot_be_run_is_refused_before_anything_is_trained(root, tmp_path
     assert "there is no field train.epoch" in str(run(root, tmp_path / "out", changes=["train.epoch=1"]).exception)
     without = CliRunner().invoke(cli, ["reproduce", "table1", "--data", str(root), "--set", "data.count=any"])
     assert "needs a frozen block: --block FILE" in str(without.exception)
+    assert "--weights R50+ViT-B_16.npz" in str(run(root, tmp_path / "out", changes=CHANGES[:-1]).exception)
     assert not (tmp_path / "out").exists()

@@ -17,14 +17,15 @@ from medseg_trt.progress import is_spokesman
     "--splits", type=click.IntRange(1), default=5, show_default=True, help="Of BUSI, ClinicDB, ColonDB: not divided."
 )
 @click.option("--block", "block_file", type=FILE, help="The frozen block, from 'medseg-trt block extract'.")
+@click.option("--weights", type=FILE, help="What the encoders start from: R50+ViT-B_16.npz.")
 @click.option("-o", "--output", type=FOLDER, help="Where the runs and the table go.  [default: reproduced/TABLE]")
 @click.option(
     "--set", "changes", multiple=True, metavar="FIELD=VALUE", help="Change a field of all recipes, e.g. train.epochs=5."
 )
 @output_options
 def reproduce(
-    table: str, root: Path, seeds: int, splits: int, block_file: Path | None, output: Path | None,
-    changes: tuple[str, ...], as_json: bool,
+    table: str, root: Path, seeds: int, splits: int, block_file: Path | None, weights: Path | None,
+    output: Path | None, changes: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
     """Train and test what TABLE, table1 or table2, needs, and lay our figures beside the paper's.
 
@@ -35,7 +36,7 @@ def reproduce(
 
     wanted = Wanted(
         table=table, root=root, out=output or Path("reproduced", table), seeds=seeds, splits=splits, changes=changes,
-        block=block_file,
+        block=block_file, weights=weights,
     )  # fmt: skip
     path = run_what_is_missing(wanted)
     if is_spokesman():
