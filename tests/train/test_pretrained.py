@@ -1,6 +1,7 @@
 """The encoder takes over published weights: every array has its place or is named, and training starts there."""
 
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -226,6 +227,11 @@ def test_damaged_files_and_other_kinds_are_refused_in_one_line(npz, tmp_path):
         with pytest.raises(ArtefactError, match=message) as caught:
             load_encoder(tiny_model(), path)
         assert "\n" not in str(caught.value)
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1,\n"  # NumPy reads it as Python, which has no end
+    with zipfile.ZipFile(tmp_path / "header.npz", "w") as archive:
+        archive.writestr("cls.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    with pytest.raises(ArtefactError, match=r"no usable \.npz"):
+        load_encoder(tiny_model(), tmp_path / "header.npz")
     flipped = bytearray(npz.read_bytes())
     flipped[3000] ^= 255  # in the first kernel: the archive's checksum tells
     (tmp_path / "flipped.npz").write_bytes(flipped)
