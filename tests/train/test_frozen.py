@@ -79,9 +79,9 @@ def test_a_block_in_bfloat16_is_the_block_but_for_its_roundings():
             weight.copy_(weight.to(torch.float8_e4m3fn).float())
     expected = exact(tokens)
     errors = [((insert(tokens) - expected).norm() / expected.norm()).item() for insert in (rounded, coarse)]
-    # Eight bits: every rounding is off by 2**-9 of its value at most. Some ten of them follow each other, and add up
-    # like noise: 0.4 % of the norm is what was measured. Weights of four bits are caught, with 3 %.
-    assert 1e-4 < errors[0] < 0.01 < errors[1]
+    # Eight bits: every rounding is off by 2**-9 of its value at most, some ten of them follow each other, and this
+    # block's large weights sharpen its attention: 1.3 % of the norm was measured. Four bits are caught, with 11 %.
+    assert 1e-3 < errors[0] < 0.03 < errors[1]
 
 
 def test_a_checkpoint_of_a_run_in_bfloat16_uses_the_blocks_file_in_float32(source, tmp_path, no_curve):
@@ -116,7 +116,8 @@ def test_autocast_computes_steps_in_its_type_and_keeps_weights_and_loss_in_float
         assert {value.dtype for value in model.state_dict().values()} == {torch.float32, torch.int64}
     assert kinds == {("no", torch.float32), (autocast, {"bf16": torch.bfloat16, "fp16": torch.float16}[autocast])}
     assert losses[autocast] != losses["no"]
-    assert losses[autocast] == pytest.approx(losses["no"], rel=0.02)  # eight bits of a loss of 1; 0.1 % was measured
+    # Eight bits leave 0.4 % of a value, and a mean over 4096 pixels less of it: 3e-5 was measured.
+    assert losses[autocast] == pytest.approx(losses["no"], rel=2e-3)
 
 
 def test_gradients_that_overflow_float16_lower_the_scale_and_change_no_weight():

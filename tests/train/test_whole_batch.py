@@ -70,6 +70,10 @@ def loss_and_gradients(accumulate, engine):
     """Return those of one batch of eight lesions, with dropout but with BatchNorm's running statistics."""
     torch.manual_seed(0)
     model = build_model(tiny_spec(num_classes=1), random_block(TINY_LLAMA, seed=0)).train()
+    nn.init.normal_(model.position_embedding)
+    for name, weight in model.named_parameters():
+        if name.startswith(("bridge", "decoder", "head")) and weight.dim() == 4:
+            nn.init.kaiming_normal_(weight)  # the tokens' share, and dropout's with it, would fade from stage to stage
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.eval()
@@ -89,15 +93,15 @@ def test_micro_batches_add_up_to_the_batch_where_nothing_looks_beyond_a_picture(
     engine = Engine()
     loss, gradients, after = loss_and_gradients(1, engine)
     again, of_parts, after_parts = loss_and_gradients(accumulate, engine)
-    # Sums of float32 in another order; 1e-7 and 4e-8 are the most that were measured, the gradients are up to 0.5.
+    # Sums of float32 in another order: a loss of 1 is off by 4e-8, and gradients of up to 9e-3 by 2e-8, as measured.
     assert again == pytest.approx(loss, abs=1e-6)
-    torch.testing.assert_close(of_parts, gradients, rtol=0, atol=1e-6)
+    torch.testing.assert_close(of_parts, gradients, rtol=0, atol=2e-7)
     assert torch.equal(after, after_parts)  # random numbers go on as they would have
     monkeypatch.setattr(engine, "set_random_state", lambda state: None)
-    assert (loss_and_gradients(accumulate, engine)[1] - gradients).abs().max() > 1e-5  # other masks are caught
+    assert (loss_and_gradients(accumulate, engine)[1] - gradients).abs().max() > 1e-4  # other masks are caught
     monkeypatch.undo()
     monkeypatch.setattr(Part, "share", 1.0)
-    assert (loss_and_gradients(accumulate, engine)[1] - gradients).abs().max() > 1e-2  # and a sum for a mean
+    assert (loss_and_gradients(accumulate, engine)[1] - gradients).abs().max() > 1e-3  # and a sum for a mean
 
 
 def test_an_epoch_leaves_no_part_behind():
