@@ -11,6 +11,7 @@ from pathlib import Path
 
 MODULES = (
     "calibrate",
+    "delicate",
     "flavours",
     "gemms",
     "groups",

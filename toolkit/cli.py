@@ -23,6 +23,7 @@ from medseg_trt.commands.import_ import import_
 from medseg_trt.commands.infer import infer
 from medseg_trt.commands.inspect import inspect
 from medseg_trt.commands.kernels import kernels
+from medseg_trt.commands.reproduce import reproduce
 from medseg_trt.commands.samples import samples
 from medseg_trt.commands.train import train
 from medseg_trt.errors import MedsegError, MissingExtraError
@@ -35,6 +36,7 @@ COMMANDS: tuple[click.Command, ...] = (
     train,
     import_,
     evaluate,
+    reproduce,
     build,
     infer,
     bench,

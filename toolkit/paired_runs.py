@@ -16,6 +16,8 @@ import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
 
+from medseg_trt.metric_modes import METRICS
+from medseg_trt.metrics import ClassScore
 from medseg_trt.train.evaluate import Evaluation
 
 CONFIDENCE = 0.95  # that the interval holds the true gain
@@ -128,12 +130,9 @@ def mean_and_deviation(scores: Sequence[Scores]) -> tuple[float, float | None] |
     return float(np.mean(found)), float(np.std(found, ddof=1)) if len(found) > 1 else None
 
 
-def _counted(score: object, figure: str, found: Evaluation) -> float | None:
+def _counted(score: ClassScore, figure: str, found: Evaluation) -> float | None:
     """Return a class's figure in one unit, where the metric's mean counts it."""
-    from medseg_trt.metric_modes import METRICS
-
-    value = getattr(score, figure)
-    return value if METRICS[found.metric].every_unit_counts or score.truth_pixels else None
+    return getattr(score, figure) if METRICS[found.metric].every_unit_counts or score.truth_pixels else None
 
 
 def _array(scores: Scores) -> Float64[ndarray, "units classes"]:

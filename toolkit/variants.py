@@ -16,6 +16,7 @@ from numpy import ndarray
 from medseg_trt.bundle import Variant
 from medseg_trt.errors import AccuracyGateError, UsageError
 from medseg_trt.export.calibrate import Calibration, calibrate
+from medseg_trt.export.delicate import delicate
 from medseg_trt.export.flavours import derive
 from medseg_trt.export.gate import Relaxed, Verdict, relax
 from medseg_trt.export.gemms import gemms
@@ -70,7 +71,7 @@ class _Prepared:
     graph: OnnxGraph
     precision: Mapping[str, str]  # of each part
     calibration: Calibration | None
-    keep_float: frozenset[str]  # GEMMs whose numbers 16 bits cannot hold
+    keep_float: frozenset[str]  # GEMMs whose numbers 16 bits cannot hold, or that eight bits would hurt most
     notes: Mapping[str, Any]
 
 
@@ -123,7 +124,7 @@ def _prepare(graph: OnnxGraph, name: str, proof: Proof) -> _Prepared:
     """Calibrate and smooth where integers need it, and look for numbers that 16 bits cannot hold."""
     precision, images = parse_precision(name), proof.images.calibration
     notes: dict[str, Any] = {"parts": precision}
-    calibration = None
+    calibration, kept = None, tuple[str, ...]()
     if needs_calibration(precision):
         if images is None:
             raise UsageError(
@@ -131,13 +132,18 @@ def _prepare(graph: OnnxGraph, name: str, proof: Proof) -> _Prepared:
                 "give a folder with a train and a val split: --data DIR"
             )
         LOG.info("calibrate %s on %d images", name, len(images))
-        rounded = [gemm.name for gemm in gemms(graph) if precision[gemm.part] == INT8]
+        named = [gemm.name for gemm in gemms(graph) if precision[gemm.part] == INT8]
+        kept = delicate(graph, named)
+        rounded = [name for name in named if name not in kept]
         with observer(graph, smoothable(graph, rounded)) as observe:
             graph, smoothings = smooth(graph, rounded, observe, images)
         values = values_to_calibrate(graph, precision)
         with observer(graph, values) as observe:
             calibration = calibrate(observe, images, values)
-        notes |= {"smoothed": [to_dict(each) for each in smoothings], "calibration": to_dict(calibration)}
+        notes |= {
+            "left_in_float": list(kept), "smoothed": [to_dict(each) for each in smoothings],
+            "calibration": to_dict(calibration),
+        }  # fmt: skip
     halves = {part: scheme for part, scheme in precision.items() if scheme in TYPES}
     unsafe: frozenset[str] = frozenset()
     if halves:
@@ -146,7 +152,9 @@ def _prepare(graph: OnnxGraph, name: str, proof: Proof) -> _Prepared:
             found = too_large(graph, chosen, observe, proof.images.verified)
         unsafe = frozenset(each.gemm for each in found)
         notes |= {"too_large_for_16_bits": [to_dict(each) for each in found]}
-    return _Prepared(graph=graph, precision=precision, calibration=calibration, keep_float=unsafe, notes=notes)
+    return _Prepared(
+        graph=graph, precision=precision, calibration=calibration, keep_float=unsafe | {*kept}, notes=notes
+    )
 
 
 def _written(prepared: _Prepared, key: str, kept: frozenset[str], proof: Proof) -> OnnxGraph:

@@ -17,16 +17,19 @@ import torch
 from torch import Tensor
 
 from medseg_trt import __version__
-from medseg_trt.errors import ArtefactError, MedsegError, UsageError
+from medseg_trt.errors import ArtefactError, UsageError
 from medseg_trt.files import sha256
 from medseg_trt.progress import LOG
 from medseg_trt.spec import PIXELS_PER_TOKEN, BlockSpec, Classes, ModelSpec, Preprocessing
 from medseg_trt.train.blocks import FrozenBlock, load_block, save_block
 from medseg_trt.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from medseg_trt.train.datasets import acdc
+from medseg_trt.train.datasets.layout import LESION
+from medseg_trt.train.datasets.synapse import ORGANS
 from medseg_trt.train.layer_choice import FINAL_NORM
 from medseg_trt.train.layer_readers import block_spec, half_split
 from medseg_trt.train.model import build_model, model_spec
-from medseg_trt.train.weight_files import is_plain, load_pickled
+from medseg_trt.train.weight_files import is_finite, is_plain, load_pickled
 from medseg_trt.train.weight_names import LLM4MEDSEG, META_NAME, TRANSUNET, names_elsewhere
 
 PREFIX = "module."
@@ -36,6 +39,7 @@ MAPPER = "transformer.llama_dim_mapper1.weight"
 LANGUAGE_LAYER, LANGUAGE_NORM = "transformer.llama.layers.0.", "transformer.llama.norm.weight"
 ROTARY_TABLE = re.compile(r"transformer\.llama\.(layers\.0\.attention\.inner_attention\.)?(rope\.)?freqs(_cis)?")
 NAMED = 4  # keys in a message
+USUAL_CLASSES = (Classes(names=ORGANS["transunet"]), acdc.CLASSES, LESION)  # of the data sets that the authors used
 
 State = Mapping[str, Tensor]
 
@@ -56,7 +60,7 @@ def import_official(
         path: the ``.pth`` file.
         out: the checkpoint to write.
         contract: how images were prepared for the network; its size is replaced by the network's.
-        classes: the labels' names; None numbers them.
+        classes: the labels' names; None takes those of the authors' data set with as many, or else numbers.
         image_size: height and width in pixels; None: the square that the position embedding is of.
         block: the frozen layer, for a file that does not hold it.
         architecture: a key of ``MODELS`` with other sizes than the published ones.
@@ -80,7 +84,7 @@ def import_official(
     with tempfile.TemporaryDirectory(dir=_made(out.parent), prefix=".partial-import-") as temporary:
         frozen, block_file = _frozen(state, spec, block, Path(temporary), path) if has_block else (None, None)
         if frozen is not None:
-            norm = "pretrained" if FINAL_NORM in frozen.tensors else "ones"
+            norm = "ones" if _final_norm(state) is None else "pretrained"
             spec = replace(spec, block=frozen.spec, insert=replace(spec.insert, norm=norm))
         checkpoint = Checkpoint(
             weights=_weights(state, spec, path),
@@ -98,11 +102,7 @@ def import_official(
             },
         )  # fmt: skip
         save_checkpoint(checkpoint, out)
-    try:
-        return load_checkpoint(out)
-    except MedsegError:
-        out.unlink()
-        raise
+    return load_checkpoint(out)
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -145,6 +145,10 @@ def _square(state: State, path: Path) -> tuple[int, int]:
 
 def _named(classes: Classes | None, num_logits: int, path: Path) -> Classes:
     if classes is None:
+        usual = next((each for each in USUAL_CLASSES if each.num_logits == num_logits), None)
+        if usual is not None:
+            LOG.warning("the classes are taken to be %s; if not, --classes", ", ".join(usual.names))
+            return usual
         LOG.warning("the classes have no names; give them, the background first: --classes background,liver,…")
         count = max(num_logits, 2)
         return Classes(names=("background", *(f"class {label}" for label in range(1, count))))
@@ -174,6 +178,8 @@ def _weights(state: State, spec: ModelSpec, path: Path) -> dict[str, Tensor]:
                     f"{path}: {wanted[ours]} is {tuple(found.shape)}, but that of {spec.architecture} is "
                     f"{tuple(like.shape)}; for another image size give --image-size"
                 )
+            if not is_finite(found):
+                raise ArtefactError(f"{path}: {wanted[ours]} holds values that are not finite")
             weights[ours] = found.to(like.dtype)
     return weights
 
@@ -196,23 +202,37 @@ def _frozen(
     inside = {
         name: state[LANGUAGE_LAYER + META_NAME[name]] for name in META_NAME if LANGUAGE_LAYER + META_NAME[name] in state
     }
+    given = _only(load_block(block), block) if block is not None else None
     if not inside:
-        if block is None:
+        if given is None or block is None:
             raise UsageError(f"{path} does not hold the frozen language layer; give it: --block FILE")
-        return _only(load_block(block), block), block
+        if (norm := _final_norm(state)) is not None and not _same(given, {FINAL_NORM: norm}):
+            raise UsageError(f"{path} has another final norm than {block}; extract the block with --final-norm")
+        return given, block
     if missing := sorted(set(META_NAME) - set(inside)):
         raise ArtefactError(f"{path} holds a part of the language layer only; {META_NAME[missing[0]]} is missing")
-    split_off = _split_off(inside, state.get(LANGUAGE_NORM), spec.block, path)
-    if block is not None:
-        given = _only(load_block(block), block)
-        if given.spec != split_off.spec or any(
-            not torch.equal(given.tensors[name].float(), split_off.tensors[name].float()) for name in META_NAME
-        ):
+    split_off = _split_off(inside, _final_norm(state), spec.block, path)
+    if given is not None and block is not None:
+        if given.spec != split_off.spec or not _same(given, split_off.tensors):
             raise UsageError(f"{path} holds another language layer than {block}; leave --block out to use its own")
         return given, block
     file = folder / "block.safetensors"
     save_block(split_off, file)
     return split_off, file
+
+
+def _final_norm(state: State) -> Tensor | None:
+    """Return the weight of the final norm where it is not all ones, as the authors left it."""
+    norm = state.get(LANGUAGE_NORM)
+    return None if norm is None or bool((norm == 1).all()) else norm
+
+
+def _same(block: FrozenBlock, tensors: State) -> bool:
+    """Tell whether the block has these tensors, value for value."""
+    return all(
+        name in block.tensors and torch.equal(block.tensors[name].float(), tensor.float())
+        for name, tensor in tensors.items()
+    )
 
 
 def _only(blocks: Sequence[FrozenBlock], path: Path) -> FrozenBlock:
@@ -244,7 +264,7 @@ def _split_off(inside: State, norm: Tensor | None, preset: BlockSpec, path: Path
         ("self_attn.k_proj.weight", geometry.num_kv_heads),
     ):
         tensors[name] = half_split(tensors[name], heads)
-    if norm is not None and not bool((norm == 1).all()):
+    if norm is not None:
         tensors[FINAL_NORM] = norm
     provenance = {"format": "LLM4MedSeg", "file": path.name, "rope_layout": "half-split", "medseg_trt": __version__}
     try:

@@ -9,10 +9,12 @@ Source: Beckschen/TransUNet ``vit_seg_modeling.py``, ``load_from``; timm 1.0.29 
 """
 
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import isqrt, prod
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,10 @@ from medseg_trt.train.weight_names import NPZ, TIMM, Elsewhere, Layout, Rule, na
 ENCODER_PARTS = ("resnet.", "patch_embedding.", "position_embedding", "layers.", "encoder_norm.")
 MAX_TOKENS = 1 << 16
 NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+DAMAGE = (  # NumPy reads an array's header as Python
+    OSError, ValueError, EOFError, RuntimeError, NotImplementedError, SyntaxError, TypeError, TokenError,
+    zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 WHERE = "R50+ViT-B_16.npz of Google, or timm's vit_base_r50_s16_224.orig_in21k as .safetensors"
 SUFFIXES: Mapping[str, tuple[Rule, ...]] = {".npz": tuple(NPZ), ".safetensors": tuple(TIMM)}
 
@@ -72,7 +78,7 @@ def _from_npz(
         with zipfile.ZipFile(path) as archive:
             arrays = {name.removesuffix(".npy"): _member(archive, name, path) for name in archive.namelist()}
             return _fill(model, state, places, arrays, path)
-    except (OSError, zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
+    except DAMAGE as error:
         raise ArtefactError(f"{path} is no usable .npz file: {one_line(error)}") from error
 
 

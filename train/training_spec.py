@@ -123,6 +123,9 @@ class Recipe:
             raise ValueError(
                 f"frozen_dtype={self.train.frozen_dtype} is for a block that is frozen; insert.trainable=true trains it"
             )
+        own = {"mean": self.preprocessing.mean, "std": self.preprocessing.std}
+        if self.input_scale != "own" and own not in (INPUT_SCALES["unit"], INPUT_SCALES[self.input_scale]):
+            raise ValueError(f"input_scale={self.input_scale} sets mean and std; to give others: input_scale=own")
         if self.training_resize is not None and self.augment_at != "source":
             raise ValueError("training_resize is for slices that are augmented first: augment_at=source")
         if self.augment_at == "source" and self.preprocessing.spacing_mm is not None:

@@ -1,6 +1,7 @@
 """The authors' checkpoints give the logits of the published forward pass; what does not fit is named and refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from published_forward import published_logits
 from medseg_trt.cli import cli
 from medseg_trt.errors import ArtefactError, MedsegError, UsageError
 from medseg_trt.spec import BlockSpec, Classes, Preprocessing
-from medseg_trt.train.blocks import load_block
+from medseg_trt.train.blocks import load_block, save_block
 from medseg_trt.train.checkpoint import load_checkpoint
 from medseg_trt.train.model import TINY_LLAMA, build_model, model_spec, runner
 from medseg_trt.train.official_weights import import_official, read_state
@@ -30,8 +31,6 @@ def official_state(architecture, size=SIZE, classes=3, seed=0, half=True):
 
     The language layer's are numbers of 16 bits, as those of LLaMA's file are, unless ``half`` is false.
     """
-    from dataclasses import replace
-
     spec = model_spec(architecture, size, classes)
     if spec.block is not None:
         spec = replace(spec, block=MHA)
@@ -171,6 +170,39 @@ def test_a_checkpoint_without_the_frozen_layer_takes_it_from_a_file(tmp_path):
         )
 
 
+def test_a_block_with_a_final_norm_does_not_change_what_the_authors_computed(tmp_path):
+    state = official_state(LLM)
+    whole = import_official(
+        saved(tmp_path / "whole.pth", state), tmp_path / "whole.pt", contract=CONTRACT, classes=THREE, architecture=LLM
+    )
+    (layer,) = whole.block()
+    norm = torch.linspace(0.5, 1.5, 64).half()
+    save_block(replace(layer, tensors={**layer.tensors, "norm.weight": norm}), tmp_path / "block.safetensors")
+    options = {"contract": CONTRACT, "classes": THREE, "architecture": LLM, "block": tmp_path / "block.safetensors"}
+    trained = {name: value for name, value in state.items() if ".llama." not in name}
+    found = import_official(saved(tmp_path / "trained.pth", trained), tmp_path / "model.pt", **options)
+    assert found.spec.insert.norm == "ones"
+    assert largest_difference(found, state) < 1e-5
+    named = "transformer.llama.norm.weight"
+    changed_norm = import_official(
+        saved(tmp_path / "norm.pth", trained | {named: norm.float()}), tmp_path / "n.pt", **options
+    )
+    assert changed_norm.spec.insert.norm == "pretrained"
+    assert largest_difference(changed_norm, state | {named: norm.float()}) < 1e-5
+    with pytest.raises(UsageError, match="another final norm"):
+        import_official(
+            saved(tmp_path / "other.pth", trained | {named: norm.float() + 1}), tmp_path / "o.pt", **options
+        )
+
+
+def test_a_checkpoint_that_cannot_be_taken_over_leaves_an_older_one_alone(tmp_path):
+    (tmp_path / "model.pt").write_bytes(b"months of work")
+    path = saved(tmp_path / "official.pth", changed(NORM, lambda old: old * float("nan"))(official_state(OURS)))
+    with pytest.raises(ArtefactError, match="not finite"):
+        import_official(path, tmp_path / "model.pt", contract=CONTRACT, classes=THREE, architecture=OURS)
+    assert (tmp_path / "model.pt").read_bytes() == b"months of work"
+
+
 @pytest.mark.parametrize("wrapper", ["state_dict", "model"])
 def test_a_state_dict_may_lie_under_a_key_beside_other_things(tmp_path, wrapper):
     state = official_state(OURS)
@@ -239,6 +271,22 @@ def test_part_of_a_language_layer_and_one_of_odd_shape_are_refused(tmp_path):
         path = saved(tmp_path / "official.pth", damage(state))
         with pytest.raises(ArtefactError, match=message):
             import_official(path, tmp_path / "model.pt", contract=CONTRACT, classes=THREE, architecture=LLM)
+
+
+@pytest.mark.parametrize(
+    ("classes", "names"),
+    [
+        (9, ("background", "aorta", "gallbladder", "kidney_left", "kidney_right", "liver", "pancreas", "spleen",
+             "stomach")),
+        (4, ("background", "right ventricle", "myocardium", "left ventricle")),
+        (1, ("background", "lesion")),
+        (3, ("background", "class 1", "class 2")),
+    ],
+)  # fmt: skip
+def test_classes_without_names_are_those_of_the_authors_data_or_numbers(tmp_path, classes, names):
+    path = saved(tmp_path / "official.pth", official_state(OURS, classes=classes))
+    found = import_official(path, tmp_path / "model.pt", contract=CONTRACT, architecture=OURS)
+    assert found.classes.names == names
 
 
 class Hostile:

@@ -228,6 +228,7 @@ def test_an_epoch_of_slices_at_their_source_is_of_the_networks_size(tmp_path, rn
         (["train.best=iou", "train.validate_with=volume_transunet"], "has no IoU"),
         (["train.validate_with=mean"], "choose one of: volume, per_image"),
         (["input_scale=zscore"], "input_scale"),
+        (["preprocessing.mean=[0.5, 0.5, 0.5]"], "to give others: input_scale=own"),
     ],
 )
 def test_fields_that_do_not_fit_one_another_are_refused(changes, message):

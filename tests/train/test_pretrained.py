@@ -1,15 +1,18 @@
 """The encoder takes over published weights: every array has its place or is named, and training starts there."""
 
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import save_file
 from scipy import ndimage
-from tiny import tiny_recipe, tiny_spec
+from tiny import tiny_changes, tiny_recipe, tiny_spec
 
+from medseg_trt.cli import cli
 from medseg_trt.errors import ArtefactError, UsageError
 from medseg_trt.train.checkpoint import load_checkpoint
 from medseg_trt.train.loop import train
@@ -224,6 +227,11 @@ def test_damaged_files_and_other_kinds_are_refused_in_one_line(npz, tmp_path):
         with pytest.raises(ArtefactError, match=message) as caught:
             load_encoder(tiny_model(), path)
         assert "\n" not in str(caught.value)
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1,\n"  # NumPy reads it as Python, which has no end
+    with zipfile.ZipFile(tmp_path / "header.npz", "w") as archive:
+        archive.writestr("cls.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    with pytest.raises(ArtefactError, match=r"no usable \.npz"):
+        load_encoder(tiny_model(), tmp_path / "header.npz")
     flipped = bytearray(npz.read_bytes())
     flipped[3000] ^= 255  # in the first kernel: the archive's checksum tells
     (tmp_path / "flipped.npz").write_bytes(flipped)
@@ -253,3 +261,16 @@ def test_a_recipe_that_wants_weights_says_where_they_are_and_how_to_go_without(s
     with pytest.raises(UsageError, match="contradict"):
         train(tiny_recipe(), data, tmp_path / "run", block=block, weights=npz)
     assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_the_command_takes_the_file_and_records_it(source, npz, tmp_path, no_curve):
+    data, block = source
+    run = ["train", "--recipe", "folder", "--data", str(data.root), "--block", str(block), "--weights", str(npz)]
+    run += [part for change in tiny_changes("train.epochs=0") for part in ("--set", change)]
+    ran = CliRunner().invoke(cli, [*run, "-o", str(tmp_path / "run"), "--json"])
+    assert ran.exit_code == 0, ran.output
+    checkpoint = load_checkpoint(Path(json.loads(ran.stdout)["checkpoint"]))
+    assert checkpoint.provenance["recipe"]["pretrained"] == "file"
+    assert checkpoint.provenance["weights"]["file"] == npz.name
+    ran = CliRunner().invoke(cli, [*run, "-o", str(tmp_path / "other"), "--set", "pretrained=none"])
+    assert isinstance(ran.exception, UsageError)

@@ -300,3 +300,25 @@ def test_the_best_may_be_that_of_the_highest_iou_in_unexts_way(source, tmp_path,
     )
     assert found.mean_iou == highest
     assert load_checkpoint(tmp_path / "run" / "epoch-2.pt").provenance["epoch"] == 2
+
+
+def test_a_run_begun_before_there_were_protocols_goes_on(source, whole, tmp_path):
+    """What its recipe and its checkpoint do not hold has the meaning that it had then."""
+    data, block = source
+    out = tmp_path / "run"
+    train_until("save_checkpoint", 4, source, out)
+    content = torch.load(out / "last.pt", weights_only=True)
+    header = content["medseg_trt"]
+    for name in ("channel_order", "own_window"):
+        del header["preprocessing"][name]
+        del header["provenance"]["recipe"]["preprocessing"][name]
+    recorded = header["provenance"]["recipe"]
+    for name in ("input_scale", "augment_at", "training_resize", "pretrained"):
+        del recorded[name]
+    new = ("schedule_step", "drop_last", "validate_with", "best", "first_of_equals", "keep_epochs", "rng")
+    for name in new:
+        del recorded["train"][name]
+    torch.save(content, out / "last.pt")
+    train(RECIPE, data, out, block=block, resume=True)
+    ours, theirs = (load_checkpoint(path / "last.pt").weights for path in (out, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
