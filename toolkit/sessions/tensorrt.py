@@ -30,7 +30,6 @@ from medseg_trt.kernels.device import Device, DeviceMemoryError, open_device
 from medseg_trt.kernels.image_to_tensor import scalars as tensor_scalars
 from medseg_trt.kernels.launch import CudaError, Launcher
 from medseg_trt.kernels.library import FILE, FindPtx, open_library
-from medseg_trt.kernels.logits_to_mask import MAX_CLASSES
 from medseg_trt.kernels.logits_to_mask import scalars as mask_scalars
 from medseg_trt.segment import PixelRun
 from medseg_trt.session import BACKENDS, Session
@@ -231,21 +230,17 @@ def _register_plugins(trt: Any, bundle: Bundle) -> None:
 def _pixel_kernels(bundle: Bundle, device: Device) -> tuple[PixelKernels | None, str]:
     """Return what prepares and labels pixels on the device, or None, and in words which it is."""
     p, classes = bundle.preprocessing, bundle.content.model.num_classes
-    obstacle = ""
-    if f"{engine_kernels.FOLDER}/{FILE}" not in bundle.content.files:
-        obstacle = "the bundle has no kernels for it"
-    elif p.resize == "nearest" or classes > MAX_CLASSES:
-        obstacle = "no kernel resizes so" if p.resize == "nearest" else "there are too many classes"
-    else:
+    try:
+        if f"{engine_kernels.FOLDER}/{FILE}" not in bundle.content.files:
+            raise ValueError("the bundle has no kernels for it")
+        tensor_scalars(p, (1, *p.image_size, 3))
+        mask_scalars(p, 1, classes, p.image_size)
         find_ptx = open_library(inside(bundle.folder, engine_kernels.FOLDER))
-        try:
-            for kernel in map(load, engine_kernels.FOR_PICTURES):
-                find_ptx(kernel, kernel.entry(f"{kernel.name}_float32"), device.capability, device.cuda)
-        except DeviceError as error:
-            obstacle = str(error)
-        else:
-            return PixelKernels(find_ptx=find_ptx, preprocessing=p), "8-bit pictures prepared and labelled on the GPU"
-    return None, f"pictures prepared and labelled on the CPU ({obstacle})"
+        for kernel in map(load, engine_kernels.FOR_PICTURES):
+            find_ptx(kernel, kernel.entry(f"{kernel.name}_float32"), device.capability, device.cuda)
+    except (ValueError, DeviceError) as obstacle:
+        return None, f"pictures prepared and labelled on the CPU ({obstacle})"
+    return PixelKernels(find_ptx=find_ptx, preprocessing=p), "8-bit pictures prepared and labelled on the GPU"
 
 
 def read_verified(path: Path, sha256: str) -> bytes:
