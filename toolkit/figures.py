@@ -6,6 +6,7 @@ Matplotlib draws in placeholder colours, which are then replaced by the page's C
 import re
 from collections.abc import Callable, Mapping, Sequence
 from io import StringIO
+from math import fsum
 from typing import Any
 
 import numpy as np
@@ -191,7 +192,7 @@ def _parts(report: Report, axes: Any) -> bool:
     rows = [(row, row.profile) for row in report.rows if isinstance(row.profile, Profile)]
     names = ["resnet", "vit", "block", "decoder", "other"]
     shares = {
-        row.name: [sum(part.share for part in found.parts if part.part == name) for name in names]
+        row.name: [fsum(part.share for part in found.parts if part.part == name) for name in names]
         for row, found in rows
     }
     return _stacked(axes, shares, names, "share of the time of all steps")
