@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_cpu_artefacts import Artefacts, artefacts, in_own_process
+from bench_cpu_artefacts import BUNDLES, Artefacts, artefacts, in_own_process
 from bench_cpu_child import Child, Variant
 from bench_cpu_figures import sqnr_db, verdict
 from bench_cpu_graph import folding_error, graph_figures, profile
@@ -125,6 +125,22 @@ def memory_of_infer(found: Artefacts, images: Mapping[str, np.ndarray]) -> list[
     return rows
 
 
+def proven_on(found: Artefacts, best: Variant) -> list[str]:
+    """Return the trained networks whose masks passed the gate of ``precisions.py`` in the very way ``best`` rounds."""
+    results = Path(__file__).parent / "results" / "precisions.json"
+    if not results.is_file():
+        return []
+    bundle = load_bundle(found.bundle("default"))
+    (graph,) = (each for each in bundle.content.variants.values() if bundle.folder / each.graph == best.path)
+    wanted = (best.opener, best.compute, graph.passes["policy"])
+    return [
+        name
+        for name, proof in json.loads(results.read_text())["networks"].items()
+        if wanted in {(each["backend"], each["compute"], proof["policies"][each["variant"]])
+                      for each in proof["executions"] if each["executed"]}
+    ]  # fmt: skip
+
+
 def row(variant: Variant, found: Mapping[str, Any]) -> dict[str, Any]:
     """Return a line of the table as plain data."""
     taken = np.concatenate(found["rounds"][variant.name])
@@ -182,6 +198,7 @@ def main() -> None:
         "rows": rows,
         "machine": machine(),
         "verdict": judged,
+        "masks_proven_on": proven_on(found, best),
         "limit": {"int8_gmac_per_s": rate, "gmac": figures["gmac"], "limit_ms": 1000 * figures["gmac"] / rate,
                   "share_reached": 1000 * figures["gmac"] / rate / best_ms},
         "profile": in_own_process(profile, best.path, graph, best.compute, images["judged"][:1]),
@@ -189,7 +206,7 @@ def main() -> None:
         "folded_max_abs_error": in_own_process(folding_error, found),
         "int8_all_flavours_mb": sum(file.stat().st_size for file in int8_files) / 1e6,
         "infer": memory_of_infer(found, images),
-        "builds": [found.build_figures(name) for name in ("default", "stored")],
+        "builds": [found.build_figures(name) for name in BUNDLES],
     }  # fmt: skip
     write_json(chosen.output / "bench_cpu.json", result)
     with atomic_file(chosen.output / "bench_cpu.md") as temporary:

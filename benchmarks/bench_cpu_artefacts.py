@@ -29,6 +29,7 @@ SOURCES: Mapping[str, tuple[str, ...]] = {  # of each folder of the cache: folde
     "bundles": ("train", "export", "toolkit", "benchmarks/bench_cpu_network.py"),
 }
 BUNDLES: Mapping[str, str] = {  # by name: the precisions in it
+    "exported": "fp32",
     "default": "fp32,bf16,int8",
     "stored": "w8a16,w4a16,fp16",
 }

@@ -46,6 +46,7 @@ def _record(bundle: Bundle) -> dict[str, Any]:
     return {
         "executions": [asdict(each) for each in content.executions],
         "dropped": list(content.dropped),
+        "policies": {name: variant.passes["policy"] for name, variant in content.variants.items()},
         "int8_share": {name: variant.passes["int8_share"] for name, variant in content.variants.items()},
         "kept_float": {name: (v.passes["gate"] or {}).get("kept_float") for name, v in content.variants.items()},
     }

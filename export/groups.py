@@ -1,5 +1,7 @@
 """Gather the GEMMs of a graph by the layer of the network that they are in."""
 
+import onnx_ir as ir
+
 from medseg_trt.export.gemms import gemms
 from medseg_trt.export.trace import KEPT_METADATA, OnnxGraph
 
@@ -12,12 +14,18 @@ def groups_of(graph: OnnxGraph) -> dict[str, list[str]]:
     nodes = {node.name: node for node in graph.model.graph}
     groups: dict[str, list[str]] = {}
     for gemm in gemms(graph):
-        groups.setdefault(_layer(nodes[gemm.name].metadata_props.get(KEPT_METADATA, "")), []).append(gemm.name)
+        groups.setdefault(_layer(module_of(nodes[gemm.name])), []).append(gemm.name)
     return groups
 
 
-def _layer(namespace: str) -> str:
-    modules = [segment.partition(": ")[0] for segment in namespace.split("/")[1:-1]]  # the last one is an operator
-    words = modules[-1].split(".") if modules else ["network"]
+def module_of(node: ir.Node) -> str:
+    """Return the module that a node was traced from, such as ``decoder.3.conv1.0``; "network" outside all of them."""
+    segments = node.metadata_props.get(KEPT_METADATA, "").split("/")
+    modules = [segment.partition(": ")[0] for segment in segments[1:-1]]  # the last one is an operator
+    return modules[-1] if modules else "network"
+
+
+def _layer(module: str) -> str:
+    words = module.split(".")
     end = next((place + 1 for place, word in enumerate(words) if word.isdecimal()), len(words))
     return ".".join(words[:end])

@@ -1,72 +1,121 @@
 """Append to a graph what makes a mask of its logits, so that nothing but uint8 labels has to leave the device.
 
-The labels are those of ``preprocess.restore`` for a picture that was stretched to the network's size: logits brought to
-the picture's own size linearly, with half-pixel centres, then the largest, or ``> 0`` for a single logit.
+The labels are those of ``preprocess.restore``: logits brought to the picture's own size linearly, with half-pixel
+centres, then the largest, or ``> 0`` for a single logit. Where pictures have a fixed pixel spacing, the network saw
+them cropped or padded; then the graph takes their size at that spacing as well, and what was cropped away becomes
+background.
 """
 
 import numpy as np
 import onnx_ir as ir
 
-from medseg_trt.errors import UsageError
 from medseg_trt.export.trace import OUTPUT, OnnxGraph
 from medseg_trt.spec import Preprocessing
 
 SIZE, MASK = "source_size", "mask"  # int64 (2,): height and width in pixels -> uint8 (batch, height, width)
-
-
-def require_stretched(preprocessing: Preprocessing) -> None:
-    """Refuse pictures that are not simply stretched to the network's size.
-
-    Raises:
-        UsageError: pictures are cropped or padded by their pixel spacing, which a graph does not undo.
-    """
-    if preprocessing.spacing_mm is not None:
-        raise UsageError(
-            f"--outputs mask: images are brought to {preprocessing.spacing_mm:g} mm and cropped, which cannot be "
-            "undone inside the graph; choose --outputs logits"
-        )
+RESAMPLED = "resampled_size"  # int64 (2,): the same at the network's spacing, ``preprocess.resampled_size``
 
 
 def with_masks(graph: OnnxGraph, preprocessing: Preprocessing) -> OnnxGraph:
-    """Return a copy with the further input ``source_size`` and the further output ``mask``.
-
-    Raises:
-        UsageError: pictures are cropped or padded by their pixel spacing, which such a graph does not undo.
-    """
-    require_stretched(preprocessing)
+    """Return a copy that also gives ``mask``; it takes ``source_size`` and, for a fixed spacing, ``resampled_size``."""
     model = graph.model.clone()
     logits = next(value for value in model.graph.outputs if value.name == OUTPUT)
     assert logits.shape is not None  # ``trace.check`` saw it
     batch, classes = logits.shape[0], logits.shape[1]
-    size = ir.Value(name=SIZE, shape=ir.Shape([2]), type=ir.TensorType(ir.DataType.INT64))
-    model.graph.inputs.append(size)
     append = _Appender(model.graph)
-    sizes = append("Concat", [append("Shape", [logits], ir.DataType.INT64, [2], start=0, end=2), size],
-                   ir.DataType.INT64, [4], axis=0)  # fmt: skip
+    size = append.input(SIZE)
+    placed = None if preprocessing.spacing_mm is None else _Placement(append, preprocessing, size)
+    whole = logits if placed is None else placed.uncropped(logits)
+    leading = append("Shape", [whole], ir.DataType.INT64, [2], start=0, end=2)
+    sizes = append("Concat", [leading, size], ir.DataType.INT64, [4], axis=0)
     resized = append(
-        "Resize", [logits, None, None, sizes], ir.DataType.FLOAT, [batch, classes, "height", "width"],
+        "Resize", [whole, None, None, sizes], ir.DataType.FLOAT, [batch, classes, "height", "width"],
         mode="linear", coordinate_transformation_mode="half_pixel",
     )  # fmt: skip
+    labels_shape = [batch, "height", "width"]
     if classes == 1:
-        zero = ir.val("mask_zero", const_value=ir.tensor(np.float32(0), name="mask_zero"))
-        model.graph.register_initializer(zero)
-        above = append("Greater", [resized, zero], ir.DataType.BOOL, [batch, 1, "height", "width"])
-        first = ir.val("mask_axis", const_value=ir.tensor(np.array([1]), name="mask_axis"))
-        model.graph.register_initializer(first)
-        labels = append("Squeeze", [above, first], ir.DataType.BOOL, [batch, "height", "width"])
+        above = append("Greater", [resized, append.constant("zero", np.float32(0))], ir.DataType.BOOL,
+                       [batch, 1, "height", "width"])  # fmt: skip
+        labels = append("Squeeze", [above, append.constant("classes_axis", [1])], ir.DataType.BOOL, labels_shape)
     else:
-        labels = append("ArgMax", [resized], ir.DataType.INT64, [batch, "height", "width"], axis=1, keepdims=0)
-    mask = append("Cast", [labels], ir.DataType.UINT8, [batch, "height", "width"], to=int(ir.DataType.UINT8))
+        labels = append("ArgMax", [resized], ir.DataType.INT64, labels_shape, axis=1, keepdims=0)
+    mask = append("Cast", [labels], ir.DataType.UINT8, labels_shape, to=int(ir.DataType.UINT8))
+    if placed is not None:
+        background = append.constant("background", np.uint8(0))
+        mask = append("Where", [placed.inside(), mask, background], ir.DataType.UINT8, labels_shape)
     mask.name = MASK
     model.graph.outputs.append(mask)
     return OnnxGraph(model=model)
 
 
+class _Placement:
+    """Where a picture of a fixed spacing lies on the network's image; ``preprocess._Axis`` in the graph's words.
+
+    Values are int64 (2,): rows, columns. All comparisons are of integers, so that no rounding moves an edge.
+    """
+
+    def __init__(self, append: "_Appender", preprocessing: Preprocessing, size: ir.Value) -> None:
+        self.append, self.size = append, size
+        self.canvas = append.constant("canvas", preprocessing.image_size)
+        self.resampled = append.input(RESAMPLED)
+        self.zero, self.two = append.constant("none", [0, 0]), append.constant("two", [2, 2])
+        room = self._integers("Sub", self.canvas, self.resampled)
+        odd = self._integers("Mod", room, self.two)  # 0 or 1 for negative numbers, too: Div alone rounds towards 0
+        self.offset = self._integers("Div", self._integers("Sub", room, odd), self.two)
+
+    def uncropped(self, logits: ir.Value) -> ir.Value:
+        """Cut off the padding, and repeat the edge where the picture was cropped."""
+        assert logits.shape is not None
+        start = self._integers("Max", self.offset, self.zero)
+        stop = self._integers("Add", self.offset, self.resampled)
+        end = self._integers("Min", stop, self.canvas)
+        shape = [logits.shape[0], logits.shape[1], "filled_height", "filled_width"]
+        filled = self.append("Slice", [logits, start, end, self.append.constant("plane_axes", [2, 3])],
+                             ir.DataType.FLOAT, shape)  # fmt: skip
+        before, after = self._integers("Sub", start, self.offset), self._integers("Sub", stop, end)
+        pads = self.append("Concat", [self.zero, before, self.zero, after], ir.DataType.INT64, [8], axis=0)
+        shape = [logits.shape[0], logits.shape[1], "resampled_height", "resampled_width"]
+        return self.append("Pad", [filled, pads], ir.DataType.FLOAT, shape, mode="edge")
+
+    def inside(self) -> ir.Value:
+        """Say which pixels of the source have their centre on the network's image: bool (height, width)."""
+        rows, columns = (self._inside(axis) for axis in range(2))
+        rows = self.append("Unsqueeze", [rows, self.append.constant("columns_axis", [1])], ir.DataType.BOOL,
+                           ["height", 1])  # fmt: skip
+        return self.append("And", [rows, columns], ir.DataType.BOOL, ["height", "width"])
+
+    def _inside(self, axis: int) -> ir.Value:
+        """Compare ``(2 i + 1) resampled + 2 source offset``, the centre of pixel i, with 0 and ``2 source canvas``."""
+        place = self.append.constant(f"axis_{axis}", np.int64(axis))
+        source, resampled, offset, canvas = (
+            self.append("Gather", [value, place], ir.DataType.INT64, [])
+            for value in (self.size, self.resampled, self.offset, self.canvas)
+        )
+        zero, one, two = (self.append.constant(f"number_{value}", np.int64(value)) for value in range(3))
+        name = ("height", "width")[axis]
+        index = self.append("Range", [zero, source, one], ir.DataType.INT64, [name])
+        odd = self._vector("Add", self._vector("Mul", index, two, name), one, name)
+        scaled = self._vector("Mul", odd, resampled, name)
+        twice = self._vector("Mul", source, two)
+        centre = self._vector("Add", scaled, self._vector("Mul", twice, offset), name)
+        above = self.append("GreaterOrEqual", [centre, zero], ir.DataType.BOOL, [name])
+        below = self.append("Less", [centre, self._vector("Mul", twice, canvas)], ir.DataType.BOOL, [name])
+        return self.append("And", [above, below], ir.DataType.BOOL, [name])
+
+    def _integers(self, op_type: str, first: ir.Value, second: ir.Value) -> ir.Value:
+        return self.append(op_type, [first, second], ir.DataType.INT64, [2])
+
+    def _vector(self, op_type: str, first: ir.Value, second: ir.Value, name: str | None = None) -> ir.Value:
+        return self.append(op_type, [first, second], ir.DataType.INT64, [] if name is None else [name])
+
+
 class _Appender:
-    """Adds nodes at the end of a graph."""
+    """Adds nodes at the end of a graph, and what they need: inputs of two sizes, and constants."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
+        self.constants: dict[str, ir.Value] = {}
+        self.count = 0
 
     def __call__(
         self,
@@ -76,7 +125,22 @@ class _Appender:
         shape: list[int | str | ir.SymbolicDim],
         **attributes: int | str,
     ) -> ir.Value:
-        name = f"mask_{op_type}"
+        self.count += 1
+        name = f"mask_{self.count}_{op_type}"
         output = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
         self.graph.append(ir.node(op_type, inputs, attributes, outputs=[output], name=f"node_{name}"))
         return output
+
+    def input(self, name: str) -> ir.Value:
+        """Add an input: int64 (2,), height and width."""
+        value = ir.Value(name=name, shape=ir.Shape([2]), type=ir.TensorType(ir.DataType.INT64))
+        self.graph.inputs.append(value)
+        return value
+
+    def constant(self, name: str, value: object) -> ir.Value:
+        """Return a constant; integers are int64."""
+        if name not in self.constants:
+            array = np.asarray(value)
+            self.constants[name] = found = ir.val(f"mask_{name}", const_value=ir.tensor(array, name=f"mask_{name}"))
+            self.graph.register_initializer(found)
+        return self.constants[name]

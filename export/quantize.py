@@ -2,8 +2,7 @@
 
 INT8 is written as QuantizeLinear and DequantizeLinear round float operators, which a back-end replaces by its integer
 kernels. Activations are rounded per tensor, weights symmetrically per output channel; biases, norms, attention and sums
-stay in float. The first and the last convolution are treated like the others: on a trained network each of them costs
-less than 1 dB, and the accuracy gate may ask for them in float.
+stay in float. So do a few delicate layers, see ``delicate``; the accuracy gate may ask for more.
 Sources: Jacob et al. 2018; Wu et al. 2020, "Integer quantization for deep learning inference".
 """
 

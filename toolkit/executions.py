@@ -125,9 +125,10 @@ def prove(session: Session, variant: Variant, compute: str, proof: Proof) -> dic
         AccuracyGateError: it is not allowed to differ so much.
     """
     LOG.info("verify %s against PyTorch on %s", session.description, proof.images.description)
+    masks = proof.own_masks(session) if session.gives_masks else None
     if _is_exact(variant, compute):
-        return proof.exact(session.run)
-    verdict, figures = proof.verdict(session.run)
+        return proof.exact(session.run) | ({} if masks is None else proof.exact_masks(masks))
+    verdict, figures = proof.verdict(session.run, masks)
     if not verdict.holds:
         raise AccuracyGateError(f"{session.description} draws other masks than PyTorch: {verdict}")
     return figures

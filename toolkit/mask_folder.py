@@ -78,17 +78,17 @@ def infer_to_folder(
             keys: dict[Source, str] = {}
             label = sources[0].name if len(sources) == 1 else None  # one bar: of the files, or of its slices
             images = _read(sources, keys, made_by, output if resume else None)
+            tracked = track(sources, "infer") if label is None else sources
             with closing(segment_many(images, session, bundle, batch, label)) as segmented:
-                for source, found in zip(
-                    track(sources, "infer") if label is None else sources, segmented, strict=False
-                ):
+                for source, found in zip(tracked, segmented, strict=True):
                     try:
                         if isinstance(found, InputError):
                             raise found
                         if isinstance(found, Finished):
                             kept += 1
                         else:
-                            found = _write(source, *found, bundle, output, overlay, keys[source])
+                            image, mask = found
+                            found = _write(source, image, mask, bundle, output, overlay, keys[source])
                     except InputError as error:
                         on_error(source.path, error)
                     else:

@@ -34,9 +34,9 @@ def write_overlay(image: Image, mask: Mask, window: tuple[float, float], path: P
     columns = isqrt(len(tiles) - 1) + 1
     height, width, _ = tiles[0].shape
     sheet = np.zeros((ceil(len(tiles) / columns) * height, columns * width, 3), np.uint8)
-    for place, tile in enumerate(tiles):
+    for place, drawn in enumerate(tiles):
         top, left = place // columns * height, place % columns * width
-        sheet[top : top + height, left : left + width] = tile
+        sheet[top : top + height, left : left + width] = drawn
     picture = _with_legend(PIL.Image.fromarray(sheet), mask)
     with atomic_file(path) as temporary:
         picture.save(temporary, format="PNG")

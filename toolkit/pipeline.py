@@ -40,7 +40,6 @@ def build(
     from medseg_trt.executions import GRAPH_OF, try_executions
     from medseg_trt.export.fold import fold, plain_report
     from medseg_trt.export.fuse import fuse
-    from medseg_trt.export.masks import require_stretched
     from medseg_trt.export.quantize import parse_precision
     from medseg_trt.export.trace import trace
     from medseg_trt.machine import package_versions
@@ -57,8 +56,6 @@ def build(
     for name in spec.precisions:
         parse_precision(name)  # a typo is found now, not after minutes
     loaded = load_checkpoint(path)
-    if spec.outputs == "mask":
-        require_stretched(loaded.preprocessing)
     images = reference_images(loaded, Path(data) if data is not None else None)
     network = loaded.model()
     proof = Proof(reference=runner(network), images=images, spec=spec)

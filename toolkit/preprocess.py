@@ -88,6 +88,22 @@ def restore(
     return labels * np.outer(rows.inside, columns.inside)
 
 
+def resampled_size(source_size: Size, p: Preprocessing, spacing_mm: Spacing | None) -> Size:
+    """Return a picture's size once it is stretched to the network's image, or has the network's pixel spacing.
+
+    Raises:
+        ValueError: the spacing is not positive.
+    """
+    if p.spacing_mm is None or spacing_mm is None:
+        return p.image_size
+    if not all(0 < each < float("inf") for each in spacing_mm):
+        raise ValueError(f"the spacing {spacing_mm} mm must be positive")
+    rows, columns = (
+        max(1, round(pixels * each / p.spacing_mm)) for pixels, each in zip(source_size, spacing_mm, strict=True)
+    )
+    return rows, columns
+
+
 def outside_fraction(source_size: Size, p: Preprocessing, spacing_mm: Spacing | None) -> float:
     """Return the share, 0 … 1, of the source pixels that are cropped away, so that no label can be found for them.
 
@@ -176,17 +192,11 @@ class _Axis:
 
 
 def _place(source_size: Size, p: Preprocessing, spacing_mm: Spacing | None) -> tuple[_Axis, _Axis]:
-    resampled = p.image_size
-    if p.spacing_mm is not None and spacing_mm is not None:
-        if not all(0 < each < float("inf") for each in spacing_mm):
-            raise ValueError(f"the spacing {spacing_mm} mm must be positive")
-        rows, columns = (
-            max(1, round(pixels * each / p.spacing_mm)) for pixels, each in zip(source_size, spacing_mm, strict=True)
-        )
-        resampled = rows, columns
     rows, columns = (
         _Axis(source=source, resampled=between, canvas=canvas)
-        for source, between, canvas in zip(source_size, resampled, p.image_size, strict=True)
+        for source, between, canvas in zip(
+            source_size, resampled_size(source_size, p, spacing_mm), p.image_size, strict=True
+        )
     )
     return rows, columns
 

@@ -3,6 +3,7 @@
 The reference's own answers are computed once.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +13,10 @@ from numpy import ndarray
 from medseg_trt.errors import AccuracyGateError
 from medseg_trt.export.gate import Verdict, compare
 from medseg_trt.export.verify import labels_of, run_in_batches, verify
+from medseg_trt.preprocess import resampled_size
 from medseg_trt.reference_images import ReferenceImages
 from medseg_trt.segment import Run
+from medseg_trt.session import Session
 from medseg_trt.spec import BuildSpec, to_dict
 
 
@@ -40,21 +43,46 @@ class Proof:
         limits = {"max_abs_error": self.spec.max_abs_error, "min_agreement": self.spec.min_agreement}
         return to_dict(verify(run, self.reference, self.images.verified, self.images.description, **limits))
 
+    def exact_masks(self, masks: Sequence[ndarray]) -> dict[str, Any]:
+        """Compare the masks that a graph made itself of the judged images with PyTorch's, pixel by pixel.
+
+        Raises:
+            AccuracyGateError: more pixels differ than where two classes tie.
+        """
+        same = [(mask == truth).mean() for mask, truth in zip(masks, self._masks, strict=True)]
+        agreement = float(np.mean(same))
+        if not agreement >= self.spec.min_agreement:
+            raise AccuracyGateError(
+                f"the masks that the graph makes agree with PyTorch's on {100 * agreement:.2f} % of the pixels only"
+            )
+        return {"own_masks_agreement": agreement}
+
+    def own_masks(self, session: Session) -> list[ndarray]:
+        """Return the masks of the judged images that a graph with ``--outputs mask`` makes."""
+        judged = self.images.judged
+        sizes = [resampled_size(size, judged.preprocessing, spacing) for size, spacing in
+                 zip(judged.sizes, judged.spacings, strict=True)]  # fmt: skip
+        return [
+            session.masks(image[np.newaxis], size, resampled)[0]
+            for image, size, resampled in zip(judged.inputs, judged.sizes, sizes, strict=True)
+        ]
+
     @property
     def num_classes(self) -> int:
         """Channels of the logits."""
         return self._logits.shape[1]
 
-    def verdict(self, run: Run) -> tuple[Verdict, dict[str, Any]]:
-        """Judge the masks of a network, and also say how far its logits are off."""
-        return self.verdict_of(run_in_batches(run, self.images.judged.inputs, 1))
+    def verdict(self, run: Run, masks: Sequence[ndarray] | None = None) -> tuple[Verdict, dict[str, Any]]:
+        """Judge the masks of a network, its own or those of its logits, and also say how far its logits are off."""
+        return self.verdict_of(run_in_batches(run, self.images.judged.inputs, 1), masks)
 
-    def verdict_of(self, logits: ndarray) -> tuple[Verdict, dict[str, Any]]:
-        """Judge the masks that the logits of the judged images make; logits that are not finite make none."""
+    def verdict_of(self, logits: ndarray, masks: Sequence[ndarray] | None = None) -> tuple[Verdict, dict[str, Any]]:
+        """Judge masks of the judged images, or those that these logits make; logits that are not finite make none."""
         judged = self.images.judged
         if not np.isfinite(logits).all():
             raise AccuracyGateError("the logits are not finite: a number is too large for its type")
-        reference, candidate = (judged.counts(masks, self._masks) for masks in (self._masks, judged.masks(logits)))
+        found = judged.masks(logits) if masks is None else masks
+        reference, candidate = (judged.counts(each, self._masks) for each in (self._masks, found))
         verdict = compare(reference, candidate, judged.cases, self.spec.max_dice_drop, judged.metric)
         error = self.error_of(logits)
         return verdict, {

@@ -7,12 +7,12 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from medseg_trt.images import Image
-from medseg_trt.preprocess import prepare, restore
+from medseg_trt.preprocess import Size, prepare, resampled_size, restore
 from medseg_trt.progress import track
 from medseg_trt.spec import Preprocessing
 
 Run = Callable[[np.ndarray], np.ndarray]  # (batch, 3, H, W) float32 -> logits (batch, classes, H, W) float32
-MaskRun = Callable[[np.ndarray, tuple[int, int]], np.ndarray]  # and the images' own size -> labels uint8 of that size
+MaskRun = Callable[[np.ndarray, Size, Size], np.ndarray]  # ``Session.masks``
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,12 +31,13 @@ def prepared_slices(image: Image, preprocessing: Preprocessing) -> Float32[np.nd
 
 def steps(run: Run, image: Image, preprocessing: Preprocessing, masks: MaskRun | None = None) -> Steps:
     """Return the steps for the slices of one image; see ``segment`` for the arguments."""
+    resampled = resampled_size(image.size, preprocessing, image.spacing_in_plane)
 
     def prepared(pixels: np.ndarray) -> np.ndarray:
         return np.stack([prepare(each, preprocessing, image.spacing_in_plane) for each in pixels])
 
     def answered(inputs: np.ndarray) -> np.ndarray:
-        answer = run(inputs) if masks is None else masks(inputs, image.size)
+        answer = run(inputs) if masks is None else masks(inputs, image.size, resampled)
         if len(answer) != len(inputs):
             raise ValueError(f"the network gave {len(answer)} answers to {len(inputs)} slices")
         return answer

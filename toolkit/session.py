@@ -18,6 +18,7 @@ from numpy import ndarray
 
 from medseg_trt.bundle import Bundle, Execution
 from medseg_trt.errors import ArtefactError, MissingExtraError, UsageError
+from medseg_trt.preprocess import Size
 from medseg_trt.progress import LOG
 
 if TYPE_CHECKING:
@@ -66,9 +67,14 @@ class Session(ABC):
         """Return the logits of a batch of prepared images."""
 
     def masks(
-        self, batch: Float32[ndarray, "batch 3 _ _"], size: tuple[int, int]
+        self, batch: Float32[ndarray, "batch 3 _ _"], size: Size, resampled: Size
     ) -> UInt8[ndarray, "batch height width"]:
-        """Return the labels of a batch of prepared images at the size of their sources (height, width).
+        """Return the labels of a batch of prepared images at the size of their sources.
+
+        Args:
+            batch: images of one size and spacing.
+            size: height and width of the sources in pixels.
+            resampled: what ``preprocess.resampled_size`` says of them.
 
         Raises:
             UsageError: the graph gives logits alone.

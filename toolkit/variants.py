@@ -16,6 +16,7 @@ from numpy import ndarray
 from medseg_trt.bundle import Variant
 from medseg_trt.errors import AccuracyGateError, UsageError
 from medseg_trt.export.calibrate import Calibration, calibrate
+from medseg_trt.export.delicate import delicate
 from medseg_trt.export.flavours import derive
 from medseg_trt.export.gate import Relaxed, Verdict, relax
 from medseg_trt.export.gemms import gemms
@@ -23,6 +24,7 @@ from medseg_trt.export.groups import groups_of
 from medseg_trt.export.half import TYPES
 from medseg_trt.export.masks import with_masks
 from medseg_trt.export.overflow import observed_values, rounded_graph, too_large
+from medseg_trt.export.policy import policy_digest
 from medseg_trt.export.quantize import (
     int8_share,
     needs_calibration,
@@ -69,7 +71,7 @@ class _Prepared:
     graph: OnnxGraph
     precision: Mapping[str, str]  # of each part
     calibration: Calibration | None
-    keep_float: frozenset[str]  # GEMMs whose numbers 16 bits cannot hold
+    keep_float: frozenset[str]  # GEMMs whose numbers 16 bits cannot hold, or that eight bits would hurt most
     notes: Mapping[str, Any]
 
 
@@ -106,19 +108,23 @@ def make_variants(
         graphs = {key: with_masks(each, proof.images.judged.preprocessing) for key, each in graphs.items()}
     save_flavours({file: graphs[key] for file, key in files.items()}, folder, f"weights-{stem}.bin")
     done = {**passes, **prepared.notes, "int8_share": share, "gate": to_dict(relaxed) if relaxed else None}
+    groups = relaxed.kept_float if relaxed else ()
     return {
         file.removesuffix(".onnx"): Variant(
-            precision=name, flavour=key, graph=file, weights=f"weights-{stem}.bin", passes=done
+            precision=name, flavour=key, graph=file, weights=f"weights-{stem}.bin",
+            passes=done | {
+                "policy": policy_digest(prepared.precision, WRITTEN[key].form, WRITTEN[key].flavour, groups)
+            },
         )
         for file, key in files.items()
-    }
+    }  # fmt: skip
 
 
 def _prepare(graph: OnnxGraph, name: str, proof: Proof) -> _Prepared:
     """Calibrate and smooth where integers need it, and look for numbers that 16 bits cannot hold."""
     precision, images = parse_precision(name), proof.images.calibration
     notes: dict[str, Any] = {"parts": precision}
-    calibration = None
+    calibration, kept = None, tuple[str, ...]()
     if needs_calibration(precision):
         if images is None:
             raise UsageError(
@@ -126,13 +132,18 @@ def _prepare(graph: OnnxGraph, name: str, proof: Proof) -> _Prepared:
                 "give a folder with a train and a val split: --data DIR"
             )
         LOG.info("calibrate %s on %d images", name, len(images))
-        rounded = [gemm.name for gemm in gemms(graph) if precision[gemm.part] == INT8]
+        named = [gemm.name for gemm in gemms(graph) if precision[gemm.part] == INT8]
+        kept = delicate(graph, named)
+        rounded = [name for name in named if name not in kept]
         with observer(graph, smoothable(graph, rounded)) as observe:
             graph, smoothings = smooth(graph, rounded, observe, images)
         values = values_to_calibrate(graph, precision)
         with observer(graph, values) as observe:
             calibration = calibrate(observe, images, values)
-        notes |= {"smoothed": [to_dict(each) for each in smoothings], "calibration": to_dict(calibration)}
+        notes |= {
+            "left_in_float": list(kept), "smoothed": [to_dict(each) for each in smoothings],
+            "calibration": to_dict(calibration),
+        }  # fmt: skip
     halves = {part: scheme for part, scheme in precision.items() if scheme in TYPES}
     unsafe: frozenset[str] = frozenset()
     if halves:
@@ -141,7 +152,9 @@ def _prepare(graph: OnnxGraph, name: str, proof: Proof) -> _Prepared:
             found = too_large(graph, chosen, observe, proof.images.verified)
         unsafe = frozenset(each.gemm for each in found)
         notes |= {"too_large_for_16_bits": [to_dict(each) for each in found]}
-    return _Prepared(graph=graph, precision=precision, calibration=calibration, keep_float=unsafe, notes=notes)
+    return _Prepared(
+        graph=graph, precision=precision, calibration=calibration, keep_float=unsafe | {*kept}, notes=notes
+    )
 
 
 def _written(prepared: _Prepared, key: str, kept: frozenset[str], proof: Proof) -> OnnxGraph:

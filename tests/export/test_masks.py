@@ -7,18 +7,31 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from medseg_trt.errors import UsageError
+from medseg_trt.export import masks
 from medseg_trt.export.masks import with_masks
 from medseg_trt.export.save import save_flavours
 from medseg_trt.export.trace import INPUT, OPSET, OUTPUT, OnnxGraph
-from medseg_trt.preprocess import restore
+from medseg_trt.preprocess import resampled_size, restore
 from medseg_trt.session import BACKENDS, Session
 from medseg_trt.spec import Preprocessing
 
 SIZE = (32, 48)
 STRETCHED = Preprocessing(image_size=SIZE)
 IMAGES = np.random.default_rng(0).normal(size=(3, 3, *SIZE)).astype(np.float32)
+SPACED = Preprocessing(image_size=SIZE, spacing_mm=1.5)
 SOURCE_SIZES = [SIZE, (75, 101), (13, 21), (64, 24), (1, 1)]  # the same, larger, smaller, one axis each way, one pixel
+
+PLACES = [  # size and spacing: padded, cropped, one axis each way, odd and even room, no spacing, one pixel
+    ((30, 41), (1.1, 0.7)),
+    ((100, 120), (0.9, 1.3)),
+    ((101, 31), (0.8, 1.0)),
+    ((20, 200), (1.5, 0.75)),
+    ((33, 49), (1.5, 1.5)),
+    ((34, 47), (1.5, 1.5)),
+    ((75, 101), None),
+    ((1, 1), (1.5, 90.0)),
+]
+INTEGERS, INSIDE = masks._Placement._integers, masks._Placement._inside
 
 
 def network(num_classes: int) -> OnnxGraph:
@@ -40,6 +53,18 @@ def opened(graph: OnnxGraph, backend: str, folder: Path) -> Session:
     return import_module(BACKENDS[backend].module).open_graph(folder / "graph.onnx", "fp32", 1, "fp32")
 
 
+def same_masks(session: Session, num_classes: int, preprocessing: Preprocessing, size, spacing) -> np.ndarray:
+    """Return the session's masks, which must be those of ``restore``.
+
+    The order of the additions differs, so a pixel may flip where two classes tie to 1e-6: none of these does.
+    """
+    expected = np.stack([restore(each[:num_classes], size, preprocessing, spacing) for each in IMAGES])
+    found = session.masks(IMAGES, size, resampled_size(size, preprocessing, spacing))
+    assert (found.dtype, found.shape) == (np.uint8, (3, *size))
+    np.testing.assert_array_equal(found, expected)
+    return found
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("num_classes", [1, 3])
 def test_masks_are_those_of_restore(tmp_path, backend, num_classes):
@@ -47,12 +72,44 @@ def test_masks_are_those_of_restore(tmp_path, backend, num_classes):
         assert session.gives_masks
         np.testing.assert_array_equal(session.run(IMAGES), IMAGES[:, :num_classes])
         for size in SOURCE_SIZES:
-            expected = np.stack([restore(each[:num_classes], size, STRETCHED, None) for each in IMAGES])
-            found = session.masks(IMAGES, size)
-            assert (found.dtype, found.shape) == (np.uint8, (3, *size))
-            # The order of the additions differs, so a pixel may flip where two classes tie to 1e-6: none of these.
-            np.testing.assert_array_equal(found, expected)
+            found = same_masks(session, num_classes, STRETCHED, size, None)
             assert size == (1, 1) or len(np.unique(found)) == max(num_classes, 2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("num_classes", [1, 3])
+def test_masks_of_padded_and_cropped_pictures_are_those_of_restore(tmp_path, backend, num_classes):
+    with opened(with_masks(network(num_classes), SPACED), backend, tmp_path) as session:
+        np.testing.assert_array_equal(session.run(IMAGES), IMAGES[:, :num_classes])
+        for size, spacing in PLACES:
+            same_masks(session, num_classes, SPACED, size, spacing)
+
+
+def rounded_towards_zero(self, op_type: str, first: ir.Value, second: ir.Value) -> ir.Value:
+    return INTEGERS(self, op_type, first, self.zero if op_type == "Sub" and "Mod" in str(second.name) else second)
+
+
+def everywhere(self, axis: int) -> ir.Value:
+    found = INSIDE(self, axis)
+    name = ("height", "width")[axis]
+    outside = self.append("Not", [found], ir.DataType.BOOL, [name])
+    return self.append("Or", [found, outside], ir.DataType.BOOL, [name])
+
+
+FAULTS = {
+    "offset": ("_integers", rounded_towards_zero),
+    "padding": ("uncropped", lambda _, logits: logits),
+    "inside": ("_inside", everywhere),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_placement_is_seen(tmp_path, monkeypatch, fault):
+    monkeypatch.setattr(masks._Placement, *FAULTS[fault])
+    with opened(with_masks(network(3), SPACED), "onnxruntime", tmp_path) as session:
+        found = [session.masks(IMAGES, size, resampled_size(size, SPACED, spacing)) for size, spacing in PLACES]
+    expected = [np.stack([restore(each, size, SPACED, spacing) for each in IMAGES]) for size, spacing in PLACES]
+    assert not all(np.array_equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -62,24 +119,19 @@ def test_equal_logits_go_to_the_lower_label_and_zero_is_background(tmp_path, bac
         folder = tmp_path / str(num_classes)
         folder.mkdir()
         with opened(with_masks(network(num_classes), STRETCHED), backend, folder) as session:
-            assert not session.masks(flat, (40, 40)).any()
+            assert not session.masks(flat, (40, 40), SIZE).any()
 
 
 def test_the_graph_it_is_given_stays_as_it_was():
     graph = network(3)
-    masked = with_masks(graph, STRETCHED)
-    assert [value.name for value in graph.model.graph.outputs] == [OUTPUT]
-    assert [value.name for value in masked.model.graph.outputs] == [OUTPUT, "mask"]
-    assert [value.name for value in masked.model.graph.inputs] == [INPUT, "source_size"]
+    for preprocessing, further in ((STRETCHED, ["source_size"]), (SPACED, ["source_size", "resampled_size"])):
+        masked = with_masks(graph, preprocessing)
+        assert [value.name for value in graph.model.graph.outputs] == [OUTPUT]
+        assert [value.name for value in masked.model.graph.outputs] == [OUTPUT, "mask"]
+        assert [value.name for value in masked.model.graph.inputs] == [INPUT, *further]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_graph_of_logits_does_not_claim_to_make_masks(tmp_path, backend):
     with opened(network(3), backend, tmp_path) as session:
         assert not session.gives_masks
-
-
-def test_images_that_were_cropped_by_their_spacing_are_refused_in_one_line():
-    with pytest.raises(UsageError, match=r"brought to 1\.5 mm .* choose --outputs logits") as caught:
-        with_masks(network(3), Preprocessing(image_size=SIZE, spacing_mm=1.5))
-    assert "\n" not in str(caught.value)

@@ -16,6 +16,7 @@ from tiny import make_checkpoint, picture, write_nifti, write_pictures, write_vo
 from medseg_trt import executions, variants
 from medseg_trt.benchmark import Bench, Measured, bench
 from medseg_trt.cli import cli
+from medseg_trt.preprocess import Size
 from medseg_trt.session import BACKENDS, Session
 from medseg_trt.sessions.child import ChildSession
 
@@ -35,7 +36,10 @@ class SessionHere(ChildSession):
     def __init__(self, path: Path, precision: str, backend: str, threads: int | None, compute: str) -> None:
         self._session: Session = import_module(BACKENDS[backend].module).open_graph(path, precision, 1, compute)
         self.backend, self.device = backend, self._session.device
-        self.description = self._session.description
+        self.description, self.gives_masks = self._session.description, self._session.gives_masks
+
+    def masks(self, batch: np.ndarray, size: Size, resampled: Size) -> np.ndarray:
+        return self._session.masks(batch, size, resampled)
 
     def run(self, batch: np.ndarray) -> np.ndarray:
         return self._session.run(batch)

@@ -185,13 +185,21 @@ def test_a_gate_that_cannot_hold_leaves_with_3_and_the_old_bundle_stays(
 # Masks made inside the graph
 
 
-def test_masks_from_the_graph_are_the_same_bytes(built, typed, in_process, tmp_path, monkeypatch):
-    out = tmp_path / "mask.medseg"
-    code, _, err = typed("build", "--ckpt", built.checkpoint, "--data", built.data, "-o", out, "--outputs", "mask")
-    assert code == 0, err
+@pytest.mark.parametrize("spacing_mm", [None, 1.5])  # stretched, or cropped and padded
+def test_masks_from_the_graph_are_the_same_bytes(built, typed, in_process, tmp_path, monkeypatch, spacing_mm):
+    loaded = load_checkpoint(built.checkpoint)
+    placed = replace(loaded, preprocessing=replace(loaded.preprocessing, spacing_mm=spacing_mm))
+    save_checkpoint(placed, tmp_path / "model.pt")
+    for outputs in ("logits", "mask"):
+        command = ["build", "--ckpt", tmp_path / "model.pt", "--data", built.data, "--outputs", outputs]
+        code, _, err = typed(*command, "-o", tmp_path / f"{outputs}.medseg")
+        assert code == 0, err
+    for execution in load_bundle(tmp_path / "mask.medseg").content.executions:
+        assert execution.verification["own_masks_agreement"] == 1
     for backend in BACKENDS:
         written = {}
-        for name, bundle in (("logits", built.bundle), ("mask", out)):
+        for name in ("logits", "mask"):
+            bundle = tmp_path / f"{name}.medseg"
             with monkeypatch.context() as patch:
                 if name == "mask":
                     patch.setattr(segment, "restore", lambda *_: pytest.fail("the labels were not made in the graph"))
@@ -202,17 +210,3 @@ def test_masks_from_the_graph_are_the_same_bytes(built, typed, in_process, tmp_p
             written[name] = {path: data for path, data in contents(folder).items() if not path.startswith(".finished")}
         assert len(written["mask"]) == 4  # three masks and areas.csv
         assert written["mask"] == written["logits"]
-
-
-@pytest.mark.parametrize("with_data", [True, False])
-def test_masks_of_cropped_images_are_refused_before_anything_is_built(built, typed, tmp_path, with_data, monkeypatch):
-    loaded = load_checkpoint(built.checkpoint)
-    cropped = replace(loaded, preprocessing=replace(loaded.preprocessing, spacing_mm=1.5))
-    save_checkpoint(cropped, tmp_path / "model.pt")
-    monkeypatch.setattr(variants, "save_flavours", lambda *_: pytest.fail("a graph was written"))
-    data = ["--data", built.data] if with_data else []
-    code, out, err = typed("build", "--ckpt", tmp_path / "model.pt", "--outputs", "mask", *data)
-    assert (code, out) == (2, "")
-    (line,) = err.splitlines()
-    assert "images are brought to 1.5 mm and cropped" in line
-    assert not (tmp_path / "model.medseg").exists()

@@ -2,8 +2,10 @@ import numpy as np
 import pytest
 
 from medseg_trt.errors import AccuracyGateError
+from medseg_trt.preprocess import Size, restore
 from medseg_trt.proof import Proof
 from medseg_trt.reference_images import JudgedImages, ReferenceImages
+from medseg_trt.session import Session
 from medseg_trt.spec import BuildSpec, Classes, Preprocessing
 
 SIZE = (16, 16)
@@ -107,3 +109,36 @@ def test_masks_are_compared_at_the_images_own_size(monkeypatch):
     monkeypatch.setattr(JudgedImages, "masks", watched)
     proof_of().verdict(network)
     assert seen == [(20, 12)] * 12
+
+
+class Masking(Session):
+    """A network that makes its masks itself; ``fault`` spoils so many rows of each."""
+
+    backend, device, description, gives_masks = "here", "CPU", "a masking network", True
+
+    def __init__(self, fault: int = 0) -> None:
+        self.fault = fault
+
+    def run(self, batch: np.ndarray) -> np.ndarray:
+        return network(batch)
+
+    def masks(self, batch: np.ndarray, size: Size, resampled: Size) -> np.ndarray:
+        assert resampled == SIZE
+        found = np.stack([restore(each, size, Preprocessing(image_size=SIZE), None) for each in network(batch)])
+        found[:, : self.fault] = (found[:, : self.fault] + 1) % 3
+        return found
+
+    def close(self) -> None: ...
+
+
+def test_masks_that_the_graph_makes_itself_are_compared_with_pytorchs():
+    proof = proof_of()
+    assert proof.exact_masks(proof.own_masks(Masking())) == {"own_masks_agreement": 1}
+    with pytest.raises(AccuracyGateError, match=r"agree with PyTorch's on 95\.00 % of the pixels only"):
+        proof.exact_masks(proof.own_masks(Masking(fault=1)))  # one row of twenty
+
+
+def test_the_gate_judges_the_graphs_own_masks_where_it_makes_some():
+    proof = proof_of()
+    assert proof.verdict(network, proof.own_masks(Masking()))[0].holds
+    assert not proof.verdict(network, proof.own_masks(Masking(fault=1)))[0].holds

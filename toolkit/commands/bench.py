@@ -37,21 +37,24 @@ from medseg_trt.errors import AccuracyGateError, MedsegError, UsageError
     "--max-dice-drop", type=click.FloatRange(0, 1),
     help="How much Dice may fall, at the upper end of its interval.  [default: as at the build]",
 )  # fmt: skip
+@click.option("--gate", help="Limits that must hold, e.g. speed=1.2x,dice=-0.005; exit code 3 or 4 where not.")
 @click.option("--profile/--no-profile", default=True, show_default=True, help="Look into the layers, too.")
 @click.option("-o", "--output", type=FOLDER, default=Path("report"), show_default=True, help="Where the report goes.")
 @output_options
 def bench(
     bundle_folder: Path | None, checkpoint: Path | None, data_folder: Path | None, split: str, backends: str | None,
     tier: str, warmup_ms: float | None, duration_s: float | None, batch: int, max_dice_drop: float | None,
-    profile: bool, output: Path, as_json: bool,
+    gate: str | None, profile: bool, output: Path, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure a bundle against PyTorch on the same images: masks first, then speed; write a page of it."""
     from medseg_trt import benchmark, measure
     from medseg_trt.bundle import find_bundle
+    from medseg_trt.limits import Gate, judge_report, parse_gate, require
     from medseg_trt.report import HEADER, cells, write_report
     from medseg_trt.report_schema import Verdict
     from medseg_trt.spec import to_dict
 
+    limits = parse_gate(gate) if gate is not None else Gate()
     names = tuple(name.strip() for name in backends.split(",")) if backends is not None else ()
     if len(set(names)) < len(names):
         raise UsageError(f"--backends {backends}: a name stands there twice")
@@ -83,3 +86,4 @@ def bench(
         raise MedsegError(
             f"failed: {', '.join(f'{row.name} ({row.failure})' for row in failed)}; the rest is in {page}"
         )
+    require(judge_report(report, limits))

@@ -1,6 +1,6 @@
 """Run a session in a process of its own: a back-end that dies takes nothing with it, and its memory is its own.
 
-The two processes talk through pipes: a line of JSON, then the float32 array whose shape it announces. The child is
+The two processes talk through pipes: a line of JSON, then the array whose shape and type it announces. The child is
 ``python -m medseg_trt.sessions.child``.
 """
 
@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import IO, Any, ClassVar
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, UInt8
 from numpy import ndarray
 
 from medseg_trt import errors
 from medseg_trt.errors import ArtefactError, MedsegError
+from medseg_trt.preprocess import Size
 from medseg_trt.session import BACKENDS, Session
 
 STATUS = Path("/proc/self/status")  # Linux
@@ -49,7 +50,7 @@ class ChildSession(Session):
         except BaseException:
             self.close()
             raise
-        self.device, self.description = hello["device"], hello["description"]
+        self.device, self.description, self.gives_masks = hello["device"], hello["description"], hello["gives_masks"]
         self.load_ms: float = hello["load_ms"]
 
     def __enter__(self) -> "ChildSession":
@@ -58,11 +59,14 @@ class ChildSession(Session):
     def run(self, batch: Float32[ndarray, "batch 3 height width"]) -> Float32[ndarray, "batch classes height width"]:
         """Return the logits of a batch of prepared images."""
         self._ask({"do": "run"}, batch)
-        shape = self._answer()["shape"]
-        try:
-            return read_array(self._pipes[1], shape)
-        except BrokenPipeError:
-            raise self._death() from None
+        return self._array()
+
+    def masks(
+        self, batch: Float32[ndarray, "batch 3 _ _"], size: Size, resampled: Size
+    ) -> UInt8[ndarray, "batch height width"]:
+        """Return the labels of a batch of prepared images at the size of their sources, see ``Session``."""
+        self._ask({"do": "masks", "size": size, "resampled": resampled}, batch)
+        return self._array()
 
     def time(self, batch: Float32[ndarray, "batch 3 height width"], duration_s: float, min_runs: int) -> list[float]:
         """Run one batch again and again, for ``duration_s`` and at least ``min_runs`` times; return milliseconds."""
@@ -100,6 +104,13 @@ class ChildSession(Session):
             raise getattr(errors, answer["kind"])(answer["error"])
         return answer
 
+    def _array(self) -> ndarray:
+        announced = self._answer()
+        try:
+            return read_array(self._pipes[1], announced["shape"], announced["dtype"])
+        except BrokenPipeError:
+            raise self._death() from None
+
     def _death(self) -> ArtefactError:
         code = self._process.wait()
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
@@ -117,7 +128,8 @@ def serve(answering: Mapping[str, Callable[..., Any]]) -> None:
         began = time.perf_counter()
         with opener(path, **arguments) as session:
             load_ms = 1000 * (time.perf_counter() - began)
-            _send(answers, {"device": session.device, "description": session.description, "load_ms": load_ms})
+            hello = {name: getattr(session, name) for name in ("device", "description", "gives_masks")}
+            _send(answers, {**hello, "load_ms": load_ms})
             while line := requests.readline():
                 request = json.loads(line)
                 _send(answers, *answering[request.pop("do")](session, requests, **request))
@@ -125,14 +137,20 @@ def serve(answering: Mapping[str, Callable[..., Any]]) -> None:
         _send(answers, {"error": str(error), "kind": type(error).__name__})
 
 
-def _run(session: Session, requests: IO[bytes], shape: Sequence[int]) -> tuple[dict[str, Any], ndarray]:
-    return {}, session.run(read_array(requests, shape))
+def _run(session: Session, requests: IO[bytes], shape: Sequence[int], dtype: str) -> tuple[dict[str, Any], ndarray]:
+    return {}, session.run(read_array(requests, shape, dtype))
+
+
+def _masks(
+    session: Session, requests: IO[bytes], shape: Sequence[int], dtype: str, size: Size, resampled: Size
+) -> tuple[dict[str, Any], ndarray]:
+    return {}, session.masks(read_array(requests, shape, dtype), (size[0], size[1]), (resampled[0], resampled[1]))
 
 
 def _time(
-    session: Session, requests: IO[bytes], shape: Sequence[int], duration_s: float, min_runs: int
+    session: Session, requests: IO[bytes], shape: Sequence[int], dtype: str, duration_s: float, min_runs: int
 ) -> tuple[dict[str, Any]]:
-    batch, samples = read_array(requests, shape), list[float]()
+    batch, samples = read_array(requests, shape, dtype), list[float]()
     end = time.perf_counter() + duration_s
     while len(samples) < min_runs or time.perf_counter() < end:
         began = time.perf_counter()
@@ -147,24 +165,24 @@ def _memory(session: Session, requests: IO[bytes]) -> tuple[dict[str, Any]]:
     return ({"memory": {name: int(value) * 1024 / 1e6 for name, value in kilobytes.items()}},)
 
 
-ANSWERS = {"run": _run, "time": _time, "memory": _memory}
+ANSWERS = {"run": _run, "masks": _masks, "time": _time, "memory": _memory}
 
 
 def _send(pipe: IO[bytes], message: Mapping[str, Any], array: ndarray | None = None) -> None:
-    shape = {} if array is None else {"shape": array.shape}
-    pipe.write(json.dumps({**message, **shape}).encode() + b"\n")
+    announced = {} if array is None else {"shape": array.shape, "dtype": array.dtype.name}
+    pipe.write(json.dumps({**message, **announced}).encode() + b"\n")
     if array is not None:
-        pipe.write(np.ascontiguousarray(array, np.float32).data)
+        pipe.write(np.ascontiguousarray(array).data)
     pipe.flush()
 
 
-def read_array(pipe: IO[bytes], shape: Sequence[int]) -> ndarray:
-    """Return the float32 array that follows a request.
+def read_array(pipe: IO[bytes], shape: Sequence[int], dtype: str) -> ndarray:
+    """Return the array that follows a request.
 
     Raises:
         BrokenPipeError: the other side ended before it was through.
     """
-    array = np.empty(shape, np.float32)
+    array = np.empty(shape, dtype)
     if pipe.readinto(array.data.cast("B")) != array.nbytes:  # pyright: ignore[reportAttributeAccessIssue]  # buffered
         raise BrokenPipeError
     return array

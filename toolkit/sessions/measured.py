@@ -81,9 +81,9 @@ class MeasuredSession(ChildSession):
 
 
 def _time(
-    session: Session, requests: IO[bytes], shape: Sequence[int], duration_s: float, min_runs: int
+    session: Session, requests: IO[bytes], shape: Sequence[int], dtype: str, duration_s: float, min_runs: int
 ) -> tuple[dict[str, Any]]:
-    batch = read_array(requests, shape)
+    batch = read_array(requests, shape, dtype)
     return ({"samples_ms": timed_runs(lambda: session.run(batch), duration_s, min_runs)},)
 
 
@@ -128,10 +128,10 @@ def _watched(function: Callable[..., ndarray]) -> tuple[Callable[..., ndarray], 
 
 
 def _throughput(
-    session: Session, requests: IO[bytes], shape: Sequence[int], backend: str, opened: Mapping[str, str], streams: int,
-    threads: int | None, duration_s: float,
+    session: Session, requests: IO[bytes], shape: Sequence[int], dtype: str, backend: str, opened: Mapping[str, str],
+    streams: int, threads: int | None, duration_s: float,
 ) -> tuple[dict[str, Any]]:  # fmt: skip
-    batch = read_array(requests, shape)
+    batch = read_array(requests, shape, dtype)
     with ExitStack() as stack:
         runs: list[Run] = [session.run]
         if streams > 1:

@@ -1,6 +1,5 @@
 """Run a graph with ONNX Runtime on the CPU."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from jaxtyping import Float32, UInt8
 from numpy import ndarray
 
 from medseg_trt.errors import ArtefactError, DeviceError, require
+from medseg_trt.preprocess import Size
 from medseg_trt.session import Session
 
 ERRORS_ONLY = 3  # of ONNX Runtime's log levels
@@ -23,6 +23,7 @@ class OnnxRuntimeSession(Session):
     def __init__(self, session: Any, description: str) -> None:
         self._session: Any = session
         self._input, *further = session.get_inputs()
+        self._sizes = [value.name for value in further]
         self.gives_masks = bool(further)
         self.description = description
 
@@ -34,16 +35,18 @@ class OnnxRuntimeSession(Session):
         """
         if list(batch.shape[1:]) != self._input.shape[1:]:
             raise ValueError(f"the batch is {batch.shape}, but the network takes {self._input.shape}")
-        return self._answer("logits", batch, batch.shape[2:])
+        own = batch.shape[2], batch.shape[3]
+        return self._answer("logits", batch, own, own)
 
     def masks(
-        self, batch: Float32[ndarray, "batch 3 _ _"], size: tuple[int, int]
+        self, batch: Float32[ndarray, "batch 3 _ _"], size: Size, resampled: Size
     ) -> UInt8[ndarray, "batch height width"]:
-        """Return the labels of a batch of prepared images at the size of their sources (height, width)."""
-        return self._answer("mask", batch, size)
+        """Return the labels of a batch of prepared images at the size of their sources, see ``Session``."""
+        return self._answer("mask", batch, size, resampled)
 
-    def _answer(self, output: str, batch: ndarray, size: Sequence[int]) -> ndarray:
-        further = {"source_size": np.array(size, np.int64)} if self.gives_masks else {}
+    def _answer(self, output: str, batch: ndarray, size: Size, resampled: Size) -> ndarray:
+        given = {"source_size": size, "resampled_size": resampled}
+        further = {name: np.array(given[name], np.int64) for name in self._sizes}
         return self._session.run([output], {self._input.name: batch, **further})[0]
 
     def close(self) -> None:

@@ -4,7 +4,7 @@ The graph is compiled for one image at a time: with the batch left open OpenVINO
 a CPU a batch gains nothing. OpenVINO would take bfloat16 wherever the processor has it, so the type is always named.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from jaxtyping import Float32, UInt8
 from numpy import ndarray
 
 from medseg_trt.errors import ArtefactError, DeviceError, require
+from medseg_trt.preprocess import Size
 from medseg_trt.session import Session
 
 TYPES = {"fp32": "f32", "bf16": "bf16"}  # OpenVINO's names
@@ -27,7 +28,8 @@ class OpenVinoSession(Session):
     def __init__(self, compiled: Any, description: str) -> None:
         self._shape: list[int] = list(compiled.input(0).shape)  # (1, 3, H, W)
         self._request: Any = compiled.create_infer_request()
-        self.gives_masks = len(compiled.inputs) > 1
+        self._sizes = [value.any_name for value in compiled.inputs[1:]]
+        self.gives_masks = bool(self._sizes)
         self.description = description
 
     def run(self, batch: Float32[ndarray, "batch 3 height width"]) -> Float32[ndarray, "batch classes height width"]:
@@ -38,20 +40,22 @@ class OpenVinoSession(Session):
         """
         if list(batch.shape[1:]) != self._shape[1:]:
             raise ValueError(f"the batch is {batch.shape}, but the network takes {self._shape}")
-        return np.concatenate([self._answer("logits", image, self._shape[2:]) for image in batch])
+        own = batch.shape[2], batch.shape[3]
+        return np.concatenate([self._answer("logits", image, own, own) for image in batch])
 
     def masks(
-        self, batch: Float32[ndarray, "batch 3 _ _"], size: tuple[int, int]
+        self, batch: Float32[ndarray, "batch 3 _ _"], size: Size, resampled: Size
     ) -> UInt8[ndarray, "batch height width"]:
-        """Return the labels of a batch of prepared images at the size of their sources (height, width)."""
-        return np.concatenate([self._answer("mask", image, size) for image in batch])
+        """Return the labels of a batch of prepared images at the size of their sources, see ``Session``."""
+        return np.concatenate([self._answer("mask", image, size, resampled) for image in batch])
 
     def close(self) -> None:
         """Free the network."""
         self._request = None
 
-    def _answer(self, output: str, image: ndarray, size: Sequence[int]) -> ndarray:
-        further = {"source_size": np.array(size, np.int64)} if self.gives_masks else {}
+    def _answer(self, output: str, image: ndarray, size: Size, resampled: Size) -> ndarray:
+        given = {"source_size": size, "resampled_size": resampled}
+        further = {name: np.array(given[name], np.int64) for name in self._sizes}
         self._request.infer({"pixel_values": image[np.newaxis], **further}, share_inputs=True)
         return self._request.get_tensor(output).data.copy()
 

@@ -2,12 +2,17 @@ import os
 import signal
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from medseg_trt.bundle import load_bundle
 from medseg_trt.errors import ArtefactError, DeviceError
+from medseg_trt.export.masks import with_masks
+from medseg_trt.export.save import save_flavours
+from medseg_trt.export.trace import INPUT, OPSET, OUTPUT, OnnxGraph
 from medseg_trt.session import open_session
 from medseg_trt.sessions.child import ChildSession
+from medseg_trt.spec import Preprocessing
 
 
 @pytest.fixture
@@ -26,6 +31,21 @@ def test_a_child_answers_as_a_session_here(graph, tiny_bundle):
         np.testing.assert_array_equal(child.run(images), here.run(images))
         np.testing.assert_array_equal(child.run(images[:1]), here.run(images[:1]))  # it goes on answering
         assert (child.device, child.description) == (here.device, here.description)
+
+
+def test_a_child_makes_masks_where_the_graph_does(tmp_path):
+    image = ir.Value(name=INPUT, shape=ir.Shape(["batch", 3, 8, 8]), type=ir.TensorType(ir.DataType.FLOAT))
+    logits = ir.Value(name=OUTPUT, shape=ir.Shape(["batch", 3, 8, 8]), type=ir.TensorType(ir.DataType.FLOAT))
+    node = ir.node("Neg", [image], outputs=[logits])
+    network = ir.Graph([image], [logits], nodes=[node], opset_imports={"": OPSET}, name="network")
+    graph = with_masks(OnnxGraph(model=ir.Model(network, ir_version=10)), Preprocessing(image_size=(16, 16)))
+    save_flavours({"graph.onnx": graph}, tmp_path, "weights.bin")
+    images = np.random.default_rng(0).random((2, 3, 8, 8), dtype=np.float32)
+    with open_child(tmp_path / "graph.onnx") as child:
+        assert child.gives_masks
+        found = child.masks(images, (8, 8), (16, 16))
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, images.argmin(axis=1))
 
 
 def test_it_times_and_weighs_itself(graph):
