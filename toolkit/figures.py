@@ -206,12 +206,12 @@ def _stages(report: Report, axes: Any) -> bool:
 
 
 def _stacked(axes: Any, rows: Mapping[str, Sequence[float]], names: Sequence[str], label: str) -> bool:
-    for place, values in enumerate(reversed(rows.values())):
+    for place, values in enumerate(reversed(list(rows.values()))):
         left = 0.0
         for index, value in enumerate(values):
             axes.barh(place, value, left=left, height=0.62, color=PIECES[index], linewidth=0)
             left += value
-    axes.set_yticks(range(len(rows)), list(reversed(rows)))
+    axes.set_yticks(range(len(rows)), list(reversed(list(rows))))
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     for index, name in enumerate(names):

@@ -1,6 +1,7 @@
 """Networks of a line of NumPy are shown two small volumes, so that every score can be said beforehand."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,14 +42,14 @@ def cases(count: int = 2, labelled: bool = True):
         yield f"case{number}", image, labels if labelled else None
 
 
-def compared(run, shown=None, runs=None):
+def compared(run: Any, shown: Any = None, runs: Any = None) -> Any:
     return compare_all(
         runs or {"reference": network, "other": run}, cases() if shown is None else shown, CONTRACT, CLASSES,
         lambda *_: None,
     )  # fmt: skip
 
 
-def judged(found, limit: float = 0.005, allowed: float = 1.0):
+def judged(found: Any, limit: float = 0.005, allowed: float = 1.0) -> Any:
     return verdict(found.networks["reference"], found.networks["other"], limit, allowed, "Dice")
 
 
