@@ -64,5 +64,5 @@ clean:
 	@touch $@
 
 .venv/dev.stamp: .venv/run.stamp
-	$(INSTALL) --group dev --editable '.[kernels,jetpack6,tensorrt-rtx]'
+	$(INSTALL) --group dev --editable '.[kernels,jetpack6,tensorrt-rtx,sign]'
 	@touch $@
