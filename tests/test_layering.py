@@ -17,6 +17,7 @@ LEAVES = (
     "errors",
     "files",
     "progress",
+    "statistics",
     "metrics",
     "metric_modes",
     "surface",

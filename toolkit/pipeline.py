@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 from medseg_trt.bundle import MANIFEST, Bundle, Manifest, Variant, golden_input, load_bundle, seal
 from medseg_trt.errors import UsageError
 from medseg_trt.files import atomic_folder, sha256
-from medseg_trt.images import Image, Mask, Source, find_images, read_image
-from medseg_trt.preprocess import outside_fraction
+from medseg_trt.images import Mask, find_images, read_image
 from medseg_trt.progress import LOG
-from medseg_trt.segment import segment
-from medseg_trt.session import Session, open_session
+from medseg_trt.segment_many import segment_many
+from medseg_trt.session import open_session
 from medseg_trt.spec import BuildSpec
 
 if TYPE_CHECKING:
@@ -46,9 +45,9 @@ def build(
     from medseg_trt.export.masks import require_linear
     from medseg_trt.export.quantize import parse_precision
     from medseg_trt.export.trace import trace
+    from medseg_trt.machine import package_versions
     from medseg_trt.proof import Proof
     from medseg_trt.reference_images import reference_images
-    from medseg_trt.report import package_versions
     from medseg_trt.train.checkpoint import load_checkpoint
     from medseg_trt.train.model import runner
     from medseg_trt.variants import make_variants
@@ -108,7 +107,7 @@ def infer(
     batch: int = 4,
     threads: int | None = None,
 ) -> Iterator[Mask]:
-    """Segment images, one after the other, and yield their masks.
+    """Segment images, one after the other, and yield their masks; the next images are worked on meanwhile.
 
     Args:
         inputs: files and folders.
@@ -124,33 +123,8 @@ def infer(
     opened = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
     sources = find_images([Path(each) for each in inputs])
     with open_session(opened, backend, threads) as session:
-        for source in sources:
-            yield segment_file(source, session, opened, batch, label=None)[1]
-
-
-def segment_file(source: Source, session: Session, bundle: Bundle, batch: int, label: str | None) -> tuple[Image, Mask]:
-    """Read one image and segment it.
-
-    Args:
-        source: the image.
-        session: the bundle's network.
-        bundle: its preprocessing and classes are used.
-        batch: how many slices go through the network at once.
-        label: where it is given, progress over the slices is shown under this name.
-
-    Raises:
-        InputError: the file cannot be used.
-    """
-    image = read_image(source)
-    outside = outside_fraction(image.size, bundle.preprocessing, image.spacing_in_plane)
-    if outside > 0:
-        LOG.warning(
-            "%s: %.0f %% of every slice lies outside the network's field of view and becomes background",
-            source.name, 100 * outside,
-        )  # fmt: skip
-    masks = session.masks if session.gives_masks else None
-    labels = segment(session.run, image, bundle.preprocessing, batch, label, masks)
-    return image, Mask.of(image, labels, bundle.classes)
+        for _, mask in segment_many(map(read_image, sources), session, opened, batch):
+            yield mask
 
 
 def _require_replaceable(folder: Path) -> None:

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from measured_here import SHORT, measure_here
 from tiny import make_checkpoint, picture, write_nifti, write_pictures, write_volumes
 
 from medseg_trt import executions, variants
+from medseg_trt.benchmark import Bench, Measured, bench
 from medseg_trt.cli import cli
 from medseg_trt.preprocess import Size
 from medseg_trt.session import BACKENDS, Session
@@ -56,6 +58,12 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "ChildSession", SessionHere)
 
 
+@pytest.fixture
+def measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ``bench`` open its sessions in this process, and make up what it would look for inside."""
+    measure_here(monkeypatch)
+
+
 MIX = "vit=int8,block=w8a16,decoder=fp16"
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "w4a16", MIX)
 
@@ -85,3 +93,17 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     found = json.loads(ran.stdout)
     assert found["bundle"] == str(root / "model.medseg")
     return Built(bundle=root / "model.medseg", checkpoint=checkpoint, data=data, manifest=found["manifest"])
+
+
+@pytest.fixture(scope="session")
+def measured(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    """What ``bench`` finds of that bundle: real masks, made-up times."""
+    with pytest.MonkeyPatch.context() as patch:
+        measure_here(patch)
+        return bench(
+            Bench(
+                bundle=built.bundle, checkpoint=built.checkpoint, data=built.data, split="val", tier=SHORT,
+                max_dice_drop=0.3, commands=("medseg-trt bench --bundle model.medseg",),
+            ),
+            tmp_path_factory.mktemp("scratch"),
+        )  # fmt: skip
