@@ -25,7 +25,6 @@ from medseg_trt.train.datasets.folder import read_case
 from medseg_trt.train.datasets.official import open_dataset
 from medseg_trt.train.datasets.options import DataOptions
 from medseg_trt.train.loop import train
-from medseg_trt.train.runs import begin
 
 ANY = DataOptions(count="any")
 
@@ -211,8 +210,8 @@ def test_training_does_not_start_where_a_later_case_cannot_be_read(tmp_path, wro
     data.splits[wrong][0].files[1].write_bytes(b"no picture")
     block = write_block(tmp_path)
     with pytest.raises(InputError, match=f"masks/{data.splits[wrong][0].name}.png"):
-        begin(tiny_recipe(), data, tmp_path / "run", block=block, resume=False)
-    assert not (tmp_path / "run").exists()
+        train(tiny_recipe(), data, tmp_path / "run", block=block)
+    assert not (tmp_path / "run" / "recipe.json").exists()
 
 
 def test_training_does_not_start_with_a_wrong_label(tmp_path):
