@@ -34,6 +34,7 @@ def steps(run: Run, image: Image, preprocessing: Preprocessing, masks: MaskRun |
     """Return the steps for the slices of one image; see ``segment`` for the arguments."""
     contract = of_image(preprocessing, image.pixels)
     resampled = resampled_size(image.size, preprocessing, image.spacing_in_plane)
+    contract = of_image(preprocessing, image.pixels)
 
     def prepared(pixels: np.ndarray) -> np.ndarray:
         return np.stack([prepare(each, contract, image.spacing_in_plane) for each in pixels])
