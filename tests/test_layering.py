@@ -19,6 +19,7 @@ LEAVES = (
     "progress",
     "statistics",
     "metrics",
+    "metric_modes",
     "surface",
     "preprocess",
     "images",

@@ -20,7 +20,7 @@ from medseg_trt.layer_times import profile
 from medseg_trt.machine import package_versions, this_machine
 from medseg_trt.measured_cases import MeasuredCases, measured_cases, one_image_file
 from medseg_trt.peaks import peaks, roofline
-from medseg_trt.preprocess import prepare
+from medseg_trt.preprocess import of_image, prepare
 from medseg_trt.progress import LOG
 from medseg_trt.report_schema import (
     SCOPES,
@@ -87,9 +87,10 @@ def bench(what: Bench, scratch: Path) -> Measured:
     limit = bundle.content.build.max_dice_drop if what.max_dice_drop is None else what.max_dice_drop
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(dir=scratch, prefix=".partial-")))
-        cases = measured_cases(what.data, what.split, bundle.classes, folder, bundle.preprocessing.image_size)
+        cases = measured_cases(what.data, what.split, bundle, folder)
         first = next(cases.read())[1]
-        image = prepare(first.pixels[first.num_slices // 2], bundle.preprocessing, first.spacing_in_plane)[np.newaxis]
+        contract = of_image(bundle.preprocessing, first.pixels)
+        image = prepare(first.pixels[first.num_slices // 2], contract, first.spacing_in_plane)[np.newaxis]
         here = [each for each in candidates if each.executed]
         sessions, timings = open_candidates(here, image, what.tier.starts, stack)
         reference = candidates[0].name
@@ -112,12 +113,13 @@ def bench(what: Bench, scratch: Path) -> Measured:
         batch = np.resize(image, (what.batch, *image.shape[1:]))
         way, timed = _whole_way(bundle, cases, first, folder)
         time_all(fit, timings, batch, way, what.tier, what.throughput_batches)
+        images = cases.images(read, timed)
         devices = {name: (session.device, session.description) for name, session in sessions.items()}
     inside = _look_inside(what, [each for each in here if each.name in fit], timings, image)
     rows = [_row(each, candidates[0], compared, verdicts, timings, devices, inside) for each in candidates]
     report = Report(
         created=datetime.now(UTC).isoformat(timespec="seconds"), commands=what.commands, tier=what.tier,
-        batch=what.batch, reference=_reference_words(what), images=cases.images(read, timed), classes=bundle.classes,
+        batch=what.batch, reference=_reference_words(what), images=images, classes=bundle.classes,
         machine=machine, versions=package_versions(), digests=digests, peaks=inside.peaks, rows=tuple(rows),
         summary=summary(rows, what.tier, compared.labelled), warnings=tuple(warnings),
     )  # fmt: skip

@@ -309,7 +309,7 @@ def _config(manifest: Manifest) -> dict[str, Any]:
 
 
 def _preprocessor_config(preprocessing: Preprocessing) -> dict[str, Any]:
-    """Return ``preprocessor_config.json``; Hugging Face has no word for ``window`` and ``spacing_mm``."""
+    """Return ``preprocessor_config.json``; Hugging Face has no word for the windows, spacing_mm and channel_order."""
     height, width = preprocessing.image_size
     return {
         "do_resize": True,
@@ -317,7 +317,9 @@ def _preprocessor_config(preprocessing: Preprocessing) -> dict[str, Any]:
         "resize": preprocessing.resize,
         "do_rescale": True,
         "window": list(preprocessing.window),
+        "own_window": preprocessing.own_window,
         "spacing_mm": preprocessing.spacing_mm,
+        "channel_order": preprocessing.channel_order,
         "do_normalize": True,
         "image_mean": list(preprocessing.mean),
         "image_std": list(preprocessing.std),

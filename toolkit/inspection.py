@@ -58,8 +58,17 @@ def _checkpoint(path: Path) -> dict[str, Any]:
         "spec": to_dict(checkpoint.spec),
         "preprocessing": to_dict(checkpoint.preprocessing),
         "classes": to_dict(checkpoint.classes),
-        "provenance": dict(checkpoint.provenance),
+        "provenance": _brief(checkpoint.provenance),
     }
+
+
+def _brief(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Count the cases of every split, which ``data.json`` in the run folder lists."""
+    data = provenance.get("data") or {}
+    if "manifest" not in data:
+        return dict(provenance)
+    splits = {split: len(names) for split, names in data["manifest"]["splits"].items()}
+    return {**provenance, "data": {**data, "manifest": {"splits": splits}}}
 
 
 def _bundle(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from medseg_trt.files import atomic_file, sha256
 from medseg_trt.finished import Finished, recall, remember, remove_leftovers
 from medseg_trt.images import Image, Mask, Source, find_images, read_image, write_mask
 from medseg_trt.overlay import write_overlay
+from medseg_trt.preprocess import of_image
 from medseg_trt.progress import LOG, track
 from medseg_trt.segment_many import segment_many
 from medseg_trt.session import open_session
@@ -118,7 +119,7 @@ def _write(source: Source, image: Image, mask: Mask, bundle: Bundle, output: Pat
     files = [write_mask(mask, output)]
     if overlay:
         files.append(output / "overlays" / f"{source.stem}.png")
-        write_overlay(image, mask, bundle.preprocessing.window, files[-1])
+        write_overlay(image, mask, of_image(bundle.preprocessing, image.pixels).window, files[-1])
     digests = {file.relative_to(output).as_posix(): sha256(file) for file in files}
     finished = Finished(key=key, files=digests, areas=_area_rows(mask))
     remember(output, source.stem, finished)

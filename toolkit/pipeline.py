@@ -16,6 +16,8 @@ from medseg_trt.spec import BuildSpec
 if TYPE_CHECKING:
     from medseg_trt.train.checkpoint import Checkpoint
 
+PRIVATE = ("root", "manifest")  # what is known of the training images' place and names
+
 
 def build(
     checkpoint: Path | str,
@@ -41,6 +43,7 @@ def build(
     from medseg_trt.executions import GRAPH_OF, try_executions
     from medseg_trt.export.fold import fold, plain_report
     from medseg_trt.export.fuse import fuse
+    from medseg_trt.export.masks import require_linear
     from medseg_trt.export.quantize import parse_precision
     from medseg_trt.export.trace import trace
     from medseg_trt.machine import package_versions
@@ -59,6 +62,8 @@ def build(
     for name in spec.precisions:
         parse_precision(name)  # a typo is found now, not after minutes
     loaded = load_checkpoint(path)
+    if spec.outputs == "mask":
+        require_linear(loaded.preprocessing)
     images = reference_images(loaded, Path(data) if data is not None else None)
     network = loaded.model()
     proof = Proof(reference=runner(network), images=images, spec=spec)
@@ -135,10 +140,14 @@ def _require_replaceable(folder: Path) -> None:
 
 
 def _source(checkpoint: "Checkpoint", path: Path) -> dict[str, Any]:
-    """Say where the bundle came from, without the place of the training images on the disk."""
+    """Say where the bundle came from, without the place and the names of the training images."""
     provenance = dict(checkpoint.provenance)
     if provenance.get("data"):
-        provenance["data"] = {name: value for name, value in provenance["data"].items() if name != "root"}
+        provenance["data"] = {name: value for name, value in provenance["data"].items() if name not in PRIVATE}
+    options = provenance.get("recipe", {}).get("data")
+    if options and options["manifest"]:
+        named = {**options, "manifest": Path(options["manifest"]).name}
+        provenance["recipe"] = {**provenance["recipe"], "data": named}
     return {
         "checkpoint": path.name,
         "sha256": sha256(path),

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from medseg_trt.images import Image
-from medseg_trt.preprocess import Size, prepare, resampled_size, restore
+from medseg_trt.preprocess import Size, of_image, prepare, resampled_size, restore
 from medseg_trt.progress import track
 from medseg_trt.spec import Preprocessing
 
@@ -26,15 +26,17 @@ class Steps:
 
 def prepared_slices(image: Image, preprocessing: Preprocessing) -> Float32[np.ndarray, "slices 3 height width"]:
     """Return all slices as the network's input."""
-    return np.stack([prepare(pixels, preprocessing, image.spacing_in_plane) for pixels in image.pixels])
+    contract = of_image(preprocessing, image.pixels)
+    return np.stack([prepare(pixels, contract, image.spacing_in_plane) for pixels in image.pixels])
 
 
 def steps(run: Run, image: Image, preprocessing: Preprocessing, masks: MaskRun | None = None) -> Steps:
     """Return the steps for the slices of one image; see ``segment`` for the arguments."""
     resampled = resampled_size(image.size, preprocessing, image.spacing_in_plane)
+    contract = of_image(preprocessing, image.pixels)
 
     def prepared(pixels: np.ndarray) -> np.ndarray:
-        return np.stack([prepare(each, preprocessing, image.spacing_in_plane) for each in pixels])
+        return np.stack([prepare(each, contract, image.spacing_in_plane) for each in pixels])
 
     def answered(inputs: np.ndarray) -> np.ndarray:
         answer = run(inputs) if masks is None else masks(inputs, image.size, resampled)

@@ -7,6 +7,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from medseg_trt.errors import UsageError
 from medseg_trt.export import masks
 from medseg_trt.export.masks import with_masks
 from medseg_trt.export.save import save_flavours
@@ -135,3 +136,8 @@ def test_the_graph_it_is_given_stays_as_it_was():
 def test_a_graph_of_logits_does_not_claim_to_make_masks(tmp_path, backend):
     with opened(network(3), backend, tmp_path) as session:
         assert not session.gives_masks
+
+
+def test_labels_that_are_resized_with_a_spline_are_refused_in_one_line():
+    with pytest.raises(UsageError, match=r"resize=spline3.* choose --outputs logits"):
+        with_masks(network(3), Preprocessing(image_size=SIZE, resize="spline3"))
