@@ -8,13 +8,14 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 DATA := demo/data/organs
 TRAIN = $(MEDSEG) train --recipe organs-demo --data $(DATA) --block demo/block.safetensors
 
-.PHONY: help demo test test-full kernels-check lint types clean
+.PHONY: help demo test test-full kernels-check readme-tables lint types clean
 
 help:
 	@echo 'make demo           fetch a real CT scan and a LLaMA block, train, build, infer and measure'
 	@echo 'make test           run the tests that need no GPU'
 	@echo 'make test-full      run the tests with full-size models too'
 	@echo 'make kernels-check  run every test of the CUDA kernels, and print which check catches which mutant'
+	@echo 'make readme-tables  write the tables of README.md anew from benchmarks/results'
 	@echo 'make lint           check style and format'
 	@echo 'make types          check types'
 	@echo 'make clean          remove .venv, the demo and everything built'
@@ -42,6 +43,9 @@ kernels-check: .venv/dev.stamp
 	$(BIN)/python -m pytest tests/kernels tests/gpu_free -m ''
 	cd tests && ../$(BIN)/python -m gpu_free.mutants
 
+readme-tables: .venv/run.stamp
+	$(BIN)/python benchmarks/readme_tables.py
+
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -60,5 +64,5 @@ clean:
 	@touch $@
 
 .venv/dev.stamp: .venv/run.stamp
-	$(INSTALL) --group dev --editable '.[kernels,jetpack6,tensorrt-rtx]'
+	$(INSTALL) --group dev --editable '.[kernels,jetpack6,tensorrt-rtx,sign]'
 	@touch $@

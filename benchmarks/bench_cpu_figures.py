@@ -1,18 +1,18 @@
 """What the CPU benchmark computes from its samples: errors, ratios of rounds, and the verdict."""
 
 from collections.abc import Mapping, Sequence
-from math import comb
 from typing import Any
 
 import numpy as np
 
-CONFIDENCE = 0.95
+from medseg_trt.statistics import sign_test_bound
+
 LIMITS: Mapping[str, float] = {  # how many times faster the best of ours must be
     "pytorch-eager-fp32": 9.0,
     "fastest peer": 1.2,
     "pytorch-eager-fp32-transunet": 3.0,
 }
-LOWEST_BOUND = 1.1  # of the ratio to the fastest peer, at CONFIDENCE
+LOWEST_BOUND = 1.1  # of the ratio to the fastest peer, at 95 %
 FAST_INTEGERS = ("avx512_vnni", "avx_vnni", "amx_int8")  # flags of processors on which there is a verdict
 MIN_SQNR_DB = 20.0
 
@@ -22,17 +22,6 @@ def sqnr_db(found: np.ndarray, reference: np.ndarray) -> float:
     noise = float(np.square(found - reference, dtype=np.float64).sum())
     power = float(np.square(reference, dtype=np.float64).sum())
     return 10 * float(np.log10(power / noise)) if noise else float("inf")
-
-
-def lower_bound(ratios: Sequence[float], confidence: float = CONFIDENCE) -> float:
-    """Return a bound that the true median of the ratios exceeds with ``confidence``; 0 where there are too few.
-
-    The sign test turned round: that the k lowest of n ratios all lie below the median by chance is binomial.
-    """
-    ordered, count = sorted(ratios), len(ratios)
-    tails = np.cumsum([comb(count, number) * 0.5**count for number in range(count + 1)])
-    safe = int((tails <= 1 - confidence + 1e-12).sum())
-    return ordered[safe - 1] if safe else 0.0
 
 
 def ratios_of_rounds(
@@ -48,7 +37,7 @@ def ratios_of_rounds(
     ratios = [
         float(np.median(above) / np.median(below)) for above, below in zip(rounds[slower], rounds[faster], strict=True)
     ]
-    return float(np.median(ratios)), lower_bound(ratios), ratios
+    return float(np.median(ratios)), sign_test_bound(ratios), ratios
 
 
 def verdict(

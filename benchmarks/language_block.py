@@ -15,17 +15,17 @@ The runs are made by these commands, two minutes to an hour each, and go on with
 A run that is not complete is left out, and named. There are 2-5 patients: no clinical meaning.
 """
 
-import argparse
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from medseg_trt.files import atomic_file, write_json
+from results_file import options, publish
+
 from medseg_trt.paired_runs import Pair, Scores, gain, mean_and_deviation, scores_of
-from medseg_trt.report import machine
 from medseg_trt.train.checkpoint import load_checkpoint
 from medseg_trt.train.datasets.folder import DataFolder
 from medseg_trt.train.datasets.official import open_recorded
@@ -109,14 +109,10 @@ def row(data: str, split: str, scored: Sequence[Scored]) -> dict[str, Any]:
 
 def to_markdown(result: Mapping[str, Any]) -> str:
     """Return the table and what it says."""
-    found = result["machine"]
     lines = [
         "# The language block on real samples",
         "",
         f"**{CAVEAT}.**",
-        "",
-        f"{found['processor']}, {found['cores']} cores, {found['system']}, Python {found['python']}, "
-        + ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
         "",
         "Mean Dice over the classes that occur, `medseg-trt evaluate` with `volume`, of `best.pt`, which was chosen on "
         "the validation split; mean ± standard deviation over seeds. Networks of one seed start from the same weights "
@@ -157,10 +153,9 @@ def _ends(interval: Sequence[float] | None) -> str:
 
 def main() -> None:
     """Score every complete run, and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("runs", type=Path, help="the folder of the runs, called DATA-ARCHITECTURE-SEED")
     parser.add_argument("--data", type=Path, required=True, help="the folder of the samples organs and tumours")
-    parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results")
     chosen = parser.parse_args()
     runs, incomplete = complete_runs(chosen.runs)
     if not runs:
@@ -169,16 +164,14 @@ def main() -> None:
     for key, path in runs.items():
         data = open_recorded(chosen.data / key[0], load_checkpoint(path / "best.pt").provenance)
         scored += score(path, data, key)
-        print(path.name, ", ".join(f"{each.split} {each.dice.mean:.3f}" for each in scored[-2:]), flush=True)
+        print(path.name, ", ".join(f"{each.split} {each.dice.mean:.3f}" for each in scored[-2:]), file=sys.stderr)
     names = [name for name in DATA if any(each.data == name for each in scored)]
     rows = [row(name, split, scored) for name in names for split in SPLITS]
     result = {
-        "caveat": CAVEAT, "machine": machine(), "rows": rows, "runs": [asdict(each) for each in scored],
+        "caveat": CAVEAT, "rows": rows, "runs": [asdict(each) for each in scored],
         "incomplete": incomplete,
     }  # fmt: skip
-    write_json(chosen.output / "language_block.json", result)
-    with atomic_file(chosen.output / "language_block.md") as temporary:
-        temporary.write_text(to_markdown(result), encoding="utf-8")
+    publish("language_block", result, to_markdown, chosen)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from medseg_trt.files import atomic_file, write_json
-from medseg_trt.report import machine
+from results_file import options, publish
 
 MIB = 1 << 20
 ROWS: Mapping[str, tuple[str, str, str]] = {  # architecture, frozen_dtype, autocast
@@ -110,14 +109,10 @@ def write_block(path: Path) -> None:
     save_block(replace(block, tensors={name: tensor.half() for name, tensor in block.tensors.items()}), path)
 
 
-def to_markdown(result: dict[str, Any]) -> str:
+def to_markdown(result: Mapping[str, Any]) -> str:
     """Return the table and what it means."""
-    found = result["machine"]
     lines = [
         "# Memory of a training step",
-        "",
-        f"{found['processor']}, {found['cores']} cores, {found['system']}, Python {found['python']}, "
-        + ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
         "",
         f"Full size at {result['image_size']} x {result['image_size']} pixels, batch {result['batch_size']}, 9 "
         "classes, Adam, on the CPU; a random block of LLaMA-7B's geometry. *Peak* is the resident memory of a process "
@@ -138,12 +133,11 @@ def to_markdown(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure every row and write the results; with ``--row`` measure one, here."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--image-size", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--row", choices=list(ROWS))
     parser.add_argument("--block", type=Path)
-    parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results")
     chosen = parser.parse_args()
     if chosen.row is not None:
         print(json.dumps(take_steps(chosen.row, chosen.block, chosen.image_size, chosen.batch_size)))
@@ -154,11 +148,9 @@ def main() -> None:
         write_block(block)
         for name in ROWS:
             rows.append(in_a_process(name, block, chosen))
-            print(f"{name}: {rows[-1]['peak_bytes'] / MIB:.0f} MiB", flush=True)
-    result = {"machine": machine(), "image_size": chosen.image_size, "batch_size": chosen.batch_size, "rows": rows}
-    write_json(chosen.output / "train_step_memory.json", result)
-    with atomic_file(chosen.output / "train_step_memory.md") as temporary:
-        temporary.write_text(to_markdown(result), encoding="utf-8")
+            print(f"{name}: {rows[-1]['peak_bytes'] / MIB:.0f} MiB", file=sys.stderr)
+    result = {"image_size": chosen.image_size, "batch_size": chosen.batch_size, "rows": rows}
+    publish("train_step_memory", result, to_markdown, chosen)
 
 
 if __name__ == "__main__":

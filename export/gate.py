@@ -4,7 +4,6 @@ The score is that of ``evaluate``: Dice of every class in every case, a picture 
 that a case lacks but a mask finds there counts 0 against 1. The gate is a test of non-inferiority: with the slices
 paired, the upper end of the drop's interval must stay below the limit, so that few or scattered images make it harder
 to pass, not easier.
-Source: Efron & Tibshirani 1993, "An Introduction to the Bootstrap", §13.3, for the percentile interval.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -14,8 +13,8 @@ import numpy as np
 from jaxtyping import Float64, Int64
 from numpy import ndarray
 
-RESAMPLES = 5_000
-CONFIDENCE = 0.95  # one-sided: the interval runs from the 5th to the 95th percentile
+from medseg_trt.statistics import CONFIDENCE, RESAMPLES, bounds, draw
+
 MIN_CASES = 5  # with fewer patients there is nothing to resample but their slices
 
 Counts = Int64[ndarray, "images classes 3"]  # pixels: right, in the mask, in the truth; without the background
@@ -81,15 +80,15 @@ def compare(reference: Counts, candidate: Counts, cases: Sequence[str], limit: f
     numbers = np.unique(np.asarray(cases), return_inverse=True)[1]
     by_case = bool(numbers.max() + 1 >= MIN_CASES)
     units = numbers if by_case else np.arange(len(numbers))
-    count = units.max() + 1
-    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), RESAMPLES)[:, units]
+    count = int(units.max()) + 1
+    drawn = draw(count, RESAMPLES, np.random.default_rng(0))[:, units]
     times = np.concatenate([np.ones((1, len(units)), np.int64), drawn])  # as they are, then resampled
     scores = _scores((reference, candidate), times, numbers, by_case)
     drops = scores[:, 0] - scores[:, 1]
-    low, high = np.quantile(drops[1:], [1 - CONFIDENCE, CONFIDENCE])
+    low, high = bounds(drops[1:], count)
     return Verdict(
         metric=metric, images=len(units), unit="cases" if by_case else "slices", reference=float(scores[0, 0]),
-        candidate=float(scores[0, 1]), drop=float(drops[0]), low=float(low), high=float(high), limit=limit,
+        candidate=float(scores[0, 1]), drop=float(drops[0]), low=low, high=high, limit=limit,
     )  # fmt: skip
 
 

@@ -11,8 +11,8 @@ from math import prod
 
 import onnx_ir as ir
 
+from medseg_trt.export.onnx_graph import KEPT_METADATA, OnnxGraph
 from medseg_trt.export.parts import PARTS, part_of
-from medseg_trt.export.trace import KEPT_METADATA, OnnxGraph
 
 PART_NAMES = tuple(dict.fromkeys(PARTS.values()))  # resnet, vit, block, decoder
 STORED_BEHIND = ("DequantizeLinear", "Cast")  # between a stored weight and the GEMM that reads it
@@ -50,7 +50,7 @@ def gemms(graph: OnnxGraph) -> tuple[Gemm, ...]:
 
 def total_macs(graph: OnnxGraph) -> int:
     """Return the MACs of one image: GEMMs, and the products of two activations in MatMul and Attention."""
-    return sum(_macs(node) for node in graph.model.graph)
+    return sum(macs_of(node) for node in graph.model.graph)
 
 
 def stored_weight(value: ir.Value | None) -> ir.Value | None:
@@ -68,14 +68,14 @@ def _gemms(graph: ir.Graph) -> Iterator[Gemm]:
         activation, weight = node.inputs[0], stored_weight(node.inputs[1])
         if activation is None or weight is None or stored_weight(activation) is not None:
             continue
-        shape = _shape(weight)
+        shape = shape_of(weight)
         if node.op_type == "MatMul" and len(shape) != 2:
             continue  # a batch of matrices has no axis of output channels
         namespace = node.metadata_props.get(KEPT_METADATA, "")
         yield Gemm(
             name=_name(node), part=part_of(namespace), op_type=node.op_type, activation=_name(activation),
             output=_name(node.outputs[0]), weight=_name(weight), weight_shape=shape, output_axis=_output_axis(node),
-            macs=_macs(node),
+            macs=macs_of(node),
         )  # fmt: skip
 
 
@@ -85,12 +85,12 @@ def _output_axis(node: ir.Node) -> int:
     return 1
 
 
-def _macs(node: ir.Node) -> int:
+def macs_of(node: ir.Node) -> int:
     """Return the multiply-accumulates of a node for one image, 0 where it multiplies no matrices."""
     if node.domain or node.op_type not in ("MatMul", "Gemm", "Conv", "Attention"):
         return 0
-    first, second = (_shape(value) for value in node.inputs[:2])
-    outputs = prod(_shape(node.outputs[0]))
+    first, second = (shape_of(value) for value in node.inputs[:2])
+    outputs = prod(shape_of(node.outputs[0]))
     if node.op_type == "Conv":
         return outputs * prod(second[1:])
     if node.op_type == "Gemm":
@@ -101,7 +101,8 @@ def _macs(node: ir.Node) -> int:
     return (queries + outputs) * keys
 
 
-def _shape(value: ir.Value | None) -> tuple[int, ...]:
+def shape_of(value: ir.Value | None) -> tuple[int, ...]:
+    """Return the shape of a value for one image: every free dimension is 1."""
     assert value is not None  # these inputs are not optional
     assert value.shape is not None  # ``trace.check`` holds it
     return tuple(size if isinstance(size, int) else 1 for size in value.shape)

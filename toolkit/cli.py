@@ -16,6 +16,7 @@ from medseg_trt import __version__
 from medseg_trt.commands.bench import bench
 from medseg_trt.commands.block import block
 from medseg_trt.commands.build import build
+from medseg_trt.commands.compare import compare
 from medseg_trt.commands.data import data
 from medseg_trt.commands.doctor import doctor
 from medseg_trt.commands.evaluate import evaluate
@@ -40,6 +41,7 @@ COMMANDS: tuple[click.Command, ...] = (
     build,
     infer,
     bench,
+    compare,
     inspect,
     kernels,
     doctor,

@@ -2,20 +2,21 @@
 
 import csv
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
-from medseg_trt.bundle import MANIFEST, load_bundle
+from medseg_trt.bundle import MANIFEST, Bundle, load_bundle
 from medseg_trt.errors import InputError, UsageError
 from medseg_trt.files import atomic_file, sha256
 from medseg_trt.finished import Finished, recall, remember, remove_leftovers
-from medseg_trt.images import Mask, Source, find_images, write_mask
+from medseg_trt.images import Image, Mask, Source, find_images, read_image, write_mask
 from medseg_trt.overlay import write_overlay
-from medseg_trt.pipeline import segment_file
 from medseg_trt.preprocess import of_image
 from medseg_trt.progress import LOG, track
+from medseg_trt.segment_many import segment_many
 from medseg_trt.session import open_session
 
 AREAS = "areas.csv"
@@ -42,6 +43,7 @@ def infer_to_folder(
     batch: int = 4,
     threads: int | None = None,
     resume: bool = False,
+    verify_key: Path | None = None,
     on_error: Callable[[Path, InputError], None],
 ) -> MaskFolder:
     """Segment images and write a mask each, ``areas.csv`` and, if wanted, ``overlays/``; a bad file stops only itself.
@@ -56,6 +58,7 @@ def infer_to_folder(
         batch: how many slices go through the network at once.
         threads: CPU threads; None leaves it to the back-end.
         resume: keep what an earlier run made of the same images with the same bundle and options.
+        verify_key: the public key of who built the bundle; None checks its digests alone.
         on_error: told of every file that cannot be used.
 
     Raises:
@@ -63,7 +66,7 @@ def infer_to_folder(
         UsageError: two masks would have the same name, or one would overwrite an input.
         ArtefactError: the bundle cannot be used.
     """
-    bundle = load_bundle(bundle_folder)
+    bundle = load_bundle(bundle_folder, verify_key)
     sources = find_images(inputs)
     _require_distinct_outputs(sources, output)
     if resume:
@@ -75,30 +78,54 @@ def infer_to_folder(
             made_by = (
                 f"bundle {sha256(bundle.folder / MANIFEST)}, {session.description}, batch {batch}, overlay {overlay}"
             )
-            for source in track(sources, "infer") if len(sources) > 1 else sources:
-                try:
-                    key = f"image {_digest(source)}, {made_by}"
-                    finished = recall(output, source.stem, key) if resume else None
-                    kept += finished is not None
-                    if finished is None:
-                        label = source.name if len(sources) == 1 else None  # one bar: of the files, or of its slices
-                        image, mask = segment_file(source, session, bundle, batch, label)
-                        files = [write_mask(mask, output)]
-                        if overlay:
-                            files.append(output / "overlays" / f"{source.stem}.png")
-                            write_overlay(image, mask, of_image(bundle.preprocessing, image.pixels).window, files[-1])
-                        digests = {file.relative_to(output).as_posix(): sha256(file) for file in files}
-                        finished = Finished(key=key, files=digests, areas=_area_rows(mask))
-                        remember(output, source.stem, finished)
-                except InputError as error:
-                    on_error(source.path, error)
-                else:
-                    done.append(finished)
+            keys: dict[Source, str] = {}
+            label = sources[0].name if len(sources) == 1 else None  # one bar: of the files, or of its slices
+            images = _read(sources, keys, made_by, output if resume else None)
+            tracked = track(sources, "infer") if label is None else sources
+            with closing(segment_many(images, session, bundle, batch, label)) as segmented:
+                for source, found in zip(tracked, segmented, strict=True):
+                    try:
+                        if isinstance(found, InputError):
+                            raise found
+                        if isinstance(found, Finished):
+                            kept += 1
+                        else:
+                            image, mask = found
+                            found = _write(source, image, mask, bundle, output, overlay, keys[source])
+                    except InputError as error:
+                        on_error(source.path, error)
+                    else:
+                        done.append(found)
     finally:  # what was finished before an interrupt is in the table too
         _write_csv([AREA_HEADER, *(row for finished in done for row in finished.areas)], output / AREAS)
     if kept:
         LOG.info("%d mask(s) of an earlier run were kept", kept)
     return MaskFolder(masks=tuple(output / finished.mask for finished in done), areas=output / AREAS, kept=kept)
+
+
+def _read(
+    sources: Sequence[Source], keys: dict[Source, str], made_by: str, finished_in: Path | None
+) -> Iterator[Image | Finished | InputError]:
+    """Yield every image, or what is finished of it, or why it cannot be used; note the keys of the records."""
+    for source in sources:
+        try:
+            keys[source] = f"image {_digest(source)}, {made_by}"
+            finished = recall(finished_in, source.stem, keys[source]) if finished_in is not None else None
+            yield read_image(source) if finished is None else finished
+        except InputError as error:
+            yield error
+
+
+def _write(source: Source, image: Image, mask: Mask, bundle: Bundle, output: Path, overlay: bool, key: str) -> Finished:
+    """Write what is made of one image, and remember that it is finished."""
+    files = [write_mask(mask, output)]
+    if overlay:
+        files.append(output / "overlays" / f"{source.stem}.png")
+        write_overlay(image, mask, of_image(bundle.preprocessing, image.pixels).window, files[-1])
+    digests = {file.relative_to(output).as_posix(): sha256(file) for file in files}
+    finished = Finished(key=key, files=digests, areas=_area_rows(mask))
+    remember(output, source.stem, finished)
+    return finished
 
 
 def _digest(source: Source) -> str:

@@ -30,13 +30,13 @@ def write_overlay(image: Image, mask: Mask, window: tuple[float, float], path: P
     import PIL.Image
 
     shown = _slices_to_show(mask.labels)
-    tiles = [_tile(image, mask, window, index) for index in shown]
+    tiles = [tile(image, mask, window, index) for index in shown]
     columns = isqrt(len(tiles) - 1) + 1
     height, width, _ = tiles[0].shape
     sheet = np.zeros((ceil(len(tiles) / columns) * height, columns * width, 3), np.uint8)
-    for place, tile in enumerate(tiles):
+    for place, drawn in enumerate(tiles):
         top, left = place // columns * height, place % columns * width
-        sheet[top : top + height, left : left + width] = tile
+        sheet[top : top + height, left : left + width] = drawn
     picture = _with_legend(PIL.Image.fromarray(sheet), mask)
     with atomic_file(path) as temporary:
         picture.save(temporary, format="PNG")
@@ -49,8 +49,8 @@ def _slices_to_show(labels: ndarray) -> list[int]:
     return candidates[np.round(places).astype(np.intp)].tolist()
 
 
-def _tile(image: Image, mask: Mask, window: tuple[float, float], index: int) -> UInt8[ndarray, "height width 3"]:
-    """Draw one slice with its classes at their true proportions."""
+def tile(image: Image, mask: Mask, window: tuple[float, float], index: int) -> UInt8[ndarray, "height width 3"]:
+    """Draw one slice with its classes at their true proportions; a pixel of the tile is as high as it is wide."""
     import PIL.Image
     from PIL import ImageDraw
 

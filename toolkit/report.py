@@ -1,102 +1,41 @@
-"""What a measurement is written as: JSON for machines, Markdown for readers, both from the same rows."""
+"""Write what was measured: JSON for machines, a page for readers, Markdown for both, all from the same figures."""
 
-import os
-import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
+from medseg_trt.benchmark import Measured
+from medseg_trt.errors import MissingExtraError
 from medseg_trt.files import atomic_file, write_json
-from medseg_trt.measure import Timing
+from medseg_trt.progress import LOG
+from medseg_trt.report_page import html_page, markdown_page
+from medseg_trt.report_schema import REPORT, Latency, Report, Row, Speedup, Verdict
+from medseg_trt.spec import to_dict
 
-SCHEMA = 1
-PACKAGES = ("medseg-trt", "numpy", "torch", "onnx", "onnxruntime")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BenchRow:
-    """One network on one back-end, compared with the PyTorch reference on the same images."""
-
-    name: str
-    backend: str
-    device: str
-    executed: bool  # False where a row was only built or simulated
-    max_abs_error: float  # of the logits
-    agreement: float  # share of pixels with the same label, 0 … 1
-    mean_dice: float | None  # over the classes that occur, where the images have masks
-    timing: Timing
-    size_mb: float  # 10^6 bytes of weights and graph on disk
+PAGE, MARKDOWN = "index.html", "report.md"
+HEADER = ("network", "median ms", "p90 ms", "runs", "times as fast", "Dice", "drop <", "verdict", "MB")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Report:
-    """Everything that a ``bench`` found."""
+def write_report(measured: Measured, folder: Path) -> Path:
+    """Write ``report.json``, ``report.md`` and ``index.html``, and return the last one of them that could be made.
 
-    images: str  # which, how many, of what split
-    batch: int
-    rows: tuple[BenchRow, ...]  # the reference first
-    machine: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data that JSON can hold."""
-        return {"schema": SCHEMA, **asdict(self)}
-
-
-def machine() -> dict[str, Any]:
-    """Say what this machine is, as far as it bears on a measurement."""
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "system": platform.platform(terse=True),
-        "python": platform.python_version(),
-        "versions": package_versions(),
-    }
+    Without the extra ``report`` there is the JSON alone, with a warning.
+    """
+    report = measured.report
+    write_json(folder / REPORT, to_dict(report))
+    try:
+        pages = {MARKDOWN: markdown_page(report), PAGE: html_page(report, measured.pictures, measured.window)}
+    except MissingExtraError as error:
+        LOG.warning("no page is drawn: %s", error)
+        return folder / REPORT
+    for name, text in pages.items():
+        with atomic_file(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return folder / PAGE
 
 
-def package_versions() -> dict[str, str]:
-    """Return the versions of the packages that a figure depends on, as far as they are installed."""
-    return {name: found for name in PACKAGES if (found := _version(name)) is not None}
-
-
-def write_report(report: Report, folder: Path) -> Path:
-    """Write ``report.json`` and ``report.md`` and return the path of the latter."""
-    write_json(folder / "report.json", report.to_dict())
-    path = folder / "report.md"
-    with atomic_file(path) as temporary:
-        temporary.write_text(to_markdown(report), encoding="utf-8")
-    return path
-
-
-def to_markdown(report: Report) -> str:
-    """Return the report as a Markdown page."""
-    machine = report.machine
-    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
-    lines = [
-        "# medseg-trt bench",
-        "",
-        f"Images: {report.images}. Batch {report.batch}; the network alone is timed (decoding and resizing are not), "
-        "the rows in turn.",
-        "",
-        f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['system']}, Python {machine['python']}; "
-        f"{versions}.",
-        "",
-        *table(HEADER, bench_cells(report)),
-        "",
-        "Agreement is the share of pixels with the same label as the first row. "
-        "Research use only; not a medical device.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-HEADER = ("network", "median ms", "p90 ms", "runs", "speed", "max abs error", "agreement", "mean Dice", "size MB")
-
-
-def bench_cells(report: Report) -> list[tuple[str, ...]]:
-    """Return the table's rows as text, under ``HEADER``."""
-    return [_cells(row, report.rows[0].timing.median_ms) for row in report.rows]
+def cells(report: Report) -> list[tuple[str, ...]]:
+    """Return the terminal's table as text, under ``HEADER``."""
+    return [_cells(row) for row in report.rows]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -105,31 +44,27 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in (header, rule, *rows)]
 
 
-def _cells(row: BenchRow, reference_ms: float) -> tuple[str, ...]:
+def _cells(row: Row) -> tuple[str, ...]:
+    alone, speed, judged = row.latency["model"], row.speedup["model"], row.verdict
+    known = isinstance(alone, Latency)
     return (
-        f"{row.name} ({row.device}{'' if row.executed else ', not executed'})",
-        f"{row.timing.median_ms:.2f}",
-        f"{row.timing.p90_ms:.2f}",
-        str(row.timing.runs),
-        f"{reference_ms / row.timing.median_ms:.2f}x",
-        f"{row.max_abs_error:.1e}",
-        f"{100 * row.agreement:.3f} %",
-        "–" if row.mean_dice is None else f"{row.mean_dice:.4f}",
+        row.name,
+        f"{alone.p50_ms:.2f}" if known else "–",
+        f"{alone.p90_ms:.2f}" if known else "–",
+        str(alone.runs) if known else "–",
+        f"{speed.ratio:.2f}" if isinstance(speed, Speedup) else "–",
+        f"{judged.candidate:.4f}" if isinstance(judged, Verdict) else "–",
+        f"{judged.drop_high:.4f}" if isinstance(judged, Verdict) else "–",
+        _verdict(row),
         f"{row.size_mb:.1f}",
     )
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def _verdict(row: Row) -> str:
+    if row.role == "reference":
+        return "reference"
+    if not row.executed:
+        return "not executed"
+    if row.failure is not None:
+        return "failed"
+    return ("holds" if row.verdict.holds else "does not hold") if isinstance(row.verdict, Verdict) else "–"

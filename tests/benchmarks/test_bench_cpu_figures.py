@@ -32,20 +32,6 @@ def test_sqnr_of_a_known_error() -> None:
     assert FIGURES["sqnr_db"](reference, reference) == inf
 
 
-@pytest.mark.parametrize(("count", "place"), [(4, None), (5, 0), (7, 0), (8, 1), (10, 1), (11, 2)])
-def test_lower_bound_is_the_sign_test_s(count: int, place: int | None) -> None:
-    """The places are those of printed tables of the sign test at 5 %, one-sided; four rounds prove nothing."""
-    ratios = [1.0 + number for number in range(count)]
-    assert FIGURES["lower_bound"](ratios[::-1]) == (0 if place is None else ratios[place])
-
-
-def test_lower_bound_covers() -> None:
-    """Of bounds at 95 %, no more than 5 % lie above the true median; three deviations of 2000 trials: 1.5 %."""
-    random = np.random.default_rng(0)
-    above = np.mean([FIGURES["lower_bound"](random.exponential(size=9)) > np.log(2) for _ in range(2000)])
-    assert above < 0.065
-
-
 def test_verdict_takes_the_ratio_within_a_round() -> None:
     found = FIGURES["verdict"](rounds(), GROUPS, SQNR, VNNI)
     assert (found["ours"], found["fastest_peer"]) == ("mine-int8", "openvino-nncf-int8-bf16")

@@ -105,15 +105,15 @@ def test_masks_never_overwrite_images_or_each_other(tiny_bundle, images, tmp_pat
 
 @pytest.fixture
 def segmented(monkeypatch) -> list[str]:
-    """The images that really went through the network, by name."""
+    """The images that were really read, all of which go through the network, by name."""
     names = []
-    original = mask_folder.segment_file
+    original = mask_folder.read_image
 
-    def spy(path, *arguments):
-        names.append(path.name)
-        return original(path, *arguments)
+    def spy(source):
+        names.append(source.name)
+        return original(source)
 
-    monkeypatch.setattr(mask_folder, "segment_file", spy)
+    monkeypatch.setattr(mask_folder, "read_image", spy)
     return names
 
 

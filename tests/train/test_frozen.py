@@ -1,6 +1,7 @@
 """Frozen is frozen in either number type; bfloat16 is a matter of training alone; a kill costs a few steps."""
 
 import json
+import shutil
 import signal
 
 import numpy as np
@@ -159,6 +160,7 @@ def changes():
 
 def test_a_run_killed_within_an_epoch_goes_on_at_the_step_that_was_saved(killed, source, no_curve, monkeypatch):
     data, block = source
+    forgetful = shutil.copytree(killed / "run", killed / "forgetful")
     last = load_checkpoint(killed / "run" / "last.pt")
     assert len(last.training["progress"]["losses"]) == 2
     assert last.provenance["epoch"] == 1
@@ -172,3 +174,8 @@ def test_a_run_killed_within_an_epoch_goes_on_at_the_step_that_was_saved(killed,
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert history_of(killed / "run") == history_of(killed / "whole")
     assert load_checkpoint(killed / "run" / "last.pt").training.keys() == {"optimizer", "scaler", "epoch"}
+
+    monkeypatch.setattr(Engine, "set_random_state", lambda engine, state: None)
+    train(recipe, data, forgetful, block=block, resume=True)
+    others = load_checkpoint(forgetful / "last.pt").weights
+    assert not all(torch.equal(ours[key], others[key]) for key in ours)  # other masks of dropout are noticed

@@ -7,6 +7,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from numpy import ndarray
@@ -23,6 +24,32 @@ for _library in ("PIL", "tifffile"):  # without any handler, what they say of a 
     logging.getLogger(_library).addHandler(logging.NullHandler())
 
 
+class _Quiet:
+    """Silence warnings. Python's filters are one for all threads: the first reader sets them, the last one restores."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._inside = 0
+        self._before = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = warnings.catch_warnings()
+                self._before.__enter__()
+                warnings.simplefilter("ignore")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._before.__exit__(None, None, None)
+
+
+_QUIET = _Quiet()
+
+
 @contextmanager
 def naming(path: Path, *kinds: type[Exception]) -> Generator[None, None, None]:
     """Turn what a decoder says of a bad file into one line that names the file, and keep its warnings quiet.
@@ -30,8 +57,7 @@ def naming(path: Path, *kinds: type[Exception]) -> Generator[None, None, None]:
     Our own errors pass as they are.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they may quote the patient
+        with _QUIET:  # warnings may quote the patient
             yield
     except MedsegError:
         raise

@@ -9,10 +9,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -25,6 +25,7 @@ from medseg_trt.session import BACKENDS, Session
 
 STATUS = Path("/proc/self/status")  # Linux
 FIELDS = {"anonymous_mb": "RssAnon", "resident_mb": "VmRSS", "peak_resident_mb": "VmHWM"}
+REFERENCES = {"pytorch": "medseg_trt.sessions.pytorch"}  # opens checkpoints, and is in no bundle
 
 
 class ChildSession(Session):
@@ -34,10 +35,12 @@ class ChildSession(Session):
         ArtefactError: the child died; the message says by which signal. Anything else is raised as in the child.
     """
 
+    module: ClassVar[str] = "medseg_trt.sessions.child"  # that the child runs
+
     def __init__(self, path: Path, precision: str, backend: str, threads: int | None, compute: str) -> None:
         arguments = {"path": str(path), "precision": precision, "threads": threads, "compute": compute}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "medseg_trt.sessions.child", backend, json.dumps(arguments)],
+            [sys.executable, "-m", self.module, backend, json.dumps(arguments)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         self._what = f"{backend} with {path.name}"
@@ -48,6 +51,7 @@ class ChildSession(Session):
             self.close()
             raise
         self.device, self.description, self.gives_masks = hello["device"], hello["description"], hello["gives_masks"]
+        self.load_ms: float = hello["load_ms"]
 
     def __enter__(self) -> "ChildSession":
         return self
@@ -103,7 +107,7 @@ class ChildSession(Session):
     def _array(self) -> ndarray:
         announced = self._answer()
         try:
-            return _read_array(self._pipes[1], announced["shape"], announced["dtype"])
+            return read_array(self._pipes[1], announced["shape"], announced["dtype"])
         except BrokenPipeError:
             raise self._death() from None
 
@@ -113,34 +117,40 @@ class ChildSession(Session):
         return ArtefactError(f"{self._what} {how}; it is not used")
 
 
-def _serve(backend: str, arguments: dict[str, Any], requests: IO[bytes], answers: IO[bytes]) -> None:
-    """Open the session, say so, and answer until the parent hangs up."""
+def serve(answering: Mapping[str, Callable[..., Any]]) -> None:
+    """Open the session that the command line names, say so, and answer until the parent hangs up."""
+    backend, arguments, requests = sys.argv[1], json.loads(sys.argv[2]), sys.stdin.buffer
+    answers = os.fdopen(os.dup(1), "wb")  # a back-end that prints must not print into the conversation
+    os.dup2(2, 1)
+    module = REFERENCES[backend] if backend in REFERENCES else BACKENDS[backend].module
     try:
-        path = Path(arguments.pop("path"))
-        with import_module(BACKENDS[backend].module).open_graph(path, **arguments) as session:
+        path, opener = Path(arguments.pop("path")), import_module(module).open_graph
+        began = time.perf_counter()
+        with opener(path, **arguments) as session:
+            load_ms = 1000 * (time.perf_counter() - began)
             hello = {name: getattr(session, name) for name in ("device", "description", "gives_masks")}
-            _send(answers, hello)
+            _send(answers, {**hello, "load_ms": load_ms})
             while line := requests.readline():
                 request = json.loads(line)
-                _send(answers, *ANSWERS[request.pop("do")](session, requests, **request))
+                _send(answers, *answering[request.pop("do")](session, requests, **request))
     except MedsegError as error:
         _send(answers, {"error": str(error), "kind": type(error).__name__})
 
 
 def _run(session: Session, requests: IO[bytes], shape: Sequence[int], dtype: str) -> tuple[dict[str, Any], ndarray]:
-    return {}, session.run(_read_array(requests, shape, dtype))
+    return {}, session.run(read_array(requests, shape, dtype))
 
 
 def _masks(
     session: Session, requests: IO[bytes], shape: Sequence[int], dtype: str, size: Size, resampled: Size
 ) -> tuple[dict[str, Any], ndarray]:
-    return {}, session.masks(_read_array(requests, shape, dtype), tuple(size), tuple(resampled))
+    return {}, session.masks(read_array(requests, shape, dtype), (size[0], size[1]), (resampled[0], resampled[1]))
 
 
 def _time(
     session: Session, requests: IO[bytes], shape: Sequence[int], dtype: str, duration_s: float, min_runs: int
 ) -> tuple[dict[str, Any]]:
-    batch, samples = _read_array(requests, shape, dtype), list[float]()
+    batch, samples = read_array(requests, shape, dtype), list[float]()
     end = time.perf_counter() + duration_s
     while len(samples) < min_runs or time.perf_counter() < end:
         began = time.perf_counter()
@@ -166,7 +176,12 @@ def _send(pipe: IO[bytes], message: Mapping[str, Any], array: ndarray | None = N
     pipe.flush()
 
 
-def _read_array(pipe: IO[bytes], shape: Sequence[int], dtype: str) -> ndarray:
+def read_array(pipe: IO[bytes], shape: Sequence[int], dtype: str) -> ndarray:
+    """Return the array that follows a request.
+
+    Raises:
+        BrokenPipeError: the other side ended before it was through.
+    """
     array = np.empty(shape, dtype)
     if pipe.readinto(array.data.cast("B")) != array.nbytes:  # pyright: ignore[reportAttributeAccessIssue]  # buffered
         raise BrokenPipeError
@@ -174,6 +189,4 @@ def _read_array(pipe: IO[bytes], shape: Sequence[int], dtype: str) -> ndarray:
 
 
 if __name__ == "__main__":
-    own = os.fdopen(os.dup(1), "wb")  # a back-end that prints must not print into the conversation
-    os.dup2(2, 1)
-    _serve(sys.argv[1], json.loads(sys.argv[2]), sys.stdin.buffer, own)
+    serve(ANSWERS)

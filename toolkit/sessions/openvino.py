@@ -4,6 +4,7 @@ The graph is compiled for one image at a time: with the batch left open OpenVINO
 a CPU a batch gains nothing. OpenVINO would take bfloat16 wherever the processor has it, so the type is always named.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,26 @@ def open_graph(path: Path, precision: str, threads: int | None, compute: str) ->
         DeviceError: the processor has no bfloat16.
         ArtefactError: OpenVINO refuses the graph.
     """
+    model = compiled(path, threads, compute)
+    rest = "" if compute == precision else f", float parts in {compute}"
+    shown = "" if threads is None else f", {threads} thread{'s' if threads > 1 else ''}"
+    return OpenVinoSession(model, f"OpenVINO {_release()} {precision}{rest}{shown}")
+
+
+def compiled(path: Path, threads: int | None, compute: str, further: Mapping[str, Any] | None = None) -> Any:
+    """Return OpenVINO's own object for an ONNX file, compiled for one image.
+
+    Args:
+        path: the graph.
+        threads: CPU threads; None leaves it to OpenVINO.
+        compute: what its float parts are computed in: fp32, or bf16 where the processor has it.
+        further: more of OpenVINO's properties.
+
+    Raises:
+        MissingExtraError: OpenVINO is not installed.
+        DeviceError: the processor has no bfloat16.
+        ArtefactError: OpenVINO refuses the graph.
+    """
     openvino = require("openvino", "openvino")
     core = openvino.Core()
     if compute == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
@@ -81,17 +102,18 @@ def open_graph(path: Path, precision: str, threads: int | None, compute: str) ->
         "INFERENCE_PRECISION_HINT": TYPES[compute],
         "PERFORMANCE_HINT": "LATENCY",
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # else it rounds activations before 4- and 8-bit weights on its own
+        **(further or {}),
     }
     if threads is not None:
         options["INFERENCE_NUM_THREADS"] = threads
-    release = openvino.__version__.partition("-")[0]
     try:
         model = core.read_model(str(path))
         model.reshape({"pixel_values": [1, *(each.get_length() for each in list(model.input(0).partial_shape)[1:])]})
-        compiled = core.compile_model(model, "CPU", options)
+        return core.compile_model(model, "CPU", options)
     except Exception as error:  # its errors have no common base but Exception
         first = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
-        raise ArtefactError(f"OpenVINO {release} refuses {path}: {first}") from error
-    rest = "" if compute == precision else f", float parts in {compute}"
-    shown = "" if threads is None else f", {threads} thread{'s' if threads > 1 else ''}"
-    return OpenVinoSession(compiled, f"OpenVINO {release} {precision}{rest}{shown}")
+        raise ArtefactError(f"OpenVINO {_release()} refuses {path}: {first}") from error
+
+
+def _release() -> str:
+    return require("openvino", "openvino").__version__.partition("-")[0]

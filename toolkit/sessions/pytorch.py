@@ -1,10 +1,13 @@
 """Run a checkpoint with PyTorch, eagerly and in float32: the reference for every other session."""
 
+from pathlib import Path
+
 import torch
 from jaxtyping import Float32
 from numpy import ndarray
 
 from medseg_trt.session import Session
+from medseg_trt.train.checkpoint import load_checkpoint
 from medseg_trt.train.model import runner
 from medseg_trt.train.transunet import TransUNet
 
@@ -26,3 +29,21 @@ class PyTorchSession(Session):
     def close(self) -> None:
         """Free the network."""
         del self._run
+
+
+def open_graph(path: Path, precision: str, threads: int | None, compute: str) -> PyTorchSession:
+    """Open a checkpoint as the other modules open a graph, so that a child process can hold it, too.
+
+    Args:
+        path: the checkpoint.
+        precision: fp32; the reference has no other.
+        threads: CPU threads; None leaves it to PyTorch.
+        compute: fp32.
+
+    Raises:
+        ArtefactError: the checkpoint cannot be used.
+    """
+    assert precision == compute == "fp32"
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return PyTorchSession(load_checkpoint(path).model())

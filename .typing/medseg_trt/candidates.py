@@ -1,0 +1,1 @@
+../../toolkit/candidates.py

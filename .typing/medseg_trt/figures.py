@@ -1,0 +1,1 @@
+../../toolkit/figures.py

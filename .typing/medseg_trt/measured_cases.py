@@ -1,0 +1,1 @@
+../../toolkit/measured_cases.py

@@ -1,0 +1,1 @@
+../../toolkit/report_schema.py

@@ -1,0 +1,1 @@
+../../toolkit/segment_many.py

@@ -1,0 +1,1 @@
+../../toolkit/worst_pictures.py

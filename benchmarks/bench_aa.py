@@ -1,0 +1,84 @@
+"""How often does the timing cry wolf? The same network is measured against itself, again and again, on this machine.
+
+    python benchmarks/bench_aa.py --bundle model.medseg [--comparisons 40] [--duration-s 3] [--backend onnxruntime]
+
+Every comparison opens two sessions of the same graph and times them as `bench` times its rows. Of 90 % intervals of the
+ratio, 10 % should miss 1, half of these on either side. Then the second one gets 3 % slower, by waiting in a loop.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from results_file import options, publish, table
+
+from medseg_trt.bundle import Bundle, load_bundle
+from medseg_trt.measure import in_turn, tier, timed_runs
+from medseg_trt.session import open_session
+from medseg_trt.statistics import Interval, speed_interval
+
+SLOWER = 0.03
+
+
+def compare(bundle: Bundle, backend: str, duration_s: float, slower: float) -> Interval:
+    """Return how many times as fast the second of two equal networks is, made slower by this share."""
+    batch = np.random.default_rng(0).random((1, 3, *bundle.preprocessing.image_size), np.float32)
+    with open_session(bundle, backend) as first, open_session(bundle, backend) as second:
+
+        def waiting() -> None:
+            began = time.perf_counter()
+            second.run(batch)
+            end = began + (1 + slower) * (time.perf_counter() - began)
+            while time.perf_counter() < end:
+                pass
+
+        calls = {"first": lambda: first.run(batch), "second": waiting if slower else lambda: second.run(batch)}
+        turns = {name: lambda seconds, runs, call=call: timed_runs(call, seconds, runs) for name, call in calls.items()}
+        taken = in_turn(turns, tier("quick", duration_s=duration_s))
+    return speed_interval(taken["first"].rounds_ms, taken["second"].rounds_ms, in_turn=True)
+
+
+def to_markdown(result: Any) -> str:
+    """Return the results as a page."""
+    rows = [
+        (each["what"], str(each["comparisons"]), str(each["faster"]), str(each["slower"]), f"{each['median']:.4f}",
+         f"{each['median_width']:.4f}")
+        for each in result["rows"]
+    ]  # fmt: skip
+    header = ("second network", "comparisons", "said faster", "said slower", "median ratio", "median width")
+    return "\n".join([
+        "# The same network against itself", "",
+        f"{result['network']}; {result['duration_s']:g} s a row, {result['rounds']} rounds. "
+        "Of 90 % intervals one in twenty may miss on either side.", "", *table(header, rows), "",
+    ])  # fmt: skip
+
+
+def main() -> None:
+    """Measure and write the results."""
+    parser = options(__doc__)
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--backend", default="onnxruntime")
+    parser.add_argument("--comparisons", type=int, default=40)
+    parser.add_argument("--duration-s", type=float, default=3.0)
+    chosen = parser.parse_args()
+    bundle = load_bundle(chosen.bundle)
+    rows, rounds = [], 0
+    for what, slower in (("the same", 0.0), (f"{SLOWER:.0%} slower", SLOWER)):
+        found = [compare(bundle, chosen.backend, chosen.duration_s, slower) for _ in range(chosen.comparisons)]
+        rounds = found[0].units
+        rows.append({
+            "what": what, "comparisons": len(found), "faster": sum(each.low > 1 for each in found),
+            "slower": sum(each.high < 1 for each in found),
+            "median": float(np.median([each.estimate for each in found])),
+            "median_width": float(np.median([each.high - each.low for each in found])),
+            "intervals": [[each.low, each.estimate, each.high] for each in found],
+        })  # fmt: skip
+    with open_session(bundle, chosen.backend) as session:
+        network = session.description
+    result = {"network": network, "duration_s": chosen.duration_s, "rounds": rounds, "rows": rows}
+    publish("aa", result, to_markdown, chosen)
+
+
+if __name__ == "__main__":
+    main()

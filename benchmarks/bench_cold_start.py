@@ -1,0 +1,96 @@
+"""How long is it from typing the command to the first mask on the disk? Fresh processes, in turn.
+
+    python benchmarks/bench_cold_start.py --bundle model.medseg --image picture.png [--ckpt best.pt] [--rounds 5]
+
+`medseg-trt infer` with every back-end of the bundle, and PyTorch with the checkpoint: import, load, one image, one
+mask. The files are in the system's cache after the first round, which is not counted.
+"""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from results_file import options, publish, table
+
+from medseg_trt.bundle import load_bundle
+from medseg_trt.session import is_installed
+from medseg_trt.statistics import speed_interval
+
+PYTORCH = """
+import sys
+from pathlib import Path
+from medseg_trt.images import Mask, read_image, write_mask
+from medseg_trt.segment import segment
+from medseg_trt.session import open_reference
+from medseg_trt.train.checkpoint import load_checkpoint
+checkpoint, image = load_checkpoint(Path(sys.argv[1])), read_image(Path(sys.argv[2]))
+with open_reference(checkpoint) as session:
+    labels = segment(session.run, image, checkpoint.preprocessing, 4)
+write_mask(Mask.of(image, labels, checkpoint.classes), Path(sys.argv[3]))
+"""
+
+
+def seconds_of(command: list[str]) -> float:
+    """Return how long a command takes.
+
+    Raises:
+        SystemExit: it fails; what it said is shown.
+    """
+    began = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command[:6])} …: {done.stderr}")
+    return time.perf_counter() - began
+
+
+def to_markdown(result: Any) -> str:
+    """Return the results as a page."""
+    rows = [
+        (each["name"], f"{each['median_s']:.2f}", f"{each['min_s']:.2f}", f"{each['speed']:.2f}x",
+         f"{each['low']:.2f} … {each['high']:.2f}", str(len(each["seconds"])))
+        for each in result["rows"]
+    ]  # fmt: skip
+    header = ("from typing to the first mask", "median s", "least s", "speed", "90 % interval", "runs")
+    return "\n".join(
+        ["# Cold start", "", f"One image, {result['image']}; the first row is 1.", "", *table(header, rows), ""]
+    )
+
+
+def main() -> None:
+    """Measure and write the results."""
+    parser = options(__doc__)
+    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("--image", type=Path, required=True)
+    parser.add_argument("--ckpt", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    chosen = parser.parse_args()
+    backends = dict.fromkeys(each.backend for each in load_bundle(chosen.bundle).content.executions)
+    with TemporaryDirectory() as out:
+        commands: dict[str, list[str]] = {}
+        if chosen.ckpt is not None:
+            commands["PyTorch, checkpoint"] = [sys.executable, "-c", PYTORCH, str(chosen.ckpt), str(chosen.image), out]
+        for backend in filter(is_installed, backends):
+            infer = [sys.executable, "-m", "medseg_trt", "infer", str(chosen.image), "--bundle", str(chosen.bundle)]
+            commands[f"medseg-trt infer, {backend}"] = [*infer, "-o", out, "--backend", backend]
+        taken: dict[str, list[list[float]]] = {name: [] for name in commands}
+        for number in range(chosen.rounds + 1):
+            for name, command in commands.items():
+                seconds = seconds_of(command)
+                if number:
+                    taken[name].append([seconds])
+    first, rows = next(iter(taken.values())), []
+    for name, seconds in taken.items():
+        speed = speed_interval(first, seconds, in_turn=True)
+        rows.append({
+            "name": name, "median_s": float(np.median(seconds)), "min_s": float(np.min(seconds)),
+            "seconds": [each[0] for each in seconds], "speed": speed.estimate, "low": speed.low, "high": speed.high,
+        })  # fmt: skip
+    publish("cold_start", {"image": chosen.image.name, "rows": rows}, to_markdown, chosen)
+
+
+if __name__ == "__main__":
+    main()

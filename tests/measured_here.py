@@ -1,0 +1,65 @@
+"""Stand-ins with which ``bench`` needs no processes and no time: its masks are real, its times are made up."""
+
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from medseg_trt import benchmark, timings
+from medseg_trt.layer_times import Step, summed_up
+from medseg_trt.report_schema import Peak, Tier
+from medseg_trt.session import BACKENDS, Session
+from medseg_trt.sessions.child import REFERENCES
+from medseg_trt.sessions.measured import STAGES, MeasuredSession
+
+SHORT = Tier(name="short", warmup_ms=0.0, warmup_runs=1, duration_s=0.0, min_runs=10, starts=1)
+
+
+class MeasuredHere(MeasuredSession):
+    """A measured session of this process whose times are made up: its answers are real, and nothing waits."""
+
+    def __init__(self, path: Path, precision: str, backend: str, threads: int | None, compute: str) -> None:
+        module = import_module(REFERENCES[backend] if backend in REFERENCES else BACKENDS[backend].module)
+        self._session: Session = module.open_graph(path, precision, 1, compute)
+        self.backend, self.device, self.description = backend, self._session.device, self._session.description
+        self.open_ms, self.load_ms = 300.0, 200.0
+        self._milliseconds = float(len(self.description))
+
+    def run(self, batch: np.ndarray) -> np.ndarray:
+        return self._session.run(batch)
+
+    def time(self, batch: np.ndarray, duration_s: float, min_runs: int) -> list[float]:
+        return [self._milliseconds + 0.125 * number for number in range(min_runs)]
+
+    def whole_way(self, way, duration_s, min_runs):
+        return [self._milliseconds + 8.0] * min_runs, {stage: [2.0] * min_runs for stage in STAGES}
+
+    def throughput(self, batch, streams, threads, duration_s):
+        return 10 * streams, 2.0
+
+    def memory(self) -> dict[str, float]:
+        return {"anonymous_mb": 50.0, "resident_mb": 80.0, "peak_resident_mb": 90.0}
+
+    def close(self) -> None:
+        self._session.close()
+
+
+def measure_here(patch: pytest.MonkeyPatch) -> None:
+    """Make ``bench`` fast: real answers, made-up times, profiles and peaks."""
+
+    def steps(_path, backend, _precision, _compute, _image, costs):
+        named = [cost for cost in costs if cost.macs]
+        return summed_up(f"{backend}, made up", [
+            Step(name=cost.names[0], kind="Conv", kernel="made up", ms=0.5, bytes=cost.bytes) for cost in named
+        ], costs)  # fmt: skip
+
+    peak = Peak(arithmetic="", gmacs_per_s=50.0, gemm="made up", gbytes_per_s=20.0, copy="made up")
+    patch.setattr(timings, "MeasuredSession", MeasuredHere)
+    patch.setattr(benchmark, "profile", steps)
+    patch.setattr(
+        benchmark,
+        "peaks",
+        lambda ways: tuple(replace(peak, arithmetic=name) for name in dict.fromkeys(w[1] for w in ways)),
+    )

@@ -1,0 +1,258 @@
+"""Stages overlap, keep the order, hold little, and end as the simple loop would: in order, with its error."""
+
+import csv
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import write_pictures
+
+from medseg_trt import mask_folder, segment_many
+from medseg_trt.bundle import load_bundle
+from medseg_trt.errors import ArtefactError, InputError
+from medseg_trt.images import Mask, find_images, read_image, write_mask
+from medseg_trt.mask_folder import infer_to_folder
+from medseg_trt.overlap import DEPTH, Overlap
+from medseg_trt.pipeline import infer
+from medseg_trt.segment import segment
+from medseg_trt.session import Session, open_session
+
+
+def our_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "medseg-trt"]
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left():
+    yield
+    assert our_threads() == []
+
+
+def test_items_come_in_order_and_the_threads_end():
+    with Overlap() as overlap:
+        doubled = overlap.ahead(2 * each for each in overlap.ahead(range(100)))
+        assert list(doubled) == list(range(0, 200, 2))
+
+
+def second_is_made_while_first_is_used(through, wait_s: float) -> bool:
+    second = threading.Event()
+
+    def items():
+        yield 0
+        second.set()
+        yield 1
+
+    return next(second.wait(wait_s) for _ in through(items()))
+
+
+def test_stages_run_at_the_same_time():
+    with Overlap() as overlap:
+        assert second_is_made_while_first_is_used(overlap.ahead, 10)
+    assert not second_is_made_while_first_is_used(iter, 0.05)
+
+
+@pytest.mark.parametrize("depth", [1, DEPTH, 5])
+def test_no_more_is_taken_than_waits_and_is_at_hand(depth):
+    taken = []
+    with Overlap() as overlap:
+        items = overlap.ahead((taken.append(each) or each for each in range(50)), depth)
+        for done in range(1, 20):
+            next(items)
+            time.sleep(0.002)
+            assert len(taken) <= done + depth + 1
+
+
+def failing():
+    yield from range(3)
+    raise ArtefactError("the fourth")
+
+
+def test_an_error_comes_up_in_its_place():
+    with Overlap() as overlap:
+        items = overlap.ahead(iter(overlap.ahead(failing())))
+        assert [next(items) for _ in range(3)] == [0, 1, 2]
+        with pytest.raises(ArtefactError, match="the fourth"):
+            next(items)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ArtefactError])
+def test_threads_that_wait_for_room_end_with_the_block(error):
+    def interrupted():
+        with Overlap() as overlap:
+            next(overlap.ahead(overlap.ahead(iter(int, 1))))  # zeros without end
+            raise error
+
+    with pytest.raises(error):
+        interrupted()
+
+
+def test_nothing_is_taken_after_the_end():
+    begun, go_on = threading.Event(), threading.Event()
+    taken = []
+
+    def items():
+        for number in range(5):
+            taken.append(number)
+            begun.set()
+            go_on.wait(10)
+            yield number
+
+    overlap = Overlap()
+    with overlap:
+        overlap.ahead(items())
+        begun.wait(10)
+        threading.Timer(0.1, go_on.set).start()
+    assert taken == [0]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_pictures(tmp_path / "data", count=8, size=(40, 52)) / "images"
+
+
+def test_masks_are_those_of_the_simple_loop_byte_for_byte(tiny_bundle, data, images, tmp_path):
+    sources = find_images([data, images / "scan.nii.gz"])
+    bundle = load_bundle(tiny_bundle)
+    with open_session(bundle) as session:
+        for source in sources:
+            image = read_image(source)
+            write_mask(
+                Mask.of(image, segment(session.run, image, bundle.preprocessing, 2), bundle.classes), tmp_path / "a"
+            )
+    written = infer_to_folder([data, images / "scan.nii.gz"], tiny_bundle, tmp_path / "b", batch=2, on_error=unexpected)
+    assert [path.name for path in written.masks] == [f"case{number}.png" for number in range(8)] + ["scan.nii.gz"]
+    for path in written.masks:
+        assert path.read_bytes() == (tmp_path / "a" / path.name).read_bytes()
+
+
+def unexpected(path: Path, error: InputError) -> None:
+    raise AssertionError(f"{path}: {error}")
+
+
+class BrokenError(Exception):
+    """What nobody foresaw."""
+
+
+def break_reading(monkeypatch, victim: str) -> None:
+    def read(source, real=mask_folder.read_image):
+        if source.name == victim:
+            raise BrokenError
+        return real(source)
+
+    monkeypatch.setattr(mask_folder, "read_image", read)
+
+
+def break_running(monkeypatch, victim: str) -> None:
+    numbers = iter(range(1000))
+
+    def steps(*arguments, real=segment_many.steps):
+        found = real(*arguments)
+        if next(numbers) != int(victim[4]):
+            return found
+
+        def run(inputs):
+            raise BrokenError
+
+        return type(found)(prepare=found.prepare, run=run, finish=found.finish)
+
+    monkeypatch.setattr(segment_many, "steps", steps)
+
+
+def break_finishing(monkeypatch, victim: str) -> None:
+    def of(image, labels, classes, real=Mask.of):
+        if image.path.name == victim:
+            raise BrokenError
+        return real(image, labels, classes)
+
+    monkeypatch.setattr(segment_many.Mask, "of", of)
+
+
+def break_writing(monkeypatch, victim: str) -> None:
+    def write(mask, output, real=mask_folder.write_mask):
+        if mask.path.name == victim:
+            raise BrokenError
+        return real(mask, output)
+
+    monkeypatch.setattr(mask_folder, "write_mask", write)
+
+
+@pytest.mark.parametrize("stage", [break_reading, break_running, break_finishing, break_writing])
+@pytest.mark.parametrize("number", [0, 3, 7])
+def test_a_failure_in_any_stage_loses_nothing_that_came_before(tiny_bundle, data, tmp_path, stage, number):
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        stage(patch, f"case{number}.png")
+        with pytest.raises(BrokenError):
+            infer_to_folder([data], tiny_bundle, out, on_error=unexpected)
+    before = [f"case{each}" for each in range(number)]
+    assert sorted(path.stem for path in out.glob("*.png")) == before
+    assert sorted(path.stem for path in (out / ".finished").glob("*.json")) == before
+    assert list(out.rglob(".partial-*")) == []
+    with (out / "areas.csv").open(newline="") as file:
+        assert sorted({row["file"] for row in csv.DictReader(file)}) == [f"{each}.png" for each in before]
+    written = infer_to_folder([data], tiny_bundle, out, resume=True, on_error=unexpected)
+    assert (written.kept, len(written.masks)) == (number, 8)
+
+
+def test_bad_files_are_named_in_order_and_the_rest_is_done(tiny_bundle, data, tmp_path):
+    for number in (0, 4, 5):
+        (data / f"case{number}.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    failed = []
+    written = infer_to_folder([data], tiny_bundle, tmp_path / "out", on_error=lambda path, _: failed.append(path.stem))
+    assert failed == ["case0", "case4", "case5"]
+    assert [path.stem for path in written.masks] == ["case1", "case2", "case3", "case6", "case7"]
+
+
+def test_large_images_are_read_one_at_a_time(tiny_bundle, data, monkeypatch):
+    monkeypatch.setattr(segment_many, "ROOM_BYTES", 0)
+    bundle, reading, most = load_bundle(tiny_bundle), set(), 0
+    sources = find_images([data])
+
+    def images():
+        for source in sources:
+            reading.add(source.path)
+            yield read_image(source)
+
+    with open_session(bundle) as session:
+        for image, _ in segment_many.segment_many(images(), session, bundle, 4):
+            time.sleep(0.01)
+            most = max(most, len(reading))
+            reading.discard(image.path)
+    assert most == 1
+
+
+def test_a_caller_that_stops_early_leaves_no_thread(tiny_bundle, data):
+    masks = infer([data], tiny_bundle)
+    assert next(masks).path.name == "case0.png"
+    assert our_threads()
+    masks.close()
+    assert our_threads() == []
+
+
+def test_the_session_is_closed_after_the_last_run(tiny_bundle, data, tmp_path, monkeypatch):
+    """An interrupt must not free the network while a thread is in it."""
+    calls = []
+
+    def spied(name: str, real):
+        def call(session: Session, *arguments):
+            calls.append(f"{name} begins")
+            time.sleep(0.01)
+            found = real(session, *arguments)
+            calls.append(f"{name} ends")
+            return found
+
+        return call
+
+    with open_session(load_bundle(tiny_bundle)) as session:
+        kind = type(session)
+    monkeypatch.setattr(kind, "run", spied("run", kind.run))
+    monkeypatch.setattr(kind, "close", spied("close", kind.close))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mask_folder, "write_mask", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            infer_to_folder([data], tiny_bundle, tmp_path / "out", on_error=unexpected)
+    assert calls[-2:] == ["close begins", "close ends"]
+    assert [each for each in calls if each.startswith("run")] == ["run begins", "run ends"] * (len(calls) // 2 - 1)
+    assert np.count_nonzero([each == "run begins" for each in calls]) < 8

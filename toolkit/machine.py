@@ -1,0 +1,74 @@
+"""Say what this machine is, as far as it bears on a measurement."""
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from medseg_trt.report_schema import Machine
+
+PACKAGES = ("medseg-trt", "numpy", "torch", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt",
+            "tensorrt-rtx-cu13")  # fmt: skip
+GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+
+
+def this_machine() -> Machine:
+    """Describe the machine that this process runs on."""
+    return Machine(
+        processor=_processor(), cores=cores(), memory_mb=_memory_mb(), system=platform.platform(terse=True),
+        python=platform.python_version(), governor=_text(GOVERNOR),
+        load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None, gpus=_gpus(),
+    )  # fmt: skip
+
+
+def cores() -> int:
+    """Return how many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of the packages that a figure depends on, as far as they are installed."""
+    return {name: found for name in PACKAGES if (found := _version(name)) is not None}
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory_mb() -> float | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e6
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return None
+
+
+def _gpus() -> tuple[str, ...]:
+    """Return the names, drivers, clocks' state and power limits of NVIDIA's cards, as their own tool says."""
+    question = "--query-gpu=name,driver_version,clocks_throttle_reasons.active,power.limit"
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", question, "--format=csv,noheader"], capture_output=True, text=True, check=True, timeout=20
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    return tuple(line.strip() for line in done.stdout.splitlines() if line.strip())
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
