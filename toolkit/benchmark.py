@@ -20,7 +20,7 @@ from medseg_trt.layer_times import profile
 from medseg_trt.machine import package_versions, this_machine
 from medseg_trt.measured_cases import MeasuredCases, measured_cases, one_image_file
 from medseg_trt.peaks import peaks, roofline
-from medseg_trt.preprocess import prepare
+from medseg_trt.preprocess import of_image, prepare
 from medseg_trt.progress import LOG
 from medseg_trt.report_schema import (
     SCOPES,
@@ -58,6 +58,7 @@ class Bench:
     max_dice_drop: float | None = None  # None: as at the build
     profile: bool = True  # look into the layers, and measure the machine's peaks
     commands: tuple[str, ...] = ()
+    verify_key: Path | None = None  # of who built the bundle; None: its digests are checked alone
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,15 +82,16 @@ def bench(what: Bench, scratch: Path) -> Measured:
         UsageError: the networks and the data do not fit.
         ArtefactError: the checkpoint or the bundle cannot be used, or the reference dies.
     """
-    bundle = load_bundle(what.bundle)
+    bundle = load_bundle(what.bundle, what.verify_key)
     candidates, digests, warnings = _candidates(what, bundle)
     machine = this_machine()
     limit = bundle.content.build.max_dice_drop if what.max_dice_drop is None else what.max_dice_drop
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(dir=scratch, prefix=".partial-")))
-        cases = measured_cases(what.data, what.split, bundle.classes, folder, bundle.preprocessing.image_size)
+        cases = measured_cases(what.data, what.split, bundle, folder)
         first = next(cases.read())[1]
-        image = prepare(first.pixels[first.num_slices // 2], bundle.preprocessing, first.spacing_in_plane)[np.newaxis]
+        contract = of_image(bundle.preprocessing, first.pixels)
+        image = prepare(first.pixels[first.num_slices // 2], contract, first.spacing_in_plane)[np.newaxis]
         here = [each for each in candidates if each.executed]
         sessions, timings = open_candidates(here, image, what.tier.starts, stack)
         reference = candidates[0].name
@@ -112,12 +114,13 @@ def bench(what: Bench, scratch: Path) -> Measured:
         batch = np.resize(image, (what.batch, *image.shape[1:]))
         way, timed = _whole_way(bundle, cases, first, folder)
         time_all(fit, timings, batch, way, what.tier, what.throughput_batches)
+        images = cases.images(read, timed)
         devices = {name: (session.device, session.description) for name, session in sessions.items()}
     inside = _look_inside(what, [each for each in here if each.name in fit], timings, image)
     rows = [_row(each, candidates[0], compared, verdicts, timings, devices, inside) for each in candidates]
     report = Report(
         created=datetime.now(UTC).isoformat(timespec="seconds"), commands=what.commands, tier=what.tier,
-        batch=what.batch, reference=_reference_words(what), images=cases.images(read, timed), classes=bundle.classes,
+        batch=what.batch, reference=_reference_words(what), images=images, classes=bundle.classes,
         machine=machine, versions=package_versions(), digests=digests, peaks=inside.peaks, rows=tuple(rows),
         summary=summary(rows, what.tier, compared.labelled), warnings=tuple(warnings),
     )  # fmt: skip
@@ -238,7 +241,11 @@ def _row(
     known = name in compared.networks
     accuracy = compared.accuracy(name) if known else not_run
     theirs = compared.accuracy(reference.name)
-    paired = isinstance(accuracy, Accuracy) and isinstance(theirs, Accuracy) and isinstance(judged, Verdict)
+    paired = (
+        differences(theirs, accuracy, judged)
+        if isinstance(accuracy, Accuracy) and isinstance(theirs, Accuracy) and isinstance(judged, Verdict)
+        else ()
+    )
     nothing = _why_not_timed(row, judged, not_run, known)
     device, description = devices.get(name, ("none", candidate.backend))
     speed = {} if candidate is reference else speedups(timings[reference.name], row)
@@ -253,7 +260,7 @@ def _row(
         stages_ms=row.stages_ms, throughput=row.throughput or nothing, memory=row.memory or nothing,
         energy=row.energy or nothing,
         agreement=compared.networks[name].agreement() if known else not_run, accuracy=accuracy,
-        differences=differences(theirs, accuracy, judged) if paired else (), verdict=judged,
+        differences=paired, verdict=judged,
         worst=tuple(entry for entry, _ in compared.networks[name].worst) if known else (),
         profile=inside.profiles.get(name, Missing(reason=_no_profile(candidate, nothing))),
         roofline=inside.rooflines.get(name, Missing(reason=_no_profile(candidate, nothing))),
