@@ -197,7 +197,7 @@ def shell_command(graph: Path, plan: Path, spec: EngineSpec, source: EngineGraph
     """Return what builds the same engine, but for the repairs, with the library's own tool in the graph's folder."""
     library = LIBRARIES[spec.library]
     files = [f"--onnx={graph.name}", f"--saveEngine={plan.name}"]
-    words = [library.tool, *files, "--skipInference", "--profilingVerbosity=detailed"]
+    words = [library.tool, *files, "--skipInference", "--profilingVerbosity=detailed", "--noTF32"]
     for name, batch in (("min", 1), ("opt", spec.opt_batch), ("max", spec.max_batch)):
         shapes = ",".join(f"{tensor}:{'x'.join(map(str, (batch, *rest)))}" for tensor, rest in source.inputs.items())
         words.append(f"--{name}Shapes={shapes}")
@@ -232,6 +232,7 @@ def _config(trt: ModuleType, builder: Any, spec: EngineSpec, source: EngineGraph
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.builder_optimization_level = spec.optimization_level
+    config.clear_flag(trt.BuilderFlag.TF32)  # else float32 is multiplied with 10 bits of fraction where the GPU can
     if spec.workspace_gib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(spec.workspace_gib * 2**30))
     for wanted, flags in ((spec.stripped, ("STRIP_PLAN", "REFIT")), (spec.version_compatible, ("VERSION_COMPATIBLE",))):

@@ -1,7 +1,8 @@
 """A bundle: one folder that holds everything needed to segment images, and the proof of what is in it.
 
 ``manifest.json`` names every other file with its size and SHA-256, and nothing is opened before those agree. Digests
-tell damage, not malice: whoever can change the manifest can change its digests. No pixel of any training image is in a
+tell damage, not malice: whoever can change the manifest can change its digests. A signature over the manifest tells
+both, to whoever has the builder's public key. No pixel of any training image is in a
 bundle; its golden input is seeded noise. ``config.json`` and ``preprocessor_config.json`` say in Hugging Face's words
 what the manifest says in ours.
 """
@@ -19,6 +20,7 @@ from numpy import ndarray
 from medseg_trt.errors import ArtefactError, UsageError
 from medseg_trt.files import inside, sha256, write_json
 from medseg_trt.preprocess import golden
+from medseg_trt.signature import verify
 from medseg_trt.spec import BuildSpec, Classes, EngineSpec, ModelSpec, Preprocessing, from_dict, to_dict
 
 SCHEMA = 3
@@ -121,6 +123,7 @@ class Bundle:
 
     folder: Path
     content: Manifest
+    signed_by: str | None = None  # fingerprint of the key that its signature was verified with
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -206,24 +209,32 @@ def find_bundle(folder: Path | None) -> Path:
     raise UsageError(f"there are several bundles here; choose one: {', '.join(f'--bundle {path}' for path in found)}")
 
 
-def load_bundle(folder: Path | str) -> Bundle:
+def load_bundle(folder: Path | str, verify_key: Path | None = None) -> Bundle:
     """Open a bundle after checking every file in it.
 
+    Args:
+        folder: the bundle.
+        verify_key: a file with the public key of who built it: then the manifest must be signed with its private key.
+
     Raises:
-        ArtefactError: it is no bundle, a file is missing or changed, or this version prepares images in another way.
+        ArtefactError: it is no bundle, its signature is missing or wrong, a file is missing or changed, or this version
+            prepares images in another way.
+        UsageError: ``verify_key`` is none.
     """
     folder = Path(folder)
     path = folder / MANIFEST
     if not path.is_file():
         raise ArtefactError(f"{folder} is no bundle: it has no {MANIFEST}. Build one: medseg-trt build --ckpt model.pt")
-    content = _read_manifest(path)
+    written = _read_bytes(path)
+    signed_by = verify(path, written, verify_key) if verify_key is not None else None
+    content = _read_manifest(path, written)
     named = {name for variant in content.variants.values() for name in (variant.graph, variant.weights)}
     named |= {name for engine in content.engines for name in (engine.plan, f"{engine.plan.removesuffix('.plan')}.json")}
     if unlisted := sorted((named | {GOLDEN}) - content.files.keys()):
         raise ArtefactError(f"{path} gives no digest of {', '.join(unlisted)}; the bundle is not to be trusted")
     for name, entry in content.files.items():
         _check_file(inside(folder, name), entry, folder)
-    bundle = Bundle(folder=folder, content=content)
+    bundle = Bundle(folder=folder, content=content, signed_by=signed_by)
     _check_preprocessing(bundle)
     return bundle
 
@@ -249,11 +260,16 @@ def golden_input(preprocessing: Preprocessing) -> Float32[ndarray, "1 3 height w
     return prepared[np.newaxis]
 
 
-def _read_manifest(path: Path) -> Manifest:
+def _read_bytes(path: Path) -> bytes:
     if path.stat().st_size > MAX_MANIFEST_BYTES:
         raise ArtefactError(f"{path} is larger than {MAX_MANIFEST_BYTES >> 20} MiB; it is not to be trusted")
+    return path.read_bytes()
+
+
+def _read_manifest(path: Path, written: bytes) -> Manifest:
+    """Make a manifest of the very bytes whose signature was verified."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(written.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ArtefactError(f"{path} is no valid JSON: {error}") from error
     fields = cast("dict[str, Any]", data) if isinstance(data, dict) else {}

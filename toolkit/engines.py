@@ -27,6 +27,7 @@ from medseg_trt.fingerprint import (
 from medseg_trt.gpu import Gpu, find_gpu
 from medseg_trt.layer_report import LAYERS_SUFFIX
 from medseg_trt.progress import LOG
+from medseg_trt.signature import signature_of
 from medseg_trt.spec import EngineSpec, to_dict
 
 MEMINFO = Path("/proc/meminfo")
@@ -247,6 +248,9 @@ def _replace(bundle: Bundle, engines: list[BuiltEngine]) -> None:
         files[path.relative_to(folder).as_posix()] = FileEntry(sha256=sha256(path), bytes=path.stat().st_size)
     manifest: Manifest = replace(content, engines=tuple(engines), files=files)
     write_json(folder / MANIFEST, to_dict(manifest))
+    if (signature := signature_of(folder / MANIFEST)).is_file():
+        LOG.warning("%s is another bundle now than the one that was signed; its signature is removed", folder)
+        signature.unlink()
     for path in set((folder / FOLDER).iterdir()) - new:
         path.unlink(missing_ok=True)
 

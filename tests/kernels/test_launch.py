@@ -245,7 +245,7 @@ class FakeCudaBindings:
         self.results = {
             "cuDriverGetVersion": 12060, "cuCtxGetCurrent": context, "cuDeviceGet": "device",
             "cuDevicePrimaryCtxRetain": "primary", "cuCtxGetDevice": "device", "cuModuleLoadData": "module",
-            "cuModuleGetFunction": "function",
+            "cuModuleGetFunction": "function", "cuDeviceGetName": b"Fake\0",
         }  # fmt: skip
 
     def __getattr__(self, function: str):

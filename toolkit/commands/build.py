@@ -37,10 +37,16 @@ from medseg_trt.fingerprint import LIBRARY_NAMES
     "--outputs", type=click.Choice(["logits", "mask"]), default="logits", show_default=True,
     help="mask: the graphs also make masks of the images' own size.",
 )  # fmt: skip
+@click.option(
+    "--sign",
+    "sign_key",
+    type=FILE,
+    help="Sign the bundle with a private key in PEM: openssl genpkey -algorithm ed25519 -out sign.pem.",
+)
 @output_options
 def build(
     checkpoint: Path, output: Path | None, data_folder: Path | None, precisions: tuple[str, ...], max_dice_drop: float,
-    backend: str, targets: tuple[str, ...], outputs: Literal["logits", "mask"], as_json: bool,
+    backend: str, targets: tuple[str, ...], outputs: Literal["logits", "mask"], sign_key: Path | None, as_json: bool,
     **engine_fields: Unpack[EngineFields],
 ) -> None:  # fmt: skip
     """Turn a checkpoint into a bundle: folded, fused, in several precisions, each verified, the fastest first."""
@@ -55,7 +61,7 @@ def build(
         )  # fmt: skip
     except ValueError as error:
         raise UsageError(f"--precision {','.join(precisions)}: {error}") from error
-    bundle = pipeline.build(checkpoint, spec, output, data_folder)
+    bundle = pipeline.build(checkpoint, spec, output, data_folder, sign_key)
     if as_json:
         click.echo(json.dumps({"bundle": str(bundle.folder), "manifest": bundle.manifest()}, indent=2))
         return
