@@ -78,7 +78,7 @@ def test_json_on_stdout_is_one_object_and_text_says_the_same():
     ("what", "error", "words"),
     [
         ("missing.pt", InputError, "missing.pt does not exist; give a checkpoint"),
-        ("notes.txt", InputError, ".pt, .medseg, .onnx and arch:NAME"),
+        ("notes.txt", InputError, ".pt, .medseg, .onnx, .plan and arch:NAME"),
         ("arch:unet", UsageError, "'unet'.*llm-transunet"),
         ("damaged.pt", ArtefactError, "damaged.pt"),
         ("folder.pt", ArtefactError, "folder.pt"),
