@@ -12,11 +12,12 @@ from fakes.gpu import FakeGpu
 from fakes.trt import FakeTrt, Network
 
 from medseg_trt import engine_kernels
-from medseg_trt.bundle import MANIFEST
+from medseg_trt.bundle import MANIFEST, BuiltEngine
 from medseg_trt.files import sha256
 from medseg_trt.fingerprint import FOLDER, EngineFingerprint, write_fingerprint
 from medseg_trt.sessions import tensorrt
 from medseg_trt.signature import signature_of
+from medseg_trt.spec import EngineSpec, to_dict
 
 PLAN_BYTES = 4096
 LIBRARY_FILE = f"{FOLDER}/libmedseg_plugins.so"  # a plugin library beside the engines
@@ -47,11 +48,12 @@ def add_engine(folder: Path, fingerprint: EngineFingerprint) -> None:
     """Write the side-car of a plan that is there, and name both in the manifest."""
     write_fingerprint(fingerprint, folder / FOLDER)
     manifest = json.loads((folder / MANIFEST).read_text())
-    spec = {"library": fingerprint.library, "targets": fingerprint.targets, "opt_batch": 2, "max_batch": 4}
-    engine = {
-        "plan": f"{FOLDER}/{fingerprint.plan}", "variant": "fp32", "spec": spec, "seconds": 1.0, "peak_resident_mb": 1.0
-    }  # fmt: skip
-    manifest["engines"] = [*manifest.get("engines", []), engine]
+    spec = EngineSpec(library=fingerprint.library, targets=fingerprint.targets, opt_batch=2, max_batch=4)
+    engine = BuiltEngine(
+        plan=f"{FOLDER}/{fingerprint.plan}", variant="fp32", spec=spec, processor_s=1.0, wall_s=1.0,
+        peak_resident_mb=1.0,
+    )  # fmt: skip
+    manifest["engines"] = [*manifest.get("engines", []), to_dict(engine)]
     (folder / MANIFEST).write_text(json.dumps(manifest))
     rehash(folder)
 

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption
-from fakes.bundles import rehash, with_engine
+from fakes.bundles import LIBRARY_FILE, rehash, with_engine
 from fakes.keys import write_keys
 from tiny import write_pictures
 
@@ -139,6 +139,8 @@ def test_openssl_makes_our_keys_and_checks_our_signature(signed, tmp_path):
 
 def test_a_rebuild_takes_the_signature_away_and_says_so(tiny_bundle, tmp_path, keys, caplog):
     folder = with_engine(tiny_bundle, tmp_path / "model.medseg")
+    (folder / LIBRARY_FILE).unlink()
+    rehash(folder)
     sign(folder / MANIFEST, read_private_key(keys[0]))
     bundle = load_bundle(folder, keys[1])
     engines._replace(bundle, [])

@@ -84,7 +84,7 @@ def test_a_gpu_that_the_kernels_are_too_new_for_runs_without_them(machine, tiny_
 def test_a_device_that_prepares_pixels_otherwise_is_found_out_when_it_is_opened(machine, engine_bundle, monkeypatch):
     real = tensorrt.mask_scalars
 
-    def turned(p, batch, classes, size, spacing_mm):
+    def turned(p, batch, classes, size, spacing_mm=None):
         found = real(p, batch, classes, size, spacing_mm)
         return {**found, "resampled_height": 2 * found["resampled_height"]}
 
