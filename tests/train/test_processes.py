@@ -23,6 +23,7 @@ FAULTS = ("own_statistics", "own_dice", "own_masks", "own_gradients")
 # Sums of some thousand float32 values in another order differ by 1e-7 of them; two or three steps of SGD carry that on.
 # 3e-7 is the most that was measured of a loss, 3e-6 of a weight; the smallest fault changes the loss by 2e-3.
 LOSS, WEIGHT = 5e-6, 5e-5
+HANGS_S = 600  # processes that wait for each other do so for ever; on a busy machine they take minutes
 
 
 def environment(**changes: object) -> dict[str, str]:
@@ -46,7 +47,7 @@ def found(tmp_path_factory) -> Mapping[int, Mapping[str, dict]]:
         places = [{}] if count == 1 else [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in range(2)]
         command = [sys.executable, str(CHILD), str(folder / str(count))]
         children = [subprocess.Popen(command, env=environment(**place)) for place in places]
-        assert [child.wait(timeout=120) for child in children] == [0] * count
+        assert [child.wait(timeout=HANGS_S) for child in children] == [0] * count
         answers[count] = torch.load(folder / str(count))
     return answers
 
@@ -99,7 +100,7 @@ def torchrun(what: list[str], data: Path, out: Path, block: Path) -> subprocess.
     changes = [part for change in CHANGES for part in ("--set", change)]
     arguments = ["--recipe", "folder", "--data", str(data), "--block", str(block), "-o", str(out), *changes, "--json"]
     command = [*launcher, *what, "train", *arguments, "--resume"]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=HANGS_S)
 
 
 def history_of(out: Path) -> list[dict]:
