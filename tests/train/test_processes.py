@@ -47,7 +47,11 @@ def found(tmp_path_factory) -> Mapping[int, Mapping[str, dict]]:
         places = [{}] if count == 1 else [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in range(2)]
         command = [sys.executable, str(CHILD), str(folder / str(count))]
         children = [subprocess.Popen(command, env=environment(**place)) for place in places]
-        assert [child.wait(timeout=HANGS_S) for child in children] == [0] * count
+        try:
+            assert [child.wait(timeout=HANGS_S) for child in children] == [0] * count
+        finally:
+            for child in children:
+                child.kill()
         answers[count] = torch.load(folder / str(count))
     return answers
 
