@@ -58,6 +58,7 @@ class Bench:
     max_dice_drop: float | None = None  # None: as at the build
     profile: bool = True  # look into the layers, and measure the machine's peaks
     commands: tuple[str, ...] = ()
+    verify_key: Path | None = None  # of who built the bundle; None: its digests are checked alone
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +82,7 @@ def bench(what: Bench, scratch: Path) -> Measured:
         UsageError: the networks and the data do not fit.
         ArtefactError: the checkpoint or the bundle cannot be used, or the reference dies.
     """
-    bundle = load_bundle(what.bundle)
+    bundle = load_bundle(what.bundle, what.verify_key)
     candidates, digests, warnings = _candidates(what, bundle)
     machine = this_machine()
     limit = bundle.content.build.max_dice_drop if what.max_dice_drop is None else what.max_dice_drop
@@ -240,7 +241,11 @@ def _row(
     known = name in compared.networks
     accuracy = compared.accuracy(name) if known else not_run
     theirs = compared.accuracy(reference.name)
-    paired = isinstance(accuracy, Accuracy) and isinstance(theirs, Accuracy) and isinstance(judged, Verdict)
+    paired = (
+        differences(theirs, accuracy, judged)
+        if isinstance(accuracy, Accuracy) and isinstance(theirs, Accuracy) and isinstance(judged, Verdict)
+        else ()
+    )
     nothing = _why_not_timed(row, judged, not_run, known)
     device, description = devices.get(name, ("none", candidate.backend))
     speed = {} if candidate is reference else speedups(timings[reference.name], row)
@@ -255,7 +260,7 @@ def _row(
         stages_ms=row.stages_ms, throughput=row.throughput or nothing, memory=row.memory or nothing,
         energy=row.energy or nothing,
         agreement=compared.networks[name].agreement() if known else not_run, accuracy=accuracy,
-        differences=differences(theirs, accuracy, judged) if paired else (), verdict=judged,
+        differences=paired, verdict=judged,
         worst=tuple(entry for entry, _ in compared.networks[name].worst) if known else (),
         profile=inside.profiles.get(name, Missing(reason=_no_profile(candidate, nothing))),
         roofline=inside.rooflines.get(name, Missing(reason=_no_profile(candidate, nothing))),

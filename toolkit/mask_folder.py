@@ -43,6 +43,7 @@ def infer_to_folder(
     batch: int = 4,
     threads: int | None = None,
     resume: bool = False,
+    verify_key: Path | None = None,
     on_error: Callable[[Path, InputError], None],
 ) -> MaskFolder:
     """Segment images and write a mask each, ``areas.csv`` and, if wanted, ``overlays/``; a bad file stops only itself.
@@ -57,6 +58,7 @@ def infer_to_folder(
         batch: how many slices go through the network at once.
         threads: CPU threads; None leaves it to the back-end.
         resume: keep what an earlier run made of the same images with the same bundle and options.
+        verify_key: the public key of who built the bundle; None checks its digests alone.
         on_error: told of every file that cannot be used.
 
     Raises:
@@ -64,7 +66,7 @@ def infer_to_folder(
         UsageError: two masks would have the same name, or one would overwrite an input.
         ArtefactError: the bundle cannot be used.
     """
-    bundle = load_bundle(bundle_folder)
+    bundle = load_bundle(bundle_folder, verify_key)
     sources = find_images(inputs)
     _require_distinct_outputs(sources, output)
     if resume:

@@ -97,6 +97,7 @@ def evaluate_all(
     metric: str = "volume",
     batch: int = 8,
     changes: Sequence[str] = (),
+    verify_key: Path | None = None,
 ) -> list[Scoreboard]:
     """Score every checkpoint and bundle on every split; with ``hd95`` also measure the distance between the outlines.
 
@@ -117,7 +118,7 @@ def evaluate_all(
     with ExitStack() as stack:
         networks = [
             *(_from_checkpoint(path, names[path], stack) for path in checkpoints),
-            *(_from_bundle(path, names[path], backend, stack) for path in bundles),
+            *(_from_bundle(path, names[path], backend, verify_key, stack) for path in bundles),
         ]
         data = _open_data(data_folder, networks, changes)
         cases = {split: data.cases(split) for split in splits}
@@ -160,8 +161,8 @@ def _from_checkpoint(path: Path, name: str, stack: ExitStack) -> Network:
     )
 
 
-def _from_bundle(path: Path, name: str, backend: str, stack: ExitStack) -> Network:
-    bundle = load_bundle(path)
+def _from_bundle(path: Path, name: str, backend: str, verify_key: Path | None, stack: ExitStack) -> Network:
+    bundle = load_bundle(path, verify_key)
     session = stack.enter_context(open_session(bundle, backend))
     return Network(
         name=f"{name} ({session.backend})",

@@ -13,6 +13,7 @@ from medseg_trt.spec import Preprocessing
 
 Run = Callable[[np.ndarray], np.ndarray]  # (batch, 3, H, W) float32 -> logits (batch, classes, H, W) float32
 MaskRun = Callable[[np.ndarray, Size, Size], np.ndarray]  # ``Session.masks``
+PixelRun = Callable[[np.ndarray], np.ndarray]  # raw (batch, height, width, channels) -> labels uint8 of that size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,9 +31,19 @@ def prepared_slices(image: Image, preprocessing: Preprocessing) -> Float32[np.nd
     return np.stack([prepare(pixels, contract, image.spacing_in_plane) for pixels in image.pixels])
 
 
-def steps(run: Run, image: Image, preprocessing: Preprocessing, masks: MaskRun | None = None) -> Steps:
-    """Return the steps for the slices of one image; see ``segment`` for the arguments."""
-    contract = of_image(preprocessing, image.pixels)
+def steps(
+    run: Run,
+    image: Image,
+    preprocessing: Preprocessing,
+    masks: MaskRun | None = None,
+    pixels_to_masks: PixelRun | None = None,
+) -> Steps:
+    """Return the steps for the slices of one image; see ``segment`` for the arguments.
+
+    With ``pixels_to_masks``, ``Session.pixel_path``'s, the network prepares the pixels itself, and nothing else is run.
+    """
+    if pixels_to_masks is not None:
+        return Steps(prepare=lambda pixels: pixels, run=pixels_to_masks, finish=lambda labels: labels)
     resampled = resampled_size(image.size, preprocessing, image.spacing_in_plane)
     contract = of_image(preprocessing, image.pixels)
 

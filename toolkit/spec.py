@@ -20,6 +20,7 @@ FinalNorm = Literal["ones", "pretrained", "none"]
 Placement = Literal["before_norm", "after_norm"] | int
 Weights = Literal["pretrained", "random", "shuffled", "none"]
 Parts = Literal["full", "attention", "mlp"]
+Hardware = Literal["none", "same_compute_capability", "ampere_plus"]  # of TensorRT's hardware compatibility
 MapperInit = Literal["default", "trunc02"]
 SPLINE_ORDERS: Mapping[str, int] = {"spline3": 3, "spline0": 0}  # of the methods of Resize that are SciPy's ``zoom``
 PIXELS_PER_TOKEN = 16  # the R50 stage halves the image four times, and a token is one of its pixels
@@ -255,6 +256,34 @@ class Classes:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSpec:
+    """For which GPUs engines are built, by which library, and how."""
+
+    library: str  # a key of export.engine.LIBRARIES
+    targets: tuple[str, ...]  # "sm86", "sm89" …
+    opt_batch: int = 1  # the batch that kernels are chosen for
+    max_batch: int = 8
+    workspace_gib: float | None = None  # of scratch memory on the GPU; None: what the library takes
+    optimization_level: int = 3  # 0 … 5: how long the builder looks for better kernels
+    plugins: bool = False  # nodes of domain medseg run our kernels, not what the library makes of their bodies
+    stripped: bool = False  # no weights in the plan: it is refitted from the graph when it is loaded
+    version_compatible: bool = False  # later versions of the library with the same major number read it
+    hardware: Hardware = "none"  # which other GPUs may run it
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        if not self.targets or len(set(self.targets)) < len(self.targets):
+            raise ValueError(f"the targets {', '.join(self.targets)} must be different ones, at least one")
+        if not 1 <= self.opt_batch <= self.max_batch:
+            raise ValueError(f"batches from 1 over {self.opt_batch} to {self.max_batch} are not in ascending order")
+        if not 0 <= self.optimization_level <= 5:
+            raise ValueError(f"the optimisation level is {self.optimization_level}; levels go from 0 to 5")
+        if self.workspace_gib is not None and not 0 < self.workspace_gib < 1024:
+            raise ValueError(f"a workspace of {self.workspace_gib} GiB is none")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class BuildSpec:
     """How a checkpoint becomes a bundle."""
 
@@ -264,6 +293,7 @@ class BuildSpec:
     max_abs_error: float = 1e-4  # of logits up to 1, or as a share of the largest, where nothing is rounded
     min_agreement: float = 0.9999  # share of pixels with the same label as PyTorch, where nothing is rounded
     max_dice_drop: float = 0.005  # upper end of its interval, where something is
+    engines: EngineSpec | None = None  # engines for GPUs, beside the graphs
 
     __pydantic_config__ = {"extra": "forbid"}
 

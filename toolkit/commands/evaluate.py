@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from medseg_trt.commands.options import FILE, FOLDER, output_options, print_table
+from medseg_trt.commands.options import FILE, FOLDER, output_options, print_table, verify_option
 from medseg_trt.errors import UsageError
 
 
@@ -30,6 +30,7 @@ from medseg_trt.errors import UsageError
     "--set", "changes", multiple=True, metavar="FIELD=VALUE", help="Read the data otherwise, e.g. data.dataset=colondb."
 )
 @click.option("--hd95", is_flag=True, help="Also the 95th percentile of the distance between the outlines.")
+@verify_option
 @output_options
 def evaluate(
     checkpoints: tuple[Path, ...],
@@ -41,6 +42,7 @@ def evaluate(
     batch: int,
     hd95: bool,
     changes: tuple[str, ...],
+    verify_key: Path | None,
     as_json: bool,
 ) -> None:
     """Compare checkpoints and bundles with the masks: Dice, IoU and HD95 per class."""
@@ -49,8 +51,9 @@ def evaluate(
     if not checkpoints and not bundles:
         raise UsageError("nothing to evaluate; give --ckpt model.pt or --bundle model.medseg")
     boards = scoreboard.evaluate_all(
-        checkpoints, bundles, data_folder, splits, backend, hd95, metric=metric, batch=batch, changes=changes
-    )
+        checkpoints, bundles, data_folder, splits, backend, hd95,
+        metric=metric, batch=batch, changes=changes, verify_key=verify_key,
+    )  # fmt: skip
     if as_json:
         click.echo(json.dumps({"splits": [board.to_dict() for board in boards]}, indent=2))
     else:
