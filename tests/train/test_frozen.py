@@ -70,23 +70,18 @@ def test_the_frozen_block_has_its_bits_no_gradient_and_no_state_after_training(d
 
 
 def test_a_block_in_bfloat16_takes_half_the_memory_and_computes_in_it():
-    seen = {}
+    seen: set[tuple[str, torch.dtype, torch.dtype]] = set()
     for dtype in ("fp32", "bf16"):
         model = fresh_model(dtype)
-        assert sum(value.nbytes for name, value in frozen_of(model).items() if "block" in name) == (
-            BLOCK.num_parameters * {"fp32": 4, "bf16": 2}[dtype]
-        )
-        hook = (
-            insert_of(model)
-            .layers[0]
-            .mlp.down_proj.register_forward_hook(
-                lambda module, inputs, output, dtype=dtype: seen.update({dtype: (inputs[0].dtype, output.dtype)})
-            )
-        )
-        answer = model.eval()(torch.randn(1, 3, 32, 32))
-        hook.remove()
-        assert answer.dtype == torch.float32
-    assert seen == {"fp32": (torch.float32, torch.float32), "bf16": (torch.bfloat16, torch.bfloat16)}
+        stored = sum(value.nbytes for name, value in frozen_of(model).items() if "block" in name)
+        assert stored == BLOCK.num_parameters * {"fp32": 4, "bf16": 2}[dtype]
+
+        def look(module, inputs, output, dtype=dtype):
+            seen.add((dtype, inputs[0].dtype, output.dtype))
+
+        insert_of(model).layers[0].mlp.down_proj.register_forward_hook(look)
+        assert model.eval()(torch.randn(1, 3, 32, 32)).dtype == torch.float32
+    assert seen == {("fp32", torch.float32, torch.float32), ("bf16", torch.bfloat16, torch.bfloat16)}
 
 
 def test_a_block_in_bfloat16_is_the_block_but_for_its_roundings():

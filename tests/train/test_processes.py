@@ -21,8 +21,9 @@ TESTS = str(Path(__file__).parents[1])
 CASES = ("several classes", "one class", "uneven shares", "accumulated")
 FAULTS = ("own_statistics", "own_dice", "own_masks", "own_gradients")
 # Sums of some thousand float32 values in another order differ by 1e-7 of them; two or three steps of SGD carry that on.
-# 3e-7 is the most that was measured of a loss, 3e-6 of a weight; the smallest fault changes the loss by 2e-3.
-LOSS, WEIGHT = 5e-6, 5e-5
+# Measured: 3e-8 of a loss and 5e-6 of a weight at most; the faults change the loss by 6e-4 or more, a weight by 6e-4.
+LOSS, WEIGHT = 1e-6, 5e-5
+HANGS_S = 600  # processes that wait for each other do so for ever; on a busy machine they take minutes
 
 
 def environment(**changes: object) -> dict[str, str]:
@@ -46,7 +47,11 @@ def found(tmp_path_factory) -> Mapping[int, Mapping[str, dict]]:
         places = [{}] if count == 1 else [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in range(2)]
         command = [sys.executable, str(CHILD), str(folder / str(count))]
         children = [subprocess.Popen(command, env=environment(**place)) for place in places]
-        assert [child.wait(timeout=120) for child in children] == [0] * count
+        try:
+            assert [child.wait(timeout=HANGS_S) for child in children] == [0] * count
+        finally:
+            for child in children:
+                child.kill()
         answers[count] = torch.load(folder / str(count))
     return answers
 
@@ -69,7 +74,7 @@ def test_two_processes_are_one_but_for_rounding(found, case):
 def test_the_limits_catch_a_process_that_looks_at_its_own_rows_alone(found, fault):
     loss, weight = differences(found[1]["several classes"], found[2][fault])
     assert loss > 10 * LOSS
-    assert weight > 10 * WEIGHT
+    assert weight > 5 * WEIGHT
 
 
 # The first process dies once in the middle of the second epoch; torchrun starts both anew, with the same command.
@@ -99,7 +104,7 @@ def torchrun(what: list[str], data: Path, out: Path, block: Path) -> subprocess.
     changes = [part for change in CHANGES for part in ("--set", change)]
     arguments = ["--recipe", "folder", "--data", str(data), "--block", str(block), "-o", str(out), *changes, "--json"]
     command = [*launcher, *what, "train", *arguments, "--resume"]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, timeout=HANGS_S)
 
 
 def history_of(out: Path) -> list[dict]:
