@@ -111,13 +111,14 @@ def bench(what: Bench, scratch: Path) -> Measured:
         }  # fmt: skip
         batch = np.resize(image, (what.batch, *image.shape[1:]))
         way, timed = _whole_way(bundle, cases, first, folder)
+        images = cases.images(read, timed)  # while noise is still on the disk
         time_all(fit, timings, batch, way, what.tier, what.throughput_batches)
         devices = {name: (session.device, session.description) for name, session in sessions.items()}
     inside = _look_inside(what, [each for each in here if each.name in fit], timings, image)
     rows = [_row(each, candidates[0], compared, verdicts, timings, devices, inside) for each in candidates]
     report = Report(
         created=datetime.now(UTC).isoformat(timespec="seconds"), commands=what.commands, tier=what.tier,
-        batch=what.batch, reference=_reference_words(what), images=cases.images(read, timed), classes=bundle.classes,
+        batch=what.batch, reference=_reference_words(what), images=images, classes=bundle.classes,
         machine=machine, versions=package_versions(), digests=digests, peaks=inside.peaks, rows=tuple(rows),
         summary=summary(rows, what.tier, compared.labelled), warnings=tuple(warnings),
     )  # fmt: skip
