@@ -7,7 +7,6 @@ The weights are random: this measures speed, memory and rounding, not masks.
     python benchmarks/bench_cpu.py [--json] [--rounds 5] [--fresh]
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,15 +19,15 @@ from bench_cpu_child import Child, Variant
 from bench_cpu_figures import sqnr_db, verdict
 from bench_cpu_graph import folding_error, graph_figures, profile
 from bench_cpu_peers import GEMM_MACS, GEMM_TOKENS, GEMM_WIDTH
+from results_file import options, publish, table
 
 from medseg_trt.bundle import load_bundle
-from medseg_trt.files import atomic_file, write_json
-from medseg_trt.report import machine, table
 
 SECONDS, MIN_RUNS = 1.5, 3  # of a variant in a round
 MIN_SQNR_TO_TIME_DB = 3.0  # less is another network, not a rounded one
 IN_ROUNDS = ("fp32", "bf16", "int8")  # precisions whose speed is judged; of the others the memory is
 STORED = ("fp32", "int8", "w8a16", "w4a16", "fp16")
+HEAD = ("rows", "machine", "measured", "versions")  # of the result; the rest is printed as it is
 HEADER = ("network", "group", "median ms", "p90 ms", "SQNR dB", "max abs error", "anonymous MB", "peak RSS MB")
 
 
@@ -155,9 +154,7 @@ def row(variant: Variant, found: Mapping[str, Any]) -> dict[str, Any]:
 
 def to_markdown(result: Mapping[str, Any]) -> str:
     """Return the results as a page."""
-    here, lines = result["machine"], ["# Full-size LLM-TransUNet on a CPU, batch 1, 256 x 256", ""]
-    lines += [f"{here['processor']}, {here['cores']} cores, {here['system']}; "
-              + ", ".join(f"{name} {number}" for name, number in here["versions"].items()), ""]  # fmt: skip
+    lines = ["# Full-size LLM-TransUNet on a CPU, batch 1, 256 x 256", ""]
     cells = [
         (each["name"], each["group"], f"{each['median_ms']:.1f}", f"{each['p90_ms']:.1f}",
          f"{each['sqnr_db']:.1f}" if "sqnr_db" in each else "–",
@@ -166,17 +163,15 @@ def to_markdown(result: Mapping[str, Any]) -> str:
         for each in result["rows"]
     ]  # fmt: skip
     lines += [*table(HEADER, cells), "", "```json"]
-    lines += [json.dumps({key: value for key, value in result.items() if key not in ("rows", "machine")}, indent=1)]
+    lines += [json.dumps({key: value for key, value in result.items() if key not in HEAD}, indent=1)]
     return "\n".join([*lines, "```", ""])
 
 
 def main() -> None:
     """Measure, write the results, and fail where the verdict does."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    parser = options(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--fresh", action="store_true", help="build the bundles anew and time that, too")
-    parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results")
     chosen = parser.parse_args()
     found = artefacts(fresh_bundles=chosen.fresh)
     images = found.images()
@@ -196,7 +191,6 @@ def main() -> None:
     int8_files = [*found.bundle("default").glob("int8*.onnx"), found.bundle("default") / "weights-int8.bin"]
     result = {
         "rows": rows,
-        "machine": machine(),
         "verdict": judged,
         "masks_proven_on": proven_on(found, best),
         "limit": {"int8_gmac_per_s": rate, "gmac": figures["gmac"], "limit_ms": 1000 * figures["gmac"] / rate,
@@ -208,10 +202,7 @@ def main() -> None:
         "infer": memory_of_infer(found, images),
         "builds": [found.build_figures(name) for name in BUNDLES],
     }  # fmt: skip
-    write_json(chosen.output / "bench_cpu.json", result)
-    with atomic_file(chosen.output / "bench_cpu.md") as temporary:
-        temporary.write_text(to_markdown(result), encoding="utf-8")
-    print(json.dumps(result) if chosen.json else to_markdown(result))
+    publish("bench_cpu", result, to_markdown, chosen)
     if judged["judged"] and not judged["holds"]:
         raise SystemExit(f"not fast enough: {'; '.join(judged['reasons'])}")
 

@@ -42,7 +42,7 @@ def scalars_of(kernel: Kernel, entry: Entry, times: int) -> dict[str, int]:
         return logits_to_mask.scalars(PREPROCESSING, times, 9, (512, 512))
     every = {
         "rows": ROWS * times, "width": WIDTH, "epsilon_bits": float_bits(1e-6), "scale_bits": float_bits(0.03),
-        "tokens": ROWS * times, "sequence": ROWS, "first_position": 0, "num_heads": WIDTH // HEAD_DIM,
+        "batch": times, "tokens": ROWS, "first_position": 0, "num_heads": WIDTH // HEAD_DIM,
         "num_kv_heads": 8, "head_dim": HEAD_DIM, "copy_values": 1,
     }  # fmt: skip
     return {each.name: every[each.name] for each in entry.parameters if each.kind == "int32"}

@@ -7,7 +7,6 @@ whose peak resident memory is compared with a run on a file of a few kilobytes.
     python benchmarks/block_extract_memory.py
 """
 
-import argparse
 import json
 import mmap
 import subprocess
@@ -24,9 +23,9 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType
+from results_file import options, publish
 
-from medseg_trt.files import atomic_file, write_json
-from medseg_trt.report import machine
+from medseg_trt.files import write_json
 from medseg_trt.spec import BlockSpec
 from medseg_trt.train.blocks import load_block, random_block
 from medseg_trt.train.gguf_file import open_gguf
@@ -247,14 +246,10 @@ def measure(model: Model, layouts: Mapping[str, Callable[[Model, Path], Path]]) 
                "limit_bytes": limit}  # fmt: skip
 
 
-def to_markdown(result: dict[str, Any]) -> str:
+def to_markdown(result: Mapping[str, Any]) -> str:
     """Return the table and what it means."""
-    found = result["machine"]
     lines = [
         "# Memory to extract one layer",
-        "",
-        f"{found['processor']}, {found['cores']} cores, {found['system']}, Python {found['python']}, "
-        + ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
         "",
         f"Generated models of {result['num_layers']} layers, each {result['hidden_size']} wide, as sparse files. "
         "*Added* is the peak resident memory, mapped pages of files included, above that of the same command on a file "
@@ -273,11 +268,10 @@ def to_markdown(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure, write the results, and fail where a limit is passed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--width", type=int, default=4096, help="a multiple of 128; 4096 is LLaMA-7B")
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
-    parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results")
     chosen = parser.parse_args()
     heads = chosen.width // 128
     spec = BlockSpec(
@@ -287,12 +281,10 @@ def main() -> None:
     rows = []
     for row in measure(model, {name: LAYOUTS[name] for name in chosen.layouts}):
         print(f"{row['layout']}: {row['added_bytes'] / MIB:.0f} MiB above {row['baseline_bytes'] / MIB:.0f} MiB, "
-              f"limit {row['limit_bytes'] / MIB:.0f} MiB, {row['seconds']} s", flush=True)  # fmt: skip
+              f"limit {row['limit_bytes'] / MIB:.0f} MiB, {row['seconds']} s", file=sys.stderr)  # fmt: skip
         rows.append(row)
-    result = {"machine": machine(), "num_layers": chosen.layers, "hidden_size": chosen.width, "rows": rows}
-    write_json(chosen.output / "block_extract_memory.json", result)
-    with atomic_file(chosen.output / "block_extract_memory.md") as temporary:
-        temporary.write_text(to_markdown(result), encoding="utf-8")
+    result = {"num_layers": chosen.layers, "hidden_size": chosen.width, "rows": rows}
+    publish("block_extract_memory", result, to_markdown, chosen)
     if too_much := [row["layout"] for row in rows if row["added_bytes"] > row["limit_bytes"]]:
         raise SystemExit(f"more memory than the layer accounts for: {', '.join(too_much)}")
 

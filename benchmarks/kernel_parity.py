@@ -1,14 +1,16 @@
 """How far is each CUDA kernel from its contract? The shipped PTX, executed on a CPU, against float64.
 
-    python benchmarks/kernel_parity.py [--full] [-o benchmarks/results]
+    python benchmarks/kernel_parity.py [--full] [--only rotary] [-o benchmarks/results]
 
 Every entry runs over widths 1 to 8192 with 3 and 17 rows (``--full``: 1, 3, 17 and 256), and once with 256 rows of
 4096. Each width meets rows of magnitude 1e-3, 1, 1e3 and near the largest float16, of zeros, with an infinity, with
 a NaN. ``kernel_parity.json`` and ``.md`` get, for each output of each entry, the largest error in tolerances and in
-spacings of its type, the findings of the checkers, and the bytes moved.
+spacings of its type, the findings of the checkers, and the bytes moved. ``--only`` measures one kernel again, after its
+code has changed, and leaves the rows of the others as they are.
 """
 
 import argparse
+import json
 import sys
 import zlib
 from collections.abc import Iterator
@@ -100,14 +102,27 @@ def table(rows: list[dict[str, Any]], title: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def kept_rows(path: Path, full: bool) -> list[dict[str, Any]]:
+    """Return the rows of an earlier run of the same compiler over the same cases."""
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if (before["compiler"], before["full"]) != (compiler_version(DEFAULT), full):
+        raise SystemExit(f"{path} is of {before['compiler']}, full: {before['full']}; leave out --only")
+    return before["rows"]
+
+
 def main() -> None:
     """Measure and write both files."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true", help="1, 3, 17 and 256 rows of every width")
+    parser.add_argument("--only", choices=KERNELS, help="measure this kernel; the rows of the others stay")
     parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
+    known = kept_rows(arguments.output / "kernel_parity.json", arguments.full) if arguments.only else []
     for name in KERNELS:
+        if arguments.only not in (None, name):
+            rows += [row for row in known if row["kernel"] == name]
+            continue
         kernel = load(name)
         for entry in kernel.entries:
             rows += measure(kernel, entry, arguments.full)

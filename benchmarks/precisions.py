@@ -6,39 +6,35 @@ The gate, its limit and its images are those of ``medseg-trt build``; millisecon
 that did other work between them, and serve to order the rows.
 """
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from results_file import options, publish, table
+
 from medseg_trt.bundle import Bundle
-from medseg_trt.files import atomic_file, write_json
 from medseg_trt.pipeline import build
-from medseg_trt.report import machine, table
 from medseg_trt.spec import BuildSpec
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "w8a16", "w4a16")
-RESULTS = Path(__file__).parent / "results"
 
 
-def main(pairs: list[str]) -> None:
+def main() -> None:
     """Build every pair of checkpoint and data folder."""
-    if not pairs or len(pairs) % 2:
-        sys.exit("give pairs of a checkpoint and its data folder")
+    parser = options(__doc__)
+    parser.add_argument("pairs", nargs="+", type=Path, help="a checkpoint and its data folder, and so on")
+    chosen = parser.parse_args()
+    if len(chosen.pairs) % 2:
+        parser.error("give pairs of a checkpoint and its data folder")
     found: dict[str, Any] = {}
     lines = ["# Precisions on trained networks", ""]
-    for checkpoint, data in zip(pairs[::2], pairs[1::2], strict=True):
+    for checkpoint, data in zip(chosen.pairs[::2], chosen.pairs[1::2], strict=True):
         with TemporaryDirectory() as folder:
             bundle = build(checkpoint, BuildSpec(precisions=PRECISIONS), Path(folder, "model.medseg"), data)
-            found[Path(data).name] = _record(bundle)
-            lines += _section(bundle, Path(data).name)
-    versions = machine()
-    lines += [f"{versions['processor']}, {versions['cores']} cores, {versions['system']}, Python {versions['python']}; "
-              + ", ".join(f"{name} {number}" for name, number in versions["versions"].items()) + ".", ""]  # fmt: skip
-    write_json(RESULTS / "precisions.json", {"machine": versions, "networks": found})
-    with atomic_file(RESULTS / "precisions.md") as temporary:
-        temporary.write_text("\n".join(lines), encoding="utf-8")
+            found[data.name] = _record(bundle)
+            lines += _section(bundle, data.name)
+    publish("precisions", {"networks": found}, lambda _: "\n".join(lines), chosen)
 
 
 def _record(bundle: Bundle) -> dict[str, Any]:
@@ -68,4 +64,4 @@ def _section(bundle: Bundle, name: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -12,7 +12,7 @@ import onnx.parser
 import onnx_ir as ir
 
 from medseg_trt.errors import MedsegError
-from medseg_trt.export.trace import KEPT_METADATA, OPSET
+from medseg_trt.export.onnx_graph import KEPT_METADATA, OPSET
 
 DOMAIN, VERSION = "medseg", 1
 PLUGIN: Mapping[str, str] = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}  # without them the body wins
@@ -33,7 +33,8 @@ BODIES: Mapping[str, str] = {
         }""",
     # qkv (batch, tokens, (num_heads + 2 num_kv_heads) head_dim), cos and sin (tokens, head_dim / 2) ->
     # q (batch, num_heads, tokens, head_dim), k and v (batch, num_kv_heads, tokens, head_dim), as Attention takes them.
-    # Column i of a head turns together with column i + head_dim / 2; interleaved pairs have no body.
+    # Column i of a head turns together with column i + head_dim / 2; interleaved pairs have no body. Angles are float32
+    # and so is the rotation, whatever qkv is; the result is rounded once.
     "Rotary": """
         Rotary <num_heads, num_kv_heads, interleaved, plugin_namespace, plugin_version> (qkv, cos, sin) => (q, k, v) {
             one = Constant <value_ints = [1]> ()
@@ -50,14 +51,16 @@ BODIES: Mapping[str, str] = {
             heads = Transpose <perm = [0, 2, 1, 3]> (tokens_first)
             turned_and_v = Concat <axis = 0> (num_turned, num_kv)
             qk, v = Split <axis = 1> (heads, turned_and_v)
-            first, second = Split <axis = -1, num_outputs = 2> (qk)
+            wide = Cast <to = 1> (qk)
+            first, second = Split <axis = -1, num_outputs = 2> (wide)
             first_cos = Mul (first, cos)
             second_sin = Mul (second, sin)
             new_first = Sub (first_cos, second_sin)
             second_cos = Mul (second, cos)
             first_sin = Mul (first, sin)
             new_second = Add (second_cos, first_sin)
-            turned = Concat <axis = -1> (new_first, new_second)
+            wide_turned = Concat <axis = -1> (new_first, new_second)
+            turned = CastLike (wide_turned, qk)
             q_and_k = Concat <axis = 0> (num_q, num_kv)
             q, k = Split <axis = 1> (turned, q_and_k)
         }""",
@@ -67,6 +70,39 @@ BODIES: Mapping[str, str] = {
             opening = Sigmoid (gate)
             silu = Mul (gate, opening)
             y = Mul (silu, up)
+        }""",
+    # The same, quantised as QuantizeLinear does it: int8, one scale, no zero point. The kernels round but once.
+    "QuantizedRMSNorm": """
+        QuantizedRMSNorm <epsilon, scale, plugin_namespace, plugin_version> (x, weight) => (y) {
+            float_y = RMSNormalization <axis = -1, stash_type = 1, epsilon: float = @epsilon> (x, weight)
+            wide = Cast <to = 1> (float_y)
+            step = Constant <value_float: float = @scale> ()
+            y = QuantizeLinear <output_dtype = 3> (wide, step)
+        }""",
+    "QuantizedAddRMSNorm": """
+        QuantizedAddRMSNorm <epsilon, scale, plugin_namespace, plugin_version> (x, residual, weight) => (y, sum) {
+            sum = Add (x, residual)
+            float_y = RMSNormalization <axis = -1, stash_type = 1, epsilon: float = @epsilon> (sum, weight)
+            wide = Cast <to = 1> (float_y)
+            step = Constant <value_float: float = @scale> ()
+            y = QuantizeLinear <output_dtype = 3> (wide, step)
+        }""",
+    "QuantizedSwiGLU": """
+        QuantizedSwiGLU <scale, plugin_namespace, plugin_version> (gate_up) => (y) {
+            gate, up = Split <axis = -1, num_outputs = 2> (gate_up)
+            opening = Sigmoid (gate)
+            silu = Mul (gate, opening)
+            product = Mul (silu, up)
+            wide = Cast <to = 1> (product)
+            step = Constant <value_float: float = @scale> ()
+            y = QuantizeLinear <output_dtype = 3> (wide, step)
+        }""",
+    "QuantizedLayerNorm": """
+        QuantizedLayerNorm <epsilon, scale, plugin_namespace, plugin_version> (x, weight, bias) => (y) {
+            float_y = LayerNormalization <axis = -1, stash_type = 1, epsilon: float = @epsilon> (x, weight, bias)
+            wide = Cast <to = 1> (float_y)
+            step = Constant <value_float: float = @scale> ()
+            y = QuantizeLinear <output_dtype = 3> (wide, step)
         }""",
 }
 

@@ -21,9 +21,12 @@ FLOAT = ir.DataType.FLOAT
 MOVERS = frozenset({  # of numbers, or one step from a product: they add no error but a rounding
     ("", "Relu"), ("", "Reshape"), ("", "Transpose"), ("", "Split"), ("", "Concat"), ("", "Slice"), ("", "MaxPool"),
     ("", "Pad"), ("", "Resize"), ("", "Squeeze"), ("", "Unsqueeze"), ("", "Gelu"), (DOMAIN, "SwiGLU"),
+    (DOMAIN, "Rotary"),
 })  # fmt: skip
 BIASES = frozenset({("", "Add"), ("", "Mul")})  # with a constant; of two activations, they are sums and scales
-KEPT_INPUTS: Mapping[str, frozenset[int]] = {"Resize": frozenset({1, 2})}  # float32 whatever the data is
+KEPT_INPUTS: Mapping[str, frozenset[int]] = {  # float32 whatever the data is
+    "Resize": frozenset({1, 2}), "Rotary": frozenset({1, 2}),
+}  # fmt: skip
 
 
 def to_half(graph: OnnxGraph, names: Collection[str], *, dtype: str = "fp16") -> OnnxGraph:

@@ -9,6 +9,7 @@ background.
 import numpy as np
 import onnx_ir as ir
 
+from medseg_trt.errors import UsageError
 from medseg_trt.export.trace import OUTPUT, OnnxGraph
 from medseg_trt.spec import Preprocessing
 
@@ -16,8 +17,26 @@ SIZE, MASK = "source_size", "mask"  # int64 (2,): height and width in pixels -> 
 RESAMPLED = "resampled_size"  # int64 (2,): the same at the network's spacing, ``preprocess.resampled_size``
 
 
+def require_linear(preprocessing: Preprocessing) -> None:
+    """Refuse contracts whose labels are not those of logits that were resized linearly.
+
+    Raises:
+        UsageError: labels are resized with a spline.
+    """
+    if preprocessing.resizes_with_splines:
+        raise UsageError(
+            f"--outputs mask: with resize={preprocessing.resize}, labels are brought to the picture's size by SciPy, "
+            "which is not done inside the graph; choose --outputs logits"
+        )
+
+
 def with_masks(graph: OnnxGraph, preprocessing: Preprocessing) -> OnnxGraph:
-    """Return a copy that also gives ``mask``; it takes ``source_size`` and, for a fixed spacing, ``resampled_size``."""
+    """Return a copy that also gives ``mask``; it takes ``source_size`` and, for a fixed spacing, ``resampled_size``.
+
+    Raises:
+        UsageError: labels are resized with a spline.
+    """
+    require_linear(preprocessing)
     model = graph.model.clone()
     logits = next(value for value in model.graph.outputs if value.name == OUTPUT)
     assert logits.shape is not None  # ``trace.check`` saw it

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from medseg_trt.errors import UsageError
 from medseg_trt.export.calibrate import Calibration, Range
 from medseg_trt.export.gemms import PART_NAMES, gemms, stored_weight, total_macs
-from medseg_trt.export.trace import KEPT_METADATA, OnnxGraph
+from medseg_trt.export.onnx_graph import KEPT_METADATA, OnnxGraph
 from medseg_trt.export.weight_only import add_constant, per_channel, with_coded_weights
 
 

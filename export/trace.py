@@ -8,31 +8,16 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import onnx_ir as ir
 import torch
 
 from medseg_trt.errors import MedsegError
+from medseg_trt.export.onnx_graph import INPUT, KEPT_METADATA, OPSET, OUTPUT, OnnxGraph
 from medseg_trt.train.transunet import TransUNet
 
-OPSET = 23  # the first with Attention and RMSNormalization
 TRACED_OPSETS: Sequence[Mapping[str, int]] = ({"": OPSET},)
-INPUT, OUTPUT = "pixel_values", "logits"
-KEPT_METADATA = "namespace"  # of a node: the module it came from; the rest holds source lines and paths of this machine
 EXAMPLE_BATCH = 2  # a batch of 1 would be taken for a constant
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OnnxGraph:
-    """A traced network that has passed ``check``."""
-
-    model: ir.Model
-
-    @property
-    def num_nodes(self) -> Mapping[str, int]:
-        """How often each operator occurs."""
-        return Counter(node.op_type for node in self.model.graph)
 
 
 def trace(model: TransUNet) -> OnnxGraph:

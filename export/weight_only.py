@@ -15,7 +15,7 @@ import onnx_ir as ir
 from numpy import ndarray
 
 from medseg_trt.export.gemms import Gemm, gemms
-from medseg_trt.export.trace import KEPT_METADATA, OnnxGraph
+from medseg_trt.export.onnx_graph import KEPT_METADATA, OnnxGraph
 from medseg_trt.progress import LOG
 
 INT8_MAX = 127  # -128 stays unused, so that negating a weight negates its code

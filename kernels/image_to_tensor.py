@@ -46,7 +46,7 @@ def scalars(
     """Return the kernel's scalars for pictures under a preprocessing contract.
 
     Args:
-        p: the contract; ``nearest`` is not for pictures.
+        p: the contract; ``nearest``, splines and turned channels are not for this kernel.
         shape: pictures, rows, columns, channels; 1 or 3 channels.
         spacing_mm: distance between rows and between columns, where it is known.
         strides: bytes from picture to picture, row to row, pixel to pixel; without gaps if not given.
@@ -58,8 +58,12 @@ def scalars(
     resampled = resampled_size((height, width), p, spacing_mm)
     if channels not in (1, CHANNELS):
         raise ValueError(f"the picture has {channels} channels; 1 or 3 are possible")
-    if p.resize == "nearest":
-        raise ValueError("image_to_tensor resizes with linear or linear_antialias, not with nearest")
+    if p.resize not in ("linear", "linear_antialias"):
+        raise ValueError(f"image_to_tensor resizes with linear or linear_antialias, not with {p.resize}")
+    if p.own_window:
+        raise ValueError("image_to_tensor takes one window for all its pictures, not each one's own")
+    if p.channel_order != "rgb":
+        raise ValueError(f"image_to_tensor keeps the order of the channels; it cannot make {p.channel_order} of rgb")
     if not min(height, width, *resampled, *p.image_size) > 0 or max(height, width, *resampled) > MAX_PIXELS:
         raise ValueError(f"{height} x {width} pixels to {resampled}: an axis may have 1 to {MAX_PIXELS}")
     image_stride, row_stride, pixel_stride = strides or (height * width * channels, width * channels, channels)

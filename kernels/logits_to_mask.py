@@ -38,8 +38,10 @@ def scalars(
     """Return the kernel's scalars that bring the logits of ``p.image_size`` back to pictures of ``source_size``.
 
     Raises:
-        ValueError: there are more classes or pixels than the kernel can number.
+        ValueError: there are more classes or pixels than the kernel can number, or labels are resized with a spline.
     """
+    if p.resizes_with_splines:
+        raise ValueError(f"logits_to_mask brings logits back linearly, but with resize={p.resize} labels are")
     resampled = resampled_size(source_size, p, spacing_mm)
     sizes = (*source_size, *resampled, *p.image_size)
     if not 1 <= classes <= MAX_CLASSES:

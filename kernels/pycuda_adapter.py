@@ -1,5 +1,6 @@
 """Launch through ``pycuda``."""
 
+import atexit
 from typing import Any
 
 from medseg_trt.kernels.launch import CudaError, Driver, Launch, import_driver, no_device
@@ -31,6 +32,7 @@ class Pycuda(Driver):
         if cuda.Context.get_current() is None:
             self._context = cuda.Device(device).retain_primary_context()
             self._context.push()
+            atexit.register(self._context.pop)  # pycuda aborts a process that ends with a context of its own
         major, minor = cuda.Context.get_device().compute_capability()
         self.capability = 10 * major + minor
         self._modules: list[Any] = []  # a function lives as long as its module

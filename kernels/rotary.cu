@@ -1,4 +1,6 @@
 // Rotary position embedding of q and k, read from the fused [q | k | v] of a token: a block of 128 threads a token.
+// What comes in token by token goes out head by head, (batch, heads, tokens, head_dim), as an attention takes it: the
+// transpose costs nothing, because a head of a token is one run of memory either way.
 //
 // The block first puts the token's cosines and sines into shared memory, a chunk of pairs at a time; then every thread
 // turns the same few neighbouring pairs in every head that falls to it. Half-split layout: column i turns with
@@ -115,9 +117,10 @@ __device__ __forceinline__ void move(const SCALAR* from, SCALAR* to, int half, i
 #endif
 }
 
+// `stride` is how far one head of the outputs lies behind another: tokens · head_dim.
 template <bool VECTOR>
-__device__ __forceinline__ void rotate_token(const SCALAR* qkv, const Angles& angles, const Heads& heads, SCALAR* q,
-                                             SCALAR* k, SCALAR* v, float* all_cosines, float* all_sines) {
+__device__ __forceinline__ void rotate_token(const SCALAR* qkv, const Angles& angles, const Heads& heads, size_t stride,
+                                             SCALAR* q, SCALAR* k, SCALAR* v, float* all_cosines, float* all_sines) {
     constexpr int RUN = Access<VECTOR>::RUN;
     constexpr int PAIRS = Access<VECTOR>::PAIRS;
     const int half = heads.dim / 2;
@@ -139,9 +142,9 @@ __device__ __forceinline__ void rotate_token(const SCALAR* qkv, const Angles& an
             for (int head = group; head < heads.query + heads.key + heads.value; head += groups) {
                 const SCALAR* from = qkv + head * heads.dim;
                 const int key = head - heads.query, value = key - heads.key;
-                if (key < 0) move<RUN, true>(from, q + head * heads.dim, half, chunk + pair, cosines, sines);
-                else if (value < 0) move<RUN, true>(from, k + key * heads.dim, half, chunk + pair, cosines, sines);
-                else move<RUN, false>(from, v + value * heads.dim, half, chunk + pair, cosines, sines);
+                if (key < 0) move<RUN, true>(from, q + head * stride, half, chunk + pair, cosines, sines);
+                else if (value < 0) move<RUN, true>(from, k + key * stride, half, chunk + pair, cosines, sines);
+                else move<RUN, false>(from, v + value * stride, half, chunk + pair, cosines, sines);
             }
         }
         __syncthreads();  // before the next chunk's angles
@@ -151,30 +154,31 @@ __device__ __forceinline__ void rotate_token(const SCALAR* qkv, const Angles& an
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 ENTRY(const SCALAR* __restrict__ qkv,
 #if ANGLES == ANGLES_TABLE
-      const float* __restrict__ cosine, const float* __restrict__ sine,
+      const float* __restrict__ cos, const float* __restrict__ sin,
 #else
       const int* __restrict__ frequencies,
 #endif
-      int tokens, int sequence, int first_position, int num_heads, int num_kv_heads, int head_dim, int copy_values,
+      int batch, int tokens, int first_position, int num_heads, int num_kv_heads, int head_dim, int copy_values,
       SCALAR* __restrict__ q, SCALAR* __restrict__ k, SCALAR* __restrict__ v) {
     alignas(16) __shared__ float cosines[CHUNK];
     alignas(16) __shared__ float sines[CHUNK];
-    const int token = blockIdx.x;
-    if (token >= tokens) return;
+    const int item = blockIdx.x / tokens, token = blockIdx.x % tokens;
+    if (item >= batch) return;
     const Heads heads{num_heads, num_kv_heads, copy_values ? num_kv_heads : 0, head_dim};
-    const int position = first_position + token % sequence;
+    const int position = first_position + token;
     const bool vector = head_dim % (2 * Access<true>::PAIRS) == 0 && aligned<LANES>(qkv) && aligned<LANES>(q) &&
                         aligned<LANES>(k) && (!copy_values || aligned<LANES>(v));
 #if ANGLES == ANGLES_TABLE
-    const Angles angles{cosine, sine, position};
+    const Angles angles{cos, sin, position};
 #else
     const Angles angles{frequencies, position};
 #endif
-    const size_t row = token;
-    const SCALAR* from = qkv + row * (num_heads + 2 * num_kv_heads) * head_dim;
-    SCALAR* query = q + row * num_heads * head_dim;
-    SCALAR* key = k + row * num_kv_heads * head_dim;
-    SCALAR* value = copy_values ? v + row * num_kv_heads * head_dim : v;
-    if (vector) rotate_token<true>(from, angles, heads, query, key, value, cosines, sines);
-    else rotate_token<false>(from, angles, heads, query, key, value, cosines, sines);
+    const size_t stride = static_cast<size_t>(tokens) * head_dim;
+    const size_t place = static_cast<size_t>(token) * head_dim;
+    const SCALAR* from = qkv + static_cast<size_t>(blockIdx.x) * (num_heads + 2 * num_kv_heads) * head_dim;
+    SCALAR* query = q + item * num_heads * stride + place;
+    SCALAR* key = k + item * num_kv_heads * stride + place;
+    SCALAR* value = copy_values ? v + item * num_kv_heads * stride + place : v;
+    if (vector) rotate_token<true>(from, angles, heads, stride, query, key, value, cosines, sines);
+    else rotate_token<false>(from, angles, heads, stride, query, key, value, cosines, sines);
 }

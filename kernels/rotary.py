@@ -1,9 +1,10 @@
 """Rotary position embedding: pairs of columns of q and k turned by an angle that grows with the token's position.
 
 Contract: ``(a, b) -> (a cos - b sin, b cos + a sin)`` in float32, rounded once to the inputs' type; Hugging Face rounds
-cosine, sine and both products to 16 bits as well. q, k and v are read from rows ``[q | k | v]``, as one GEMM of the
-three writes them; v is copied along if ``copy_values`` is 1. Column i turns with i + head_dim / 2 (``half``, Hugging
-Face) or 2i with 2i + 1 (``interleaved``, Meta).
+cosine, sine and both products to 16 bits as well. q, k and v are read from rows ``[q | k | v]``, token by token, as one
+GEMM of the three writes them, and written head by head, (batch, heads, tokens, head_dim), as an attention takes them; v
+is copied along if ``copy_values`` is 1. Column i turns with i + head_dim / 2 (``half``, Hugging Face) or 2i with 2i + 1
+(``interleaved``, Meta).
 
 Angles come from tables of cosine and sine, or from ``frequency_words``. There a position is multiplied by a 64-bit
 fraction of a turn, modulo one turn, which is exact: up to position 1e6 the angle is within 1.8e-13 radians of
@@ -36,7 +37,7 @@ from medseg_trt.kernels.kernel import (
 
 PI = Decimal("3.14159265358979323846264338327950288419716939937511")
 LAYOUTS = ("half", "interleaved")
-ANGLES: Mapping[str, tuple[str, ...]] = {"table": ("cosine", "sine"), "frequency": ("frequencies",)}
+ANGLES: Mapping[str, tuple[str, ...]] = {"table": ("cos", "sin"), "frequency": ("frequencies",)}
 SIXTEEN_BITS = Tolerance(ulps=0.505, of="largest_term", reason="one rounding; the two products cancel")
 
 
@@ -57,16 +58,16 @@ def frequency_words(head_dim: int, theta: float) -> Int32[ndarray, "2 half"]:
 
 def shapes(scalars: Scalars, entry: Entry) -> dict[str, tuple[int, ...]]:
     """Return the shape of every array; a table's row is a position, and ``v`` is empty if it is not copied."""
-    tokens, dim, kv_heads = scalars["tokens"], scalars["head_dim"], scalars["num_kv_heads"]
-    table = (scalars["first_position"] + scalars["sequence"], dim // 2)
+    batch, tokens, dim, kv_heads = (scalars[name] for name in ("batch", "tokens", "head_dim", "num_kv_heads"))
+    table = (scalars["first_position"] + tokens, dim // 2)
     every = {
-        "qkv": (tokens, (scalars["num_heads"] + 2 * kv_heads) * dim),
-        "cosine": table,
-        "sine": table,
+        "qkv": (batch, tokens, (scalars["num_heads"] + 2 * kv_heads) * dim),
+        "cos": table,
+        "sin": table,
         "frequencies": (2, dim // 2),
-        "q": (tokens, scalars["num_heads"] * dim),
-        "k": (tokens, kv_heads * dim),
-        "v": (tokens, kv_heads * dim if scalars["copy_values"] else 0),
+        "q": (batch, scalars["num_heads"], tokens, dim),
+        "k": (batch, kv_heads, tokens, dim),
+        "v": (batch, kv_heads if scalars["copy_values"] else 0, tokens, dim),
     }
     return {parameter.name: every[parameter.name] for parameter in entry.parameters if parameter.kind == "pointer"}
 
@@ -75,20 +76,18 @@ def bytes_moved(scalars: Scalars, entry: Entry) -> int:
     """Return the bytes that must move: what is turned or copied once each way, and the angles in use once."""
     used = shapes(scalars, entry)
     outputs = {name: used[name] for name in ("q", "k", "v")}
-    angles = {name: used[name] for name in ("cosine", "sine", "frequencies") if name in used}
-    rows = min(scalars["tokens"], scalars["sequence"])
-    angles = {name: shape if name == "frequencies" else (rows, shape[1]) for name, shape in angles.items()}
+    angles = {name: used[name] for name in ("cos", "sin", "frequencies") if name in used}
+    in_use = {name: (scalars["tokens"], shape[1]) for name, shape in angles.items() if name != "frequencies"}
     empty = dict.fromkeys(used, (0,))
-    return 2 * bytes_of_shapes({**empty, **outputs}, entry) + bytes_of_shapes({**empty, **angles}, entry)
+    return 2 * bytes_of_shapes({**empty, **outputs}, entry) + bytes_of_shapes({**empty, **angles, **in_use}, entry)
 
 
 def reference(entry: Entry, inputs: Mapping[str, Array], scalars: Scalars) -> dict[str, Expected]:
-    """Return ``q``, ``k`` and ``v`` (tokens, heads · head_dim); ``v`` is empty if it is not copied."""
-    heads, kv_heads, dim = scalars["num_heads"], scalars["num_kv_heads"], scalars["head_dim"]
-    qkv = inputs["qkv"].astype(np.float64)
-    positions = scalars["first_position"] + np.arange(scalars["tokens"]) % scalars["sequence"]
-    cosine, sine = _angles(inputs, positions)
-    query, key, value = np.split(qkv, [heads * dim, (heads + kv_heads) * dim], axis=1)
+    """Return ``q``, ``k`` and ``v`` (batch, heads, tokens, head_dim); ``v`` has no heads if it is not copied."""
+    batch, tokens, heads, kv_heads = (scalars[name] for name in ("batch", "tokens", "num_heads", "num_kv_heads"))
+    by_token = inputs["qkv"].astype(np.float64).reshape(batch, tokens, heads + 2 * kv_heads, scalars["head_dim"])
+    query, key, value = np.split(by_token.transpose(0, 2, 1, 3), [heads, heads + kv_heads], axis=1)
+    cosine, sine = _angles(inputs, scalars["first_position"] + np.arange(tokens))
     copied = value if scalars["copy_values"] else value[:, :0]
     layout = entry.defines["LAYOUT"]
     return {"q": _turned(query, cosine, sine, layout), "k": _turned(key, cosine, sine, layout), "v": plain(copied)}
@@ -96,31 +95,29 @@ def reference(entry: Entry, inputs: Mapping[str, Array], scalars: Scalars) -> di
 
 def _angles(inputs: Mapping[str, Array], positions: Array) -> tuple[Floats, Floats]:
     """Return cosine and sine, (tokens, pairs)."""
-    if "cosine" in inputs:
-        return inputs["cosine"][positions].astype(np.float64), inputs["sine"][positions].astype(np.float64)
+    if "cos" in inputs:
+        return inputs["cos"][positions].astype(np.float64), inputs["sin"][positions].astype(np.float64)
     words = inputs["frequencies"].view(np.uint32).astype(object)
     fractions = positions.astype(object)[:, None] * (words[0] * 2**32 + words[1])[None, :]
     angles = (fractions % 2**64).astype(np.float64) * (2 * np.pi / 2**64)  # whole numbers of Python: exact
     return np.cos(angles), np.sin(angles)
 
 
-def _turned(rows: Floats, cosine: Floats, sine: Floats, layout: str) -> Expected:
-    tokens, pairs = cosine.shape
-    split = (tokens, -1, 2, pairs) if layout == "LAYOUT_HALF" else (tokens, -1, pairs, 2)
-    axis = 2 if layout == "LAYOUT_HALF" else 3
-    first, second = (np.take(rows.reshape(split), index, axis=axis) for index in (0, 1))
-    cosine, sine = cosine[:, None, :], sine[:, None, :]
+def _turned(heads: Floats, cosine: Floats, sine: Floats, layout: str) -> Expected:
+    pairs = cosine.shape[1]
+    split, axis = ((2, pairs), -2) if layout == "LAYOUT_HALF" else ((pairs, 2), -1)
+    first, second = (np.take(heads.reshape(*heads.shape[:-1], *split), index, axis=axis) for index in (0, 1))
     with np.errstate(invalid="ignore", over="ignore"):
         terms = (first * cosine, -second * sine), (second * cosine, first * sine)
         value = np.stack([left + right for left, right in terms], axis=axis)
         largest = np.stack([np.maximum(np.abs(left), np.abs(right)) for left, right in terms], axis=axis)
-    return plain(value.reshape(rows.shape), largest.reshape(rows.shape))
+    return plain(value.reshape(heads.shape), largest.reshape(heads.shape))
 
 
 def _entry(dtype: str, layout: str, angles: str) -> Entry:
     name = f"rotary_{dtype}_{layout}_{angles}"
     kind = "int32" if angles == "frequency" else "float32"
-    numbers = ("tokens", "sequence", "first_position", "num_heads", "num_kv_heads", "head_dim", "copy_values")
+    numbers = ("batch", "tokens", "first_position", "num_heads", "num_kv_heads", "head_dim", "copy_values")
     return Entry(
         name=name,
         dtype=dtype,
@@ -144,8 +141,8 @@ KERNEL = Kernel(
     source=Path(__file__).with_suffix(".cu"),
     entries=tuple(_entry(dtype, layout, angles) for dtype in C_TYPES for layout in LAYOUTS for angles in ANGLES),
     block=(128, 1, 1),
-    grid=lambda scalars: (scalars["tokens"], 1, 1),
-    grid_rule="(tokens, 1, 1)",
+    grid=lambda scalars: (scalars["batch"] * scalars["tokens"], 1, 1),
+    grid_rule="(batch * tokens, 1, 1)",
     shared_bytes=0,
     shapes=shapes,
     reference=reference,

@@ -19,12 +19,15 @@ LEAVES = (
     "progress",
     "statistics",
     "metrics",
+    "metric_modes",
     "surface",
     "preprocess",
     "images",
     "formats",
     "overlay",
     "segment",
+    "fingerprint",
+    "layer_report",
 )
 HEAVY = (
     "torch",
@@ -165,3 +168,8 @@ def test_every_public_name_is_found_and_the_torch_free_ones_are_light():
 
 def test_a_heavy_import_is_caught():
     assert "torch" in heavy_imports("import medseg_trt.sessions.pytorch")
+
+
+def test_building_an_engine_again_needs_no_torch():
+    modules = "medseg_trt.engines, medseg_trt.export.expectations, medseg_trt.kernels.nodes"
+    assert heavy_imports(f"import {modules}") == ["onnx"]

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
-    "BuildSpec", "Bundle", "Checkpoint", "Classes", "Mask", "ModelSpec", "Preprocessing", "build", "infer",
-    "load_bundle", "load_checkpoint", "open_session",
+    "BuildSpec", "Bundle", "Checkpoint", "Classes", "EngineSpec", "Mask", "ModelSpec", "Preprocessing", "build",
+    "infer", "load_bundle", "load_checkpoint", "open_session",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from medseg_trt.images import Mask
     from medseg_trt.pipeline import build, infer
     from medseg_trt.session import open_session
-    from medseg_trt.spec import BuildSpec, Classes, ModelSpec, Preprocessing
+    from medseg_trt.spec import BuildSpec, Classes, EngineSpec, ModelSpec, Preprocessing
     from medseg_trt.train.checkpoint import Checkpoint, load_checkpoint
 
 _HOMES = {
@@ -25,6 +25,7 @@ _HOMES = {
     "Bundle": "bundle",
     "Checkpoint": "train.checkpoint",
     "Classes": "spec",
+    "EngineSpec": "spec",
     "Mask": "images",
     "ModelSpec": "spec",
     "Preprocessing": "spec",

@@ -20,7 +20,7 @@ from medseg_trt.layer_times import profile
 from medseg_trt.machine import package_versions, this_machine
 from medseg_trt.measured_cases import MeasuredCases, measured_cases, one_image_file
 from medseg_trt.peaks import peaks, roofline
-from medseg_trt.preprocess import prepare
+from medseg_trt.preprocess import of_image, prepare
 from medseg_trt.progress import LOG
 from medseg_trt.report_schema import (
     SCOPES,
@@ -58,6 +58,7 @@ class Bench:
     max_dice_drop: float | None = None  # None: as at the build
     profile: bool = True  # look into the layers, and measure the machine's peaks
     commands: tuple[str, ...] = ()
+    verify_key: Path | None = None  # of who built the bundle; None: its digests are checked alone
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,15 +82,16 @@ def bench(what: Bench, scratch: Path) -> Measured:
         UsageError: the networks and the data do not fit.
         ArtefactError: the checkpoint or the bundle cannot be used, or the reference dies.
     """
-    bundle = load_bundle(what.bundle)
+    bundle = load_bundle(what.bundle, what.verify_key)
     candidates, digests, warnings = _candidates(what, bundle)
     machine = this_machine()
     limit = bundle.content.build.max_dice_drop if what.max_dice_drop is None else what.max_dice_drop
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(dir=scratch, prefix=".partial-")))
-        cases = measured_cases(what.data, what.split, bundle.classes, folder, bundle.preprocessing.image_size)
+        cases = measured_cases(what.data, what.split, bundle, folder)
         first = next(cases.read())[1]
-        image = prepare(first.pixels[first.num_slices // 2], bundle.preprocessing, first.spacing_in_plane)[np.newaxis]
+        contract = of_image(bundle.preprocessing, first.pixels)
+        image = prepare(first.pixels[first.num_slices // 2], contract, first.spacing_in_plane)[np.newaxis]
         here = [each for each in candidates if each.executed]
         sessions, timings = open_candidates(here, image, what.tier.starts, stack)
         reference = candidates[0].name
@@ -113,6 +115,7 @@ def bench(what: Bench, scratch: Path) -> Measured:
         way, timed = _whole_way(bundle, cases, first, folder)
         images = cases.images(read, timed)  # while noise is still on the disk
         time_all(fit, timings, batch, way, what.tier, what.throughput_batches)
+        images = cases.images(read, timed)
         devices = {name: (session.device, session.description) for name, session in sessions.items()}
     inside = _look_inside(what, [each for each in here if each.name in fit], timings, image)
     rows = [_row(each, candidates[0], compared, verdicts, timings, devices, inside) for each in candidates]

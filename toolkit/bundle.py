@@ -1,7 +1,8 @@
 """A bundle: one folder that holds everything needed to segment images, and the proof of what is in it.
 
 ``manifest.json`` names every other file with its size and SHA-256, and nothing is opened before those agree. Digests
-tell damage, not malice: whoever can change the manifest can change its digests. No pixel of any training image is in a
+tell damage, not malice: whoever can change the manifest can change its digests. A signature over the manifest tells
+both, to whoever has the builder's public key. No pixel of any training image is in a
 bundle; its golden input is seeded noise. ``config.json`` and ``preprocessor_config.json`` say in Hugging Face's words
 what the manifest says in ours.
 """
@@ -19,9 +20,11 @@ from numpy import ndarray
 from medseg_trt.errors import ArtefactError, UsageError
 from medseg_trt.files import inside, sha256, write_json
 from medseg_trt.preprocess import golden
-from medseg_trt.spec import BuildSpec, Classes, ModelSpec, Preprocessing, from_dict, to_dict
+from medseg_trt.signature import verify
+from medseg_trt.spec import BuildSpec, Classes, EngineSpec, ModelSpec, Preprocessing, from_dict, to_dict
 
-SCHEMA = 2
+SCHEMA = 3
+READABLE = (2, 3)  # a bundle of schema 2 has no engines
 MANIFEST = "manifest.json"
 GOLDEN = "golden.npz"
 DEFAULT_GRAPH = "model.onnx"  # the default variant's graph once more, under the name that other tools look for
@@ -69,6 +72,22 @@ class Execution:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class BuiltEngine:
+    """An engine of the bundle, for GPUs; its fingerprint and the report of its layers lie beside it."""
+
+    plan: str  # "engines/NAME.plan"
+    variant: str  # a key of Manifest.variants: the graph that it was built from
+    spec: EngineSpec
+    executed: bool = False  # whether it ever ran; until then all that is known of its masks is that of the graph
+    wall_s: float  # that the process which built it took, with everything
+    processor_s: float  # that it used
+    peak_resident_mb: float  # that it had at most; 0 where the system does not say
+    unmet: tuple[str, ...] = ()  # what the report of its layers expected in vain
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """What stands in ``manifest.json``."""
 
@@ -81,6 +100,7 @@ class Manifest:
     versions: Mapping[str, str]
     variants: Mapping[str, Variant]
     executions: tuple[Execution, ...]  # the best first: that is what ``infer`` uses where its back-end is installed
+    engines: tuple[BuiltEngine, ...] = ()
     dropped: tuple[str, ...] = ()  # the executions that were tried and are not to be used, each with its reason
     files: Mapping[str, FileEntry] = field(default_factory=dict[str, FileEntry])  # filled in by seal
 
@@ -92,6 +112,9 @@ class Manifest:
         for execution in self.executions:
             if execution.variant not in self.variants:
                 raise ValueError(f"the variant {execution.variant!r} is not among {', '.join(self.variants)}")
+        for engine in self.engines:
+            if engine.variant not in self.variants:
+                raise ValueError(f"the variant {engine.variant!r} is not among {', '.join(self.variants)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,6 +123,7 @@ class Bundle:
 
     folder: Path
     content: Manifest
+    signed_by: str | None = None  # fingerprint of the key that its signature was verified with
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -140,6 +164,24 @@ class Bundle:
             f"{size / 1e6:.1f}",
         ]
 
+    def engine_table(self) -> tuple[list[str], list[list[str]]]:
+        """Return the engines, as a header and rows of text."""
+        header = ["engine", "library", "GPUs", "executed", "MB", "build s", "build MB", "unmet expectations"]
+        return header, [self._engine_row(engine) for engine in self.content.engines]
+
+    def _engine_row(self, engine: BuiltEngine) -> list[str]:
+        precision = self.content.variants[engine.variant].precision
+        return [
+            precision + (" (plugins)" if engine.spec.plugins else ""),
+            engine.spec.library,
+            ", ".join(engine.spec.targets),
+            "yes" if engine.executed else "no",
+            f"{(self.folder / engine.plan).stat().st_size / 1e6:.1f}",
+            f"{engine.wall_s:.1f}",
+            f"{engine.peak_resident_mb:.0f}",
+            str(len(engine.unmet)),
+        ]
+
     def manifest(self) -> dict[str, Any]:
         """Return the manifest as plain data that JSON can hold."""
         return to_dict(self.content)
@@ -167,23 +209,32 @@ def find_bundle(folder: Path | None) -> Path:
     raise UsageError(f"there are several bundles here; choose one: {', '.join(f'--bundle {path}' for path in found)}")
 
 
-def load_bundle(folder: Path | str) -> Bundle:
+def load_bundle(folder: Path | str, verify_key: Path | None = None) -> Bundle:
     """Open a bundle after checking every file in it.
 
+    Args:
+        folder: the bundle.
+        verify_key: a file with the public key of who built it: then the manifest must be signed with its private key.
+
     Raises:
-        ArtefactError: it is no bundle, a file is missing or changed, or this version prepares images in another way.
+        ArtefactError: it is no bundle, its signature is missing or wrong, a file is missing or changed, or this version
+            prepares images in another way.
+        UsageError: ``verify_key`` is none.
     """
     folder = Path(folder)
     path = folder / MANIFEST
     if not path.is_file():
         raise ArtefactError(f"{folder} is no bundle: it has no {MANIFEST}. Build one: medseg-trt build --ckpt model.pt")
-    content = _read_manifest(path)
+    written = _read_bytes(path)
+    signed_by = verify(path, written, verify_key) if verify_key is not None else None
+    content = _read_manifest(path, written)
     named = {name for variant in content.variants.values() for name in (variant.graph, variant.weights)}
+    named |= {name for engine in content.engines for name in (engine.plan, f"{engine.plan.removesuffix('.plan')}.json")}
     if unlisted := sorted((named | {GOLDEN}) - content.files.keys()):
         raise ArtefactError(f"{path} gives no digest of {', '.join(unlisted)}; the bundle is not to be trusted")
     for name, entry in content.files.items():
         _check_file(inside(folder, name), entry, folder)
-    bundle = Bundle(folder=folder, content=content)
+    bundle = Bundle(folder=folder, content=content, signed_by=signed_by)
     _check_preprocessing(bundle)
     return bundle
 
@@ -195,7 +246,11 @@ def seal(folder: Path, manifest: Manifest, golden_logits: ndarray) -> None:
     (folder / DEFAULT_GRAPH).write_bytes((folder / variant.graph).read_bytes())
     write_json(folder / "config.json", _config(manifest))
     write_json(folder / "preprocessor_config.json", _preprocessor_config(manifest.preprocessing))
-    files = {path.name: FileEntry(sha256=sha256(path), bytes=path.stat().st_size) for path in sorted(folder.iterdir())}
+    files = {
+        path.relative_to(folder).as_posix(): FileEntry(sha256=sha256(path), bytes=path.stat().st_size)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
     write_json(folder / MANIFEST, to_dict(replace(manifest, files=files)))
 
 
@@ -205,17 +260,23 @@ def golden_input(preprocessing: Preprocessing) -> Float32[ndarray, "1 3 height w
     return prepared[np.newaxis]
 
 
-def _read_manifest(path: Path) -> Manifest:
+def _read_bytes(path: Path) -> bytes:
     if path.stat().st_size > MAX_MANIFEST_BYTES:
         raise ArtefactError(f"{path} is larger than {MAX_MANIFEST_BYTES >> 20} MiB; it is not to be trusted")
+    return path.read_bytes()
+
+
+def _read_manifest(path: Path, written: bytes) -> Manifest:
+    """Make a manifest of the very bytes whose signature was verified."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(written.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ArtefactError(f"{path} is no valid JSON: {error}") from error
     fields = cast("dict[str, Any]", data) if isinstance(data, dict) else {}
-    if fields.get("schema") != SCHEMA:
+    if fields.get("schema") not in READABLE:
         raise ArtefactError(
-            f"{path} has schema {fields.get('schema')!r}; this version reads {SCHEMA}. Build the bundle again"
+            f"{path} has schema {fields.get('schema')!r}; this version reads {' and '.join(map(str, READABLE))}. "
+            "Build the bundle again"
         )
     return from_dict(Manifest, fields, str(path))
 
@@ -264,7 +325,7 @@ def _config(manifest: Manifest) -> dict[str, Any]:
 
 
 def _preprocessor_config(preprocessing: Preprocessing) -> dict[str, Any]:
-    """Return ``preprocessor_config.json``; Hugging Face has no word for ``window`` and ``spacing_mm``."""
+    """Return ``preprocessor_config.json``; Hugging Face has no word for the windows, spacing_mm and channel_order."""
     height, width = preprocessing.image_size
     return {
         "do_resize": True,
@@ -272,7 +333,9 @@ def _preprocessor_config(preprocessing: Preprocessing) -> dict[str, Any]:
         "resize": preprocessing.resize,
         "do_rescale": True,
         "window": list(preprocessing.window),
+        "own_window": preprocessing.own_window,
         "spacing_mm": preprocessing.spacing_mm,
+        "channel_order": preprocessing.channel_order,
         "do_normalize": True,
         "image_mean": list(preprocessing.mean),
         "image_std": list(preprocessing.std),

@@ -17,20 +17,27 @@ from medseg_trt.commands.bench import bench
 from medseg_trt.commands.block import block
 from medseg_trt.commands.build import build
 from medseg_trt.commands.compare import compare
+from medseg_trt.commands.data import data
 from medseg_trt.commands.doctor import doctor
 from medseg_trt.commands.evaluate import evaluate
+from medseg_trt.commands.import_ import import_
 from medseg_trt.commands.infer import infer
 from medseg_trt.commands.inspect import inspect
 from medseg_trt.commands.kernels import kernels
+from medseg_trt.commands.reproduce import reproduce
 from medseg_trt.commands.samples import samples
 from medseg_trt.commands.train import train
 from medseg_trt.errors import MedsegError, MissingExtraError
+from medseg_trt.progress import is_spokesman
 
 COMMANDS: tuple[click.Command, ...] = (
     samples,
     block,
+    data,
     train,
+    import_,
     evaluate,
+    reproduce,
     build,
     infer,
     bench,
@@ -106,7 +113,7 @@ def cli() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_Messages())
     logger.handlers = [handler]
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO if is_spokesman() else logging.ERROR)
 
 
 for command in COMMANDS:

@@ -35,6 +35,13 @@ class Finding:
 ABILITIES: Mapping[str, Ability] = {
     "infer on the CPU with ONNX Runtime": Ability(modules={"onnxruntime": "onnxruntime"}, extra="cpu"),
     "infer on the CPU with OpenVINO": Ability(modules={"openvino": "openvino"}, extra="openvino"),
+    "infer on an NVIDIA GPU with TensorRT-RTX": Ability(
+        modules={"tensorrt_rtx": "tensorrt-rtx-cu13", "ml_dtypes": "ml_dtypes"},
+        wheels=("cuda-bindings",),
+        extra="tensorrt-rtx",
+    ),
+    "infer on an NVIDIA GPU with ONNX Runtime": Ability(modules={}, wheels=("onnxruntime-gpu",), extra="gpu"),
+    "sign bundles and verify them": Ability(modules={"cryptography": "cryptography"}, extra="sign"),
     "read NIfTI volumes": Ability(modules={"nibabel": "nibabel"}, extra="medical"),
     "train": Ability(
         modules={
@@ -86,7 +93,7 @@ def _version(package: str) -> str | None:
 
 def _driver() -> Finding:
     """Ask the driver itself: a PyTorch that was built for the CPU would not know."""
-    name = "an NVIDIA GPU (used for training alone, so far)"
+    name = "an NVIDIA GPU"
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:

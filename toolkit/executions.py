@@ -35,6 +35,11 @@ class Tried:
     executions: tuple[Execution, ...]  # the best first
     dropped: tuple[str, ...]  # those that are not to be used, each with its reason
 
+    @property
+    def verified(self) -> frozenset[str]:
+        """The variants that a back-end has run, with masks that are right."""
+        return frozenset(execution.variant for execution in self.executions)
+
 
 def try_executions(
     folder: Path, variants: Mapping[str, Variant], proof: Proof, golden: tuple[ndarray, ndarray]
@@ -54,6 +59,8 @@ def try_executions(
     wanted = proof.spec.backend
     if wanted != "auto" and wanted not in BACKENDS:
         raise UsageError(f"no back-end is called {wanted!r}; choose one of: auto, {', '.join(BACKENDS)}")
+    if wanted != "auto" and BACKENDS[wanted].gpu:
+        raise UsageError(f"a build does not try {wanted}; leave --backend out here, and give it to infer")
     found: list[Execution] = []
     dropped: list[str] = []
     reasons: dict[str, MedsegError] = {}
@@ -90,6 +97,7 @@ def _ways(variant: Variant, wanted: str, computes: Sequence[str]) -> list[tuple[
     return [
         (name, compute)
         for name, backend in BACKENDS.items()
+        if not backend.gpu
         if wanted in ("auto", name) and variant.flavour in backend.flavours
         for compute in computes
         if compute in backend.computes

@@ -31,6 +31,9 @@ READERS: Mapping[str, str] = {  # the suffix of a kind of file -> the module tha
     ".nii.gz": "medseg_trt.formats.nifti",
     ".nrrd": "medseg_trt.formats.nrrd",
     ".nhdr": "medseg_trt.formats.nrrd",
+    ".npz": "medseg_trt.formats.arrays",
+    ".h5": "medseg_trt.formats.arrays",
+    ".npy.h5": "medseg_trt.formats.arrays",
     ".dcm": "medseg_trt.formats.dicom",
 }
 DICOM = ".dcm"  # files with other names are DICOM too if they begin like one
@@ -175,7 +178,7 @@ def find_images(inputs: Sequence[Path]) -> list[Source]:
                 raise InputError(
                     f"{path} holds no image; files that can be read end with {', '.join(READERS)}, or are DICOM"
                 )
-            found += sorted(inside, key=_natural_key)
+            found += sorted(inside, key=lambda source: natural_key(source.name))
         elif path.is_file():
             found.append(_single(path))
         else:
@@ -192,6 +195,12 @@ def output_stem(image: "Path | Source | Image | Mask") -> str:
     if not isinstance(image, Path):
         return output_stem(image.path) if image.stem is None else image.stem
     return image.name[: len(image.name) - len(_suffix(image) or image.suffix)]
+
+
+def natural_key(name: str) -> tuple[list[str | int], str]:
+    """Return a key that sorts names with their numbers as numbers: ``img2`` before ``img10``."""
+    parts = re.split(r"(\d+)", name.lower())
+    return [int(part) if part.isdecimal() else part for part in parts], name
 
 
 def read_image(source: Source | Path) -> Image:
@@ -310,11 +319,6 @@ def _reader(path: Path) -> Any:
 
 def _module(kind: str) -> Any:
     return importlib.import_module(READERS[kind])
-
-
-def _natural_key(source: Source) -> tuple[list[str | int], str]:
-    parts = re.split(r"(\d+)", source.name.lower())
-    return [int(part) if part.isdecimal() else part for part in parts], source.name
 
 
 def _as_labels(values: ndarray, path: Path, num_labels: int | None) -> UInt8[ndarray, "slices height width"]:

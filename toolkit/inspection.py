@@ -1,4 +1,4 @@
-"""Say what a checkpoint, a bundle, an ONNX file or an architecture is, as plain data."""
+"""Say what a checkpoint, a bundle, an ONNX file, an engine or an architecture is, as plain data."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -14,7 +14,7 @@ def describe(what: str, image_size: int, classes: int) -> dict[str, Any]:
     """Describe a file, a folder or an architecture.
 
     Args:
-        what: ``model.pt``, a ``*.medseg`` folder, a ``*.onnx`` file, or ``arch:NAME``.
+        what: ``model.pt``, a ``*.medseg`` folder, a ``*.onnx`` file, an engine ``*.plan``, or ``arch:NAME``.
         image_size: height and width of ``arch:NAME``, in pixels.
         classes: number of logits of ``arch:NAME``.
 
@@ -28,7 +28,8 @@ def describe(what: str, image_size: int, classes: int) -> dict[str, Any]:
     path = Path(what)
     if not path.exists():
         raise InputError(
-            f"{path} does not exist; give a checkpoint (.pt), a bundle (.medseg), an ONNX file or arch:NAME"
+            f"{path} does not exist; give a checkpoint (.pt), a bundle (.medseg), an ONNX file, an engine (.plan) "
+            "or arch:NAME"
         )
     suffix = path.suffix.lower()
     if suffix not in KINDS:
@@ -57,8 +58,17 @@ def _checkpoint(path: Path) -> dict[str, Any]:
         "spec": to_dict(checkpoint.spec),
         "preprocessing": to_dict(checkpoint.preprocessing),
         "classes": to_dict(checkpoint.classes),
-        "provenance": dict(checkpoint.provenance),
+        "provenance": _brief(checkpoint.provenance),
     }
+
+
+def _brief(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Count the cases of every split, which ``data.json`` in the run folder lists."""
+    data = provenance.get("data") or {}
+    if "manifest" not in data:
+        return dict(provenance)
+    splits = {split: len(names) for split, names in data["manifest"]["splits"].items()}
+    return {**provenance, "data": {**data, "manifest": {"splits": splits}}}
 
 
 def _bundle(path: Path) -> dict[str, Any]:
@@ -73,4 +83,12 @@ def _onnx(path: Path) -> dict[str, Any]:
     return describe_onnx(path)
 
 
-KINDS: Mapping[str, Callable[[Path], dict[str, Any]]] = {".pt": _checkpoint, ".medseg": _bundle, ".onnx": _onnx}
+def _plan(path: Path) -> dict[str, Any]:
+    from medseg_trt.engine_inspection import inspect_engine
+
+    return inspect_engine(path).to_dict()
+
+
+KINDS: Mapping[str, Callable[[Path], dict[str, Any]]] = {
+    ".pt": _checkpoint, ".medseg": _bundle, ".onnx": _onnx, ".plan": _plan
+}  # fmt: skip

@@ -14,6 +14,7 @@ from medseg_trt.files import atomic_file, sha256
 from medseg_trt.finished import Finished, recall, remember, remove_leftovers
 from medseg_trt.images import Image, Mask, Source, find_images, read_image, write_mask
 from medseg_trt.overlay import write_overlay
+from medseg_trt.preprocess import of_image
 from medseg_trt.progress import LOG, track
 from medseg_trt.segment_many import segment_many
 from medseg_trt.session import open_session
@@ -42,6 +43,7 @@ def infer_to_folder(
     batch: int = 4,
     threads: int | None = None,
     resume: bool = False,
+    verify_key: Path | None = None,
     on_error: Callable[[Path, InputError], None],
 ) -> MaskFolder:
     """Segment images and write a mask each, ``areas.csv`` and, if wanted, ``overlays/``; a bad file stops only itself.
@@ -56,6 +58,7 @@ def infer_to_folder(
         batch: how many slices go through the network at once.
         threads: CPU threads; None leaves it to the back-end.
         resume: keep what an earlier run made of the same images with the same bundle and options.
+        verify_key: the public key of who built the bundle; None checks its digests alone.
         on_error: told of every file that cannot be used.
 
     Raises:
@@ -63,7 +66,7 @@ def infer_to_folder(
         UsageError: two masks would have the same name, or one would overwrite an input.
         ArtefactError: the bundle cannot be used.
     """
-    bundle = load_bundle(bundle_folder)
+    bundle = load_bundle(bundle_folder, verify_key)
     sources = find_images(inputs)
     _require_distinct_outputs(sources, output)
     if resume:
@@ -118,7 +121,7 @@ def _write(source: Source, image: Image, mask: Mask, bundle: Bundle, output: Pat
     files = [write_mask(mask, output)]
     if overlay:
         files.append(output / "overlays" / f"{source.stem}.png")
-        write_overlay(image, mask, bundle.preprocessing.window, files[-1])
+        write_overlay(image, mask, of_image(bundle.preprocessing, image.pixels).window, files[-1])
     digests = {file.relative_to(output).as_posix(): sha256(file) for file in files}
     finished = Finished(key=key, files=digests, areas=_area_rows(mask))
     remember(output, source.stem, finished)

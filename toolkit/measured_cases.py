@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 
+from medseg_trt.bundle import Bundle
 from medseg_trt.errors import InputError, UsageError, require
 from medseg_trt.files import CHUNK_BYTES
 from medseg_trt.images import Image, Source, find_images
 from medseg_trt.report_schema import CaseFile, Images
-from medseg_trt.spec import Classes
-from medseg_trt.train.datasets.folder import Case, open_folder, read_case, read_case_image
+from medseg_trt.train.datasets.folder import Case, read_case, read_case_image
+from medseg_trt.train.datasets.official import is_labelled, open_recorded
 
 NOISE_IMAGES = 8
 SEED = 0
@@ -59,37 +60,36 @@ class MeasuredCases:
         )  # fmt: skip
 
 
-def measured_cases(
-    data: Path | None, split: str, classes: Classes, scratch: Path, size: tuple[int, int]
-) -> MeasuredCases:
+def measured_cases(data: Path | None, split: str, bundle: Bundle, scratch: Path) -> MeasuredCases:
     """Find the images.
 
     Args:
-        data: a data folder, or a folder of images without masks; None: seeded noise.
-        split: of the data folder.
-        classes: the network's.
+        data: a data set, or a folder of images without masks; None: seeded noise of the network's size.
+        split: of the data set, which is divided as it was for the training.
+        bundle: of the network.
         scratch: where noise is written.
-        size: of the noise, height and width.
 
     Raises:
         InputError: the data cannot be used.
         UsageError: it has other classes than the network.
     """
-    num_labels = len(classes.names)
+    names = bundle.classes.names
+    num_labels = len(names)
     if data is None:
-        cases = tuple(Case(image=source, mask=source) for source in find_images([_noise(scratch, size)]))
+        noise = _noise(scratch, bundle.preprocessing.image_size)
+        cases = tuple(Case(image=source, mask=source) for source in find_images([noise]))
         return MeasuredCases(cases=cases, data="noise", split="none", what="of generated noise", labelled=False,
                              num_labels=num_labels)  # fmt: skip
-    if not (data / "masks").is_dir():
+    if not is_labelled(data):
         sources = find_images([data / "images" if (data / "images").is_dir() else data])
         cases = tuple(Case(image=source, mask=source) for source in sources)
         return MeasuredCases(cases=cases, data=data.resolve().name, split="none", labelled=False,
                              what=f"of {data.resolve().name}, without masks", num_labels=num_labels)  # fmt: skip
-    folder = open_folder(data)
-    if folder.classes.names != classes.names:
+    folder = open_recorded(data, bundle.content.source["provenance"])
+    if folder.classes.names != names:
         raise UsageError(
-            f"{data} has the classes {', '.join(folder.classes.names)}, but the network knows "
-            f"{', '.join(classes.names)}; give the data it was made for"
+            f"{data} has the classes {', '.join(folder.classes.names)}, but the network knows {', '.join(names)}; "
+            "give the data it was made for"
         )
     cases = folder.cases(split)
     if not cases:

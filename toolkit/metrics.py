@@ -40,6 +40,7 @@ class ClassScore:
     iou: float | None  # 0 … 1
     truth_pixels: int
     predicted_pixels: int
+    correct_pixels: int  # in both
     state: State
     hd95: float | None = None  # in the unit of the spacing that was given; None unless it was asked for and exists
 
@@ -49,17 +50,23 @@ class MeanScore:
     """How well one class was found over several cases.
 
     The means of Dice and IoU run over the ``cases`` whose truth has the class, missed ones included as 0; that of HD95
-    over those of them that are not missed. None where there is none.
+    over those of them that are not missed. None where there is none. In some of ``metric_modes`` the means run over
+    all cases, and a case may be an image or a batch.
     """
 
     name: str
     dice: float | None  # 0 … 1
     iou: float | None  # 0 … 1
-    cases: int
+    cases: int  # whose truth has the class
     missed: int
     false_alarms: int
     absent: int
     hd95: float | None = None
+
+    @property
+    def present(self) -> int:
+        """How many cases have the class in the truth and in the prediction."""
+        return self.cases - self.missed
 
 
 def scores(
@@ -91,15 +98,23 @@ def scores(
     return tuple(_class_score(*case, distance) for case, distance in zip(cases[1:], distances, strict=True))
 
 
-def mean_scores(cases: Sequence[Sequence[ClassScore]]) -> tuple[MeanScore, ...]:
+def mean_scores(
+    cases: Sequence[Sequence[ClassScore]], weights: Sequence[float] | None = None, *, over_all: bool = False
+) -> tuple[MeanScore, ...]:
     """Average what ``scores`` found in several cases, class by class; without a case there is no class.
+
+    Args:
+        cases: the scores of each.
+        weights: how much each counts; None: all the same.
+        over_all: also average what has a figure in cases whose truth has not the class.
 
     Raises:
         ValueError: the cases do not hold the same classes.
     """
     if len({tuple(score.name for score in case) for case in cases}) > 1:
         raise ValueError("the cases hold different classes; score all of them with the same class names")
-    return tuple(_mean_score(scores_of_class) for scores_of_class in zip(*cases, strict=True))
+    counting = [1.0] * len(cases) if weights is None else weights
+    return tuple(_mean_score(scores_of_class, counting, over_all) for scores_of_class in zip(*cases, strict=True))
 
 
 def confusion(
@@ -134,25 +149,32 @@ def _class_score(
         iou=correct / either if either else None,
         truth_pixels=truth_pixels,
         predicted_pixels=predicted_pixels,
+        correct_pixels=correct,
         state=STATES[truth_pixels > 0, predicted_pixels > 0],
         hd95=distance,
     )
 
 
-def _mean_score(scores_of_class: Sequence[ClassScore]) -> MeanScore:
-    counted = [score for score in scores_of_class if score.truth_pixels]
+def _mean_score(scores_of_class: Sequence[ClassScore], weights: Sequence[float], over_all: bool) -> MeanScore:
+    counted = [
+        (score, weight)
+        for score, weight in zip(scores_of_class, weights, strict=True)
+        if over_all or score.truth_pixels
+    ]  # fmt: skip
     states = [score.state for score in scores_of_class]
     return MeanScore(
         name=scores_of_class[0].name,
-        dice=_mean([score.dice for score in counted if score.dice is not None]),
-        iou=_mean([score.iou for score in counted if score.iou is not None]),
-        cases=len(counted),
+        dice=_mean([(score.dice, weight) for score, weight in counted]),
+        iou=_mean([(score.iou, weight) for score, weight in counted]),
+        cases=states.count("present") + states.count("missed"),
         missed=states.count("missed"),
         false_alarms=states.count("false alarm"),
         absent=states.count("absent"),
-        hd95=_mean([score.hd95 for score in counted if score.hd95 is not None]),
+        hd95=_mean([(score.hd95, weight) for score, weight in counted]),
     )
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def _mean(values: Sequence[tuple[float | None, float]]) -> float | None:
+    """Return the weighted mean of the figures that exist."""
+    found = [(value, weight) for value, weight in values if value is not None]
+    return sum(value * weight for value, weight in found) / sum(weight for _, weight in found) if found else None

@@ -1,6 +1,7 @@
 """The whole story in two functions: ``build`` makes a verified bundle, ``infer`` segments images with it."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +17,15 @@ from medseg_trt.spec import BuildSpec
 if TYPE_CHECKING:
     from medseg_trt.train.checkpoint import Checkpoint
 
+PRIVATE = ("root", "manifest")  # what is known of the training images' place and names
+
 
 def build(
     checkpoint: Path | str,
     spec: BuildSpec | None = None,
     output: Path | str | None = None,
     data: Path | str | None = None,
+    sign_key: Path | None = None,
 ) -> Bundle:
     """Turn a checkpoint into a bundle, verified against PyTorch; the bundle appears whole or not at all.
 
@@ -31,31 +35,42 @@ def build(
         output: the bundle's folder; None puts it beside the checkpoint, with the suffix ``.medseg``.
         data: a data folder on whose images it is verified and judged; None takes the folder that the checkpoint was
             trained on, if it is still what it was, else seeded noise.
+        sign_key: a file with the private key that signs the bundle; None leaves it unsigned.
 
     Raises:
-        UsageError: a precision that does not exist or lacks calibration images, or ``output`` is no bundle.
+        UsageError: a precision that does not exist or lacks calibration images, ``output`` is no bundle, or
+            ``sign_key`` no key.
         AccuracyGateError: a graph does not answer as PyTorch does.
         ArtefactError: the checkpoint cannot be used.
     """
+    from medseg_trt.engine_kernels import add_kernels
+    from medseg_trt.engines import Engines, build_engines, check_engines
     from medseg_trt.executions import GRAPH_OF, try_executions
     from medseg_trt.export.fold import fold, plain_report
     from medseg_trt.export.fuse import fuse
+    from medseg_trt.export.masks import require_linear
     from medseg_trt.export.quantize import parse_precision
     from medseg_trt.export.trace import trace
     from medseg_trt.machine import package_versions
     from medseg_trt.proof import Proof
     from medseg_trt.reference_images import reference_images
+    from medseg_trt.signature import read_private_key, sign
     from medseg_trt.train.checkpoint import load_checkpoint
     from medseg_trt.train.model import runner
     from medseg_trt.variants import make_variants
 
     spec = spec or BuildSpec()
+    key = read_private_key(sign_key) if sign_key is not None else None
     path = Path(checkpoint)
     folder = Path(output) if output is not None else path.with_suffix(".medseg")
     _require_replaceable(folder)
+    if spec.engines is not None:
+        check_engines(spec.engines, spec.outputs, spec.precisions)
     for name in spec.precisions:
         parse_precision(name)  # a typo is found now, not after minutes
     loaded = load_checkpoint(path)
+    if spec.outputs == "mask":
+        require_linear(loaded.preprocessing)
     images = reference_images(loaded, Path(data) if data is not None else None)
     network = loaded.model()
     proof = Proof(reference=runner(network), images=images, spec=spec)
@@ -74,6 +89,11 @@ def build(
         for name in dict.fromkeys(GRAPH_OF.get(name, name) for name in spec.precisions):
             variants |= make_variants(graph, temporary, name, passes, proof)
         tried = try_executions(temporary, variants, proof, (golden, golden_logits))
+        engines = Engines(built=(), dropped=())
+        if spec.engines is not None:
+            engines = build_engines(temporary, variants, tried.verified, spec.engines, spec.precisions)
+            without = add_kernels(temporary, spec.engines)
+            engines = replace(engines, dropped=(*engines.dropped, *without))
         manifest = Manifest(
             model=loaded.spec,
             preprocessing=loaded.preprocessing,
@@ -83,9 +103,12 @@ def build(
             versions=package_versions(),
             variants=variants,
             executions=tried.executions,
-            dropped=tried.dropped,
+            engines=engines.built,
+            dropped=(*tried.dropped, *engines.dropped),
         )
         seal(temporary, manifest, golden_logits)
+        if key is not None:
+            sign(temporary / MANIFEST, key)
     best = tried.executions[0]
     LOG.info(
         "logits differ by at most %.1e, %.4f %% of the labels are the same",
@@ -101,6 +124,7 @@ def infer(
     backend: str = "auto",
     batch: int = 4,
     threads: int | None = None,
+    verify_key: Path | None = None,
 ) -> Iterator[Mask]:
     """Segment images, one after the other, and yield their masks; the next images are worked on meanwhile.
 
@@ -110,12 +134,13 @@ def infer(
         backend: a key of ``session.BACKENDS``, or ``auto``.
         batch: how many slices go through the network at once.
         threads: CPU threads; None leaves it to the back-end.
+        verify_key: the public key of who built the bundle, where ``bundle`` is a folder; None checks digests alone.
 
     Raises:
         InputError: a file cannot be used.
         ArtefactError: the bundle cannot be used.
     """
-    opened = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
+    opened = bundle if isinstance(bundle, Bundle) else load_bundle(bundle, verify_key)
     sources = find_images([Path(each) for each in inputs])
     with open_session(opened, backend, threads) as session:
         for _, mask in segment_many(map(read_image, sources), session, opened, batch):
@@ -128,10 +153,14 @@ def _require_replaceable(folder: Path) -> None:
 
 
 def _source(checkpoint: "Checkpoint", path: Path) -> dict[str, Any]:
-    """Say where the bundle came from, without the place of the training images on the disk."""
+    """Say where the bundle came from, without the place and the names of the training images."""
     provenance = dict(checkpoint.provenance)
     if provenance.get("data"):
-        provenance["data"] = {name: value for name, value in provenance["data"].items() if name != "root"}
+        provenance["data"] = {name: value for name, value in provenance["data"].items() if name not in PRIVATE}
+    options = provenance.get("recipe", {}).get("data")
+    if options and options["manifest"]:
+        named = {**options, "manifest": Path(options["manifest"]).name}
+        provenance["recipe"] = {**provenance["recipe"], "data": named}
     return {
         "checkpoint": path.name,
         "sha256": sha256(path),

@@ -2,22 +2,32 @@
 
 Resizing is separable: each axis is a short list of taps (which source pixel, with which weight), worked off one tap at
 a time, so that the same input gives the same bits on every machine. All positions are half-pixel centres: pixel ``i``
-of ``n`` lies at ``(i + 0.5) / n``.
+of ``n`` lies at ``(i + 0.5) / n``. The splines of TransUNet's protocol are SciPy's: there pixel ``i`` lies at
+``i / (n - 1)``.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import numpy as np
 from jaxtyping import Float32, Num, UInt8
 from numpy import ndarray
 
-from medseg_trt.spec import Preprocessing, Resize
+from medseg_trt.errors import require
+from medseg_trt.spec import SPLINE_ORDERS, Preprocessing, Resize
 
 Size = tuple[int, int]  # height, width in pixels
 Spacing = tuple[float, float]  # millimetres between rows, and between columns
 
 BAND_VALUES = 2**16  # logits brought to the source's size at once; with 2**18 and more it takes twice as long
+
+
+def of_image(p: Preprocessing, pixels: Num[ndarray, "slices height width channels"]) -> Preprocessing:
+    """Return the contract for one whole image, whose own window it may ask for."""
+    if not p.own_window:
+        return p
+    low, high = float(pixels.min()), float(pixels.max())
+    return replace(p, window=(low, high if high > low else low + 1), own_window=False)
 
 
 def prepare(
@@ -27,11 +37,22 @@ def prepare(
 
     Args:
         pixels: raw values with 1 or 3 channels, in the unit of ``p.window``.
-        p: the contract.
+        p: the contract of this image, see ``of_image``.
         spacing_mm: distance between rows and between columns, where it is known.
 
     Raises:
         ValueError: the channels are neither 1 nor 3, a pixel is NaN or infinite, or the spacing is not positive.
+    """
+    return fit(windowed(pixels, p), p, spacing_mm)
+
+
+def windowed(
+    pixels: Num[ndarray, "height width channels"], p: Preprocessing
+) -> Float32[ndarray, "channels height width"]:
+    """Return the first half of ``prepare``: values clipped and scaled to 0 … 1, the channels in the network's order.
+
+    Raises:
+        ValueError: the channels are neither 1 nor 3, or a pixel is NaN or infinite.
     """
     if pixels.shape[2] not in (1, 3):
         raise ValueError(f"the picture has {pixels.shape[2]} channels; 1 or 3 are possible")
@@ -39,10 +60,24 @@ def prepare(
     low, high = p.window
     values = np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)
     values = (np.clip(values, low, high) - np.float32(low)) / np.float32(high - low)
-    placement = _place(pixels.shape[:2], p, spacing_mm)
-    taps = [axis.canvas_taps(p.resize) for axis in placement]
-    canvas = np.zeros((len(values), *p.image_size), np.float32)  # 0 is the window's lower end
-    canvas[:, *(axis.filled for axis in placement)] = _apply(values, taps[0], taps[1])
+    return values[::-1] if p.channel_order == "bgr" else values
+
+
+def fit(
+    values: Float32[ndarray, "channels height width"], p: Preprocessing, spacing_mm: Spacing | None
+) -> Float32[ndarray, "3 image_height image_width"]:
+    """Return the second half of ``prepare``: resized, placed and normalised.
+
+    Raises:
+        ValueError: the spacing is not positive.
+    """
+    if p.resizes_with_splines:
+        canvas = resize(values, p.image_size, p.resize)
+    else:
+        placement = _place(values.shape[1:], p, spacing_mm)
+        taps = [axis.canvas_taps(p.resize) for axis in placement]
+        canvas = np.zeros((len(values), *p.image_size), np.float32)  # 0 is the window's lower end
+        canvas[:, *(axis.filled for axis in placement)] = _apply(values, taps[0], taps[1])
     mean, std = (np.array(each, np.float32).reshape(3, 1, 1) for each in (p.mean, p.std))
     return (canvas - mean) / std
 
@@ -55,6 +90,8 @@ def prepare_labels(
     Raises:
         ValueError: the spacing is not positive.
     """
+    if p.resizes_with_splines:
+        return _zoom(labels, p.image_size, order=0)
     rows, columns = _place(labels.shape, p, spacing_mm)
     canvas = np.zeros(p.image_size, np.uint8)
     nearest = np.ix_(rows.canvas_taps("nearest").index[0], columns.canvas_taps("nearest").index[0])
@@ -70,7 +107,8 @@ def restore(
 ) -> UInt8[ndarray, "height width"]:
     """Return the label of every source pixel: logits brought back linearly, then the largest, or ``> 0`` for one logit.
 
-    Source pixels that were cropped away become background. Equal logits go to the lower label.
+    Source pixels that were cropped away become background. Equal logits go to the lower label. With a spline, labels
+    are found at the network's size and brought back with order 0.
 
     Raises:
         ValueError: the logits are not of ``p.image_size`` or not finite, or the spacing is not positive.
@@ -78,6 +116,8 @@ def restore(
     if logits.shape[1:] != p.image_size:
         raise ValueError(f"the logits are {logits.shape[1:]} pixels, but the network's image is {p.image_size}")
     _require_finite(logits, "logits")
+    if p.resizes_with_splines:
+        return _zoom(_labels_of(logits), source_size, order=0)
     rows, columns = _place(source_size, p, spacing_mm)
     row_taps, column_taps = rows.source_taps(), columns.source_taps()
     labels = np.empty(source_size, np.uint8)
@@ -120,9 +160,17 @@ def resize(
     """Resize the last two axes.
 
     ``linear`` takes two neighbours and clamps at the edges. ``linear_antialias`` widens that triangle by the factor of
-    a reduction and lets the weights inside the picture sum to one; for an enlargement it is ``linear``.
+    a reduction and lets the weights inside the picture sum to one; for an enlargement it is ``linear``. The splines
+    are SciPy's.
     Source: PyTorch's ``interpolate`` (``nearest-exact``, ``bilinear``, ``antialias=True``), the tests' oracle.
+
+    Raises:
+        MissingExtraError: a spline is wanted, and SciPy is not installed.
     """
+    if method in SPLINE_ORDERS:
+        planes = np.asarray(array, np.float32).reshape(-1, *array.shape[-2:])
+        zoomed = [_zoom(plane, size, SPLINE_ORDERS[method]) for plane in planes]
+        return np.stack(zoomed).reshape(*array.shape[:-2], *size)
     height, width = array.shape[-2:]
     rows, columns = _taps(height, size[0], method, 0, size[0]), _taps(width, size[1], method, 0, size[1])
     return _apply(np.asarray(array, dtype=np.float32), rows, columns)
@@ -141,7 +189,16 @@ def golden(
     low, high = p.window
     pixels = (low + (high - low) * (1.5 * noise - 0.25)).astype(np.float32)
     spacing_mm = None if p.spacing_mm is None else (1.3 * p.spacing_mm, 0.8 * p.spacing_mm)
-    return pixels, prepare(pixels, p, spacing_mm)
+    return pixels, prepare(pixels, of_image(p, pixels[np.newaxis]), spacing_mm)
+
+
+def _zoom(plane: ndarray, size: Size, order: int) -> ndarray:
+    """Resize one plane as TransUNet does, which leaves one of the right size alone."""
+    if plane.shape == size:
+        return plane
+    ndimage = require("scipy.ndimage", "medical")
+    factors = [new / old for new, old in zip(size, plane.shape, strict=True)]
+    return ndimage.zoom(plane, factors, order=order)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

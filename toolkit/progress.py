@@ -5,6 +5,7 @@ is no terminal. Called from Python without any logging set up, nothing is shown.
 """
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,11 @@ Item = TypeVar("Item")
 
 LOG = logging.getLogger("medseg_trt")
 SECONDS_BETWEEN_LINES = 10.0
+
+
+def is_spokesman() -> bool:
+    """Say whether this process speaks: the only one, or the first of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def track(items: Iterable[Item], label: str, total: int | None = None) -> Iterator[Item]:

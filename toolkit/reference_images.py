@@ -17,7 +17,7 @@ from medseg_trt.errors import InputError, UsageError
 from medseg_trt.export.verify import noise
 from medseg_trt.images import Image, find_images, read_image
 from medseg_trt.metrics import confusion
-from medseg_trt.preprocess import prepare, restore
+from medseg_trt.preprocess import of_image, prepare, restore
 from medseg_trt.progress import LOG
 from medseg_trt.spec import Classes, Preprocessing
 from medseg_trt.train.checkpoint import Checkpoint
@@ -26,10 +26,10 @@ from medseg_trt.train.datasets.folder import (
     Case,
     DataFolder,
     manifest_sha256,
-    open_folder,
     read_case,
     read_case_image,
 )
+from medseg_trt.train.datasets.official import is_labelled, open_recorded
 from medseg_trt.train.splits import split_files
 
 MAX_VERIFIED = 8
@@ -95,9 +95,9 @@ def reference_images(checkpoint: Checkpoint, data: Path | None) -> ReferenceImag
         InputError: ``data`` cannot be used.
         UsageError: an image is in both splits.
     """
-    if data is not None and not (data / "masks").exists():
+    if data is not None and not is_labelled(data):
         return _unlabelled(checkpoint, data)
-    folder = open_folder(data) if data is not None else _recorded_folder(checkpoint)
+    folder = open_recorded(data, checkpoint.provenance) if data is not None else _recorded_folder(checkpoint)
     if folder is None:
         return _noise(checkpoint)
     names = (folder.classes.names, checkpoint.classes.names)
@@ -176,13 +176,14 @@ def _spread(
     checkpoint: Checkpoint, cases: Iterator[tuple[str, Image, ndarray | None]], each: int
 ) -> Iterator[tuple[str, ndarray, tuple[int, int], tuple[float, float] | None, ndarray | None]]:
     """Yield up to ``each`` slices of every case, without those of one grey: they say nothing, and all look alike."""
-    low, high = checkpoint.preprocessing.window
     for name, image, labels in cases:
+        contract = of_image(checkpoint.preprocessing, image.pixels)
+        low, high = contract.window
         clipped = (pixels.clip(low, high) for pixels in image.pixels)
         places = [place for place, pixels in enumerate(clipped) if pixels.min() != pixels.max()]
         for index in _evenly(len(places), each):
             place, spacing = places[index], image.spacing_in_plane
-            prepared = prepare(image.pixels[place], checkpoint.preprocessing, spacing)
+            prepared = prepare(image.pixels[place], contract, spacing)
             yield name, prepared, image.size, spacing, None if labels is None else labels[place]
 
 
@@ -197,7 +198,7 @@ def _recorded_folder(checkpoint: Checkpoint) -> DataFolder | None:
     reason = "the checkpoint does not say what it was trained on"
     if recorded:
         try:
-            folder = open_folder(Path(recorded["root"]))
+            folder = open_recorded(Path(recorded["root"]), checkpoint.provenance)
             if manifest_sha256(folder.manifest()) == recorded["sha256"]:
                 return folder
             reason = f"{folder.root} has changed since the training"

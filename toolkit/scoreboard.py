@@ -1,6 +1,6 @@
 """Put several checkpoints and bundles side by side on the same labelled images: Dice and IoU per class."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,13 +8,18 @@ from typing import Any
 
 from medseg_trt.bundle import load_bundle
 from medseg_trt.errors import UsageError
+from medseg_trt.metric_modes import METRICS
 from medseg_trt.metrics import MeanScore
 from medseg_trt.segment import Run
 from medseg_trt.session import open_reference, open_session
 from medseg_trt.spec import Classes, Preprocessing
 from medseg_trt.train.checkpoint import load_checkpoint
-from medseg_trt.train.datasets.folder import DataFolder, open_folder
-from medseg_trt.train.evaluate import Evaluation, evaluate
+from medseg_trt.train.datasets.folder import DataFolder
+from medseg_trt.train.datasets.official import open_recorded, recorded_options
+from medseg_trt.train.datasets.options import with_changes
+from medseg_trt.train.evaluate import Evaluation, evaluate, metric_mode
+
+BRANCHES = "in both / missed / false alarm / absent"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +30,7 @@ class Network:
     run: Run
     preprocessing: Preprocessing
     classes: Classes
+    provenance: Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,30 +40,50 @@ class Scoreboard:
     split: str
     title: str
     evaluations: dict[str, Evaluation]  # by network
+    metric: str = "volume"  # a key of METRICS
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data that JSON can hold."""
-        networks = {name: {**asdict(found), "mean_dice": found.mean_dice} for name, found in self.evaluations.items()}
-        return {"split": self.split, "title": self.title, "networks": networks}
+        networks = {
+            name: {
+                **asdict(found),
+                "mean_dice": found.mean_dice, "mean_iou": found.mean_iou, "mean_hd95": found.mean_hd95,
+            }
+            for name, found in self.evaluations.items()
+        }  # fmt: skip
+        return {"split": self.split, "title": self.title, "metric": self.metric, "networks": networks}
+
+    def heading(self) -> str:
+        """Say which images were scored, and how."""
+        batch = next((f" of {found.batch}" for found in self.evaluations.values() if found.batch is not None), "")
+        return f"{self.title}\n{self.metric}{batch}: {METRICS[self.metric].text}"
 
     def header(self) -> list[str]:
         """Return the table's column names."""
-        return [
-            "class",
-            *(
-                f"{name}\nDice / IoU{f' / HD95 {found.hd95_unit}' if found.hd95_unit else ''}"
-                for name, found in self.evaluations.items()
-            ),
-        ]
+        return ["class", *(f"{name}\n{_figure_names(found)}" for name, found in self.evaluations.items())]
 
     def cells(self) -> list[list[str]]:
-        """Return the table's rows as text: a class each, and the mean Dice over the classes that occur."""
+        """Return the table's rows as text: a class each, and the means over the classes that occur."""
         evaluations = list(self.evaluations.values())
         rows = [
             [scores[0].name, *map(_cell, scores)]
             for scores in zip(*(found.means for found in evaluations), strict=True)
         ]
-        return [*rows, ["mean", *(f"{found.mean_dice:.3f}" for found in evaluations)]]
+        means = [(found.mean_dice, found.mean_iou, found.mean_hd95) for found in evaluations]
+        return [*rows, ["mean", *(_figures(*mean) for mean in means)]]
+
+    def branches(self) -> tuple[list[str], list[list[str]]]:
+        """Return a header and rows that say how often each class was in both masks, in one, and in none."""
+        unit = {"case": "cases", "image": "images", "batch": "batches"}[METRICS[self.metric].unit]
+        header = ["class", *(f"{name}\n{unit}: {BRANCHES}" for name in self.evaluations)]
+        rows = [
+            [
+                scores[0].name,
+                *(f"{each.present} / {each.missed} / {each.false_alarms} / {each.absent}" for each in scores),
+            ]
+            for scores in zip(*(found.means for found in self.evaluations.values()), strict=True)
+        ]  # fmt: skip
+        return header, rows
 
 
 def evaluate_all(
@@ -67,16 +93,24 @@ def evaluate_all(
     splits: Sequence[str],
     backend: str,
     hd95: bool = False,
+    *,
+    metric: str = "volume",
+    batch: int = 8,
+    changes: Sequence[str] = (),
+    verify_key: Path | None = None,
 ) -> list[Scoreboard]:
     """Score every checkpoint and bundle on every split; with ``hd95`` also measure the distance between the outlines.
 
+    The data are read and divided as the networks' training read and divided them, but for ``changes``, such as
+    ``data.dataset=colondb``.
+
     Raises:
-        UsageError: a network knows other classes than the data.
+        UsageError: a network knows other classes than the data, or was trained with other options of the data, or
+            there is no such metric.
         InputError: the data cannot be used, or has no such split.
         ArtefactError: a checkpoint or bundle cannot be used.
     """
-    data = open_folder(data_folder)
-    cases = {split: data.cases(split) for split in splits}
+    metric_mode(metric, hd95)  # a typo is found now, not after minutes
     paths = list(dict.fromkeys([*checkpoints, *bundles]))
     names = {path: "/".join(path.parts[-2:]) for path in paths}  # enough to tell runs apart
     if len(set(names.values())) < len(paths):
@@ -84,8 +118,10 @@ def evaluate_all(
     with ExitStack() as stack:
         networks = [
             *(_from_checkpoint(path, names[path], stack) for path in checkpoints),
-            *(_from_bundle(path, names[path], backend, stack) for path in bundles),
+            *(_from_bundle(path, names[path], backend, verify_key, stack) for path in bundles),
         ]
+        data = _open_data(data_folder, networks, changes)
+        cases = {split: data.cases(split) for split in splits}
         for network in networks:
             _require_same_classes(network, data)
         return [
@@ -93,12 +129,24 @@ def evaluate_all(
                 split=split,
                 title=_title(data, split),
                 evaluations={
-                    network.name: evaluate(network.run, cases[split], network.preprocessing, data.classes, hd95=hd95)
+                    network.name: evaluate(
+                        network.run, cases[split], network.preprocessing, data.classes, batch, hd95, metric
+                    )
                     for network in networks
                 },
+                metric=metric,
             )
             for split in splits
         ]
+
+
+def _open_data(folder: Path, networks: Sequence[Network], changes: Sequence[str]) -> DataFolder:
+    options = {with_changes(recorded_options(network.provenance), changes): network for network in networks}
+    if len(options) > 1:
+        names = ", ".join(network.name for network in options.values())
+        raise UsageError(f"{names} were trained with other options of the data; evaluate them one by one")
+    ((chosen, network),) = options.items()
+    return open_recorded(folder, network.provenance, chosen if changes else None)
 
 
 def _from_checkpoint(path: Path, name: str, stack: ExitStack) -> Network:
@@ -109,17 +157,19 @@ def _from_checkpoint(path: Path, name: str, stack: ExitStack) -> Network:
         run=session.run,
         preprocessing=checkpoint.preprocessing,
         classes=checkpoint.classes,
+        provenance=checkpoint.provenance,
     )
 
 
-def _from_bundle(path: Path, name: str, backend: str, stack: ExitStack) -> Network:
-    bundle = load_bundle(path)
+def _from_bundle(path: Path, name: str, backend: str, verify_key: Path | None, stack: ExitStack) -> Network:
+    bundle = load_bundle(path, verify_key)
     session = stack.enter_context(open_session(bundle, backend))
     return Network(
         name=f"{name} ({session.backend})",
         run=session.run,
         preprocessing=bundle.preprocessing,
         classes=bundle.classes,
+        provenance=bundle.content.source.get("provenance", {}),
     )
 
 
@@ -136,8 +186,17 @@ def _title(data: DataFolder, split: str) -> str:
     return f"{data.name}, split {split}" + (f": {what}" if what else "") + (f" ({data.note})" if data.note else "")
 
 
+def _figure_names(found: Evaluation) -> str:
+    distance = f"HD95 {found.hd95_unit}" if found.hd95_unit else None
+    return " / ".join(filter(None, ("Dice", "IoU" if found.has_iou else None, distance)))
+
+
 def _cell(score: MeanScore) -> str:
-    if score.dice is None or score.iou is None:
+    if score.dice is None:
         return "absent, false alarm" if score.false_alarms else "absent"
-    distance = "" if score.hd95 is None else f" / {score.hd95:.1f}"
-    return f"{score.dice:.3f} / {score.iou:.3f}{distance}"
+    return _figures(score.dice, score.iou, score.hd95)
+
+
+def _figures(dice: float, iou: float | None, distance: float | None) -> str:
+    decimals = ((dice, 3), (iou, 3), (distance, 1))
+    return " / ".join(f"{value:.{places}f}" for value, places in decimals if value is not None)

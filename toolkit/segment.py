@@ -7,12 +7,13 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from medseg_trt.images import Image
-from medseg_trt.preprocess import Size, prepare, resampled_size, restore
+from medseg_trt.preprocess import Size, of_image, prepare, resampled_size, restore
 from medseg_trt.progress import track
 from medseg_trt.spec import Preprocessing
 
 Run = Callable[[np.ndarray], np.ndarray]  # (batch, 3, H, W) float32 -> logits (batch, classes, H, W) float32
 MaskRun = Callable[[np.ndarray, Size, Size], np.ndarray]  # ``Session.masks``
+PixelRun = Callable[[np.ndarray], np.ndarray]  # raw (batch, height, width, channels) -> labels uint8 of that size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,15 +27,28 @@ class Steps:
 
 def prepared_slices(image: Image, preprocessing: Preprocessing) -> Float32[np.ndarray, "slices 3 height width"]:
     """Return all slices as the network's input."""
-    return np.stack([prepare(pixels, preprocessing, image.spacing_in_plane) for pixels in image.pixels])
+    contract = of_image(preprocessing, image.pixels)
+    return np.stack([prepare(pixels, contract, image.spacing_in_plane) for pixels in image.pixels])
 
 
-def steps(run: Run, image: Image, preprocessing: Preprocessing, masks: MaskRun | None = None) -> Steps:
-    """Return the steps for the slices of one image; see ``segment`` for the arguments."""
+def steps(
+    run: Run,
+    image: Image,
+    preprocessing: Preprocessing,
+    masks: MaskRun | None = None,
+    pixels_to_masks: PixelRun | None = None,
+) -> Steps:
+    """Return the steps for the slices of one image; see ``segment`` for the arguments.
+
+    With ``pixels_to_masks``, ``Session.pixel_path``'s, the network prepares the pixels itself, and nothing else is run.
+    """
+    if pixels_to_masks is not None:
+        return Steps(prepare=lambda pixels: pixels, run=pixels_to_masks, finish=lambda labels: labels)
     resampled = resampled_size(image.size, preprocessing, image.spacing_in_plane)
+    contract = of_image(preprocessing, image.pixels)
 
     def prepared(pixels: np.ndarray) -> np.ndarray:
-        return np.stack([prepare(each, preprocessing, image.spacing_in_plane) for each in pixels])
+        return np.stack([prepare(each, contract, image.spacing_in_plane) for each in pixels])
 
     def answered(inputs: np.ndarray) -> np.ndarray:
         answer = run(inputs) if masks is None else masks(inputs, image.size, resampled)

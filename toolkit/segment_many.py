@@ -92,7 +92,8 @@ def _prepared(
             continue
         room.take(image.pixels.nbytes)
         _warn_of_what_is_outside(image, bundle)
-        do = steps(session.run, image, bundle.preprocessing, masks)
+        on_device = session.pixel_path(image.pixels, image.spacing_in_plane)
+        do = steps(session.run, image, bundle.preprocessing, masks, on_device)
         starts = range(0, image.num_slices, batch)
         for start in starts:
             values = do.prepare(image.pixels[start : start + batch])

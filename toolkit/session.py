@@ -6,23 +6,28 @@ error.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32, Num, UInt8
 from numpy import ndarray
 
 from medseg_trt.bundle import Bundle, Execution
 from medseg_trt.errors import ArtefactError, MissingExtraError, UsageError
-from medseg_trt.preprocess import Size
+from medseg_trt.preprocess import Size, prepare, restore
 from medseg_trt.progress import LOG
+from medseg_trt.segment import PixelRun
 
 if TYPE_CHECKING:
     from medseg_trt.train.checkpoint import Checkpoint
+
+GPU_MARGIN = 4  # of the golden error where numbers are rounded; a first bound, which no GPU has confirmed yet
+PIXEL_DISAGREEMENT = 0.01  # share of pixels: preparing differs in the last bits, which 8-bit engines may round up
+PROBE_SIZE = (173, 219)  # pixels of a generated picture: no multiple of anything
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,8 +37,11 @@ class Backend:
     module: str  # of ours; it has ``open_graph``
     package: str  # that it imports
     extra: str  # of medseg-trt, which installs the package
-    flavours: tuple[str, ...]  # of the graphs it is given
+    flavours: tuple[str, ...]  # of the graphs it is given, the one that it likes best first
     computes: tuple[str, ...]  # what it can compute float parts in
+    function: str = "open_graph"  # of the module
+    gpu: bool = False  # not tried at the build: it is given what others were verified with, and the golden input
+    engines: bool = False  # runs an engine that was built from the graph, not the graph
 
 
 BACKENDS: Mapping[str, Backend] = {
@@ -50,6 +58,53 @@ BACKENDS: Mapping[str, Backend] = {
         extra="openvino",
         flavours=("plain",),
         computes=("fp32", "bf16"),
+    ),
+    "onnxruntime-cuda": Backend(
+        module="medseg_trt.sessions.onnxruntime_gpu",
+        function="open_cuda",
+        package="onnxruntime",
+        extra="gpu",
+        flavours=("plain", "canonical"),  # it has no kernels for some of opset 23
+        computes=("fp32",),
+        gpu=True,
+    ),
+    "onnxruntime-tensorrt": Backend(
+        module="medseg_trt.sessions.onnxruntime_gpu",
+        function="open_tensorrt",
+        package="onnxruntime",
+        extra="gpu",
+        flavours=("canonical",),  # the others' 8-bit activations are not symmetric
+        computes=("fp32",),
+        gpu=True,
+    ),
+    "onnxruntime-tensorrt-rtx": Backend(
+        module="medseg_trt.sessions.onnxruntime_gpu",
+        function="open_tensorrt_rtx",
+        package="onnxruntime_ep_nv_tensorrt_rtx",
+        extra="onnxruntime-rtx",
+        flavours=("canonical",),
+        computes=("fp32",),
+        gpu=True,
+    ),
+    "tensorrt": Backend(
+        module="medseg_trt.sessions.tensorrt",
+        function="open_engine",
+        package="tensorrt",
+        extra="tensorrt",
+        flavours=("canonical", "plain"),
+        computes=("fp32",),
+        gpu=True,
+        engines=True,
+    ),
+    "tensorrt-rtx": Backend(
+        module="medseg_trt.sessions.tensorrt",
+        function="open_engine",
+        package="tensorrt_rtx",
+        extra="tensorrt-rtx",
+        flavours=("canonical",),
+        computes=("fp32",),
+        gpu=True,
+        engines=True,
     ),
 }
 
@@ -80,6 +135,15 @@ class Session(ABC):
             UsageError: the graph gives logits alone.
         """
         raise UsageError(f"{self.description} gives logits alone; build with --outputs mask")
+
+    def pixel_path(
+        self, pixels: Num[ndarray, "slices height width channels"], spacing_mm: tuple[float, float] | None
+    ) -> PixelRun | None:
+        """Return what makes masks of slices like these, (batch, height, width, channels), all on the device.
+
+        None, where they are to be prepared and labelled on the CPU: for this session, or for pixels like these.
+        """
+        return None
 
     @abstractmethod
     def close(self) -> None:
@@ -112,11 +176,16 @@ def open_session(
     """
     execution = choose(bundle, backend, precision)
     variant = bundle.variant(execution)
-    session: Session = import_module(BACKENDS[execution.backend].module).open_graph(
-        bundle.folder / variant.graph, variant.precision, threads, execution.compute
+    kind = BACKENDS[execution.backend]
+    opener = getattr(import_module(kind.module), kind.function)
+    session: Session = (
+        opener(bundle, execution)
+        if kind.engines
+        else opener(bundle.folder / variant.graph, variant.precision, threads, execution.compute)
     )
     try:
         _check_golden(session, bundle, execution)
+        _check_pixel_path(session, bundle)
     except BaseException:
         session.close()
         raise
@@ -124,6 +193,7 @@ def open_session(
         "run %s with %s on %s%s", bundle.folder, session.description, session.device,
         f" ({_reason(bundle, execution)})" if backend == "auto" else "",
     )  # fmt: skip
+    LOG.info("%s", _trust(bundle))
     return session
 
 
@@ -136,20 +206,60 @@ def choose(bundle: Bundle, backend: str = "auto", precision: str | None = None) 
     """
     if backend != "auto" and backend not in BACKENDS:
         raise UsageError(f"no back-end is called {backend!r}; choose one of: auto, {', '.join(BACKENDS)}")
+    on_gpu = backend != "auto" and BACKENDS[backend].gpu
     found = [
         execution
-        for execution in bundle.content.executions
+        for execution in (_on_gpu(bundle, backend) if on_gpu else bundle.content.executions)
         if backend in ("auto", execution.backend) and precision in (None, bundle.variant(execution).precision)
     ]
     if not found:
         wanted = " ".join(part for part in (backend if backend != "auto" else "", precision or "") if part)
-        known = dict.fromkeys(f"{each.backend} {bundle.variant(each).precision}" for each in bundle.content.executions)
-        raise UsageError(f"{bundle.folder} holds nothing for {wanted}; it holds {', '.join(known)}")
+        content = bundle.content
+        known = dict.fromkeys(f"{each.backend} {bundle.variant(each).precision}" for each in content.executions)
+        known |= dict.fromkeys(
+            f"{each.spec.library} {content.variants[each.variant].precision}" for each in content.engines
+        )
+        raise UsageError(f"{bundle.folder} holds nothing for {wanted}; it holds {', '.join(known)}{_how(backend)}")
     for execution in found:
         if is_installed(execution.backend):
             return execution
     first = BACKENDS[found[0].backend]
     raise MissingExtraError(f"{first.package} is not installed. Install it: pip install 'medseg-trt[{first.extra}]'")
+
+
+def _how(backend: str) -> str:
+    """Say how a bundle gets engines, where it is asked for one."""
+    if backend == "auto" or not BACKENDS[backend].engines:
+        return ""
+    return f". Build an engine: medseg-trt build --ckpt model.pt --backend {backend} --target sm86"
+
+
+def _on_gpu(bundle: Bundle, backend: str) -> list[Execution]:
+    """Return what a back-end of GPUs would run: the variants in a flavour that it reads, the best first.
+
+    Where it runs engines, the variants that there is an engine of.
+    They were verified with another back-end. On the GPU, rounded numbers are added up in another precision and order.
+    """
+    found: dict[str, Execution] = {}
+    for flavour in BACKENDS[backend].flavours:
+        for execution in bundle.content.executions:
+            variant = bundle.variant(execution)
+            if execution.compute == "fp32" and variant.flavour == flavour:
+                margin = 1 if variant.precision == "fp32" else GPU_MARGIN
+                found.setdefault(
+                    variant.precision,
+                    replace(
+                        execution, backend=backend, executed=False, median_ms=None,
+                        golden_error=margin * execution.golden_error,
+                    ),
+                )  # fmt: skip
+    if BACKENDS[backend].engines:
+        from medseg_trt.engine_choice import engines_of
+
+        built = {engine.precision for engine in engines_of(bundle, backend)}
+        found = {precision: execution for precision, execution in found.items() if precision in built}
+    best_first = dict.fromkeys(bundle.variant(execution).precision for execution in bundle.content.executions)
+    return [found[precision] for precision in best_first if precision in found]
 
 
 def is_installed(backend: str) -> bool:
@@ -176,6 +286,33 @@ def _reason(bundle: Bundle, chosen: Execution) -> str:
     if chosen.median_ms is None:
         return "auto: the only one that the bundle holds"
     return f"auto: the fastest of {len(bundle.content.executions)} at the build, {chosen.median_ms:.1f} ms an image"
+
+
+def _trust(bundle: Bundle) -> str:
+    """Say what is known of where a bundle comes from."""
+    if bundle.signed_by is not None:
+        return f"{bundle.folder} is signed with the key {bundle.signed_by}"
+    return (
+        f"{bundle.folder} is what its manifest says; that shows damage, not malice. "
+        "With the key of who built it: --verify-key verify.pem"
+    )
+
+
+def _check_pixel_path(session: Session, bundle: Bundle) -> None:
+    """See that pixels that are prepared and labelled on the device give the masks that they give on the CPU."""
+    pixels = np.frombuffer(np.random.default_rng(0).bytes(PROBE_SIZE[0] * PROBE_SIZE[1] * 3), np.uint8)
+    pixels = pixels.reshape(1, *PROBE_SIZE, 3)
+    on_device = session.pixel_path(pixels, None)
+    if on_device is None:
+        return
+    logits = session.run(prepare(pixels[0], bundle.preprocessing, None)[np.newaxis])
+    expected = restore(logits[0], PROBE_SIZE, bundle.preprocessing, None)
+    share = float((on_device(pixels)[0] != expected).mean())
+    if share > PIXEL_DISAGREEMENT:
+        raise ArtefactError(
+            f"{session.description} on this machine gives other masks than the CPU where it prepares pixels itself "
+            f"({100 * share:.1f} % of a generated picture); do not use these masks. Choose another --backend"
+        )
 
 
 def _check_golden(session: Session, bundle: Bundle, execution: Execution) -> None:

@@ -4,7 +4,7 @@ Every object here is made in one place and never changed afterwards. ``to_dict``
 JSON; what comes from a file is checked field by field, and an unknown field is an error.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from math import isfinite
@@ -13,12 +13,16 @@ from typing import Any, Literal, TypeVar
 from medseg_trt.errors import ArtefactError
 
 Spec = TypeVar("Spec")
-Resize = Literal["nearest", "linear", "linear_antialias"]
+Resize = Literal["nearest", "linear", "linear_antialias", "spline3", "spline0"]
+ChannelOrder = Literal["rgb", "bgr"]
 Residual = Literal["none", "in", "out", "both"]
 FinalNorm = Literal["ones", "pretrained", "none"]
 Placement = Literal["before_norm", "after_norm"] | int
 Weights = Literal["pretrained", "random", "shuffled", "none"]
 Parts = Literal["full", "attention", "mlp"]
+Hardware = Literal["none", "same_compute_capability", "ampere_plus"]  # of TensorRT's hardware compatibility
+MapperInit = Literal["default", "trunc02"]
+SPLINE_ORDERS: Mapping[str, int] = {"spline3": 3, "spline0": 0}  # of the methods of Resize that are SciPy's ``zoom``
 PIXELS_PER_TOKEN = 16  # the R50 stage halves the image four times, and a token is one of its pixels
 
 
@@ -81,6 +85,9 @@ class InsertSpec:
     their structure. "none" leaves the layers out, ``L(x) = x``, so that only the maps and the norm remain. Frozen
     random and shuffled weights follow from ``seed`` and the block file and are in no checkpoint.
 
+    ``mapper_init``: what ``M1`` and ``M2`` start from, PyTorch's own draw for a linear map, as published, or a normal
+    one with a standard deviation of 0.02, cut off at ±2 (Pang et al. 2024, LM4VisualEncoding).
+
     Source: Lai et al. 2024, ``vit_llama.py`` of LLMBoostMedical, for the residuals (``llam_res`` 1, 2 and 3).
     """
 
@@ -92,6 +99,7 @@ class InsertSpec:
     num_layers: int = 1  # the last ones of the language model, one after the other
     trainable: bool = False  # the language layers, from the weights above; then they are in the checkpoint
     seed: int = 0  # of random and shuffled weights
+    mapper_init: MapperInit = "default"
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -185,6 +193,10 @@ class Preprocessing:
     Values are clipped to ``window`` and scaled to 0 … 1, then resized, then ``(x - mean) / std`` per channel. Without
     ``spacing_mm`` a picture is stretched to ``image_size``. With it, a picture whose pixel spacing is known is first
     brought to that spacing and then padded with the window's lower end, or cropped, about its centre.
+
+    With "spline3" or "spline0" pictures are resized as TransUNet's protocol does it: ``scipy.ndimage.zoom`` of that
+    order, which lays the corners on one another, and masks with order 0, the network's answer as labels as well.
+    ``mean`` and ``std`` are those of the network's channels: with "bgr" a coloured picture's are turned round first.
     """
 
     image_size: tuple[int, int]  # height, width in pixels
@@ -193,6 +205,8 @@ class Preprocessing:
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
     resize: Resize = "linear_antialias"
     spacing_mm: float | None = None
+    channel_order: ChannelOrder = "rgb"  # in which the network takes the channels of a coloured picture
+    own_window: bool = False  # of every image, from its smallest to its largest value, in place of ``window``
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -205,6 +219,13 @@ class Preprocessing:
             raise ValueError(f"std {self.std} must be positive")
         if self.spacing_mm is not None and self.spacing_mm <= 0:
             raise ValueError(f"spacing_mm is {self.spacing_mm}; it must be positive")
+        if self.spacing_mm is not None and self.resizes_with_splines:
+            raise ValueError(f"{self.resize} stretches pictures to image_size; spacing_mm must be unset")
+
+    @property
+    def resizes_with_splines(self) -> bool:
+        """Whether pictures, masks and answers are resized with SciPy's ``zoom``, not with our own resizing."""
+        return self.resize in SPLINE_ORDERS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -235,6 +256,34 @@ class Classes:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSpec:
+    """For which GPUs engines are built, by which library, and how."""
+
+    library: str  # a key of export.engine.LIBRARIES
+    targets: tuple[str, ...]  # "sm86", "sm89" …
+    opt_batch: int = 1  # the batch that kernels are chosen for
+    max_batch: int = 8
+    workspace_gib: float | None = None  # of scratch memory on the GPU; None: what the library takes
+    optimization_level: int = 3  # 0 … 5: how long the builder looks for better kernels
+    plugins: bool = False  # nodes of domain medseg run our kernels, not what the library makes of their bodies
+    stripped: bool = False  # no weights in the plan: it is refitted from the graph when it is loaded
+    version_compatible: bool = False  # later versions of the library with the same major number read it
+    hardware: Hardware = "none"  # which other GPUs may run it
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        if not self.targets or len(set(self.targets)) < len(self.targets):
+            raise ValueError(f"the targets {', '.join(self.targets)} must be different ones, at least one")
+        if not 1 <= self.opt_batch <= self.max_batch:
+            raise ValueError(f"batches from 1 over {self.opt_batch} to {self.max_batch} are not in ascending order")
+        if not 0 <= self.optimization_level <= 5:
+            raise ValueError(f"the optimisation level is {self.optimization_level}; levels go from 0 to 5")
+        if self.workspace_gib is not None and not 0 < self.workspace_gib < 1024:
+            raise ValueError(f"a workspace of {self.workspace_gib} GiB is none")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class BuildSpec:
     """How a checkpoint becomes a bundle."""
 
@@ -244,6 +293,7 @@ class BuildSpec:
     max_abs_error: float = 1e-4  # of logits up to 1, or as a share of the largest, where nothing is rounded
     min_agreement: float = 0.9999  # share of pixels with the same label as PyTorch, where nothing is rounded
     max_dice_drop: float = 0.005  # upper end of its interval, where something is
+    engines: EngineSpec | None = None  # engines for GPUs, beside the graphs
 
     __pydantic_config__ = {"extra": "forbid"}
 

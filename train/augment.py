@@ -5,6 +5,7 @@ width) float32 after normalisation, labels (height, width). Amounts of intensity
 and spread, so that they mean the same whatever the normalisation was.
 """
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from inspect import Parameter, signature
@@ -16,6 +17,11 @@ from scipy import ndimage
 Picture = Float[np.ndarray, "channels height width"]
 Labels = UInt8[np.ndarray, "height width"]
 Pair = tuple[Picture, Labels]
+TurnedPair = tuple[
+    Float[np.ndarray, "channels turned_height turned_width"], UInt8[np.ndarray, "turned_height turned_width"]
+]
+
+PUBLISHED_WORKERS = 8  # of TransUNet's loader
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +51,7 @@ def option_names(name: str) -> tuple[str, ...]:
     return tuple(parameter.name for parameter in parameters if parameter.kind is Parameter.KEYWORD_ONLY)
 
 
-def augment(image: Picture, labels: Labels, steps: Sequence[Step], rng: np.random.Generator) -> Pair:
+def augment(image: Picture, labels: Labels, steps: Sequence[Step], rng: np.random.Generator) -> TurnedPair:
     """Apply the steps of a recipe in their order, each with its probability."""
     for step in steps:
         if rng.random() < step.probability:
@@ -115,10 +121,80 @@ def noise(image: Picture, labels: Labels, rng: np.random.Generator, *, deviation
     return image + rng.normal(0, amount, image.shape).astype(np.float32), labels
 
 
+def turn_and_mirror(image: Picture, labels: Labels, rng: np.random.Generator) -> TurnedPair:
+    """Turn by 0, 90, 180 or 270 degrees, then mirror top to bottom or left to right; a picture may change its shape.
+
+    Source: Beckschen/TransUNet ``dataset_synapse.py``, ``random_rot_flip``.
+    """
+    turns, axis = int(rng.integers(4)), int(rng.integers(2))
+    image, labels = np.rot90(image, turns, axes=(1, 2)), np.rot90(labels, turns)
+    return np.flip(image, axis + 1), np.flip(labels, axis)
+
+
+def rotate(image: Picture, labels: Labels, rng: np.random.Generator, *, degrees: float) -> Pair:
+    """Rotate by a whole number of degrees, the nearest pixel of each; what comes from outside is 0.
+
+    Args:
+        image: the picture.
+        labels: its labels.
+        rng: the random generator.
+        degrees: rotate by ``-degrees`` … ``degrees - 1``, each as likely.
+
+    Source: Beckschen/TransUNet ``dataset_synapse.py``, ``random_rotate``.
+    """
+    angle = int(rng.integers(-int(degrees), int(degrees)))
+    turned = ndimage.rotate(image, angle, axes=(2, 1), order=0, reshape=False)
+    return turned, ndimage.rotate(labels, angle, order=0, reshape=False)
+
+
+def turn_or_rotate(image: Picture, labels: Labels, rng: np.random.Generator, *, degrees: float) -> TurnedPair:
+    """Of two slices turn and mirror one, of two others rotate one, and leave the rest alone.
+
+    Source: Beckschen/TransUNet ``dataset_synapse.py``, class ``RandomGenerator``.
+    """
+    if rng.random() > 0.5:
+        return turn_and_mirror(image, labels, rng)
+    if rng.random() > 0.5:
+        return rotate(image, labels, rng, degrees=degrees)
+    return image, labels
+
+
+def worker_steps(steps: Sequence[Step], seed: int, count: int, batch_size: int) -> list[tuple[Step, ...]]:
+    """Return what TransUNet's loader does to each slice of an epoch: the same in every epoch.
+
+    Which augmentation a slice gets is drawn from Python's ``random``, which each of eight worker processes starts anew
+    with its own number at every epoch. By how much is drawn per slice here: it depended on the version of PyTorch.
+
+    Args:
+        steps: a recipe's, ``turn_or_rotate`` alone.
+        seed: of the run.
+        count: slices of an epoch.
+        batch_size: a worker prepares every eighth batch of this size.
+
+    Source: Beckschen/TransUNet ``trainer.py``, ``worker_init_fn``; PyTorch's ``DataLoader``.
+    """
+    (step,) = steps
+    chosen: list[tuple[Step, ...]] = []
+    draws = [random.Random(seed + worker) for worker in range(PUBLISHED_WORKERS)]
+    for item in range(count):
+        draw = draws[item // batch_size % PUBLISHED_WORKERS]
+        if draw.random() > 0.5:
+            chosen.append((Step(name="turn_and_mirror"),))
+        elif draw.random() > 0.5:
+            chosen.append((Step(name="rotate", options=step.options),))
+        else:
+            chosen.append(())
+    return chosen
+
+
 AUGMENTATIONS: Mapping[str, Callable[..., Pair]] = {
     "rotate90": rotate90,
     "flip": flip,
     "affine": affine,
     "intensity": intensity,
     "noise": noise,
+    "turn_and_mirror": turn_and_mirror,
+    "rotate": rotate,
+    "turn_or_rotate": turn_or_rotate,
 }
+SHAPE_CHANGING = ("turn_and_mirror", "turn_or_rotate")  # of a picture that is not square

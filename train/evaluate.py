@@ -1,10 +1,14 @@
-"""Score a network on a labelled data set, at the images' own resolution and case by case."""
+"""Score a network on a labelled data set, in one of the ways of ``metric_modes``."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from medseg_trt.errors import InputError
+import numpy as np
+
+from medseg_trt.errors import InputError, UsageError
+from medseg_trt.metric_modes import METRICS, MetricMode
 from medseg_trt.metrics import ClassScore, MeanScore, mean_scores, scores
+from medseg_trt.preprocess import of_image, prepare, prepare_labels, restore
 from medseg_trt.progress import track
 from medseg_trt.segment import Run, segment
 from medseg_trt.spec import Classes, Preprocessing
@@ -15,10 +19,11 @@ PIXELS = (1.0, 1.0, 1.0)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CaseScores:
-    """The scores of one case, a picture or a volume."""
+    """The scores of one case, a picture or a volume; or of one image or batch, as the metric has it."""
 
     case: str
     scores: tuple[ClassScore, ...]
+    images: int = 1  # how much it counts in a mean over images
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,14 +31,30 @@ class Evaluation:
     """The scores of a network on a split."""
 
     cases: tuple[CaseScores, ...]
-    means: tuple[MeanScore, ...]  # by class, over the cases that have it
-    hd95_unit: str | None = None  # "mm" or "pixels", where HD95 was measured
+    means: tuple[MeanScore, ...]  # by class, over the cases that have it, or as the metric has it
+    hd95_unit: str | None = None  # "mm", "pixels" or "voxels", where HD95 was measured
+    metric: str = "volume"  # a key of METRICS
+    batch: int | None = None  # images that were counted together, where the metric does that
+
+    @property
+    def has_iou(self) -> bool:
+        """Whether the metric has an IoU beside its Dice."""
+        return not any(mean.dice is not None and mean.iou is None for mean in self.means)
 
     @property
     def mean_dice(self) -> float:
         """The mean over the classes that occur, 0 … 1; 0 where none does."""
-        found = [mean.dice for mean in self.means if mean.dice is not None]
-        return sum(found) / len(found) if found else 0.0
+        return _mean([mean.dice for mean in self.means]) or 0.0
+
+    @property
+    def mean_iou(self) -> float | None:
+        """The mean over the classes that occur, 0 … 1; None where the metric has none, or no class occurs."""
+        return _mean([mean.iou for mean in self.means])
+
+    @property
+    def mean_hd95(self) -> float | None:
+        """The mean over the classes that have one."""
+        return _mean([mean.hd95 for mean in self.means])
 
 
 def evaluate(
@@ -43,6 +64,7 @@ def evaluate(
     classes: Classes,
     batch: int = 8,
     hd95: bool = False,
+    metric: str = "volume",
 ) -> Evaluation:
     """Segment every case and compare it with its mask.
 
@@ -51,23 +73,105 @@ def evaluate(
         cases: the cases of a split.
         preprocessing: the contract the network was trained with.
         classes: its labels.
-        batch: how many slices go through the network at once.
-        hd95: also measure HD95: in millimetres where all images have a spacing, in pixels where none has.
+        batch: how many slices go through the network at once; ``unext_batch`` counts their pixels together.
+        hd95: also measure HD95 with ``volume``: in millimetres where all images have a spacing, in pixels where none
+            has.
+        metric: a key of ``METRICS``.
 
     Raises:
         InputError: a file cannot be read or does not fit the classes; or for HD95 only some images have a spacing.
+        UsageError: there is no such metric, or it has no HD95.
     """
+    mode = metric_mode(metric, hd95)
+    if mode.unit == "case":
+        scored, unit = _score_cases(run, cases, preprocessing, classes, batch, hd95, mode)
+    else:
+        scored, unit = _score_at_network_size(run, cases, preprocessing, classes, batch, mode), None
+    means = mean_scores(
+        [case.scores for case in scored], [float(case.images) for case in scored], over_all=mode.every_unit_counts
+    )
+    counted_together = batch if mode.unit == "batch" else None
+    return Evaluation(cases=tuple(scored), means=means, hd95_unit=unit, metric=metric, batch=counted_together)
+
+
+def metric_mode(metric: str, hd95: bool = False) -> MetricMode:
+    """Return a metric by its name.
+
+    Raises:
+        UsageError: there is no such metric, or it has no HD95 and ``hd95`` asks for it.
+    """
+    if metric not in METRICS:
+        raise UsageError(f"no metric is called {metric!r}; choose one of: {', '.join(METRICS)}")
+    if hd95 and METRICS[metric].hd95 == "never":
+        raise UsageError(f"{metric} has no HD95; choose --metric volume, or leave --hd95 out")
+    return METRICS[metric]
+
+
+def _score_cases(
+    run: Run, cases: Sequence[Case], preprocessing: Preprocessing, classes: Classes, batch: int, hd95: bool,
+    mode: MetricMode,
+) -> tuple[list[CaseScores], str | None]:  # fmt: skip
+    """Score whole cases at their own size, and say in which unit their distances are."""
     scored: list[CaseScores] = []
     units: set[str] = set()
+    in_voxels = mode.hd95 == "always"
     for case in track(cases, "evaluate"):
         image, truth = read_case(case, len(classes.names))
         prediction = segment(run, image, preprocessing, batch)
-        spacing = (image.spacing_mm or PIXELS) if hd95 else None
+        spacing = PIXELS if in_voxels else (image.spacing_mm or PIXELS) if hd95 else None
         if len(truth) == 1:  # a picture: its surface is its outline
             prediction, truth, spacing = prediction[0], truth[0], spacing and spacing[1:]
-        scored.append(CaseScores(case=case.name, scores=scores(prediction, truth, classes, spacing)))
-        units.add("pixels" if image.spacing_mm is None else "mm")
+        found = tuple(map(mode.rule, scores(prediction, truth, classes, spacing)))
+        scored.append(CaseScores(case=case.name, scores=found))
+        units.add("voxels" if in_voxels else "pixels" if image.spacing_mm is None else "mm")
     if hd95 and len(units) > 1:
         raise InputError("some images have a spacing and some have none, so HD95 has no common unit; leave it out")
-    unit = units.pop() if hd95 and units else None
-    return Evaluation(cases=tuple(scored), means=mean_scores([case.scores for case in scored]), hd95_unit=unit)
+    return scored, units.pop() if (hd95 or in_voxels) and units else None
+
+
+def _score_at_network_size(
+    run: Run, cases: Sequence[Case], preprocessing: Preprocessing, classes: Classes, batch: int, mode: MetricMode
+) -> list[CaseScores]:
+    """Score images one by one or batch by batch, at the size of the network's answer."""
+    scored: list[CaseScores] = []
+    for group in _grouped(_prepared(cases, preprocessing, len(classes.names)), batch):
+        names, inputs, truths = zip(*group, strict=True)
+        size = preprocessing.image_size
+        predictions = np.stack([restore(logits, size, preprocessing, None) for logits in run(np.stack(inputs))])
+        units = [slice(None)] if mode.unit == "batch" else [slice(index, index + 1) for index in range(len(names))]
+        for unit in units:
+            found = tuple(map(mode.rule, scores(predictions[unit], np.stack(truths[unit]), classes)))
+            name = names[unit][0] if len(names[unit]) == 1 else f"{names[unit][0]} … {names[unit][-1]}"
+            scored.append(CaseScores(case=name, scores=found, images=len(names[unit])))
+    return scored
+
+
+def _prepared(
+    cases: Sequence[Case], preprocessing: Preprocessing, num_labels: int
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Yield the name, the network's input and the labels of that size of every slice, in the order of the cases."""
+    for case in track(cases, "evaluate"):
+        image, truth = read_case(case, num_labels)
+        contract = of_image(preprocessing, image.pixels)
+        for number, (pixels, labels) in enumerate(zip(image.pixels, truth, strict=True)):
+            name = case.name if len(truth) == 1 else f"{case.name}, slice {number}"
+            spacing = image.spacing_in_plane
+            yield name, prepare(pixels, contract, spacing), prepare_labels(labels, contract, spacing)
+
+
+def _grouped(
+    slices: Iterator[tuple[str, np.ndarray, np.ndarray]], size: int
+) -> Iterator[list[tuple[str, np.ndarray, np.ndarray]]]:
+    group: list[tuple[str, np.ndarray, np.ndarray]] = []
+    for each in slices:
+        group.append(each)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    found = [value for value in values if value is not None]
+    return sum(found) / len(found) if found else None

@@ -3,30 +3,41 @@
 import math
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from medseg_trt.errors import MedsegError
+from medseg_trt.errors import MedsegError, UsageError
 from medseg_trt.progress import LOG, track
 from medseg_trt.segment import Run
-from medseg_trt.train.augment import augment
 from medseg_trt.train.datasets.folder import DataFolder
-from medseg_trt.train.datasets.prepared import PreparedSlices, prepare_slices
+from medseg_trt.train.datasets.prepared import PreparedSlices, mapped_slices, prepare_slices, source_slices
+from medseg_trt.train.engine import Engine
+from medseg_trt.train.epoch_slices import EpochSlices
 from medseg_trt.train.evaluate import evaluate
+from medseg_trt.train.frozen import keep_frozen_in
 from medseg_trt.train.losses import segmentation_loss
 from medseg_trt.train.model import runner
-from medseg_trt.train.recipes import Recipe, TrainSpec
 from medseg_trt.train.run_lock import run_lock
-from medseg_trt.train.runs import PARTIAL_SLICES, Row, begin, save
-from medseg_trt.train.schedules import learning_rate
+from medseg_trt.train.runs import PARTIAL_SLICES, Progress, Row, RunState, begin, join, save, save_progress
+from medseg_trt.train.schedules import learning_rate, scheduled_step
+from medseg_trt.train.training_spec import Recipe, TrainSpec
+from medseg_trt.train.transunet import TransUNet
+from medseg_trt.train.whole_batch import Part, compute_part
 
 
-def train(recipe: Recipe, data: DataFolder, out: Path, *, block: Path | None = None, resume: bool = False) -> Path:
+def train(
+    recipe: Recipe, data: DataFolder, out: Path, *, block: Path | None = None, weights: Path | None = None,
+    resume: bool = False,
+) -> Path:  # fmt: skip
     """Train a model and return the path of its best checkpoint.
 
     Args:
@@ -34,6 +45,7 @@ def train(recipe: Recipe, data: DataFolder, out: Path, *, block: Path | None = N
         data: a labelled folder.
         out: the run folder, see ``train.runs``.
         block: the frozen block's file, for an architecture that has one.
+        weights: what the encoder starts from, for a recipe whose ``pretrained`` is "file".
         resume: go on from ``out/last.pt``; the recipe, the data and the block must be those of the run so far.
 
     Raises:
@@ -42,107 +54,189 @@ def train(recipe: Recipe, data: DataFolder, out: Path, *, block: Path | None = N
         ArtefactError: the block or the checkpoint cannot be used.
         MedsegError: the training has diverged.
     """
-    with run_lock(out):
-        return _train(recipe, data, out, block, resume)
-
-
-def _train(recipe: Recipe, data: DataFolder, out: Path, block: Path | None, resume: bool) -> Path:
-    state = begin(recipe, data, out, block=block, resume=resume)
-    if state.next_epoch > recipe.train.epochs:
-        LOG.info("%s is complete; all %d epochs are done", out, recipe.train.epochs)
-        return out / "best.pt"
-    checkpoint = state.checkpoint
-    model = checkpoint.model().to("cuda" if torch.cuda.is_available() else "cpu")
-    optimizer = make_optimizer(model, recipe.train)
-    if checkpoint.training is not None:
-        optimizer.load_state_dict(checkpoint.training["optimizer"])
-    validation = data.splits.get("val", ())
-    if not validation:
-        LOG.warning("%s has no validation split, so best.pt is simply the latest epoch", data.name)
-    with tempfile.TemporaryDirectory(dir=out, prefix=PARTIAL_SLICES, ignore_cleanup_errors=True) as prepared:
-        slices = prepare_slices(data.cases("train"), checkpoint.preprocessing, len(data.classes.names), Path(prepared))
-        LOG.info("train %s on %d slices of %s", recipe.architecture, len(slices.images), data.name)
-        for epoch in range(state.next_epoch, recipe.train.epochs + 1):
-            began = time.monotonic()
-            row: dict[str, Any] = {"epoch": epoch}
-            if epoch > 0:
-                row["loss"] = train_epoch(model, optimizer, slices, recipe, epoch)
-            model.eval()
-            if validation and (epoch % recipe.train.validate_every == 0 or epoch == recipe.train.epochs):
-                run = _finite_runner(model, recipe.train)
-                found = evaluate(run, validation, checkpoint.preprocessing, data.classes, recipe.train.batch_size)
-                row |= {"dice": found.mean_dice, "dice_of_class": {mean.name: mean.dice for mean in found.means}}
-            row["seconds"] = round(time.monotonic() - began, 2)
-            state = save(state, model, optimizer, row, out)
-            _tell(row, recipe.train.epochs)
+    engine = Engine(recipe.train.autocast)
+    with ExitStack() as held:
+        engine.first(lambda: held.enter_context(run_lock(out)))
+        state = engine.first(lambda: begin(recipe, data, out, block=block, weights=weights, resume=resume))
+        state = state or join(recipe, data, out, block=block, weights=weights)
+        if state.next_epoch > recipe.train.epochs:
+            LOG.info("%s is complete; all %d epochs are done", out, recipe.train.epochs)
+        else:
+            _train(recipe, data, out, state, engine, held)
     return out / "best.pt"
 
 
+def _train(recipe: Recipe, data: DataFolder, out: Path, state: RunState, engine: Engine, held: ExitStack) -> None:
+    checkpoint, spec = state.checkpoint, recipe.train
+    model = checkpoint.model().to(engine.device)
+    keep_frozen_in(model, spec.frozen_dtype)
+    optimizer = make_optimizer(model, spec)
+    if checkpoint.training is not None:
+        optimizer.load_state_dict(checkpoint.training["optimizer"])
+        engine.scaler.load_state_dict(checkpoint.training.get("scaler", {}))
+    if not data.splits.get("val", ()) and spec.best != "last":
+        LOG.warning("%s has no validation split, so best.pt is simply the latest epoch", data.name)
+    slices = _prepared(recipe, data, state, out, engine, held)
+    LOG.info("train %s on %d slices of %s", recipe.architecture, len(slices.images), data.name)
+    training = _Training(recipe=recipe, data=data, out=out, engine=engine, model=model, optimizer=optimizer)
+    connected, progress = engine.connect(model), state.progress
+    for epoch in range(state.next_epoch, spec.epochs + 1):
+        began = time.monotonic()
+        row: dict[str, Any] = {"epoch": epoch}
+        if epoch > 0:
+            keep = partial(training.keep, state)
+            row["loss"] = train_epoch(connected, optimizer, slices, recipe, epoch, engine, progress, keep)
+            progress = None
+        state = engine.first(partial(training.finish, state, row, began)) or state
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Training:
+    """What stays the same from epoch to epoch, and what the first process does with it."""
+
+    recipe: Recipe
+    data: DataFolder
+    out: Path
+    engine: Engine
+    model: TransUNet
+    optimizer: torch.optim.Optimizer
+
+    def finish(self, state: RunState, row: Row, began: float) -> RunState:
+        """Validate after an epoch where it is due, and save what it has brought."""
+        epoch, spec, validation = row["epoch"], self.recipe.train, self.data.splits.get("val", ())
+        self.model.eval()
+        if validation and (epoch % spec.validate_every == 0 or epoch == spec.epochs):
+            run = _finite_runner(self.model, spec)
+            found = evaluate(
+                run, validation, state.checkpoint.preprocessing, self.data.classes, spec.batch_size,
+                metric=spec.validate_with,
+            )  # fmt: skip
+            of_class = {mean.name: mean.dice for mean in found.means}
+            row = {**row, "dice": found.mean_dice, "iou": found.mean_iou, "dice_of_class": of_class}
+        row = {**row, "seconds": round(time.monotonic() - began, 2)}
+        state = save(state, self.model, self._beside_weights(), row, self.out, spec)
+        _tell(row, spec)
+        return state
+
+    def keep(self, state: RunState, progress: Progress) -> None:
+        """Save what the steps of an epoch have brought."""
+        self.engine.first(lambda: save_progress(state, self.model, self._beside_weights(), progress, self.out))
+
+    def _beside_weights(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.engine.scaler.state_dict()}
+
+
+def _prepared(
+    recipe: Recipe, data: DataFolder, state: RunState, out: Path, engine: Engine, held: ExitStack
+) -> PreparedSlices:
+    """Prepare the slices of the training split once on every machine, in a folder that ``held`` removes."""
+    contract = state.checkpoint.preprocessing
+    at_source = recipe.augment_at == "source"
+    in_training = replace(contract, resize=recipe.training_resize or contract.resize)
+
+    def prepare() -> tuple[Path, tuple[np.ndarray, ...]]:
+        partial = tempfile.TemporaryDirectory(dir=out, prefix=PARTIAL_SLICES, ignore_cleanup_errors=True)
+        folder = Path(held.enter_context(partial))
+        keep = source_slices if at_source else prepare_slices
+        return folder, keep(data.cases("train"), in_training, len(data.classes.names), folder).slices_of_class
+
+    return mapped_slices(*engine.first_of_machine(prepare), in_training if at_source else None)
+
+
 def train_epoch(
-    model: nn.Module, optimizer: torch.optim.Optimizer, slices: PreparedSlices, recipe: Recipe, epoch: int
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    slices: PreparedSlices,
+    recipe: Recipe,
+    epoch: int,
+    engine: Engine | None = None,
+    progress: Progress | None = None,
+    keep: Callable[[Progress], None] | None = None,
 ) -> float:
     """Train for one epoch, counted from 1, and return the mean loss.
 
     All randomness comes from the seed and the epoch's number, so that a resumed run takes the same steps.
 
+    Args:
+        model: the network, as ``engine.connect`` returned it.
+        optimizer: over everything in it that is not frozen.
+        slices: the training split.
+        recipe: of the run.
+        epoch: from 1.
+        engine: what computes; None is this process alone.
+        progress: where an earlier process stopped in the middle of this epoch.
+        keep: called with the progress every ``train.save_every_steps`` steps.
+
     Raises:
         MedsegError: the loss is no longer a number.
+        UsageError: there are more processes than slices in a batch.
     """
-    spec = recipe.train
+    spec, engine = recipe.train, engine or Engine(recipe.train.autocast)
     torch.manual_seed(spec.seed + epoch)  # of dropout
     dataset = EpochSlices(slices, recipe, epoch)
-    drop_last = len(dataset) >= spec.batch_size
-    loader = DataLoader(dataset, spec.batch_size, num_workers=spec.workers, drop_last=drop_last)
-    device = next(model.parameters()).device
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    batches = _batches(len(dataset), spec, engine)
+    losses = list(progress.losses) if progress is not None else []
+    left = batches[len(losses) :]
+    share = [list(range(start + part.start, start + part.stop)) for start, parts in left for part in parts]
+    fed = iter(DataLoader(dataset, batch_sampler=share, num_workers=spec.workers))
+    if progress is not None:
+        engine.set_random_state(progress.random_state)
     model.train()
-    losses: list[float] = []
-    for index, (images, labels) in enumerate(track(loader, f"epoch {epoch} of {spec.epochs}")):
+    for step in track(range(len(losses), len(batches)), f"epoch {epoch} of {spec.epochs}"):
         rate = learning_rate(
-            (epoch - 1) * len(loader) + index, spec.epochs * len(loader),
+            scheduled_step((epoch - 1) * len(batches) + step, len(batches), spec.schedule_step),
+            spec.epochs * len(batches),
             schedule=spec.schedule, peak=spec.learning_rate, floor=spec.min_learning_rate,
             warmup_steps=spec.warmup_steps,
         )  # fmt: skip
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss = segmentation_loss(model(images.to(device)), labels.to(device))
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise _diverged(f"the loss of epoch {epoch}, step {index} is {losses[-1]}", spec)
         optimizer.zero_grad()
-        loss.backward()
-        if spec.max_gradient_norm is not None:
-            nn.utils.clip_grad_norm_(trainable, spec.max_gradient_norm)
-        optimizer.step()
+        losses.append(_loss_and_gradients(model, fed, batches[step][1], engine))
+        if not math.isfinite(losses[-1]):
+            raise _diverged(f"the loss of epoch {epoch}, step {step} is {losses[-1]}", spec)
+        engine.step(optimizer, spec.max_gradient_norm)
+        done = step + 1
+        if keep is not None and spec.save_every_steps and done % spec.save_every_steps == 0 and done < len(batches):
+            keep(Progress(epoch=epoch, losses=tuple(losses), random_state=engine.random_state()))
+    compute_part(model, None)
     return sum(losses) / len(losses)
 
 
-class EpochSlices(Dataset[tuple[np.ndarray, np.ndarray]]):
-    """The augmented slices of one epoch; item ``i`` is the same whenever, and in whichever process, it is asked for."""
+def _batches(count: int, spec: TrainSpec, engine: Engine) -> list[tuple[int, tuple[Part, ...]]]:
+    """Return where each batch of an epoch begins, and this process's parts of it.
 
-    def __init__(self, slices: PreparedSlices, recipe: Recipe, epoch: int) -> None:
-        self.slices = slices
-        self.recipe = recipe
-        self.epoch = epoch
-        rng = np.random.default_rng([recipe.train.seed, epoch])
-        count = recipe.train.slices_per_epoch or len(slices.images)
-        if recipe.train.balance_classes:
-            classes = rng.integers(len(slices.slices_of_class), size=count)
-            self.order = np.array([rng.choice(slices.slices_of_class[label]) for label in classes])
-        else:
-            laps = -(-count // len(slices.images))
-            self.order = np.concatenate([rng.permutation(len(slices.images)) for _ in range(laps)])[:count]
+    A short last batch is left out where ``spec.drop_last`` says so and it is not the only one.
+    """
+    size = min(spec.batch_size, count)
+    rest = 0 if spec.drop_last else count % size
+    smallest = rest or size
+    if smallest < engine.processes:
+        raise UsageError(
+            f"a batch of {smallest} slice(s) cannot be shared by {engine.processes} processes; start fewer, "
+            f"or choose --set train.batch_size={engine.processes}"
+        )
+    whole = [(start, engine.parts(size, spec.accumulate)) for start in range(0, count - size + 1, size)]
+    return [*whole, (count - rest, engine.parts(rest, spec.accumulate))] if rest else whole
 
-    def __len__(self) -> int:
-        return len(self.order)
 
-    def __getitem__(self, item: int) -> tuple[np.ndarray, np.ndarray]:
-        seed = [self.recipe.train.seed, self.epoch, item + 1]  # NumPy pads with zeros: [s, e, 0] would repeat [s, e]
-        rng = np.random.default_rng(seed)
-        index = self.order[item]
-        image, labels = np.array(self.slices.images[index]), np.array(self.slices.labels[index])
-        image, labels = augment(image, labels, self.recipe.augmentation, rng)
-        return image, labels.astype(np.int64)
+def _loss_and_gradients(
+    model: nn.Module, fed: Iterator[tuple[torch.Tensor, torch.Tensor]], parts: tuple[Part, ...], engine: Engine
+) -> float:
+    """Compute one batch, micro-batch by micro-batch, and return its loss."""
+    begin, whole_loss = engine.random_state() if len(parts) > 1 else None, 0.0
+    for number, part in enumerate(parts, 1):
+        images, labels = next(fed)
+        if begin is not None:
+            engine.set_random_state(begin)  # every micro-batch draws for the whole batch and takes its rows
+        compute_part(model, part)
+        with engine.no_average(model, number < len(parts)):
+            with engine.autocast():
+                logits = model(images.to(engine.device))
+            loss = segmentation_loss(logits.float(), labels.to(engine.device), part) * part.share
+            engine.backward(loss)
+        whole_loss += loss.item()
+    return whole_loss
 
 
 def make_optimizer(model: nn.Module, spec: TrainSpec) -> torch.optim.Optimizer:
@@ -173,13 +267,14 @@ def _diverged(what: str, spec: TrainSpec) -> MedsegError:
     return MedsegError(f"{what}. Try a smaller rate in another run folder: {smaller}")
 
 
-def _tell(row: Row, epochs: int) -> None:
+def _tell(row: Row, spec: TrainSpec) -> None:
     loss = f"loss {row['loss']:.3f}, " if "loss" in row else "untrained, "
     dice = ""
     if "dice" in row:
         classes = ", ".join(
             f"{name} {'absent' if value is None else f'{value:.2f}'}" for name, value in row["dice_of_class"].items()
         )
-        dice = f"validation Dice {row['dice']:.3f} ({classes}), "
-    left = f", about {row['seconds'] * (epochs - row['epoch']):.0f} s left" if "loss" in row else ""
-    LOG.info("epoch %d of %d: %s%s%.0f s%s", row["epoch"], epochs, loss, dice, row["seconds"], left)
+        iou = f", IoU {row['iou']:.3f}" if spec.best == "iou" and row["iou"] is not None else ""
+        dice = f"validation Dice {row['dice']:.3f} ({classes}){iou}, "
+    left = f", about {row['seconds'] * (spec.epochs - row['epoch']):.0f} s left" if "loss" in row else ""
+    LOG.info("epoch %d of %d: %s%s%.0f s%s", row["epoch"], spec.epochs, loss, dice, row["seconds"], left)

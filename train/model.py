@@ -30,6 +30,7 @@ SMOLLM2_135M = BlockSpec(
 TINY_LLAMA = BlockSpec(hidden_size=64, intermediate_size=96, num_heads=4, num_kv_heads=2, head_dim=16)
 
 MAX_DRAWN = 1 << 20  # random numbers at once
+MAPPER_STD = 0.02  # of mapper_init=trunc02
 
 Preset = Callable[[tuple[int, int], int], ModelSpec]
 
@@ -139,7 +140,8 @@ class LanguageInsert(nn.Module):
     def forward(self, tokens: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch tokens hidden"]:
         """Return the tokens after the detour through the language model."""
         mapped = self.mapper1(tokens)
-        answer = self.final_norm(self.block(mapped)).to(tokens.dtype)
+        layers_type = next((weight.dtype for weight in self.block.parameters()), mapped.dtype)
+        answer = self.final_norm(self.block(mapped.to(layers_type)).to(mapped.dtype)).to(tokens.dtype)
         if self.goes_round_layers:
             answer = answer + mapped
         answer = self.mapper2(answer)
@@ -173,6 +175,8 @@ def build_model(spec: ModelSpec, block: FrozenBlock | Sequence[FrozenBlock] | No
     insert = LanguageInsert(spec.hidden_size, spec.block, spec.insert)
     if blocks or not spec.insert.needs_block_file:
         _fill(insert, spec.insert, spec.block, blocks)
+    if spec.insert.mapper_init == "trunc02" and not insert.mapper1.weight.is_meta:
+        _draw_maps(insert, start)
     _draw_like_published(spec, insert, start)
     return TransUNet(spec, insert)
 
@@ -198,6 +202,18 @@ def _draw_like_published(spec: ModelSpec, insert: LanguageInsert | None, start: 
     torch.set_rng_state(start)
     while left > 0:  # in parts, since LLaMA-7B's layer has 200 million; parts draw what the whole would
         left -= torch.rand(min(left, MAX_DRAWN)).numel()
+
+
+def _draw_maps(insert: LanguageInsert, start: Tensor) -> None:
+    """Draw the two maps as Pang et al. do, with the numbers from ``start`` on, where PyTorch's own draw of them was.
+
+    What is drawn next is what it would have been.
+    """
+    end = torch.get_rng_state()
+    torch.set_rng_state(start)
+    for linear in (insert.mapper1, insert.mapper2):
+        nn.init.trunc_normal_(linear.weight, std=MAPPER_STD)
+    torch.set_rng_state(end)
 
 
 def _numbers_drawn(insert: LanguageInsert) -> int:

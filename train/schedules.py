@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Literal
 
+ScheduleStep = Literal["before", "after", "epoch"]
 Schedule = Callable[[float], float]  # 0 … 1 of the run after warm-up -> factor on the learning rate
 
 
@@ -39,3 +41,15 @@ def learning_rate(step: int, total_steps: int, *, schedule: str, peak: float, fl
         return peak * (step + 1) / warmup_steps
     done = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
     return floor + (peak - floor) * SCHEDULES[schedule](done)
+
+
+def scheduled_step(step: int, steps_per_epoch: int, when: ScheduleStep) -> int:
+    """Return the step whose rate an optimiser step takes.
+
+    Args:
+        step: the step about to be taken, counted from 0.
+        steps_per_epoch: how many there are in an epoch.
+        when: "before": its own. "after": the rate changes after every step, to that of the step just taken, so that the
+            first two are the same (Beckschen/TransUNet ``trainer.py``). "epoch": that of the epoch's first step.
+    """
+    return {"before": step, "after": max(step - 1, 0), "epoch": step - step % steps_per_epoch}[when]

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from medseg_trt.spec import ModelSpec
+from medseg_trt.train.whole_batch import BatchNorm2d, Dropout
 
 GROUPS = 32  # of every GroupNorm but the one in a bottleneck's shortcut
 NORM_EPS = 1e-6
@@ -118,7 +119,7 @@ class EncoderLayer(nn.Module):
         self.mlp_norm = nn.LayerNorm(hidden_size, NORM_EPS)
         self.fc1 = nn.Linear(hidden_size, mlp_size)
         self.fc2 = nn.Linear(mlp_size, hidden_size)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         for layer in (self.fc1, self.fc2):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.normal_(layer.bias, std=1e-6)
@@ -134,7 +135,7 @@ class ConvNormReLU(nn.Sequential):
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         conv = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
-        super().__init__(conv, nn.BatchNorm2d(channels_out), nn.ReLU())
+        super().__init__(conv, BatchNorm2d(channels_out), nn.ReLU())
 
 
 class DecoderStage(nn.Module):
@@ -169,7 +170,7 @@ class TransUNet(nn.Module):
         self.patch_embedding = nn.Conv2d(self.resnet.channels_out, spec.hidden_size, 1)
         rows, columns = spec.grid
         self.position_embedding = nn.Parameter(torch.zeros(1, rows * columns, spec.hidden_size))
-        self.dropout = nn.Dropout(spec.dropout)
+        self.dropout = Dropout(spec.dropout)
         self.layers = nn.ModuleList(
             EncoderLayer(spec.hidden_size, spec.num_heads, spec.mlp_size, spec.dropout) for _ in range(spec.num_layers)
         )

@@ -7,6 +7,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from medseg_trt.errors import UsageError
 from medseg_trt.export import masks
 from medseg_trt.export.masks import with_masks
 from medseg_trt.export.save import save_flavours
@@ -15,6 +16,7 @@ from medseg_trt.preprocess import resampled_size, restore
 from medseg_trt.session import BACKENDS, Session
 from medseg_trt.spec import Preprocessing
 
+CPU_BACKENDS = [name for name, backend in BACKENDS.items() if not backend.gpu]
 SIZE = (32, 48)
 STRETCHED = Preprocessing(image_size=SIZE)
 IMAGES = np.random.default_rng(0).normal(size=(3, 3, *SIZE)).astype(np.float32)
@@ -65,7 +67,7 @@ def same_masks(session: Session, num_classes: int, preprocessing: Preprocessing,
     return found
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("num_classes", [1, 3])
 def test_masks_are_those_of_restore(tmp_path, backend, num_classes):
     with opened(with_masks(network(num_classes), STRETCHED), backend, tmp_path) as session:
@@ -76,7 +78,7 @@ def test_masks_are_those_of_restore(tmp_path, backend, num_classes):
             assert size == (1, 1) or len(np.unique(found)) == max(num_classes, 2)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("num_classes", [1, 3])
 def test_masks_of_padded_and_cropped_pictures_are_those_of_restore(tmp_path, backend, num_classes):
     with opened(with_masks(network(num_classes), SPACED), backend, tmp_path) as session:
@@ -112,7 +114,7 @@ def test_a_wrong_placement_is_seen(tmp_path, monkeypatch, fault):
     assert not all(np.array_equal(*pair) for pair in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_equal_logits_go_to_the_lower_label_and_zero_is_background(tmp_path, backend):
     flat = np.zeros((1, 3, *SIZE), np.float32)
     for num_classes in (1, 3):
@@ -131,7 +133,12 @@ def test_the_graph_it_is_given_stays_as_it_was():
         assert [value.name for value in masked.model.graph.inputs] == [INPUT, *further]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_a_graph_of_logits_does_not_claim_to_make_masks(tmp_path, backend):
     with opened(network(3), backend, tmp_path) as session:
         assert not session.gives_masks
+
+
+def test_labels_that_are_resized_with_a_spline_are_refused_in_one_line():
+    with pytest.raises(UsageError, match=r"resize=spline3.* choose --outputs logits"):
+        with_masks(network(3), Preprocessing(image_size=SIZE, resize="spline3"))

@@ -71,22 +71,25 @@ def _swiglu(entry: Entry, rows: int, width: int, first_scale: int, rng: np.rando
 def _rotary(entry: Entry, rows: int, width: int, first_scale: int, rng: np.random.Generator) -> Case:
     heads, kv_heads, dim = HEADS[width]
     on_the_fly = entry.defines["ANGLES"] == "ANGLES_FREQUENCY"
+    batch = 1 if rows < 8 else 2
+    tokens = -(-rows // batch)  # an odd number of rows is one more
     scalars = {
-        "tokens": rows,
-        "sequence": rows if rows < 8 else rows // 2 + 1,  # the second sequence is cut short
+        "batch": batch,
+        "tokens": tokens,
         "first_position": 1_000_000 if on_the_fly else first_scale,
         "num_heads": heads,
         "num_kv_heads": kv_heads,
         "head_dim": dim,
         "copy_values": int(first_scale % 2 == 0),
     }
-    inputs = {"qkv": scaled_rows(rng, (rows, (heads + 2 * kv_heads) * dim), entry.dtype, first_scale)}
+    qkv = scaled_rows(rng, (batch * tokens, (heads + 2 * kv_heads) * dim), entry.dtype, first_scale)
+    inputs = {"qkv": qkv.reshape(batch, tokens, -1)}
     if on_the_fly:
         inputs["frequencies"] = frequency_words(dim, 10000.0)
     else:
-        positions = np.arange(scalars["first_position"] + scalars["sequence"])[:, None]
+        positions = np.arange(scalars["first_position"] + tokens)[:, None]
         angles = positions * 10000.0 ** (-2 * np.arange(dim // 2) / dim)
-        inputs |= {"cosine": np.cos(angles).astype(np.float32), "sine": np.sin(angles).astype(np.float32)}
+        inputs |= {"cos": np.cos(angles).astype(np.float32), "sin": np.sin(angles).astype(np.float32)}
     return scalars, inputs
 
 

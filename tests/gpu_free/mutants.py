@@ -248,8 +248,18 @@ MUTANTS: Mapping[str, Mutant] = {
     ),
     "positions not begun again in the next sequence": Mutant(
         "rotary_float16_half_table", "rotary.cu", ("host",),
-        old="first_position + token % sequence",
-        new="first_position + token",
+        old="first_position + token;",
+        new="first_position + blockIdx.x;",
+    ),
+    "heads written token by token": Mutant(
+        "rotary_float16_half_table", "rotary.cu", ("host",),
+        old="q + head * stride, half",
+        new="q + head * heads.dim, half",
+    ),
+    "next sequence written over the first": Mutant(
+        "rotary_float16_half_table", "rotary.cu", ("host",),
+        old="v + item * num_kv_heads * stride + place",
+        new="v + place",
     ),
     "frequencies cut to 32 bits": Mutant(
         "rotary_float32_half_frequency", "rotary.cu", ("host",),

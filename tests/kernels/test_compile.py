@@ -208,6 +208,11 @@ def test_the_manifest_has_every_field_and_the_digests_are_true(built):
     assert all(hashlib.sha256((built / row["ptx"]).read_bytes()).hexdigest() == row["sha256"] for row in rows)
     by_place = {(row["target"], row["entry"]): row for row in rows}
     row = by_place["jetpack6", "medseg_logits_to_mask_float16"]
+    assert row.keys() == {
+        "name", "entry", "dtype", "target", "arch", "ptx", "ptx_version", "cuda", "sha256", "parameters", "block",
+        "grid", "shared_bytes", "static_shared_bytes", "registers", "spills", "max_width",
+    }  # fmt: skip
+    assert all(each.keys() == {"name", "kind", "dtype", "direction"} for each in row["parameters"])
     assert {key: row[key] for key in ("name", "dtype", "arch", "ptx_version", "cuda", "block", "spills")} == {
         "name": "logits_to_mask", "dtype": "float16", "arch": "sm_87", "ptx_version": "8.5", "cuda": "12.6",
         "block": [128, 1, 1], "spills": 0,

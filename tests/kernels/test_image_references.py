@@ -165,6 +165,8 @@ def restore_nearest(logits, size):
     [
         ({}, (1, 8, 8, 2), "2 channels; 1 or 3"),
         ({"resize": "nearest"}, (1, 8, 8, 3), "not with nearest"),
+        ({"resize": "spline3"}, (1, 8, 8, 3), "not with spline3"),
+        ({"channel_order": "bgr"}, (1, 8, 8, 3), "cannot make bgr of rgb"),
         ({}, (1, 16385, 8, 3), "16385 x 8 pixels"),
         ({}, (1, 0, 8, 3), "0 x 8 pixels"),
     ],
@@ -180,6 +182,11 @@ def test_pictures_that_cannot_be_resized_are_refused(changes, shape, message):
 def test_masks_that_cannot_be_numbered_are_refused(classes, size, message):
     with pytest.raises(ValueError, match=message):
         logits_to_mask.scalars(contract((8, 8), None), 1, classes, size)
+
+
+def test_labels_that_are_resized_with_a_spline_are_refused():
+    with pytest.raises(ValueError, match="with resize=spline3 labels are"):
+        logits_to_mask.scalars(contract((8, 8), None, resize="spline3"), 1, 2, (8, 8))
 
 
 def test_bytes_moved_are_what_must_move():

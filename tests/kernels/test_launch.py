@@ -245,7 +245,7 @@ class FakeCudaBindings:
         self.results = {
             "cuDriverGetVersion": 12060, "cuCtxGetCurrent": context, "cuDeviceGet": "device",
             "cuDevicePrimaryCtxRetain": "primary", "cuCtxGetDevice": "device", "cuModuleLoadData": "module",
-            "cuModuleGetFunction": "function",
+            "cuModuleGetFunction": "function", "cuDeviceGetName": b"Fake\0",
         }  # fmt: skip
 
     def __getattr__(self, function: str):
@@ -333,7 +333,7 @@ class FakePycuda(ModuleType):
         super().__init__("pycuda.driver")
         self.fail = fail
         self.calls: list[tuple[Any, ...]] = []
-        context = SimpleNamespace(push=lambda: self._note("push"))
+        context = SimpleNamespace(push=lambda: self._note("push"), pop=lambda: self._note("pop"))
         self.Device = lambda number: SimpleNamespace(
             retain_primary_context=lambda: (self._note("retain", number), context)[1]
         )

@@ -198,8 +198,8 @@ def test_the_tolerance_of_swiglu_catches_a_rounding_in_between():
 def rotary_case(entry: Entry, dim: int, first_position: int = 3) -> tuple[dict[str, int], dict[str, Array]]:
     """Return 2 sequences of 5 tokens with 6 heads on 2 key and value heads, and transformers' own angles."""
     scalars = {
-        "tokens": 10,
-        "sequence": 5,
+        "batch": 2,
+        "tokens": 5,
         "first_position": first_position,
         "num_heads": 6,
         "num_kv_heads": 2,
@@ -210,9 +210,9 @@ def rotary_case(entry: Entry, dim: int, first_position: int = 3) -> tuple[dict[s
         LlamaConfig(hidden_size=dim, num_attention_heads=1, head_dim=dim, max_position_embeddings=64)
     )
     cos, sin = embedding(torch.zeros(1), torch.arange(first_position + 5)[None])
-    tables = {"cosine": cos[0, :, : dim // 2].numpy(), "sine": sin[0, :, : dim // 2].numpy()}
+    tables = {"cos": cos[0, :, : dim // 2].numpy(), "sin": sin[0, :, : dim // 2].numpy()}
     inputs = {
-        "qkv": numbers(13, 10, 10 * dim, dtype=entry.dtype),
+        "qkv": numbers(13, 10, 10 * dim, dtype=entry.dtype).reshape(2, 5, -1),
         "frequencies": frequency_words(dim, 10000.0),
         **tables,
     }
@@ -226,10 +226,10 @@ def test_rotary_is_that_of_transformers(dim):
     scalars, inputs = rotary_case(entry, dim)
     expected = kernel.reference(entry, inputs, scalars)
     heads = tensor(inputs["qkv"]).double().reshape(2, 5, 10, dim).transpose(1, 2)  # (sequence, head, token, column)
-    cos, sin = (tensor(np.tile(inputs[name][3:], 2))[None].double() for name in ("cosine", "sine"))
+    cos, sin = (tensor(np.tile(inputs[name][3:], 2))[None].double() for name in ("cos", "sin"))
     query, key = apply_rotary_pos_emb(heads[:, :6], heads[:, 6:8], cos, sin)
     for name, value in {"q": query, "k": key, "v": heads[:, 8:]}.items():
-        np.testing.assert_allclose(expected[name].value, value.transpose(1, 2).reshape(10, -1), rtol=0, atol=1e-15)
+        np.testing.assert_allclose(expected[name].value, value, rtol=0, atol=1e-15)
 
 
 def test_interleaved_rotary_multiplies_complex_numbers_as_meta_does():
@@ -238,10 +238,10 @@ def test_interleaved_rotary_multiplies_complex_numbers_as_meta_does():
     scalars, inputs = rotary_case(entry, 8)
     expected = kernel.reference(entry, inputs, scalars)
     heads = torch.view_as_complex(tensor(inputs["qkv"]).double().reshape(2, 5, 10, 4, 2))
-    angles = torch.complex(tensor(inputs["cosine"][3:]).double(), tensor(inputs["sine"][3:]).double())[:, None]
-    turned = torch.view_as_real(heads[:, :, :8] * angles).reshape(10, -1)
-    np.testing.assert_allclose(expected["q"].value, turned[:, : 6 * 8], rtol=0, atol=1e-15)
-    np.testing.assert_allclose(expected["k"].value, turned[:, 6 * 8 :], rtol=0, atol=1e-15)
+    angles = torch.complex(tensor(inputs["cos"][3:]).double(), tensor(inputs["sin"][3:]).double())[:, None]
+    turned = torch.view_as_real(heads[:, :, :8] * angles).reshape(2, 5, 8, 8).transpose(1, 2)
+    np.testing.assert_allclose(expected["q"].value, turned[:, :6], rtol=0, atol=1e-15)
+    np.testing.assert_allclose(expected["k"].value, turned[:, 6:], rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("layout", ["half", "interleaved"])
@@ -262,13 +262,13 @@ def test_angles_at_position_a_million_are_exact(theta):
     kernel = load("rotary")
     entry = kernel.entry("rotary_float32_half_frequency")
     scalars = {**rotary_case(entry, 64)[0], "first_position": 999_995, "num_heads": 1, "num_kv_heads": 0}
-    qkv = np.tile(np.repeat(np.array([1, 0], np.float32), 32), (10, 1))  # (1, 0) turns into (cos, sin)
+    qkv = np.tile(np.repeat(np.array([1, 0], np.float32), 32), (2, 5, 1))  # (1, 0) turns into (cos, sin)
     inputs = {"qkv": qkv, "frequencies": frequency_words(64, theta)}
     expected = kernel.reference(entry, inputs, scalars)["q"].value
     with mpmath.workdps(40):
         angles = [999_999 * mpmath.mpf(theta) ** (mpmath.mpf(-2 * pair) / 64) for pair in range(32)]
         exact = [float(mpmath.cos(angle)) for angle in angles] + [float(mpmath.sin(angle)) for angle in angles]
-    np.testing.assert_allclose(expected[4], exact, rtol=0, atol=1e-12)  # 1.8e-13, and float64 of the fraction
+    np.testing.assert_allclose(expected[0, 0, 4], exact, rtol=0, atol=1e-12)  # 1.8e-13, and float64 of the fraction
 
 
 def test_the_tolerance_of_rotary_catches_swapped_halves_and_float32_angles():
@@ -277,7 +277,7 @@ def test_the_tolerance_of_rotary_catches_swapped_halves_and_float32_angles():
     scalars, inputs = rotary_case(entry, 8, first_position=3)
     expected = kernel.reference(entry, inputs, scalars)["q"]
     assert worst(kernel, expected, expected.value.astype(np.float32), "float32") <= 1
-    assert worst(kernel, expected, np.roll(expected.value, 4, axis=1).astype(np.float32), "float32") > 1
+    assert worst(kernel, expected, np.roll(expected.value, 4, axis=3).astype(np.float32), "float32") > 1
     far = {**scalars, "first_position": 5000}  # where transformers' float32 angles are off by up to 2.4e-4
     expected = kernel.reference(entry, inputs, far)["q"]
     table = kernel.entry("rotary_float32_half_table")
@@ -420,7 +420,7 @@ def test_bytes_that_must_move(entry, per_token, once):
 
 def test_bytes_that_must_move_for_rotary():
     kernel = load("rotary")
-    scalars = {**rotary_case(kernel.entries[0], 128)[0], "sequence": 10, "copy_values": 0}
+    scalars = {**rotary_case(kernel.entries[0], 128)[0], "batch": 1, "tokens": 10, "copy_values": 0}
     assert kernel.bytes_moved(scalars, kernel.entry("rotary_float16_half_table")) == 10 * (4 * (6 + 2) * 128 + 512)
     assert kernel.bytes_moved(scalars, kernel.entry("rotary_float16_half_frequency")) == 10 * 4 * (6 + 2) * 128 + 512
 

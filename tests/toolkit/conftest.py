@@ -1,7 +1,7 @@
 """What several tests of the toolkit start from."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from fakes.bundles import FakeMachine
+from fakes.keys import write_keys
 from measured_here import SHORT, measure_here
 from tiny import make_checkpoint, picture, write_nifti, write_pictures, write_volumes
 
 from medseg_trt import executions, variants
 from medseg_trt.benchmark import Bench, Measured, bench
+from medseg_trt.bundle import load_bundle
 from medseg_trt.cli import cli
 from medseg_trt.preprocess import Size
-from medseg_trt.session import BACKENDS, Session
+from medseg_trt.session import BACKENDS, Session, open_session
 from medseg_trt.sessions.child import ChildSession
 
 
@@ -75,6 +78,7 @@ class Built:
     bundle: Path
     checkpoint: Path
     data: Path
+    verify_key: Path  # it is signed
     manifest: Mapping[str, Any]  # as ``build --json`` printed it
 
 
@@ -82,9 +86,10 @@ class Built:
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     root = tmp_path_factory.mktemp("precisions")
     data = write_volumes(root / "data", count=3)
+    private, public = write_keys(root)
     checkpoint = make_checkpoint(root)
     command = ["build", "--ckpt", checkpoint, "--data", data, "-o", root / "model.medseg", "--max-dice-drop", "0.05"]
-    precisions = ["--precision", ",".join(PRECISIONS[:-1]), "--precision", MIX]
+    precisions = ["--precision", ",".join(PRECISIONS[:-1]), "--precision", MIX, "--sign", str(private)]
     with pytest.MonkeyPatch.context() as patch:
         for module in (executions, variants):
             patch.setattr(module, "ChildSession", SessionHere)
@@ -92,7 +97,18 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     assert ran.exit_code == 0, ran.output
     found = json.loads(ran.stdout)
     assert found["bundle"] == str(root / "model.medseg")
-    return Built(bundle=root / "model.medseg", checkpoint=checkpoint, data=data, manifest=found["manifest"])
+    bundle, manifest = root / "model.medseg", found["manifest"]
+    return Built(bundle=bundle, checkpoint=checkpoint, data=data, verify_key=public, manifest=manifest)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path, tmp_path: Path) -> Iterator[FakeMachine]:
+    """A fake machine whose engine is the tiny bundle's network; its caches are in a folder of the test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    bundle = load_bundle(tiny_bundle)
+    with open_session(bundle, "onnxruntime", threads=1) as session:
+        model = bundle.content.model
+        yield FakeMachine(monkeypatch, session.run, model.image_size, model.num_classes)
 
 
 @pytest.fixture(scope="session")

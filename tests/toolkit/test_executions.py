@@ -178,6 +178,12 @@ def test_an_unknown_backend_lists_the_known_ones(machine):
         tried(graphs("fp32"), backend="coreml")
 
 
+def test_a_backend_of_gpus_is_for_infer(machine):
+    with pytest.raises(UsageError, match="a build does not try onnxruntime-cuda; leave --backend out here"):
+        tried(graphs("fp32"), backend="onnxruntime-cuda")
+    assert machine.openings == []
+
+
 def test_one_that_draws_other_masks_is_dropped_with_its_reason(machine, caplog):
     machine.answers["int8-uint8.onnx"] = wrong
     found = tried(graphs("int8", "int8/uint8"))

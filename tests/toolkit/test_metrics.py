@@ -79,6 +79,7 @@ def test_each_case_of_one_class_has_its_state(prediction, truth, dice, iou, stat
         iou=iou,
         truth_pixels=int(truth.sum()),
         predicted_pixels=int(prediction.sum()),
+        correct_pixels=int((prediction & truth).sum()),
         state=state,
     )
 

@@ -92,6 +92,7 @@ def test_an_unknown_field_is_refused_by_name(spec):
         (INSERT, {"weights": "trainable"}, "weights"),
         (INSERT, {"parts": "ffn"}, "parts"),
         (PICTURE, {"resize": "cubic"}, "resize"),
+        (PICTURE, {"channel_order": "grb"}, "channel_order"),
         (PICTURE, {"window": ["low", 255]}, r"window\.0"),
         (NAMED, {"names": "background"}, "names"),
         (NAMED, {"names": ["a", "b", 3]}, r"names\.2"),

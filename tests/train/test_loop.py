@@ -27,7 +27,7 @@ from medseg_trt.train.datasets.prepared import PreparedSlices
 from medseg_trt.train.evaluate import evaluate
 from medseg_trt.train.loop import EpochSlices, make_optimizer, train, train_epoch
 from medseg_trt.train.model import build_model, runner
-from medseg_trt.train.recipes import OPTIMIZERS
+from medseg_trt.train.training_spec import OPTIMIZERS
 
 RUN_FILES = {"best.pt", "last.pt", "history.jsonl", "curve.png", "recipe.json", "data.json"}
 
@@ -165,7 +165,7 @@ def rates(recipe, slices, monkeypatch):
     optimizer = make_optimizer(model, recipe.train)
     seen = []
     monkeypatch.setattr(optimizer, "step", lambda: seen.append([group["lr"] for group in optimizer.param_groups]))
-    monkeypatch.setattr(loop, "segmentation_loss", lambda logits, labels: logits.mean())
+    monkeypatch.setattr(loop, "segmentation_loss", lambda logits, *_: logits.mean())
     for epoch in range(1, recipe.train.epochs + 1):
         train_epoch(model, optimizer, slices, recipe, epoch)
     return np.array(seen)
@@ -238,15 +238,15 @@ def test_no_epochs_give_the_untrained_model(source, tmp_path, no_curve):
     state = {name: value for name, value in untrained.state_dict().items() if not name.startswith(FROZEN_PREFIXES)}
     assert same(load_checkpoint(best).weights, state)
     (row,) = history_of(tmp_path / "run")
-    assert row.keys() == {"epoch", "dice", "dice_of_class", "seconds"}
+    assert row.keys() == {"epoch", "dice", "iou", "dice_of_class", "seconds"}
 
 
 def test_a_loss_that_is_no_number_stops_with_advice_and_keeps_the_last_epoch(source, tmp_path, monkeypatch, no_curve):
     data, block = source
     real, steps = loop.segmentation_loss, iter(range(100))
 
-    def loss(logits, labels):
-        return real(logits, labels) * (math.nan if next(steps) == 3 else 1)
+    def loss(*arguments):
+        return real(*arguments) * (math.nan if next(steps) == 3 else 1)
 
     monkeypatch.setattr(loop, "segmentation_loss", loss)
     with pytest.raises(MedsegError, match=r"epoch 2, step 1 is nan.*--set train.learning_rate=0.001") as raised:

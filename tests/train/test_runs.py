@@ -17,9 +17,10 @@ from medseg_trt.spec import from_dict
 from medseg_trt.train import loop, runs
 from medseg_trt.train.checkpoint import load_checkpoint
 from medseg_trt.train.datasets.folder import manifest_sha256, open_folder
-from medseg_trt.train.evaluate import Evaluation
+from medseg_trt.train.evaluate import Evaluation, evaluate
 from medseg_trt.train.loop import train
-from medseg_trt.train.recipes import Recipe
+from medseg_trt.train.model import runner
+from medseg_trt.train.training_spec import Recipe
 
 pytestmark = pytest.mark.usefixtures("no_curve")
 RECIPE = tiny_recipe()  # three epochs of two steps
@@ -245,7 +246,7 @@ def best_epoch(monkeypatch, source, out, dice, *changes):
     class Found(Evaluation):
         mean_dice = property(lambda self: next(figures))
 
-    monkeypatch.setattr(loop, "evaluate", lambda *_: Found(cases=(), means=()))
+    monkeypatch.setattr(loop, "evaluate", lambda *_, **__: Found(cases=(), means=()))
     monkeypatch.setattr(loop, "train_epoch", lambda *_: 1.0)
     best = train(tiny_recipe(f"train.epochs={len(dice) - 1}", *changes), data, out, block=block)
     assert next(figures, None) is None
@@ -270,3 +271,54 @@ def test_an_epoch_that_was_not_validated_is_never_the_best(source, tmp_path, mon
     changes = ("train.epochs=5", "train.validate_every=2")  # validated: 0, 2, 4 and the last
     assert best_epoch(monkeypatch, source, tmp_path / "run", [0.6, 0.7, 0.5, 0.4], *changes) == 2
     assert [row["epoch"] for row in history_of(tmp_path / "run") if "dice" in row] == [0, 2, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("dice", "changes", "epoch"),
+    [
+        ([0.9, 0.5, 0.5], ("train.first_of_equals=true",), 1),  # strictly higher, and never the untrained model
+        ([0.0, 0.0, 0.0], ("train.first_of_equals=true",), 1),
+        ([0.1, 0.5, 0.6], ("train.first_of_equals=true",), 2),
+        ([0.1, 0.5, 0.3], ("train.best=last",), 2),
+    ],
+)
+def test_protocols_choose_their_best_epoch_in_other_ways(source, tmp_path, monkeypatch, dice, changes, epoch):
+    assert best_epoch(monkeypatch, source, tmp_path / "run", dice, *changes) == epoch
+
+
+def test_the_best_may_be_that_of_the_highest_iou_in_unexts_way(source, tmp_path, no_curve):
+    data, block = source
+    changes = ("train.best=iou", "train.first_of_equals=true", "train.validate_with=unext_batch", "train.epochs=4")
+    best = train(tiny_recipe(*changes, "train.keep_epochs=[2]"), data, tmp_path / "run", block=block)
+    rows = history_of(tmp_path / "run")[1:]
+    highest = max(row["iou"] for row in rows)
+    first = next(row["epoch"] for row in rows if row["iou"] == highest)
+    checkpoint = load_checkpoint(best)
+    assert checkpoint.provenance["epoch"] == first
+    found = evaluate(
+        runner(checkpoint.model()), data.cases("val"), checkpoint.preprocessing, data.classes, 2, metric="unext_batch"
+    )
+    assert found.mean_iou == highest
+    assert load_checkpoint(tmp_path / "run" / "epoch-2.pt").provenance["epoch"] == 2
+
+
+def test_a_run_begun_before_there_were_protocols_goes_on(source, whole, tmp_path):
+    """What its recipe and its checkpoint do not hold has the meaning that it had then."""
+    data, block = source
+    out = tmp_path / "run"
+    train_until("save_checkpoint", 4, source, out)
+    content = torch.load(out / "last.pt", weights_only=True)
+    header = content["medseg_trt"]
+    for name in ("channel_order", "own_window"):
+        del header["preprocessing"][name]
+        del header["provenance"]["recipe"]["preprocessing"][name]
+    recorded = header["provenance"]["recipe"]
+    for name in ("input_scale", "augment_at", "training_resize", "pretrained"):
+        del recorded[name]
+    new = ("schedule_step", "drop_last", "validate_with", "best", "first_of_equals", "keep_epochs", "rng")
+    for name in new:
+        del recorded["train"][name]
+    torch.save(content, out / "last.pt")
+    train(RECIPE, data, out, block=block, resume=True)
+    ours, theirs = (load_checkpoint(path / "last.pt").weights for path in (out, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from medseg_trt.commands.options import FILE, FOLDER, output_options, print_table
+from medseg_trt.commands.options import FILE, FOLDER, output_options, print_table, verify_option
 from medseg_trt.errors import AccuracyGateError, MedsegError, UsageError
 
 
@@ -40,11 +40,12 @@ from medseg_trt.errors import AccuracyGateError, MedsegError, UsageError
 @click.option("--gate", help="Limits that must hold, e.g. speed=1.2x,dice=-0.005; exit code 3 or 4 where not.")
 @click.option("--profile/--no-profile", default=True, show_default=True, help="Look into the layers, too.")
 @click.option("-o", "--output", type=FOLDER, default=Path("report"), show_default=True, help="Where the report goes.")
+@verify_option
 @output_options
 def bench(
     bundle_folder: Path | None, checkpoint: Path | None, data_folder: Path | None, split: str, backends: str | None,
     tier: str, warmup_ms: float | None, duration_s: float | None, batch: int, max_dice_drop: float | None,
-    gate: str | None, profile: bool, output: Path, as_json: bool,
+    gate: str | None, profile: bool, output: Path, verify_key: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure a bundle against PyTorch on the same images: masks first, then speed; write a page of it."""
     from medseg_trt import benchmark, measure
@@ -63,7 +64,7 @@ def bench(
         benchmark.Bench(
             bundle=find_bundle(bundle_folder), checkpoint=checkpoint, data=data_folder, split=split,
             tier=measure.tier(tier, warmup_ms=warmup_ms, duration_s=duration_s), backends=names, batch=batch,
-            max_dice_drop=max_dice_drop, profile=profile,
+            max_dice_drop=max_dice_drop, profile=profile, verify_key=verify_key,
             commands=(shlex.join(["medseg-trt", *sys.argv[1:]]),),
         ),
         output,

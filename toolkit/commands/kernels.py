@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from medseg_trt.commands.options import FOLDER, output_options, print_result
+from medseg_trt.commands.options import FILE, FOLDER, output_options, print_result
 
 
 @click.group()
@@ -33,3 +33,25 @@ def kernels_build(targets: str | None, output: Path, as_json: bool) -> None:
     manifest = build_kernels(output, chosen)
     text = f"{output}: {len(manifest['kernels'])} functions for {', '.join(chosen)}"
     print_result(as_json, {"folder": str(output), "manifest": manifest}, text)
+
+
+@kernels.command("plugins")
+@click.option("--arch", "targets", metavar="SM,…", help="As for build.  [default: all]")
+@click.option("-o", "--output", type=FILE, required=True, help="The shared library, for instance libmedseg_plugins.so.")
+@output_options
+def kernels_plugins(targets: str | None, output: Path, as_json: bool) -> None:
+    """Compile the kernels into a library of TensorRT plugins.
+
+    It needs g++ and TensorRT's headers: set MEDSEG_TENSORRT_INCLUDE to the folder that has NvInferRuntime.h.
+    """
+    from medseg_trt.errors import require
+
+    require("ml_dtypes", "kernels")
+    from medseg_trt.kernels.library import TARGETS
+    from medseg_trt.kernels.nodes import NODES
+    from medseg_trt.kernels.plugin_library import build_library
+
+    chosen = list(TARGETS) if targets is None else targets.split(",")
+    digest = build_library(output, chosen)
+    found = {"library": str(output), "sha256": digest, "plugins": list(NODES), "architectures": chosen}
+    print_result(as_json, found, f"{output}: {len(NODES)} plugins for {', '.join(chosen)}, sha256 {digest}")

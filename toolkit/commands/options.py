@@ -12,6 +12,12 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
 ANY = click.Path(path_type=Path)
 
+verify_option = click.option(
+    "--verify-key",
+    type=FILE,
+    help="The public key, in PEM, of who built the bundle: an unsigned or changed one is refused.",
+)
+
 
 def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command ``--json``, ``-q`` and ``-v``."""

@@ -6,12 +6,20 @@ from pathlib import Path
 import click
 
 from medseg_trt.commands.options import FILE, FOLDER, output_options, print_result
+from medseg_trt.progress import LOG, is_spokesman
 
 
 @click.command()
-@click.option("--recipe", "recipe_name", required=True, help="A named recipe: folder, organs-demo, tumours-demo.")
-@click.option("--data", "data_folder", type=FOLDER, required=True, help="A folder with images/ and masks/.")
+@click.option(
+    "--recipe",
+    "recipe_name",
+    required=True,
+    help="A named recipe: folder, isic2017, busi, clinicdb, colondb, synapse, acdc, organs-demo, tumours-demo.",
+)
+@click.option("--data", "data_folder", type=FOLDER, required=True, help="An unpacked archive, or images/ and masks/.")
+@click.option("--split-manifest", type=FILE, help="The data.json of another run, whose splits are taken.")
 @click.option("--block", "block_file", type=FILE, help="The frozen block, from 'medseg-trt block extract'.")
+@click.option("--weights", type=FILE, help="What the encoder starts from: R50+ViT-B_16.npz, or timm's .safetensors.")
 @click.option("-o", "--output", type=FOLDER, help="The run folder.  [default: runs/RECIPE]")
 @click.option(
     "--set", "changes", multiple=True, metavar="FIELD=VALUE", help="Change a field of the recipe, e.g. train.epochs=5."
@@ -19,17 +27,29 @@ from medseg_trt.commands.options import FILE, FOLDER, output_options, print_resu
 @click.option("--resume", is_flag=True, help="Go on with the run in the run folder.")
 @output_options
 def train(
-    recipe_name: str, data_folder: Path, block_file: Path | None, output: Path | None, changes: tuple[str, ...],
-    resume: bool, as_json: bool,
+    recipe_name: str, data_folder: Path, split_manifest: Path | None, block_file: Path | None, weights: Path | None,
+    output: Path | None, changes: tuple[str, ...], resume: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Train a model on images and masks."""
-    from medseg_trt.train.datasets.folder import open_folder
+    """Train a model on images and masks.
+
+    Several GPUs or machines share every batch: torchrun --nproc-per-node 4 -m medseg_trt train …
+    """
+    from medseg_trt.spec import to_dict
+    from medseg_trt.train.datasets.official import open_dataset
     from medseg_trt.train.loop import train as run_training
     from medseg_trt.train.recipes import recipe
 
-    chosen = recipe(recipe_name, changes)
+    splits = (f"data.manifest={split_manifest.resolve()}",) if split_manifest is not None else ()
+    start = ("pretrained=file",) if weights is not None else ()
+    chosen = recipe(recipe_name, (*start, *changes, *splits))
     out = output or Path("runs", recipe_name)
-    best = run_training(chosen, open_folder(data_folder), out, block=block_file, resume=resume)
+    changed = f" with {', '.join(changes)}" if changes else ""
+    LOG.info("the recipe is %s%s; all of it is in %s, and -v shows it", recipe_name, changed, out / "recipe.json")
+    LOG.debug("%s", json.dumps(to_dict(chosen), indent=2))
+    data = open_dataset(None, data_folder, chosen.data)
+    best = run_training(chosen, data, out, block=block_file, weights=weights, resume=resume)
+    if not is_spokesman():
+        return
     last_row = json.loads((out / "history.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     result = {"checkpoint": str(best), "last": str(out / "last.pt"), "curve": str(out / "curve.png"), "final": last_row}
     print_result(as_json, result, f"best checkpoint: {best}\ncurve: {out / 'curve.png'}")

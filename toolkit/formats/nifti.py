@@ -78,6 +78,21 @@ def labels_like(mask: Image, like: Image) -> ndarray:
     return mask.pixels[..., 0]
 
 
+def stored_axes(path: Path) -> str:
+    """Return where the stored axes run to, such as "LPS" or "RAS", or nothing where the header does not say.
+
+    Raises:
+        InputError: the header cannot be read.
+    """
+    nibabel = require("nibabel", "medical")
+    with naming(path, nibabel.spatialimages.HeaderDataError, KeyError):
+        with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
+            header = _header(path, file.read(nibabel.Nifti2Header.sizeof_hdr))
+        if not header["sform_code"] and not header["qform_code"]:
+            return ""
+        return "".join(require("nibabel.orientations", "medical").aff2axcodes(header.get_best_affine()))
+
+
 def load(path: Path) -> tuple[ndarray, Any, ndarray]:
     """Return the values (column, row, slice) as stored but scaled, the header, and its affine in millimetres."""
     nibabel = require("nibabel", "medical")

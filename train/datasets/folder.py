@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
+from numpy import ndarray
 
 from medseg_trt.errors import ArtefactError, InputError
 from medseg_trt.files import sha256
@@ -26,6 +28,7 @@ from medseg_trt.train.splits import split_files, split_volume
 
 MAX_JSON_BYTES = 1 << 24
 SPLIT_SEED = 41
+HALF_BRIGHT = 127  # of 255: the rule of UNeXt's loader, mask / 255 > 0.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +38,10 @@ class Case:
     image: Source | Path
     mask: Source | Path
     slices: tuple[int, int] | None = None
+    more_masks: tuple[Path, ...] = ()  # of further lesions in the same picture
+    is_binary: bool = False  # the masks are grey pictures: whatever is brighter than half is label 1
+    relabel: tuple[int, ...] | None = None  # a stored value v is the label relabel[v]
+    group: str | None = None  # the patient or the video sequence that it comes from
 
     @property
     def name(self) -> str:
@@ -45,9 +52,8 @@ class Case:
     @property
     def files(self) -> tuple[Path, ...]:
         """All files that the image and the mask consist of."""
-        return tuple(
-            file for each in (self.image, self.mask) for file in (each.files if isinstance(each, Source) else (each,))
-        )
+        parts = (self.image, self.mask, *self.more_masks)
+        return tuple(file for each in parts for file in (each.files if isinstance(each, Source) else (each,)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +69,9 @@ class DataFolder:
     split_notes: Mapping[str, str] = field(
         default_factory=dict
     )  # what each split really is, for whoever reads its figures
+    modality: str = ""  # what the pixels are, where the data set says it: a key of official.MODALITIES
+    layout: str = ""  # in which layout it was found
+    how: Mapping[str, object] = field(default_factory=dict)  # the choices that led to these splits and labels
 
     def cases(self, split: str) -> tuple[Case, ...]:
         """Return the cases of a split, or say which splits there are."""
@@ -77,6 +86,7 @@ class DataFolder:
         """
         files = sorted({file for cases in self.splits.values() for case in cases for file in case.files})
         return {
+            **({"how": dict(self.how)} if self.how else {}),
             "classes": list(self.classes.names),
             "window": self.window,
             "splits": {split: [case.name for case in cases] for split, cases in self.splits.items()},
@@ -144,7 +154,10 @@ def open_folder(root: Path) -> DataFolder:
         }
     else:
         splits = _divide(tuple(pairs.values()))
-    _warn_of_leaks(splits)
+    if leaks := shared_slices(splits):
+        LOG.warning(
+            "the splits share slices, so figures do not tell how the model does on new images: %s", _first(leaks)
+        )
     return DataFolder(
         root=root, name=described.name or root.resolve().name, classes=classes, splits=splits, window=described.window,
         note=described.note, split_notes=described.split_notes,
@@ -156,14 +169,14 @@ def manifest_sha256(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def read_case(case: Case, num_labels: int) -> tuple[Image, np.ndarray]:
+def read_case(case: Case, num_labels: int) -> tuple[Image, ndarray]:
     """Return the case's image and its labels, (slices, height, width) uint8, both cut to the case's slices.
 
     Raises:
         InputError: a file cannot be read, the sizes differ, or the mask holds a label that does not exist.
     """
     image = read_image(case.image)
-    labels = read_labels(case.mask, image, num_labels)
+    labels = _labels(case, image, num_labels)
     return _cut(case, image), labels[slice(*case.slices)] if case.slices else labels
 
 
@@ -174,6 +187,25 @@ def read_case_image(case: Case) -> Image:
         InputError: the file cannot be read.
     """
     return _cut(case, read_image(case.image))
+
+
+def _labels(case: Case, image: Image, num_labels: int) -> UInt8[ndarray, "slices height width"]:
+    if case.is_binary:
+        masks = [_thresholded(mask, image) for mask in (case.mask, *case.more_masks)]
+        return np.maximum.reduce(masks)
+    if case.relabel is None:
+        return read_labels(case.mask, image, num_labels)
+    return np.array(case.relabel, np.uint8)[read_labels(case.mask, image, len(case.relabel))]
+
+
+def _thresholded(mask: Source | Path, image: Image) -> UInt8[ndarray, "slices height width"]:
+    """Return 1 where a grey mask is brighter than half, 0 elsewhere; a mask of 0 and 1 as it is."""
+    values = read_labels(mask, image, None)
+    brightest = values.max(initial=0)
+    if 1 < brightest <= HALF_BRIGHT:
+        path = mask.path if isinstance(mask, Source) else mask
+        raise InputError(f"{path} goes from 0 to {brightest}, which is neither 0 and 255 nor 0 and 1; check the mask")
+    return values if brightest <= 1 else (values > HALF_BRIGHT).astype(np.uint8)
 
 
 def _cut(case: Case, image: Image) -> Image:
@@ -256,8 +288,8 @@ def _divide(cases: Sequence[Case]) -> dict[str, tuple[Case, ...]]:
     return {name: (replace(only, slices=block),) for name, block in zip(("train", "val"), blocks, strict=True)}
 
 
-def _warn_of_leaks(splits: Mapping[str, Sequence[Case]]) -> None:
-    """Say where two splits share slices: figures of what was trained on are too good."""
+def shared_slices(splits: Mapping[str, Sequence[Case]]) -> list[str]:
+    """Return where two splits share slices: figures of what was trained on are too good."""
     seen: dict[Source | Path, list[tuple[str, Case]]] = {}
     leaks: list[str] = []
     for split, cases in splits.items():
@@ -267,10 +299,7 @@ def _warn_of_leaks(splits: Mapping[str, Sequence[Case]]) -> None:
                 f"{case.name} ({other} and {split})" for other, old in others if other != split and _overlap(case, old)
             ]
             others.append((split, case))
-    if leaks:
-        LOG.warning(
-            "the splits share slices, so figures do not tell how the model does on new images: %s", _first(leaks)
-        )
+    return leaks
 
 
 def _overlap(case: Case, other: Case) -> bool:

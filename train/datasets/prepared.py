@@ -8,21 +8,48 @@ from pathlib import Path
 import numpy as np
 
 from medseg_trt.errors import InputError
-from medseg_trt.preprocess import prepare, prepare_labels
+from medseg_trt.preprocess import fit, of_image, prepare, prepare_labels, windowed
 from medseg_trt.progress import LOG, track
 from medseg_trt.spec import Preprocessing
 from medseg_trt.train.datasets.folder import Case, read_case
+from medseg_trt.train.datasets.ragged import RaggedArrays
 
 EIGHT_BIT = (0.0, 255.0)
+IMAGES, LABELS = "images.npy", "labels.npy"
+SOURCE_IMAGES, SOURCE_LABELS = "images", "labels"  # folders
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreparedSlices:
-    """The slices of a split as the network takes them."""
+    """The slices of a split as the network takes them; or, to be augmented first, at their source's size.
 
-    images: np.ndarray  # (slices, 3, height, width) float32, mapped from disk
-    labels: np.ndarray  # (slices, height, width) uint8, mapped from disk
+    Images are (slices, 3, height, width) float32, labels (slices, height, width) uint8, mapped from disk. At the
+    source's size they differ in shape, grey slices have one channel, and values are 0 … 1.
+    """
+
+    images: np.ndarray | RaggedArrays
+    labels: np.ndarray | RaggedArrays
     slices_of_class: tuple[np.ndarray, ...]  # for every label that occurs, the slices that hold it
+    resized_as: Preprocessing | None = None  # what is still to be done, at the source's size
+
+    def finish(self, image: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return a slice, augmented or not, as the network takes it."""
+        if self.resized_as is None:
+            return image, labels
+        return fit(image, self.resized_as, None), prepare_labels(labels, self.resized_as, None)
+
+
+def mapped_slices(
+    folder: Path, slices_of_class: tuple[np.ndarray, ...], resized_as: Preprocessing | None = None
+) -> PreparedSlices:
+    """Return the slices that ``prepare_slices`` or ``source_slices`` has put into a folder, in whichever process."""
+    if resized_as is None:
+        images, labels = (np.load(folder / name, mmap_mode="r") for name in (IMAGES, LABELS))
+    else:
+        images, labels = (RaggedArrays.open(folder / name) for name in (SOURCE_IMAGES, SOURCE_LABELS))
+    return PreparedSlices(
+        images=images, labels=labels, slices_of_class=slices_of_class, resized_as=resized_as
+    )  # fmt: skip
 
 
 def prepare_slices(
@@ -37,38 +64,80 @@ def prepare_slices(
         InputError: a file cannot be used, or the disk is too full.
     """
     height, width = preprocessing.image_size
-    total = sum(_num_slices(case, num_labels) for case in track(cases, "check the masks"))
-    wanted = total * height * width * (3 * 4 + 1)
-    folder.mkdir(parents=True, exist_ok=True)
-    if wanted > shutil.disk_usage(folder).free:
-        raise InputError(
-            f"the disk of {folder} has no room for {wanted / 1e9:.1f} GB of prepared slices; choose another with -o"
-        )
-    images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.float32, (total, 3, height, width))
-    labels = np.lib.format.open_memmap(folder / "labels.npy", "w+", np.uint8, (total, height, width))
+    total = len(_shapes(cases, num_labels))
+    _require_room(total * height * width * (3 * 4 + 1), folder)
+    images = np.lib.format.open_memmap(folder / IMAGES, "w+", np.float32, (total, 3, height, width))
+    labels = np.lib.format.open_memmap(folder / LABELS, "w+", np.uint8, (total, height, width))
     holds = np.zeros((total, num_labels), bool)
     unscaled: list[str] = []
     index = 0
     for case in track(cases, "prepare the slices"):
         image, masks = read_case(case, num_labels)
-        unscaled += _unlike_window(case, image.pixels, preprocessing)
+        contract = of_image(preprocessing, image.pixels)
+        unscaled += _unlike_window(case, image.pixels, contract)
         for pixels, mask in zip(image.pixels, masks, strict=True):
-            images[index] = prepare(pixels, preprocessing, image.spacing_in_plane)
-            labels[index] = prepare_labels(mask, preprocessing, image.spacing_in_plane)
+            images[index] = prepare(pixels, contract, image.spacing_in_plane)
+            labels[index] = prepare_labels(mask, contract, image.spacing_in_plane)
             holds[index, np.unique(labels[index])] = True
             index += 1
+    _warn_of_unscaled(unscaled)
+    return PreparedSlices(images=images, labels=labels, slices_of_class=_slices_of_class(holds))
+
+
+def source_slices(cases: Sequence[Case], preprocessing: Preprocessing, num_labels: int, folder: Path) -> PreparedSlices:
+    """Read and check every slice of ``cases``, and keep them at their own size in ``folder``, values scaled to 0 … 1.
+
+    Raises:
+        InputError: a file cannot be used, or the disk is too full.
+    """
+    shapes = _shapes(cases, num_labels)
+    _require_room(sum(height * width * (4 * channels + 1) for channels, height, width in shapes), folder)
+    images = RaggedArrays.create(folder / SOURCE_IMAGES, shapes, np.float32)
+    labels = RaggedArrays.create(folder / SOURCE_LABELS, [shape[1:] for shape in shapes], np.uint8)
+    holds = np.zeros((len(shapes), num_labels), bool)
+    unscaled: list[str] = []
+    index = 0
+    for case in track(cases, "prepare the slices"):
+        image, masks = read_case(case, num_labels)
+        contract = of_image(preprocessing, image.pixels)
+        unscaled += _unlike_window(case, image.pixels, contract)
+        for pixels, mask in zip(image.pixels, masks, strict=True):
+            images[index], labels[index] = windowed(pixels, contract), mask
+            holds[index, np.unique(mask)] = True
+            index += 1
+    _warn_of_unscaled(unscaled)
+    return PreparedSlices(
+        images=images, labels=labels, slices_of_class=_slices_of_class(holds), resized_as=preprocessing
+    )  # fmt: skip
+
+
+def _require_room(wanted: int, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if wanted > shutil.disk_usage(folder).free:
+        raise InputError(
+            f"the disk of {folder} has no room for {wanted / 1e9:.1f} GB of prepared slices; choose another with -o"
+        )
+
+
+def _shapes(cases: Sequence[Case], num_labels: int) -> list[tuple[int, int, int]]:
+    """Return channels, height and width of every slice, once its mask has been checked."""
+    shapes: list[tuple[int, int, int]] = []
+    for case in track(cases, "check the masks"):
+        image, _ = read_case(case, num_labels)
+        shapes += [(image.pixels.shape[3], *image.size)] * image.num_slices
+    return shapes
+
+
+def _slices_of_class(holds: np.ndarray) -> tuple[np.ndarray, ...]:
+    return tuple(np.flatnonzero(column) for column in holds.T if column.any())
+
+
+def _warn_of_unscaled(unscaled: Sequence[str]) -> None:
     if unscaled:
         LOG.warning(
             '%d case(s) do not have values of 0 … 255, but the window does; set "window" in dataset.json: %s',
             len(unscaled), unscaled[0],
         )  # fmt: skip
-    slices_of_class = tuple(np.flatnonzero(column) for column in holds.T if column.any())
-    return PreparedSlices(images=images, labels=labels, slices_of_class=slices_of_class)
-
-
-def _num_slices(case: Case, num_labels: int) -> int:
-    image, _ = read_case(case, num_labels)
-    return image.num_slices
 
 
 def _unlike_window(case: Case, pixels: np.ndarray, preprocessing: Preprocessing) -> list[str]:

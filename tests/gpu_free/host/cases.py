@@ -5,6 +5,7 @@ threads keep in registers, pictures as they are and resized, padded and cropped.
 magnitudes 1, 1e-3 and 1e3, the second rows at the end of float16, of zeros, with an infinity and with a NaN.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -25,9 +26,9 @@ def rows_of(*shapes: tuple[int, int]) -> list[dict[str, int]]:
     return [{"rows": rows, "width": width, "epsilon_bits": EPSILON, "scale_bits": SCALE} for rows, width in shapes]
 
 
-def heads_of(tokens: int, query: int, key: int, dim: int, first: int, copied: bool) -> dict[str, int]:
-    names = ("tokens", "sequence", "first_position", "num_heads", "num_kv_heads", "head_dim", "copy_values")
-    return dict(zip(names, (tokens, max(tokens - 1, 1), first, query, key, dim, int(copied)), strict=True))
+def heads_of(batch: int, tokens: int, query: int, key: int, dim: int, first: int, copied: bool) -> dict[str, int]:
+    names = ("batch", "tokens", "first_position", "num_heads", "num_kv_heads", "head_dim", "copy_values")
+    return dict(zip(names, (batch, tokens, first, query, key, dim, int(copied)), strict=True))
 
 
 def preprocessing(
@@ -42,11 +43,11 @@ SCALARS: Mapping[str, Sequence[Mapping[str, int]]] = {
     "layernorm_quant": rows_of((3, 33), (4, 768), (1, 1101), (1, 4104)),
     "swiglu": rows_of((3, 33), (4, 768), (1, 4093), (1, 12296)),
     "rotary": [
-        heads_of(4, 4, 2, 64, 7, copied=True),
-        heads_of(4, 3, 1, 10, 4095, copied=True),
-        heads_of(3, 4, 4, 64, 0, copied=False),
-        heads_of(1, 2, 1, 1040, 5, copied=True),  # angles in three chunks
-        heads_of(1, 2, 1, 530, 5, copied=True),
+        heads_of(2, 3, 4, 2, 64, 7, copied=True),
+        heads_of(2, 2, 3, 1, 10, 4095, copied=True),
+        heads_of(1, 3, 4, 4, 64, 0, copied=False),
+        heads_of(1, 1, 2, 1, 1040, 5, copied=True),  # angles in three chunks
+        heads_of(1, 1, 2, 1, 530, 5, copied=True),
     ],
     "image_to_tensor": [
         image_to_tensor.scalars(preprocessing((16, 48)), (2, 16, 48, 3)),  # as it is, 16 bytes at a time
@@ -84,7 +85,8 @@ def case(
         if parameter.kind == "pointer" and parameter.direction == "in":
             dtype, shape = DTYPES[parameter.dtype], shapes[parameter.name]
             if parameter.name in ROWS:
-                inputs[parameter.name] = scaled_rows(rng, (shape[0], shape[1]), parameter.dtype, first_scale)
+                rows = scaled_rows(rng, (math.prod(shape[:-1]), shape[-1]), parameter.dtype, first_scale)
+                inputs[parameter.name] = rows.reshape(shape)
             elif parameter.dtype in FLOAT_FORMATS:
                 inputs[parameter.name] = rng.normal(size=shape).astype(dtype)
             else:

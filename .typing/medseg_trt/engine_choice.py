@@ -1,0 +1,1 @@
+../../toolkit/engine_choice.py

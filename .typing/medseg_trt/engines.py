@@ -1,0 +1,1 @@
+../../toolkit/engines.py

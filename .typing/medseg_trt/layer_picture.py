@@ -1,0 +1,1 @@
+../../toolkit/layer_picture.py

@@ -1,0 +1,1 @@
+../../toolkit/metric_modes.py

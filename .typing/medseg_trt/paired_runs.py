@@ -1,0 +1,1 @@
+../../toolkit/paired_runs.py

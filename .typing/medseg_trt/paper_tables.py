@@ -1,0 +1,1 @@
+../../toolkit/paper_tables.py

@@ -1,0 +1,1 @@
+../../toolkit/signature.py

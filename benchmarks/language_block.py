@@ -1,0 +1,178 @@
+r"""Does the frozen LLaMA block help on the real samples? Three seeds with it, three without, on organs and tumours.
+
+The runs are made by these commands, two minutes to an hour each, and go on with ``--resume`` after a kill:
+
+    medseg-trt samples get organs tumours llama-block -o data
+    medseg-trt block extract data/llama-block/SmolLM2-135M-Instruct.Q4_1.gguf -o block.safetensors
+    for seed in 1234 1235 1236; do for data in organs tumours; do
+      medseg-trt train --recipe $data-demo --data data/$data --set train.seed=$seed --resume \
+        -o runs/$data-llm-transunet-small-$seed --block block.safetensors
+      medseg-trt train --recipe $data-demo --data data/$data --set train.seed=$seed --resume \
+        -o runs/$data-transunet-small-$seed --set architecture=transunet-small
+    done; done
+    python benchmarks/language_block.py runs --data data
+
+A run that is not complete is left out, and named. There are 2-5 patients: no clinical meaning.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from results_file import options, publish
+
+from medseg_trt.paired_runs import Pair, Scores, gain, mean_and_deviation, scores_of
+from medseg_trt.train.checkpoint import load_checkpoint
+from medseg_trt.train.datasets.folder import DataFolder
+from medseg_trt.train.datasets.official import open_recorded
+from medseg_trt.train.evaluate import evaluate
+from medseg_trt.train.model import runner
+
+DATA = ("organs", "tumours")
+ARMS = ("transunet-small", "llm-transunet-small")
+SPLITS = ("val", "test")
+CAVEAT = "2-5 patients: no clinical meaning"
+RUN = re.compile(rf"({'|'.join(DATA)})-({'|'.join(reversed(ARMS))})-(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scored:
+    """One run on one split."""
+
+    data: str
+    arm: str
+    seed: int
+    split: str
+    epoch: int  # of best.pt
+    dice: Scores  # of every case and class
+    about: str  # the split, in words
+
+
+def complete_runs(folder: Path) -> tuple[dict[tuple[str, str, int], Path], list[str]]:
+    """Return the runs whose last epoch is done, by data, architecture and seed, and the names of the others."""
+    found: dict[tuple[str, str, int], Path] = {}
+    others: list[str] = []
+    for path in sorted(folder.iterdir()):
+        if (match := RUN.fullmatch(path.name)) is None:
+            continue
+        history, recipe = path / "history.jsonl", path / "recipe.json"
+        epochs = json.loads(recipe.read_text())["train"]["epochs"] if recipe.is_file() else None
+        done = json.loads(history.read_text().splitlines()[-1])["epoch"] if history.is_file() else None
+        if done is not None and done == epochs:
+            found[match[1], match[2], int(match[3])] = path
+        else:
+            others.append(f"{path.name} ({'no epoch' if done is None else f'epoch {done}'} of {epochs})")
+    return found, others
+
+
+def score(run: Path, data: DataFolder, key: tuple[str, str, int]) -> list[Scored]:
+    """Score a run's best checkpoint, chosen on the validation split, on both splits."""
+    checkpoint = load_checkpoint(run / "best.pt")
+    network = runner(checkpoint.model())
+    name, arm, seed = key
+    return [
+        Scored(
+            data=name, arm=arm, seed=seed, split=split, epoch=checkpoint.provenance["epoch"],
+            dice=scores_of(evaluate(network, data.cases(split), checkpoint.preprocessing, data.classes), "dice"),
+            about=data.split_notes.get(split, ""),
+        )
+        for split in SPLITS
+    ]  # fmt: skip
+
+
+def row(data: str, split: str, scored: Sequence[Scored]) -> dict[str, Any]:
+    """Return the means of both networks, and the gain over the seeds that both have."""
+    here = [each for each in scored if (each.data, each.split) == (data, split)]
+    of_arm = {arm: {each.seed: each for each in here if each.arm == arm} for arm in ARMS}
+    before, after = (of_arm[arm] for arm in ARMS)
+    seeds = sorted(before.keys() & after.keys())
+    pairs = [Pair(split=split, before=before[seed].dice, after=after[seed].dice) for seed in seeds]
+    found = gain(pairs) if pairs else None
+    return {
+        "data": data,
+        "split": split,
+        "about": here[0].about,
+        "cases": list(here[0].dice.names),
+        "runs": {arm: {seed: each.dice.mean for seed, each in sorted(of_arm[arm].items())} for arm in ARMS},
+        "mean_and_deviation": {
+            arm: mean_and_deviation([each.dice for each in of_arm[arm].values()]) for arm in ARMS
+        },
+        "paired_seeds": seeds,
+        "gain": asdict(found) if found is not None else None,
+        "verdict": found.sentence() if found is not None else "No seed is complete with both networks.",
+    }  # fmt: skip
+
+
+def to_markdown(result: Mapping[str, Any]) -> str:
+    """Return the table and what it says."""
+    lines = [
+        "# The language block on real samples",
+        "",
+        f"**{CAVEAT}.**",
+        "",
+        "Mean Dice over the classes that occur, `medseg-trt evaluate` with `volume`, of `best.pt`, which was chosen on "
+        "the validation split; mean ± standard deviation over seeds. Networks of one seed start from the same weights "
+        "and see the same slices. Gain: with the block (SmolLM2-135M's last layer) minus without, in pairs of one "
+        "seed; 95 % intervals.",
+        "",
+        "| data, split | cases | without the block | with the block | gain | bootstrap | t over seeds | pairs |",
+        "|:--|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for each in result["rows"]:
+        lines.append(_markdown_row(each))
+    lines += ["", *(f"- {each['data']}, {each['split']}: {each['verdict']}" for each in result["rows"])]
+    lines += ["", "What the splits are:", ""]
+    lines += [
+        f"- {each['data']}, {each['split']}: {each['about'] or 'see its dataset.json'}" for each in result["rows"]
+    ]
+    lines += ["", "Labels of the organs are TotalSegmentator's, not drawn by hand."]
+    if result["incomplete"]:
+        lines += ["", f"Left out, because they are not complete: {', '.join(result['incomplete'])}."]
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_row(row: Mapping[str, Any]) -> str:
+    cells = [f"{row['data']}, {row['split']}", str(len(row["cases"]))]
+    for arm in ARMS:
+        found = row["mean_and_deviation"][arm]
+        number = len(row["runs"][arm])
+        spread = "" if found is None or found[1] is None else f" ± {found[1]:.3f}"
+        cells.append("–" if found is None else f"{found[0]:.3f}{spread} ({number} run{'s' * (number > 1)})")
+    found = row["gain"]
+    cells += [f"{found['estimate']:+.3f}", _ends(found["bootstrap"]), _ends(found["student"])] if found else ["–"] * 3
+    return f"| {' | '.join([*cells, str(len(row['paired_seeds']))])} |"
+
+
+def _ends(interval: Sequence[float] | None) -> str:
+    return "–" if interval is None else f"{interval[0]:+.3f} … {interval[1]:+.3f}"
+
+
+def main() -> None:
+    """Score every complete run, and write the results."""
+    parser = options(__doc__)
+    parser.add_argument("runs", type=Path, help="the folder of the runs, called DATA-ARCHITECTURE-SEED")
+    parser.add_argument("--data", type=Path, required=True, help="the folder of the samples organs and tumours")
+    chosen = parser.parse_args()
+    runs, incomplete = complete_runs(chosen.runs)
+    if not runs:
+        raise SystemExit(f"{chosen.runs} holds no complete run; {', '.join(incomplete) or 'none at all'}")
+    scored: list[Scored] = []
+    for key, path in runs.items():
+        data = open_recorded(chosen.data / key[0], load_checkpoint(path / "best.pt").provenance)
+        scored += score(path, data, key)
+        print(path.name, ", ".join(f"{each.split} {each.dice.mean:.3f}" for each in scored[-2:]), file=sys.stderr)
+    names = [name for name in DATA if any(each.data == name for each in scored)]
+    rows = [row(name, split, scored) for name in names for split in SPLITS]
+    result = {
+        "caveat": CAVEAT, "rows": rows, "runs": [asdict(each) for each in scored],
+        "incomplete": incomplete,
+    }  # fmt: skip
+    publish("language_block", result, to_markdown, chosen)
+
+
+if __name__ == "__main__":
+    main()

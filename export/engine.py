@@ -1,0 +1,311 @@
+"""Build a TensorRT engine from a graph: one code path for TensorRT-RTX and the classic library.
+
+Precision is in the graph alone, since both libraries are strongly typed. What differs between them stands in
+``LIBRARIES``: how the GPUs are named, which options exist, and which form of the graph is read. The builder keeps
+counters for a whole process that end up in the plan, and sorts by address, so the same engine comes out only of a
+process of its own whose addresses are fixed.
+
+Source: TensorRT, ``IBuilder``, ``IBuilderConfig`` and ``IProgressMonitor``; TensorRT-RTX, "CPU-Only AOT".
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from medseg_trt.errors import ArtefactError, DeviceError, MedsegError, UsageError, require
+from medseg_trt.export.engine_graph import EngineGraph, engine_graph
+from medseg_trt.export.timing_cache import load_cache, save_cache
+from medseg_trt.files import atomic_file
+from medseg_trt.fingerprint import LIBRARY_NAMES
+from medseg_trt.progress import LOG
+from medseg_trt.spec import EngineSpec
+
+CUDA_WHEELS = ("13", "12")  # what the wheels' names end with, after -cu
+CANONICAL_SINCE = (10, 15)  # the first classic parser that reads RMSNormalization, Attention and the rest of opset 23
+LAYERS = "Layers:"  # how the list of layers begins
+
+OnProgress = Callable[[str, int, int], None]  # phase, steps done, steps in all
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Library:
+    """What differs between the two libraries."""
+
+    module: str
+    extra: str  # of medseg-trt, which installs it
+    distribution: str  # its wheels are called so, with -cu13 or -cu12 behind
+    tool: str  # that does the same from a shell
+    cross_builds: bool  # for GPUs that are not here
+    refuses: Mapping[str, str]  # options of EngineSpec that it does not have -> why
+
+
+LIBRARIES: Mapping[str, Library] = {
+    "tensorrt-rtx": Library(
+        module="tensorrt_rtx",
+        extra="tensorrt-rtx",
+        distribution="tensorrt-rtx",
+        tool="tensorrt_rtx",
+        cross_builds=True,
+        refuses={
+            "version_compatible": "it has no lean runtime; an engine is built again in seconds",
+            "hardware": "name every kind of GPU instead: --target sm86,sm89,sm120",
+        },
+    ),
+    "tensorrt": Library(
+        module="tensorrt", extra="tensorrt", distribution="tensorrt", tool="trtexec", cross_builds=False, refuses={}
+    ),
+}
+EXPLAINED: Mapping[str, str] = {  # what the builder says -> what it means
+    "FP32 GEMM is not supported": "sm75 multiplies no float32 matrices in TensorRT-RTX, and this graph has some; "
+    "build --precision fp16, or leave sm75 out",
+    "within workspace limit": "no kernel fits into so little scratch memory; allow more: --workspace-gib",
+    "graph_jit.cpp": "an engine without weights is compiled on the GPU itself; build it on a machine that has one, or "
+    "leave --strip out",
+    "out of memory": "the GPU has too little free memory to try kernels; close what else runs on it",
+    "CUDA initialization failure": "the classic library builds on a machine with an NVIDIA GPU only; without one, "
+    "build for TensorRT-RTX: --backend tensorrt-rtx",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Built:
+    """What the builder made beside the plan."""
+
+    version: str  # of the library
+    seconds: float  # of the builder alone
+    layers: str  # what it logged about its layers; "" where it did not
+    repairs: tuple[str, ...]  # what was changed on the copy of the graph
+    plugins: Mapping[str, str]  # those that the engine calls -> digest
+    command: str  # the same, from a shell
+
+
+def require_library(name: str) -> ModuleType:
+    """Import a library.
+
+    Raises:
+        UsageError: there is no such library.
+        MissingExtraError: it is not installed.
+    """
+    if name not in LIBRARIES:
+        raise UsageError(f"no library is called {name!r}; choose one of: {', '.join(LIBRARIES)}")
+    return require(LIBRARIES[name].module, LIBRARIES[name].extra)
+
+
+def cuda_of(name: str) -> str | None:
+    """Return the CUDA version that the installed library is made for, or None if its wheel does not say."""
+    for number in CUDA_WHEELS:
+        try:
+            version(f"{LIBRARIES[name].distribution}-cu{number}")
+        except PackageNotFoundError:
+            continue
+        return number
+    return None
+
+
+def flavour_for(library: str, trt_version: str) -> str:
+    """Return which flavour of a graph a version of a library reads."""
+    if library == "tensorrt" and tuple(map(int, trt_version.split(".")[:2])) < CANONICAL_SINCE:
+        return "plain"
+    return "canonical"
+
+
+def known_targets(library: str, trt: ModuleType, here: str | None) -> tuple[str, ...]:
+    """Return the GPUs that a library builds for; ``here`` is that of this machine, if there is one."""
+    if LIBRARIES[library].cross_builds:
+        names = [name.lower() for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
+        return tuple(sorted(names, key=lambda name: int(name.removeprefix("sm"))))
+    return (here,) if here is not None else ()
+
+
+def check_engine_spec(spec: EngineSpec, trt: ModuleType, here: str | None) -> None:
+    """Refuse what the library cannot do, before minutes are spent.
+
+    Args:
+        spec: what is asked for.
+        trt: the library.
+        here: the kind of GPU of this machine, "sm86", or None.
+
+    Raises:
+        UsageError: an unknown GPU, or an option that the library does not have.
+        DeviceError: the library builds only for a GPU that is here, and there is none.
+    """
+    name, library = LIBRARY_NAMES[spec.library], LIBRARIES[spec.library]
+    known = known_targets(spec.library, trt, here)
+    if not known:
+        raise DeviceError(
+            f"{name} builds for the GPU of the machine that it runs on, and here is none; "
+            "build for TensorRT-RTX, which needs none: --backend tensorrt-rtx"
+        )
+    if unknown := [target for target in spec.targets if target not in known]:
+        raise UsageError(f"{name} {trt.__version__} cannot build for {', '.join(unknown)}; it knows {', '.join(known)}")
+    for option, reason in library.refuses.items():
+        if getattr(spec, option) not in (False, "none"):
+            raise UsageError(f"{name} has no {option.replace('_', ' ')} option: {reason}")
+
+
+def build_engine(graph: Path, plan: Path, spec: EngineSpec, on_progress: OnProgress, cache: Path | None) -> Built:
+    """Build one engine and write its plan, whole or not at all.
+
+    Args:
+        graph: an ONNX file whose weights lie beside it.
+        plan: where the engine goes.
+        spec: passed ``check_engine_spec``.
+        on_progress: called between steps of the builder; an exception in it ends the build.
+        cache: of timings, for the classic library; None: none is kept.
+
+    Raises:
+        ArtefactError: the library does not read the graph.
+        MedsegError: the builder fails; the message says why, where that is known.
+    """
+    trt = require_library(spec.library)
+    log = _logger(trt)
+    registered = _register(trt) if spec.plugins else {}
+    source = engine_graph(graph)
+    builder = trt.Builder(log)
+    builder.max_threads = 1
+    network = builder.create_network(_network_flags(trt))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse(source.serialized, str(graph)):
+        errors = "; ".join(_oneline(parser.get_error(index).desc()) for index in range(parser.num_errors))
+        raise ArtefactError(f"{LIBRARY_NAMES[spec.library]} {trt.__version__} does not read {graph.name}: {errors}")
+    if spec.max_batch == 1:
+        _fix_batch(network)
+    config = _config(trt, builder, spec, source)
+    config.progress_monitor = _monitor(trt, on_progress)
+    timings = None if LIBRARIES[spec.library].cross_builds else load_cache(config, cache)
+    began = time.perf_counter()
+    serialized = builder.build_serialized_network(network, config)
+    seconds = time.perf_counter() - began
+    if serialized is None:
+        raise MedsegError(_failure(spec, trt, graph, log.messages))
+    if timings is not None and cache is not None:
+        save_cache(config, cache)
+    with atomic_file(plan) as temporary, temporary.open("wb") as file:
+        file.write(memoryview(serialized))
+    used = {name: digest for name, digest in registered.items() if name in source.functions}
+    return Built(
+        version=trt.__version__, seconds=seconds, layers=_layers(log.messages), repairs=source.repairs, plugins=used,
+        command=shell_command(graph, plan, spec, source),
+    )  # fmt: skip
+
+
+def shell_command(graph: Path, plan: Path, spec: EngineSpec, source: EngineGraph) -> str:
+    """Return what builds the same engine, but for the repairs, with the library's own tool in the graph's folder."""
+    library = LIBRARIES[spec.library]
+    files = [f"--onnx={graph.name}", f"--saveEngine={plan.name}"]
+    words = [library.tool, *files, "--skipInference", "--profilingVerbosity=detailed", "--noTF32"]
+    for name, batch in (("min", 1), ("opt", spec.opt_batch), ("max", spec.max_batch)):
+        shapes = ",".join(f"{tensor}:{'x'.join(map(str, (batch, *rest)))}" for tensor, rest in source.inputs.items())
+        words.append(f"--{name}Shapes={shapes}")
+    words.append(f"--builderOptimizationLevel={spec.optimization_level}")
+    if library.cross_builds:
+        words.append(f"--computeCapabilities={','.join(name.removeprefix('sm') for name in spec.targets)}")
+    else:
+        words.append("--stronglyTyped")
+    if spec.workspace_gib is not None:
+        words.append(f"--memPoolSize=workspace:{spec.workspace_gib * 1024:g}M")
+    words += ["--stripWeights"] if spec.stripped else []
+    words += ["--versionCompatible"] if spec.version_compatible else []
+    levels = {"ampere_plus": "ampere+", "same_compute_capability": "sameComputeCapability"}
+    words += [f"--hardwareCompatibilityLevel={levels[spec.hardware]}"] if spec.hardware != "none" else []
+    return " ".join(words)
+
+
+def _network_flags(trt: ModuleType) -> int:
+    """Return the flag of strong types, which later libraries take for granted and may not name any more."""
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
+
+
+def _fix_batch(network: Any) -> None:
+    """Leave no size free: then two builds are the same bytes; with a free batch, names inside the plan differ."""
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        tensor.shape = (1, *tuple(tensor.shape)[1:])
+
+
+def _config(trt: ModuleType, builder: Any, spec: EngineSpec, source: EngineGraph) -> Any:
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.builder_optimization_level = spec.optimization_level
+    config.clear_flag(trt.BuilderFlag.TF32)  # else float32 is multiplied with 10 bits of fraction where the GPU can
+    if spec.workspace_gib is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(spec.workspace_gib * 2**30))
+    for wanted, flags in ((spec.stripped, ("STRIP_PLAN", "REFIT")), (spec.version_compatible, ("VERSION_COMPATIBLE",))):
+        for flag in flags if wanted else ():
+            config.set_flag(getattr(trt.BuilderFlag, flag))
+    if spec.hardware != "none":
+        config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, spec.hardware.upper())
+    if LIBRARIES[spec.library].cross_builds:
+        config.num_compute_capabilities = len(spec.targets)
+        for index, target in enumerate(spec.targets):
+            config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), index)
+    profile = builder.create_optimization_profile()
+    for name, rest in source.inputs.items():
+        profile.set_shape(name, *((batch, *rest) for batch in (1, spec.opt_batch, spec.max_batch)))
+    config.add_optimization_profile(profile)
+    return config
+
+
+def _register(trt: ModuleType) -> Mapping[str, str]:
+    from medseg_trt.kernels.plugin import register
+
+    return register(trt)
+
+
+def _logger(trt: ModuleType) -> Any:
+    """Return a logger that keeps errors and the list of layers, of ten thousand lines.
+
+    Other lines hold times. Kept, they would put whatever comes after them at other addresses, and change the plan.
+    """
+
+    class Logger(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.messages: list[tuple[Any, str]] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.Severity.ERROR or message.startswith(LAYERS):
+                self.messages.append((severity, message))
+
+    return Logger()
+
+
+def _monitor(trt: ModuleType, on_progress: OnProgress) -> Any:
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, phase: str, parent: str | None, num_steps: int) -> None:
+            self.steps[phase] = num_steps
+            on_progress(phase, 0, num_steps)
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            on_progress(phase, step + 1, self.steps.get(phase, 0))
+            return True
+
+        def phase_finish(self, phase: str) -> None:
+            on_progress(phase, self.steps.get(phase, 0), self.steps.get(phase, 0))
+
+    return Monitor()
+
+
+def _layers(messages: list[tuple[Any, str]]) -> str:
+    return next((text for _, text in reversed(messages) if text.startswith(LAYERS)), "")
+
+
+def _failure(spec: EngineSpec, trt: ModuleType, graph: Path, messages: list[tuple[Any, str]]) -> str:
+    errors = [_oneline(text) for severity, text in messages if severity <= trt.ILogger.Severity.ERROR]
+    said = " ".join(errors)
+    reason = next((meaning for words, meaning in EXPLAINED.items() if words in said), errors[-1] if errors else "")
+    LOG.debug("%s", said)
+    return f"{LIBRARY_NAMES[spec.library]} {trt.__version__} builds no engine of {graph.name}: {reason[:600]}"
+
+
+def _oneline(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,104 @@
+"""Make the copy of a graph that an engine is built from, and say what each of its nodes is.
+
+Both libraries read ONNX, but not all of it, and not every form runs equally well. A repair changes the copy alone and
+nothing of what is computed:
+
+- ``softmax_precision`` of an Attention, which no parser takes: the fused kernels compute the softmax in float32 anyway;
+- an Attention in float32 is marked ``TRT_decomposable``: there is no fused kernel for it, and without the mark the
+  builder refuses it when the batch is free;
+- q, k and v are brought into order before they are cut apart (``qkv_order.py``).
+
+Source: ONNX operators, opset 23; TensorRT, ``IAttention.decomposable``.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+from onnx import NodeProto, TensorProto
+
+from medseg_trt.errors import ArtefactError
+from medseg_trt.export.qkv_order import order_before_split
+
+MAX_GRAPH_BYTES = 64 << 20  # without weights; the largest so far is below one
+DOMAIN = "medseg"  # as in functions.py, which needs PyTorch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineGraph:
+    """A graph as the parser gets it."""
+
+    serialized: bytes  # refers to the weights beside the original
+    inputs: Mapping[str, tuple[int, ...]]  # by name: the shape without the batch
+    functions: frozenset[str]  # operators of domain medseg that it calls
+    repairs: tuple[str, ...]  # what was changed, a line each
+
+
+def engine_graph(path: Path) -> EngineGraph:
+    """Read a graph without its weights and repair it.
+
+    Raises:
+        ArtefactError: it is no ONNX graph, or an input has a free axis besides the batch.
+    """
+    model = read_graph(path)
+    values = (*model.graph.input, *model.graph.value_info)
+    types = {value.name: value.type.tensor_type.elem_type for value in values}
+    shapes = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in values}
+    counts = {name: sum(repair(node, types) for node in model.graph.node) for name, repair in REPAIRS.items()}
+    counts[ORDERED] = order_before_split(model.graph, shapes)
+    repairs = tuple(f"{count} nodes: {name}" for name, count in counts.items() if count)
+    inputs = {value.name: _free_batch(value, path) for value in model.graph.input}
+    functions = frozenset(node.op_type for node in model.graph.node if node.domain == DOMAIN)
+    return EngineGraph(serialized=model.SerializeToString(), inputs=inputs, functions=functions, repairs=repairs)
+
+
+def read_graph(path: Path) -> onnx.ModelProto:
+    """Read a graph without its weights.
+
+    Raises:
+        ArtefactError: it is too large, or no ONNX graph.
+    """
+    if path.stat().st_size > MAX_GRAPH_BYTES:
+        raise ArtefactError(f"{path} is larger than {MAX_GRAPH_BYTES >> 20} MiB; it is not to be trusted")
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf's errors have no common base but Exception
+        raise ArtefactError(f"{path} is no ONNX file: {' '.join(str(error).split())[:200]}") from error
+    if not model.graph.output:
+        raise ArtefactError(f"{path} is no ONNX file: it has no outputs")
+    return model
+
+
+def _drop_softmax_precision(node: NodeProto, _: Mapping[str, int]) -> bool:
+    if node.op_type != "Attention":
+        return False
+    kept = [attribute for attribute in node.attribute if attribute.name != "softmax_precision"]
+    changed = len(kept) < len(node.attribute)
+    del node.attribute[:]
+    node.attribute.extend(kept)
+    return changed
+
+
+def _mark_decomposable(node: NodeProto, types: Mapping[str, int]) -> bool:
+    if node.op_type != "Attention" or types.get(node.input[0]) != TensorProto.FLOAT:
+        return False
+    node.attribute.append(onnx.helper.make_attribute("TRT_decomposable", 1))
+    return True
+
+
+ORDERED = "q, k and v cut apart after they are in order, so that their weights stay one"
+REPAIRS: Mapping[str, Callable[[NodeProto, Mapping[str, int]], bool]] = {
+    "softmax_precision dropped, the fused kernels take float32": _drop_softmax_precision,
+    "float32 attention marked decomposable, no fused kernel takes it": _mark_decomposable,
+}
+
+
+def _free_batch(value: onnx.ValueInfoProto, path: Path) -> tuple[int, ...]:
+    batch, *rest = [(dim.dim_param, dim.dim_value) for dim in value.type.tensor_type.shape.dim] or [("", 0)]
+    if not batch[0] or not all(size > 0 for _, size in rest):
+        raise ArtefactError(
+            f"{path.name}: the input {value.name} has other free sizes than its batch; engines are built from graphs "
+            "that give logits: --outputs logits"
+        )
+    return tuple(size for _, size in rest)

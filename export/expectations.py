@@ -1,0 +1,162 @@
+"""What a builder is expected to have made of a graph, and whether its own list of layers says that it did.
+
+An expectation is a question to every node of a kind: is the q/k/v product of this attention one kernel? The answers are
+counted, and those that are no are named. A no breaks nothing; it says where time is lost.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import onnx_ir as ir
+
+from medseg_trt.export.gemms import PART_NAMES, Gemm, gemms, macs_of
+from medseg_trt.export.layers import parse_layers
+from medseg_trt.export.onnx_graph import KEPT_METADATA, OnnxGraph
+from medseg_trt.export.parts import part_of
+from medseg_trt.export.quantize import found_precisions
+from medseg_trt.layer_report import CUSTOM, Layer, LayerReport, Outcome
+
+STORED = ("int8", "w8a16", "w4a16")  # precisions whose weights are integers
+MOVERS = frozenset({"Cast", "Transpose", "Reshape", "Split", "Concat", "Slice", "Resize", "Pad", "Expand", "Squeeze",
+                    "Unsqueeze", "Attention", "QuantizeLinear", "DequantizeLinear"})  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Engine:
+    """A graph and the layers that were made of it."""
+
+    nodes: Mapping[str, ir.Node]
+    gemms: Mapping[str, Gemm]
+    precisions: Mapping[str, str]  # of the GEMMs
+    layers: Sequence[Layer]
+
+    def products_of(self, node: str) -> list[Layer]:
+        return [layer for layer in self.layers if node in layer.nodes and layer.is_product]
+
+    def label(self, node: ir.Node) -> str:
+        return f"{node.name} in {_part(node)}"
+
+    def of_type(self, op_type: str) -> list[ir.Node]:
+        return [node for node in self.nodes.values() if node.op_type == op_type]
+
+
+Answers = Iterator[tuple[str, str | None]]  # whom it is about, and what is wrong
+
+
+def layer_report(text: str, graph: OnnxGraph) -> LayerReport:
+    """Read the builder's list of layers and compare it with the graph that the engine was built from.
+
+    Args:
+        text: as the builder logged it; "" where it logged none.
+        graph: as it lies in the bundle.
+    """
+    nodes = {str(node.name): node for node in graph.model.graph}
+    read, unread = parse_layers(text, {name: macs_of(node) for name, node in nodes.items()})
+    layers = tuple(_with_parts(read, nodes))
+    engine = _Engine(
+        nodes=nodes, gemms={gemm.name: gemm for gemm in gemms(graph)}, precisions=found_precisions(graph), layers=layers
+    )
+    outcomes = [_outcome(name, list(ask(engine))) for name, ask in EXPECTATIONS.items()] if layers else []
+    return LayerReport(layers=layers, outcomes=tuple(outcomes), unread=unread)
+
+
+def _with_parts(layers: Sequence[Layer], nodes: Mapping[str, ir.Node]) -> Iterator[Layer]:
+    part = PART_NAMES[0]
+    for layer in layers:
+        found = [_part(nodes[name]) for name in layer.nodes if name in nodes]
+        part = found[0] if found else part
+        yield replace(layer, part=part)
+
+
+def _part(node: ir.Node) -> str:
+    return part_of(node.metadata_props.get(KEPT_METADATA, ""))
+
+
+def _outcome(name: str, answers: list[tuple[str, str | None]]) -> Outcome:
+    failed = tuple(f"{who}: {why}" for who, why in answers if why is not None)
+    return Outcome(name=name, asked=len(answers), failed=failed)
+
+
+def _qkv_is_one(engine: _Engine) -> Answers:
+    for attention in engine.of_type("Attention"):
+        yield engine.label(attention), _why_not_one(engine, _gemms_behind(engine, attention))
+
+
+def _gate_up_is_one(engine: _Engine) -> Answers:
+    for node in engine.of_type("SwiGLU"):
+        yield engine.label(node), _why_not_one(engine, _gemms_behind(engine, node))
+
+
+def _attention_is_fused(engine: _Engine) -> Answers:
+    for attention in engine.of_type("Attention"):
+        products = engine.products_of(str(attention.name))
+        fused = len(products) == 1 and "mha" in products[0].name
+        names = " and ".join(f"{layer.name} ({layer.dtype})" for layer in products)
+        yield engine.label(attention), None if fused else f"it became {names or 'no product at all'}"
+
+
+def _int8_takes_int8(engine: _Engine) -> Answers:
+    for name in (name for name, precision in engine.precisions.items() if precision == "int8"):
+        products = engine.products_of(name)
+        types = {tensor.dtype for layer in products for tensor in (*layer.inputs, *layer.constants[:1])}
+        integer = len(products) == 1 and products[0].dtype == "Int8" and types <= {"Int8"}
+        wrong = f"it multiplies {' and '.join(sorted(types)) or 'nothing'}"
+        yield engine.label(engine.nodes[name]), None if integer else wrong
+
+
+def _weights_stay_stored(engine: _Engine) -> Answers:
+    decoders = [layer for layer in engine.layers if layer.decodes_weights]
+    for name in (name for name, precision in engine.precisions.items() if precision in STORED):
+        weight = engine.nodes[name].inputs[1]
+        producer = weight.producer() if weight is not None else None
+        sources = {name, str(producer.name) if producer is not None else name}
+        found = [layer.name for layer in decoders if sources & set(layer.nodes)]
+        yield engine.label(engine.nodes[name]), f"its weight is decoded into memory by {found[0]}" if found else None
+
+
+def _no_surprise_copy(engine: _Engine) -> Answers:
+    for layer in (layer for layer in engine.layers if layer.only_moves and not layer.decodes_weights):
+        asked_for = any(engine.nodes[name].op_type in MOVERS for name in layer.nodes if name in engine.nodes)
+        yield f"{layer.name} in {layer.part}", None if asked_for else f"{layer.bytes} bytes that no node asks for"
+
+
+def _plugins_are_custom(engine: _Engine) -> Answers:
+    for layer in (layer for layer in engine.layers if layer.kind == CUSTOM):
+        known = any(node in engine.nodes and engine.nodes[node].domain for node in layer.nodes)
+        yield f"{layer.name} in {layer.part}", None if known else "it stands for no node of domain medseg"
+
+
+EXPECTATIONS: Mapping[str, Callable[[_Engine], Answers]] = {
+    "q, k and v are one GEMM": _qkv_is_one,
+    "gate and up are one GEMM": _gate_up_is_one,
+    "attention is one kernel": _attention_is_fused,
+    "INT8 GEMMs multiply Int8": _int8_takes_int8,
+    "stored weights are decoded inside the GEMM": _weights_stay_stored,
+    "no copy or scaling that no node asks for": _no_surprise_copy,
+    "plugins stand for nodes of domain medseg": _plugins_are_custom,
+}
+
+
+def _gemms_behind(engine: _Engine, node: ir.Node) -> list[str]:
+    """Return the nearest GEMMs that feed a node, through anything that is no GEMM."""
+    found, seen, waiting = dict[str, None](), set[str](), list(node.inputs)
+    while waiting:
+        value = waiting.pop()
+        producer = value.producer() if value is not None else None
+        if producer is None or str(producer.name) in seen:
+            continue
+        seen.add(str(producer.name))
+        if str(producer.name) in engine.gemms:
+            found[str(producer.name)] = None
+        else:
+            waiting += producer.inputs
+    return list(found)
+
+
+def _why_not_one(engine: _Engine, names: Sequence[str]) -> str | None:
+    if len(names) != 1:
+        return f"{len(names)} GEMMs of the graph feed it: {', '.join(names)}"
+    products = engine.products_of(names[0])
+    if len(products) == 1:
+        return None
+    return f"{names[0]} became {len(products)} products: {', '.join(layer.name for layer in products)}"

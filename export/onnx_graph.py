@@ -1,0 +1,23 @@
+"""A network as an ONNX graph, and the names that every pass relies on. Nothing here needs PyTorch."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+OPSET = 23  # the first with Attention and RMSNormalization
+INPUT, OUTPUT = "pixel_values", "logits"
+KEPT_METADATA = "namespace"  # of a node: the module it came from; the rest holds source lines and paths of this machine
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OnnxGraph:
+    """A network that was traced, or that a bundle holds."""
+
+    model: ir.Model
+
+    @property
+    def num_nodes(self) -> Mapping[str, int]:
+        """How often each operator occurs."""
+        return Counter(node.op_type for node in self.model.graph)

@@ -1,0 +1,79 @@
+"""Cut q, k and v apart after they are brought into order, not before: the same numbers, in kernels that stay whole.
+
+Where a product is cut right away, the builder cuts its weights too and puts three products side by side again. On the
+way it decodes eight-bit weights into memory and multiplies floats.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from onnx import GraphProto, NodeProto, helper, numpy_helper
+
+PARTS = 3  # q, k and v
+HEADS_FIRST = [0, 2, 1, 3]  # (batch, tokens, heads, head_dim) -> (batch, heads, tokens, head_dim)
+ALL_AT_ONCE = [2, 0, 3, 1, 4]  # (batch, tokens, 3, heads, head_dim) -> (3, batch, heads, tokens, head_dim)
+
+Shapes = Mapping[str, Sequence[int]]  # of values, by name; 0 is a free size
+
+
+def order_before_split(graph: GraphProto, shapes: Shapes) -> int:
+    """Change a graph in place wherever q, k and v are equally wide, and return in how many places."""
+    readers: dict[str, list[NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    found = [(node, *paths) for node in graph.node if (paths := _paths(node, readers, shapes)) is not None]
+    for split, reshapes, transposes in found:
+        _rewrite(graph, split, reshapes, transposes, shapes[reshapes[0].output[0]])
+    return len(found)
+
+
+def _paths(
+    split: NodeProto, readers: Mapping[str, list[NodeProto]], shapes: Shapes
+) -> tuple[list[NodeProto], list[NodeProto]] | None:
+    """Return the three Reshapes and the three Transposes behind a Split, if that is all there is."""
+    if split.op_type != "Split" or len(split.output) != PARTS or len(shapes.get(split.input[0], ())) != 3:
+        return None
+    if next((each.i for each in split.attribute if each.name == "axis"), 0) not in (-1, 2):
+        return None
+    reshapes = [_only_reader(name, "Reshape", readers) for name in split.output]
+    transposes = [_only_reader(node.output[0], "Transpose", readers) if node else None for node in reshapes]
+    if None in reshapes or None in transposes:
+        return None
+    first = [node for node in reshapes if node is not None], [node for node in transposes if node is not None]
+    sizes = [list(shapes.get(node.output[0], ())) for node in first[0]]
+    perms = [list(next((each.ints for each in node.attribute if each.name == "perm"), ())) for node in first[1]]
+    same = all(each == sizes[0] for each in sizes) and all(each == HEADS_FIRST for each in perms)
+    return first if same and len(sizes[0]) == 4 and min(sizes[0][1:]) > 0 else None
+
+
+def _only_reader(name: str, op_type: str, readers: Mapping[str, list[NodeProto]]) -> NodeProto | None:
+    found = readers.get(name, [])
+    return found[0] if len(found) == 1 and found[0].op_type == op_type else None
+
+
+def _rewrite(
+    graph: GraphProto, split: NodeProto, reshapes: list[NodeProto], transposes: list[NodeProto], sizes: Sequence[int]
+) -> None:
+    stem = split.name
+    shape, axis = f"{stem}_by_part", f"{stem}_part_axis"
+    _, _, heads, head_dim = sizes
+    graph.initializer.append(numpy_helper.from_array(np.array([0, 0, PARTS, heads, head_dim], np.int64), shape))
+    graph.initializer.append(numpy_helper.from_array(np.array([0], np.int64), axis))
+    parts = [f"{stem}_part{number}" for number in range(PARTS)]
+    nodes = [
+        helper.make_node("Reshape", [split.input[0], shape], [f"{stem}_wide"], name=f"{stem}_Reshape"),
+        helper.make_node("Transpose", [f"{stem}_wide"], [f"{stem}_first"], name=f"{stem}_Transpose", perm=ALL_AT_ONCE),
+        helper.make_node("Split", [f"{stem}_first"], parts, name=stem, axis=0, num_outputs=PARTS),
+        *(
+            helper.make_node("Squeeze", [part, axis], [old.output[0]], name=old.name)
+            for part, old in zip(parts, transposes, strict=True)
+        ),
+    ]
+    place = next(index for index, node in enumerate(graph.node) if node.name == split.name)
+    gone = {node.name for node in (split, *reshapes, *transposes)}
+    kept = [node for node in graph.node if node.name not in gone]
+    before = sum(node.name not in gone for node in list(graph.node)[:place])
+    ordered = [*kept[:before], *nodes, *kept[before:]]
+    del graph.node[:]
+    graph.node.extend(ordered)

@@ -1,0 +1,41 @@
+"""``medseg-trt data``: look through a data set."""
+
+import json
+from pathlib import Path
+
+import click
+
+from medseg_trt.commands.options import FOLDER, output_options, print_table
+from medseg_trt.errors import InputError
+
+
+@click.group()
+def data() -> None:
+    """Labelled data sets, as their archives unzip or in images/ and masks/."""
+
+
+@data.command("check")
+@click.argument("folder", type=FOLDER)
+@click.option(
+    "--set", "changes", multiple=True, metavar="FIELD=VALUE",
+    help="Read the data otherwise, e.g. data.dataset=busi or data.normals=include.",
+)  # fmt: skip
+@output_options
+def data_check(folder: Path, changes: tuple[str, ...], as_json: bool) -> None:
+    """Count, measure and compare all images and masks of FOLDER; exit code 1 where something is wrong."""
+    from medseg_trt.train.datasets.check import check_data
+    from medseg_trt.train.datasets.options import DataOptions, with_changes
+
+    report = check_data(folder, with_changes(DataOptions(), changes))
+    if as_json:
+        click.echo(json.dumps(report.to_dict(), indent=2))
+    else:
+        print_table(report.title(), *report.table())
+        print_table("pixels of each class", *report.class_table())
+        for kind, lines in (("wrong", report.problems), ("note", report.remarks)):
+            for line in lines:
+                click.echo(f"{kind}: {line}")
+        if not report.problems:
+            click.echo("nothing is wrong with this data set")
+    if report.problems:
+        raise InputError(f"{len(report.problems)} thing(s) are wrong with {folder}; they are named above")

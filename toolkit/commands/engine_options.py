@@ -1,0 +1,76 @@
+"""How an engine is built: the options of ``medseg-trt build`` that become an ``EngineSpec``."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypedDict
+
+import click
+
+from medseg_trt.errors import DeviceError, UsageError
+from medseg_trt.fingerprint import LIBRARY_NAMES
+from medseg_trt.spec import EngineSpec, Hardware
+
+
+class EngineFields(TypedDict):
+    """What the options give."""
+
+    plugins: str
+    opt_batch: int
+    max_batch: int
+    workspace_gib: float | None
+    optimization_level: int
+    strip: bool
+    version_compatible: bool
+    hardware_compatible: Hardware
+
+
+def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options of engines."""
+    for option in (
+        click.option("--plugins", type=click.Choice(["on", "off"]), default="off", show_default=True,
+                     help="Engines: run our CUDA kernels for the nodes that have one."),
+        click.option("--opt-batch", type=click.IntRange(1), default=1, show_default=True,
+                     help="Engines: the batch that kernels are chosen for."),
+        click.option("--max-batch", type=click.IntRange(1), default=8, show_default=True,
+                     help="Engines: the largest batch."),
+        click.option("--workspace-gib", type=click.FloatRange(0, min_open=True),
+                     help="Engines: scratch memory on the GPU.  [default: the library's]"),
+        click.option("--optimization-level", type=click.IntRange(0, 5), default=3, show_default=True,
+                     help="Engines: how long to look for better kernels."),
+        click.option("--strip", is_flag=True, help="Engines: leave the weights out; they come from the graph at load."),
+        click.option("--version-compatible", is_flag=True,
+                     help="Engines: let later versions of the classic library read them."),
+        click.option("--hardware-compatible", type=click.Choice(["none", "same_compute_capability", "ampere_plus"]),
+                     default="none", show_default=True, help="Engines: let other GPUs run the classic library's."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def engine_spec(backend: str, targets: Sequence[str], fields: EngineFields) -> EngineSpec | None:
+    """Return how engines are to be built, or None where none are asked for.
+
+    Raises:
+        UsageError: options that contradict each other.
+        DeviceError: no GPU is named, and none is here.
+        MissingExtraError: no library is installed.
+        ValueError: a value that cannot work.
+    """
+    names = [word.strip().lower() for text in targets for word in text.split(",") if word.strip()]
+    if not names and backend not in LIBRARY_NAMES:
+        return None
+    if names and backend not in ("auto", *LIBRARY_NAMES):
+        raise UsageError(f"--backend {backend} builds no engines; with --target take {' or '.join(LIBRARY_NAMES)}")
+    from medseg_trt.engines import default_library
+    from medseg_trt.gpu import find_gpu
+
+    if not names:
+        gpu = find_gpu()
+        if gpu is None:
+            raise DeviceError(f"no GPU is here to build for; name some: --backend {backend} --target sm86,sm89,sm120")
+        names = [gpu.sm]
+    return EngineSpec(
+        library=backend if backend in LIBRARY_NAMES else default_library(), targets=tuple(dict.fromkeys(names)),
+        opt_batch=fields["opt_batch"], max_batch=fields["max_batch"], workspace_gib=fields["workspace_gib"],
+        optimization_level=fields["optimization_level"], plugins=fields["plugins"] == "on", stripped=fields["strip"],
+        version_compatible=fields["version_compatible"], hardware=fields["hardware_compatible"],
+    )  # fmt: skip

@@ -1,0 +1,58 @@
+"""``medseg-trt import``: take over a checkpoint of the authors' code."""
+
+import re
+from pathlib import Path
+
+import click
+
+from medseg_trt.commands.options import FILE, output_options, print_result
+from medseg_trt.errors import UsageError
+
+
+@click.command("import")
+@click.argument("source", type=FILE)
+@click.option("-o", "--output", type=FILE, default=Path("model.pt"), show_default=True)
+@click.option("--classes", help="The labels' names, the background first, with commas between them.")
+@click.option("--image-size", help="Pixels: 224, or HEIGHTxWIDTH.  [default: the square it was trained with]")
+@click.option("--block", "block_file", type=FILE, help="The frozen block, where the checkpoint does not hold it.")
+@click.option("--recipe", default="synapse", show_default=True, help="Whose preprocessing the network had.")
+@click.option("--architecture", help="One of other sizes.  [default: transunet, or llm-transunet, by what is inside]")
+@output_options
+def import_(
+    source: Path, output: Path, classes: str | None, image_size: str | None, block_file: Path | None, recipe: str,
+    architecture: str | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Make a model.pt of a .pth checkpoint of Beckschen/TransUNet or LLM4MedSeg; its logits stay the same."""
+    from medseg_trt.spec import Classes, to_dict
+    from medseg_trt.train.official_weights import import_official
+    from medseg_trt.train.recipes import recipe as named_recipe
+
+    try:
+        names = Classes(names=tuple(name.strip() for name in classes.split(","))) if classes is not None else None
+    except ValueError as error:
+        raise UsageError(f"--classes: {error}") from error
+    checkpoint = import_official(
+        source, output, contract=named_recipe(recipe).contract, classes=names, image_size=_size(image_size),
+        block=block_file, architecture=architecture,
+    )  # fmt: skip
+    spec = checkpoint.spec
+    result = {
+        "file": str(output), "architecture": spec.architecture, "image_size": list(spec.image_size),
+        "classes": list(checkpoint.classes.names), "preprocessing": to_dict(checkpoint.preprocessing),
+        "block_sha256": checkpoint.block_sha256,
+    }  # fmt: skip
+    size = " x ".join(map(str, spec.image_size))
+    print_result(
+        as_json, result,
+        f"{output}: {spec.architecture}, {size} pixels, {len(checkpoint.classes.names)} classes; "
+        f"images are prepared as the recipe {recipe} does it",
+    )  # fmt: skip
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
+    if match is None:
+        raise UsageError(f"--image-size {text}: give pixels, such as 224, or HEIGHTxWIDTH")
+    return int(match[1]), int(match[2] or match[1])

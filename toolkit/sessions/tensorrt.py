@@ -1,0 +1,255 @@
+"""Run an engine of a bundle with TensorRT or TensorRT-RTX.
+
+A plan is code that runs here as soon as it is deserialised. So its bytes are read once, their digest is compared with
+the manifest's, its fingerprint with this machine, and only then does the library see them.
+
+Pictures of 8 bits go to the GPU as they are and come back as masks: resizing, normalising and labelling are kernels
+between the copies. Everything else is prepared and labelled on the CPU, and the description says which it is. One thing
+differs: logits that are NaN are an error on the CPU, and background on the device, which does not look for them.
+"""
+
+import hashlib
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Num, UInt8
+from numpy import ndarray
+
+from medseg_trt import engine_kernels
+from medseg_trt.bundle import Bundle, Execution
+from medseg_trt.engine_choice import fitting_engine
+from medseg_trt.errors import ArtefactError, DeviceError, require
+from medseg_trt.files import inside
+from medseg_trt.fingerprint import FOLDER, LIBRARY_NAMES, EngineFingerprint
+from medseg_trt.kernels import load
+from medseg_trt.kernels.device import Device, DeviceMemoryError, open_device
+from medseg_trt.kernels.image_to_tensor import scalars as tensor_scalars
+from medseg_trt.kernels.launch import CudaError, Launcher
+from medseg_trt.kernels.library import FILE, FindPtx, open_library
+from medseg_trt.kernels.logits_to_mask import scalars as mask_scalars
+from medseg_trt.segment import PixelRun
+from medseg_trt.session import BACKENDS, Session
+from medseg_trt.sessions.tensorrt_cache import cache_file, load_kernels, save_kernels
+from medseg_trt.sessions.tensorrt_engine import Engine, EngineError
+from medseg_trt.sessions.tensorrt_lane import Job, Lane
+from medseg_trt.sessions.tensorrt_lanes import Lanes
+from medseg_trt.spec import Preprocessing
+
+MOST_LANES = 2  # one computes while the other's thread prepares; each takes the engine's working memory once more
+WARM_UPS = 2  # the first run compiles and loads, the second records
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PixelKernels:
+    """What makes masks of pixels on the device."""
+
+    find_ptx: FindPtx
+    preprocessing: Preprocessing
+
+
+class TensorRtSession(Session):
+    """A TensorRT engine with its streams; threads may share it."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        device: Device,
+        backend: str,
+        description: str,
+        kernels: PixelKernels | None = None,
+        *,
+        graphs: bool = True,
+    ) -> None:
+        """Take an engine; it is closed with the session.
+
+        Args:
+            engine: deserialised.
+            device: where it was.
+            backend: a key of ``session.BACKENDS``.
+            description: for a table.
+            kernels: for ``pixel_path``; None leaves pixels to the CPU.
+            graphs: whether sequences that come again are recorded as CUDA graphs.
+        """
+        self.backend, self.device, self.description = backend, f"GPU {device.name}", description
+        self._engine, self._device, self._kernels = engine, device, kernels
+        launcher = Launcher(device, kernels.find_ptx) if kernels else Launcher(device)
+        self._lanes = Lanes(lambda: Lane(engine, device, launcher, graphs=graphs), MOST_LANES)
+
+    def run(self, batch: Float32[ndarray, "batch 3 height width"]) -> Float32[ndarray, "batch classes height width"]:
+        """Return the logits of a batch of prepared images, of any number: it is cut up, or filled up, as needed.
+
+        Raises:
+            ValueError: the batch is of another size than the network, or the session is closed.
+            DeviceError: the GPU has not enough memory, or reports an error.
+        """
+        source, target = self._engine.input, self._engine.output
+        if batch.shape[1:] != source.shape:
+            raise ValueError(f"the batch is {batch.shape}, but the network takes {source.shape}")
+        answer = np.empty((len(batch), *target.shape), np.float32)
+        prepared = np.ascontiguousarray(batch, source.dtype)
+        self._pass(prepared, answer, lambda images: Job(images=images))
+        return answer
+
+    def pixel_path(
+        self, pixels: Num[ndarray, "slices height width channels"], spacing_mm: tuple[float, float] | None
+    ) -> PixelRun | None:
+        """Return what makes masks of slices like these on the device; None where they are the CPU's affair."""
+        if self._kernels is None or pixels.dtype != np.uint8:
+            return None
+        p, classes = self._kernels.preprocessing, self._engine.output.shape[0]
+        if p.spacing_mm is not None and spacing_mm is not None and not all(0 < each < np.inf for each in spacing_mm):
+            return None
+        height, width, channels = pixels.shape[1:]
+
+        def job(images: int) -> Job:
+            return Job(
+                images=images,
+                to_tensor=tuple(tensor_scalars(p, (images, height, width, channels), spacing_mm).items()),
+                to_mask=tuple(mask_scalars(p, images, classes, (height, width), spacing_mm).items()),
+            )
+
+        try:
+            job(1)
+        except ValueError:  # a resizing or a size that the kernels do not know
+            return None
+
+        def masks(slices: UInt8[ndarray, "batch height width channels"]) -> UInt8[ndarray, "batch height width"]:
+            answer = np.empty(slices.shape[:3], np.uint8)
+            self._pass(np.ascontiguousarray(slices), answer, job)
+            return answer
+
+        return masks
+
+    def warm_up(self) -> None:
+        """Run zeros in the engine's usual batch until nothing is left to be loaded, compiled or recorded."""
+        zeros = np.zeros((self._engine.usual, *self._engine.input.shape), np.float32)
+        for _ in range(WARM_UPS):
+            self.run(zeros)
+
+    def close(self) -> None:
+        """Wait for the threads that are in it, and free everything."""
+        self._device.activate()
+        self._lanes.close()
+        self._engine.close()
+
+    def _pass(self, source: ndarray, answer: ndarray, job: Callable[[int], Job]) -> None:
+        """Send a batch through the network in pieces that the engine takes."""
+        with device_errors(self._device, self.description):
+            self._device.activate()
+            with self._lanes.one() as lane:
+                for start in range(0, len(source), self._engine.most):
+                    part = slice(start, min(start + self._engine.most, len(source)))
+                    answer[part] = lane.run(job(part.stop - part.start), source[part])
+
+
+@contextmanager
+def device_errors(device: Device, what: str) -> Generator[None, None, None]:
+    """Turn what CUDA and TensorRT say into one line.
+
+    Raises:
+        DeviceError: always when either said something.
+    """
+    try:
+        yield
+    except (CudaError, EngineError) as error:
+        if isinstance(error, DeviceMemoryError) or (isinstance(error, EngineError) and error.is_memory):
+            raise DeviceError(
+                f"{what}: the GPU has not enough memory ({_free(device)}; {error}). End what else runs on it, or "
+                "build for smaller batches: medseg-trt build --ckpt model.pt --max-batch 1"
+            ) from error
+        raise DeviceError(f"{what}: {error}") from error
+
+
+def _free(device: Device) -> str:
+    try:
+        return f"{device.free_bytes() / 1e6:.0f} MB are free"
+    except CudaError:
+        return "nobody knows how much is free"
+
+
+def open_engine(bundle: Bundle, execution: Execution) -> TensorRtSession:
+    """Open the engine of a bundle that fits this machine.
+
+    Raises:
+        MissingExtraError: TensorRT or cuda-bindings is not installed.
+        DeviceError: there is no GPU, or it has too little memory.
+        UsageError: the bundle has no such engine.
+        ArtefactError: no engine fits, a file is not what the manifest says, or TensorRT refuses it.
+    """
+    library, variant = execution.backend, bundle.variant(execution)
+    trt = require(BACKENDS[library].package, BACKENDS[library].extra)
+    device = open_device()
+    found = fitting_engine(bundle, library, trt.__version__, variant.precision, device)
+    path = inside(bundle.folder, f"{FOLDER}/{found.plan}")
+    plan = read_verified(path, bundle.content.files[f"{FOLDER}/{found.plan}"].sha256)
+    if found.plugins:
+        _register_plugins(trt, bundle)
+    kernels, where = _pixel_kernels(bundle, device)
+    what = f"{LIBRARY_NAMES[library]} {trt.__version__} {variant.precision}, {where}"
+    engine = _load(trt, bundle, found, plan, device)
+    session = TensorRtSession(engine, device, library, what, kernels)
+    try:
+        with device_errors(device, what):
+            cache = cache_file(found.sha256, device.name)
+            load_kernels(engine, cache)
+            session.warm_up()
+            save_kernels(engine, cache)
+    except BaseException:
+        session.close()
+        raise
+    return session
+
+
+def _load(trt: Any, bundle: Bundle, found: EngineFingerprint, plan: bytes, device: Device) -> Engine:
+    """Deserialise a plan, and give it its weights where it has none."""
+    path = bundle.folder / FOLDER / found.plan
+    try:
+        engine = Engine(trt, found.library, plan, host_code=found.version_compatible or bool(found.plugins))
+        if found.stripped:
+            engine.refit(inside(bundle.folder, found.graph))
+    except EngineError as error:
+        if error.is_memory:
+            with device_errors(device, str(path)):
+                raise
+        raise ArtefactError(f"{path}: {error}. Build it again: medseg-trt build --ckpt model.pt") from error
+    return engine
+
+
+def _register_plugins(trt: Any, bundle: Bundle) -> None:
+    from medseg_trt.kernels.plugin import register
+
+    if f"{engine_kernels.FOLDER}/{FILE}" not in bundle.content.files:
+        raise ArtefactError(f"{bundle.folder} has no kernels for its plugins; build it again with --plugins on")
+    register(trt, open_library(inside(bundle.folder, engine_kernels.FOLDER)))
+
+
+def _pixel_kernels(bundle: Bundle, device: Device) -> tuple[PixelKernels | None, str]:
+    """Return what prepares and labels pixels on the device, or None, and in words which it is."""
+    p, classes = bundle.preprocessing, bundle.content.model.num_classes
+    try:
+        if f"{engine_kernels.FOLDER}/{FILE}" not in bundle.content.files:
+            raise ValueError("the bundle has no kernels for it")
+        tensor_scalars(p, (1, *p.image_size, 3))
+        mask_scalars(p, 1, classes, p.image_size)
+        find_ptx = open_library(inside(bundle.folder, engine_kernels.FOLDER))
+        for kernel in map(load, engine_kernels.FOR_PICTURES):
+            find_ptx(kernel, kernel.entry(f"{kernel.name}_float32"), device.capability, device.cuda)
+    except (ValueError, DeviceError) as obstacle:
+        return None, f"pictures prepared and labelled on the CPU ({obstacle})"
+    return PixelKernels(find_ptx=find_ptx, preprocessing=p), "8-bit pictures prepared and labelled on the GPU"
+
+
+def read_verified(path: Path, sha256: str) -> bytes:
+    """Return the bytes of a file, which are the very ones that were compared with a digest.
+
+    Raises:
+        ArtefactError: it is not what its digest says.
+    """
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise ArtefactError(f"{path} changed since the bundle was checked; it is not run. Copy the bundle again")
+    return content

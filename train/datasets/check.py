@@ -1,0 +1,176 @@
+"""Look through a whole data set: what is in it, what is wrong with it, and what its figures should be read with."""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+from medseg_trt.errors import InputError
+from medseg_trt.images import Source, read_labels
+from medseg_trt.progress import track
+from medseg_trt.train.datasets.data_report import CaseFacts, DataReport
+from medseg_trt.train.datasets.duplicates import Look, find_copies, look_at
+from medseg_trt.train.datasets.folder import Case, DataFolder, manifest_sha256, open_folder, read_case, shared_slices
+from medseg_trt.train.datasets.official import divided, look_into, wrong_counts
+from medseg_trt.train.datasets.options import DataOptions
+from medseg_trt.train.split_manifest import read_split_manifest, with_recorded_splits
+
+NIFTI = (".nii", ".nii.gz")
+MAX_NAMED = 3
+
+
+def check_data(root: Path, options: DataOptions | None = None) -> DataReport:
+    """Read every image and mask of a data set, and report everything that is wrong, not only the first fault.
+
+    Raises:
+        InputError: the folder holds no data set that is known.
+        UsageError: an option does not go with the data set.
+    """
+    options = options or DataOptions()
+    data, problems, remarks = _open(root, options)
+    facts: list[CaseFacts] = []
+    looks: list[Look] = []
+    cases = [(split, case) for split, cases in data.splits.items() for case in cases]
+    for split, case in track(cases, "read images and masks"):
+        try:
+            found, look = _facts(split, case, data)
+        except InputError as error:
+            problems.append(str(error))
+            continue
+        facts.append(found)
+        looks.append(look)
+    problems += [f"the splits share slices: {each}" for each in shared_slices(data.splits)]
+    problems += orientation_problems(data)
+    for problem, pairs in _copies(facts, looks).items():
+        (problems if problem.endswith("two splits") else remarks).append(_named(problem, pairs))
+    problems += _shared_groups(facts, data)
+    remarks += _remarks(facts, data)
+    digest = manifest_sha256(data.manifest()) if not problems else None
+    return DataReport(
+        name=data.name, layout=data.layout, root=str(root), classes=data.classes, how=data.how, cases=tuple(facts),
+        digest=digest, problems=tuple(problems), remarks=tuple(remarks),
+    )  # fmt: skip
+
+
+def require_usable(data: DataFolder) -> None:
+    """Read, before anything is trained, what training would meet only later: all cases that it does not train on.
+
+    Raises:
+        InputError: one of them cannot be used, or some volumes say how they lie and others do not.
+    """
+    if problems := orientation_problems(data):
+        raise InputError(problems[0])
+    others = [case for split, cases in data.splits.items() if split != "train" for case in cases]
+    for case in track(others, "check the images and masks that are not trained on"):
+        read_case(case, len(data.classes.names))
+
+
+def orientation_problems(data: DataFolder) -> list[str]:
+    """Say where some volumes do not tell how they lie while others do: left and right may be swapped in them.
+
+    Volumes that tell are all turned to LPS, however they are stored.
+    """
+    axes = _stored_axes(data)
+    silent, telling = [path for path in axes if not axes[path]], [path for path in axes if axes[path]]
+    if not silent or not telling:
+        return []
+    return [
+        f"{silent[0]} does not say how it lies ({len(silent)} such volume(s)), but {telling[0]} does, "
+        "so they cannot be turned alike; repair its sform or qform"
+    ]
+
+
+def _stored_axes(data: DataFolder) -> dict[Path, str]:
+    """Return where the axes of every NIfTI volume run to, nothing where it does not say."""
+    from medseg_trt.formats.nifti import stored_axes
+
+    found: dict[Path, str] = {}
+    for case in chain.from_iterable(data.splits.values()):
+        path = case.image.path if isinstance(case.image, Source) else case.image
+        if path.name.lower().endswith(NIFTI):
+            try:
+                found[path] = stored_axes(path)
+            except InputError:  # whoever reads the volume says so
+                continue
+    return found
+
+
+def _open(root: Path, options: DataOptions) -> tuple[DataFolder, list[str], list[str]]:
+    """Open a data set for all its faults: as it is divided, or, where it cannot be, as it lies."""
+    opened = look_into(None, root, options)
+    if opened is None:
+        data, problems, remarks = open_folder(root), [], []
+    else:
+        found = opened.found
+        problems, remarks = [*found.problems, *wrong_counts(opened, options)], list(found.remarks)
+        try:
+            data = divided(opened, root, options)
+        except InputError as error:
+            problems.append(str(error))
+            data = DataFolder(root=root, name=opened.dataset.title, classes=found.classes, splits=found.parts)
+    if options.manifest is not None and options.order != "manifest":
+        data = with_recorded_splits(data, read_split_manifest(Path(options.manifest)), options.manifest)
+    return data, problems, remarks
+
+
+def _facts(split: str, case: Case, data: DataFolder) -> tuple[CaseFacts, Look]:
+    image, labels = read_case(case, len(data.classes.names))
+    values = image.pixels
+    counts = np.bincount(labels.ravel(), minlength=len(data.classes.names))
+    facts = CaseFacts(
+        name=case.name, split=split, group=case.group, size=image.size, slices=image.num_slices,
+        channels=values.shape[3], numbers=str(values.dtype), low=float(values.min()), high=float(values.max()),
+        spacing_mm=image.spacing_mm, pixels_of_label=tuple(counts.tolist()),
+        empty_slices=int((labels.reshape(len(labels), -1).max(axis=1) == 0).sum()),
+        is_grey_mask=case.is_binary and len(np.unique(read_labels(case.mask, image, None))) > 2,
+    )  # fmt: skip
+    return facts, look_at(values, data.window)
+
+
+def _copies(facts: Sequence[CaseFacts], looks: Sequence[Look]) -> Mapping[str, list[str]]:
+    """Return pairs of names under what is wrong with them."""
+    found: defaultdict[str, list[str]] = defaultdict(list)
+    for pair in find_copies(looks, [case.group for case in facts]):
+        first, second = facts[pair.first], facts[pair.second]
+        where = "in one split" if first.split == second.split else "in two splits"
+        what = "pairs of images hold the same pixels" if pair.is_exact else "pairs of images look alike"
+        found[f"{what}, {where}"].append(f"{first.name} ({first.split}) and {second.name} ({second.split})")
+    return found
+
+
+def _shared_groups(facts: Sequence[CaseFacts], data: DataFolder) -> list[str]:
+    splits_of: defaultdict[str, set[str]] = defaultdict(set)
+    for case in facts:
+        if case.group is not None:
+            splits_of[case.group].add(case.split)
+    shared = [f"{group} ({' and '.join(sorted(splits))})" for group, splits in splits_of.items() if len(splits) > 1]
+    remedy = "; to keep them together: --set data.group_by=sequence" if "group_by" in data.how else ""
+    return [_named("patients or sequences are in two splits", shared) + remedy] * bool(shared)
+
+
+def _remarks(facts: Sequence[CaseFacts], data: DataFolder) -> list[str]:
+    """Say what is no fault, but good to know."""
+    labelled = np.sum([case.pixels_of_label for case in facts], axis=0) if facts else np.zeros(0)
+    spacings = {case.spacing_mm is None for case in facts}
+    axes = [f"{axes or 'not said'} {count}" for axes, count in Counter(_stored_axes(data).values()).items()]
+    found = {
+        "masks are empty": [case.name for case in facts if case.empty_slices == case.slices],
+        "masks hold greys between black and white; brighter than half counts as the lesion": [
+            case.name for case in facts if case.is_grey_mask
+        ],
+        "images are of one value": [case.name for case in facts if case.low == case.high],
+        "classes occur in no mask": [
+            name for name, count in zip(data.classes.names, labelled, strict=False) if not count
+        ],
+        "ways of storing the axes are mixed; all volumes are turned to LPS": axes if len(axes) > 1 else [],
+    }
+    remarks = [_named(what, names) for what, names in found.items() if names]
+    if len(spacings) > 1:
+        remarks.append("some images have a spacing and some have none, so that HD95 has no common unit")
+    return remarks
+
+
+def _named(what: str, names: Sequence[str]) -> str:
+    return f"{len(names)} {what}: {', '.join(names[:MAX_NAMED])}{', …' if len(names) > MAX_NAMED else ''}"

@@ -1,0 +1,245 @@
+"""The table of the paper's data sets, and the way from a folder on the disk to cases in splits."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from medseg_trt.errors import InputError, UsageError
+from medseg_trt.progress import LOG
+from medseg_trt.spec import from_dict
+from medseg_trt.train.datasets import acdc, busi, clinicdb, colondb, isic2017, synapse
+from medseg_trt.train.datasets.folder import Case, DataFolder, open_folder
+from medseg_trt.train.datasets.layout import ALL, Dataset, Found, Layout
+from medseg_trt.train.datasets.options import DataOptions
+from medseg_trt.train.split_manifest import SplitManifest, read_order, read_split_manifest, with_recorded_splits
+from medseg_trt.train.splits import paper_split
+
+DATASETS: Mapping[str, Dataset] = {
+    "isic2017": isic2017.DATASET,
+    "busi": busi.DATASET,
+    "clinicdb": clinicdb.DATASET,
+    "colondb": colondb.DATASET,
+    "synapse": synapse.DATASET,
+    "acdc": acdc.DATASET,
+}
+FOLDER = "folder"  # anyone's own data, see datasets.folder
+CHOICES = ("order", "split_seed", "group_by", "masks", "normals", "organs")  # which mean nothing to some data
+MAX_NAMED = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Opened:
+    """A data set in a layout that was recognised."""
+
+    name: str  # a key of DATASETS
+    layout: Layout
+    found: Found
+
+    @property
+    def dataset(self) -> Dataset:
+        """The row of the table."""
+        return DATASETS[self.name]
+
+
+def open_dataset(name: str | None, root: Path, options: DataOptions | None = None) -> DataFolder:
+    """Find the cases of a labelled data set and divide them as its paper, or ``dataset.json``, does.
+
+    Args:
+        name: a key of ``DATASETS``, "folder", or None to tell it by its layout; a ``dataset.json`` goes before both.
+        root: the folder that the archives were unzipped into, or one above it.
+        options: the choices; the data set named in them counts where ``name`` is None.
+
+    Raises:
+        InputError: the folder is none of them, or lacks something; the first few faults are named.
+        UsageError: no data set has this name, or an option does not go with it.
+    """
+    root, options = Path(root), options or DataOptions()
+    opened = look_into(name, root, options)
+    if opened is None:
+        data = open_folder(root)
+    else:
+        if problems := [*opened.found.problems, *wrong_counts(opened, options)]:
+            more = f" (and {len(problems) - MAX_NAMED} more)" if len(problems) > MAX_NAMED else ""
+            raise InputError(f"{root}, read as {opened.dataset.title}: {'; '.join(problems[:MAX_NAMED])}{more}")
+        data = divided(opened, root, options)
+        for remark in opened.found.remarks:
+            LOG.info("%s", remark)
+    if options.manifest is not None and options.order != "manifest":
+        data = with_recorded_splits(data, read_split_manifest(Path(options.manifest)), options.manifest)
+    return data
+
+
+def open_recorded(root: Path, provenance: Mapping[str, Any], options: DataOptions | None = None) -> DataFolder:
+    """Open a data set as a model's training did: with its options, and with its very splits where a manifest gave them.
+
+    Args:
+        root: the data set's folder.
+        provenance: of the model.
+        options: others, instead of those that are recorded.
+
+    Raises:
+        InputError: the folder cannot be read so.
+        UsageError: an option does not go with the data set.
+    """
+    if options is None:
+        options = recorded_options(provenance)
+        manifest = provenance.get("data", {}).get("manifest")
+        if options.manifest is not None and manifest is None:  # a bundle, which does not name the cases
+            raise InputError(
+                f"the model was trained with the splits of {Path(options.manifest).name}, which is not in it; "
+                "give the file again: --set data.manifest=FILE"
+            )
+        if options.manifest is not None:
+            data = open_dataset(None, root, replace(options, manifest=None, order="natural"))
+            return with_recorded_splits(data, from_dict(SplitManifest, manifest, "the model"), "the model")
+    return open_dataset(None, root, options)
+
+
+def is_labelled(root: Path) -> bool:
+    """Return whether there are masks, in whatever layout."""
+    return (root / "masks").exists() or (root.is_dir() and bool(_matches(root, list(DATASETS), only_telling=True)))
+
+
+def recorded_options(provenance: Mapping[str, Any]) -> DataOptions:
+    """Return the options that a model's training read its data with; the defaults where none are recorded."""
+    recorded = provenance.get("recipe", {}).get("data")
+    return DataOptions() if recorded is None else from_dict(DataOptions, recorded, "the model's recipe")
+
+
+def look_into(name: str | None, root: Path, options: DataOptions) -> Opened | None:
+    """Read what lies in a folder as one of the table's data sets, faults and all; None: it is anyone's own folder.
+
+    Raises:
+        InputError: it is none of them, or several.
+        UsageError: no data set has this name, or an option does not go with it.
+    """
+    if not root.is_dir():
+        raise InputError(f"{root} does not exist, or is no folder; give the folder that the archive was unzipped into")
+    name = name or options.dataset
+    if name not in (None, FOLDER, *DATASETS):
+        raise UsageError(f"no data set is called {name!r}; choose one of: {FOLDER}, {', '.join(DATASETS)}")
+    is_own = name is None and (root / "images").is_dir()
+    if is_own or name == FOLDER or (root / "dataset.json").is_file():
+        _require_meaning(options, (), f"{root}, which dataset.json divides")
+        return None
+    candidates = [name] if name is not None else list(DATASETS)
+    matches = _matches(root, candidates, only_telling=name is None)
+    if not matches:
+        raise InputError(_unknown_layout(root, candidates))
+    if len(matches) > 1:
+        raise InputError(f"{root} holds several data sets, {', '.join(matches)}; give the folder of one of them")
+    ((found_name, (layout, base)),) = matches.items()
+    dataset = DATASETS[found_name]
+    _require_meaning(options, ("order", "split_seed", "group_by", *dataset.choices), dataset.title)
+    LOG.info("%s is read as %s: %s", base, dataset.title, layout.what)
+    return Opened(name=found_name, layout=layout, found=layout.read(base, options))
+
+
+def _matches(root: Path, names: Sequence[str], *, only_telling: bool) -> dict[str, tuple[Layout, Path]]:
+    """Return of each data set the first of its layouts that lies in ``root``, and the folder where it does."""
+    found: dict[str, tuple[Layout, Path]] = {}
+    for name in names:
+        for layout in DATASETS[name].layouts:
+            if (layout.is_telling or not only_telling) and (base := layout.locate(root)) is not None:
+                found[name] = layout, base
+                break
+    return found
+
+
+def wrong_counts(opened: Opened, options: DataOptions) -> list[str]:
+    """Say where the number of cases is not the one that ``options.count`` asks for."""
+    parts, official = opened.found.parts, opened.found.official
+    total = sum(map(len, parts.values()))
+    if not parts.get(ALL) and not parts.get("train"):
+        return ["there is no case to train on; is the archive half unzipped?"]
+    if options.count == "any":
+        return []
+    if isinstance(options.count, int):
+        return [f"there are {total} cases, not {options.count}"] * (total != options.count)
+    known = opened.dataset.other_counts.get(total)
+    if known is not None:
+        return [f"there are {total} cases, which is {known}; to use them: --set data.count={total}"]
+    return [
+        f"there are {len(parts[part])} {'' if part == ALL else f'{part} '}cases, but {number} in the official archive; "
+        "unzip the rest, or if it is on purpose: --set data.count=any"
+        for part, number in official.items()
+        if len(parts[part]) != number
+    ]
+
+
+def divided(opened: Opened, root: Path, options: DataOptions) -> DataFolder:
+    """Bring the cases into their order and their splits.
+
+    Raises:
+        InputError: there are too few cases, their groups are not known, or the order's file is not of these cases.
+        UsageError: another split is asked of a data set that comes divided.
+    """
+    found, dataset = opened.found, opened.dataset
+    _check_unique(found)
+    choices = {name: getattr(options, name) for name in dataset.choices}
+    how: dict[str, object] = {"dataset": opened.name, "order": options.order, **choices}
+    if ALL in found.parts:
+        cases = _in_order(found.parts[ALL], options)
+        splits = paper_split(cases, options.split_seed, _groups(opened, cases, options))
+        how |= {"split_seed": options.split_seed, "group_by": options.group_by}
+    else:
+        if options.split_seed != DataOptions().split_seed or options.group_by not in ("none", dataset.groups):
+            raise UsageError(f"{dataset.title} comes divided, so data.split_seed and data.group_by cannot change it")
+        splits = {part: _in_order(cases, options) for part, cases in found.parts.items() if cases}
+    LOG.info("%s: %s", dataset.title, ", ".join(f"{len(cases)} {split}" for split, cases in splits.items()))
+    return DataFolder(
+        root=root, name=dataset.title, classes=found.classes, splits=splits, window=found.window,
+        modality=dataset.modality, layout=opened.layout.what, how=how,
+    )  # fmt: skip
+
+
+def _in_order(cases: Sequence[Case], options: DataOptions) -> tuple[Case, ...]:
+    if options.order == "lexicographic":
+        return tuple(sorted(cases, key=lambda case: case.name))
+    if options.order == "natural":
+        return tuple(cases)  # as every reader gives them
+    assert options.manifest is not None  # DataOptions has seen to it
+    place = {name: index for index, name in enumerate(read_order(Path(options.manifest)))}
+    if unlisted := [case.name for case in cases if case.name not in place]:
+        raise InputError(f"{options.manifest} does not name {unlisted[0]} ({len(unlisted)} such case(s))")
+    return tuple(sorted(cases, key=lambda case: place[case.name]))
+
+
+def _groups(opened: Opened, cases: Sequence[Case], options: DataOptions) -> list[str] | None:
+    if options.group_by == "none":
+        return None
+    if opened.dataset.groups != options.group_by:
+        raise UsageError(f"no {options.group_by} is known of {opened.dataset.title}; leave data.group_by out")
+    alone = [case.name for case in cases if case.group is None]
+    if alone:
+        raise InputError(
+            f"data.group_by={options.group_by} needs the {options.group_by} of every case, and that of {alone[0]} is "
+            f"not known ({len(alone)} in all); put metadata.csv with the columns frame_id and sequence_id beside them"
+        )
+    return [str(case.group) for case in cases]
+
+
+def _check_unique(found: Found) -> None:
+    counts = Counter(case.name for cases in found.parts.values() for case in cases)
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+        raise InputError(f"two cases are called {twice[0]} ({len(twice)} such name(s)); names must tell cases apart")
+
+
+def _require_meaning(options: DataOptions, known: Sequence[str], title: str) -> None:
+    """Refuse an option that would change nothing, which its user would not notice.
+
+    Raises:
+        UsageError: an option that is not the default is none of ``known``.
+    """
+    default = DataOptions()
+    for name in CHOICES:
+        if name not in known and getattr(options, name) != getattr(default, name):
+            raise UsageError(f"data.{name} means nothing to {title}; leave it out")
+
+
+def _unknown_layout(root: Path, candidates: Sequence[str]) -> str:
+    known = "; ".join(f"{name}: {' or '.join(layout.what for layout in DATASETS[name].layouts)}" for name in candidates)
+    return f"{root} holds no data set that is known here. Known are images/ with masks/ and dataset.json; {known}"

@@ -1,0 +1,39 @@
+"""The augmented slices of an epoch, in its order: functions of the seed and the epoch, whoever asks for them."""
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from medseg_trt.train.augment import augment, worker_steps
+from medseg_trt.train.datasets.prepared import PreparedSlices
+from medseg_trt.train.training_spec import Recipe
+
+
+class EpochSlices(Dataset[tuple[np.ndarray, np.ndarray]]):
+    """The augmented slices of one epoch; item ``i`` is the same whenever, and in whichever process, it is asked for."""
+
+    def __init__(self, slices: PreparedSlices, recipe: Recipe, epoch: int) -> None:
+        self.slices = slices
+        self.recipe = recipe
+        self.epoch = epoch
+        rng = np.random.default_rng([recipe.train.seed, epoch])
+        count = recipe.train.slices_per_epoch or len(slices.images)
+        if recipe.train.balance_classes:
+            classes = rng.integers(len(slices.slices_of_class), size=count)
+            self.order = np.array([rng.choice(slices.slices_of_class[label]) for label in classes])
+        else:
+            laps = -(-count // len(slices.images))
+            self.order = np.concatenate([rng.permutation(len(slices.images)) for _ in range(laps)])[:count]
+        self.steps = [recipe.augmentation] * count
+        if recipe.train.rng == "faithful":
+            self.steps = worker_steps(recipe.augmentation, recipe.train.seed, count, recipe.train.batch_size)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, item: int) -> tuple[np.ndarray, np.ndarray]:
+        seed = [self.recipe.train.seed, self.epoch, item + 1]  # NumPy pads with zeros: [s, e, 0] would repeat [s, e]
+        rng = np.random.default_rng(seed)
+        index = int(self.order[item])
+        image, labels = np.array(self.slices.images[index]), np.array(self.slices.labels[index])
+        image, labels = self.slices.finish(*augment(image, labels, self.steps[item], rng))
+        return image, labels.astype(np.int64)

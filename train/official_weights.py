@@ -1,0 +1,288 @@
+"""Read the authors' own checkpoints, Beckschen/TransUNet's and LLM4MedSeg's, into one of ours with the same logits.
+
+They are state dicts, perhaps of ``DataParallel`` with ``module.`` before every name. LLM4MedSeg's hold the frozen
+language layer too, in float32: it is split off into a block file, in 16 bits where it came from 16 bits.
+"""
+
+import platform
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medseg_trt import __version__
+from medseg_trt.errors import ArtefactError, UsageError
+from medseg_trt.files import sha256
+from medseg_trt.progress import LOG
+from medseg_trt.spec import PIXELS_PER_TOKEN, BlockSpec, Classes, ModelSpec, Preprocessing
+from medseg_trt.train.blocks import FrozenBlock, load_block, save_block
+from medseg_trt.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from medseg_trt.train.datasets import acdc
+from medseg_trt.train.datasets.layout import LESION
+from medseg_trt.train.datasets.synapse import ORGANS
+from medseg_trt.train.layer_choice import FINAL_NORM
+from medseg_trt.train.layer_readers import block_spec, half_split
+from medseg_trt.train.model import build_model, model_spec
+from medseg_trt.train.weight_files import is_finite, is_plain, load_pickled
+from medseg_trt.train.weight_names import LLM4MEDSEG, META_NAME, TRANSUNET, names_elsewhere
+
+PREFIX = "module."
+WRAPPERS = ("state_dict", "model")  # keys under which others keep a state dict
+POSITIONS, HEAD = "transformer.embeddings.position_embeddings", "segmentation_head.0.weight"
+MAPPER = "transformer.llama_dim_mapper1.weight"
+LANGUAGE_LAYER, LANGUAGE_NORM = "transformer.llama.layers.0.", "transformer.llama.norm.weight"
+ROTARY_TABLE = re.compile(r"transformer\.llama\.(layers\.0\.attention\.inner_attention\.)?(rope\.)?freqs(_cis)?")
+NAMED = 4  # keys in a message
+USUAL_CLASSES = (Classes(names=ORGANS["transunet"]), acdc.CLASSES, LESION)  # of the data sets that the authors used
+
+State = Mapping[str, Tensor]
+
+
+def import_official(
+    path: Path,
+    out: Path,
+    *,
+    contract: Preprocessing,
+    classes: Classes | None = None,
+    image_size: tuple[int, int] | None = None,
+    block: Path | None = None,
+    architecture: str | None = None,
+) -> Checkpoint:
+    """Write a checkpoint of ours, and its block file beside it, from one of the authors'.
+
+    Args:
+        path: the ``.pth`` file.
+        out: the checkpoint to write.
+        contract: how images were prepared for the network; its size is replaced by the network's.
+        classes: the labels' names; None takes those of the authors' data set with as many, or else numbers.
+        image_size: height and width in pixels; None: the square that the position embedding is of.
+        block: the frozen layer, for a file that does not hold it.
+        architecture: a key of ``MODELS`` with other sizes than the published ones.
+
+    Raises:
+        ArtefactError: the file is damaged, or has other tensors than the architecture.
+        UsageError: the classes, the size or the block do not fit the file, or are missing.
+    """
+    state = read_state(path)
+    has_block = MAPPER in state
+    chosen = architecture or ("llm-transunet" if has_block else "transunet")
+    spec = model_spec(chosen, image_size or _square(state, path), _shape(state, HEAD, 4, path)[0])
+    if spec.num_layers and spec.grid[0] * spec.grid[1] != _shape(state, POSITIONS, 3, path)[1]:
+        raise UsageError(
+            f"{path} was trained with {_shape(state, POSITIONS, 3, path)[1]} tokens, but {spec.image_size[0]} x "
+            f"{spec.image_size[1]} pixels have {spec.grid[0] * spec.grid[1]}; give its own --image-size"
+        )
+    named = _named(classes, spec.num_classes, path)
+    if (spec.block is None) == has_block:
+        raise ArtefactError(f"{path} holds {'a' if has_block else 'no'} language insert; {chosen} is another network")
+    with tempfile.TemporaryDirectory(dir=_made(out.parent), prefix=".partial-import-") as temporary:
+        frozen, block_file = _frozen(state, spec, block, Path(temporary), path) if has_block else (None, None)
+        if frozen is not None:
+            norm = "ones" if _final_norm(state) is None else "pretrained"
+            spec = replace(spec, block=frozen.spec, insert=replace(spec.insert, norm=norm))
+        checkpoint = Checkpoint(
+            weights=_weights(state, spec, path),
+            spec=spec,
+            preprocessing=replace(contract, image_size=spec.image_size),
+            classes=named,
+            block_file=block_file,
+            block_sha256=sha256(block_file) if block_file is not None else None,
+            provenance={
+                "imported": {"file": path.name, "sha256": sha256(path)},
+                "block": dict(frozen.provenance) if frozen is not None else None,
+                "versions": {
+                    "medseg-trt": __version__, "torch": str(torch.__version__), "python": platform.python_version()
+                },
+            },
+        )  # fmt: skip
+        save_checkpoint(checkpoint, out)
+    return load_checkpoint(out)
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a ``.pth`` file by their names, without ``module.``.
+
+    Raises:
+        ArtefactError: it is missing, damaged, or holds other things than named tensors.
+    """
+    if not path.is_file():
+        raise ArtefactError(f"{path} does not exist; give a checkpoint of TransUNet or LLM4MedSeg (.pth)")
+    if path.suffix.lower() in (".npz", ".safetensors"):
+        raise UsageError(f"{path} has an encoder's weights alone; start a training from them: train --weights {path}")
+    content: Any = load_pickled(path, "checkpoint of PyTorch")
+    for wrapper in WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict) or not content or not all(isinstance(key, str) for key in content):
+        raise ArtefactError(f"{path} holds no named tensors; it is no checkpoint of TransUNet or LLM4MedSeg")
+    if odd := [key for key, value in content.items() if not is_plain(value)]:
+        raise ArtefactError(f"{path}: {odd[0]} is no plain tensor with all its values in the file")
+    state = {key.removeprefix(PREFIX): value for key, value in content.items()}
+    if len(state) < len(content):
+        raise ArtefactError(f"{path} holds a tensor twice, with and without {PREFIX}; it is no checkpoint of one model")
+    return {key: value for key, value in state.items() if not ROTARY_TABLE.fullmatch(key)}
+
+
+def _shape(state: State, name: str, axes: int, path: Path) -> tuple[int, ...]:
+    if name not in state or state[name].dim() != axes:
+        raise ArtefactError(f"{path} has no {name} with {axes} axes; it is no checkpoint of TransUNet or LLM4MedSeg")
+    return tuple(state[name].shape)
+
+
+def _square(state: State, path: Path) -> tuple[int, int]:
+    tokens = _shape(state, POSITIONS, 3, path)[1]
+    side = isqrt(tokens)
+    if side * side != tokens:
+        raise UsageError(f"{path} has {tokens} tokens, which make no square; give its size: --image-size HEIGHTxWIDTH")
+    return side * PIXELS_PER_TOKEN, side * PIXELS_PER_TOKEN
+
+
+def _named(classes: Classes | None, num_logits: int, path: Path) -> Classes:
+    if classes is None:
+        usual = next((each for each in USUAL_CLASSES if each.num_logits == num_logits), None)
+        if usual is not None:
+            LOG.warning("the classes are taken to be %s; if not, --classes", ", ".join(usual.names))
+            return usual
+        LOG.warning("the classes have no names; give them, the background first: --classes background,liver,…")
+        count = max(num_logits, 2)
+        return Classes(names=("background", *(f"class {label}" for label in range(1, count))))
+    if classes.num_logits != num_logits:
+        raise UsageError(
+            f"{path} answers with {num_logits} logit(s), but {len(classes.names)} classes need {classes.num_logits}; "
+            "count the background as a class"
+        )
+    return classes
+
+
+def _weights(state: State, spec: ModelSpec, path: Path) -> dict[str, Tensor]:
+    """Return all that a checkpoint of ours holds, once every tensor has been found and none is left over."""
+    with torch.device("meta"):
+        model = build_model(spec)
+    is_frozen = [name for name in model.state_dict() if name.startswith(("insert.block.", "insert.final_norm."))]
+    places = names_elsewhere(LLM4MEDSEG if spec.block is not None else TRANSUNET, model.state_dict())
+    wanted = {ours: places[ours].name for ours in model.state_dict() if ours not in is_frozen}
+    known = {place.name for place in places.values()} | {LANGUAGE_NORM}
+    _require_same(sorted(set(wanted.values()) - state.keys()), sorted(state.keys() - known), spec, path)
+    weights: dict[str, Tensor] = {}
+    for ours, like in model.state_dict().items():
+        if ours in wanted:
+            found = state[wanted[ours]]
+            if found.shape != like.shape:
+                raise ArtefactError(
+                    f"{path}: {wanted[ours]} is {tuple(found.shape)}, but that of {spec.architecture} is "
+                    f"{tuple(like.shape)}; for another image size give --image-size"
+                )
+            if not is_finite(found):
+                raise ArtefactError(f"{path}: {wanted[ours]} holds values that are not finite")
+            weights[ours] = found.to(like.dtype)
+    return weights
+
+
+def _require_same(missing: Sequence[str], unknown: Sequence[str], spec: ModelSpec, path: Path) -> None:
+    if missing or unknown:
+        parts = [
+            f"{len(names)} {what}: {', '.join(names[:NAMED])}{' …' if len(names) > NAMED else ''}"
+            for what, names in (("missing", missing), ("unknown", unknown))
+            if names
+        ]
+        raise ArtefactError(f"{path} is no checkpoint of {spec.architecture}: {'; '.join(parts)}")
+
+
+def _frozen(
+    state: State, spec: ModelSpec, block: Path | None, folder: Path, path: Path
+) -> tuple[FrozenBlock, Path]:  # fmt: skip
+    """Return the frozen layer and the file that it is in: the one that is given, or one made of the checkpoint."""
+    assert spec.block is not None
+    inside = {
+        name: state[LANGUAGE_LAYER + META_NAME[name]] for name in META_NAME if LANGUAGE_LAYER + META_NAME[name] in state
+    }
+    given = _only(load_block(block), block) if block is not None else None
+    if not inside:
+        if given is None or block is None:
+            raise UsageError(f"{path} does not hold the frozen language layer; give it: --block FILE")
+        if (norm := _final_norm(state)) is not None and not _same(given, {FINAL_NORM: norm}):
+            raise UsageError(f"{path} has another final norm than {block}; extract the block with --final-norm")
+        return given, block
+    if missing := sorted(set(META_NAME) - set(inside)):
+        raise ArtefactError(f"{path} holds a part of the language layer only; {META_NAME[missing[0]]} is missing")
+    split_off = _split_off(inside, _final_norm(state), spec.block, path)
+    if given is not None and block is not None:
+        if given.spec != split_off.spec or not _same(given, split_off.tensors):
+            raise UsageError(f"{path} holds another language layer than {block}; leave --block out to use its own")
+        return given, block
+    file = folder / "block.safetensors"
+    save_block(split_off, file)
+    return split_off, file
+
+
+def _final_norm(state: State) -> Tensor | None:
+    """Return the weight of the final norm where it is not all ones, as the authors left it."""
+    norm = state.get(LANGUAGE_NORM)
+    return None if norm is None or bool((norm == 1).all()) else norm
+
+
+def _same(block: FrozenBlock, tensors: State) -> bool:
+    """Tell whether the block has these tensors, value for value."""
+    return all(
+        name in block.tensors and torch.equal(block.tensors[name].float(), tensor.float())
+        for name, tensor in tensors.items()
+    )
+
+
+def _only(blocks: Sequence[FrozenBlock], path: Path) -> FrozenBlock:
+    if len(blocks) != 1:
+        raise UsageError(f"{path} holds {len(blocks)} layers, but the authors' network has one")
+    return blocks[0]
+
+
+def _split_off(inside: State, norm: Tensor | None, preset: BlockSpec, path: Path) -> FrozenBlock:
+    """Return the layer of a checkpoint under Hugging Face's names, with its final norm where that is not all ones."""
+    if any(tensor.dim() != (1 if "norm" in name else 2) for name, tensor in inside.items()):
+        raise ArtefactError(f"{path}: the language layer has tensors of another number of axes than LLaMA's")
+    query, key, gate = (inside[f"{name}.weight"] for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj"))
+    geometry = block_spec(
+        {
+            "hidden_size": query.shape[1],
+            "intermediate_size": gate.shape[0],
+            "num_heads": query.shape[0] // preset.head_dim,
+            "num_kv_heads": key.shape[0] // preset.head_dim,
+            "head_dim": preset.head_dim,
+            "rms_norm_eps": preset.rms_norm_eps,
+            "rope_theta": preset.rope_theta,
+        },
+        path,
+    )
+    tensors = dict(inside)
+    for name, heads in (
+        ("self_attn.q_proj.weight", geometry.num_heads),
+        ("self_attn.k_proj.weight", geometry.num_kv_heads),
+    ):
+        tensors[name] = half_split(tensors[name], heads)
+    if norm is not None:
+        tensors[FINAL_NORM] = norm
+    provenance = {"format": "LLM4MedSeg", "file": path.name, "rope_layout": "half-split", "medseg_trt": __version__}
+    try:
+        return FrozenBlock(spec=geometry, tensors=_smallest(tensors), provenance=provenance)
+    except ValueError as error:
+        raise ArtefactError(f"{path}: {error}") from error
+
+
+def _smallest(tensors: State) -> dict[str, Tensor]:
+    """Return the tensors in 16 bits, where no value changes by that, else in float32."""
+    whole = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
+    for dtype in (torch.float16, torch.bfloat16):
+        short = {name: tensor.to(dtype) for name, tensor in whole.items()}
+        if all(torch.equal(short[name].float(), whole[name]) for name in whole):
+            return short
+    return whole
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
