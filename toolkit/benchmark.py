@@ -113,8 +113,8 @@ def bench(what: Bench, scratch: Path) -> Measured:
         }  # fmt: skip
         batch = np.resize(image, (what.batch, *image.shape[1:]))
         way, timed = _whole_way(bundle, cases, first, folder)
+        images = cases.images(read, timed)  # while noise is still on the disk
         time_all(fit, timings, batch, way, what.tier, what.throughput_batches)
-        images = cases.images(read, timed)
         devices = {name: (session.device, session.description) for name, session in sessions.items()}
     inside = _look_inside(what, [each for each in here if each.name in fit], timings, image)
     rows = [_row(each, candidates[0], compared, verdicts, timings, devices, inside) for each in candidates]
