@@ -5,6 +5,7 @@ PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null 
 BIN := .venv/bin
 MEDSEG := $(BIN)/medseg-trt
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint tests/constraints.txt
+PARALLEL := -n auto --dist loadfile  # a process a core; the tests of a file share what they make
 DATA := demo/data/organs
 TRAIN = $(MEDSEG) train --recipe organs-demo --data $(DATA) --block demo/block.safetensors
 
@@ -34,13 +35,13 @@ demo: .venv/run.stamp
 	@echo 'overlay: demo/masks/overlays/ct_B.png'
 
 test: .venv/dev.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-full: .venv/dev.stamp
-	$(BIN)/python -m pytest -m ''
+	$(BIN)/python -m pytest $(PARALLEL) -m ''
 
 kernels-check: .venv/dev.stamp
-	$(BIN)/python -m pytest tests/kernels tests/gpu_free -m ''
+	$(BIN)/python -m pytest $(PARALLEL) tests/kernels tests/gpu_free -m ''
 	cd tests && ../$(BIN)/python -m gpu_free.mutants
 
 readme-tables: .venv/run.stamp

@@ -1,7 +1,7 @@
 """How large are the engines of the full-size network, and what does building one take? No GPU is needed, and none used.
 
-    python benchmarks/bench_engine.py -o /tmp/engines.medseg
-    python benchmarks/bench_engine.py -o /tmp/engines --graphs default.medseg --graphs stored.medseg
+    python benchmarks/bench_engine.py --bundle /tmp/engines.medseg
+    python benchmarks/bench_engine.py --bundle /tmp/engines --graphs default.medseg --graphs stored.medseg
 
 Builds a bundle of a full-size LLM-TransUNet of random weights with engines for three kinds of GPUs, then engines again,
 with a free batch and with a fixed one, and compares the bytes. The checkpoint is that of the CPU benchmark, where its
@@ -9,9 +9,6 @@ cache has one, else one is made the same way. With ``--graphs`` the graphs are t
 and the mix is made of their float graph by the pass that the build uses, without its verification.
 """
 
-import argparse
-import json
-import os
 import shutil
 import subprocess
 import sys
@@ -24,6 +21,7 @@ from typing import Any
 import bench_cpu_network
 import numpy as np
 import onnx_ir as ir
+from results_file import options, publish, table
 
 from medseg_trt.bundle import BuiltEngine, Variant, load_bundle
 from medseg_trt.engine_child import build_in_child
@@ -32,9 +30,8 @@ from medseg_trt.engines import build_engines
 from medseg_trt.export.onnx_graph import OnnxGraph
 from medseg_trt.export.quantize import parse_precision, quantise
 from medseg_trt.export.save import save_flavours
-from medseg_trt.files import atomic_file, cache_folder, write_json
+from medseg_trt.files import cache_folder
 from medseg_trt.fingerprint import read_fingerprint
-from medseg_trt.report import machine, table
 from medseg_trt.spec import EngineSpec
 
 TARGETS = "sm86,sm89,sm120"
@@ -47,7 +44,6 @@ LIMITS_MB = {"fp16": 500, "int8": 275, "w8a16": 320}  # of the plan, 10^6 bytes
 LIMIT_S, LIMIT_RESIDENT_MB = 20, 3000  # processor time and memory of the process that builds one engine
 SCANS = ("ct_A.nii.gz", "ct_B.nii.gz")
 SLICES = 4  # of each scan, on which the bundle is verified
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,17 +74,18 @@ class Made:
 
 def main() -> int:
     """Build, measure, compare, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--output", type=Path, required=True, help="where the bundle, or the engines, go")
+    parser = options(__doc__)
+    parser.add_argument("--bundle", type=Path, required=True, help="where the bundle, or the engines, go")
     parser.add_argument("--graphs", type=Path, action="append", help="a bundle that has some of the graphs")
     parser.add_argument("--again", choices=["all", *PRECISIONS], default="all", help="what is built again, to compare")
-    options = parser.parse_args()
-    made = _of_graphs(options.graphs, options.output) if options.graphs else _build(options.output)
+    chosen = parser.parse_args()
+    made = _of_graphs(chosen.graphs, chosen.bundle) if chosen.graphs else _build(chosen.bundle)
     names = {text: name for name, text in PRECISIONS.items()}
     rows = [
-        _measure(made, engine, names[made.variants[engine.variant].precision], options.again) for engine in made.engines
+        _measure(made, engine, names[made.variants[engine.variant].precision], chosen.again) for engine in made.engines
     ]
-    _write(rows, read_fingerprint(made.folder / made.engines[0].plan).version, made.source)
+    publish("engines", _result(rows, read_fingerprint(made.folder / made.engines[0].plan).version, made.source),
+            to_markdown, chosen)  # fmt: skip
     return 0 if all(_holds(row) for row in rows) else 1
 
 
@@ -174,53 +171,53 @@ def _holds(row: Row) -> bool:
     )
 
 
-def _write(rows: list[Row], version: str, source: str) -> None:
-    here, load = machine(), os.getloadavg()[0]
-    limits = {"plan_mb": LIMITS_MB, "processor_s": LIMIT_S, "peak_resident_mb": LIMIT_RESIDENT_MB}
-    found = {"library": f"TensorRT-RTX {version}", "targets": TARGETS, "executed": False, "limits": limits,
-             "machine": here, "load_average": load, "source": source, "precisions": PRECISIONS,
-             "rows": [asdict(row) for row in rows]}  # fmt: skip
-    write_json(RESULTS / "engines.json", json.loads(json.dumps(found)))
-    header = ["engine", "plan MB", "limit MB", "processor s", "wall s", "peak MB",
-              "bytes that differ, free batch", "fixed batch identical", "kernels", "MACs"]  # fmt: skip
+def _result(rows: list[Row], version: str, source: str) -> dict[str, Any]:
+    return {
+        "library": f"TensorRT-RTX {version}", "targets": TARGETS, "executed": False, "source": source,
+        "limits": {"plan_mb": LIMITS_MB, "processor_s": LIMIT_S, "peak_resident_mb": LIMIT_RESIDENT_MB},
+        "precisions": PRECISIONS, "rows": [asdict(row) for row in rows],
+    }  # fmt: skip
+
+
+def to_markdown(result: Mapping[str, Any]) -> str:
+    """Return the page, but for the line on the machine."""
+    rows, limits = result["rows"], result["limits"]
+    header = ["engine", "plan MB", "limit MB", "processor s", "wall s", "peak MB", "bytes that differ, free batch",
+              "fixed batch identical", "kernels", "MACs"]  # fmt: skip
     cells = [
-        [row.precision, f"{row.plan_mb:.1f}", str(LIMITS_MB[row.precision]), f"{row.processor_s:.1f}",
-         f"{row.wall_s:.1f}",
-         f"{row.peak_resident_mb:.0f}", "–" if row.differing_bytes is None else f"{row.differing_bytes:,}",
-         {None: "–", True: "yes", False: "no"}[row.fixed_batch_identical],
-         str(row.kernels), ", ".join(f"{100 * share:.1f} % {dtype}" for dtype, share in row.shares.items())]
+        [row["precision"], f"{row['plan_mb']:.1f}", str(limits["plan_mb"][row["precision"]]),
+         f"{row['processor_s']:.1f}", f"{row['wall_s']:.1f}", f"{row['peak_resident_mb']:.0f}",
+         "–" if row["differing_bytes"] is None else f"{row['differing_bytes']:,}",
+         {None: "–", True: "yes", False: "no"}[row["fixed_batch_identical"]], str(row["kernels"]),
+         ", ".join(f"{100 * share:.1f} % {dtype}" for dtype, share in row["shares"].items())]
         for row in rows
     ]  # fmt: skip
-    expected = [[name, *(_outcome(row, name) for row in rows)] for name in (each["name"] for each in rows[0].outcomes)]
+    expected = [
+        [outcomes[0]["name"], *(f"{each['asked'] - len(each['failed'])} of {each['asked']}" for each in outcomes)]
+        for outcomes in zip(*(row["outcomes"] for row in rows), strict=True)
+    ]
     lines = [
         "# Engines of the full-size LLM-TransUNet",
         "",
-        f"Random weights, 256 x 256 pixels, batch 1 to 8, TensorRT-RTX {version}, for {TARGETS}. Built without a GPU "
-        f"and never executed. {source}",
+        f"Random weights, 256 x 256 pixels, batch 1 to 8, {result['library']}, for {result['targets']}. Built without "
+        f"a GPU and never executed. {result['source']}",
         "",
-        f"One build each; limits: {LIMIT_S} s of processor time and {LIMIT_RESIDENT_MB} MB of the building process.",
+        f"One build each; limits: {limits['processor_s']} s of processor time and {limits['peak_resident_mb']} MB of "
+        "the building process.",
         "",
         *table(header, cells),
         "",
-        f"`w8a16` is `{PRECISIONS['w8a16']}`. Seconds and memory are those of the whole child process, which keeps to "
-        f"one core; the machine did other work (load average {load:.0f}), so the processor's seconds are held against "
-        "the limit. With a free batch two builds differ in the names and the order of symbols of shapes inside the "
-        "plan; with `--max-batch 1` nothing is free.",
+        f"`w8a16` is `{result['precisions']['w8a16']}`. Seconds and memory are those of the whole child process, which "
+        "keeps to one core; other work ran on the machine, so the processor's seconds are held against the limit. With "
+        "a free batch two builds differ in the names and the order of symbols of shapes inside the plan; with "
+        "`--max-batch 1` nothing is free.",
         "",
         "## What the builder's list of layers says",
         "",
-        *table(["expected", *(row.precision for row in rows)], expected),
-        "",
-        f"{here['processor']}, {here['cores']} cores, {here['system']}, Python {here['python']}.",
+        *table(["expected", *(row["precision"] for row in rows)], expected),
         "",
     ]
-    with atomic_file(RESULTS / "engines.md") as temporary:
-        temporary.write_text("\n".join(lines), encoding="utf-8")
-
-
-def _outcome(row: Row, name: str) -> str:
-    outcome = next(each for each in row.outcomes if each["name"] == name)
-    return f"{outcome['asked'] - len(outcome['failed'])} of {outcome['asked']}"
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

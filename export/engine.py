@@ -194,16 +194,10 @@ def build_engine(graph: Path, plan: Path, spec: EngineSpec, on_progress: OnProgr
 
 
 def shell_command(graph: Path, plan: Path, spec: EngineSpec, source: EngineGraph) -> str:
-    """Return the command line of the library's own tool that builds the same engine, but for the repairs."""
+    """Return what builds the same engine, but for the repairs, with the library's own tool in the graph's folder."""
     library = LIBRARIES[spec.library]
-    words = [
-        library.tool,
-        f"--onnx={graph}",
-        f"--saveEngine={plan}",
-        "--skipInference",
-        "--profilingVerbosity=detailed",
-        "--noTF32",
-    ]
+    files = [f"--onnx={graph.name}", f"--saveEngine={plan.name}"]
+    words = [library.tool, *files, "--skipInference", "--profilingVerbosity=detailed", "--noTF32"]
     for name, batch in (("min", 1), ("opt", spec.opt_batch), ("max", spec.max_batch)):
         shapes = ",".join(f"{tensor}:{'x'.join(map(str, (batch, *rest)))}" for tensor, rest in source.inputs.items())
         words.append(f"--{name}Shapes={shapes}")

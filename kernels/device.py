@@ -5,7 +5,7 @@ thread calls ``activate`` before anything else. Nothing here frees by itself: wh
 """
 
 from abc import abstractmethod
-from typing import Any, cast
+from typing import Any
 
 from medseg_trt.errors import DeviceError
 from medseg_trt.kernels.launch import CudaError, Driver, open_driver
@@ -92,4 +92,4 @@ def open_device(number: int = 0) -> Device:
     driver = open_driver(ADAPTER, number)
     if not isinstance(driver, Device):
         raise DeviceError(f"the CUDA adapter {ADAPTER} has no streams and graphs; install another medseg-trt")
-    return cast("Device", driver)
+    return driver

@@ -128,5 +128,7 @@ def _llama_layer(state: State, prefix: str, x: Tensor, head_dim: int, eps: float
 
 def _conv_bn_relu(state: State, prefix: str, x: Tensor) -> Tensor:
     x = F.conv2d(x, state[f"{prefix}0.weight"], padding=1)
-    norm = [state[f"{prefix}1.{name}"] for name in ("running_mean", "running_var", "weight", "bias")]
-    return F.relu(F.batch_norm(x, *norm))
+    mean, variance, weight, bias = (
+        state[f"{prefix}1.{name}"] for name in ("running_mean", "running_var", "weight", "bias")
+    )
+    return F.relu(F.batch_norm(x, mean, variance, weight, bias))

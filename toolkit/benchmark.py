@@ -241,7 +241,11 @@ def _row(
     known = name in compared.networks
     accuracy = compared.accuracy(name) if known else not_run
     theirs = compared.accuracy(reference.name)
-    paired = isinstance(accuracy, Accuracy) and isinstance(theirs, Accuracy) and isinstance(judged, Verdict)
+    paired = (
+        differences(theirs, accuracy, judged)
+        if isinstance(accuracy, Accuracy) and isinstance(theirs, Accuracy) and isinstance(judged, Verdict)
+        else ()
+    )
     nothing = _why_not_timed(row, judged, not_run, known)
     device, description = devices.get(name, ("none", candidate.backend))
     speed = {} if candidate is reference else speedups(timings[reference.name], row)
@@ -256,7 +260,7 @@ def _row(
         stages_ms=row.stages_ms, throughput=row.throughput or nothing, memory=row.memory or nothing,
         energy=row.energy or nothing,
         agreement=compared.networks[name].agreement() if known else not_run, accuracy=accuracy,
-        differences=differences(theirs, accuracy, judged) if paired else (), verdict=judged,
+        differences=paired, verdict=judged,
         worst=tuple(entry for entry, _ in compared.networks[name].worst) if known else (),
         profile=inside.profiles.get(name, Missing(reason=_no_profile(candidate, nothing))),
         roofline=inside.rooflines.get(name, Missing(reason=_no_profile(candidate, nothing))),

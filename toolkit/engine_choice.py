@@ -46,7 +46,7 @@ def fitting_engine(bundle: Bundle, library: str, version: str, precision: str, d
 
 def _here(bundle: Bundle, fingerprint: EngineFingerprint, library: str, version: str, device: Device) -> Here:
     content = bundle.content
-    weights = next((each.weights for each in content.variants.values() if each.graph == fingerprint.graph), None)
+    weights = next((each.weights for each in content.variants.values() if each.graph == fingerprint.graph), "")
     digests = {name: content.files[name].sha256 for name in (fingerprint.graph, weights) if name in content.files}
     major, minor = device.cuda
     return Here(
@@ -56,6 +56,6 @@ def _here(bundle: Bundle, fingerprint: EngineFingerprint, library: str, version:
         gpu=device.name,
         cuda=f"{major}.{minor}",
         graph_sha256=digests.get(fingerprint.graph, ""),  # a graph that is not there is another one
-        weights_sha256=digests.get(weights or "", ""),
+        weights_sha256=digests.get(weights, ""),
         plugins={name: node.digest for name, node in NODES.items()},
     )

@@ -6,6 +6,7 @@ Matplotlib draws in placeholder colours, which are then replaced by the page's C
 import re
 from collections.abc import Callable, Mapping, Sequence
 from io import StringIO
+from math import fsum
 from typing import Any
 
 import numpy as np
@@ -191,7 +192,7 @@ def _parts(report: Report, axes: Any) -> bool:
     rows = [(row, row.profile) for row in report.rows if isinstance(row.profile, Profile)]
     names = ["resnet", "vit", "block", "decoder", "other"]
     shares = {
-        row.name: [sum(part.share for part in found.parts if part.part == name) for name in names]
+        row.name: [fsum(part.share for part in found.parts if part.part == name) for name in names]
         for row, found in rows
     }
     return _stacked(axes, shares, names, "share of the time of all steps")
@@ -205,12 +206,12 @@ def _stages(report: Report, axes: Any) -> bool:
 
 
 def _stacked(axes: Any, rows: Mapping[str, Sequence[float]], names: Sequence[str], label: str) -> bool:
-    for place, values in enumerate(reversed(rows.values())):
+    for place, values in enumerate(reversed(list(rows.values()))):
         left = 0.0
         for index, value in enumerate(values):
             axes.barh(place, value, left=left, height=0.62, color=PIECES[index], linewidth=0)
             left += value
-    axes.set_yticks(range(len(rows)), list(reversed(rows)))
+    axes.set_yticks(range(len(rows)), list(reversed(list(rows))))
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     for index, name in enumerate(names):

@@ -12,6 +12,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import fsum
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -83,7 +84,7 @@ def profile(
 
 def summed_up(tool: str, steps: Sequence[Step], costs: Sequence["NodeCost"]) -> Profile | Missing:
     """Lead the steps back to the network's parts, and sum up."""
-    total = sum(step.ms for step in steps)
+    total = fsum(step.ms for step in steps)
     if not total:
         return Missing(reason=f"{tool} names no step that took time")
     known = {name: cost for cost in costs for name in cost.names}
@@ -103,8 +104,8 @@ def summed_up(tool: str, steps: Sequence[Step], costs: Sequence["NodeCost"]) -> 
         macs[cost.part] += cost.macs
     parts = [
         PartTime(
-            part=part, ms=sum(each.ms for each in layers if each.part == part),
-            share=sum(each.share for each in layers if each.part == part), macs=macs.get(part, 0),
+            part=part, ms=fsum(each.ms for each in layers if each.part == part),
+            share=fsum(each.share for each in layers if each.part == part), macs=macs.get(part, 0),
             steps=sum(each.part == part for each in layers),
         )
         for part in dict.fromkeys([*macs, *(each.part for each in layers)])

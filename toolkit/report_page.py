@@ -58,7 +58,7 @@ class Figures:
     markup: bool
     reasons: list[str] = field(default_factory=list[str])
 
-    def n(self, path: str, spec: str, scale: float = 1) -> str:
+    def n(self, path: str, spec: str, scale: float | int = 1) -> str:
         """Return the figure at a place, times ``scale``, as Python formats it with ``spec``."""
         value: Any = self.data
         for part in path.split("."):
@@ -95,7 +95,7 @@ class Figures:
         return _safe({"": text})[""] if self.markup else text
 
 
-def formatted(value: float, spec: str, scale: float) -> str:
+def formatted(value: float | int, spec: str, scale: float | int) -> str:
     """Return a figure as text; a true minus sign, and no minus before a zero."""
     scaled = value * scale if scale != 1 else value
     text = format(scaled, spec)

@@ -423,7 +423,7 @@ class Report:
     rows: tuple[Row, ...]  # the reference first
     summary: Summary
     warnings: tuple[str, ...] = ()
-    scopes: Mapping[str, str] = field(default_factory=lambda: dict[str, str](SCOPES))
+    scopes: Mapping[str, str] = field(default_factory=lambda: {str(scope): words for scope, words in SCOPES.items()})
 
     __pydantic_config__ = {"extra": "forbid"}
 

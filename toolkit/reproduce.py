@@ -139,7 +139,8 @@ def _train(run: Run, wanted: Wanted) -> None:
     from medseg_trt.train.loop import train
 
     block = wanted.block if needs_block(run.recipe) else None
-    train(run.recipe, run.data, run.folder, block=block, weights=wanted.weights, resume=True)
+    is_begun = (run.folder / "last.pt").is_file()
+    train(run.recipe, run.data, run.folder, block=block, weights=wanted.weights, resume=is_begun)
 
 
 def _test(run: Run, modes: Sequence[str]) -> Tested:

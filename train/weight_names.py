@@ -32,14 +32,14 @@ def names_elsewhere(rules: Sequence[Rule], ours: Iterable[str]) -> dict[str, Els
     Raises:
         KeyError: no rule knows one of them.
     """
-    found: dict[str, Elsewhere] = {}
-    for name in ours:
-        matches = ((re.fullmatch(pattern, name), write, layout) for pattern, write, layout in rules)
-        match, write, layout = next(((m, w, kind) for m, w, kind in matches if m is not None), (None, None, None))
-        if match is None or write is None or layout is None:
-            raise KeyError(name)
-        found[name] = Elsewhere(name=write(match), layout=layout)
-    return found
+    return {name: _elsewhere(rules, name) for name in ours}
+
+
+def _elsewhere(rules: Sequence[Rule], name: str) -> Elsewhere:
+    for pattern, write, layout in rules:
+        if (match := re.fullmatch(pattern, name)) is not None:
+            return Elsewhere(name=write(match), layout=layout)
+    raise KeyError(name)
 
 
 def _next(number: str) -> int:

@@ -2,6 +2,8 @@ import json
 import os
 import signal
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,11 +31,16 @@ def of(tiny_bundle, data, **changes):
     return Bench(bundle=tiny_bundle, **(chosen | changes))
 
 
+def measured_report(what: Bench, scratch: Path) -> Any:
+    """Return the report; what may be missing is not narrowed in every line of a test."""
+    return bench(what, scratch).report
+
+
 def test_everything_is_measured_in_processes_of_their_own(tiny_bundle, data, tmp_path, monkeypatch):
     monkeypatch.setattr(peaks, "COPY_BYTES", 1 << 20)
     monkeypatch.setattr(benchmark, "peaks", lambda ways: peaks.peaks(ways, width=64, rows=8))
     monkeypatch.setattr(timings, "MIN_THROUGHPUT_S", 0.01)
-    report = bench(of(tiny_bundle, data), tmp_path).report
+    report = measured_report(of(tiny_bundle, data), tmp_path)
     reference, row = report.rows
     assert (reference.backend, row.backend) == ("pytorch", "onnxruntime")
     assert (reference.name, row.name) == ("pytorch fp32", "onnxruntime fp32")
@@ -75,7 +82,7 @@ def test_everything_is_measured_in_processes_of_their_own(tiny_bundle, data, tmp
 
 @pytest.mark.usefixtures("measured_here")
 def test_without_a_checkpoint_the_bundles_own_float_network_is_the_reference(tiny_bundle, data, tmp_path):
-    report = bench(of(tiny_bundle, data, checkpoint=None, backends=("openvino", "onnxruntime")), tmp_path).report
+    report = measured_report(of(tiny_bundle, data, checkpoint=None, backends=("openvino", "onnxruntime")), tmp_path)
     assert [(row.name, row.role) for row in report.rows] == [
         ("onnxruntime fp32", "reference"), ("openvino fp32", "variant"),
     ]  # fmt: skip
@@ -87,7 +94,7 @@ def test_without_a_checkpoint_the_bundles_own_float_network_is_the_reference(tin
 def test_images_without_masks_and_noise_will_do(tiny_bundle, tmp_path):
     pictures = write_pictures(tmp_path / "pictures", count=3) / "images"
     for folder, what in ((pictures, "3 slices of images, without masks"), (None, "8 slices of generated noise")):
-        report = bench(of(tiny_bundle, folder), tmp_path).report
+        report = measured_report(of(tiny_bundle, folder), tmp_path)
         assert report.images.description == what
         assert not report.images.labelled
         assert report.rows[1].accuracy.metric == "agreement with the reference in Dice"
@@ -111,7 +118,7 @@ def test_a_network_that_gives_other_masks_is_not_timed(tiny_bundle, data, tmp_pa
     monkeypatch.setattr(
         MeasuredHere, "whole_way", lambda self, *rest: timed.append(self.backend) or original(self, *rest)
     )
-    report = bench(of(tiny_bundle, data), tmp_path).report
+    report = measured_report(of(tiny_bundle, data), tmp_path)
     _, row = report.rows
     assert isinstance(row.verdict, Verdict)
     assert not row.verdict.holds
@@ -146,7 +153,7 @@ def test_a_process_that_is_killed_in_the_middle_is_an_explained_failure(tiny_bun
 
     monkeypatch.setattr(MeasuredSession, "whole_way", killed)
     monkeypatch.setattr(timings, "MIN_THROUGHPUT_S", 0.01)
-    report = bench(of(tiny_bundle, data, profile=False), tmp_path).report
+    report = measured_report(of(tiny_bundle, data, profile=False), tmp_path)
     reference, row = report.rows
     assert row.failure == "onnxruntime with fp32.onnx was killed by signal 9; it is not used"
     assert isinstance(row.latency["model"], Latency)  # what was measured before is kept
@@ -161,7 +168,7 @@ def test_a_process_that_is_killed_in_the_middle_is_an_explained_failure(tiny_bun
 @pytest.mark.usefixtures("measured_here")
 def test_a_back_end_that_is_not_installed_is_a_row_that_was_not_executed(built, tmp_path, monkeypatch):
     monkeypatch.setattr(candidates, "is_installed", lambda name: name != "openvino")
-    report = bench(of(built.bundle, built.data, checkpoint=built.checkpoint, max_dice_drop=0.3), tmp_path).report
+    report = measured_report(of(built.bundle, built.data, checkpoint=built.checkpoint, max_dice_drop=0.3), tmp_path)
     missing = [row for row in report.rows if not row.executed]
     assert [row.name for row in missing] == ["openvino bf16"]
     (row,) = missing
@@ -175,9 +182,9 @@ def test_a_back_end_that_is_not_installed_is_a_row_that_was_not_executed(built, 
 
 @pytest.mark.usefixtures("measured_here")
 def test_named_back_ends_give_a_row_for_every_precision_on_each(measured, built, tmp_path):
-    report = bench(
+    report = measured_report(
         of(built.bundle, built.data, checkpoint=built.checkpoint, max_dice_drop=0.3, backends=("openvino",)), tmp_path
-    ).report
+    )
     assert {row.backend for row in report.rows[1:]} == {"openvino"}
     assert len(report.rows[1:]) == len({row.name for row in report.rows[1:]}) == len(measured.report.rows[1:])
 
@@ -194,7 +201,7 @@ def test_a_named_back_end_that_cannot_run_is_an_error(
 ):
     monkeypatch.setattr(candidates, "is_installed", lambda name: name != "openvino")
     with pytest.raises(kind, match=message):
-        bench(of(tiny_bundle, data, backends=backends), tmp_path)
+        measured_report(of(tiny_bundle, data, backends=backends), tmp_path)
 
 
 @pytest.mark.usefixtures("measured_here")
@@ -204,13 +211,13 @@ def test_a_reference_that_does_not_start_ends_with_its_reason(tiny_bundle, data,
 
     monkeypatch.setattr(MeasuredHere, "__init__", refuse)
     with pytest.raises(MedsegError, match="the reference does not start: no memory for it"):
-        bench(of(tiny_bundle, data), tmp_path)
+        measured_report(of(tiny_bundle, data), tmp_path)
 
 
 def test_data_of_other_classes_is_refused(tiny_bundle, tmp_path):
     lesions = write_pictures(tmp_path / "lesions")
     with pytest.raises(UsageError, match="has the classes background, lesion, but the network knows background, disc"):
-        bench(of(tiny_bundle, lesions), tmp_path)
+        measured_report(of(tiny_bundle, lesions), tmp_path)
 
 
 @pytest.mark.usefixtures("measured_here")

@@ -298,7 +298,8 @@ def test_without_that_order_the_builder_decodes_the_weights(with_engines: WithEn
     ir.save(graph.model, folder / "int8.onnx")
     built = build_in_child(folder / "int8.onnx", tmp_path / "a.plan", SPEC, None).built
     outcomes = {each.name: each for each in layer_report(built.layers, graph).outcomes}
-    assert len(outcomes[INT8].failed_in("vit")) == len(outcomes[STORED].failed_in("vit")) == 2
+    assert outcomes[INT8].failed_in("vit") == outcomes[INT8].failed != ()
+    assert len(outcomes[STORED].failed) == len(outcomes[INT8].failed)
 
 
 def test_the_repairs_leave_the_bundle_as_it_is(with_engines: WithEngines):

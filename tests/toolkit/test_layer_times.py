@@ -1,6 +1,8 @@
 """Where the time goes: steps led back to the network's parts, and the roof over them."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,11 @@ COSTS = (
     NodeCost(names=("node_conv_1", "conv_1"), part="decoder", macs=300, bytes=20),
     NodeCost(names=("node_add", "add"), part="decoder", macs=0, bytes=0),
 )
+
+
+def profile_of(steps: Sequence[Step]) -> Any:
+    """Sum up steps of which some took time."""
+    return summed_up("tool", steps, COSTS)
 
 
 def step(name: str, ms: float, kind: str = "Convolution") -> Step:
@@ -39,12 +46,12 @@ def test_steps_are_led_back_to_the_longest_name_they_begin_with():
 
 def test_a_step_without_a_name_lies_where_both_its_neighbours_do():
     steps = [step("conv", 1.0), step("Mul_1", 1.0), step("conv_1", 1.0), step("Mul_2", 1.0), step("add", 1.0)]
-    found = {layer.name: layer.part for layer in summed_up("tool", steps, COSTS).layers}
+    found = {layer.name: layer.part for layer in profile_of(steps).layers}
     assert found == {"conv": "resnet", "Mul_1": "other", "conv_1": "decoder", "Mul_2": "decoder", "add": "decoder"}
 
 
 def test_only_products_are_given_multiply_accumulates():
-    (layer,) = summed_up("tool", [step("node_conv_reorder", 1.0, kind="Reorder")], COSTS).layers
+    (layer,) = profile_of([step("node_conv_reorder", 1.0, kind="Reorder")]).layers
     assert (layer.part, layer.macs) == ("resnet", None)
 
 
@@ -102,6 +109,7 @@ def test_openvino_tells_its_steps(tiny_bundle):
 def test_a_network_is_put_under_the_lower_of_both_roofs():
     peak = Peak(arithmetic="fp32", gmacs_per_s=100.0, gemm="", gbytes_per_s=10.0, copy="")
     alone = latency(Taken(rounds_ms=[[2.0] * 10]), "CPU")
+    assert alone is not None
     memory_bound = peaks.roofline(alone, 40_000_000, 10_000_000, peak)
     assert (memory_bound.intensity, memory_bound.reached_gmacs_per_s, memory_bound.roof_gmacs_per_s) == (4, 20, 40)
     assert memory_bound.share == 0.5
@@ -134,6 +142,7 @@ def test_the_peak_is_that_of_the_fastest_back_end(monkeypatch):
     monkeypatch.setattr(peaks, "COPY_BYTES", 1 << 16)
     ways = [("onnxruntime", "fp32"), ("openvino", "fp32"), ("onnxruntime", "int8"), ("onnxruntime", "bf16")]
     found = peaks.peaks(ways, width=32, rows=8)
+    assert isinstance(found, tuple)
     assert [(peak.arithmetic, peak.gmacs_per_s) for peak in found] == [
         ("fp32", 4 * 3 * 8 * 32**2 / 2.0 / 1e6), ("int8", 4 * 3 * 8 * 32**2 / 4.0 / 1e6),
     ]  # fmt: skip

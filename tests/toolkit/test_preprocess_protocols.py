@@ -26,7 +26,7 @@ def transunet_input(slice_, size, order):
     image = (np.clip(slice_, *CT).astype(np.float32) + 125) / 400
     if image.shape != size:
         image = ndimage.zoom(image, (size[0] / image.shape[0], size[1] / image.shape[1]), order=order)
-    return np.stack([image] * 3)
+    return np.stack([np.asarray(image)] * 3)
 
 
 @pytest.mark.parametrize(("method", "order"), [("spline3", 3), ("spline0", 0)])

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 
 from medseg_trt import report_page
-from medseg_trt.benchmark import Measured
 from medseg_trt.figures import VARIABLES
 from medseg_trt.report import HEADER, cells, table, write_report
 from medseg_trt.report_page import Figures, formatted
-from medseg_trt.report_schema import Missing, Report
+from medseg_trt.report_schema import Missing
 from medseg_trt.spec import to_dict
 
 OUR_WORDS = (
@@ -36,10 +35,10 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.open: list[tuple[str, dict[str, str | None]]] = []
-        self.figures: list[tuple[dict[str, str | None], str]] = []
+        self.open: list[tuple[str, dict[str, Any]]] = []
+        self.figures: list[tuple[dict[str, Any], str]] = []
         self.texts: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.tags: list[tuple[str, dict[str, Any]]] = []
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -60,7 +59,7 @@ class Page(html.parser.HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def written(measured: Measured, tmp_path_factory):
+def written(measured, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     assert write_report(measured, folder) == folder / "index.html"
     return folder
@@ -174,7 +173,7 @@ def test_worst_slices_are_shown_with_their_pictures(measured, text):
     assert all(attributes["src"].startswith("data:image/png;base64,") for attributes in pictures)
 
 
-def changed(measured: Measured, **changes: Any) -> Measured:
+def changed(measured: Any, **changes: Any) -> Any:
     rows = measured.report.rows
     return replace(measured, report=replace(measured.report, rows=(rows[0], replace(rows[1], **changes), *rows[2:])))
 
@@ -237,7 +236,7 @@ def test_the_terminal_shows_what_the_json_holds(measured):
     for row, found in zip(shown, measured.report.rows, strict=True):
         assert row["median ms"] == f"{found.latency['model'].p50_ms:.2f}"
         assert int(row["runs"]) == found.latency["model"].runs
-    report: Report = changed(
+    report = changed(
         measured, executed=False, latency=dict.fromkeys(measured.report.rows[0].latency, Missing(reason="x"))
     ).report
     row = dict(zip(HEADER, cells(report)[1], strict=True))

@@ -1,7 +1,10 @@
 """Frozen is frozen in either number type; bfloat16 is a matter of training alone; a kill costs a few steps."""
 
 import json
+import shutil
 import signal
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ from medseg_trt.train.datasets.prepared import PreparedSlices
 from medseg_trt.train.engine import Engine
 from medseg_trt.train.frozen import keep_frozen_in
 from medseg_trt.train.loop import make_optimizer, train, train_epoch
-from medseg_trt.train.model import build_model
+from medseg_trt.train.model import LanguageInsert, build_model
 
 BLOCK = random_block(TINY_LLAMA, seed=0, std=0.3)
 
@@ -32,6 +35,17 @@ def fresh_model(dtype):
     model = build_model(tiny_spec(), BLOCK)
     keep_frozen_in(model, dtype)
     return model
+
+
+def insert_of(model) -> LanguageInsert:
+    assert isinstance(model.insert, LanguageInsert)
+    return model.insert
+
+
+def training_of(run) -> Mapping[str, Any]:
+    found = load_checkpoint(run / "last.pt").training
+    assert found is not None
+    return found
 
 
 def frozen_of(model):
@@ -62,8 +76,12 @@ def test_a_block_in_bfloat16_takes_half_the_memory_and_computes_in_it():
         assert sum(value.nbytes for name, value in frozen_of(model).items() if "block" in name) == (
             BLOCK.num_parameters * {"fp32": 4, "bf16": 2}[dtype]
         )
-        hook = model.insert.block.mlp.down_proj.register_forward_hook(
-            lambda module, inputs, output, dtype=dtype: seen.update({dtype: (inputs[0].dtype, output.dtype)})
+        hook = (
+            insert_of(model)
+            .layers[0]
+            .mlp.down_proj.register_forward_hook(
+                lambda module, inputs, output, dtype=dtype: seen.update({dtype: (inputs[0].dtype, output.dtype)})
+            )
         )
         answer = model.eval()(torch.randn(1, 3, 32, 32))
         hook.remove()
@@ -73,7 +91,7 @@ def test_a_block_in_bfloat16_takes_half_the_memory_and_computes_in_it():
 
 def test_a_block_in_bfloat16_is_the_block_but_for_its_roundings():
     tokens = torch.randn(2, 4, 48, generator=torch.Generator().manual_seed(0))
-    exact, rounded, coarse = (fresh_model(dtype).insert.eval() for dtype in ("fp32", "bf16", "fp32"))
+    exact, rounded, coarse = (insert_of(fresh_model(dtype)).eval() for dtype in ("fp32", "bf16", "fp32"))
     with torch.no_grad():
         for weight in coarse.block.parameters():
             weight.copy_(weight.to(torch.float8_e4m3fn).float())
@@ -159,8 +177,9 @@ def changes():
 
 def test_a_run_killed_within_an_epoch_goes_on_at_the_step_that_was_saved(killed, source, no_curve, monkeypatch):
     data, block = source
+    forgetful = shutil.copytree(killed / "run", killed / "forgetful")
     last = load_checkpoint(killed / "run" / "last.pt")
-    assert len(last.training["progress"]["losses"]) == 2
+    assert len(training_of(killed / "run")["progress"]["losses"]) == 2
     assert last.provenance["epoch"] == 1
     steps, real = [], loop.segmentation_loss
     monkeypatch.setattr(loop, "segmentation_loss", lambda *given: steps.append(1) or real(*given))
@@ -171,4 +190,9 @@ def test_a_run_killed_within_an_epoch_goes_on_at_the_step_that_was_saved(killed,
         ours, theirs = (load_checkpoint(killed / run / name).weights for run in ("run", "whole"))
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert history_of(killed / "run") == history_of(killed / "whole")
-    assert load_checkpoint(killed / "run" / "last.pt").training.keys() == {"optimizer", "scaler", "epoch"}
+    assert training_of(killed / "run").keys() == {"optimizer", "scaler", "epoch"}
+
+    monkeypatch.setattr(Engine, "set_random_state", lambda engine, state: None)
+    train(recipe, data, forgetful, block=block, resume=True)
+    others = load_checkpoint(forgetful / "last.pt").weights
+    assert not all(torch.equal(ours[key], others[key]) for key in ours)  # other masks of dropout are noticed

@@ -124,6 +124,8 @@ def test_the_frozen_layer_becomes_a_file_of_its_own_in_16_bits(tmp_path):
     state = official_state(LLM)
     path = saved(tmp_path / "official.pth", state)
     found = import_official(path, tmp_path / "out" / "model.pt", contract=CONTRACT, classes=THREE, architecture=LLM)
+    assert found.block_file is not None
+    assert found.block_sha256 is not None
     assert {each.name for each in (tmp_path / "out").iterdir()} == {
         "model.pt", f"block-{found.block_sha256[:16]}.safetensors"
     }  # fmt: skip

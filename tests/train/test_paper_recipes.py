@@ -15,7 +15,8 @@ from medseg_trt.train import loop
 from medseg_trt.train.augment import Step, augment, rotate, turn_and_mirror, worker_steps
 from medseg_trt.train.datasets.folder import Case
 from medseg_trt.train.datasets.prepared import mapped_slices, source_slices
-from medseg_trt.train.loop import EpochSlices, make_optimizer
+from medseg_trt.train.epoch_slices import EpochSlices
+from medseg_trt.train.loop import make_optimizer
 from medseg_trt.train.recipes import recipe
 from medseg_trt.train.schedules import learning_rate, scheduled_step
 
@@ -130,10 +131,10 @@ def random_generator(image, label, seed, size, order):
         kind, angle = "rotate", int(amount.integers(-20, 20))
         image = ndimage.rotate(image, angle, order=0, reshape=False)
         label = ndimage.rotate(label, angle, order=0, reshape=False)
-    x, y = image.shape
-    if (x, y) != size:
-        image = ndimage.zoom(image, (size[0] / x, size[1] / y), order=order)
-        label = ndimage.zoom(label, (size[0] / x, size[1] / y), order=0)
+    factors = [new / old for new, old in zip(size, np.shape(image), strict=True)]
+    if factors != [1, 1]:
+        image = ndimage.zoom(image, factors, order=order)
+        label = ndimage.zoom(label, factors, order=0)
     return kind, image, label
 
 
@@ -158,7 +159,7 @@ def test_a_training_slice_is_what_transunets_generator_makes(tmp_path, resize, o
             step = steps[kind]
             given = {"turn_and_mirror": turn_and_mirror, "rotate": rotate}[step.name](*given, amount, **step.options)
         found, found_label = slices.finish(*given)
-        np.testing.assert_allclose(found, np.stack([expected] * 3), atol=2**-22)
+        np.testing.assert_allclose(found, np.stack([np.asarray(expected)] * 3), atol=2**-22)
         np.testing.assert_array_equal(found_label, expected_label)
     assert kinds == {"turn", "rotate", "none"}
 

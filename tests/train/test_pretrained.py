@@ -3,6 +3,7 @@
 import json
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,7 +72,11 @@ def npz_arrays(side=14, seed=0):
     return arrays | {"pre_logits/kernel": draw(HIDDEN, HIDDEN), "pre_logits/bias": draw(HIDDEN)}
 
 
-def as_published(arrays):
+def save_npz(path, arrays: dict[str, Any]):
+    np.savez(path, **arrays)
+
+
+def as_published(arrays) -> dict[str, Any]:
     """Restate TransUNet's ``load_from`` for our names: transposed kernels, flat vectors."""
     state = {"resnet.root.0.weight": arrays["conv_root/kernel"].transpose(3, 2, 0, 1)}
     state |= {
@@ -112,7 +117,9 @@ def zoomed(stored, grid):
     tokens = stored[0, 1:]
     side = int(np.sqrt(len(tokens)))
     square = tokens.reshape(side, side, -1)
-    return ndimage.zoom(square, (grid[0] / side, grid[1] / side, 1), order=1).reshape(1, grid[0] * grid[1], -1)
+    return np.asarray(ndimage.zoom(square, (grid[0] / side, grid[1] / side, 1), order=1)).reshape(
+        1, grid[0] * grid[1], -1
+    )
 
 
 def tiny_model(size=(32, 32)):
@@ -127,7 +134,7 @@ def encoder_of(model):
 @pytest.fixture(scope="module")
 def npz(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "R50+ViT-B_16.npz"
-    np.savez(path, **npz_arrays())
+    save_npz(path, npz_arrays())
     return path
 
 
@@ -199,7 +206,7 @@ def broken(tmp_path, **changes):
     arrays = npz_arrays() | {name: value for name, value in changes.items() if value is not None}
     for name in (name for name, value in changes.items() if value is None):
         del arrays[name]
-    np.savez(tmp_path / "broken.npz", **arrays)
+    save_npz(tmp_path / "broken.npz", arrays)
     return tmp_path / "broken.npz"
 
 
@@ -249,7 +256,7 @@ def test_a_training_starts_from_the_file_and_says_so(source, npz, tmp_path, no_c
     assert best.provenance["weights"]["file"] == "R50+ViT-B_16.npz"
     assert best.provenance["weights"]["unused"] == list(UNUSED)
     train(chosen, data, tmp_path / "run", block=block, resume=True)  # the file is no longer needed
-    np.savez(tmp_path / "other.npz", **npz_arrays(seed=1))
+    save_npz(tmp_path / "other.npz", npz_arrays(seed=1))
     with pytest.raises(UsageError, match="begun with another pretrained weights"):
         train(chosen, data, tmp_path / "run", block=block, weights=tmp_path / "other.npz", resume=True)
 

@@ -65,16 +65,17 @@ class Engine:
         self._heard: list[str] = []
         self._one_at_a_time = Lock()
         self._logger = _logger(trt, self._heard)
-        self._runtime = trt.Runtime(self._logger)
+        self._runtime: Any = trt.Runtime(self._logger)
         if host_code:
             self._runtime.engine_host_code_allowed = True
-        self._engine = self._runtime.deserialize_cuda_engine(plan)
+        self._engine: Any = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise self.error(f"{self._title} cannot load the plan")
         self.input, self.output = self._tensors()
         self.least, self.usual, self.most = self._batches()
         self.activation_bytes = int(self._engine.device_memory_size_v2)
-        self._config = self._runtime_config() if library in COMPILES_HERE else None
+        self._cache: Any = None
+        self._config: Any = self._runtime_config() if library in COMPILES_HERE else None
 
     def error(self, what: str) -> EngineError:
         """Return the error that something failed, in the library's last words, which are forgotten then."""

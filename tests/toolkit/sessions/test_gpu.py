@@ -23,6 +23,7 @@ from medseg_trt.engine_choice import fitting_engine
 from medseg_trt.errors import DeviceError, MissingExtraError
 from medseg_trt.fingerprint import FOLDER, LIBRARY_NAMES
 from medseg_trt.images import read_image
+from medseg_trt.kernels.cuda_bindings_adapter import CudaBindings
 from medseg_trt.kernels.device import DeviceMemoryError, open_device
 from medseg_trt.kernels.device_memory import milliseconds
 from medseg_trt.kernels.library import open_library
@@ -129,14 +130,17 @@ def test_pixels_become_the_same_masks_on_the_device(on_gpu):
 def test_latency_with_transfers_and_without(on_gpu, precision, graphs, record_property):
     """Time both; the device's share cannot be longer than the whole."""
     image = on_gpu.slices[:1]
-    with engine_session(on_gpu, precision, graphs=graphs) as session:
+    session = engine_session(on_gpu, precision, graphs=graphs)
+    with session:
         for _ in range(50):
             session.run(image)
         whole = [_milliseconds(lambda: session.run(image)) for _ in range(200)]
         with session._lanes.one() as lane:
-            context = lane._context
+            context, device = lane._context, open_device()
+            assert context is not None
+            assert isinstance(device, CudaBindings)
             context.prepare(1, lane._tensor.address, lane._logits.address)
-            alone = milliseconds(open_device(), lambda: context.enqueue(0), runs=50, repeats=4)
+            alone = milliseconds(device, lambda: context.enqueue(0), runs=50, repeats=4)
     record_property("whole_ms", float(np.median(whole)))
     record_property("device_ms", float(np.median(alone)))
     print(f"{precision}: {np.median(whole):.3f} ms with transfers, {np.median(alone):.3f} ms on the device")

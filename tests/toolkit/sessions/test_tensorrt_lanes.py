@@ -12,6 +12,7 @@ from medseg_trt.errors import ArtefactError, DeviceError
 from medseg_trt.fingerprint import LIBRARY_NAMES
 from medseg_trt.kernels.device import DeviceMemoryError
 from medseg_trt.preprocess import prepare, restore
+from medseg_trt.segment import PixelRun
 from medseg_trt.sessions import tensorrt_lane
 from medseg_trt.sessions.tensorrt import PixelKernels, TensorRtSession
 from medseg_trt.sessions.tensorrt_engine import Engine, EngineError
@@ -48,6 +49,11 @@ class Opened:
     def __exit__(self, *_):
         self.session.close()
         assert self.gpu.is_clean()
+
+    def masks_of(self, slices: np.ndarray, spacing_mm: tuple[float, float] | None = None) -> PixelRun:
+        found = self.session.pixel_path(slices, spacing_mm)
+        assert found is not None
+        return found
 
     def calls_of(self, *batches: int) -> list[str]:
         """Run batches, check their logits, and return the names of the calls that they made."""
@@ -187,7 +193,7 @@ def test_masks_from_pixels_are_those_of_the_cpu_and_nothing_else_crosses_the_bus
     p, spacing_mm = FORMS[form]
     with Opened(PixelKernels(find_ptx=symbol_as_ptx, preprocessing=p)) as opened:
         slices = slices_of(5, channels=channels)
-        masks = opened.session.pixel_path(slices, spacing_mm)
+        masks = opened.masks_of(slices, spacing_mm)
         for _ in range(3):  # call by call, recorded, launched as one
             opened.gpu.calls.clear()
             np.testing.assert_array_equal(masks(slices), masks_of_the_cpu(slices, p, spacing_mm))
@@ -198,7 +204,7 @@ def test_masks_from_pixels_are_those_of_the_cpu_and_nothing_else_crosses_the_bus
 def test_the_kernels_stand_before_and_after_the_network():
     p, _ = FORMS["stretched"]
     with Opened(PixelKernels(find_ptx=symbol_as_ptx, preprocessing=p), graphs=False) as opened:
-        masks = opened.session.pixel_path(slices_of(2), None)
+        masks = opened.masks_of(slices_of(2))
         masks(slices_of(2))
         before = len(opened.gpu.calls)
         masks(slices_of(2, seed=1))
@@ -213,7 +219,7 @@ def test_pictures_of_many_sizes_share_the_buffers():
     with Opened(PixelKernels(find_ptx=symbol_as_ptx, preprocessing=p)) as opened:
         for number, size in enumerate([(10, 10), (40, 50), (10, 10), (12, 9), (10, 10), (40, 50), (40, 50)]):
             slices = slices_of(2, size, seed=number)
-            masks = opened.session.pixel_path(slices, None)
+            masks = opened.masks_of(slices)
             np.testing.assert_array_equal(masks(slices), masks_of_the_cpu(slices, p, None))
 
 
@@ -265,9 +271,9 @@ def test_a_picture_that_is_too_large_leaves_the_lane_as_it_was():
         opened.gpu.limit = sum(map(len, opened.gpu.memory.values())) + 10_000
         large = slices_of(1, (200, 200))
         with pytest.raises(DeviceError, match="the GPU has not enough memory"):
-            opened.session.pixel_path(large, None)(large)
+            opened.masks_of(large)(large)
         small = slices_of(1, (20, 20))
-        np.testing.assert_array_equal(opened.session.pixel_path(small, None)(small), masks_of_the_cpu(small, p, None))
+        np.testing.assert_array_equal(opened.masks_of(small)(small), masks_of_the_cpu(small, p, None))
         assert opened.gpu.names().count("new_stream") == 1
 
 
@@ -307,7 +313,7 @@ def test_a_kernel_that_cannot_be_loaded_has_its_name():
     with Opened(PixelKernels(find_ptx=symbol_as_ptx, preprocessing=p)) as opened:
         opened.gpu.fail["load"] = illegal_address()
         with pytest.raises(DeviceError, match="image_to_tensor_float32: cuStream"):
-            opened.session.pixel_path(slices_of(1), None)(slices_of(1))
+            opened.masks_of(slices_of(1))(slices_of(1))
         opened.calls_of(1)
 
 

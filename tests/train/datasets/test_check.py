@@ -155,7 +155,9 @@ def test_classes_that_never_occur_and_mixed_axes_are_remarked_on(tmp_path):
     write_description(root, described, replace(LESION, names=("background", "disc", "bar", "ghost"), colors=()))
     for part in ("images", "masks"):
         stored = load_nifti(root / part / "scan1.nii.gz")
-        nibabel.save(stored.as_reoriented(np.array([[0, -1], [1, 1], [2, 1]])), root / part / "scan1.nii.gz")
+        mirrored = np.array([[0, -1], [1, 1], [2, 1]])
+        turned = stored.as_reoriented(mirrored)  # pyright: ignore[reportArgumentType]  # it takes an array
+        nibabel.save(turned, root / part / "scan1.nii.gz")
     report = check_data(root)
     assert report.problems == ()
     assert any("occur in no mask: ghost" in remark for remark in report.remarks)
