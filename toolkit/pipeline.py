@@ -1,6 +1,6 @@
 """The whole story in two functions: ``build`` makes a verified bundle, ``infer`` segments images with it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,7 +125,7 @@ def infer(
     batch: int = 4,
     threads: int | None = None,
     verify_key: Path | None = None,
-) -> Iterator[Mask]:
+) -> Generator[Mask, None, None]:
     """Segment images, one after the other, and yield their masks; the next images are worked on meanwhile.
 
     Args:

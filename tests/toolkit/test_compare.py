@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from medseg_trt import cli
-from medseg_trt.compare import compare_reports, judge
+from medseg_trt.compare import DiceChange, SpeedChange, compare_reports, judge
 from medseg_trt.errors import AccuracyGateError, InputError, MedsegError, SpeedGateError, UsageError
 from medseg_trt.files import write_json
 from medseg_trt.limits import Gate, judge_report, parse_gate, require
@@ -23,6 +23,7 @@ from medseg_trt.report_schema import (
     Missing,
     Report,
     Row,
+    Scope,
     SliceCounts,
     Speedup,
     Summary,
@@ -33,6 +34,7 @@ from medseg_trt.spec import Classes, to_dict
 
 CASES, SLICES, ROUNDS, RUNS = 12, 3, 20, 8
 NOT_MEASURED = Missing(reason="generated")
+NOWHERE: dict[Scope, Missing] = dict.fromkeys(SCOPES, NOT_MEASURED)
 
 
 def latency(rng: np.random.Generator, drift: np.ndarray, median_ms: float) -> Latency:
@@ -67,8 +69,8 @@ def row(name: str, backend: str, precision: str, time: Latency, accurate: Accura
         name=name, role="reference" if backend == "pytorch" else "variant", backend=backend, device="CPU",
         description=name, executed=True, statement="generated", precision=precision, compute="fp32", flavour="",
         size_mb=1.0, failure=None, warnings=(), start=NOT_MEASURED,
-        latency=dict.fromkeys(SCOPES, NOT_MEASURED) | {"model": time},
-        speedup=dict.fromkeys(SCOPES, NOT_MEASURED) | {"model": speed}, stages_ms={}, throughput=NOT_MEASURED,
+        latency={**NOWHERE, "model": time},
+        speedup={**NOWHERE, "model": speed}, stages_ms={}, throughput=NOT_MEASURED,
         memory=NOT_MEASURED, energy=NOT_MEASURED, agreement=NOT_MEASURED, accuracy=accurate, differences=(),
         verdict=NOT_MEASURED, worst=(), profile=NOT_MEASURED, roofline=NOT_MEASURED,
     )  # fmt: skip
@@ -99,14 +101,26 @@ def report(seed: int = 0, machine: float = 1.0, slower: float = 1.0, dice: float
     )  # fmt: skip
 
 
-def changed(before: Report, after: Report):
-    _, variant = compare_reports(before, after).rows
-    return variant
+def speed_of(before: Report, after: Report) -> SpeedChange:
+    found = compare_reports(before, after).rows[1].speed["model"]
+    assert isinstance(found, SpeedChange)
+    return found
+
+
+def dice_of(before: Report, after: Report) -> DiceChange:
+    found = compare_reports(before, after).rows[1].dice
+    assert isinstance(found, DiceChange)
+    return found
+
+
+def reason(found: object) -> str:
+    assert isinstance(found, Missing)
+    return found.reason
 
 
 def test_a_slow_hour_of_the_machine_is_no_change():
     """Half as fast altogether: the latencies say so, the speeds against the reference do not."""
-    speed = changed(report(0), report(1, machine=2.0)).speed["model"]
+    speed = speed_of(report(0), report(1, machine=2.0))
     assert speed.latency.high < 0.6
     assert speed.judged is speed.against_reference
     assert speed.judged.low < 1 < speed.judged.high
@@ -118,7 +132,7 @@ MOST_ALARMS = 10  # of 60 at 5 %: 3 are expected, and more than this come less t
 
 def count_slower(slower: float) -> int:
     pairs = ((report(2 * seed, machine=1.3), report(2 * seed + 1, slower=slower)) for seed in range(SEEDS))
-    return sum(changed(*pair).speed["model"].judged.high < 1 for pair in pairs)
+    return sum(speed_of(*pair).judged.high < 1 for pair in pairs)
 
 
 def test_three_per_cent_slower_is_found_and_no_change_is_not(monkeypatch):
@@ -128,10 +142,10 @@ def test_three_per_cent_slower_is_found_and_no_change_is_not(monkeypatch):
 
 
 def test_a_hundredth_of_dice_is_found_and_no_change_is_not():
-    worse = [changed(report(seed), report(seed + 50, dice=0.89)).dice.change for seed in range(10)]
+    worse = [dice_of(report(seed), report(seed + 50, dice=0.89)).change for seed in range(10)]
     assert all(change.high < 0 for change in worse)
     assert np.mean([change.estimate for change in worse]) == pytest.approx(-0.01, abs=0.002)
-    same = [changed(report(seed), report(seed + 50)).dice for seed in range(20)]
+    same = [dice_of(report(seed), report(seed + 50)) for seed in range(20)]
     assert sum(found.change.high < 0 for found in same) <= 5  # of 20 at 5 %; more than 5 come once in 3,000 times
     assert {(found.unit, found.change.units) for found in same} == {("cases", CASES)}
 
@@ -209,10 +223,10 @@ def test_other_images_are_compared_on_those_in_both():
     half = with_cases(report(1), lambda index, case: replace(case, sha256="x" * 64) if index % 2 else case)
     comparison = compare_reports(report(), half)
     assert "6 of 12 and 7 are in both" in comparison.notes[0]
-    assert comparison.rows[1].dice.change.units == CASES // 2
+    assert dice_of(report(), half).change.units == CASES // 2
     none = with_cases(report(1), lambda index, case: replace(case, sha256=f"{100 + index:064x}"))
     comparison = compare_reports(report(), none)
-    assert "no image is in both" in comparison.rows[1].dice.reason
+    assert "no image is in both" in reason(comparison.rows[1].dice)
     with pytest.raises(AccuracyGateError, match=r"dice cannot be judged .* no image is in both"):
         require(judge(comparison, Gate(dice=-0.005)))
     require(judge(comparison, Gate(speed=0.9)))  # their speeds can be
@@ -238,23 +252,24 @@ def test_what_a_reader_has_to_know_is_said():
 
 
 def test_other_batches_other_machines_and_unlabelled_images_are_not_compared():
-    batches = changed(report(), replace(report(1), batch=4))
-    assert "the batches are 1 and 4 images" in batches.speed["model"].reason
+    batches = compare_reports(report(), replace(report(1), batch=4)).rows[1]
+    assert "the batches are 1 and 4 images" in reason(batches.speed["model"])
     elsewhere = replace(report(1), machine=replace(report().machine, processor="another"))
-    speed = changed(report(), elsewhere).speed["model"]
+    speed = speed_of(report(), elsewhere)
     assert speed.judged is speed.latency
     unlabelled = replace(report(1), images=replace(report().images, labelled=False))
-    assert "have no masks" in changed(report(), unlabelled).dice.reason
-    assert changed(report(), report(1)).speed["end-to-end"] == NOT_MEASURED
+    assert "have no masks" in reason(compare_reports(report(), unlabelled).rows[1].dice)
+    assert compare_reports(report(), report(1)).rows[1].speed["end-to-end"] == NOT_MEASURED
 
 
 def test_masks_that_were_drawn_anew_are_noticed():
     after = report(1)
-    slices = after.rows[1].accuracy.slices
-    redrawn = replace(slices[0], counts=((1, 2, 3),))
-    accurate = replace(after.rows[1].accuracy, slices=(redrawn, *slices[1:]))
+    before = after.rows[1].accuracy
+    assert isinstance(before, Accuracy)
+    redrawn = replace(before.slices[0], counts=((1, 2, 3),))
+    accurate = replace(before, slices=(redrawn, *before.slices[1:]))
     after = replace(after, rows=(after.rows[0], replace(after.rows[1], accuracy=accurate)))
-    assert "masks of the data folder are not the same" in changed(report(), after).dice.reason
+    assert "masks of the data folder are not the same" in reason(compare_reports(report(), after).rows[1].dice)
 
 
 def judged_report(speed: tuple[float, float, float], drop: tuple[float, float, float]) -> Report:
@@ -264,8 +279,8 @@ def judged_report(speed: tuple[float, float, float], drop: tuple[float, float, f
         limit=0.005, confidence=0.95, unit="cases", pairs=12, words="generated",
     )  # fmt: skip
     speedup = Speedup(ratio=speed[0], low=speed[1], high=speed[2], confidence=0.95, rounds=20)
-    variant = replace(found.rows[1], verdict=verdict, speedup=dict.fromkeys(SCOPES, NOT_MEASURED) | {"model": speedup})
-    slow = replace(variant, name="slow", speedup=dict.fromkeys(SCOPES, NOT_MEASURED))
+    variant = replace(found.rows[1], verdict=verdict, speedup={**NOWHERE, "model": speedup})
+    slow = replace(variant, name="slow", speedup=NOWHERE)
     return replace(found, rows=(found.rows[0], slow, variant))
 
 
