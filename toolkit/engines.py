@@ -251,7 +251,7 @@ def _replace(bundle: Bundle, engines: list[BuiltEngine]) -> None:
     if (signature := signature_of(folder / MANIFEST)).is_file():
         LOG.warning("%s is another bundle now than the one that was signed; its signature is removed", folder)
         signature.unlink()
-    for path in set((folder / FOLDER).iterdir()) - new:
+    for path in old - new:
         path.unlink(missing_ok=True)
 
 

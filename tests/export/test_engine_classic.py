@@ -40,7 +40,7 @@ class Fake:
         self.told: list[tuple[Any, ...]] = []
         self.errors, self.reads = errors, reads
         self.module = ModuleType("tensorrt")
-        flags = ("STRIP_PLAN", "REFIT", "VERSION_COMPATIBLE")
+        flags = ("STRIP_PLAN", "REFIT", "VERSION_COMPATIBLE", "TF32")
         for name, value in {
             "__version__": version,
             "ILogger": type("ILogger", (Base,), {"Severity": Severity}),
@@ -138,6 +138,7 @@ def test_it_is_told_everything_that_was_asked_for(graph, monkeypatch):
         ("set_flag", "STRIP_PLAN"),
         ("set_flag", "REFIT"),
         ("set_flag", "VERSION_COMPATIBLE"),
+        ("clear_flag", "TF32"),  # float32 products keep their fraction
         ("hardware_compatibility_level", "ampere plus"),
         ("shape", "x", (1, 3, 4, 4), (2, 3, 4, 4), (4, 3, 4, 4)),
     ):

@@ -22,6 +22,7 @@ static void* context;  // current in this thread, as far as anybody is told
 int cuInit(unsigned flags) { return SUCCESS; }
 int cuDriverGetVersion(int* version) { *version = 13000; return SUCCESS; }
 int cuDeviceGet(int* device, int ordinal) { *device = ordinal; return ordinal == 0 ? SUCCESS : 101; }
+int cuDeviceGetName(char* name, int length, int device) { snprintf(name, length, "fake"); return SUCCESS; }
 int cuDeviceGetCount(int* count) { *count = 1; return SUCCESS; }
 int cuDeviceGetAttribute(int* value, int attribute, int device) {
     *value = attribute == 75 ? 8 : attribute == 76 ? 6 : 1;  // 75, 76: the compute capability

@@ -30,6 +30,7 @@ from medseg_trt.export.qkv_order import order_before_split
 from medseg_trt.files import sha256, write_json
 from medseg_trt.fingerprint import read_fingerprint, side_car, write_fingerprint
 from medseg_trt.layer_report import LayerReport, Outcome
+from medseg_trt.signature import signature_of
 from medseg_trt.spec import EngineSpec, from_dict, to_dict
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'medseg-trt[tensorrt-rtx]'")
@@ -98,7 +99,7 @@ def seal_again(folder: Path, built: Sequence[BuiltEngine]) -> None:
     data["files"] = {
         path.relative_to(folder).as_posix(): to_dict(FileEntry(sha256=sha256(path), bytes=path.stat().st_size))
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        if path.is_file() and path.name not in (MANIFEST, signature_of(folder / MANIFEST).name)
     }
     write_json(folder / MANIFEST, data)
 

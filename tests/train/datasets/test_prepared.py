@@ -27,8 +27,8 @@ def cases_of(root):
 def test_slices_of_pictures_and_volumes_are_prepared_in_the_order_of_the_cases(tmp_path):
     cases = cases_of(write_volumes(tmp_path / "data", 2, slices=3))
     found = prepare_slices(cases, SCANS, 3, tmp_path / "out")
-    assert found.images.shape == (6, 3, 32, 32)
-    assert found.images.dtype == np.float32
+    assert (len(found.images), found.images[0].shape) == (6, (3, 32, 32))
+    assert found.images[0].dtype == np.float32
     for index, (volume, number) in enumerate((volume, number) for volume in (0, 1) for number in range(3)):
         pixels, labels = picture(100 * volume + number, (36, 28))
         spacing_mm = (1.5, 2.0)  # rows, columns, as write_nifti's x, y, z of 2, 1.5 and 3 mm lie
