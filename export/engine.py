@@ -164,7 +164,7 @@ def build_engine(graph: Path, plan: Path, spec: EngineSpec, on_progress: OnProgr
     trt = require_library(spec.library)
     log = _logger(trt)
     registered = _register(trt) if spec.plugins else {}
-    source = engine_graph(graph)
+    source = engine_graph(graph, plugins=spec.plugins)
     builder = trt.Builder(log)
     builder.max_threads = 1
     network = builder.create_network(_network_flags(trt))

@@ -6,7 +6,8 @@ nothing of what is computed:
 - ``softmax_precision`` of an Attention, which no parser takes: the fused kernels compute the softmax in float32 anyway;
 - an Attention in float32 is marked ``TRT_decomposable``: there is no fused kernel for it, and without the mark the
   builder refuses it when the batch is free;
-- q, k and v are brought into order before they are cut apart (``qkv_order.py``).
+- q, k and v are brought into order before they are cut apart (``qkv_order.py``);
+- with plugins, a norm or SwiGLU before an INT8 product writes the int8 itself (``quantised_nodes.py``).
 
 Source: ONNX operators, opset 23; TensorRT, ``IAttention.decomposable``.
 """
@@ -16,13 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
+import onnx_ir as ir
 from onnx import NodeProto, TensorProto
 
 from medseg_trt.errors import ArtefactError
+from medseg_trt.export.functions import DOMAIN
+from medseg_trt.export.onnx_graph import OnnxGraph
 from medseg_trt.export.qkv_order import order_before_split
+from medseg_trt.export.quantised_nodes import join_quantisers
 
 MAX_GRAPH_BYTES = 64 << 20  # without weights; the largest so far is below one
-DOMAIN = "medseg"  # as in functions.py, which needs PyTorch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,8 +39,12 @@ class EngineGraph:
     repairs: tuple[str, ...]  # what was changed, a line each
 
 
-def engine_graph(path: Path) -> EngineGraph:
+def engine_graph(path: Path, *, plugins: bool = False) -> EngineGraph:
     """Read a graph without its weights and repair it.
+
+    Args:
+        path: the ONNX file.
+        plugins: nodes of domain ``medseg`` will run as plugins.
 
     Raises:
         ArtefactError: it is no ONNX graph, or an input has a free axis besides the batch.
@@ -47,6 +55,9 @@ def engine_graph(path: Path) -> EngineGraph:
     shapes = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in values}
     counts = {name: sum(repair(node, types) for node in model.graph.node) for name, repair in REPAIRS.items()}
     counts[ORDERED] = order_before_split(model.graph, shapes)
+    if plugins:
+        joined, counts[JOINED] = join_quantisers(OnnxGraph(model=ir.from_proto(model)))
+        model = ir.to_proto(joined.model)
     repairs = tuple(f"{count} nodes: {name}" for name, count in counts.items() if count)
     inputs = {value.name: _free_batch(value, path) for value in model.graph.input}
     functions = frozenset(node.op_type for node in model.graph.node if node.domain == DOMAIN)
@@ -88,6 +99,7 @@ def _mark_decomposable(node: NodeProto, types: Mapping[str, int]) -> bool:
 
 
 ORDERED = "q, k and v cut apart after they are in order, so that their weights stay one"
+JOINED = "what feeds an INT8 product writes the int8 itself, in one kernel"
 REPAIRS: Mapping[str, Callable[[NodeProto, Mapping[str, int]], bool]] = {
     "softmax_precision dropped, the fused kernels take float32": _drop_softmax_precision,
     "float32 attention marked decomposable, no fused kernel takes it": _mark_decomposable,

@@ -5,6 +5,7 @@ The reference's own answers are computed once.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -29,10 +30,12 @@ class Proof:
     spec: BuildSpec
     _logits: ndarray = field(init=False)
     _masks: list[ndarray] = field(init=False)
+    _remembering: Run = field(init=False)
 
     def __post_init__(self) -> None:
         self._logits = run_in_batches(self.reference, self.images.judged.inputs, 1)
         self._masks = self.images.judged.masks(self._logits)
+        self._remembering = _remembering(self.reference)
 
     def exact(self, run: Run) -> dict[str, Any]:
         """Compare the logits, image by image, batch by batch, row by row.
@@ -41,7 +44,7 @@ class Proof:
             AccuracyGateError: they differ by more than a float32 computation in another order does.
         """
         limits = {"max_abs_error": self.spec.max_abs_error, "min_agreement": self.spec.min_agreement}
-        return to_dict(verify(run, self.reference, self.images.verified, self.images.description, **limits))
+        return to_dict(verify(run, self._remembering, self.images.verified, self.images.description, **limits))
 
     def exact_masks(self, masks: Sequence[ndarray]) -> dict[str, Any]:
         """Compare the masks that a graph made itself of the judged images with PyTorch's, pixel by pixel.
@@ -98,3 +101,16 @@ class Proof:
         """Return the squared error of the judged images' logits, relative to the reference's squares."""
         noise = np.square(logits - self._logits, dtype=np.float64).sum()
         return float(noise / np.square(self._logits, dtype=np.float64).sum())
+
+
+def _remembering(run: Run) -> Run:
+    """Return the network with a memory: every graph is compared with the same answers to the same few images."""
+    answers: dict[bytes, ndarray] = {}
+
+    def answer(batch: ndarray) -> ndarray:
+        key = sha256(batch.tobytes()).digest()
+        if key not in answers:
+            answers[key] = run(batch)
+        return answers[key]
+
+    return answer

@@ -22,7 +22,7 @@ from medseg_trt.engine_inspection import inspect_engine, read_report, shares
 from medseg_trt.engines import build_engines, check_engines, rebuild_engines
 from medseg_trt.errors import ArtefactError, DeviceError, MedsegError, MissingExtraError, UsageError
 from medseg_trt.export.engine import LIBRARIES, check_engine_spec, flavour_for, require_library, shell_command
-from medseg_trt.export.engine_graph import EngineGraph, engine_graph
+from medseg_trt.export.engine_graph import JOINED, EngineGraph, engine_graph
 from medseg_trt.export.expectations import layer_report
 from medseg_trt.export.gemms import total_macs
 from medseg_trt.export.onnx_graph import OnnxGraph
@@ -70,7 +70,7 @@ class WithEngines:
 
 @pytest.fixture(scope="session")
 def with_engines(built, tmp_path_factory: pytest.TempPathFactory) -> WithEngines:
-    """The bundle ``built`` with engines, as a build writes it, and one engine more whose plugins are on."""
+    """The bundle ``built`` with engines, as a build writes it, and two engines more whose plugins are on."""
     folder = tmp_path_factory.mktemp("engines") / "model.medseg"
     shutil.copytree(built.bundle, folder)
     content, texts = load_bundle(folder).content, dict[str, str]()
@@ -81,11 +81,11 @@ def with_engines(built, tmp_path_factory: pytest.TempPathFactory) -> WithEngines
         return answer
 
     verified = {execution.variant for execution in content.executions}
-    half = {name: variant for name, variant in content.variants.items() if variant.precision == "fp16"}
+    chosen = {name: each for name, each in content.variants.items() if each.precision in ("fp16", "int8")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engines, "build_in_child", recorded)
         plain = build_engines(folder, content.variants, verified, SPEC, content.build.precisions)
-        custom = build_engines(folder, half, verified, replace(SPEC, plugins=True), ["fp16"])
+        custom = build_engines(folder, chosen, verified, replace(SPEC, plugins=True), ["fp16", "int8"])
     assert [line for line in plain.dropped if not line.startswith("bf16")] == []
     seal_again(folder, (*plain.built, *custom.built))
     bundle = load_bundle(folder)
@@ -214,6 +214,18 @@ def test_plugins_show_as_custom_layers_and_in_the_fingerprint(with_engines: With
     assert set(read_fingerprint(with_engines.plan("fp16", plugins=True)).plugins) == {"AddRMSNorm", "SwiGLU"}
     assert not any(layer.kind == "custom_layer" for layer in read_report(with_engines.plan("fp16")).layers)
     assert read_fingerprint(with_engines.plan("fp16")).plugins == {}
+
+
+def test_plugins_before_int8_products_write_the_int8_themselves(with_engines: WithEngines):
+    on = read_report(with_engines.plan("int8", plugins=True))
+    custom = [layer for layer in on.layers if layer.kind == "custom_layer"]
+    assert custom
+    assert all(layer.outputs[0].dtype == "Int8" for layer in custom)
+    assert any(
+        repair.endswith(JOINED)
+        for repair in read_fingerprint(with_engines.plan("int8", plugins=True)).options["repairs"]
+    )
+    assert not any(layer.kind == "custom_layer" for layer in read_report(with_engines.plan("int8")).layers)
 
 
 def _twice(text: str, name: str) -> str:

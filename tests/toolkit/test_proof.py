@@ -38,6 +38,9 @@ def test_the_reference_is_asked_once_for_every_judged_image():
     for _ in range(3):
         proof.verdict(network)
     assert calls == [1] * 6
+    for _ in range(3):
+        proof.exact(network)
+    assert calls == [1] * (6 + 4)  # and once for every verified one
     assert proof.num_classes == 3
 
 
