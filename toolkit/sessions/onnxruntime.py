@@ -1,5 +1,6 @@
 """Run a graph with ONNX Runtime on the CPU."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ class OnnxRuntimeSession(Session):
         """
         if list(batch.shape[1:]) != self._input.shape[1:]:
             raise ValueError(f"the batch is {batch.shape}, but the network takes {self._input.shape}")
-        own = batch.shape[2], batch.shape[3]
+        own = batch.shape[2:]
         return self._answer("logits", batch, own, own)
 
     def masks(
@@ -44,7 +45,7 @@ class OnnxRuntimeSession(Session):
         """Return the labels of a batch of prepared images at the size of their sources, see ``Session``."""
         return self._answer("mask", batch, size, resampled)
 
-    def _answer(self, output: str, batch: ndarray, size: Size, resampled: Size) -> ndarray:
+    def _answer(self, output: str, batch: ndarray, size: Sequence[int], resampled: Sequence[int]) -> ndarray:
         given = {"source_size": size, "resampled_size": resampled}
         further = {name: np.array(given[name], np.int64) for name in self._sizes}
         return self._session.run([output], {self._input.name: batch, **further})[0]

@@ -4,7 +4,7 @@ The graph is compiled for one image at a time: with the batch left open OpenVINO
 a CPU a batch gains nothing. OpenVINO would take bfloat16 wherever the processor has it, so the type is always named.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class OpenVinoSession(Session):
         """
         if list(batch.shape[1:]) != self._shape[1:]:
             raise ValueError(f"the batch is {batch.shape}, but the network takes {self._shape}")
-        own = batch.shape[2], batch.shape[3]
+        own = batch.shape[2:]
         return np.concatenate([self._answer("logits", image, own, own) for image in batch])
 
     def masks(
@@ -53,7 +53,7 @@ class OpenVinoSession(Session):
         """Free the network."""
         self._request = None
 
-    def _answer(self, output: str, image: ndarray, size: Size, resampled: Size) -> ndarray:
+    def _answer(self, output: str, image: ndarray, size: Sequence[int], resampled: Sequence[int]) -> ndarray:
         given = {"source_size": size, "resampled_size": resampled}
         further = {name: np.array(given[name], np.int64) for name in self._sizes}
         self._request.infer({"pixel_values": image[np.newaxis], **further}, share_inputs=True)
