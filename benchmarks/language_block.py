@@ -117,7 +117,7 @@ def to_markdown(result: Mapping[str, Any]) -> str:
         "Mean Dice over the classes that occur, `medseg-trt evaluate` with `volume`, of `best.pt`, which was chosen on "
         "the validation split; mean ± standard deviation over seeds. Networks of one seed start from the same weights "
         "and see the same slices. Gain: with the block (SmolLM2-135M's last layer) minus without, in pairs of one "
-        "seed; 95 % intervals.",
+        f"seed; 95 % intervals. Trained for {' or '.join(result['trained'])}.",
         "",
         "| data, split | cases | without the block | with the block | gain | bootstrap | t over seeds | pairs |",
         "|:--|--:|--:|--:|--:|--:|--:|--:|",
@@ -151,6 +151,12 @@ def _ends(interval: Sequence[float] | None) -> str:
     return "–" if interval is None else f"{interval[0]:+.3f} … {interval[1]:+.3f}"
 
 
+def _length(run: Path) -> str:
+    """Return how long a run was trained."""
+    train = load_checkpoint(run / "best.pt").provenance["recipe"]["train"]
+    return f"{train['epochs']} epochs of {train['slices_per_epoch']} slices"
+
+
 def main() -> None:
     """Score every complete run, and write the results."""
     parser = options(__doc__)
@@ -165,10 +171,11 @@ def main() -> None:
         data = open_recorded(chosen.data / key[0], load_checkpoint(path / "best.pt").provenance)
         scored += score(path, data, key)
         print(path.name, ", ".join(f"{each.split} {each.dice.mean:.3f}" for each in scored[-2:]), file=sys.stderr)
+    trained = {_length(path) for path in runs.values()}
     names = [name for name in DATA if any(each.data == name for each in scored)]
     rows = [row(name, split, scored) for name in names for split in SPLITS]
     result = {
-        "caveat": CAVEAT, "rows": rows, "runs": [asdict(each) for each in scored],
+        "caveat": CAVEAT, "trained": sorted(trained), "rows": rows, "runs": [asdict(each) for each in scored],
         "incomplete": incomplete,
     }  # fmt: skip
     publish("language_block", result, to_markdown, chosen)

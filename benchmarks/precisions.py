@@ -49,12 +49,14 @@ def _record(bundle: Bundle) -> dict[str, Any]:
 
 
 def _section(bundle: Bundle, name: str) -> list[str]:
+    train = bundle.content.source["provenance"]["recipe"]["train"]
     gate = next(each.verification["gate"] for each in bundle.content.executions if "gate" in each.verification)
     return [
         f"## {name}",
         "",
         f"{gate['images']} slices of the validation split, resampled by {gate['unit']}; Dice of PyTorch "
-        f"{gate['reference']:.4f}; limit of the drop {gate['limit']}.",
+        f"{gate['reference']:.4f}; limit of the drop {gate['limit']}. "
+        f"Trained for {train['epochs']} epochs of {train['slices_per_epoch']} slices.",
         "",
         *table(*bundle.table()),
         "",
