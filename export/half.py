@@ -1,7 +1,7 @@
 """Put GEMMs and attention into 16-bit floats, and leave norms, softmax and residual sums in float32.
 
 What only moves or clips numbers between two of them follows in 16 bits, so that no cast is left between them. The
-graph's input and output stay float32.
+graph's input and output stay float32. A GEMM that multiplies codes gets them decoded to 16 bits, with scales of 16 bits.
 
 Source: Micikevicius et al. 2018, "Mixed precision training", §3.3, for what is kept in float32.
 """
@@ -14,7 +14,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from medseg_trt.export.functions import DOMAIN
 from medseg_trt.export.gemms import gemms
-from medseg_trt.export.trace import KEPT_METADATA, OnnxGraph
+from medseg_trt.export.onnx_graph import KEPT_METADATA, OnnxGraph
 
 TYPES: Mapping[str, ir.DataType] = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 FLOAT = ir.DataType.FLOAT
@@ -23,6 +23,8 @@ MOVERS = frozenset({  # of numbers, or one step from a product: they add no erro
     ("", "Pad"), ("", "Resize"), ("", "Squeeze"), ("", "Unsqueeze"), ("", "Gelu"), (DOMAIN, "SwiGLU"),
 })  # fmt: skip
 BIASES = frozenset({("", "Add"), ("", "Mul")})  # with a constant; of two activations, they are sums and scales
+CODERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
+MAX_SCALE_ERROR = 2.0**-10  # relative, a quarter of what a code of eight bits is off by; small scales lose bits
 KEPT_INPUTS: Mapping[str, frozenset[int]] = {"Resize": frozenset({1, 2})}  # float32 whatever the data is
 
 
@@ -36,11 +38,13 @@ def to_half(graph: OnnxGraph, names: Collection[str], *, dtype: str = "fp16") ->
     """
     model = graph.model.clone()
     chosen = {gemm.name for gemm in gemms(graph) if gemm.name in names}
+    chosen -= {node.name for node in model.graph if not all(_holds(scale, TYPES[dtype]) for scale in _scales(node))}
     narrow = _Narrow(model.graph, TYPES[dtype])
     for node in list(model.graph):
         is_product = node.name in chosen or (node.op_type == "Attention" and _feeds(node, chosen))
         moved = [value for value in narrow.floats(node) if not _fixed(value)]
-        if is_product or (_is_mover(node) and all(map(narrow.is_widened, moved))):
+        follows = _is_mover(node) or (node.op_type in CODERS and _is_read_by(node, chosen))
+        if is_product or (follows and all(map(narrow.is_widened, moved))):
             narrow(node)
     RemoveUnusedNodesPass()(model)
     return OnnxGraph(model=model)
@@ -87,6 +91,8 @@ class _Narrow:
         name = f"{value.name}_{self.dtype.name.lower()}"
         with np.errstate(over="ignore"):  # an infinite weight makes infinite logits, which no gate lets pass
             rounded = value.const_value.numpy().astype(self.dtype.numpy())
+        if any(use.node.op_type in CODERS for use in value.uses()):  # whoever still reads it must decode the same
+            value.const_value = ir.tensor(rounded.astype(np.float32), name=value.name)
         tensor = ir.tensor(rounded, dtype=self.dtype, name=name)
         constant = ir.Value(name=name, shape=value.shape, type=ir.TensorType(self.dtype), const_value=tensor)
         self.graph.register_initializer(constant)
@@ -122,9 +128,31 @@ def _feeds(node: ir.Node, chosen: Collection[str]) -> bool:
     """Whether one of the chosen GEMMs reads what a node made, perhaps after it was moved about."""
     readers = [reader for reader, _ in node.outputs[0].uses()]
     return any(
-        reader.name in chosen or (reader.op_type in ("Transpose", "Reshape") and _feeds(reader, chosen))
+        reader.name in chosen or (reader.op_type in ("Transpose", "Reshape", *CODERS) and _feeds(reader, chosen))
         for reader in readers
     )
+
+
+def _scales(node: ir.Node) -> list[ir.Value]:
+    """Return the scales by which the operands of a node are decoded."""
+    producers = [value.producer() for value in node.inputs if value is not None]
+    decoders = [each for each in producers if each is not None and each.op_type == "DequantizeLinear"]
+    return [scale for each in decoders if (scale := each.inputs[1]) is not None]
+
+
+def _holds(scale: ir.Value, dtype: ir.DataType) -> bool:
+    """Whether 16 bits hold a scale well enough."""
+    assert scale.const_value is not None  # a quantiser of this package writes no other
+    exact = scale.const_value.numpy().astype(np.float64)
+    with np.errstate(over="ignore"):
+        rounded = exact.astype(dtype.numpy()).astype(np.float64)
+    return bool((np.abs(rounded - exact) <= MAX_SCALE_ERROR * np.abs(exact)).all())
+
+
+def _is_read_by(coder: ir.Node, chosen: Collection[str]) -> bool:
+    """Whether only chosen GEMMs multiply what a node codes or decodes."""
+    readers = [use.node for use in coder.outputs[0].uses()]
+    return all(each.name in chosen or (each.op_type in CODERS and _is_read_by(each, chosen)) for each in readers)
 
 
 def _fixed(value: ir.Value) -> bool:

@@ -17,6 +17,7 @@ import onnx_ir as ir
 from medseg_trt.errors import UsageError
 from medseg_trt.export.calibrate import Calibration, Range
 from medseg_trt.export.gemms import PART_NAMES, gemms, stored_weight, total_macs
+from medseg_trt.export.half import TYPES
 from medseg_trt.export.onnx_graph import KEPT_METADATA, OnnxGraph
 from medseg_trt.export.weight_only import add_constant, per_channel, with_coded_weights
 
@@ -47,6 +48,7 @@ SCHEMES: Mapping[str, Scheme | None] = {  # in the order in which a mix is appli
     "fp16": Scheme(function="medseg_trt.export.half:to_half", options={"dtype": "fp16"}),
     "bf16": Scheme(function="medseg_trt.export.half:to_half", options={"dtype": "bf16"}),
 }
+CODED_AND_HALF = ("int8+fp16", "w8a16+fp16", "w4a16+fp16")  # codes for GEMMs, and fp16 for what they leave in float
 FORMS: Mapping[str, Form] = {
     "int8": Form(codes=np.int8),  # TensorRT takes no other
     "uint8": Form(codes=np.uint8),  # OpenVINO: 2026.4 computes symmetric codes of concatenated maps wrongly
@@ -64,26 +66,34 @@ STORED_AS: Mapping[ir.DataType, str] = {  # the type of a stored weight; int8 wh
 def parse_precision(text: str) -> dict[str, str]:
     """Return the scheme of every part of the network for ``int8`` or for a mix such as ``vit=int8,block=w8a16``.
 
-    A part that a mix leaves out is in fp32. Without a part, the weight-only schemes mean the language block alone.
+    A part that a mix leaves out is in fp32. Without a part, the weight-only schemes mean the language block alone; what
+    stands behind a ``+`` is the scheme of everything else.
 
     Raises:
         UsageError: an unknown part or scheme, or a part named twice.
     """
+    known = (*SCHEMES, *CODED_AND_HALF)
     if "=" not in text:
-        scheme = SCHEMES[_known(text, SCHEMES, "precision")]
-        return {part: text if scheme is not None and part in scheme.parts else "fp32" for part in PART_NAMES}
+        first, *others = steps(_known(text, known, "precision"))
+        scheme, other = SCHEMES[first], others[0] if others else "fp32"
+        return {part: text if scheme is not None and part in scheme.parts else other for part in PART_NAMES}
     chosen = dict[str, str]()
     for item in text.split(","):
         part, _, name = (word.strip() for word in item.partition("="))
         if _known(part, PART_NAMES, "part of the network") in chosen:
             raise UsageError(f"{text!r} names {part} twice")
-        chosen[part] = _known(name, SCHEMES, "precision")
+        chosen[part] = _known(name, known, "precision")
     return dict.fromkeys(PART_NAMES, "fp32") | chosen
+
+
+def steps(scheme: str) -> list[str]:
+    """Return the keys of ``SCHEMES`` that a scheme of a part is made of."""
+    return scheme.split("+")
 
 
 def needs_calibration(precision: Mapping[str, str]) -> bool:
     """Return whether a part is in a scheme that needs the ranges of activations."""
-    schemes = (SCHEMES[name] for name in precision.values())
+    schemes = (SCHEMES[name] for scheme in precision.values() for name in steps(scheme))
     return any(scheme is not None and scheme.needs_calibration for scheme in schemes)
 
 
@@ -103,6 +113,7 @@ def quantise(
     *,
     form: str = "int8",
     keep_float: Collection[str] = (),
+    keep_wide: Collection[str] = (),
 ) -> OnnxGraph:
     """Return a copy of a float graph in a precision.
 
@@ -111,7 +122,8 @@ def quantise(
         precision: the scheme of every part, as ``parse_precision`` returns it.
         calibration: of this graph, with the ranges of ``values_to_calibrate``.
         form: a key of ``FORMS``.
-        keep_float: names of GEMMs that stay as they are.
+        keep_float: names of GEMMs that are not coded, or that stay as they are where no codes are asked for.
+        keep_wide: names of GEMMs that do not get 16-bit floats.
 
     Raises:
         UsageError: no calibration, one of another graph, or nothing in the network that the precision would change.
@@ -120,13 +132,15 @@ def quantise(
         raise UsageError("int8 needs images to calibrate on; give some: --data DIR")
     quantised = graph
     for name, scheme in SCHEMES.items():
-        chosen = {gemm.name for gemm in gemms(graph) if precision[gemm.part] == name} - set(keep_float)
+        chosen = {gemm.name for gemm in gemms(graph) if name in steps(precision[gemm.part])}
+        chosen -= {gemm.name for gemm in gemms(graph) if gemm.name in keep_float and name == steps(precision[gemm.part])[0]}
+        chosen -= set(keep_wide) if name in TYPES else set()
         if scheme is None or not chosen:
             continue
         module, _, function = scheme.function.partition(":")
         options = {"calibration": calibration, "form": form} if scheme.needs_calibration else scheme.options
         quantised = getattr(importlib.import_module(module), function)(quantised, chosen, **options)
-    if quantised is graph and set(precision.values()) != {"fp32"} and not keep_float:
+    if quantised is graph and set(precision.values()) != {"fp32"} and not keep_float and not keep_wide:
         parts = ", ".join(part for part, name in precision.items() if name != "fp32")
         raise UsageError(f"the network has no GEMM in: {parts}; choose another --precision")
     return quantised

@@ -1,8 +1,12 @@
 """Build an engine in a process of its own: a builder that dies takes nothing with it, and its memory is free again.
 
-The child is ``python -m medseg_trt.engine_child``; it answers in lines of JSON on stdout. First it fixes its addresses
-and keeps to one core: the builder numbers and sorts by addresses and by which thread comes first, and would write
-another plan every time.
+The child is ``python -m medseg_trt.engine_child``; it answers in lines of JSON on stdout.
+
+The builder numbers and sorts by addresses and by which thread comes first, so that it would write another plan every
+time. Therefore the child keeps to one core and to fixed addresses, its allocator to fixed rules, and it stands in a
+folder where graph and plan have names of their own, whatever the folders that they are in are called.
+
+Source: personality(2), mallopt(3) and glibc's manual, "Memory Allocation Tunables".
 """
 
 import ctypes
@@ -14,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO, Any
 
 from medseg_trt import errors
@@ -24,6 +29,10 @@ from medseg_trt.spec import EngineSpec, from_dict, to_dict
 
 FIXED_ADDRESSES = 0x0040000  # ADDR_NO_RANDOMIZE of <sys/personality.h>
 ASK = 0xFFFFFFFF
+# Texts that hold a time come and go, now shorter and now longer; nothing may depend on where they lay. No cache of freed
+# blocks, so that they melt into what is free beside them, and thresholds that do not follow what was freed before.
+ALLOCATOR = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0:glibc.malloc.trim_threshold=17179869184"
+SHELL_STATE = ("PWD", "OLDPWD", "SHLVL", "_")  # where and how deep a shell stands
 STATUS = Path("/proc/self/status")  # Linux
 
 
@@ -44,11 +53,19 @@ def build_in_child(graph: Path, plan: Path, spec: EngineSpec, cache: Path | None
         MedsegError: as in ``build_engine``.
         ArtefactError: the child died; the message says by which signal.
     """
-    request = {"graph": str(graph), "plan": str(plan), "spec": to_dict(spec), "cache": str(cache) if cache else None}
-    command = [sys.executable, "-m", "medseg_trt.engine_child", json.dumps(request)]
-    environment = {**os.environ, "PYTHONHASHSEED": "0"}  # so that memory is handed out in the same order every time
+    request = {
+        "graph": f"graph/{graph.name}", "plan": f"plan/{plan.name}", "spec": to_dict(spec),
+        "cache": str(cache.resolve()) if cache else None,
+    }  # fmt: skip
+    command = [sys.executable, "-P", "-m", "medseg_trt.engine_child", json.dumps(request)]
     began = time.perf_counter()
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+    with (
+        TemporaryDirectory() as folder,
+        subprocess.Popen(
+            command, cwd=_links(Path(folder), graph=graph, plan=plan), env=_environment(), stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        ) as process,
+    ):  # fmt: skip
         assert process.stdout is not None
         last: dict[str, Any] = {}
         try:
@@ -69,6 +86,18 @@ def build_in_child(graph: Path, plan: Path, spec: EngineSpec, cache: Path | None
     built = from_dict(Built, last["built"], "the builder")
     took = {name: last[name] for name in ("peak_resident_mb", "processor_s")}
     return Answer(built=built, wall_s=time.perf_counter() - began, **took)
+
+
+def _links(folder: Path, **files: Path) -> Path:
+    """Let a folder hold a link to the folder of each file, by its keyword."""
+    for name, path in files.items():
+        (folder / name).symlink_to(path.parent.resolve(), target_is_directory=True)
+    return folder
+
+
+def _environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in SHELL_STATE}
+    return {**kept, "PYTHONHASHSEED": "0", "GLIBC_TUNABLES": ALLOCATOR}
 
 
 def _steps(pipe: IO[bytes], last: dict[str, Any]) -> Iterator[int]:

@@ -30,6 +30,7 @@ from medseg_trt.export.quantize import (
     needs_calibration,
     parse_precision,
     quantise,
+    steps,
     values_to_calibrate,
 )
 from medseg_trt.export.save import save_flavours
@@ -43,6 +44,7 @@ from medseg_trt.sessions.child import ChildSession
 from medseg_trt.spec import to_dict
 
 MIN_INT8_SHARE = 0.8  # of all MACs, or it is not called int8
+IN_FILE_NAMES = str.maketrans("=+,", "--_")
 INT8, FLOAT = "int8", "fp32"
 KEEPS_CASTS = "onnxruntime"  # OpenVINO drops a cast to 16 bits and back, and with it an overflow
 
@@ -71,7 +73,8 @@ class _Prepared:
     graph: OnnxGraph
     precision: Mapping[str, str]  # of each part
     calibration: Calibration | None
-    keep_float: frozenset[str]  # GEMMs whose numbers 16 bits cannot hold, or that eight bits would hurt most
+    keep_float: frozenset[str]  # GEMMs that eight bits would hurt most
+    keep_wide: frozenset[str]  # GEMMs whose numbers 16 bits cannot hold
     notes: Mapping[str, Any]
 
 
@@ -92,17 +95,18 @@ def make_variants(
         AccuracyGateError: the masks do not stay right, whatever is left in float.
     """
     prepared = _prepare(graph, name, proof)
-    forms = [key for key in WRITTEN if key != ONLY_INTEGERS or prepared.calibration is not None]
+    is_for_cpus = prepared.calibration is not None and "+" not in name  # no CPU multiplies codes into 16-bit floats
+    forms = [key for key in WRITTEN if key != ONLY_INTEGERS or is_for_cpus]
     relaxed = _relaxed(prepared, name, forms, proof) if set(prepared.precision.values()) != {FLOAT} else None
     kept = _names(prepared.graph, relaxed.kept_float) if relaxed else frozenset[str]()
     graphs = {key: _written(prepared, key, kept, proof) for key in forms}
     share = int8_share(graphs["canonical"])
-    if name == INT8 and share < MIN_INT8_SHARE:
+    if steps(name)[0] == INT8 and share < MIN_INT8_SHARE:
         raise AccuracyGateError(
             f"only {100 * share:.0f} % of the MACs would be in int8, less than {100 * MIN_INT8_SHARE:.0f} %; "
             "name the parts that shall be: --precision vit=int8,block=int8"
         )
-    stem = name.replace("=", "-").replace(",", "_")
+    stem = name.translate(IN_FILE_NAMES)
     files = {f"{stem}.onnx" if key == "canonical" else f"{stem}-{key}.onnx": key for key in forms}
     if proof.spec.outputs == "mask":
         graphs = {key: with_masks(each, proof.images.judged.preprocessing) for key, each in graphs.items()}
@@ -132,7 +136,7 @@ def _prepare(graph: OnnxGraph, name: str, proof: Proof) -> _Prepared:
                 "give a folder with a train and a val split: --data DIR"
             )
         LOG.info("calibrate %s on %d images", name, len(images))
-        named = [gemm.name for gemm in gemms(graph) if precision[gemm.part] == INT8]
+        named = [gemm.name for gemm in gemms(graph) if INT8 in steps(precision[gemm.part])]
         kept = delicate(graph, named)
         rounded = [name for name in named if name not in kept]
         with observer(graph, smoothable(graph, rounded)) as observe:
@@ -144,7 +148,7 @@ def _prepare(graph: OnnxGraph, name: str, proof: Proof) -> _Prepared:
             "left_in_float": list(kept), "smoothed": [to_dict(each) for each in smoothings],
             "calibration": to_dict(calibration),
         }  # fmt: skip
-    halves = {part: scheme for part, scheme in precision.items() if scheme in TYPES}
+    halves = {part for part, scheme in precision.items() if TYPES.keys() & steps(scheme)}
     unsafe: frozenset[str] = frozenset()
     if halves:
         chosen = [gemm.name for gemm in gemms(graph) if gemm.part in halves]
@@ -153,15 +157,16 @@ def _prepare(graph: OnnxGraph, name: str, proof: Proof) -> _Prepared:
         unsafe = frozenset(each.gemm for each in found)
         notes |= {"too_large_for_16_bits": [to_dict(each) for each in found]}
     return _Prepared(
-        graph=graph, precision=precision, calibration=calibration, keep_float=unsafe | {*kept}, notes=notes
-    )
+        graph=graph, precision=precision, calibration=calibration, keep_float=frozenset(kept), keep_wide=unsafe,
+        notes=notes,
+    )  # fmt: skip
 
 
 def _written(prepared: _Prepared, key: str, kept: frozenset[str], proof: Proof) -> OnnxGraph:
     written = WRITTEN[key]
     quantised = quantise(
         prepared.graph, prepared.precision, prepared.calibration, form=written.form,
-        keep_float=kept | prepared.keep_float,
+        keep_float=kept | prepared.keep_float, keep_wide=prepared.keep_wide,
     )  # fmt: skip
     image_size, num_classes = proof.images.verified.shape[2:], proof.num_classes
     return derive(written.flavour, quantised, (image_size[0], image_size[1]), num_classes)
@@ -188,7 +193,7 @@ def _relaxed(prepared: _Prepared, name: str, forms: Sequence[str], proof: Proof)
         return proof.error_of(answers(others))
 
     def may_keep(kept: frozenset[str]) -> bool:
-        if name != INT8:
+        if steps(name)[0] != INT8:
             return len(kept) < len(rounded)
         return int8_share(_written(prepared, key, _names(prepared.graph, kept), proof)) >= MIN_INT8_SHARE
 
@@ -206,7 +211,7 @@ def _answers(prepared: _Prepared, key: str, kept: frozenset[str], proof: Proof) 
     """Return the logits of the judged images; 16-bit numbers are rounded for real, which a CPU would not do."""
     graph = _written(prepared, key, kept, proof)
     backend, images = WRITTEN[key].backend, proof.images.judged.inputs
-    if set(prepared.precision.values()) & set(TYPES):
+    if any(TYPES.keys() & steps(scheme) for scheme in prepared.precision.values()):
         graph, backend = rounded_graph(graph), KEEPS_CASTS
     with TemporaryDirectory() as folder:
         save_flavours({"tried.onnx": graph}, Path(folder), "weights.bin")
@@ -220,5 +225,6 @@ def _names(graph: OnnxGraph, groups: Sequence[str] | frozenset[str]) -> frozense
 
 
 def _is_rounded(prepared: _Prepared, names: Sequence[str]) -> bool:
-    chosen = {gemm.name: prepared.precision[gemm.part] for gemm in gemms(prepared.graph)}
-    return any(chosen[name] != FLOAT and name not in prepared.keep_float for name in names)
+    first = {gemm.name: steps(prepared.precision[gemm.part])[0] for gemm in gemms(prepared.graph)}
+    kept = {FLOAT: frozenset(first), **dict.fromkeys(TYPES, prepared.keep_wide)}
+    return any(name not in kept.get(first[name], prepared.keep_float) for name in names)

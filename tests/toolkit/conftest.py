@@ -68,7 +68,7 @@ def measured_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 MIX = "vit=int8,block=w8a16,decoder=fp16"
-PRECISIONS = ("fp32", "bf16", "fp16", "int8", "w4a16", MIX)
+PRECISIONS = ("fp32", "bf16", "fp16", "int8", "w4a16", "int8+fp16", "w8a16+fp16", MIX)
 
 
 @dataclass(frozen=True, kw_only=True)

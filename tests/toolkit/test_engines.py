@@ -81,7 +81,7 @@ def with_engines(built, tmp_path_factory: pytest.TempPathFactory) -> WithEngines
         return answer
 
     verified = {execution.variant for execution in content.executions}
-    chosen = {name: each for name, each in content.variants.items() if each.precision in ("fp16", "int8")}
+    chosen = {name: each for name, each in content.variants.items() if each.precision in ("fp16", "int8", "int8+fp16")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engines, "build_in_child", recorded)
         plain = build_engines(folder, content.variants, verified, SPEC, content.build.precisions)
