@@ -36,8 +36,8 @@ class _Engine:
     def label(self, node: ir.Node) -> str:
         return f"{node.name} in {_part(node)}"
 
-    def of_type(self, op_type: str) -> list[ir.Node]:
-        return [node for node in self.nodes.values() if node.op_type == op_type]
+    def of_type(self, *op_types: str) -> list[ir.Node]:
+        return [node for node in self.nodes.values() if node.op_type in op_types]
 
 
 Answers = Iterator[tuple[str, str | None]]  # whom it is about, and what is wrong
@@ -48,7 +48,7 @@ def layer_report(text: str, graph: OnnxGraph) -> LayerReport:
 
     Args:
         text: as the builder logged it; "" where it logged none.
-        graph: as it lies in the bundle.
+        graph: as the parser read it, see ``engine_graph``; its weights need not be there.
     """
     nodes = {str(node.name): node for node in graph.model.graph}
     read, unread = parse_layers(text, {name: macs_of(node) for name, node in nodes.items()})
@@ -83,7 +83,7 @@ def _qkv_is_one(engine: _Engine) -> Answers:
 
 
 def _gate_up_is_one(engine: _Engine) -> Answers:
-    for node in engine.of_type("SwiGLU"):
+    for node in engine.of_type("SwiGLU", "QuantizedSwiGLU"):
         yield engine.label(node), _why_not_one(engine, _gemms_behind(engine, node))
 
 

@@ -1,7 +1,7 @@
 """Put GEMMs and attention into 16-bit floats, and leave norms, softmax and residual sums in float32.
 
 What only moves or clips numbers between two of them follows in 16 bits, so that no cast is left between them. The
-graph's input and output stay float32. A GEMM that multiplies codes gets them decoded to 16 bits, with scales of 16 bits.
+graph's input and output stay float32. What multiplies codes gets them decoded to 16 bits, with scales of 16 bits.
 
 Source: Micikevicius et al. 2018, "Mixed precision training", §3.3, for what is kept in float32.
 """

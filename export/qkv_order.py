@@ -70,6 +70,8 @@ def _rewrite(
             for part, old in zip(parts, transposes, strict=True)
         ),
     ]
+    for node in nodes:
+        node.metadata_props.extend(split.metadata_props)  # they come from the same place
     place = next(index for index, node in enumerate(graph.node) if node.name == split.name)
     gone = {node.name for node in (split, *reshapes, *transposes)}
     kept = [node for node in graph.node if node.name not in gone]

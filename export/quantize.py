@@ -132,9 +132,9 @@ def quantise(
         raise UsageError("int8 needs images to calibrate on; give some: --data DIR")
     quantised = graph
     for name, scheme in SCHEMES.items():
-        chosen = {gemm.name for gemm in gemms(graph) if name in steps(precision[gemm.part])}
-        chosen -= {gemm.name for gemm in gemms(graph) if gemm.name in keep_float and name == steps(precision[gemm.part])[0]}
-        chosen -= set(keep_wide) if name in TYPES else set()
+        asked = {gemm.name: steps(precision[gemm.part]) for gemm in gemms(graph)}
+        kept = {gemm for gemm in keep_float if asked[gemm][0] == name} | set(keep_wide if name in TYPES else ())
+        chosen = {gemm for gemm, names in asked.items() if name in names} - kept
         if scheme is None or not chosen:
             continue
         module, _, function = scheme.function.partition(":")

@@ -9,6 +9,7 @@ folder where graph and plan have names of their own, whatever the folders that t
 Source: personality(2), mallopt(3) and glibc's manual, "Memory Allocation Tunables".
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -29,8 +30,8 @@ from medseg_trt.spec import EngineSpec, from_dict, to_dict
 
 FIXED_ADDRESSES = 0x0040000  # ADDR_NO_RANDOMIZE of <sys/personality.h>
 ASK = 0xFFFFFFFF
-# Texts that hold a time come and go, now shorter and now longer; nothing may depend on where they lay. No cache of freed
-# blocks, so that they melt into what is free beside them, and thresholds that do not follow what was freed before.
+# Texts that hold a time come and go, now shorter and now longer; nothing may depend on where they lay. So freed blocks
+# are not cached but melt into what is free beside them, and the thresholds do not follow what was freed before.
 ALLOCATOR = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0:glibc.malloc.trim_threshold=17179869184"
 SHELL_STATE = ("PWD", "OLDPWD", "SHLVL", "_")  # where and how deep a shell stands
 STATUS = Path("/proc/self/status")  # Linux
@@ -119,6 +120,8 @@ def _settle() -> None:
     if not sys.platform.startswith("linux"):
         return
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    with contextlib.suppress(OSError):  # a sandbox may forbid it
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # no thread cuts another short when it wakes up
     personality = ctypes.CDLL(None).personality
     personality.argtypes = [ctypes.c_ulong]
     now = personality(ASK)

@@ -186,7 +186,7 @@ def _build(folder: Path, name: str, variant: Variant, spec: EngineSpec) -> Built
     LOG.info("the same from a shell: %s", answer.built.command)
     for repair in answer.built.repairs:
         LOG.info("on a copy of the graph, %s", repair)
-    report = _write_report(graph, plan, answer)
+    report = _write_report(graph, plan, spec, answer)
     write_fingerprint(_fingerprint(variant, spec, gpu, answer, plan, (graph, weights)), plan.parent)
     return BuiltEngine(
         plan=f"{FOLDER}/{plan.name}", variant=name, spec=spec, wall_s=answer.wall_s,
@@ -201,14 +201,17 @@ def _free_path(folder: Path, stem: str) -> Path:
     return next(folder / name for name in names if not (folder / name).exists())
 
 
-def _write_report(graph: Path, plan: Path, answer: Answer) -> tuple[str, ...]:
+def _write_report(graph: Path, plan: Path, spec: EngineSpec, answer: Answer) -> tuple[str, ...]:
     """Write the report of the layers and return what was expected in vain."""
+    import onnx
     import onnx_ir as ir
 
+    from medseg_trt.export.engine_graph import engine_graph
     from medseg_trt.export.expectations import layer_report
     from medseg_trt.export.onnx_graph import OnnxGraph
 
-    report = layer_report(answer.built.layers, OnnxGraph(model=ir.load(graph)))
+    read = onnx.load_from_string(engine_graph(graph, plugins=spec.plugins).serialized)
+    report = layer_report(answer.built.layers, OnnxGraph(model=ir.from_proto(read)))
     write_json(plan.with_suffix(LAYERS_SUFFIX), to_dict(report))
     unmet = tuple(
         f"{each.name}: not for {len(each.failed)} of {each.asked}" for each in report.outcomes if not each.holds

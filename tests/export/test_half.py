@@ -13,6 +13,7 @@ from medseg_trt.export.half import FLOAT, TYPES, to_half
 from medseg_trt.export.overflow import HEADROOM, LARGEST, observed_values, rounded_graph, too_large
 from medseg_trt.export.save import save_flavours
 from medseg_trt.export.trace import OnnxGraph, trace
+from medseg_trt.export.weight_only import to_w8a16
 from medseg_trt.train.checkpoint import load_checkpoint
 from medseg_trt.train.model import runner
 
@@ -151,3 +152,76 @@ def test_the_limit_catches_coarser_weights(everything, reference, tmp_path):
         weight.const_value = ir.tensor(coarse.view(np.float32).astype(np.float16), name=weight.name)
     logits, expected = run(OnnxGraph(model=model), tmp_path), runner(reference)(IMAGES)
     assert np.abs(logits - expected).max() > 3e-3 * np.abs(expected).max()
+
+
+# Codes
+
+
+@pytest.fixture(scope="module")
+def coded(graph) -> OnnxGraph:
+    return to_w8a16(graph, [gemm.name for gemm in gemms(graph)])
+
+
+def test_codes_are_decoded_to_16_bits_by_scales_of_16_bits(graph, coded, tmp_path):
+    half = to_half(coded, [gemm.name for gemm in gemms(coded)])
+    decoders = [node for node in half.model.graph if node.op_type == "DequantizeLinear"]
+    assert len(decoders) == len(gemms(graph))
+    for node in decoders:
+        assert {value.dtype for value in (node.inputs[1], node.outputs[0]) if value} == {TYPES["fp16"]}
+    (tmp_path / "wide").mkdir()
+    (tmp_path / "half").mkdir()
+    found, expected = run(half, tmp_path / "half"), run(coded, tmp_path / "wide")
+    assert 0 < np.abs(found - expected).max() < 0.01 * np.abs(expected).max()
+
+
+def test_a_scale_that_16_bits_do_not_hold_keeps_its_product_in_float32(coded):
+    model = coded.model.clone()
+    decoder = next(node for node in model.graph if node.op_type == "DequantizeLinear")
+    scale, (reader, _) = decoder.inputs[1], next(iter(decoder.outputs[0].uses()))
+    assert scale is not None
+    assert scale.const_value is not None
+    small = np.full(scale.const_value.shape, 2.0**-20 * (1 + 2.0**-6), np.float32)  # 16 bits have steps of 2^-24 there
+    scale.const_value = ir.tensor(small, name=scale.name)
+    half = to_half(OnnxGraph(model=model), [gemm.name for gemm in gemms(coded)])
+    nodes = {node.name: node for node in half.model.graph}
+    assert not half_types(nodes[reader.name])
+    assert sum(half_types(nodes[gemm.name]) for gemm in gemms(half)) == len(gemms(half)) - 1
+
+
+def test_codes_of_products_that_stay_wide_are_left_alone(coded):
+    first, *others = [gemm.name for gemm in gemms(coded)]
+    half = to_half(coded, [first])
+    nodes = {node.name: node for node in half.model.graph}
+    for name in (first, *others):
+        decoder = nodes[name].inputs[1].producer()
+        assert half_types(decoder) == (name == first)
+
+
+def test_a_value_is_coded_and_decoded_by_the_same_scale():
+    """The QuantizeLinear reads float32, since a norm made its input; its scale is what the 16 bits hold."""
+    graph = ir.from_onnx_text(
+        """<ir_version: 10, opset_import: ["" : 21]>
+        network (float[2, 4] x) => (float[2, 2] y)
+            <float[4, 2] w = {1, 2, 3, 4, 5, 6, 7, 8}, float s = {0.0123456}, int8 z = {0}, float[2, 4] n,
+             int8[2, 4] q, float[2, 4] d> {
+            n = Sqrt (x)
+            q = QuantizeLinear (n, s, z)
+            d = DequantizeLinear (q, s, z)
+            y = MatMul (d, w)
+        }"""
+    )
+    for node in graph.graph:
+        node.name = f"{node.op_type}_node"
+        node.metadata_props["namespace"] = ": medseg_trt.train.transunet.TransUNet/head: torch.nn.Conv2d/x: aten.x"
+    half = to_half(OnnxGraph(model=graph), ["MatMul_node"])
+    coder, decoder = (
+        next(node for node in half.model.graph if node.op_type == name)
+        for name in ("QuantizeLinear", "DequantizeLinear")
+    )
+    wide, narrow = (node.inputs[1] for node in (coder, decoder))
+    assert wide is not None
+    assert wide.const_value is not None
+    assert narrow is not None
+    assert narrow.const_value is not None
+    assert (wide.dtype, narrow.dtype) == (FLOAT, TYPES["fp16"])
+    assert float(wide.const_value.numpy()) == float(narrow.const_value.numpy()) != pytest.approx(0.0123456, rel=1e-7)

@@ -24,7 +24,7 @@ from medseg_trt.errors import ArtefactError, DeviceError, MedsegError, MissingEx
 from medseg_trt.export.engine import LIBRARIES, check_engine_spec, flavour_for, require_library, shell_command
 from medseg_trt.export.engine_graph import JOINED, EngineGraph, engine_graph
 from medseg_trt.export.expectations import layer_report
-from medseg_trt.export.gemms import total_macs
+from medseg_trt.export.gemms import gemms, total_macs
 from medseg_trt.export.onnx_graph import OnnxGraph
 from medseg_trt.export.qkv_order import order_before_split
 from medseg_trt.files import sha256, write_json
@@ -156,8 +156,9 @@ def test_a_changed_plan_or_side_car_is_refused_with_the_bundle(copied: Bundle):
 
 
 def test_two_builds_with_a_fixed_batch_are_the_same_bytes(with_engines: WithEngines, tmp_path: Path):
-    plans = [tmp_path / "first.plan", tmp_path / "second.plan"]
+    plans = [tmp_path / "first" / "a.plan", tmp_path / "second, with a longer name" / "a.plan"]
     for plan in plans:
+        plan.parent.mkdir()
         build_in_child(with_engines.graph("int8"), plan, replace(SPEC, max_batch=1), None)
     assert plans[0].read_bytes() == plans[1].read_bytes()
     assert plans[0].read_bytes() != with_engines.plan("int8").read_bytes()
@@ -187,6 +188,33 @@ def test_attention_in_16_bits_is_one_kernel_in_the_block_and_the_vit(with_engine
     outcome = with_engines.outcomes("fp16")[FUSED]
     assert (outcome.asked, outcome.failed) == (3, ())
     assert len(with_engines.outcomes("fp32")[FUSED].failed) == 3  # there is no such kernel for float32
+
+
+@pytest.mark.parametrize("precision", ["int8+fp16", "w8a16+fp16"])
+@pytest.mark.parametrize(("expected", "asked"), [(QKV, 3), (GATE_UP, 1), (FUSED, 3)])
+def test_codes_and_16_bits_fuse_the_block_and_the_vit(with_engines: WithEngines, precision, expected, asked):
+    outcome = with_engines.outcomes(precision)[expected]
+    assert (outcome.asked, outcome.failed) == (asked, ())
+    assert len(with_engines.outcomes("int8")[FUSED].failed) == 3  # where all else is float32
+
+
+def test_codes_and_16_bits_leave_nothing_in_float32(with_engines: WithEngines):
+    found = shares(read_report(with_engines.plan("int8+fp16")).layers)
+    assert found["Int8"] > 0.9
+    assert set(found) == {"Int8", "Half"}
+    assert with_engines.outcomes("int8+fp16")[INT8].failed == with_engines.outcomes("int8+fp16")[STORED].failed == ()
+    assert with_engines.outcomes("w8a16+fp16")[STORED].asked > 4
+    assert with_engines.outcomes("w8a16+fp16")[STORED].failed == ()
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp16", "Half"), ("int8", "Int8"), ("int8+fp16", "Int8")])
+def test_the_decoder_multiplies_in_the_type_that_was_asked_for(with_engines: WithEngines, precision, dtype):
+    graph = OnnxGraph(model=ir.load(with_engines.graph(precision)))
+    asked = [gemm.name for gemm in gemms(graph) if gemm.part == "decoder"]
+    layers = [layer for layer in read_report(with_engines.plan(precision)).layers if layer.part == "decoder"]
+    products = [layer for layer in layers if layer.is_product]
+    assert len(asked) == len([name for layer in products for name in layer.nodes if name in asked]) > 4
+    assert {layer.dtype for layer in products} == {dtype}
 
 
 def test_in_16_bits_no_kernel_moves_anything_unasked(with_engines: WithEngines):
@@ -221,6 +249,8 @@ def test_plugins_before_int8_products_write_the_int8_themselves(with_engines: Wi
     custom = [layer for layer in on.layers if layer.kind == "custom_layer"]
     assert custom
     assert all(layer.outputs[0].dtype == "Int8" for layer in custom)
+    assert with_engines.outcomes("int8", plugins=True)[PLUGINS].asked == len(custom)
+    assert with_engines.outcomes("int8", plugins=True)[PLUGINS].failed == ()
     assert any(
         repair.endswith(JOINED)
         for repair in read_fingerprint(with_engines.plan("int8", plugins=True)).options["repairs"]

@@ -33,7 +33,8 @@ from medseg_trt.train.checkpoint import load_checkpoint
 
 CPU_BACKENDS = [name for name, backend in BACKENDS.items() if not backend.gpu]
 MIX = "vit=int8,block=w8a16,decoder=fp16"
-STEMS = {"fp32": "fp32", "fp16": "fp16", "int8": "int8", "w4a16": "w4a16", MIX: "vit-int8_block-w8a16_decoder-fp16"}
+STEMS = {"fp32": "fp32", "fp16": "fp16", "int8": "int8", "w4a16": "w4a16",
+         "int8+fp16": "int8-fp16", "w8a16+fp16": "w8a16-fp16", MIX: "vit-int8_block-w8a16_decoder-fp16"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +142,8 @@ def test_every_variant_is_listed_and_bf16_is_no_graph_of_its_own(bundle, built):
         "fp16": {"canonical", "plain"},
         "w4a16": {"canonical", "plain"},
         "int8": {"canonical", "plain", "uint8"},
+        "int8+fp16": {"canonical", "plain"},  # its form for ONNX Runtime's integer kernels would say nothing new
+        "w8a16+fp16": {"canonical", "plain"},
         MIX: {"canonical", "plain", "uint8"},
         "bf16": set(),
     }
@@ -194,6 +197,7 @@ def test_every_part_is_in_the_precision_that_was_asked_for(bundle):
         "vit-int8_block-w8a16_decoder-fp16": {
             "resnet": {"fp32"}, "vit": {"int8"}, "block": {"w8a16"}, "decoder": {"fp16"},
         },
+        "w8a16-fp16": {"resnet": {"fp16"}, "vit": {"fp16"}, "block": {"w8a16"}, "decoder": {"fp16"}},
     }.items():  # fmt: skip
         graph = OnnxGraph(model=ir.load(bundle.folder / f"{stem}.onnx"))
         found: dict[str, set[str]] = {}
