@@ -128,6 +128,22 @@ class CudaBindings(Device):
         """Give recorded work back."""
         self.call("cuGraphExecDestroy", graph)
 
+    def new_event(self) -> Any:
+        """Return an event that takes the time."""
+        return self.call("cuEventCreate", 0)
+
+    def free_event(self, event: Any) -> None:
+        """Give an event back."""
+        self.call("cuEventDestroy", event)
+
+    def record_event(self, event: Any, stream: int) -> None:
+        """Put an event into a stream."""
+        self.call("cuEventRecord", event, stream)
+
+    def elapsed_ms(self, start: Any, stop: Any) -> float:
+        """Return the milliseconds between two events that have happened."""
+        return float(self.call("cuEventElapsedTime", start, stop))
+
     def call(self, function: str, *arguments: Any) -> Any:
         """Call a function of the driver and return its first result, if it has any."""
         status, *results = getattr(self._cuda, function)(*arguments)

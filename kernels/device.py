@@ -1,4 +1,4 @@
-"""What a session asks of a GPU beyond launches: memory, streams, copies and captured graphs.
+"""What a session asks of a GPU beyond launches: memory, streams, copies, captured graphs and events.
 
 Every method puts its work into a stream or does it at once, and raises ``CudaError`` with the driver's own words. A
 thread calls ``activate`` before anything else. Nothing here frees by itself: who allocates frees.
@@ -18,7 +18,7 @@ class DeviceMemoryError(CudaError):
 
 
 class Device(Driver):
-    """A driver that also has memory, streams and graphs."""
+    """A driver that also has memory, streams, graphs and events."""
 
     name: str  # of the device, "NVIDIA GeForce RTX 4090"
 
@@ -81,6 +81,22 @@ class Device(Driver):
     @abstractmethod
     def free_graph(self, graph: Any) -> None:
         """Give recorded work back."""
+
+    @abstractmethod
+    def new_event(self) -> Any:
+        """Return a mark that can be put into streams and remembers when the device came by."""
+
+    @abstractmethod
+    def free_event(self, event: Any) -> None:
+        """Give a mark back."""
+
+    @abstractmethod
+    def record_event(self, event: Any, stream: int) -> None:
+        """Put a mark into a stream, behind all that is there."""
+
+    @abstractmethod
+    def elapsed_ms(self, start: Any, stop: Any) -> float:
+        """Return the milliseconds between two marks that the device has come by, to about half a microsecond."""
 
 
 def open_device(number: int = 0) -> Device:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 
@@ -75,15 +74,14 @@ def milliseconds(driver: CudaBindings, launch: Callable[[], None], *, runs: int,
     for _ in range(runs):
         launch()
     times: list[float] = []
-    start, stop = (driver.call("cuEventCreate", 0) for _ in range(2))
+    start, stop = driver.new_event(), driver.new_event()
     for _ in range(runs):
-        driver.call("cuEventRecord", start, STREAM)
+        driver.record_event(start, STREAM)
         for _ in range(repeats):
             launch()
-        driver.call("cuEventRecord", stop, STREAM)
-        driver.call("cuEventSynchronize", stop)
-        elapsed: Any = driver.call("cuEventElapsedTime", start, stop)
-        times.append(float(elapsed) / repeats)
+        driver.record_event(stop, STREAM)
+        driver.synchronize(STREAM)
+        times.append(driver.elapsed_ms(start, stop) / repeats)
     for event in (start, stop):
-        driver.call("cuEventDestroy", event)
+        driver.free_event(event)
     return times

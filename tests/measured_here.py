@@ -1,7 +1,6 @@
 """Stand-ins with which ``bench`` needs no processes and no time: its masks are real, its times are made up."""
 
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +9,8 @@ import pytest
 from medseg_trt import benchmark, timings
 from medseg_trt.layer_times import Step, summed_up
 from medseg_trt.report_schema import Peak, Tier
-from medseg_trt.session import BACKENDS, Session
-from medseg_trt.sessions.child import REFERENCES
+from medseg_trt.session import Session
+from medseg_trt.sessions.child import open_network
 from medseg_trt.sessions.measured import STAGES, MeasuredSession
 
 SHORT = Tier(name="short", warmup_ms=0.0, warmup_runs=1, duration_s=0.0, min_runs=10, starts=1)
@@ -21,8 +20,7 @@ class MeasuredHere(MeasuredSession):
     """A measured session of this process whose times are made up: its answers are real, and nothing waits."""
 
     def __init__(self, path: Path, precision: str, backend: str, threads: int | None, compute: str) -> None:
-        module = import_module(REFERENCES[backend] if backend in REFERENCES else BACKENDS[backend].module)
-        self._session: Session = module.open_graph(path, precision, 1, compute)
+        self._session: Session = open_network(backend, path, precision, 1, compute)
         self.backend, self.device, self.description = backend, self._session.device, self._session.description
         self.open_ms, self.load_ms = 300.0, 200.0
         self._milliseconds = float(len(self.description))
@@ -32,6 +30,9 @@ class MeasuredHere(MeasuredSession):
 
     def time(self, batch: np.ndarray, duration_s: float, min_runs: int) -> list[float]:
         return [self._milliseconds + 0.125 * number for number in range(min_runs)]
+
+    def time_on_device(self, batch: np.ndarray, duration_s: float, min_runs: int) -> list[float] | None:
+        return self._session.time_on_device(batch, duration_s, min_runs)
 
     def whole_way(self, way, duration_s, min_runs):
         return [self._milliseconds + 8.0] * min_runs, {stage: [2.0] * min_runs for stage in STAGES}

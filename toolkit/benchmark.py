@@ -1,6 +1,6 @@
 """Measure networks against a reference on the same images: masks first, then speed, then where the time goes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -36,10 +36,13 @@ from medseg_trt.report_schema import (
     Verdict,
 )
 from medseg_trt.segment import Run
+from medseg_trt.session import BACKENDS
 from medseg_trt.sessions.measured import WholeWay
 from medseg_trt.summary import summary
 from medseg_trt.timings import BATCHES, Timings, open_candidates, speedups, time_all
 
+NOT_INTO_GPUS = "steps and peaks are measured on the processor alone; of a GPU neither is, yet"
+ENDED = "interrupted: this measurement was ended before it was through"
 REFERENCE_VERDICT = Missing(reason="it is what the others are compared with")
 
 
@@ -68,6 +71,7 @@ class Measured:
     report: Report
     pictures: Mapping[str, tuple[Pictures, ...]]
     window: tuple[float, float]  # the values that are drawn black and white
+    ended_early: bool  # by an interrupt; the report holds what was measured before
 
 
 def bench(what: Bench, scratch: Path) -> Measured:
@@ -76,6 +80,8 @@ def bench(what: Bench, scratch: Path) -> Measured:
     Args:
         what: the networks and images.
         scratch: a folder on the disk that masks are written to while the whole way is timed.
+
+    An interrupt while networks are timed ends the measurement, and what is there already becomes the report.
 
     Raises:
         InputError: the data cannot be used.
@@ -114,9 +120,13 @@ def bench(what: Bench, scratch: Path) -> Measured:
         batch = np.resize(image, (what.batch, *image.shape[1:]))
         way, timed = _whole_way(bundle, cases, first, folder)
         images = cases.images(read, timed)  # while noise is still on the disk
-        time_all(fit, timings, batch, way, what.tier, what.throughput_batches)
+        ended = _ends_early(lambda: time_all(fit, timings, batch, way, what.tier, what.throughput_batches))
         devices = {name: (session.device, session.description) for name, session in sessions.items()}
-    inside = _look_inside(what, [each for each in here if each.name in fit], timings, image)
+    alive = [each for each in here if each.name in fit]
+    inside = _not_looked_inside(alive, ENDED if ended else "left out: --no-profile")
+    if what.profile and not ended:
+        ended = _ends_early(lambda: _look_inside(alive, timings, image, inside))
+    warnings += [ENDED] if ended else []
     rows = [_row(each, candidates[0], compared, verdicts, timings, devices, inside) for each in candidates]
     report = Report(
         created=datetime.now(UTC).isoformat(timespec="seconds"), commands=what.commands, tier=what.tier,
@@ -125,14 +135,26 @@ def bench(what: Bench, scratch: Path) -> Measured:
         summary=summary(rows, what.tier, compared.labelled), warnings=tuple(warnings),
     )  # fmt: skip
     pictures = {name: tuple(each for _, each in found.worst) for name, found in compared.networks.items()}
-    return Measured(report=report, pictures=pictures, window=bundle.preprocessing.window)
+    return Measured(report=report, pictures=pictures, window=bundle.preprocessing.window, ended_early=ended)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class _Inside:
+    """What was found inside the rows so far."""
+
     peaks: tuple[Peak, ...] | Missing
-    profiles: Mapping[str, Profile | Missing]
-    rooflines: Mapping[str, Roofline | Missing]
+    profiles: dict[str, Profile | Missing]
+    rooflines: dict[str, Roofline | Missing]
+
+
+def _ends_early(work: Callable[[], None]) -> bool:
+    """Work, and say whether somebody interrupted it; whatever it has finished until then is kept."""
+    try:
+        work()
+    except KeyboardInterrupt:
+        LOG.warning("interrupted; the report holds what was measured until now")
+        return True
+    return False
 
 
 def _candidates(what: Bench, bundle: Bundle) -> tuple[list[Candidate], dict[str, str], list[str]]:
@@ -183,23 +205,27 @@ def _whole_way(bundle: Bundle, cases: MeasuredCases, image: Image, folder: Path)
     return way, timed
 
 
+def _not_looked_inside(candidates: Sequence[Candidate], reason: str) -> _Inside:
+    names, missing = [each.name for each in candidates], Missing(reason=reason)
+    return _Inside(peaks=missing, profiles=dict.fromkeys(names, missing), rooflines=dict.fromkeys(names, missing))
+
+
 def _look_inside(
-    what: Bench, candidates: Sequence[Candidate], timings: Mapping[str, Timings], image: ndarray
-) -> _Inside:
+    candidates: Sequence[Candidate], timings: Mapping[str, Timings], image: ndarray, inside: _Inside
+) -> None:
     """Profile the rows that were timed, and put them under the machine's roof."""
-    if not what.profile:
-        left_out = Missing(reason="left out: --no-profile")
-        none = dict.fromkeys([each.name for each in candidates], left_out)
-        return _Inside(peaks=left_out, profiles=none, rooflines=none)
-    graphs = [each for each in candidates if each.backend != "pytorch"]
+    graphs = [each for each in candidates if each.graph is not None]
+    unreached = _not_looked_inside(graphs, ENDED)
+    inside.peaks, inside.profiles, inside.rooflines = unreached.peaks, unreached.profiles, unreached.rooflines
     LOG.info("measure this machine's peaks")
-    found = peaks([(each.backend, each.arithmetic) for each in graphs])
-    profiles: dict[str, Profile | Missing] = {}
-    rooflines: dict[str, Roofline | Missing] = {}
+    inside.peaks = peaks([(each.backend, each.arithmetic) for each in graphs if not BACKENDS[each.backend].gpu])
     for each in graphs:
-        LOG.info("profile %s", each.name)
-        profiles[each.name], rooflines[each.name] = _inside_one(each, timings[each.name], image, found)
-    return _Inside(peaks=found, profiles=profiles, rooflines=rooflines)
+        if BACKENDS[each.backend].gpu:
+            found = Missing(reason=NOT_INTO_GPUS), Missing(reason=NOT_INTO_GPUS)
+        else:
+            LOG.info("profile %s", each.name)
+            found = _inside_one(each, timings[each.name], image, inside.peaks)
+        inside.profiles[each.name], inside.rooflines[each.name] = found
 
 
 def _inside_one(
@@ -212,8 +238,9 @@ def _inside_one(
     from medseg_trt.export.node_costs import node_costs
     from medseg_trt.export.trace import OnnxGraph
 
-    costs = node_costs(OnnxGraph(model=ir.load(candidate.path)))
-    inside = profile(candidate.path, candidate.backend, candidate.precision, candidate.compute, image, costs)
+    assert candidate.graph is not None  # the reference in PyTorch has none, and is not looked into
+    costs = node_costs(OnnxGraph(model=ir.load(candidate.graph)))
+    inside = profile(candidate.graph, candidate.backend, candidate.precision, candidate.compute, image, costs)
     alone = timings.latency.get("model", Missing(reason="not measured"))
     if isinstance(found, Missing):
         return inside, found

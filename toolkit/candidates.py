@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Literal
 
 from medseg_trt.bundle import Bundle, Execution
+from medseg_trt.engine_choice import engines_of, here, installed_version
 from medseg_trt.errors import MissingExtraError, UsageError
-from medseg_trt.session import BACKENDS, is_installed
+from medseg_trt.fingerprint import FOLDER, LIBRARY_NAMES, mismatches
+from medseg_trt.gpu import find_gpu
+from medseg_trt.session import BACKENDS, gpu_executions, is_installed
 
 EXACT = "fp32"
 EXACT_DISAGREEMENT = 0.001  # share of pixels that may have another label where nothing was rounded
@@ -21,7 +24,8 @@ class Candidate:
     name: str  # its own in the report, and the same in the next one
     role: Literal["reference", "variant"]
     backend: str
-    path: Path  # of the graph, or of the checkpoint
+    path: Path  # of the graph, of the checkpoint, or of the bundle for an engine
+    graph: Path | None  # whose products and bytes can be counted
     precision: str  # of the stored weights
     compute: str  # what float parts are computed in
     flavour: str
@@ -54,14 +58,16 @@ def precision_label(precision: str, compute: str) -> str:
 def checkpoint_candidate(checkpoint: Path, block: Path | None) -> Candidate:
     """Return the PyTorch network itself, the reference."""
     return Candidate(
-        name="pytorch fp32", role="reference", backend="pytorch", path=checkpoint, precision=EXACT, compute=EXACT,
-        flavour="eager", files=(checkpoint, *([block] if block else [])), executed=True,
+        name="pytorch fp32", role="reference", backend="pytorch", path=checkpoint, graph=None, precision=EXACT,
+        compute=EXACT, flavour="eager", files=(checkpoint, *([block] if block else [])), executed=True,
         statement="the checkpoint itself, run here by PyTorch in float32", allowed=EXACT_DISAGREEMENT,
     )  # fmt: skip
 
 
 def bundle_candidates(bundle: Bundle, backends: Sequence[str], with_reference: bool) -> list[Candidate]:
     """Return the best execution of every precision, or with ``backends`` of every precision on each of them.
+
+    Engines that the bundle holds are there as well, whether they can run here or not.
 
     Args:
         bundle: what was built.
@@ -81,11 +87,12 @@ def bundle_candidates(bundle: Bundle, backends: Sequence[str], with_reference: b
             label = precision_label(bundle.variant(execution).precision, execution.compute)
             groups.setdefault((label, execution.backend if backends else ""), []).append(execution)
     chosen = [next((each for each in group if is_installed(each.backend)), group[0]) for group in groups.values()]
+    on_gpus = _on_gpus(bundle, backends)
     if not with_reference:
-        return [_candidate(bundle, execution, "variant") for execution in chosen]
+        return [*(_candidate(bundle, execution, "variant") for execution in chosen), *on_gpus]
     reference = _reference(bundle, chosen)
     rest = [_candidate(bundle, execution, "variant") for execution in chosen if execution is not reference]
-    return [_candidate(bundle, reference, "reference"), *rest]
+    return [_candidate(bundle, reference, "reference"), *rest, *on_gpus]
 
 
 def _reference(bundle: Bundle, chosen: Sequence[Execution]) -> Execution:
@@ -107,7 +114,9 @@ def _require_usable(bundle: Bundle, name: str) -> None:
     if name not in BACKENDS:
         raise UsageError(f"no back-end is called {name!r}; choose from: {', '.join(BACKENDS)}")
     held = dict.fromkeys(execution.backend for execution in bundle.content.executions)
-    if name not in held:
+    held |= dict.fromkeys(engine.spec.library for engine in bundle.content.engines)
+    runs_graphs = BACKENDS[name].gpu and not BACKENDS[name].engines
+    if name not in held and not (runs_graphs and gpu_executions(bundle, name)):
         raise UsageError(f"{bundle.folder} holds nothing for {name}; it holds {', '.join(held)}")
     if not is_installed(name):
         raise _not_installed(name)
@@ -119,24 +128,74 @@ def _not_installed(backend: str) -> MissingExtraError:
     )
 
 
-def _candidate(bundle: Bundle, execution: Execution, role: Literal["reference", "variant"]) -> Candidate:
-    variant = bundle.variant(execution)
-    here = is_installed(execution.backend)
-    label = precision_label(variant.precision, execution.compute)
-    floats = "" if label == execution.compute or execution.compute == EXACT else f", {execution.compute} floats"
-    exact = variant.precision == execution.compute == EXACT
-    rounded = EXACT_DISAGREEMENT + ROUNDED_FACTOR * (1 - execution.verification["agreement"])
+def _on_gpus(bundle: Bundle, backends: Sequence[str]) -> list[Candidate]:
+    """Return the engines of a bundle, and its graphs on those back-ends of GPUs that are named."""
+    found: list[Candidate] = []
+    for name, kind in BACKENDS.items():
+        if not kind.gpu or name not in (backends or LIBRARY_NAMES):
+            continue
+        for execution in gpu_executions(bundle, name):
+            found.append(_engine(bundle, execution) if kind.engines else _graph_on_gpu(bundle, execution))
+    return found
+
+
+def _engine(bundle: Bundle, execution: Execution) -> Candidate:
+    """Return the engine of a variant that fits this machine, or else the first one, with the reason."""
+    variant, library, gpu = bundle.variant(execution), execution.backend, find_gpu()
+    version, title = installed_version(library), LIBRARY_NAMES[library]
+    engines = [each for each in engines_of(bundle, library) if each.precision == variant.precision]
+    reasons = [mismatches(each, here(bundle, each, version, gpu)) for each in engines]
+    chosen, sentences = min(zip(engines, reasons, strict=True), key=lambda each: len(each[1]))
+    obstacle = " ".join(sentences) if gpu else "no NVIDIA GPU is here."
+    built = f"built for {', '.join(chosen.targets)} by {title} {chosen.version}"
+    judged = execution.verification.get("by", "another back-end")
+    plan = bundle.folder / FOLDER / chosen.plan
     return Candidate(
-        name=f"{execution.backend} {label}{floats}", role=role, backend=execution.backend,
-        path=bundle.folder / variant.graph, precision=variant.precision, compute=execution.compute,
-        flavour=variant.flavour, files=(bundle.folder / variant.graph, bundle.folder / variant.weights),
-        executed=here, statement=_statement(execution, here), allowed=EXACT_DISAGREEMENT if exact else rounded,
+        name=f"{library} {variant.precision}", role="variant", backend=library, path=bundle.folder,
+        graph=bundle.folder / variant.graph, precision=variant.precision, compute=execution.compute,
+        flavour=variant.flavour, files=(plan,), executed=not obstacle,
+        statement=f"{built}, not executed: {obstacle} Its graph's masks were judged with {judged}, a simulation"
+        if obstacle else f"{built}, run here",
+        allowed=_allowed(execution),
     )  # fmt: skip
 
 
-def _statement(execution: Execution, here: bool) -> str:
+def _graph_on_gpu(bundle: Bundle, execution: Execution) -> Candidate:
+    variant, package = bundle.variant(execution), BACKENDS[execution.backend].package
+    runs, graph = find_gpu() is not None, bundle.folder / variant.graph
+    return Candidate(
+        name=f"{execution.backend} {variant.precision}", role="variant", backend=execution.backend, path=graph,
+        graph=graph, precision=variant.precision, compute=execution.compute, flavour=variant.flavour,
+        files=(graph, bundle.folder / variant.weights), executed=runs,
+        statement=f"run here by {package}" if runs else "not executed: no NVIDIA GPU is here",
+        allowed=_allowed(execution),
+    )  # fmt: skip
+
+
+def _allowed(execution: Execution) -> float:
+    """Return the share of pixels that may have another label than the reference's where numbers are rounded."""
+    return EXACT_DISAGREEMENT + ROUNDED_FACTOR * (1 - execution.verification["agreement"])
+
+
+def _candidate(bundle: Bundle, execution: Execution, role: Literal["reference", "variant"]) -> Candidate:
+    variant = bundle.variant(execution)
+    is_here = is_installed(execution.backend)
+    label = precision_label(variant.precision, execution.compute)
+    floats = "" if label == execution.compute or execution.compute == EXACT else f", {execution.compute} floats"
+    exact = variant.precision == execution.compute == EXACT
+    return Candidate(
+        name=f"{execution.backend} {label}{floats}", role=role, backend=execution.backend,
+        path=bundle.folder / variant.graph, graph=bundle.folder / variant.graph, precision=variant.precision,
+        compute=execution.compute,
+        flavour=variant.flavour, files=(bundle.folder / variant.graph, bundle.folder / variant.weights),
+        executed=is_here, statement=_statement(execution, is_here),
+        allowed=EXACT_DISAGREEMENT if exact else _allowed(execution),
+    )  # fmt: skip
+
+
+def _statement(execution: Execution, is_here: bool) -> str:
     package = BACKENDS[execution.backend].package
-    if here:
+    if is_here:
         return f"run here by {package}"
     judged = execution.verification.get("by", "another back-end")
     if execution.executed:

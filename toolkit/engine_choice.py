@@ -1,9 +1,20 @@
 """Choose the engine of a bundle that fits this machine, from the fingerprints beside the plans; no plan is opened."""
 
+from importlib.metadata import PackageNotFoundError, version
+
 from medseg_trt.bundle import Bundle
 from medseg_trt.errors import ArtefactError, UsageError
 from medseg_trt.files import inside
-from medseg_trt.fingerprint import EngineFingerprint, Here, mismatches, read_fingerprint, rebuild_hint, side_car
+from medseg_trt.fingerprint import (
+    CUDA_WHEELS,
+    EngineFingerprint,
+    Here,
+    mismatches,
+    read_fingerprint,
+    rebuild_hint,
+    side_car,
+)
+from medseg_trt.gpu import Gpu
 from medseg_trt.kernels.device import Device
 from medseg_trt.kernels.nodes import NODES
 
@@ -24,7 +35,32 @@ def engines_of(bundle: Bundle, library: str) -> list[EngineFingerprint]:
     return found
 
 
-def fitting_engine(bundle: Bundle, library: str, version: str, precision: str, device: Device) -> EngineFingerprint:
+def installed_version(library: str) -> str | None:
+    """Return the version of a library without importing it, or None where it is not installed."""
+    for name in (library, *(f"{library}-cu{cuda}" for cuda in CUDA_WHEELS)):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def here(bundle: Bundle, fingerprint: EngineFingerprint, library_version: str | None, gpu: Gpu | None) -> Here:
+    """Say what an engine of a bundle meets on this machine."""
+    content = bundle.content
+    weights = next((each.weights for each in content.variants.values() if each.graph == fingerprint.graph), "")
+    digests = {name: entry.sha256 for name, entry in content.files.items()}
+    return Here(
+        library=fingerprint.library, version=library_version, sm=gpu.sm if gpu else None,
+        gpu=gpu.name if gpu else None, driver=gpu.driver if gpu else None, cuda=gpu.cuda if gpu else None,
+        graph_sha256=digests.get(fingerprint.graph, ""),  # a graph that is not there is another one
+        weights_sha256=digests.get(weights, ""), plugins={name: node.digest for name, node in NODES.items()},
+    )  # fmt: skip
+
+
+def fitting_engine(
+    bundle: Bundle, library: str, library_version: str, precision: str, device: Device
+) -> EngineFingerprint:
     """Return the first engine of a precision that nothing keeps from running on a device.
 
     Raises:
@@ -37,25 +73,9 @@ def fitting_engine(bundle: Bundle, library: str, version: str, precision: str, d
             f"{bundle.folder} holds no {precision} engine for {library}; build one: medseg-trt build --ckpt model.pt "
             f"--precision {precision} --backend {library} --target sm{device.capability}"
         )
-    reasons = [mismatches(each, _here(bundle, each, library, version, device)) for each in found]
+    gpu = Gpu(name=device.name, sm=f"sm{device.capability}", cuda=".".join(map(str, device.cuda)), driver=None)
+    reasons = [mismatches(each, here(bundle, each, library_version, gpu)) for each in found]
     for fingerprint, sentences in zip(found, reasons, strict=True):
         if not sentences:
             return fingerprint
     raise ArtefactError(f"{' '.join(reasons[0])} {rebuild_hint(bundle.folder)}")
-
-
-def _here(bundle: Bundle, fingerprint: EngineFingerprint, library: str, version: str, device: Device) -> Here:
-    content = bundle.content
-    weights = next((each.weights for each in content.variants.values() if each.graph == fingerprint.graph), "")
-    digests = {name: content.files[name].sha256 for name in (fingerprint.graph, weights) if name in content.files}
-    major, minor = device.cuda
-    return Here(
-        library=library,
-        version=version,
-        sm=f"sm{device.capability}",
-        gpu=device.name,
-        cuda=f"{major}.{minor}",
-        graph_sha256=digests.get(fingerprint.graph, ""),  # a graph that is not there is another one
-        weights_sha256=digests.get(weights, ""),
-        plugins={name: node.digest for name, node in NODES.items()},
-    )

@@ -6,11 +6,11 @@ here: what the bundle says of its masks was found by running the same graph on t
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from medseg_trt.bundle import MANIFEST, BuiltEngine, Bundle, FileEntry, Manifest, Variant, load_bundle
 from medseg_trt.engine_child import Answer, build_in_child
+from medseg_trt.engine_choice import here, installed_version
 from medseg_trt.errors import MedsegError, MissingExtraError, UsageError
 from medseg_trt.export.engine import LIBRARIES, check_engine_spec, cuda_of, flavour_for, require_library
 from medseg_trt.files import cache_folder, inside, sha256, write_json
@@ -18,7 +18,6 @@ from medseg_trt.fingerprint import (
     FOLDER,
     LIBRARY_NAMES,
     EngineFingerprint,
-    Here,
     mismatches,
     read_fingerprint,
     side_car,
@@ -72,7 +71,7 @@ def default_library() -> str:
         MissingExtraError: neither is.
     """
     for name in LIBRARIES:
-        if _installed(name) is not None:
+        if installed_version(name) is not None:
             return name
     extras = " or ".join(f"pip install 'medseg-trt[{library.extra}]'" for library in LIBRARIES.values())
     raise MissingExtraError(f"no library that builds engines is installed. Install one: {extras}")
@@ -142,7 +141,7 @@ def rebuild_engines(bundle: Bundle) -> Bundle:
     kept: list[BuiltEngine] = []
     for engine in content.engines:
         old = read_fingerprint(inside(bundle.folder, engine.plan))
-        reasons = mismatches(old, here(bundle, old, gpu))
+        reasons = mismatches(old, here(bundle, old, installed_version(old.library), gpu))
         if not reasons:
             LOG.info("%s fits; it stays", engine.plan)
             kept.append(engine)
@@ -155,21 +154,6 @@ def rebuild_engines(bundle: Bundle) -> Bundle:
     if kept != list(content.engines):
         _replace(bundle, kept)
     return load_bundle(bundle.folder)
-
-
-def here(bundle: Bundle, fingerprint: EngineFingerprint, gpu: Gpu | None) -> Here:
-    """Say what an engine of a bundle meets on this machine."""
-    from medseg_trt.kernels.nodes import NODES
-
-    content = bundle.content
-    weights = next((each.weights for each in content.variants.values() if each.graph == fingerprint.graph), "")
-    digests = {name: entry.sha256 for name, entry in content.files.items()}
-    return Here(
-        library=fingerprint.library, version=_installed(fingerprint.library), sm=gpu.sm if gpu else None,
-        gpu=gpu.name if gpu else None, driver=gpu.driver if gpu else None, cuda=gpu.cuda if gpu else None,
-        graph_sha256=digests.get(fingerprint.graph, ""), weights_sha256=digests.get(weights, ""),
-        plugins={name: node.digest for name, node in NODES.items()},
-    )  # fmt: skip
 
 
 def _build(folder: Path, name: str, variant: Variant, spec: EngineSpec) -> BuiltEngine:
@@ -269,7 +253,7 @@ def _cache_file(spec: EngineSpec, gpu: Gpu | None) -> Path | None:
         return None
     return (
         cache_folder("timings")
-        / f"{spec.library}-{_installed(spec.library)}-{gpu.sm}-{gpu.name.replace(' ', '_')}.cache"
+        / f"{spec.library}-{installed_version(spec.library)}-{gpu.sm}-{gpu.name.replace(' ', '_')}.cache"
     )
 
 
@@ -288,14 +272,3 @@ def _available_bytes() -> int | None:
         return None
     lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines() if ":" in line)
     return int(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else None
-
-
-def _installed(library: str) -> str | None:
-    """Return the version of a library without importing it, or None where it is not installed."""
-    names = [LIBRARIES[library].distribution]
-    for name in (*names, *(f"{names[0]}-cu{number}" for number in ("13", "12"))):
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return None

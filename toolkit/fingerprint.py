@@ -18,6 +18,7 @@ SCHEMA = 1
 MAX_BYTES = 1 << 20  # of a side-car
 FOLDER = "engines"  # of a bundle
 LIBRARY_NAMES: Mapping[str, str] = {"tensorrt-rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}
+CUDA_WHEELS = ("13", "12")  # what the names of their wheels end with, after -cu
 FIRST_COMPATIBLE_SM = 80  # of the hardware level "ampere_plus"
 
 

@@ -28,6 +28,7 @@ TIERS: Mapping[str, Tier] = {
 }
 TURN_S = 0.5
 MIN_ROUNDS = 5  # fewer give no interval of a ratio
+HOST_CLOCK = "host clock"
 SETTLE_S = 0.02  # the threads of most back-ends wait in a loop for some milliseconds before they sleep
 MAX_STANDING = 1000  # runs in a row that took no time: then the clock has stopped
 ABSURD_FACTOR, ABSURD_MS = 1000.0, 1000.0  # times the median, and no less than this: no tail is as long as that
@@ -83,12 +84,24 @@ def timed_runs(
     return taken
 
 
-def in_turn(rows: Mapping[str, Turn], tier: Tier, settle: Callable[[float], None] = time.sleep) -> dict[str, Taken]:
+def in_turn(
+    rows: Mapping[str, Turn],
+    tier: Tier,
+    settle: Callable[[float], None] = time.sleep,
+    found: dict[str, Taken] | None = None,
+) -> dict[str, Taken]:
     """Warm every row up, then let all of them have a turn, round by round.
 
     A row that fails keeps what it has; the others go on.
+
+    Args:
+        rows: by name.
+        tier: how long.
+        settle: waits for so many seconds.
+        found: where the times are put as they come, so that the caller has them after an interrupt, too.
     """
-    found = {name: Taken() for name in rows}
+    found = {} if found is None else found
+    found |= {name: Taken() for name in rows}
 
     def turn(name: str, seconds: float, runs: int) -> list[float]:
         if found[name].failure is not None:
@@ -111,7 +124,7 @@ def in_turn(rows: Mapping[str, Turn], tier: Tier, settle: Callable[[float], None
     return found
 
 
-def latency(taken: Taken, device: str, timer: str = "host clock") -> Latency | None:
+def latency(taken: Taken, device: str, timer: str = HOST_CLOCK) -> Latency | None:
     """Sum up single times; None where there are none.
 
     Percentiles are interpolated linearly between the sorted times. Times that no run can take, negative ones and those

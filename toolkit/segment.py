@@ -71,6 +71,7 @@ def segment(
     batch: int,
     label: str | None = None,
     masks: MaskRun | None = None,
+    pixels_to_masks: PixelRun | None = None,
 ) -> UInt8[np.ndarray, "slices height width"]:
     """Return the label of every pixel of every slice.
 
@@ -81,9 +82,10 @@ def segment(
         batch: how many slices go through the network at once.
         label: where it is given, progress is shown under this name.
         masks: a network that makes the labels itself; ``run`` is not called then.
+        pixels_to_masks: a network that prepares the pixels, too; neither of the others is called then.
     """
     labels = np.empty(image.pixels.shape[:3], np.uint8)
-    do = steps(run, image, preprocessing, masks)
+    do = steps(run, image, preprocessing, masks, pixels_to_masks)
     starts = range(0, len(labels), batch)
     for start in starts if label is None else track(starts, label):
         part = slice(start, start + batch)

@@ -145,6 +145,16 @@ class Session(ABC):
         """
         return None
 
+    def time_on_device(
+        self, batch: Float32[ndarray, "batch 3 height width"], duration_s: float, min_runs: int
+    ) -> list[float] | None:
+        """Run prepared images that are on the device already, for ``duration_s`` and at least ``min_runs`` times.
+
+        Returns:
+            The milliseconds of each run by the device's own clock, or None where the back-end does not tell them.
+        """
+        return None
+
     @abstractmethod
     def close(self) -> None:
         """Free the network."""
@@ -175,14 +185,7 @@ def open_session(
         ArtefactError: it refuses the graph, or the network answers otherwise than when it was built.
     """
     execution = choose(bundle, backend, precision)
-    variant = bundle.variant(execution)
-    kind = BACKENDS[execution.backend]
-    opener = getattr(import_module(kind.module), kind.function)
-    session: Session = (
-        opener(bundle, execution)
-        if kind.engines
-        else opener(bundle.folder / variant.graph, variant.precision, threads, execution.compute)
-    )
+    session = open_execution(bundle, execution, threads)
     try:
         _check_golden(session, bundle, execution)
         _check_pixel_path(session, bundle)
@@ -197,6 +200,15 @@ def open_session(
     return session
 
 
+def open_execution(bundle: Bundle, execution: Execution, threads: int | None = None) -> Session:
+    """Open an execution of a bundle and ask it nothing; see ``open_session``, which does."""
+    variant, kind = bundle.variant(execution), BACKENDS[execution.backend]
+    opener = getattr(import_module(kind.module), kind.function)
+    if kind.engines:
+        return opener(bundle, execution)
+    return opener(bundle.folder / variant.graph, variant.precision, threads, execution.compute)
+
+
 def choose(bundle: Bundle, backend: str = "auto", precision: str | None = None) -> Execution:
     """Return the best execution of the bundle for a back-end and a precision.
 
@@ -209,7 +221,7 @@ def choose(bundle: Bundle, backend: str = "auto", precision: str | None = None) 
     on_gpu = backend != "auto" and BACKENDS[backend].gpu
     found = [
         execution
-        for execution in (_on_gpu(bundle, backend) if on_gpu else bundle.content.executions)
+        for execution in (gpu_executions(bundle, backend) if on_gpu else bundle.content.executions)
         if backend in ("auto", execution.backend) and precision in (None, bundle.variant(execution).precision)
     ]
     if not found:
@@ -234,7 +246,7 @@ def _how(backend: str) -> str:
     return f". Build an engine: medseg-trt build --ckpt model.pt --backend {backend} --target sm86"
 
 
-def _on_gpu(bundle: Bundle, backend: str) -> list[Execution]:
+def gpu_executions(bundle: Bundle, backend: str) -> list[Execution]:
     """Return what a back-end of GPUs would run: the variants in a flavour that it reads, the best first.
 
     Where it runs engines, the variants that there is an engine of.

@@ -1,8 +1,8 @@
 """Time all rows of a report, each in a process of its own: starts, three scopes, throughput, memory, energy."""
 
 import subprocess
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -13,7 +13,7 @@ from medseg_trt.candidates import Candidate
 from medseg_trt.energy import Meter, energy, open_meter
 from medseg_trt.errors import MedsegError
 from medseg_trt.machine import cores
-from medseg_trt.measure import Taken, complaints, in_turn, latency
+from medseg_trt.measure import HOST_CLOCK, Taken, complaints, in_turn, latency
 from medseg_trt.progress import LOG
 from medseg_trt.report_schema import (
     Energy,
@@ -33,6 +33,10 @@ BATCHES = (1, 4, 8)
 THROUGHPUT_SHARE, MIN_THROUGHPUT_S = 0.1, 0.3  # of the tier's seconds, for every combination of batch and callers
 ENERGY_S = 2.0  # RAPL counts a thousand times a second
 ON_CPU = "the processor reads images where they are, so nothing is transferred: the same as the model alone"
+NO_TIME = "every time was one that no run can take"
+NOT_REACHED = "not reached: the measurement was ended before"
+NO_DEVICE_TIME = "this back-end does not tell how long it takes on the GPU without the copies there and back"
+CUDA_EVENTS = "CUDA events"
 FILE_CACHE = "warm: the files had been read before, so the disk is not in these times"
 
 
@@ -110,14 +114,18 @@ def time_all(
     """
     LOG.info("time the network alone: %d row(s), %g s each, in turn", len(sessions), tier.duration_s)
     loaded = {name: _memory(session) for name, session in sessions.items()}
-    taken = in_turn(
-        {name: lambda seconds, runs, session=session: session.time(batch, seconds, runs)
-         for name, session in sessions.items()},
-        tier,
-    )  # fmt: skip
-    _keep(timings, sessions, "model", taken)
-    for name, session in sessions.items():
-        timings[name].latency["model+transfers"] = Missing(reason=ON_CPU if _on_cpu(session) else "not measured")
+    turns = {
+        name: lambda seconds, runs, session=session: session.time(batch, seconds, runs)
+        for name, session in sessions.items()
+    }
+    scopes: dict[str, Scope] = {
+        name: "model" if _on_cpu(session) else "model+transfers" for name, session in sessions.items()
+    }
+    with _kept(timings, sessions, scopes) as taken:
+        in_turn(turns, tier, found=taken)
+    for name in sessions:
+        timings[name].latency.setdefault("model+transfers", Missing(reason=ON_CPU))
+    _time_on_devices(sessions, timings, batch, tier)
     _time_whole_way(sessions, timings, way, tier)
     for name, session in sessions.items():
         row = timings[name]
@@ -134,7 +142,9 @@ def time_all(
 def speedups(reference: Timings, row: Timings) -> dict[Scope, Speedup | Missing]:
     """Return how many times as fast as the reference a row is, in every scope."""
     found: dict[Scope, Speedup | Missing] = {}
-    for scope, theirs in reference.latency.items():
+    for scope, found_there in reference.latency.items():
+        same = isinstance(found_there, Missing) and found_there.reason == ON_CPU  # then it is the model's time
+        theirs = reference.latency.get("model", found_there) if same else found_there
         ours = row.latency.get(scope, Missing(reason="not measured"))
         if isinstance(ours, Missing) or isinstance(theirs, Missing):
             found[scope] = ours if isinstance(ours, Missing) else theirs  # pyright: ignore[reportArgumentType]
@@ -165,30 +175,59 @@ def _time_whole_way(
             stages[name].setdefault(stage, []).extend(taken)
         return samples
 
-    taken = in_turn({name: lambda seconds, runs, name=name: turn(name, seconds, runs) for name in alive}, tier)
-    _keep(timings, alive, "end-to-end", taken)
+    with _kept(timings, alive, dict.fromkeys(alive, "end-to-end")) as taken:
+        turns = {name: lambda seconds, runs, name=name: turn(name, seconds, runs) for name in alive}
+        in_turn(turns, tier, found=taken)
     for name in alive:
         timings[name].stages_ms = {stage: median(samples) for stage, samples in stages[name].items() if samples}
 
 
-def _keep(
-    timings: Mapping[str, Timings], sessions: Mapping[str, MeasuredSession], scope: Scope, taken: Mapping[str, Taken]
+def _time_on_devices(
+    sessions: Mapping[str, MeasuredSession], timings: Mapping[str, Timings], batch: ndarray, tier: Tier
 ) -> None:
-    for name, each in taken.items():
-        row, device = timings[name], sessions[name].device
-        found = latency(each, device)
-        row.failure = row.failure or each.failure
-        row.latency[scope] = found or Missing(reason=each.failure or "every time was one that no run can take")
-        if found is not None:
-            row.warnings += complaints(found, device, scope)
+    """Time the networks on GPUs without what is copied there and back, by the devices' own clocks."""
+    alive = {name: each for name, each in sessions.items() if timings[name].failure is None and not _on_cpu(each)}
+    untold: set[str] = set()
+
+    def turn(name: str, seconds: float, runs: int) -> list[float]:
+        samples = alive[name].time_on_device(batch, seconds, runs)
+        if samples is None:
+            untold.add(name)
+        return samples or []
+
+    with _kept(timings, alive, dict.fromkeys(alive, "model"), CUDA_EVENTS) as taken:
+        turns = {name: lambda seconds, runs, name=name: turn(name, seconds, runs) for name in alive}
+        in_turn(turns, tier, found=taken)
+    for name in untold:
+        timings[name].latency["model"] = Missing(reason=NO_DEVICE_TIME)
+
+
+@contextmanager
+def _kept(
+    timings: Mapping[str, Timings],
+    sessions: Mapping[str, MeasuredSession],
+    scopes: Mapping[str, Scope],
+    timer: str = HOST_CLOCK,
+) -> Generator[dict[str, Taken], None, None]:
+    """Yield a place for times, and sum up in the rows what lies there at the end, even that of an interrupt."""
+    taken: dict[str, Taken] = {}
+    try:
+        yield taken
+    finally:
+        for name, each in taken.items():
+            row, device, scope = timings[name], sessions[name].device, scopes[name]
+            found = latency(each, device, timer)
+            row.failure = row.failure or each.failure
+            row.latency[scope] = found or Missing(reason=each.failure or (NO_TIME if each.rounds_ms else NOT_REACHED))
+            row.warnings += complaints(found, device, scope) if found is not None else []
 
 
 def _throughput(session: MeasuredSession, batch: ndarray, tier: Tier, batches: Sequence[int]) -> tuple[Throughput, ...]:
     seconds = max(MIN_THROUGHPUT_S, THROUGHPUT_SHARE * tier.duration_s)
     callers = cores()
     ways: list[tuple[int, int, int | None]] = [(size, 1, None) for size in batches]
-    if callers > 1 and _on_cpu(session):
-        ways.append((1, callers, 1))
+    if callers > 1:
+        ways.append((1, callers, 1 if _on_cpu(session) else None))  # on a GPU they share what is there
     found: list[Throughput] = []
     for size, streams, threads in ways:
         count, spent = session.throughput(np.resize(batch, (size, *batch.shape[1:])), streams, threads, seconds)

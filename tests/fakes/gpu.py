@@ -55,6 +55,8 @@ class FakeGpu(Device):
         self.streams: dict[int, list[Work]] = {}
         self.capturing: dict[int, list[Work]] = {}
         self.graphs: list[Graph] = []
+        self.events: list[list[float]] = []
+        self.device_ms = 0.0  # a clock that only what runs on the device moves
         self._next = FIRST_DEVICE_ADDRESS
         self._active = threading.local()
         self._lock = threading.RLock()
@@ -65,7 +67,8 @@ class FakeGpu(Device):
 
     def is_clean(self) -> bool:
         """Say whether everything was given back."""
-        return not (self.memory or self.pinned or self.streams or any(graph.alive for graph in self.graphs))
+        graphs = any(graph.alive for graph in self.graphs)
+        return not (self.memory or self.pinned or self.streams or self.events or graphs)
 
     def note(self, *call: Any) -> None:
         """Record a call, and fail if it is to."""
@@ -161,8 +164,9 @@ class FakeGpu(Device):
         assert stream not in self.capturing, "a stream that is recorded cannot be waited for"
         with self._lock:
             work, self.streams[stream][:] = list(self.streams[stream]), []
-        for each, _ in work:
+        for each, addresses in work:
             each()
+            self.device_ms += bool(addresses)  # a copy, a kernel or the network; an event takes no time
 
     def begin_capture(self, stream: int) -> None:
         self.note("begin_capture")
@@ -186,6 +190,28 @@ class FakeGpu(Device):
         self.note("free_graph")
         assert graph.alive, "a graph is given back twice"
         graph.alive = False
+
+    def new_event(self) -> list[float]:
+        self.note("new_event")
+        event = list[float]()
+        self.events.append(event)
+        return event
+
+    def free_event(self, event: list[float]) -> None:
+        self.note("free_event")
+        self.events = [each for each in self.events if each is not event]
+
+    def record_event(self, event: list[float], stream: int) -> None:
+        self.note("record_event")
+        assert any(each is event for each in self.events), "an event is used that was given back"
+        event.clear()
+        self.enqueue(stream, lambda: event.append(self.device_ms))
+
+    def elapsed_ms(self, start: list[float], stop: list[float]) -> float:
+        self.note("elapsed_ms")
+        assert start, "the device has not come by the first event"
+        assert stop, "the device has not come by the second event"
+        return stop[0] - start[0]
 
     def load(self, ptx: str, symbol: str) -> tuple[Kernel, Entry]:
         self.note("load", symbol)

@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from measured_here import SHORT, MeasuredHere
 from tiny import write_pictures, write_volumes
 
 from medseg_trt import benchmark, candidates, peaks, timings
-from medseg_trt.benchmark import Bench, bench
-from medseg_trt.cli import cli
+from medseg_trt.benchmark import ENDED, Bench, bench
+from medseg_trt.cli import cli, main
 from medseg_trt.errors import AccuracyGateError, MedsegError, MissingExtraError, UsageError
 from medseg_trt.files import write_json
 from medseg_trt.report_schema import SCOPES, Latency, Missing, Profile, Roofline, Speedup, Verdict, read_report
@@ -240,3 +241,57 @@ def test_the_json_of_the_command_is_the_report(tiny_bundle, data, tmp_path, meas
     assert ran.exit_code == 0
     assert json.loads(ran.stdout) == json.loads((tmp_path / "r" / "report.json").read_text(encoding="utf-8"))
     assert {path.name for path in (tmp_path / "r").iterdir()} == {"report.json", "report.md", "index.html"}
+
+
+class Impatient(MeasuredHere):
+    """A session that is interrupted in one of its turns."""
+
+    turns = 0  # of all rows, in the scope that is asked for
+    last, scope = 0, "time"
+
+    def turn(self, scope: str) -> None:
+        Impatient.turns += scope == self.scope
+        if scope == self.scope and Impatient.turns > self.last:
+            raise KeyboardInterrupt
+
+    def time(self, batch: np.ndarray, duration_s: float, min_runs: int) -> list[float]:
+        self.turn("time")
+        return super().time(batch, duration_s, min_runs)
+
+    def whole_way(self, way, duration_s, min_runs):
+        self.turn("whole_way")
+        return super().whole_way(way, duration_s, min_runs)
+
+
+@pytest.mark.parametrize(("scope", "last"), [("time", 8), ("whole_way", 9)])
+def test_an_interrupt_keeps_what_was_measured(tiny_bundle, data, tmp_path, monkeypatch, measured_here, scope, last):
+    monkeypatch.setattr(timings, "MeasuredSession", Impatient)
+    monkeypatch.setattr(Impatient, "turns", 0)
+    monkeypatch.setattr(Impatient, "scope", scope)
+    monkeypatch.setattr(Impatient, "last", last)
+    command = ["bench", "--bundle", tiny_bundle, "--data", data, "--tier", "quick", "--duration-s", "0"]
+    monkeypatch.setattr(sys, "argv", ["medseg-trt", *map(str, command), "-o", str(tmp_path / "report")])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 130
+    report = json.loads((tmp_path / "report/report.json").read_text())
+    assert ENDED in report["warnings"]
+    (row, *_) = report["rows"]
+    assert len(row["latency"][{"time": "model", "whole_way": "end-to-end"}[scope]]["rounds_ms"]) > 0
+    if scope == "time":
+        assert "reason" in row["latency"]["end-to-end"]
+    assert row["profile"] == {"reason": ENDED}
+    assert (tmp_path / "report/index.html").is_file()
+    assert list(tmp_path.rglob(".partial-*")) == []
+
+
+def test_an_interrupt_before_anything_was_timed_leaves_no_report(
+    tiny_bundle, data, tmp_path, monkeypatch, measured_here
+):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("medseg_trt.benchmark.compare_all", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench(of(tiny_bundle, data), tmp_path)
+    assert list(tmp_path.rglob(".partial-*")) == []

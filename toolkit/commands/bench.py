@@ -79,6 +79,8 @@ def bench(
     page = write_report(measured, output)
     if not as_json:
         click.echo(f"report: {page}")
+    if measured.ended_early:
+        raise KeyboardInterrupt
     failed = [row for row in report.rows if row.failure is not None]
     wrong = [row for row in report.rows if isinstance(row.verdict, Verdict) and not row.verdict.holds]
     if wrong:

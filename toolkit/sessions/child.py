@@ -19,9 +19,10 @@ from jaxtyping import Float32, UInt8
 from numpy import ndarray
 
 from medseg_trt import errors
+from medseg_trt.bundle import load_bundle
 from medseg_trt.errors import ArtefactError, MedsegError
 from medseg_trt.preprocess import Size
-from medseg_trt.session import BACKENDS, Session
+from medseg_trt.session import BACKENDS, Session, choose, open_execution
 
 STATUS = Path("/proc/self/status")  # Linux
 FIELDS = {"anonymous_mb": "RssAnon", "resident_mb": "VmRSS", "peak_resident_mb": "VmHWM"}
@@ -117,16 +118,36 @@ class ChildSession(Session):
         return ArtefactError(f"{self._what} {how}; it is not used")
 
 
+def open_network(backend: str, path: Path, precision: str, threads: int | None, compute: str) -> Session:
+    """Open a network here.
+
+    Args:
+        backend: a key of ``session.BACKENDS`` or of ``REFERENCES``.
+        path: the graph, the checkpoint, or for an engine the folder of its bundle.
+        precision: of the stored weights.
+        threads: CPU threads; None leaves it to the back-end.
+        compute: what float parts are computed in.
+
+    Raises:
+        MedsegError: as ``session.open_session`` does.
+    """
+    if backend in REFERENCES:
+        return import_module(REFERENCES[backend]).open_graph(path, precision, threads, compute)
+    kind = BACKENDS[backend]
+    if kind.engines:
+        bundle = load_bundle(path)
+        return open_execution(bundle, choose(bundle, backend, precision))
+    return getattr(import_module(kind.module), kind.function)(path, precision, threads, compute)
+
+
 def serve(answering: Mapping[str, Callable[..., Any]]) -> None:
     """Open the session that the command line names, say so, and answer until the parent hangs up."""
     backend, arguments, requests = sys.argv[1], json.loads(sys.argv[2]), sys.stdin.buffer
     answers = os.fdopen(os.dup(1), "wb")  # a back-end that prints must not print into the conversation
     os.dup2(2, 1)
-    module = REFERENCES[backend] if backend in REFERENCES else BACKENDS[backend].module
     try:
-        path, opener = Path(arguments.pop("path")), import_module(module).open_graph
         began = time.perf_counter()
-        with opener(path, **arguments) as session:
+        with open_network(backend, Path(arguments.pop("path")), **arguments) as session:
             load_ms = 1000 * (time.perf_counter() - began)
             hello = {name: getattr(session, name) for name in ("device", "description", "gives_masks")}
             _send(answers, {**hello, "load_ms": load_ms})

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any, ClassVar
@@ -19,9 +18,9 @@ from numpy import ndarray
 from medseg_trt.images import Mask, find_images, read_image, write_mask
 from medseg_trt.measure import timed_runs
 from medseg_trt.segment import Run, segment
-from medseg_trt.session import BACKENDS, Session
+from medseg_trt.session import Session
 from medseg_trt.sessions import child
-from medseg_trt.sessions.child import ChildSession, read_array, serve
+from medseg_trt.sessions.child import ChildSession, open_network, read_array, serve
 from medseg_trt.spec import Classes, Preprocessing, from_dict, to_dict
 
 STAGES = ("read", "prepare and restore", "run", "write")
@@ -56,6 +55,13 @@ class MeasuredSession(ChildSession):
     def __enter__(self) -> "MeasuredSession":
         return self
 
+    def time_on_device(
+        self, batch: Float32[ndarray, "batch 3 height width"], duration_s: float, min_runs: int
+    ) -> list[float] | None:
+        """Return the milliseconds of the network alone by the device's clock, or None, see ``Session``."""
+        self._ask({"do": "time_on_device", "duration_s": duration_s, "min_runs": min_runs}, batch)
+        return self._answer()["samples_ms"]
+
     def whole_way(self, way: WholeWay, duration_s: float, min_runs: int) -> tuple[list[float], dict[str, list[float]]]:
         """Go from the image's file to the mask's again and again; return milliseconds, and those of every stage."""
         request = {
@@ -71,7 +77,7 @@ class MeasuredSession(ChildSession):
     ) -> tuple[int, float]:
         """Let ``streams`` callers run the batch at the same time; return how many batches went through, and seconds.
 
-        More than one caller means a session each, of ``threads`` threads.
+        With ``threads`` every caller has a session of its own, of so many threads; without, they share this one.
         """
         request = {"do": "throughput", "backend": self.backend, "opened": self._opened, "streams": streams,
                    "threads": threads, "duration_s": duration_s}  # fmt: skip
@@ -102,10 +108,14 @@ def _whole_way(
             was_read = time.perf_counter()
             run, spent = _watched(session.run)
             masks, spent_on_masks = _watched(session.masks)
-            labels = segment(run, read, contract, 1, masks=masks if session.gives_masks else None)
+            pixels = session.pixel_path(read.pixels, read.spacing_in_plane)
+            on_device, spent_there = _watched(pixels) if pixels is not None else (None, [])
+            labels = segment(
+                run, read, contract, 1, masks=masks if session.gives_masks else None, pixels_to_masks=on_device
+            )
             was_run = time.perf_counter()
             write_mask(Mask.of(read, labels, names), Path(folder))
-            network = sum(spent) + sum(spent_on_masks)
+            network = sum(spent) + sum(spent_on_masks) + sum(spent_there)
             parts = (was_read - began, was_run - was_read - network, network, time.perf_counter() - was_run)
             for stage, seconds in zip(STAGES, parts, strict=True):
                 stages[stage].append(1000 * seconds)
@@ -134,7 +144,9 @@ def _throughput(
     batch = read_array(requests, shape, dtype)
     with ExitStack() as stack:
         runs: list[Run] = [session.run]
-        if streams > 1:
+        if streams > 1 and threads is None:
+            runs = [session.run] * streams
+        elif streams > 1:
             runs = [stack.enter_context(_opened(backend, opened, threads)).run for _ in range(streams)]
         pool = stack.enter_context(ThreadPoolExecutor(streams))
         list(pool.map(lambda run: run(batch), runs))  # warm
@@ -154,11 +166,20 @@ def _throughput(
 
 
 def _opened(backend: str, opened: Mapping[str, str], threads: int | None) -> Session:
-    module = child.REFERENCES[backend] if backend in child.REFERENCES else BACKENDS[backend].module
-    return import_module(module).open_graph(Path(opened["path"]), opened["precision"], threads, opened["compute"])
+    return open_network(backend, Path(opened["path"]), opened["precision"], threads, opened["compute"])
 
 
-ANSWERS = {**child.ANSWERS, "time": _time, "whole_way": _whole_way, "throughput": _throughput}
+def _time_on_device(
+    session: Session, requests: IO[bytes], shape: Sequence[int], dtype: str, duration_s: float, min_runs: int
+) -> tuple[dict[str, Any]]:
+    batch = read_array(requests, shape, dtype)
+    return ({"samples_ms": session.time_on_device(batch, duration_s, min_runs)},)
+
+
+ANSWERS = {
+    **child.ANSWERS, "time": _time, "time_on_device": _time_on_device, "whole_way": _whole_way,
+    "throughput": _throughput,
+}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from medseg_trt.progress import LOG
 from medseg_trt.sessions.tensorrt_engine import Context, Engine, EngineError
 
 MOST_GRAPHS = 8  # of a lane; each has a context, and pictures come in many sizes
+UNTIMED = 2  # runs: the first settles a shape, the second is recorded
 Scalars = tuple[tuple[str, int], ...]  # of a kernel, by name
 
 
@@ -35,6 +36,7 @@ class Job:
     images: int
     to_tensor: Scalars | None = None  # of image_to_tensor; None: what goes up is prepared already
     to_mask: Scalars | None = None  # of logits_to_mask; None: the logits come down
+    alone: bool = False  # the network alone: nothing goes up or comes down, images and logits stay on the device
 
 
 class Buffer:
@@ -112,23 +114,38 @@ class Lane:
             EngineError: the engine does.
         """
         assert source.nbytes == self._up_bytes(job)
-        assert self._context is not None
         self._reserve(job)
         _host(self._upward)[: source.nbytes] = source.reshape(-1).view(np.uint8)
-        recorded = self._recorded.get(job)
-        if recorded is None:
-            self._prepare(job, self._context)
-            self._put(job, self._context)
-        else:
-            self._recorded.move_to_end(job)
-            self._device.launch_graph(recorded.graph, self._stream)
+        self._start(job)
         self._device.synchronize(self._stream)
         answer = self._answer(job)
-        if recorded is None and self._wants_graphs:
-            if job in self._seen:
-                self._record(job)
-            self._seen.add(job)
+        self._record_if_seen(job)
         return answer
+
+    def time(self, source: ndarray, runs: int) -> list[float]:
+        """Return the milliseconds that the network takes for prepared images that are on the device already.
+
+        Args:
+            source: as for ``run``; at most as many images as the engine takes at once.
+            runs: how often, after ``UNTIMED`` that are not timed.
+
+        Raises:
+            CudaError, EngineError: as ``run`` does.
+        """
+        self.run(Job(images=len(source)), source)
+        job, taken = Job(images=len(source), alone=True), list[float]()
+        marks = [self._device.new_event(), self._device.new_event()]
+        try:
+            for _ in range(UNTIMED + runs):
+                self._start(job, *marks)
+                self._device.synchronize(self._stream)
+                taken.append(self._device.elapsed_ms(*marks))
+                self._record_if_seen(job)
+        finally:
+            for mark in marks:
+                with suppress(CudaError):
+                    self._device.free_event(mark)
+        return taken[UNTIMED:]
 
     def close(self) -> None:
         """Wait for the stream and give everything back; on a broken device, what it still takes."""
@@ -141,6 +158,29 @@ class Lane:
                 buffer.close()
         with suppress(CudaError):
             self._device.free_stream(self._stream)
+
+    def _start(self, job: Job, before: Any = None, after: Any = None) -> None:
+        """Put a job into the stream, between two marks if there are any."""
+        assert self._context is not None
+        recorded = self._recorded.get(job)
+        if recorded is None:
+            self._prepare(job, self._context)
+        if before is not None:
+            self._device.record_event(before, self._stream)
+        if recorded is None:
+            self._put(job, self._context)
+        else:
+            self._recorded.move_to_end(job)
+            self._device.launch_graph(recorded.graph, self._stream)
+        if after is not None:
+            self._device.record_event(after, self._stream)
+
+    def _record_if_seen(self, job: Job) -> None:
+        """Record a job that was done a second time."""
+        if self._wants_graphs and job not in self._recorded:
+            if job in self._seen:
+                self._record(job)
+            self._seen.add(job)
 
     def _up_bytes(self, job: Job) -> int:
         if job.to_tensor is None:
@@ -173,6 +213,9 @@ class Lane:
 
     def _put(self, job: Job, context: Context) -> None:
         """Put a job into the stream: up, prepare, the network, label, down."""
+        if job.alone:
+            context.enqueue(self._stream)
+            return
         target = self._tensor if job.to_tensor is None else self._pixels
         self._device.upload(target.address, self._upward.address, self._up_bytes(job), self._stream)
         if job.to_tensor is not None:

@@ -479,3 +479,47 @@ def test_a_planted_fault_is_noticed(fault, monkeypatch):
     with pytest.raises(AssertionError), Opened() as opened:  # noqa: PT012  # wherever it shows
         opened.calls_of(1, 2, 1, 2, 1, 2)
         opened.calls_of(4, 4, 4, 1, 1, 1)
+
+
+# --- the network's own time -------------------------------------------------------------------------------------------
+
+
+def test_the_networks_own_time_is_taken_between_two_events_without_copies():
+    with Opened(graphs=False) as opened:
+        taken = opened.session.time_on_device(images_of(2), 0.0, 3)
+        between = ["set_input_shape", "record_event", "execute_async_v3", "record_event", "synchronize", "elapsed_ms"]
+        names = opened.gpu.names()
+        first = names.index("new_event")
+        assert names[first:] == ["new_event", "new_event", *12 * between, "free_event", "free_event"]
+        assert taken == [1.0] * 10  # one piece of work each time, on a clock that counts them
+
+
+def test_a_recorded_network_is_timed_as_it_is_run():
+    with Opened() as opened:
+        assert opened.session.time_on_device(images_of(2), 0.0, 3) == [1.0] * 10
+        names = opened.gpu.names()
+        timed = names[names.index("launch_graph") - 1 :]
+        assert timed[:5] == ["record_event", "launch_graph", "record_event", "synchronize", "elapsed_ms"]
+        assert names.count("launch_graph") == 10  # the two that settle and record it are not counted
+        recorded = names[names.index("begin_capture") : names.index("end_capture") + 1]
+        assert recorded == ["begin_capture", "execute_async_v3", "end_capture"]
+        opened.calls_of(2, 2)  # and images still go through
+
+
+def test_a_batch_that_the_engine_does_not_take_at_once_takes_the_sum_of_its_pieces():
+    with Opened(batches=(1, 2, 4)) as opened:
+        assert opened.session.time_on_device(images_of(9), 0.0, 3) == [3.0] * 10
+
+
+def test_it_goes_on_until_the_time_is_over():
+    with Opened() as opened:
+        assert len(opened.session.time_on_device(images_of(1), 0.0305, 1)) == 40  # 1 ms each, ten between two looks
+
+
+def test_an_error_while_it_is_timed_gives_the_events_back():
+    opened = Opened()
+    opened.gpu.fail["elapsed_ms"] = illegal_address()
+    with pytest.raises(DeviceError, match="ILLEGAL_ADDRESS"):
+        opened.session.time_on_device(images_of(1), 0.0, 3)
+    opened.session.close()
+    assert opened.gpu.is_clean()
