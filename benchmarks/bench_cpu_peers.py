@@ -19,7 +19,7 @@ def write_networks(folder: Path) -> None:
     """Write the scans, the checkpoints, the prepared images and PyTorch's logits of those that are judged."""
     from bench_cpu_network import ARCHITECTURES, image_folder, write_checkpoint
 
-    from medseg_trt.reference_images import reference_images
+    from medseg_trt.building.reference_images import reference_images
     from medseg_trt.train.model import runner
 
     images = image_folder(folder, SCANS, SLICES)

@@ -22,12 +22,12 @@ import numpy as np
 from results_file import options, publish, table
 
 from medseg_trt.bundle import BuiltEngine, Bundle, load_bundle
-from medseg_trt.engine_child import build_in_child
-from medseg_trt.engine_inspection import read_report, shares
+from medseg_trt.engines.child import build_in_child
+from medseg_trt.engines.fingerprint import read_fingerprint
+from medseg_trt.engines.inspection import read_report, shares
+from medseg_trt.engines.layer_report import CUSTOM
 from medseg_trt.export.gate import Verdict
 from medseg_trt.files import cache_folder
-from medseg_trt.fingerprint import read_fingerprint
-from medseg_trt.layer_report import CUSTOM
 
 TARGETS = "sm86,sm89,sm120"
 PRECISIONS = {  # by their name in the table

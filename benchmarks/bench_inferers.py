@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from results_file import options, publish, table
 
+from medseg_trt.bench.measure import in_turn, tier, timed_runs
 from medseg_trt.bundle import load_bundle
 from medseg_trt.errors import MedsegError
 from medseg_trt.images import read_image
-from medseg_trt.measure import in_turn, tier, timed_runs
 from medseg_trt.segment import prepared_slices
 from medseg_trt.session import open_session
 from medseg_trt.statistics import speed_interval

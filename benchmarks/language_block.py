@@ -25,7 +25,7 @@ from typing import Any
 
 from results_file import options, publish
 
-from medseg_trt.paired_runs import Pair, Scores, gain, mean_and_deviation, scores_of
+from medseg_trt.reproduce.paired_runs import Pair, Scores, gain, mean_and_deviation, scores_of
 from medseg_trt.train.checkpoint import load_checkpoint
 from medseg_trt.train.datasets.folder import DataFolder
 from medseg_trt.train.datasets.official import open_recorded

@@ -10,7 +10,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,21 @@ def aa(result: Mapping[str, Any]) -> list[str]:
     return table(("second network", "comparisons", "said faster", "said slower"), rows)
 
 
+def engines(result: Mapping[str, Any]) -> list[str]:
+    """Return the engines of the full-size network: how large, how long to build, and what the builder fused."""
+    rows = [
+        (each["precision"], f"{each['plan_mb']:.0f}", f"{each['wall_s']:.1f}", f"{each['peak_resident_mb'] / 1000:.1f}",
+         f"{each['kernels']}", *(_count(each["outcomes"], name) for name in SHOWN_OUTCOMES))
+        for each in result["rows"]
+    ]  # fmt: skip
+    return table(("engine", "plan MB", "build s", "GB", "kernels", "attention fused", "INT8 GEMMs in Int8"), rows)
+
+
+def _count(outcomes: Sequence[Mapping[str, Any]], name: str) -> str:
+    found = next(each for each in outcomes if each["name"] == name)
+    return f"{found['asked'] - len(found['failed'])} of {found['asked']}" if found["asked"] else "–"
+
+
 def organs_demo(report: Mapping[str, Any]) -> list[str]:
     """Return the rows of the demo's ``report.json``, stored as ``organs-demo.json``; a figure that lacks is a dash."""
     rows = []
@@ -81,6 +96,7 @@ def _figure(found: Mapping[str, Any], name: str, form: str) -> str:
     return form.format(found[name]) if name in found else "–"
 
 
+SHOWN_OUTCOMES = ("attention is one kernel", "INT8 GEMMs multiply Int8")
 TABLES: Mapping[str, Callable[[Mapping[str, Any]], list[str]]] = {  # name of table and results file -> its lines
     "infer_pipeline": infer_pipeline,
     "cold_start": cold_start,
@@ -88,6 +104,7 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], list[str]]] = {  # name of ta
     "scaling": scaling,
     "aa": aa,
     "organs-demo": organs_demo,
+    "engines": engines,
 }
 
 

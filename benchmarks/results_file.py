@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,7 +10,9 @@ from typing import Any
 
 from medseg_trt.files import atomic_file, write_json
 from medseg_trt.machine import package_versions, this_machine
+from medseg_trt.report.write import table
 
+__all__ = ["RESULTS", "options", "publish", "table", "where"]
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -20,12 +22,6 @@ def options(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     parser.add_argument("-o", "--output", type=Path, default=RESULTS, help="folder of the results")
     return parser
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a Markdown table; all columns but the first are set flush right."""
-    rule = [":--", *("--:" for _ in header[1:])]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in (header, rule, *rows)]
 
 
 def publish(

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
+from medseg_trt.engines.layer_report import CUSTOM, Layer, LayerReport, Outcome
 from medseg_trt.export.gemms import PART_NAMES, Gemm, gemms, macs_of
 from medseg_trt.export.layers import parse_layers
 from medseg_trt.export.onnx_graph import KEPT_METADATA, OnnxGraph
 from medseg_trt.export.parts import part_of
 from medseg_trt.export.quantize import found_precisions
-from medseg_trt.layer_report import CUSTOM, Layer, LayerReport, Outcome
 
 STORED = ("int8", "w8a16", "w4a16")  # precisions whose weights are integers
 MOVERS = frozenset({"Cast", "Transpose", "Reshape", "Split", "Concat", "Slice", "Resize", "Pad", "Expand", "Squeeze",

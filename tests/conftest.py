@@ -60,7 +60,7 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _sample(name: str, factory: pytest.TempPathFactory) -> Path:
     """Skip without a network; a package that is gone or is not the one pinned fails."""
-    from medseg_trt.samples import NetworkError, get
+    from medseg_trt.samples.catalogue import NetworkError, get
 
     try:
         return get([name], factory.mktemp("samples"))[0]

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medseg_trt import benchmark, timings
-from medseg_trt.layer_times import Step, summed_up
-from medseg_trt.report_schema import Peak, Tier
+from medseg_trt.bench import benchmark, timings
+from medseg_trt.bench.layer_times import Step, summed_up
+from medseg_trt.report.schema import Peak, Tier
 from medseg_trt.session import Session
 from medseg_trt.sessions.child import open_network
 from medseg_trt.sessions.measured import STAGES, MeasuredSession

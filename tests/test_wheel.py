@@ -13,7 +13,7 @@ import PIL.Image
 import pytest
 from tiny import picture
 
-from medseg_trt.samples import NO_NETWORK
+from medseg_trt.samples.catalogue import NO_NETWORK
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"toolkit": "", "train": "train", "export": "export", "kernels": "kernels"}  # folder: below medseg_trt

@@ -84,7 +84,7 @@ def _onnx(path: Path) -> dict[str, Any]:
 
 
 def _plan(path: Path) -> dict[str, Any]:
-    from medseg_trt.engine_inspection import inspect_engine
+    from medseg_trt.engines.inspection import inspect_engine
 
     return inspect_engine(path).to_dict()
 

@@ -6,7 +6,7 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from medseg_trt.report_schema import Machine
+from medseg_trt.report.schema import Machine
 
 PACKAGES = ("medseg-trt", "numpy", "torch", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt",
             "tensorrt-rtx-cu13")  # fmt: skip

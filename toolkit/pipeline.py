@@ -43,21 +43,21 @@ def build(
         AccuracyGateError: a graph does not answer as PyTorch does.
         ArtefactError: the checkpoint cannot be used.
     """
-    from medseg_trt.engine_kernels import add_kernels
-    from medseg_trt.engines import Engines, build_engines, check_engines
-    from medseg_trt.executions import GRAPH_OF, try_executions
+    from medseg_trt.building.executions import GRAPH_OF, try_executions
+    from medseg_trt.building.proof import Proof
+    from medseg_trt.building.reference_images import reference_images
+    from medseg_trt.building.variants import make_variants
+    from medseg_trt.engines.build import Engines, build_engines, check_engines
+    from medseg_trt.engines.kernels import add_kernels
     from medseg_trt.export.fold import fold, plain_report
     from medseg_trt.export.fuse import fuse
     from medseg_trt.export.masks import require_linear
     from medseg_trt.export.quantize import parse_precision
     from medseg_trt.export.trace import trace
     from medseg_trt.machine import package_versions
-    from medseg_trt.proof import Proof
-    from medseg_trt.reference_images import reference_images
     from medseg_trt.signature import read_private_key, sign
     from medseg_trt.train.checkpoint import load_checkpoint
     from medseg_trt.train.model import runner
-    from medseg_trt.variants import make_variants
 
     spec = spec or BuildSpec()
     key = read_private_key(sign_key) if sign_key is not None else None

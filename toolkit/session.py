@@ -266,7 +266,7 @@ def gpu_executions(bundle: Bundle, backend: str) -> list[Execution]:
                     ),
                 )  # fmt: skip
     if BACKENDS[backend].engines:
-        from medseg_trt.engine_choice import engines_of
+        from medseg_trt.engines.choice import engines_of
 
         built = {engine.precision for engine in engines_of(bundle, backend)}
         found = {precision: execution for precision, execution in found.items() if precision in built}

@@ -2,8 +2,8 @@ from math import prod
 
 import pytest
 
+from medseg_trt.engines.layer_report import Layer, words
 from medseg_trt.export.layers import parse_layers
-from medseg_trt.layer_report import Layer, words
 
 TENSOR = (
     "{{ Name: {name}, Dimensions: [{dims}], Strides: [64,1], StrideOrder: [1,0], Datatype: {dtype}, "

@@ -290,9 +290,32 @@ def test_a_precision_without_parts_means_the_whole_network_or_for_weights_alone_
     assert needs_calibration(parse_precision("decoder=int8"))
 
 
+def test_what_stands_behind_a_plus_is_the_precision_of_everything_else():
+    assert set(parse_precision("int8+fp16").values()) == {"int8+fp16"}
+    rest = {"resnet": "fp16", "vit": "fp16", "decoder": "fp16"}
+    assert parse_precision("w8a16+fp16") == {**rest, "block": "w8a16+fp16"}
+    assert parse_precision("vit=w4a16+fp16") == {**dict.fromkeys(PART_NAMES, "fp32"), "vit": "w4a16+fp16"}
+    assert needs_calibration(parse_precision("decoder=int8+fp16"))
+    assert not needs_calibration(parse_precision("w8a16+fp16"))
+
+
+def test_what_keeps_its_float_numbers_gets_16_bits_and_what_keeps_its_wide_ones_gets_codes(graph, calibration):
+    """Of ``int8+fp16``, a layer that must not be coded is in fp16, and one that fp16 does not hold still has codes."""
+    first, second, *_ = [gemm.name for gemm in gemms(graph) if gemm.part == "vit"]
+    mixed = quantise(graph, parse_precision("int8+fp16"), calibration, keep_float=[first], keep_wide=[second])
+    found = found_precisions(mixed)
+    assert (found[first], found[second]) == ("fp16", "int8")
+    nodes = {node.name: node for node in mixed.model.graph}
+    assert nodes[first].outputs[0].dtype == ir.DataType.FLOAT16
+    assert nodes[second].outputs[0].dtype == ir.DataType.FLOAT
+    assert set(found.values()) == {"int8", "fp16"}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("int8+int8", "precision is called 'int8+int8'"),
+        ("fp16+fp16", "precision is called 'fp16+fp16'"),
         ("int4", "precision is called 'int4'; choose one of: fp32, int8, w8a16, w4a16, fp16, bf16"),
         ("vit=int7", "precision is called 'int7'"),
         ("tail=int8", "part of the network is called 'tail'; choose one of: resnet, vit, block, decoder"),

@@ -26,11 +26,17 @@ class ILogger:
         pass
 
 
+class IProfiler:
+    def __init__(self) -> None:
+        pass
+
+
 class FakeTrt:
     """The module ``tensorrt_rtx`` or ``tensorrt``; ``plans`` holds every plan that was deserialised."""
 
     __version__ = "1.7.1.116"
     ILogger = ILogger
+    IProfiler = IProfiler
     ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user managed")
     CudaGraphStrategy = SimpleNamespace(DISABLED="disabled")
     DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
@@ -51,6 +57,7 @@ class FakeTrt:
         self.cache = b""
         self.contexts: list[FakeContext] = []
         self.refitted: list[str] = []
+        self.layer_ms: dict[str, float] = {}  # what a profiler is told
 
     def Runtime(self, logger: ILogger) -> "FakeRuntime":  # noqa: N802  # the bindings' name
         return FakeRuntime(self, logger)
@@ -169,6 +176,7 @@ class FakeContext:
         self.changes = 0  # what a graph that was recorded from this context must not see change
         self.settled = -1  # the last change after which it has run outside of a recording
         self.addresses: dict[str, int] = {}
+        self.profiler: Any = None
         self._trt.contexts.append(self)
 
     def set_device_memory(self, memory: int, size: int) -> None:
@@ -205,6 +213,8 @@ class FakeContext:
             source, target = (self._view(addresses[name], name, batch) for name in ("pixel_values", "logits"))
             target[...] = self._trt.network(source)
             self.settled = max(self.settled, changes)
+            for name, ms in self._trt.layer_ms.items() if self.profiler is not None else ():
+                self.profiler.report_layer_time(name, ms)
 
         gpu.enqueue(stream_handle, work, self.memory, *addresses.values())
         return True

@@ -15,8 +15,8 @@ from fakes.keys import write_keys
 from measured_here import SHORT, measure_here
 from tiny import make_checkpoint, picture, write_nifti, write_pictures, write_volumes
 
-from medseg_trt import executions, variants
-from medseg_trt.benchmark import Bench, Measured, bench
+from medseg_trt.bench.benchmark import Bench, Measured, bench
+from medseg_trt.building import executions, variants
 from medseg_trt.bundle import load_bundle
 from medseg_trt.cli import cli
 from medseg_trt.preprocess import Size

@@ -1,5 +1,6 @@
-"""A disk that is full in the middle of ``infer``: the kernel refuses to let a file grow, as it does without space."""
+"""A full disk in the middle of ``infer`` or ``bench``: the kernel lets no file grow, as it does without space."""
 
+import json
 import resource
 import signal
 import sys
@@ -97,3 +98,27 @@ def test_no_partial_file_is_left_and_what_was_finished_is_whole(complaints, comm
     assert ran.exit_code == 0, ran.output
     assert ((out / "case0.png").read_bytes(), (out / "case0.png").stat().st_mtime_ns) == (small, made_ns)
     assert (out / large(images)).stat().st_size > 6000
+
+
+def test_a_report_that_does_not_fit_leaves_the_earlier_one_and_prints_its_figures(
+    tiny_bundle, tmp_path, monkeypatch, capsys, measured_here
+):
+    command = ["medseg-trt", "bench", "--bundle", str(tiny_bundle), "--tier", "quick", "--duration-s", "0", "--json",
+               "-o", str(tmp_path / "report")]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", command)
+    main()
+    capsys.readouterr()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()}
+    assert set(before) == {"index.html", "report.json", "report.md"}
+    assert len(before["index.html"]) > 8000 > len(before["report.md"])  # the page is what does not fit
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with largest_file(8000), pytest.raises(SystemExit) as left:
+            main()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert left.value.code == 1
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-1].endswith(": File too large")
+    assert json.loads(said.out)["rows"]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "report").iterdir()} == before

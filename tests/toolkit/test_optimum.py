@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 
 from medseg_trt.bundle import MANIFEST, Bundle, load_bundle, seal
 from medseg_trt.errors import MissingExtraError
-from medseg_trt.samples import NO_NETWORK
+from medseg_trt.samples.catalogue import NO_NETWORK
 from medseg_trt.session import open_session
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"

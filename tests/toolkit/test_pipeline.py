@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny import make_checkpoint, write_volumes
 
-from medseg_trt import variants as variants_module
+from medseg_trt.building import variants as variants_module
 from medseg_trt.errors import AccuracyGateError, UsageError
 from medseg_trt.images import read_image
 from medseg_trt.pipeline import build, infer

@@ -13,9 +13,10 @@ from fakes.bundles import LIBRARY_FILE, rehash, with_engine
 from fakes.keys import write_keys
 from tiny import write_pictures
 
-from medseg_trt import engines, pipeline
+from medseg_trt import pipeline
 from medseg_trt.bundle import MANIFEST, load_bundle
 from medseg_trt.cli import cli
+from medseg_trt.engines import build as engines
 from medseg_trt.errors import ArtefactError, MissingExtraError, UsageError
 from medseg_trt.signature import fingerprint, read_private_key, read_public_key, sign, signature_of
 

@@ -48,11 +48,11 @@ def bench(
     gate: str | None, profile: bool, output: Path, verify_key: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure a bundle against PyTorch on the same images: masks first, then speed; write a page of it."""
-    from medseg_trt import benchmark, measure
+    from medseg_trt.bench import benchmark, measure
+    from medseg_trt.bench.limits import Gate, judge_report, parse_gate, require
     from medseg_trt.bundle import find_bundle
-    from medseg_trt.limits import Gate, judge_report, parse_gate, require
-    from medseg_trt.report import HEADER, cells, write_report
-    from medseg_trt.report_schema import Verdict
+    from medseg_trt.report.schema import Verdict
+    from medseg_trt.report.write import HEADER, cells, write_report
     from medseg_trt.spec import to_dict
 
     limits = parse_gate(gate) if gate is not None else Gate()

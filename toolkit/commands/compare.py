@@ -15,9 +15,9 @@ from medseg_trt.commands.options import ANY, output_options, print_table
 @output_options
 def compare(before: Path, after: Path, gate: str | None, as_json: bool) -> None:
     """Compare two reports of bench, network by network: speed and Dice, with 90 % intervals."""
-    from medseg_trt.compare import HEADER, cells, compare_reports, judge
-    from medseg_trt.limits import Gate, parse_gate, require
-    from medseg_trt.report_schema import read_report
+    from medseg_trt.bench.compare import HEADER, cells, compare_reports, judge
+    from medseg_trt.bench.limits import Gate, parse_gate, require
+    from medseg_trt.report.schema import read_report
     from medseg_trt.spec import to_dict
 
     limits = parse_gate(gate) if gate is not None else Gate()

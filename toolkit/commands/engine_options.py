@@ -5,8 +5,8 @@ from typing import Any, TypedDict
 
 import click
 
+from medseg_trt.engines.fingerprint import LIBRARY_NAMES
 from medseg_trt.errors import DeviceError, UsageError
-from medseg_trt.fingerprint import LIBRARY_NAMES
 from medseg_trt.spec import EngineSpec, Hardware
 
 
@@ -60,8 +60,8 @@ def engine_spec(backend: str, targets: Sequence[str], fields: EngineFields) -> E
         return None
     if names and backend not in ("auto", *LIBRARY_NAMES):
         raise UsageError(f"--backend {backend} builds no engines; with --target take {' or '.join(LIBRARY_NAMES)}")
-    from medseg_trt.engines import default_library
-    from medseg_trt.gpu import find_gpu
+    from medseg_trt.engines.build import default_library
+    from medseg_trt.engines.gpu import find_gpu
 
     if not names:
         gpu = find_gpu()

@@ -42,7 +42,7 @@ def infer(
     folder = find_bundle(bundle_folder)
     if rebuild:
         from medseg_trt.bundle import load_bundle
-        from medseg_trt.engines import rebuild_engines
+        from medseg_trt.engines.build import rebuild_engines
 
         verified = load_bundle(folder, verify_key)
         if rebuild_engines(verified).content != verified.content:

@@ -34,7 +34,7 @@ def inspect(what: str, image_size: int, classes: int, picture: Path | None, as_j
 
 
 def _show_engine(plan: Path) -> None:
-    from medseg_trt.engine_inspection import inspect_engine, shares
+    from medseg_trt.engines.inspection import inspect_engine, shares
     from medseg_trt.spec import to_dict
 
     engine = inspect_engine(plan)
@@ -46,9 +46,9 @@ def _show_engine(plan: Path) -> None:
 
 
 def _draw_engine(plan: Path, picture: Path) -> None:
-    from medseg_trt.engine_inspection import inspect_engine
+    from medseg_trt.engines.inspection import inspect_engine
+    from medseg_trt.engines.layer_picture import draw_layers
     from medseg_trt.files import atomic_file
-    from medseg_trt.layer_picture import draw_layers
 
     engine = inspect_engine(plan)
     with atomic_file(picture) as temporary:

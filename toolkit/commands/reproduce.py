@@ -31,8 +31,8 @@ def reproduce(
 
     What is finished is kept: type the same command again after an interrupt.
     """
-    from medseg_trt.reproduce import Wanted
-    from medseg_trt.reproduce import reproduce as run_what_is_missing
+    from medseg_trt.reproduce.reproduce import Wanted
+    from medseg_trt.reproduce.reproduce import reproduce as run_what_is_missing
 
     wanted = Wanted(
         table=table, root=root, out=output or Path("reproduced", table), seeds=seeds, splits=splits, changes=changes,

@@ -18,7 +18,7 @@ def samples() -> None:
 @output_options
 def samples_get(names: tuple[str, ...], output: Path, as_json: bool) -> None:
     """Fetch samples by NAME: organs, tumours, cells, llama-block."""
-    from medseg_trt.samples import get
+    from medseg_trt.samples.catalogue import get
 
     folders = get(names, output)
     print_result(as_json, {"folders": [str(folder) for folder in folders]}, "\n".join(map(str, folders)))

@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Collection
 from math import prod
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ def read_labels(path: Path, like: Image) -> ndarray:
 
 def _slices_first(path: Path, key: str) -> ndarray:
     read_key = _from_npz if path.suffix.lower() == ".npz" else _from_hdf5
-    with naming(path, KeyError, RuntimeError, zipfile.BadZipFile):
+    with naming(path, KeyError, RuntimeError, SyntaxError, TokenError, zipfile.BadZipFile):
         values = read_key(path, key)
     require_finite(path, values)
     if values.dtype.kind == "f":

@@ -15,8 +15,8 @@ from typing import IO, Any, ClassVar
 from jaxtyping import Float32
 from numpy import ndarray
 
+from medseg_trt.bench.measure import timed_runs
 from medseg_trt.images import Mask, find_images, read_image, write_mask
-from medseg_trt.measure import timed_runs
 from medseg_trt.segment import Run, segment
 from medseg_trt.session import Session
 from medseg_trt.sessions import child

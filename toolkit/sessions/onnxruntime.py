@@ -13,8 +13,8 @@ from medseg_trt.preprocess import Size
 from medseg_trt.session import Session
 
 ERRORS_ONLY = 3  # of ONNX Runtime's log levels
-# ONNX Runtime 1.30 replaces products between coders whose scales are in 16 bits by its integer kernels, and computes them
-# wrongly: on the demo's network the logits then have 9 dB left of 37.
+# ONNX Runtime 1.30 replaces products between coders whose scales are in 16 bits by its integer kernels, and gets them
+# wrong: on the demo's network the logits then have 9 dB left of 37.
 KEEP_CODERS, CODES_IN_HALF = "session.disable_quant_qdq", "+fp16"
 
 

@@ -19,12 +19,12 @@ import numpy as np
 from jaxtyping import Float32, Num, UInt8
 from numpy import ndarray
 
-from medseg_trt import engine_kernels
 from medseg_trt.bundle import Bundle, Execution
-from medseg_trt.engine_choice import fitting_engine
+from medseg_trt.engines import kernels as engine_kernels
+from medseg_trt.engines.choice import fitting_engine
+from medseg_trt.engines.fingerprint import FOLDER, LIBRARY_NAMES, EngineFingerprint
 from medseg_trt.errors import ArtefactError, DeviceError, require
 from medseg_trt.files import inside
-from medseg_trt.fingerprint import FOLDER, LIBRARY_NAMES, EngineFingerprint
 from medseg_trt.kernels import load
 from medseg_trt.kernels.device import Device, DeviceMemoryError, open_device
 from medseg_trt.kernels.image_to_tensor import scalars as tensor_scalars
@@ -64,6 +64,7 @@ class TensorRtSession(Session):
         kernels: PixelKernels | None = None,
         *,
         graphs: bool = True,
+        plan: Path | None = None,
     ) -> None:
         """Take an engine; it is closed with the session.
 
@@ -74,7 +75,9 @@ class TensorRtSession(Session):
             description: for a table.
             kernels: for ``pixel_path``; None leaves pixels to the CPU.
             graphs: whether sequences that come again are recorded as CUDA graphs.
+            plan: that it was deserialised from.
         """
+        self.plan = plan
         self.backend, self.device, self.description = backend, f"GPU {device.name}", description
         self._engine, self._device, self._kernels = engine, device, kernels
         launcher = Launcher(device, kernels.find_ptx) if kernels else Launcher(device)
@@ -113,6 +116,22 @@ class TensorRtSession(Session):
                     runs = max(min_runs - len(taken), RUNS_BETWEEN_LOOKS)
                     taken += [sum(each) for each in zip(*(lane.time(piece, runs) for piece in pieces), strict=True)]
         return taken
+
+    def layer_times(self, image: Float32[ndarray, "batch 3 height width"], runs: int) -> dict[str, list[float]]:
+        """Return the milliseconds of every layer of the engine in each of ``runs`` runs, by the library's own profiler.
+
+        Args:
+            image: prepared, at most as many as the engine takes at once.
+            runs: how often.
+
+        Raises:
+            DeviceError: as ``run`` does.
+        """
+        prepared = np.ascontiguousarray(image, self._engine.input.dtype)
+        with device_errors(self._device, self.description):
+            self._device.activate()
+            with self._lanes.one() as lane:
+                return lane.watch(prepared, runs)
 
     def pixel_path(
         self, pixels: Num[ndarray, "slices height width channels"], spacing_mm: tuple[float, float] | None
@@ -211,7 +230,7 @@ def open_engine(bundle: Bundle, execution: Execution) -> TensorRtSession:
     kernels, where = _pixel_kernels(bundle, device)
     what = f"{LIBRARY_NAMES[library]} {trt.__version__} {variant.precision}, {where}"
     engine = _load(trt, bundle, found, plan, device)
-    session = TensorRtSession(engine, device, library, what, kernels)
+    session = TensorRtSession(engine, device, library, what, kernels, plan=path)
     try:
         with device_errors(device, what):
             cache = cache_file(found.sha256, device.name)

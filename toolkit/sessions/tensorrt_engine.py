@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from medseg_trt.engines.fingerprint import LIBRARY_NAMES
 from medseg_trt.errors import ArtefactError
-from medseg_trt.fingerprint import LIBRARY_NAMES
 from medseg_trt.progress import LOG
 
 COMPILES_HERE = ("tensorrt-rtx",)  # libraries that compile kernels on their first use, into a cache
@@ -76,6 +76,11 @@ class Engine:
         self.activation_bytes = int(self._engine.device_memory_size_v2)
         self._cache: Any = None
         self._config: Any = self._runtime_config() if library in COMPILES_HERE else None
+
+    @property
+    def library(self) -> Any:
+        """The library's module."""
+        return self._trt
 
     def error(self, what: str) -> EngineError:
         """Return the error that something failed, in the library's last words, which are forgotten then."""
@@ -186,10 +191,32 @@ class Context:
         if not self._context.execute_async_v3(stream):
             raise self._engine.error("the network was not run")
 
+    def watch(self) -> dict[str, list[float]]:
+        """Return a place where the milliseconds of every layer come, by its name, a figure each time it runs.
+
+        From now on the layers wait for one another, so that the whole takes longer.
+        """
+        taken: dict[str, list[float]] = {}
+        self._context.profiler = _profiler(self._engine.library, taken)
+        return taken
+
     def is_capturable(self, stream: int) -> bool:
         """Say whether ``enqueue`` can be recorded; the classic library has no word for it and fails at the attempt."""
         known = getattr(self._context, "is_stream_capturable", None)
         return known is None or bool(known(stream))
+
+
+def _profiler(trt: Any, taken: dict[str, list[float]]) -> Any:
+    """Return what the library tells the times of layers."""
+
+    class Watched(trt.IProfiler):
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)  # the bindings refuse super()
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            taken.setdefault(layer_name, []).append(float(ms))
+
+    return Watched()
 
 
 def _logger(trt: Any, heard: list[str]) -> Any:

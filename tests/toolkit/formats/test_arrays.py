@@ -123,6 +123,16 @@ def test_sizes_are_checked_before_anything_is_unpacked(tmp_path, shape, message)
         read_image(npz_of_header(tmp_path / "case.npz", header))
 
 
+@pytest.mark.parametrize("header", [b"{'descr': '<f4', 'shape': (3\n", b"{'descr': 'a\n", b"{\x00}\n", b"\n"])
+def test_a_header_that_is_no_python_is_named(tmp_path, header):
+    padded = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+    with zipfile.ZipFile(tmp_path / "case.npz", "w") as archive:
+        archive.writestr("image.npy", padded)
+        archive.writestr("label.npy", padded)
+    with pytest.raises(InputError, match=r"case\.npz cannot be read"):
+        read_image(tmp_path / "case.npz")
+
+
 def test_the_size_of_an_hdf5_array_is_checked_before_it_is_read(tmp_path):
     with h5py.File(tmp_path / "case.h5", "w") as file:
         for name in ("image", "label"):

@@ -16,16 +16,15 @@ import pytest
 from click.testing import CliRunner
 from tiny import make_checkpoint
 
-from medseg_trt import engine_kernels
+from medseg_trt.bench.timings import CUDA_EVENTS
 from medseg_trt.bundle import load_bundle
 from medseg_trt.cli import cli
-from medseg_trt.engine_choice import fitting_engine
+from medseg_trt.engines import kernels as engine_kernels
+from medseg_trt.engines.choice import fitting_engine
+from medseg_trt.engines.fingerprint import FOLDER, LIBRARY_NAMES
 from medseg_trt.errors import DeviceError, MissingExtraError
-from medseg_trt.fingerprint import FOLDER, LIBRARY_NAMES
 from medseg_trt.images import read_image
-from medseg_trt.kernels.cuda_bindings_adapter import CudaBindings
 from medseg_trt.kernels.device import DeviceMemoryError, open_device
-from medseg_trt.kernels.device_memory import milliseconds
 from medseg_trt.kernels.library import open_library
 from medseg_trt.preprocess import prepare, restore
 from medseg_trt.session import BACKENDS, choose, open_reference, open_session
@@ -135,16 +134,29 @@ def test_latency_with_transfers_and_without(on_gpu, precision, graphs, record_pr
         for _ in range(50):
             session.run(image)
         whole = [_milliseconds(lambda: session.run(image)) for _ in range(200)]
-        with session._lanes.one() as lane:
-            context, device = lane._context, open_device()
-            assert context is not None
-            assert isinstance(device, CudaBindings)
-            context.prepare(1, lane._tensor.address, lane._logits.address)
-            alone = milliseconds(device, lambda: context.enqueue(0), runs=50, repeats=4)
+        alone = session.time_on_device(image, 0.0, 200)
     record_property("whole_ms", float(np.median(whole)))
     record_property("device_ms", float(np.median(alone)))
     print(f"{precision}: {np.median(whole):.3f} ms with transfers, {np.median(alone):.3f} ms on the device")
     assert np.median(alone) <= np.median(whole)
+
+
+def test_bench_times_engines_on_the_device_and_looks_into_their_layers(on_gpu, organs, tmp_path):
+    command = ["bench", "--bundle", on_gpu.bundle, "--ckpt", on_gpu.checkpoint, "--data", organs, "--tier", "quick",
+               "--max-dice-drop", "0.05", "-o", tmp_path / "report"]  # fmt: skip
+    ran = CliRunner().invoke(cli, [str(word) for word in command], catch_exceptions=False)
+    assert ran.exit_code == 0, ran.output
+    rows = {row["name"]: row for row in json.loads((tmp_path / "report/report.json").read_text())["rows"]}
+    for precision in PRECISIONS:
+        row = rows[f"{on_gpu.library} {precision}"]
+        assert (row["executed"], row["failure"]) == (True, None)
+        assert row["verdict"]["holds"]
+        assert row["latency"]["model"]["timer"] == CUDA_EVENTS
+        assert row["latency"]["model"]["p50_ms"] <= row["latency"]["model+transfers"]["p50_ms"]
+        assert row["latency"]["end-to-end"]["p50_ms"] > 0
+        assert row["profile"]["total_ms"] > 0
+        known = sum(layer["ms"] for layer in row["profile"]["layers"] if layer["kind"] != "unknown")
+        assert known > 0.5 * row["profile"]["total_ms"]  # the profiler's names are the builder's; not confirmed yet
 
 
 def test_a_soak_of_threads_changes_no_answer_and_loses_no_memory(on_gpu):

@@ -15,9 +15,9 @@ from tiny import write_pictures
 
 from medseg_trt.bundle import MANIFEST, load_bundle
 from medseg_trt.cli import cli, main
+from medseg_trt.engines.fingerprint import FOLDER, read_fingerprint, side_car
 from medseg_trt.errors import ArtefactError, DeviceError, UsageError
 from medseg_trt.files import sha256
-from medseg_trt.fingerprint import FOLDER, read_fingerprint, side_car
 from medseg_trt.kernels import manifest as kernel_manifest
 from medseg_trt.kernels.nodes import NODES
 from medseg_trt.session import open_session

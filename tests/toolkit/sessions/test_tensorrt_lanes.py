@@ -8,8 +8,8 @@ import pytest
 from fakes.gpu import FakeGpu, illegal_address, symbol_as_ptx
 from fakes.trt import FakeTrt
 
+from medseg_trt.engines.fingerprint import LIBRARY_NAMES
 from medseg_trt.errors import ArtefactError, DeviceError
-from medseg_trt.fingerprint import LIBRARY_NAMES
 from medseg_trt.kernels.device import DeviceMemoryError
 from medseg_trt.preprocess import prepare, restore
 from medseg_trt.segment import PixelRun
@@ -523,3 +523,11 @@ def test_an_error_while_it_is_timed_gives_the_events_back():
         opened.session.time_on_device(images_of(1), 0.0, 3)
     opened.session.close()
     assert opened.gpu.is_clean()
+
+
+def test_layers_are_watched_in_a_context_of_their_own():
+    with Opened() as opened:
+        opened.trt.layer_ms = {"first": 0.5, "second": 0.25}
+        assert opened.session.layer_times(images_of(2), 3) == {"first": [0.5] * 3, "second": [0.25] * 3}
+        assert [context.profiler is None for context in opened.trt.contexts] == [True, False]
+        opened.calls_of(2, 2)  # what runs images is as it was

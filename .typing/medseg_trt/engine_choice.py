@@ -1,1 +1,0 @@
-../../toolkit/engine_choice.py

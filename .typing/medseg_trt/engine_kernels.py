@@ -1,1 +1,0 @@
-../../toolkit/engine_kernels.py

@@ -1,1 +1,0 @@
-../../toolkit/layer_report.py

@@ -1,1 +1,0 @@
-../../toolkit/layer_times.py

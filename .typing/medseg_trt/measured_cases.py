@@ -1,1 +1,0 @@
-../../toolkit/measured_cases.py

@@ -1,1 +1,0 @@
-../../toolkit/paired_runs.py

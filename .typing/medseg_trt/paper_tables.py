@@ -1,1 +1,0 @@
-../../toolkit/paper_tables.py

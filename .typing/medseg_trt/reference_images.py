@@ -1,1 +1,0 @@
-../../toolkit/reference_images.py

@@ -1,1 +1,0 @@
-../../toolkit/report_page.py

@@ -1,1 +1,0 @@
-../../toolkit/sample_tumours.py

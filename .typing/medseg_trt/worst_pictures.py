@@ -1,1 +1,0 @@
-../../toolkit/worst_pictures.py

@@ -1,0 +1,147 @@
+import numpy as np
+import pytest
+
+from medseg_trt.building.proof import Proof
+from medseg_trt.building.reference_images import JudgedImages, ReferenceImages
+from medseg_trt.errors import AccuracyGateError
+from medseg_trt.preprocess import Size, restore
+from medseg_trt.session import Session
+from medseg_trt.spec import BuildSpec, Classes, Preprocessing
+
+SIZE = (16, 16)
+IMAGES = np.random.default_rng(0).normal(size=(6, 3, *SIZE)).astype(np.float32)
+
+
+def network(batch: np.ndarray) -> np.ndarray:
+    """Return three logits that are none of the image's values, so that no answer is right by chance."""
+    return np.stack([batch[:, 0] + batch[:, 1], batch[:, 1] - batch[:, 2], 0.5 * batch[:, 2]], axis=1)
+
+
+def proof_of(reference=network, max_dice_drop: float = 0.005, max_abs_error: float = 1e-4) -> Proof:
+    judged = JudgedImages(
+        inputs=IMAGES, sizes=((20, 12),) * 6, spacings=(None,) * 6, cases=tuple("abcdef"), truths=None,
+        preprocessing=Preprocessing(image_size=SIZE), classes=Classes(names=("background", "disc", "bar")),
+    )  # fmt: skip
+    images = ReferenceImages(verified=IMAGES[:4], description="generated noise", judged=judged, calibration=None)
+    spec = BuildSpec(max_dice_drop=max_dice_drop, max_abs_error=max_abs_error)
+    return Proof(reference=reference, images=images, spec=spec)
+
+
+def test_the_reference_is_asked_once_for_every_judged_image():
+    calls = []
+
+    def counted(batch: np.ndarray) -> np.ndarray:
+        calls.append(len(batch))
+        return network(batch)
+
+    proof = proof_of(counted)
+    for _ in range(3):
+        proof.verdict(network)
+    assert calls == [1] * 6
+    for _ in range(3):
+        proof.exact(network)
+    assert calls == [1] * (6 + 4)  # and once for every verified one
+    assert proof.num_classes == 3
+
+
+def test_the_same_network_is_exact_and_loses_nothing():
+    proof = proof_of()
+    assert proof.exact(network)["max_abs_error"] == 0
+    verdict, figures = proof.verdict(network)
+    assert verdict.holds
+    assert (verdict.drop, figures["max_abs_error"], figures["agreement"]) == (0, 0, 1)
+    assert figures["sqnr_db"] is None  # there is no noise to compare with
+    assert figures["gate"]["holds"] is True
+    assert verdict.metric == "agreement with PyTorch in Dice"
+
+
+def test_an_error_that_flips_no_pixel_is_found_in_the_logits():
+    with pytest.raises(AccuracyGateError, match=r"logits differ by 0\.001"):
+        proof_of().exact(lambda batch: network(batch) + np.float32(1e-3))
+    assert proof_of(max_abs_error=2e-3).exact(lambda batch: network(batch) + np.float32(1e-3))["agreement"] == 1
+
+
+def test_other_masks_do_not_hold_and_the_figures_say_how_far():
+    def turned(batch: np.ndarray) -> np.ndarray:
+        return network(batch)[:, ::-1].copy()
+
+    verdict, figures = proof_of().verdict(turned)
+    assert not verdict.holds
+    assert verdict.limit == 0.005
+    assert figures["agreement"] < 0.7
+    assert figures["gate"]["high"] == verdict.high
+    assert figures["num_images"] == 6
+
+
+def test_a_larger_drop_may_be_allowed():
+    def shaken(batch: np.ndarray) -> np.ndarray:
+        return network(batch) + np.random.default_rng(1).normal(0, 0.05, (1, 3, *SIZE)).astype(np.float32)
+
+    verdict, _ = proof_of().verdict(shaken)
+    assert 0.005 < verdict.high < 0.2
+    assert not verdict.holds
+    assert proof_of(max_dice_drop=0.2).verdict(shaken)[0].holds
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_not_finite_make_no_masks(value):
+    logits = network(IMAGES)
+    logits[3, 1, 2, 2] = value
+    with pytest.raises(AccuracyGateError, match="not finite"):
+        proof_of().verdict_of(logits)
+
+
+def test_the_noise_is_relative_to_the_signal():
+    proof = proof_of()
+    logits = network(IMAGES).astype(np.float64)
+    noise = np.random.default_rng(2).normal(0, 0.01, logits.shape)
+    expected = np.square(noise).sum() / np.square(logits).sum()
+    found = (logits + noise).astype(np.float32)
+    assert proof.error_of(found) == pytest.approx(expected, rel=1e-4)  # the sum is rounded to float32: 1e-7 of 1 / 0.01
+    assert proof.verdict_of(found)[1]["sqnr_db"] == pytest.approx(-10 * np.log10(expected), rel=1e-4)
+
+
+def test_masks_are_compared_at_the_images_own_size(monkeypatch):
+    seen = []
+
+    def watched(judged, logits, original=JudgedImages.masks):
+        masks = original(judged, logits)
+        seen.extend(mask.shape for mask in masks)
+        return masks
+
+    monkeypatch.setattr(JudgedImages, "masks", watched)
+    proof_of().verdict(network)
+    assert seen == [(20, 12)] * 12
+
+
+class Masking(Session):
+    """A network that makes its masks itself; ``fault`` spoils so many rows of each."""
+
+    backend, device, description, gives_masks = "here", "CPU", "a masking network", True
+
+    def __init__(self, fault: int = 0) -> None:
+        self.fault = fault
+
+    def run(self, batch: np.ndarray) -> np.ndarray:
+        return network(batch)
+
+    def masks(self, batch: np.ndarray, size: Size, resampled: Size) -> np.ndarray:
+        assert resampled == SIZE
+        found = np.stack([restore(each, size, Preprocessing(image_size=SIZE), None) for each in network(batch)])
+        found[:, : self.fault] = (found[:, : self.fault] + 1) % 3
+        return found
+
+    def close(self) -> None: ...
+
+
+def test_masks_that_the_graph_makes_itself_are_compared_with_pytorchs():
+    proof = proof_of()
+    assert proof.exact_masks(proof.own_masks(Masking())) == {"own_masks_agreement": 1}
+    with pytest.raises(AccuracyGateError, match=r"agree with PyTorch's on 95\.00 % of the pixels only"):
+        proof.exact_masks(proof.own_masks(Masking(fault=1)))  # one row of twenty
+
+
+def test_the_gate_judges_the_graphs_own_masks_where_it_makes_some():
+    proof = proof_of()
+    assert proof.verdict(network, proof.own_masks(Masking()))[0].holds
+    assert not proof.verdict(network, proof.own_masks(Masking(fault=1)))[0].holds

@@ -1,0 +1,60 @@
+import ctypes
+from types import SimpleNamespace
+
+import pytest
+
+from medseg_trt.engines import gpu
+from medseg_trt.engines.gpu import Gpu, find_gpu
+
+
+def driver(*, devices: int = 1, init: int = 0, attribute: int = 0) -> SimpleNamespace:
+    """A driver that knows an A10 and CUDA 13.0."""
+
+    def put(number: int, result: int = 0):
+        def call(target, *_: object) -> int:
+            target._obj.value = number
+            return result
+
+        return call
+
+    def name(target, *_: object) -> int:
+        target.value = b"NVIDIA A10"
+        return 0
+
+    def capability(target, number: int, _: object) -> int:
+        target._obj.value = {75: 8, 76: 6}[number]
+        return attribute
+
+    return SimpleNamespace(
+        cuInit=lambda _: init, cuDeviceGetCount=put(devices), cuDeviceGet=put(0), cuDeviceGetName=name,
+        cuDriverGetVersion=put(13000), cuDeviceGetAttribute=capability,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def installed(monkeypatch, tmp_path):
+    def install(found: SimpleNamespace | None) -> None:
+        def load(_: str) -> SimpleNamespace:
+            if found is None:
+                raise OSError("no such library")
+            return found
+
+        monkeypatch.setattr(ctypes, "CDLL", load)
+        monkeypatch.setattr(gpu, "DRIVER_FILE", tmp_path / "version")
+
+    return install
+
+
+def test_a_gpu_is_named_with_its_kind_and_its_driver(installed, tmp_path):
+    installed(driver())
+    assert find_gpu() == Gpu(name="NVIDIA A10", sm="sm86", cuda="13.0", driver=None)
+    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27 2025\n")
+    found = find_gpu()
+    assert found is not None
+    assert found.driver == "580.65.06"
+
+
+@pytest.mark.parametrize("found", [None, driver(devices=0), driver(init=100), driver(attribute=1)])
+def test_without_a_driver_or_a_device_there_is_none(installed, found):
+    installed(found)
+    assert find_gpu() is None

@@ -1,0 +1,138 @@
+"""A table of the paper from generated archives: what is missing runs, what is finished is kept, and it says so."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from official import write_busi, write_isic2017, write_synapse
+from tiny import write_block
+
+from medseg_trt.cli import cli
+from medseg_trt.reproduce import reproduce
+from medseg_trt.reproduce.paper_tables import TABLES
+from medseg_trt.train import loop, runs
+
+CHANGES = (
+    "data.count=any", "architecture=transunet-tiny", "preprocessing.image_size=[32, 32]", "train.epochs=1",
+    "train.batch_size=4", "pretrained=none",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder with two generated archives of the first table and one of the second."""
+    folder = tmp_path_factory.mktemp("archives")
+    write_isic2017(folder)
+    write_busi(folder)
+    write_synapse(folder / "synapse")
+    (folder / reproduce.GENERATED).touch()
+    write_block(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_curve(monkeypatch):
+    monkeypatch.setattr(runs, "draw_curve", lambda history, path: None)
+
+
+def run(root: Path, out: Path, table: str = "table1", *options: str, changes=CHANGES):
+    arguments = ["reproduce", table, "--data", root, "--block", root / "block0.safetensors", "-o", out, *options]
+    sets = [part for change in changes for part in ("--set", change)]
+    return CliRunner().invoke(cli, [*map(str, arguments), *sets])
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the program may catch it."""
+
+
+def test_the_first_table_from_end_to_end_and_after_a_kill(root, tmp_path, monkeypatch):
+    out, trained, real = tmp_path / "out", [], loop.train
+
+    def train(recipe, data, folder, **options):
+        trained.append(folder.name)
+        if len(trained) == 5:
+            raise Killed
+        return real(recipe, data, folder, **options)
+
+    monkeypatch.setattr(loop, "train", train)
+    options = ("--seeds", "1", "--splits", "2")
+    with pytest.raises(Killed):
+        raise run(root, out, "table1", *options).exception or AssertionError("nobody was killed")
+    ran = run(root, out, "table1", *options, "--json")
+    assert ran.exit_code == 0, ran.output
+    names = [
+        f"{name}-{arm}-{split}-seed1234"
+        for name, splits in (("isic2017", ["official"]), ("busi", ["split41", "split42"]))
+        for split in splits
+        for arm in ("transunet-tiny", "llm-transunet-tiny")
+    ]
+    assert trained == [*names[:5], *names[4:]]  # what was finished is not trained again
+    assert {path.name for path in out.iterdir()} == {*names, "table1.json", "table1.md"}
+
+    found = json.loads(ran.stdout)
+    assert found["is_generated"]
+    assert found["missing"] == ["clinicdb", "colondb"]
+    assert "clinicdb is left out" in ran.stderr
+    assert {(line["dataset"], line["mode"], line["figure"]) for line in found["lines"]} == {
+        (dataset, mode, figure)
+        for dataset in ("isic2017", "busi")
+        for mode in ("per_image", "unext_batch")
+        for figure in ("iou", "dice")
+    }
+    for line in found["lines"]:
+        assert line["paper"] == {
+            arm: TABLES["table1"].paper[line["dataset"]][arm][line["figure"]] for arm in line["ours"]
+        }
+        runs_of_arm = {"isic2017": 1, "busi": 2}[line["dataset"]]
+        assert line["gain"]["runs"] == runs_of_arm
+        assert all((spread is None) == (runs_of_arm == 1) for _, spread in line["ours"].values())
+        assert "LLaMA block" in line["verdict"]
+        if line["mode"] == "per_image":  # every image of the test split counts the same, absent or not
+            means = {arm: mean for arm, (mean, _) in line["ours"].items()}
+            assert line["gain"]["estimate"] == pytest.approx(means["llm-transunet"] - means["transunet"])
+    text = (out / "table1.md").read_text()
+    assert "**generated: pictures of nobody." in text
+    assert "| isic2017 | IoU |" in text
+    assert "0.7355" in text
+    assert "cannot tell whether the LLaMA block's gain is other than zero" in text
+
+    def never(*given, **options):
+        pytest.fail("a finished run was trained again")
+
+    monkeypatch.setattr(loop, "train", never)
+    assert "table: " in run(root, out, "table1", *options).stdout
+    shutil.copyfile(out / names[0] / "best.pt", out / names[1] / "best.pt")
+    changed = run(root, out, "table1", *options).exception
+    assert "is of another best.pt; remove it" in str(changed)
+
+
+def test_the_second_table_has_volumes_and_distances(root, tmp_path):
+    ran = run(
+        root, tmp_path / "out", "table2", "--seeds", "1", "--json", changes=(*CHANGES, "train.slices_per_epoch=4")
+    )
+    assert ran.exit_code == 0, ran.output
+    found = json.loads(ran.stdout)
+    assert {(line["mode"], line["figure"]) for line in found["lines"]} == {
+        (mode, figure) for mode in ("volume", "volume_transunet") for figure in ("dice", "hd95")
+    }
+    assert found["missing"] == ["acdc"]
+
+
+def test_what_cannot_be_run_is_refused_before_anything_is_trained(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "train", lambda *_, **__: pytest.fail("something was trained"))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    base = write_busi(tmp_path / "broken")
+    (base / "benign" / "benign (3)_mask.png").unlink()
+    assert "holds none of the data sets of table1" in str(run(root / "synapse", tmp_path / "out").exception)
+    assert "has no table 'table3'; choose one of: table1, table2" in str(
+        run(root, tmp_path / "out", "table3").exception
+    )
+    assert "benign (3)" in str(run(tmp_path / "broken", tmp_path / "out").exception)
+    assert "there is no field train.epoch" in str(run(root, tmp_path / "out", changes=["train.epoch=1"]).exception)
+    without = CliRunner().invoke(cli, ["reproduce", "table1", "--data", str(root), "--set", "data.count=any"])
+    assert "needs a frozen block: --block FILE" in str(without.exception)
+    assert "--weights R50+ViT-B_16.npz" in str(run(root, tmp_path / "out", changes=CHANGES[:-1]).exception)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,303 @@
+"""Show every network the same images, case by case, and keep what their masks are worth; worst slices with pictures.
+
+All scores are at the images' own size. Only the case at hand and the worst slices are in memory.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy import ndarray
+
+from medseg_trt.errors import InputError, MedsegError
+from medseg_trt.export.gate import compare
+from medseg_trt.export.verify import labels_of
+from medseg_trt.images import Image
+from medseg_trt.metrics import ClassScore, confusion, mean_scores, scores
+from medseg_trt.preprocess import restore
+from medseg_trt.report.schema import (
+    Accuracy,
+    Agreement,
+    CaseAccuracy,
+    Difference,
+    Missing,
+    SliceCounts,
+    Unit,
+    Verdict,
+    WorstCase,
+)
+from medseg_trt.segment import Run, prepared_slices
+from medseg_trt.spec import Classes, Preprocessing
+from medseg_trt.statistics import CONFIDENCE, MIN_UNITS, Interval, change_interval
+
+BATCH = 4
+WORST = 3  # slices of each row that are drawn
+PIXELS = (1.0, 1.0, 1.0)
+AGREEMENT = "agreement with the reference in Dice"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Pictures:
+    """What a worst slice looks like."""
+
+    pixels: ndarray  # (height, width, channels), raw
+    truth: ndarray | None  # labels
+    reference: ndarray
+    candidate: ndarray
+
+
+@dataclass(kw_only=True)
+class Found:
+    """What is known of one network so far."""
+
+    cases: list[CaseAccuracy] = field(default_factory=list[CaseAccuracy])
+    slices: list[SliceCounts] = field(default_factory=list[SliceCounts])
+    worst: list[tuple[WorstCase, Pictures]] = field(default_factory=list[tuple[WorstCase, Pictures]])
+    failure: str | None = None
+    max_abs_error: float = 0.0
+    same_labels: int = 0
+    all_labels: int = 0
+    noise: float = 0.0
+    power: float = 0.0
+
+    def agreement(self) -> Agreement | Missing:
+        """Return how far the answers are from the reference's."""
+        if not self.all_labels:
+            return Missing(reason=self.failure or "no image was shown")
+        return Agreement(
+            max_abs_error=self.max_abs_error, labels=self.same_labels / self.all_labels,
+            sqnr_db=10 * float(np.log10(self.power / self.noise)) if self.noise and self.power else None,
+        )  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class Compared:
+    """The networks by name, the reference first, and what HD95 is measured in."""
+
+    networks: dict[str, Found]
+    labelled: bool
+    units: set[str] = field(default_factory=set[str])
+
+    @property
+    def hd95_unit(self) -> str | None:
+        """Millimetres or pixels; None where the images have no unit in common."""
+        return next(iter(self.units)) if len(self.units) == 1 else None
+
+    def accuracy(self, name: str) -> Accuracy | Missing:
+        """Return how good a network's masks are."""
+        found, unit = self.networks[name], self.hd95_unit
+        if found.failure is not None or not found.cases:
+            return Missing(reason=found.failure or "no image was shown")
+        cases = [
+            case if unit else replace(case, scores=tuple(replace(each, hd95=None) for each in case.scores))
+            for case in found.cases
+        ]
+        means = mean_scores([case.scores for case in cases])
+        return Accuracy(
+            metric="Dice" if self.labelled else AGREEMENT, mean_dice=_mean(each.dice for each in means),
+            mean_iou=_mean(each.iou for each in means), mean_hd95=_mean(each.hd95 for each in means), hd95_unit=unit,
+            means=means, cases=tuple(cases), slices=tuple(found.slices),
+        )  # fmt: skip
+
+
+def compare_all(
+    runs: Mapping[str, Run],
+    cases: Iterable[tuple[str, Image, ndarray | None]],
+    preprocessing: Preprocessing,
+    classes: Classes,
+    on_case: Callable[[str, Image], None],
+) -> Compared:
+    """Show every case to every network; one that fails is shown no more.
+
+    Args:
+        runs: the networks, the reference first.
+        cases: name, image and labels; without labels the reference's mask is the truth.
+        preprocessing: the contract of all of them.
+        classes: their labels.
+        on_case: told of every case that was read.
+
+    Raises:
+        MedsegError: the reference fails.
+    """
+    reference_name = next(iter(runs))
+    compared = Compared(networks={name: Found() for name in runs}, labelled=True)
+    for case, image, truth in cases:
+        on_case(case, image)
+        compared.labelled = truth is not None
+        compared.units.add("pixels" if image.spacing_mm is None else "mm")
+        inputs = prepared_slices(image, preprocessing)
+        answers: dict[str, tuple[ndarray, ndarray]] = {}
+        for name, run in runs.items():
+            found = compared.networks[name]
+            if found.failure is not None:
+                continue
+            try:
+                logits = np.concatenate([run(inputs[start : start + BATCH]) for start in range(0, len(inputs), BATCH)])
+            except MedsegError as error:
+                if name == reference_name:
+                    raise
+                found.failure = str(error)
+                continue
+            if not np.isfinite(logits).all():
+                if name == reference_name:
+                    raise InputError(f"{case}: the reference's logits are not finite, so nothing can be compared")
+                found.failure = f"{case}: the logits are not finite: a number is too large for its type"
+                continue
+            labels = np.stack([restore(each, image.size, preprocessing, image.spacing_in_plane) for each in logits])
+            answers[name] = logits, labels
+        reference_logits, reference_labels = answers[reference_name]
+        for name, (logits, labels) in answers.items():
+            found = compared.networks[name]
+            _add_agreement(found, logits, reference_logits)
+            _add_scores(found, case, image, labels, reference_labels if truth is None else truth, classes)
+            if name != reference_name:
+                _add_worst(found, compared.networks[reference_name], case, image, truth, reference_labels, labels)
+    return compared
+
+
+def differences(reference: Accuracy, candidate: Accuracy, verdict: Verdict) -> tuple[Difference, ...]:
+    """Pair the scores of two networks: of all classes together, then of every class.
+
+    The mean Dice is the verdict's. Cases are paired where there are at least five, else slices; HD95 is one of a case.
+    """
+    by_case = len(reference.cases) >= MIN_UNITS
+    names = [each.name for each in reference.means]
+    found = [
+        Difference(
+            metric="Dice", class_name=None, unit=verdict.unit, pairs=verdict.pairs,
+            reference=verdict.reference, candidate=verdict.candidate, difference=-verdict.drop,
+            low=-verdict.drop_high, high=-verdict.drop_low, confidence=verdict.confidence,
+        )
+    ]  # fmt: skip
+    for metric, attribute in (("Dice", "dice"), ("IoU", "iou"), ("HD95", "hd95")):
+        units: Unit = "cases" if by_case or metric == "HD95" else "slices"
+        pair = [_table(each, attribute, units) for each in (reference, candidate)]
+        missing = np.isnan(pair[0]) | np.isnan(pair[1])
+        before, after = (np.where(missing, np.nan, each) for each in pair)
+        columns = [(None, slice(None)), *((name, slice(index, index + 1)) for index, name in enumerate(names))]
+        for name, column in columns[metric == "Dice" :]:
+            rows = ~missing[:, column].all(axis=1)
+            if rows.any():
+                interval = change_interval(before[rows, column], after[rows, column])
+                found.append(_difference(metric, name, units, before[rows, column], after[rows, column], interval))
+    return tuple(found)
+
+
+def verdict(reference: Found, candidate: Found, limit: float, allowed: float, metric: str) -> Verdict | Missing:
+    """Judge a network's masks: Dice must surely not fall by more than ``limit``, nor too many pixels change.
+
+    It is the gate of ``build``, on these images: a class that a mask finds where there is none counts, too.
+    """
+    if candidate.failure is not None or len(candidate.slices) != len(reference.slices):
+        return Missing(reason=candidate.failure or "it was not shown all images")
+    counts = [np.array([each.counts for each in found.slices], np.int64) for found in (reference, candidate)]
+    gate = compare(counts[0], counts[1], [each.case for each in reference.slices], limit, metric)
+    disagreement = 1 - candidate.same_labels / candidate.all_labels
+    words = f"{gate}"
+    if disagreement > allowed:
+        words = (
+            f"{100 * disagreement:.2f} % of the pixels have another label than the reference's, "
+            f"and {100 * allowed:.2f} % may; {words}"
+        )
+    return Verdict(
+        holds=gate.holds and disagreement <= allowed, reference=gate.reference, candidate=gate.candidate,
+        drop=gate.drop, drop_low=gate.low, drop_high=gate.high, limit=limit, confidence=CONFIDENCE,
+        unit="cases" if gate.unit == "cases" else "slices", pairs=len({each.case for each in reference.slices})
+        if gate.unit == "cases" else gate.images, words=words,
+    )  # fmt: skip
+
+
+def _add_agreement(found: Found, logits: ndarray, reference: ndarray) -> None:
+    found.max_abs_error = max(found.max_abs_error, float(np.abs(logits - reference).max()))
+    same = labels_of(logits) == labels_of(reference)
+    found.same_labels += int(same.sum())
+    found.all_labels += same.size
+    found.noise += float(np.square(logits - reference, dtype=np.float64).sum())
+    found.power += float(np.square(reference, dtype=np.float64).sum())
+
+
+def _add_scores(found: Found, case: str, image: Image, labels: ndarray, truth: ndarray, classes: Classes) -> None:
+    spacing = image.spacing_mm or PIXELS
+    if len(labels) == 1:  # a picture: its surface is its outline
+        scored = scores(labels[0], truth[0], classes, spacing[1:])
+    else:
+        scored = scores(labels, truth, classes, spacing)
+    found.cases.append(CaseAccuracy(case=case, scores=scored))
+    for index, (mask, true) in enumerate(zip(labels, truth, strict=True)):
+        matrix = confusion(mask, true, len(classes.names))
+        counts = np.stack([matrix.diagonal(), matrix.sum(axis=0), matrix.sum(axis=1)], axis=1)[1:]
+        triples = tuple((int(right), int(predicted), int(there)) for right, predicted, there in counts)
+        found.slices.append(SliceCounts(case=case, slice=index, counts=triples))
+
+
+def _add_worst(
+    found: Found, reference: Found, case: str, image: Image, truth: ndarray | None, reference_labels: ndarray,
+    labels: ndarray,
+) -> None:  # fmt: skip
+    """Keep the slices that lost most; of those that lost the same, those with the most changed pixels."""
+    ours, theirs = (each.slices[-len(labels) :] for each in (found, reference))
+    for index, (mine, its) in enumerate(zip(ours, theirs, strict=True)):
+        changed = int((labels[index] != reference_labels[index]).sum())
+        if not changed:
+            continue
+        score, reference_score = _slice_dice(mine, its)
+        entry = WorstCase(
+            case=case, slice=index, reference_dice=reference_score, candidate_dice=score,
+            difference=(score or 0.0) - (reference_score or 0.0), changed_pixels=changed,
+        )  # fmt: skip
+        pictures = Pictures(
+            pixels=image.pixels[index].copy(), truth=None if truth is None else truth[index].copy(),
+            reference=reference_labels[index].copy(), candidate=labels[index].copy(),
+        )  # fmt: skip
+        found.worst.append((entry, pictures))
+    found.worst.sort(key=lambda each: (each[0].difference, -each[0].changed_pixels))
+    del found.worst[WORST:]
+
+
+def _slice_dice(mine: SliceCounts, its: SliceCounts) -> tuple[float | None, float | None]:
+    """Return the mean Dice of both over the classes that are in the truth or in either mask."""
+    counts = [np.array(each.counts, np.float64) for each in (mine, its)]
+    occurs = counts[0][:, 2] + counts[0][:, 1] + counts[1][:, 1] > 0
+    if not occurs.any():
+        return None, None
+    sums = [each[:, 1] + each[:, 2] for each in counts]
+    dice = [
+        np.where(both > 0, 2 * each[:, 0] / np.maximum(both, 1), 1.0) for each, both in zip(counts, sums, strict=True)
+    ]
+    return float(dice[0][occurs].mean()), float(dice[1][occurs].mean())
+
+
+def _table(accuracy: Accuracy, attribute: str, unit: Unit) -> ndarray:
+    """Return a score by unit and class; NaN where the truth lacks the class or there is no such score."""
+    if unit == "cases":
+        return np.array([[_score(each, attribute) for each in case.scores] for case in accuracy.cases], np.float64)
+    counts = np.array([each.counts for each in accuracy.slices], np.float64)  # slices, classes, 3
+    right, predicted, there = counts[..., 0], counts[..., 1], counts[..., 2]
+    below = predicted + there if attribute == "dice" else predicted + there - right
+    above = 2 * right if attribute == "dice" else right
+    return np.where(there > 0, above / np.maximum(below, 1), np.nan)
+
+
+def _score(score: ClassScore, attribute: str) -> float:
+    value = getattr(score, attribute)
+    return float("nan") if value is None or not score.truth_pixels else value
+
+
+def _difference(
+    metric: str, name: str | None, unit: Unit, before: ndarray, after: ndarray, interval: Interval
+) -> Difference:
+    return Difference(
+        metric=metric, class_name=name, unit=unit, pairs=interval.units,  # pyright: ignore[reportArgumentType]  # one of three
+        reference=_mean_of_means(before), candidate=_mean_of_means(after), difference=interval.estimate,
+        low=interval.low, high=interval.high, confidence=interval.confidence,
+    )  # fmt: skip
+
+
+def _mean_of_means(values: ndarray) -> float:
+    columns = values[:, ~np.isnan(values).all(axis=0)]
+    return float(np.nanmean(columns, axis=0).mean())
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    found = [value for value in values if value is not None]
+    return sum(found) / len(found) if found else None

@@ -1,0 +1,239 @@
+"""Find out where a network's time goes: what the back-end itself says of every step, in a process of its own.
+
+A step is what the back-end made of the graph's nodes; by its name, or by its neighbours where it has lost that, it is
+led back to the part of the network. Looking costs time, so the steps' sum is more than the latency.
+``python -m medseg_trt.bench.layer_times`` is the child.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from math import fsum
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from medseg_trt.engines.fingerprint import LIBRARY_NAMES
+from medseg_trt.errors import require
+from medseg_trt.report.schema import LayerTime, Missing, PartTime, Profile
+
+if TYPE_CHECKING:
+    from medseg_trt.engines.layer_report import Layer
+    from medseg_trt.export.node_costs import NodeCost
+
+RUNS = 20  # counted, after as many uncounted ones as WARM_UP
+WARM_UP = 3
+TIMEOUT_S = 300
+PRODUCTS = (
+    "Conv",
+    "MatMul",
+    "Gemm",
+    "FullyConnected",
+    "Attention",
+    "ScaledDotProductAttention",
+)  # within a kind's name
+OTHER = "other"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """What a back-end executes."""
+
+    name: str
+    kind: str
+    kernel: str
+    ms: float  # of one run
+    bytes: int | None
+
+
+def profile(
+    graph: Path, backend: str, precision: str, compute: str, image: np.ndarray, costs: Sequence["NodeCost"]
+) -> Profile | Missing:
+    """Profile a graph.
+
+    Args:
+        graph: the ONNX file, or for an engine the folder of its bundle.
+        backend: a key of ``session.BACKENDS``.
+        precision: of the graph.
+        compute: what float parts are computed in.
+        image: (1, 3, height, width) float32.
+        costs: of the graph's nodes.
+    """
+    if backend not in PROFILERS:
+        return Missing(reason=f"{backend} says nothing of single steps here")
+    with TemporaryDirectory() as folder:
+        np.save(Path(folder, "image.npy"), image)
+        request = {"path": str(graph.resolve()), "precision": precision, "compute": compute, "folder": folder}
+        command = [sys.executable, "-m", "medseg_trt.bench.layer_times", backend, json.dumps(request)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIMEOUT_S)
+            found = json.loads(Path(folder, "steps.json").read_text(encoding="utf-8"))
+        except subprocess.CalledProcessError as error:
+            last = (error.stderr.strip().splitlines() or [f"exit code {error.returncode}"])[-1]
+            return Missing(reason=f"{backend} did not survive being looked at: {last}")
+        except subprocess.TimeoutExpired:
+            return Missing(reason=f"{backend} took more than {TIMEOUT_S} s to be looked at")
+        except (OSError, ValueError):
+            return Missing(reason=f"{backend} left no profile: {done.stderr.strip()[-200:]}")
+    return summed_up(found["tool"], [Step(**step) for step in found["steps"]], costs)
+
+
+def summed_up(tool: str, steps: Sequence[Step], costs: Sequence["NodeCost"]) -> Profile | Missing:
+    """Lead the steps back to the network's parts, and sum up."""
+    total = fsum(step.ms for step in steps)
+    if not total:
+        return Missing(reason=f"{tool} names no step that took time")
+    known = {name: cost for cost in costs for name in cost.names}
+    found = [_cost_of(step.name, known) for step in steps]
+    layers: list[LayerTime] = []
+    for step, cost, part in zip(steps, found, _parts(found), strict=True):
+        is_product = cost is not None and any(word in step.kind for word in PRODUCTS)
+        layers.append(
+            LayerTime(
+                name=step.name, kind=step.kind, kernel=step.kernel, part=part, runs=RUNS,
+                ms=step.ms, share=step.ms / total, macs=cost.macs or None if cost and is_product else None,
+                bytes=step.bytes,
+            )
+        )  # fmt: skip
+    macs: dict[str, int] = defaultdict(int)
+    for cost in costs:
+        macs[cost.part] += cost.macs
+    parts = [
+        PartTime(
+            part=part, ms=fsum(each.ms for each in layers if each.part == part),
+            share=fsum(each.share for each in layers if each.part == part), macs=macs.get(part, 0),
+            steps=sum(each.part == part for each in layers),
+        )
+        for part in dict.fromkeys([*macs, *(each.part for each in layers)])
+    ]  # fmt: skip
+    return Profile(
+        tool=tool, runs=RUNS, total_ms=total, parts=tuple(sorted(parts, key=lambda each: -each.ms)),
+        layers=tuple(sorted(layers, key=lambda each: -each.ms)),
+    )  # fmt: skip
+
+
+def _parts(found: Sequence["NodeCost | None"]) -> list[str]:
+    """Return the part of every step; one that has lost its name lies in a part if the steps before and after it do."""
+
+    def filled(costs: Iterable["NodeCost | None"]) -> list[str]:
+        last, parts = OTHER, list[str]()
+        for cost in costs:
+            last = cost.part if cost else last
+            parts.append(last)
+        return parts
+
+    before, after = filled(found), filled(reversed(found))[::-1]
+    return [first if first == second else OTHER for first, second in zip(before, after, strict=True)]
+
+
+def _cost_of(step: str, known: Mapping[str, "NodeCost"]) -> "NodeCost | None":
+    """Find the node that a step was made from: its name begins with the node's, or with that of a value it makes."""
+    words = step.partition("/")[0]
+    candidates = [name for name in known if words == name or words.startswith(f"{name}_")]
+    return known[max(candidates, key=len)] if candidates else None
+
+
+def _onnxruntime(path: Path, precision: str, compute: str, image: np.ndarray, folder: Path) -> tuple[str, list[Step]]:
+    runtime = require("onnxruntime", "cpu")
+    options = runtime.SessionOptions()
+    options.log_severity_level, options.enable_profiling = 3, True
+    options.profile_file_prefix = str(folder / "profile")
+    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    feeds = {"pixel_values": image}
+    if len(session.get_inputs()) > 1:
+        feeds["source_size"] = np.array(image.shape[2:], np.int64)
+    for _ in range(WARM_UP + RUNS):
+        session.run(["logits"], feeds)
+    events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    return f"ONNX Runtime {runtime.__version__} profiling", steps_of_trace(events)
+
+
+def steps_of_trace(events: Sequence[Mapping[str, Any]]) -> list[Step]:
+    """Read ONNX Runtime's trace: one event a node and run, in microseconds; the runs of the warm-up are left out."""
+    found: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            found[event["args"]["node_index"]].append(event)
+    return [
+        Step(
+            name=taken[0]["name"].removesuffix("_kernel_time"), kind=taken[0]["args"]["op_name"],
+            kernel=taken[0]["args"]["provider"],
+            ms=float(np.median([event["dur"] for event in taken[WARM_UP:]])) / 1000,
+            bytes=sum(int(taken[0]["args"][key]) for key in ("parameter_size", "activation_size", "output_size")),
+        )
+        for taken in found.values()
+        if len(taken) > WARM_UP
+    ]  # fmt: skip
+
+
+def _openvino(path: Path, precision: str, compute: str, image: np.ndarray, folder: Path) -> tuple[str, list[Step]]:
+    openvino = require("openvino", "openvino")
+    from medseg_trt.sessions.openvino import compiled
+
+    request = compiled(path, None, compute, {"PERF_COUNT": True}).create_infer_request()
+    feeds: dict[str, np.ndarray] = {"pixel_values": image}
+    if len(request.model_inputs) > 1:
+        feeds["source_size"] = np.array(image.shape[2:], np.int64)
+    for _ in range(WARM_UP + RUNS):
+        request.infer(feeds)
+    steps = [  # times are averages over the runs of this request, the first ones included
+        Step(name=node.node_name, kind=node.node_type, kernel=node.exec_type,
+             ms=1000 * node.real_time.total_seconds(), bytes=None)
+        for node in request.profiling_info
+        if node.status == openvino.ProfilingInfo.Status.EXECUTED
+    ]  # fmt: skip
+    return f"OpenVINO {openvino.__version__.partition('-')[0]} PERF_COUNT", steps
+
+
+def _engine(
+    library: str, path: Path, precision: str, compute: str, image: np.ndarray, folder: Path
+) -> tuple[str, list[Step]]:
+    """Time the layers of the engine of a bundle; the names are the builder's, and its report knows their nodes."""
+    from medseg_trt.engines.inspection import read_report
+    from medseg_trt.sessions.child import open_network
+    from medseg_trt.sessions.tensorrt import TensorRtSession
+
+    with open_network(library, path, precision, None, compute) as session:
+        assert isinstance(session, TensorRtSession)
+        assert session.plan is not None
+        taken = session.layer_times(image, RUNS)
+        known = {layer.name: layer for layer in read_report(session.plan).layers}
+    steps = [_step(name, float(np.median(found)), known.get(name)) for name, found in taken.items()]
+    return f"{LIBRARY_NAMES[library]} IProfiler", steps
+
+
+def _step(name: str, ms: float, layer: "Layer | None") -> Step:
+    if layer is None:
+        return Step(name=name, kind="unknown", kernel="unknown", ms=ms, bytes=None)
+    kind = "MatMul" if layer.is_product else layer.kind
+    return Step(name="/".join([*layer.nodes[:1], name]), kind=kind, kernel=layer.kernel, ms=ms, bytes=layer.bytes)
+
+
+Profiler = Callable[[Path, str, str, np.ndarray, Path], tuple[str, list[Step]]]
+PROFILERS: Mapping[str, Profiler] = {
+    "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
+    **{library: partial(_engine, library) for library in LIBRARY_NAMES},
+}
+
+
+def main() -> None:
+    """Profile what the command line names, and leave the steps in the folder that it names."""
+    backend, request = sys.argv[1], json.loads(sys.argv[2])
+    folder = Path(request["folder"])
+    image = np.load(folder / "image.npy")
+    os.chdir(folder)  # a back-end that leaves files leaves them there
+    tool, steps = PROFILERS[backend](Path(request["path"]), request["precision"], request["compute"], image, folder)
+    answer = {"tool": tool, "steps": [asdict(step) for step in steps]}
+    (folder / "steps.json").write_text(json.dumps(answer), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Graphs of every precision, each compared with PyTorch before it enters a bundle."""

@@ -1,0 +1,116 @@
+"""Compare a network with the PyTorch reference: by its logits where it must be the same, by its masks where it may not.
+
+The reference's own answers are computed once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+from numpy import ndarray
+
+from medseg_trt.building.reference_images import ReferenceImages
+from medseg_trt.errors import AccuracyGateError
+from medseg_trt.export.gate import Verdict, compare
+from medseg_trt.export.verify import labels_of, run_in_batches, verify
+from medseg_trt.preprocess import resampled_size
+from medseg_trt.segment import Run
+from medseg_trt.session import Session
+from medseg_trt.spec import BuildSpec, to_dict
+
+
+@dataclass(kw_only=True)
+class Proof:
+    """The reference, what it is shown, and the limits."""
+
+    reference: Run
+    images: ReferenceImages
+    spec: BuildSpec
+    _logits: ndarray = field(init=False)
+    _masks: list[ndarray] = field(init=False)
+    _remembering: Run = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._logits = run_in_batches(self.reference, self.images.judged.inputs, 1)
+        self._masks = self.images.judged.masks(self._logits)
+        self._remembering = _remembering(self.reference)
+
+    def exact(self, run: Run) -> dict[str, Any]:
+        """Compare the logits, image by image, batch by batch, row by row.
+
+        Raises:
+            AccuracyGateError: they differ by more than a float32 computation in another order does.
+        """
+        limits = {"max_abs_error": self.spec.max_abs_error, "min_agreement": self.spec.min_agreement}
+        return to_dict(verify(run, self._remembering, self.images.verified, self.images.description, **limits))
+
+    def exact_masks(self, masks: Sequence[ndarray]) -> dict[str, Any]:
+        """Compare the masks that a graph made itself of the judged images with PyTorch's, pixel by pixel.
+
+        Raises:
+            AccuracyGateError: more pixels differ than where two classes tie.
+        """
+        same = [(mask == truth).mean() for mask, truth in zip(masks, self._masks, strict=True)]
+        agreement = float(np.mean(same))
+        if not agreement >= self.spec.min_agreement:
+            raise AccuracyGateError(
+                f"the masks that the graph makes agree with PyTorch's on {100 * agreement:.2f} % of the pixels only"
+            )
+        return {"own_masks_agreement": agreement}
+
+    def own_masks(self, session: Session) -> list[ndarray]:
+        """Return the masks of the judged images that a graph with ``--outputs mask`` makes."""
+        judged = self.images.judged
+        sizes = [resampled_size(size, judged.preprocessing, spacing) for size, spacing in
+                 zip(judged.sizes, judged.spacings, strict=True)]  # fmt: skip
+        return [
+            session.masks(image[np.newaxis], size, resampled)[0]
+            for image, size, resampled in zip(judged.inputs, judged.sizes, sizes, strict=True)
+        ]
+
+    @property
+    def num_classes(self) -> int:
+        """Channels of the logits."""
+        return self._logits.shape[1]
+
+    def verdict(self, run: Run, masks: Sequence[ndarray] | None = None) -> tuple[Verdict, dict[str, Any]]:
+        """Judge the masks of a network, its own or those of its logits, and also say how far its logits are off."""
+        return self.verdict_of(run_in_batches(run, self.images.judged.inputs, 1), masks)
+
+    def verdict_of(self, logits: ndarray, masks: Sequence[ndarray] | None = None) -> tuple[Verdict, dict[str, Any]]:
+        """Judge masks of the judged images, or those that these logits make; logits that are not finite make none."""
+        judged = self.images.judged
+        if not np.isfinite(logits).all():
+            raise AccuracyGateError("the logits are not finite: a number is too large for its type")
+        found = judged.masks(logits) if masks is None else masks
+        reference, candidate = (judged.counts(each, self._masks) for each in (self._masks, found))
+        verdict = compare(reference, candidate, judged.cases, self.spec.max_dice_drop, judged.metric)
+        error = self.error_of(logits)
+        return verdict, {
+            "images": self.images.description,
+            "num_images": len(judged.inputs),
+            "max_abs_error": float(np.abs(logits - self._logits).max()),
+            "agreement": float((labels_of(logits) == labels_of(self._logits)).mean()),
+            "sqnr_db": -10 * float(np.log10(error)) if error else None,
+            "gate": {**to_dict(verdict), "holds": verdict.holds},
+        }
+
+    def error_of(self, logits: ndarray) -> float:
+        """Return the squared error of the judged images' logits, relative to the reference's squares."""
+        noise = np.square(logits - self._logits, dtype=np.float64).sum()
+        return float(noise / np.square(self._logits, dtype=np.float64).sum())
+
+
+def _remembering(run: Run) -> Run:
+    """Return the network with a memory: every graph is compared with the same answers to the same few images."""
+    answers: dict[bytes, ndarray] = {}
+
+    def answer(batch: ndarray) -> ndarray:
+        key = sha256(batch.tobytes()).digest()
+        if key not in answers:
+            answers[key] = run(batch)
+        return answers[key]
+
+    return answer

@@ -1,0 +1,230 @@
+"""Make the graphs of a bundle: every precision that is asked for, in every form and flavour that a back-end wants.
+
+What rounds numbers is judged by its masks before it is written: while the gate does not hold, the layers that do the
+most harm go back to float, one group at a time.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from numpy import ndarray
+
+from medseg_trt.building.observer import observer
+from medseg_trt.building.proof import Proof
+from medseg_trt.bundle import Variant
+from medseg_trt.errors import AccuracyGateError, UsageError
+from medseg_trt.export.calibrate import Calibration, calibrate
+from medseg_trt.export.delicate import delicate
+from medseg_trt.export.flavours import derive
+from medseg_trt.export.gate import Relaxed, Verdict, relax
+from medseg_trt.export.gemms import gemms
+from medseg_trt.export.groups import groups_of
+from medseg_trt.export.half import TYPES
+from medseg_trt.export.masks import with_masks
+from medseg_trt.export.overflow import observed_values, rounded_graph, too_large
+from medseg_trt.export.policy import policy_digest
+from medseg_trt.export.quantize import (
+    int8_share,
+    needs_calibration,
+    parse_precision,
+    quantise,
+    steps,
+    values_to_calibrate,
+)
+from medseg_trt.export.save import save_flavours
+from medseg_trt.export.smooth import smooth, smoothable
+from medseg_trt.export.trace import OnnxGraph
+from medseg_trt.progress import LOG
+from medseg_trt.session import is_installed
+from medseg_trt.sessions.child import ChildSession
+from medseg_trt.spec import to_dict
+
+MIN_INT8_SHARE = 0.8  # of all MACs, or it is not called int8
+IN_FILE_NAMES = str.maketrans("=+,", "--_")
+INT8, FLOAT = "int8", "fp32"
+KEEPS_CASTS = "onnxruntime"  # OpenVINO drops a cast to 16 bits and back, and with it an overflow
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Written:
+    """A way to write a precision down."""
+
+    flavour: str  # of export.flavours
+    form: str  # of export.quantize
+    backend: str  # that it is meant for, and is judged with where that is installed
+
+
+WRITTEN: Mapping[str, Written] = {
+    "canonical": Written(flavour="canonical", form="int8", backend="onnxruntime"),
+    "plain": Written(flavour="plain", form="uint8", backend="openvino"),
+    "uint8": Written(flavour="canonical", form="uint8_outputs", backend="onnxruntime"),
+}
+ONLY_INTEGERS = "uint8"  # says nothing new of a precision without integer activations
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Prepared:
+    """A float graph that is ready to be quantised, and what was found out on the way."""
+
+    graph: OnnxGraph
+    precision: Mapping[str, str]  # of each part
+    calibration: Calibration | None
+    keep_float: frozenset[str]  # GEMMs that eight bits would hurt most
+    keep_wide: frozenset[str]  # GEMMs whose numbers 16 bits cannot hold
+    notes: Mapping[str, Any]
+
+
+def make_variants(
+    graph: OnnxGraph, folder: Path, name: str, passes: Mapping[str, Any], proof: Proof
+) -> dict[str, Variant]:
+    """Write the graphs of one precision into the folder and return them by name.
+
+    Args:
+        graph: folded, traced and fused, in float32.
+        folder: of the bundle that is being made.
+        name: the precision, or a mix of several.
+        passes: what was done to the graph so far.
+        proof: what masks are compared with; its images calibrate.
+
+    Raises:
+        UsageError: an unknown precision, or no images to calibrate on.
+        AccuracyGateError: the masks do not stay right, whatever is left in float.
+    """
+    prepared = _prepare(graph, name, proof)
+    is_for_cpus = prepared.calibration is not None and "+" not in name  # no CPU multiplies codes into 16-bit floats
+    forms = [key for key in WRITTEN if key != ONLY_INTEGERS or is_for_cpus]
+    relaxed = _relaxed(prepared, name, forms, proof) if set(prepared.precision.values()) != {FLOAT} else None
+    kept = _names(prepared.graph, relaxed.kept_float) if relaxed else frozenset[str]()
+    graphs = {key: _written(prepared, key, kept, proof) for key in forms}
+    share = int8_share(graphs["canonical"])
+    if steps(name)[0] == INT8 and share < MIN_INT8_SHARE:
+        raise AccuracyGateError(
+            f"only {100 * share:.0f} % of the MACs would be in int8, less than {100 * MIN_INT8_SHARE:.0f} %; "
+            "name the parts that shall be: --precision vit=int8,block=int8"
+        )
+    stem = name.translate(IN_FILE_NAMES)
+    files = {f"{stem}.onnx" if key == "canonical" else f"{stem}-{key}.onnx": key for key in forms}
+    if proof.spec.outputs == "mask":
+        graphs = {key: with_masks(each, proof.images.judged.preprocessing) for key, each in graphs.items()}
+    save_flavours({file: graphs[key] for file, key in files.items()}, folder, f"weights-{stem}.bin")
+    done = {**passes, **prepared.notes, "int8_share": share, "gate": to_dict(relaxed) if relaxed else None}
+    groups = relaxed.kept_float if relaxed else ()
+    return {
+        file.removesuffix(".onnx"): Variant(
+            precision=name, flavour=key, graph=file, weights=f"weights-{stem}.bin",
+            passes=done | {
+                "policy": policy_digest(prepared.precision, WRITTEN[key].form, WRITTEN[key].flavour, groups)
+            },
+        )
+        for file, key in files.items()
+    }  # fmt: skip
+
+
+def _prepare(graph: OnnxGraph, name: str, proof: Proof) -> _Prepared:
+    """Calibrate and smooth where integers need it, and look for numbers that 16 bits cannot hold."""
+    precision, images = parse_precision(name), proof.images.calibration
+    notes: dict[str, Any] = {"parts": precision}
+    calibration, kept = None, tuple[str, ...]()
+    if needs_calibration(precision):
+        if images is None:
+            raise UsageError(
+                f"--precision {name} needs images to calibrate on that are not in the validation split; "
+                "give a folder with a train and a val split: --data DIR"
+            )
+        LOG.info("calibrate %s on %d images", name, len(images))
+        named = [gemm.name for gemm in gemms(graph) if INT8 in steps(precision[gemm.part])]
+        kept = delicate(graph, named)
+        rounded = [name for name in named if name not in kept]
+        with observer(graph, smoothable(graph, rounded)) as observe:
+            graph, smoothings = smooth(graph, rounded, observe, images)
+        values = values_to_calibrate(graph, precision)
+        with observer(graph, values) as observe:
+            calibration = calibrate(observe, images, values)
+        notes |= {
+            "left_in_float": list(kept), "smoothed": [to_dict(each) for each in smoothings],
+            "calibration": to_dict(calibration),
+        }  # fmt: skip
+    halves = {part for part, scheme in precision.items() if TYPES.keys() & steps(scheme)}
+    unsafe: frozenset[str] = frozenset()
+    if halves:
+        chosen = [gemm.name for gemm in gemms(graph) if gemm.part in halves]
+        with observer(graph, observed_values(graph, chosen)) as observe:
+            found = too_large(graph, chosen, observe, proof.images.verified)
+        unsafe = frozenset(each.gemm for each in found)
+        notes |= {"too_large_for_16_bits": [to_dict(each) for each in found]}
+    return _Prepared(
+        graph=graph, precision=precision, calibration=calibration, keep_float=frozenset(kept), keep_wide=unsafe,
+        notes=notes,
+    )  # fmt: skip
+
+
+def _written(prepared: _Prepared, key: str, kept: frozenset[str], proof: Proof) -> OnnxGraph:
+    written = WRITTEN[key]
+    quantised = quantise(
+        prepared.graph, prepared.precision, prepared.calibration, form=written.form,
+        keep_float=kept | prepared.keep_float, keep_wide=prepared.keep_wide,
+    )  # fmt: skip
+    image_size, num_classes = proof.images.verified.shape[2:], proof.num_classes
+    return derive(written.flavour, quantised, (image_size[0], image_size[1]), num_classes)
+
+
+def _relaxed(prepared: _Prepared, name: str, forms: Sequence[str], proof: Proof) -> Relaxed:
+    """Find the groups of layers that must stay in float for the gate to hold."""
+    key = next(
+        key for key in ("plain", ONLY_INTEGERS, "canonical") if key in forms and is_installed(WRITTEN[key].backend)
+    )
+    groups = groups_of(prepared.graph)
+    rounded = {group: names for group, names in groups.items() if _is_rounded(prepared, names)}
+
+    def answers(kept: frozenset[str]) -> ndarray:
+        return _answers(prepared, key, kept, proof)
+
+    def judge(kept: frozenset[str]) -> Verdict:
+        verdict, _ = proof.verdict_of(answers(_names(prepared.graph, kept)))
+        LOG.info("%s%s: %s", name, f" without {', '.join(sorted(kept))}" if kept else "", verdict)
+        return verdict
+
+    def error_alone(group: str) -> float:
+        others = frozenset(gemm for other, names in rounded.items() if other != group for gemm in names)
+        return proof.error_of(answers(others))
+
+    def may_keep(kept: frozenset[str]) -> bool:
+        if steps(name)[0] != INT8:
+            return len(kept) < len(rounded)
+        return int8_share(_written(prepared, key, _names(prepared.graph, kept), proof)) >= MIN_INT8_SHARE
+
+    relaxed = relax(judge, error_alone, rounded, may_keep)
+    if not relaxed.verdict.holds:
+        kept = f", even with {', '.join(relaxed.kept_float)} in float" if relaxed.kept_float else ""
+        raise AccuracyGateError(
+            f"{name} draws other masks than PyTorch{kept}: {relaxed.verdict}. Nothing was written; choose another "
+            "--precision, or allow more: --max-dice-drop"
+        )
+    return relaxed
+
+
+def _answers(prepared: _Prepared, key: str, kept: frozenset[str], proof: Proof) -> ndarray:
+    """Return the logits of the judged images; 16-bit numbers are rounded for real, which a CPU would not do."""
+    graph = _written(prepared, key, kept, proof)
+    backend, images = WRITTEN[key].backend, proof.images.judged.inputs
+    if any(TYPES.keys() & steps(scheme) for scheme in prepared.precision.values()):
+        graph, backend = rounded_graph(graph), KEEPS_CASTS
+    with TemporaryDirectory() as folder:
+        save_flavours({"tried.onnx": graph}, Path(folder), "weights.bin")
+        with ChildSession(Path(folder, "tried.onnx"), "tried", backend, None, FLOAT) as session:
+            return np.concatenate([session.run(image[np.newaxis]) for image in images])
+
+
+def _names(graph: OnnxGraph, groups: Sequence[str] | frozenset[str]) -> frozenset[str]:
+    found = groups_of(graph)
+    return frozenset(name for group in groups for name in found[group])
+
+
+def _is_rounded(prepared: _Prepared, names: Sequence[str]) -> bool:
+    first = {gemm.name: steps(prepared.precision[gemm.part])[0] for gemm in gemms(prepared.graph)}
+    kept = {FLOAT: frozenset(first), **dict.fromkeys(TYPES, prepared.keep_wide)}
+    return any(name not in kept.get(first[name], prepared.keep_float) for name in names)

@@ -1,0 +1,1 @@
+"""TensorRT engines of a bundle: building, choosing, what is known of each."""

@@ -1,0 +1,85 @@
+"""Draw the layers of an engine as an SVG: a band for every part of the network, a box for every kernel, in order.
+
+The colour is the type that a kernel computes in; its height grows with the logarithm of its work, which is its
+multiply-accumulates, or its bytes where it has none. A box tells the rest when the mouse rests on it.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from math import log10
+from xml.sax.saxutils import escape, quoteattr
+
+from medseg_trt.engines.fingerprint import LIBRARY_NAMES, EngineFingerprint
+from medseg_trt.engines.inspection import shares
+from medseg_trt.engines.layer_report import CUSTOM, Layer, LayerReport
+
+COLORS: Mapping[str, str] = {  # Okabe & Ito's, which the colour-blind tell apart
+    "Float": "#999999", "Half": "#56B4E9", "BFloat16": "#0072B2", "Int8": "#E69F00", "Int4": "#D55E00",
+    "FP8": "#CC79A7",
+}  # fmt: skip
+OTHER = "#DDDDDD"
+PER_ROW, BOX, GAP, HIGHEST, LEFT = 60, 15, 2, 60, 90  # boxes in a row; pixels
+LEAST_WORK, MOST_WORK = 3.0, 10.0  # powers of ten that the lowest and the highest box stand for
+
+
+def draw_layers(report: LayerReport, fingerprint: EngineFingerprint) -> str:
+    """Return an SVG of the layers of an engine."""
+    bands = [(part, list(layers)) for part, layers in groupby(report.layers, key=lambda layer: layer.part)]
+    body, top = list[str](), 70
+    for part, layers in bands:
+        for start in range(0, len(layers), PER_ROW):
+            body += _row(layers[start : start + PER_ROW], part if start == 0 else "", top)
+            top += HIGHEST + 14
+    title = (
+        f"{fingerprint.plan}: {LIBRARY_NAMES[fingerprint.library]} {fingerprint.version}, {len(report.layers)} kernels"
+    )
+    width = LEFT + PER_ROW * (BOX + GAP) + 20
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{top + 10}" '
+            'font-family="sans-serif" font-size="12">',
+            '<rect width="100%" height="100%" fill="white"/>',
+            f'<text x="10" y="22" font-size="15">{escape(title)}</text>',
+            *_legend(report.layers),
+            *body,
+            "</svg>",
+            "",
+        ]
+    )
+
+
+def _legend(layers: Sequence[Layer]) -> list[str]:
+    """Say which colour is which type, and how much of the multiply-accumulates is done in it."""
+    part_of_macs, x, lines = shares(layers), 10, list[str]()
+    for dtype in dict.fromkeys([*part_of_macs, *(layer.dtype for layer in layers)]):
+        share = f"{dtype}: {100 * part_of_macs[dtype]:.1f} % of MACs" if dtype in part_of_macs else dtype
+        lines.append(f'<rect x="{x}" y="36" width="14" height="14" fill="{COLORS.get(dtype, OTHER)}"/>')
+        lines.append(f'<text x="{x + 19}" y="48">{escape(share)}</text>')
+        x += 40 + 7 * len(share)
+    lines.append(f'<rect x="{x}" y="36" width="14" height="14" fill="white" stroke="black" stroke-width="2"/>')
+    lines.append(f'<text x="{x + 19}" y="48">black edge: multiplies matrices; dashed: a plugin</text>')
+    return lines
+
+
+def _row(layers: Sequence[Layer], label: str, top: int) -> list[str]:
+    lines = [f'<text x="10" y="{top + HIGHEST}">{escape(label)}</text>'] if label else []
+    for place, layer in enumerate(layers):
+        height = _height(layer)
+        edge = 'stroke="black" stroke-width="1.5"' if layer.is_product else 'stroke="none"'
+        edge = 'stroke="black" stroke-width="2" stroke-dasharray="3,2"' if layer.kind == CUSTOM else edge
+        lines.append(
+            f'<rect x="{LEFT + place * (BOX + GAP)}" y="{top + HIGHEST - height}" width="{BOX}" height="{height}" '
+            f"fill={quoteattr(COLORS.get(layer.dtype, OTHER))} {edge}><title>{escape(_told(layer))}</title></rect>"
+        )
+    return lines
+
+
+def _height(layer: Layer) -> int:
+    power = log10(max(layer.macs or layer.bytes, 1))
+    share = (power - LEAST_WORK) / (MOST_WORK - LEAST_WORK)
+    return round(HIGHEST * min(max(share, 0.08), 1))
+
+
+def _told(layer: Layer) -> str:
+    work = f"{layer.macs / 1e6:.2f} MMAC, " if layer.macs else ""
+    return f"{layer.name} ({layer.kind}, {layer.dtype}), {work}{layer.bytes / 1e3:.1f} kB, {', '.join(layer.nodes)}"

@@ -1,0 +1,1 @@
+"""Write what was measured: one page, one table, one JSON."""

@@ -1,0 +1,1 @@
+"""Train and evaluate what the paper's tables have."""

@@ -1,0 +1,1 @@
+"""Real images that anyone can fetch, with masks."""
