@@ -156,7 +156,19 @@ def heavy_imports(statement: str) -> list[str]:
 
 @pytest.mark.parametrize(
     "module",
-    ["bundle", "session", "sessions.onnxruntime", "pipeline", "images", "overlay", "segment", "samples", "measure"],
+    [
+        "bundle",
+        "session",
+        "sessions.onnxruntime",
+        "pipeline",
+        "images",
+        "overlay",
+        "segment",
+        "samples.catalogue",
+        "bench.measure",
+        "bench.candidates",
+        "engines.choice",
+    ],
 )
 def test_importing_the_inference_path_is_light(module):
     assert heavy_imports(f"import medseg_trt.{module}") == []

@@ -314,8 +314,8 @@ def test_what_keeps_its_float_numbers_gets_16_bits_and_what_keeps_its_wide_ones_
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("int8+int8", "precision is called 'int8+int8'"),
-        ("fp16+fp16", "precision is called 'fp16+fp16'"),
+        ("int8+int8", r"precision is called 'int8\+int8'"),
+        ("fp16+fp16", r"precision is called 'fp16\+fp16'"),
         ("int4", "precision is called 'int4'; choose one of: fp32, int8, w8a16, w4a16, fp16, bf16"),
         ("vit=int7", "precision is called 'int7'"),
         ("tail=int8", "part of the network is called 'tail'; choose one of: resnet, vit, block, decoder"),

@@ -34,6 +34,7 @@ class FakeDriverModule:
             "cuDriverGetVersion": (13000,), "cuCtxGetCurrent": (0x77,), "cuDeviceGetName": (b"GPU\0\0\0",),
             "cuMemAlloc": (0x1000,), "cuMemAllocHost": (0x2000,), "cuMemGetInfo": (123, 456), "cuStreamCreate": (0x30,),
             "cuStreamEndCapture": ("graph",), "cuGraphInstantiate": ("executable",),
+            "cuEventCreate": ("event",), "cuEventElapsedTime": (1.25,),
         }  # fmt: skip
 
     def __getattr__(self, function):
@@ -81,6 +82,10 @@ CALLS = {
     ),
     "launch_graph": (("executable", 0x30), [("cuGraphLaunch", "executable", 0x30)], None),
     "free_graph": (("executable",), [("cuGraphExecDestroy", "executable")], None),
+    "new_event": ((), [("cuEventCreate", 0)], "event"),
+    "free_event": (("event",), [("cuEventDestroy", "event")], None),
+    "record_event": (("event", 0x30), [("cuEventRecord", "event", 0x30)], None),
+    "elapsed_ms": (("first", "second"), [("cuEventElapsedTime", "first", "second")], 1.25),
 }
 
 

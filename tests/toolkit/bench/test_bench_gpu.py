@@ -13,7 +13,7 @@ from measured_here import SHORT
 from tiny import write_volumes
 
 from medseg_trt.bench import candidates
-from medseg_trt.bench.benchmark import Bench, bench
+from medseg_trt.bench.benchmark import NO_PEAK_OF_GPUS, Bench, bench
 from medseg_trt.bench.layer_times import PROFILERS, summed_up
 from medseg_trt.bench.measure import HOST_CLOCK
 from medseg_trt.bench.timings import CUDA_EVENTS, NO_DEVICE_TIME
@@ -67,7 +67,8 @@ def test_an_engine_is_timed_with_copies_and_without(machine, rows):
     assert isinstance(row.speedup["model+transfers"], Speedup)  # against the CPU's model, which copies nothing
     assert isinstance(row.throughput, tuple)
     assert [(each.streams, each.threads) for each in row.throughput][-1][1] is None  # callers share the session
-    assert isinstance(row.profile, Missing)
+    assert isinstance(row.profile, Profile)
+    assert row.roofline == Missing(reason=NO_PEAK_OF_GPUS)
     assert machine.gpu.is_clean()
 
 

@@ -418,7 +418,7 @@ def test_what_cannot_be_built_is_refused_at_once(built, arguments, code, words, 
 
 
 def test_without_any_library_both_extras_are_named(monkeypatch):
-    monkeypatch.setattr(engines, "_installed", lambda _: None)
+    monkeypatch.setattr(engines, "installed_version", lambda _: None)
     with pytest.raises(MissingExtraError, match=r"medseg-trt\[tensorrt-rtx\].*medseg-trt\[tensorrt\]"):
         engines.default_library()
 
