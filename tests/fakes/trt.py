@@ -213,9 +213,9 @@ class FakeContext:
             source, target = (self._view(addresses[name], name, batch) for name in ("pixel_values", "logits"))
             target[...] = self._trt.network(source)
             self.settled = max(self.settled, changes)
-            report = getattr(self.profiler, "report_layer_time", None)
-            for name, ms in self._trt.layer_ms.items() if report is not None else ():
-                report(name, ms)
+            if self.profiler is not None:
+                for name, ms in self._trt.layer_ms.items():
+                    self.profiler.report_layer_time(name, ms)
 
         gpu.enqueue(stream_handle, work, self.memory, *addresses.values())
         return True
