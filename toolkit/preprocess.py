@@ -19,7 +19,8 @@ from medseg_trt.spec import SPLINE_ORDERS, Preprocessing, Resize
 Size = tuple[int, int]  # height, width in pixels
 Spacing = tuple[float, float]  # millimetres between rows, and between columns
 
-BAND_VALUES = 2**16  # logits brought to the source's size at once; with 2**18 and more it takes twice as long
+BAND_VALUES = 2**17  # logits brought to the source's size at once, so that they stay in a cache
+MAX_WIDENED_VALUES = 2**24  # float32: 67 MB
 
 
 def of_image(p: Preprocessing, pixels: Num[ndarray, "slices height width channels"]) -> Preprocessing:
@@ -120,11 +121,15 @@ def restore(
         return _zoom(_labels_of(logits), source_size, order=0)
     rows, columns = _place(source_size, p, spacing_mm)
     row_taps, column_taps = rows.source_taps(), columns.source_taps()
+    widened = _widened(logits, row_taps, column_taps)
     labels = np.empty(source_size, np.uint8)
     band = max(BAND_VALUES // (len(logits) * source_size[1]), 1)
     for start in range(0, source_size[0], band):
         part = slice(start, start + band)
-        labels[part] = _labels_of(_apply(logits, row_taps.only(part), column_taps))
+        if widened is None:
+            labels[part] = _labels_of(_apply(logits, row_taps.only(part), column_taps))
+        else:
+            labels[part] = _labels_of(_sum_rows(widened, row_taps.only(part)))
     return labels * np.outer(rows.inside, columns.inside)
 
 
@@ -286,17 +291,28 @@ def _apply(array: ndarray, rows: _Taps, columns: _Taps) -> ndarray:
     return _sum_rows(_sum_columns(array, columns), rows)
 
 
+def _widened(logits: ndarray, rows: _Taps, columns: _Taps) -> ndarray | None:
+    """Return the logits with the source's columns, where that is less to gather than band by band, and fits."""
+    gathered, height = len(logits) * logits.shape[-2] * columns.index.shape[1], rows.index.shape[1]
+    return _sum_columns(logits, columns) if logits.shape[-2] <= height and gathered <= MAX_WIDENED_VALUES else None
+
+
 def _sum_rows(array: ndarray, taps: _Taps) -> ndarray:
-    total = np.zeros((*array.shape[:-2], taps.index.shape[1], array.shape[-1]), np.float32)
-    for index, weight in zip(taps.index, taps.weight, strict=True):
-        total += array[..., index, :] * weight[:, np.newaxis]
-    return total
+    return _sum(array, taps.index, taps.weight[:, :, np.newaxis], axis=-2)
 
 
 def _sum_columns(array: ndarray, taps: _Taps) -> ndarray:
-    total = np.zeros((*array.shape[:-1], taps.index.shape[1]), np.float32)
-    for index, weight in zip(taps.index, taps.weight, strict=True):
-        total += array[..., index] * weight
+    return _sum(array, taps.index, taps.weight, axis=-1)
+
+
+def _sum(array: ndarray, indices: ndarray, weights: ndarray, axis: int) -> ndarray:
+    """Return the weighted sum of what the rows of ``indices`` take along an axis."""
+    total = np.take(array, indices[0], axis)  # unlike an index in brackets, it leaves the axes in order in memory
+    total *= weights[0]
+    for index, weight in zip(indices[1:], weights[1:], strict=True):
+        taken = np.take(array, index, axis)
+        taken *= weight
+        total += taken
     return total
 
 
@@ -306,7 +322,8 @@ def _labels_of(logits: ndarray) -> ndarray:
     best = logits[0].copy()
     labels = np.zeros(best.shape, np.uint8)
     for label, plane in enumerate(logits[1:], 1):
-        labels[plane > best] = label
+        higher = (plane > best).view(np.uint8)
+        np.maximum(labels, higher * np.uint8(label), out=labels)  # labels ascend; faster than to write where it is so
         np.maximum(best, plane, out=best)
     return labels
 

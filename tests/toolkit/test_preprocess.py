@@ -392,3 +392,18 @@ def test_the_golden_input_tells_contracts_apart(change):
     pixels, _ = golden(Preprocessing(**usual))
     changed = Preprocessing(**{**usual, **change})
     assert largest_difference(prepare(pixels, changed, (1.3 * 1.5, 0.8 * 1.5)), first) > 1e-3
+
+
+@pytest.mark.parametrize("size", [(96, 40), (31, 300), (300, 31), (257, 190)])
+def test_wide_sources_are_labelled_band_by_band_as_small_ones_are_at_once(size, monkeypatch):
+    """The two ways add in another order, so only where two logits are nearly equal may a label differ."""
+    contract = Preprocessing(image_size=(64, 48))
+    logits = np.random.default_rng(0).standard_normal((5, 64, 48)).astype(np.float32)
+    at_once = restore(logits, size, contract, None)
+    monkeypatch.setattr(preprocess, "MAX_WIDENED_VALUES", 0)
+    assert (restore(logits, size, contract, None) != at_once).mean() < 1e-4
+    scaled = resize(logits, size, "linear")
+    ordered = np.sort(scaled, axis=0)
+    clear = ordered[-1] - ordered[-2] > 1e-5
+    assert (at_once == scaled.argmax(0))[clear].all()
+    assert clear.mean() > 0.99
