@@ -276,7 +276,7 @@ def _row(
     )
     nothing = _why_not_timed(row, judged, not_run, known)
     device, description = devices.get(name, ("none", candidate.backend))
-    speed = {} if candidate is reference else speedups(timings[reference.name], row)
+    speed = speedups(timings[reference.name], row) if candidate is not reference and row.latency else {}
     return Row(
         name=name, role=candidate.role, backend=candidate.backend, device=device, description=description,
         executed=candidate.executed, statement=candidate.statement, precision=candidate.precision,

@@ -58,8 +58,8 @@ class Figures:
     markup: bool
     reasons: list[str] = field(default_factory=list[str])
 
-    def n(self, path: str, spec: str, scale: float | int = 1) -> str:
-        """Return the figure at a place, times ``scale``, as Python formats it with ``spec``."""
+    def n(self, path: str, spec: str, scale: float | int = 1, unit: str = "") -> str:
+        """Return the figure at a place, times ``scale``, as Python formats it with ``spec``, and its unit."""
         value: Any = self.data
         for part in path.split("."):
             if isinstance(value, Mapping) and set(value) == {"reason"}:
@@ -71,9 +71,9 @@ class Figures:
             return self._written("–")
         text = formatted(value, spec, scale)
         if not self.markup:
-            return text
+            return text + unit
         where = f'data-path="{path}" data-spec="{spec}" data-scale="{scale}"'
-        return self._written(f'<data value="{value!r}" {where}>{text}</data>')
+        return self._written(f'<data value="{value!r}" {where}>{text}</data>{unit}')
 
     def notes(self) -> str:
         """Return why figures are missing since the last time this was asked."""

@@ -79,7 +79,8 @@ def test_without_a_gpu_an_engine_is_a_row_that_was_built_alone(rows):
     assert "built for sm89" in row.statement
     assert "not executed: no NVIDIA GPU is here." in row.statement
     assert "a simulation" in row.statement
-    assert all(isinstance(each, Missing) and each.reason == row.statement for each in row.latency.values())
+    for each in (*row.latency.values(), *row.speedup.values(), row.verdict, row.throughput, row.profile):
+        assert each == Missing(reason=row.statement)
     assert row.size_mb == pytest.approx(4096 / 1e6)
 
 
