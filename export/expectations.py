@@ -6,6 +6,7 @@ counted, and those that are no are named. A no breaks nothing; it says where tim
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import onnx_ir as ir
 
@@ -16,7 +17,7 @@ from medseg_trt.export.onnx_graph import KEPT_METADATA, OnnxGraph
 from medseg_trt.export.parts import part_of
 from medseg_trt.export.quantize import found_precisions
 
-STORED = ("int8", "w8a16", "w4a16")  # precisions whose weights are integers
+STORED = ("int8", "fp8", "w8a16", "w4a16")  # precisions whose weights are codes
 MOVERS = frozenset({"Cast", "Transpose", "Reshape", "Split", "Concat", "Slice", "Resize", "Pad", "Expand", "Squeeze",
                     "Unsqueeze", "Attention", "QuantizeLinear", "DequantizeLinear"})  # fmt: skip
 
@@ -95,13 +96,14 @@ def _attention_is_fused(engine: _Engine) -> Answers:
         yield engine.label(attention), None if fused else f"it became {names or 'no product at all'}"
 
 
-def _int8_takes_int8(engine: _Engine) -> Answers:
-    for name in (name for name, precision in engine.precisions.items() if precision == "int8"):
+def _takes_codes(precision: str, word: str, engine: _Engine) -> Answers:
+    """Ask whether the GEMMs of a precision multiply what the builder calls by this word."""
+    for name in (name for name, found in engine.precisions.items() if found == precision):
         products = engine.products_of(name)
         types = {tensor.dtype for layer in products for tensor in (*layer.inputs, *layer.constants[:1])}
-        integer = len(products) == 1 and products[0].dtype == "Int8" and types <= {"Int8"}
+        coded = len(products) == 1 and products[0].dtype == word and types <= {word}
         wrong = f"it multiplies {' and '.join(sorted(types)) or 'nothing'}"
-        yield engine.label(engine.nodes[name]), None if integer else wrong
+        yield engine.label(engine.nodes[name]), None if coded else wrong
 
 
 def _weights_stay_stored(engine: _Engine) -> Answers:
@@ -130,7 +132,8 @@ EXPECTATIONS: Mapping[str, Callable[[_Engine], Answers]] = {
     "q, k and v are one GEMM": _qkv_is_one,
     "gate and up are one GEMM": _gate_up_is_one,
     "attention is one kernel": _attention_is_fused,
-    "INT8 GEMMs multiply Int8": _int8_takes_int8,
+    "INT8 GEMMs multiply Int8": partial(_takes_codes, "int8", "Int8"),
+    "FP8 GEMMs multiply FP8": partial(_takes_codes, "fp8", "FP8"),
     "stored weights are decoded inside the GEMM": _weights_stay_stored,
     "no copy or scaling that no node asks for": _no_surprise_copy,
     "plugins stand for nodes of domain medseg": _plugins_are_custom,

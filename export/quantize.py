@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -19,7 +20,7 @@ from medseg_trt.export.calibrate import Calibration, Range
 from medseg_trt.export.gemms import PART_NAMES, gemms, stored_weight, total_macs
 from medseg_trt.export.half import TYPES
 from medseg_trt.export.onnx_graph import KEPT_METADATA, OnnxGraph
-from medseg_trt.export.weight_only import add_constant, per_channel, with_coded_weights
+from medseg_trt.export.weight_only import FP8_MAX, add_constant, per_channel, per_channel_fp8, with_coded_weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +30,7 @@ class Scheme:
     function: str  # "module:name", imported when it is used
     options: Mapping[str, Any] = field(default_factory=dict)
     parts: tuple[str, ...] = PART_NAMES  # that it means where no part is named
+    only: tuple[str, ...] = PART_NAMES  # parts that it can be asked for
     needs_calibration: bool = False
 
 
@@ -40,15 +42,24 @@ class Form:
     rounds_outputs: bool = False  # of convolutions too, after a ReLU that follows
 
 
+TRANSFORMERS = ("vit", "block")  # a chain of convolutions in fp8 loses most of its digits
 SCHEMES: Mapping[str, Scheme | None] = {  # in the order in which a mix is applied; None: as traced
     "fp32": None,
     "int8": Scheme(function="medseg_trt.export.quantize:to_int8", needs_calibration=True),
+    "fp8": Scheme(
+        function="medseg_trt.export.quantize:to_fp8", parts=TRANSFORMERS, only=TRANSFORMERS, needs_calibration=True
+    ),
     "w8a16": Scheme(function="medseg_trt.export.weight_only:to_w8a16", parts=("block",)),
     "w4a16": Scheme(function="medseg_trt.export.weight_only:to_w4a16", parts=("block",)),
     "fp16": Scheme(function="medseg_trt.export.half:to_half", options={"dtype": "fp16"}),
     "bf16": Scheme(function="medseg_trt.export.half:to_half", options={"dtype": "bf16"}),
 }
-CODED_AND_HALF = ("int8+fp16", "w8a16+fp16", "w4a16+fp16")  # codes for GEMMs, and fp16 for what they leave in float
+CODED_AND_HALF = (
+    "int8+fp16",
+    "fp8+fp16",
+    "w8a16+fp16",
+    "w4a16+fp16",
+)  # codes for GEMMs, and fp16 for what they leave in float
 FORMS: Mapping[str, Form] = {
     "int8": Form(codes=np.int8),  # TensorRT takes no other
     "uint8": Form(codes=np.uint8),  # OpenVINO: 2026.4 computes symmetric codes of concatenated maps wrongly
@@ -57,6 +68,7 @@ FORMS: Mapping[str, Form] = {
 STORED_AS: Mapping[ir.DataType, str] = {  # the type of a stored weight; int8 where activations are codes too
     ir.DataType.FLOAT: "fp32",
     ir.DataType.INT8: "w8a16",
+    ir.DataType.FLOAT8E4M3FN: "fp8",
     ir.DataType.INT4: "w4a16",
     ir.DataType.FLOAT16: "fp16",
     ir.DataType.BFLOAT16: "bf16",
@@ -83,6 +95,9 @@ def parse_precision(text: str) -> dict[str, str]:
         if _known(part, PART_NAMES, "part of the network") in chosen:
             raise UsageError(f"{text!r} names {part} twice")
         chosen[part] = _known(name, known, "precision")
+        scheme = SCHEMES[steps(name)[0]]
+        if scheme is not None and part not in scheme.only:
+            raise UsageError(f"{name} is for the {' and the '.join(scheme.only)}; choose another precision for {part}")
     return dict.fromkeys(PART_NAMES, "fp32") | chosen
 
 
@@ -146,6 +161,23 @@ def quantise(
     return quantised
 
 
+def to_fp8(graph: OnnxGraph, names: Collection[str], calibration: Calibration, form: str = "int8") -> OnnxGraph:
+    """Return a copy in which the named GEMMs multiply floats of eight bits, e4m3, scaled like codes.
+
+    There is one form, which TensorRT reads, whatever ``form`` says.
+    Source: Micikevicius et al. 2022, "FP8 formats for deep learning".
+
+    Raises:
+        UsageError: the calibration is of another graph.
+    """
+    coded = with_coded_weights(graph, dict.fromkeys(names, per_channel_fp8))
+    nodes = {node.name: node for node in coded.model.graph}
+    rounding = _Rounding(graph=coded.model.graph, calibration=calibration, codes=ml_dtypes.float8_e4m3fn, done={})
+    for name in sorted(names):
+        nodes[name].replace_input_with(0, rounding.rounded(_input(nodes[name])))
+    return coded
+
+
 def to_int8(graph: OnnxGraph, names: Collection[str], calibration: Calibration, form: str = "int8") -> OnnxGraph:
     """Return a copy in which the named GEMMs multiply eight-bit codes; a value that several read is rounded once.
 
@@ -177,8 +209,10 @@ def int8_share(graph: OnnxGraph) -> float:
     return sum(gemm.macs for gemm in gemms(graph) if found[gemm.name] == "int8") / total_macs(graph)
 
 
-def activation_codes(limits: Range, codes: type[np.int8 | np.uint8]) -> tuple[np.float32, np.ndarray]:
+def activation_codes(limits: Range, codes: type[Any]) -> tuple[np.float32, np.ndarray]:
     """Return the scale of a range, and the code of zero in the type of the codes."""
+    if codes is ml_dtypes.float8_e4m3fn:
+        return np.float32(limits.bound / FP8_MAX or 1.0), np.array(0, codes)
     if codes is np.int8:
         return np.float32(limits.bound / 127 or 1.0), np.array(0, np.int8)
     scale = np.float32((limits.high - limits.low) / 255 or 1.0)
@@ -191,7 +225,7 @@ class _Rounding:
 
     graph: ir.Graph
     calibration: Calibration
-    codes: type[np.int8 | np.uint8]
+    codes: type[Any]  # np.int8, np.uint8 or ml_dtypes.float8_e4m3fn
     done: dict[str, ir.Value]
 
     def rounded(self, value: ir.Value) -> ir.Value:

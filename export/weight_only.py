@@ -20,7 +20,9 @@ from medseg_trt.progress import LOG
 
 INT8_MAX = 127  # -128 stays unused, so that negating a weight negates its code
 INT4_MIN, INT4_MAX = -8, 7
+FP8_MAX = 448  # of e4m3; there are no infinities
 NOTHING = 2.0**-100  # weights below are zeros; their scale would leave the normal float32 numbers
+CODE_NAMES = {np.dtype(np.int8): "int8", np.dtype(ml_dtypes.int4): "int4", np.dtype(ml_dtypes.float8_e4m3fn): "fp8"}
 BLOCK_SIZES = (128, 64, 32)  # the first that divides the number of summed weights
 SHRINKS = np.linspace(0.7, 1.0, 13, dtype=np.float32)  # of the scale that covers the whole block
 CHUNK_COLUMNS = 512  # of a matrix that are searched at once, to bound memory
@@ -30,7 +32,7 @@ CHUNK_COLUMNS = 512  # of a matrix that are searched at once, to bound memory
 class Codes:
     """A weight as integers and their scales."""
 
-    codes: ndarray  # int8 or ml_dtypes.int4, in the weight's shape
+    codes: ndarray  # int8, ml_dtypes.int4 or float8_e4m3fn, in the weight's shape
     scales: ndarray  # float32: (output channels,), or the weight's shape with blocks in place of the input axis
     axis: int  # of DequantizeLinear
     block_size: int = 0  # 0: one scale per index of ``axis``
@@ -73,6 +75,15 @@ def per_channel(weight: ndarray, gemm: Gemm) -> Codes:
     np.rint(quotients, out=quotients)
     np.clip(quotients, -INT8_MAX, INT8_MAX, out=quotients)
     return Codes(codes=quotients.astype(np.int8), scales=scales.reshape(-1), axis=gemm.output_axis)
+
+
+def per_channel_fp8(weight: ndarray, gemm: Gemm) -> Codes:
+    """Round a weight to e4m3, with one scale per output channel; a channel of zeros has scale 1."""
+    others = tuple(axis for axis in range(weight.ndim) if axis != gemm.output_axis)
+    largest = np.abs(weight).max(axis=others, keepdims=True)
+    scales = np.where(largest > NOTHING, largest / np.float32(FP8_MAX), np.float32(1)).astype(np.float32)
+    codes = (weight / scales).clip(-FP8_MAX, FP8_MAX).astype(ml_dtypes.float8_e4m3fn)
+    return Codes(codes=codes, scales=scales.reshape(-1), axis=gemm.output_axis)
 
 
 def per_block(weight: ndarray, gemm: Gemm) -> Codes:
@@ -134,7 +145,7 @@ def add_constant(graph: ir.Graph, name: str, values: ndarray) -> ir.Value:
 
 def _decode(graph: ir.Graph, reader: ir.Node, weight: ir.Value, codes: Codes) -> ir.Value:
     """Put the codes and their DequantizeLinear before ``reader`` and return the decoded weight."""
-    bits = {np.dtype(np.int8): "int8", np.dtype(ml_dtypes.int4): "int4"}[codes.codes.dtype]
+    bits = CODE_NAMES[codes.codes.dtype]
     inputs = [
         add_constant(graph, f"{weight.name}_{bits}", codes.codes),
         add_constant(graph, f"{weight.name}_{bits}_scale", codes.scales),

@@ -32,11 +32,14 @@ from medseg_trt.export.quantize import (
 )
 from medseg_trt.export.save import save_flavours
 from medseg_trt.export.trace import INPUT, OnnxGraph, check, trace
+from medseg_trt.export.weight_only import FP8_MAX, per_channel_fp8
 from medseg_trt.train.checkpoint import load_checkpoint
 
 SIZE = (32, 48)
 IMAGES = np.stack([np.repeat(picture(seed, SIZE)[0][None] / 255, 3, axis=0) for seed in range(8)]).astype(np.float32)
-INT8 = parse_precision("int8")
+INT8, FP8 = parse_precision("int8"), parse_precision("fp8")
+# Random weights: 40.8 dB seen. Activations or weights that are scaled four or two and a half times too large leave 26.
+MIN_SQNR_DB_FP8 = 36.0
 # Random weights: 25.0, 28.4 and 26.1 dB seen. Every fault below, of one GEMM in uint8, leaves 24 dB or less.
 MIN_SQNR_DB = {"int8": 24.0, "uint8": 27.0, "uint8_outputs": 25.0}
 
@@ -117,6 +120,33 @@ def test_int8_stays_close_and_is_int8(graph, calibration, exact, form, tmp_path)
         sum(gemm.macs for gemm in gemms(graph)) / total_macs(graph)
     )  # no product was lost on the way
     check(quantised, SIZE, 3, opsets=FLAVOURS["canonical"].opsets)
+
+
+def test_fp8_stays_close_and_is_in_the_transformers_alone(graph, calibration, exact, tmp_path):
+    quantised = quantise(graph, FP8, calibration)
+    found = found_precisions(quantised)
+    by_part = {gemm.part: found[gemm.name] for gemm in gemms(quantised)}
+    assert by_part == {"resnet": "fp32", "vit": "fp8", "block": "fp8", "decoder": "fp32"}
+    assert sqnr_db(exact, logits(quantised, tmp_path)) > MIN_SQNR_DB_FP8
+    check(quantised, SIZE, 3, opsets=FLAVOURS["canonical"].opsets)
+
+
+def test_weights_in_fp8_are_off_by_half_a_step_of_three_bits_at_most(graph):
+    gemm = next(gemm for gemm in gemms(graph) if gemm.part == "vit" and gemm.output_axis == 1)
+    weight = np.random.default_rng(0).standard_normal(gemm.weight_shape).astype(np.float32)
+    weight[:, 0] = 0
+    found = per_channel_fp8(weight, gemm)
+    codes, smallest = found.codes.astype(np.float32), found.scales * 2.0**-10  # half of e4m3's smallest step, 2^-9
+    error = np.abs(found.decoded() - weight)
+    assert (error <= np.maximum(np.abs(weight) * 2.0**-4, smallest) * (1 + 1e-6)).all()
+    assert (np.abs(codes).max(axis=0)[1:] == FP8_MAX).all()  # a channel uses the whole range, and nothing overflows
+    assert (codes[:, 0] == 0).all()
+
+
+@pytest.mark.parametrize("text", ["resnet=fp8", "vit=fp8,decoder=fp8+fp16"])
+def test_convolutions_in_fp8_are_refused(text):
+    with pytest.raises(UsageError, match="is for the vit and the block; choose another precision for"):
+        parse_precision(text)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -286,7 +316,7 @@ def test_a_precision_without_parts_means_the_whole_network_or_for_weights_alone_
     assert set(parse_precision("int8").values()) == {"int8"}
     assert set(parse_precision("fp32").values()) == {"fp32"}
     assert parse_precision("w4a16") == {"resnet": "fp32", "vit": "fp32", "block": "w4a16", "decoder": "fp32"}
-    assert [name for name in SCHEMES if needs_calibration(parse_precision(name))] == ["int8"]
+    assert [name for name in SCHEMES if needs_calibration(parse_precision(name))] == ["int8", "fp8"]
     assert needs_calibration(parse_precision("decoder=int8"))
 
 
@@ -316,7 +346,7 @@ def test_what_keeps_its_float_numbers_gets_16_bits_and_what_keeps_its_wide_ones_
     [
         ("int8+int8", r"precision is called 'int8\+int8'"),
         ("fp16+fp16", r"precision is called 'fp16\+fp16'"),
-        ("int4", "precision is called 'int4'; choose one of: fp32, int8, w8a16, w4a16, fp16, bf16"),
+        ("int4", "precision is called 'int4'; choose one of: fp32, int8, fp8, w8a16, w4a16, fp16, bf16"),
         ("vit=int7", "precision is called 'int7'"),
         ("tail=int8", "part of the network is called 'tail'; choose one of: resnet, vit, block, decoder"),
         ("vit=int8,vit=fp16", "names vit twice"),

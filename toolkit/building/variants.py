@@ -45,7 +45,7 @@ from medseg_trt.spec import to_dict
 
 MIN_INT8_SHARE = 0.8  # of all MACs, or it is not called int8
 IN_FILE_NAMES = str.maketrans("=+,", "--_")
-INT8, FLOAT = "int8", "fp32"
+INT8, FP8, FLOAT = "int8", "fp8", "fp32"
 KEEPS_CASTS = "onnxruntime"  # OpenVINO drops a cast to 16 bits and back, and with it an overflow
 
 
@@ -71,6 +71,7 @@ class _Prepared:
     """A float graph that is ready to be quantised, and what was found out on the way."""
 
     graph: OnnxGraph
+    name: str
     precision: Mapping[str, str]  # of each part
     calibration: Calibration | None
     keep_float: frozenset[str]  # GEMMs that eight bits would hurt most
@@ -97,6 +98,8 @@ def make_variants(
     prepared = _prepare(graph, name, proof)
     is_for_cpus = prepared.calibration is not None and "+" not in name  # no CPU multiplies codes into 16-bit floats
     forms = [key for key in WRITTEN if key != ONLY_INTEGERS or is_for_cpus]
+    if any(FP8 in steps(scheme) for scheme in prepared.precision.values()):
+        forms = ["canonical"]  # ONNX before opset 19, which the others are written in, has no such numbers
     relaxed = _relaxed(prepared, name, forms, proof) if set(prepared.precision.values()) != {FLOAT} else None
     kept = _names(prepared.graph, relaxed.kept_float) if relaxed else frozenset[str]()
     graphs = {key: _written(prepared, key, kept, proof) for key in forms}
@@ -157,8 +160,8 @@ def _prepare(graph: OnnxGraph, name: str, proof: Proof) -> _Prepared:
         unsafe = frozenset(each.gemm for each in found)
         notes |= {"too_large_for_16_bits": [to_dict(each) for each in found]}
     return _Prepared(
-        graph=graph, precision=precision, calibration=calibration, keep_float=frozenset(kept), keep_wide=unsafe,
-        notes=notes,
+        graph=graph, name=name, precision=precision, calibration=calibration, keep_float=frozenset(kept),
+        keep_wide=unsafe, notes=notes,
     )  # fmt: skip
 
 
@@ -215,7 +218,7 @@ def _answers(prepared: _Prepared, key: str, kept: frozenset[str], proof: Proof) 
         graph, backend = rounded_graph(graph), KEEPS_CASTS
     with TemporaryDirectory() as folder:
         save_flavours({"tried.onnx": graph}, Path(folder), "weights.bin")
-        with ChildSession(Path(folder, "tried.onnx"), "tried", backend, None, FLOAT) as session:
+        with ChildSession(Path(folder, "tried.onnx"), prepared.name, backend, None, FLOAT) as session:
             return np.concatenate([session.run(image[np.newaxis]) for image in images])
 
 

@@ -21,8 +21,8 @@ from medseg_trt.errors import UsageError
 )  # fmt: skip
 @click.option(
     "--precision", "precisions", multiple=True, default=("fp32",), show_default=True,
-    help="fp32, bf16, fp16, int8, w8a16, w4a16; int8+fp16: fp16 for what int8 leaves in float; several with commas, "
-    "or a mix such as vit=int8,block=w8a16.",
+    help="fp32, bf16, fp16, int8, fp8, w8a16, w4a16; int8+fp16: fp16 for what int8 leaves in float; several with "
+    "commas, or a mix such as vit=int8,block=w8a16.",
 )  # fmt: skip
 @click.option(
     "--max-dice-drop", type=click.FloatRange(0, 1), default=0.005, show_default=True,

@@ -29,6 +29,7 @@ from medseg_trt.progress import LOG
 from medseg_trt.signature import signature_of
 from medseg_trt.spec import EngineSpec, to_dict
 
+FIRST_FP8_SM = 89
 MEMINFO = Path("/proc/meminfo")
 # Full-size builds in four precisions took this and 2.9 to 3.0 times the weights.
 BASE_BYTES, BYTES_PER_WEIGHT_BYTE = 600 << 20, 3.0
@@ -54,10 +55,11 @@ def check_engines(spec: EngineSpec, outputs: str, precisions: Iterable[str]) -> 
         MissingExtraError: the library is not installed.
         DeviceError: the library needs a GPU to build, and none is here.
     """
-    if "fp8" in ",".join(precisions):
-        raise UsageError("fp8 is not a precision yet; choose one of fp16, int8+fp16, w8a16+fp16 or a mix of them")
     gpu = find_gpu()
     check_engine_spec(spec, require_library(spec.library), gpu.sm if gpu else None)
+    older = [target for target in spec.targets if int(target.removeprefix("sm")) < FIRST_FP8_SM]
+    if older and "fp8" in ",".join(precisions):
+        raise UsageError(f"{', '.join(older)} has no fp8; leave it out, or build without fp8")
     if outputs != "logits":
         raise UsageError(
             "engines are built from graphs that give logits: choose --outputs logits, or leave --target out"

@@ -13,7 +13,7 @@ LAYERS_SUFFIX = ".layers.json"  # of the report beside a plan
 PRODUCTS = ("gemm", "correlation", "convolution", "deconvolution")  # types of layers that multiply matrices
 PRODUCT_WORDS = ("Fc", "Conv", "gemm", "mha")  # parts of the names of kernels that were generated and do
 CUSTOM = "custom_layer"  # a plugin
-CODES = ("Int8", "Int4")  # what products decode before or after they multiply
+CODES = ("Int8", "Int4", "FP8")  # what products decode before or after they multiply
 COUNTERS = ("Int32", "Int64")  # sizes, which come with a free batch
 MOVES = frozenset({"Move", "Tran", "Resh", "Repl", "Slic", "Cast", "Copy", "Reformat", "Conc"})  # words of kernels
 

@@ -15,7 +15,7 @@ from medseg_trt.session import Session
 ERRORS_ONLY = 3  # of ONNX Runtime's log levels
 # ONNX Runtime 1.30 replaces products between coders whose scales are in 16 bits by its integer kernels, and gets them
 # wrong: on the demo's network the logits then have 9 dB left of 37.
-KEEP_CODERS, CODES_IN_HALF = "session.disable_quant_qdq", "+fp16"
+KEEP_CODERS, KEPT_CODERS = "session.disable_quant_qdq", ("+fp16", "fp8")  # and it knows no product of fp8
 
 
 class OnnxRuntimeSession(Session):
@@ -79,7 +79,7 @@ def open_graph(path: Path, precision: str, threads: int | None, compute: str) ->
     options.log_severity_level = ERRORS_ONLY
     if threads is not None:
         options.intra_op_num_threads = threads
-    if CODES_IN_HALF in precision:
+    if any(word in precision for word in KEPT_CODERS):
         options.add_session_config_entry(KEEP_CODERS, "1")
     try:
         session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -37,8 +37,9 @@ from medseg_trt.spec import EngineSpec, from_dict, to_dict
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'medseg-trt[tensorrt-rtx]'")
 
 SPEC = EngineSpec(library="tensorrt-rtx", targets=("sm86", "sm89"), max_batch=4)
-QKV, GATE_UP, FUSED, INT8, STORED, COPIES, PLUGINS = (
+QKV, GATE_UP, FUSED, INT8, FP8, STORED, COPIES, PLUGINS = (
     "q, k and v are one GEMM", "gate and up are one GEMM", "attention is one kernel", "INT8 GEMMs multiply Int8",
+    "FP8 GEMMs multiply FP8",
     "stored weights are decoded inside the GEMM", "no copy or scaling that no node asks for",
     "plugins stand for nodes of domain medseg",
 )  # fmt: skip
@@ -216,6 +217,21 @@ def test_the_decoder_multiplies_in_the_type_that_was_asked_for(with_engines: Wit
     products = [layer for layer in layers if layer.is_product]
     assert len(asked) == len([name for layer in products for name in layer.nodes if name in asked]) > 4
     assert {layer.dtype for layer in products} == {dtype}
+
+
+def test_fp8_reaches_the_products_of_the_transformers(built, in_process, tmp_path: Path):
+    command = ["build", "--ckpt", built.checkpoint, "--data", built.data, "--precision", "fp8+fp16", "--target", "sm89",
+               "--max-dice-drop", "0.05", "-o", tmp_path / "model.medseg"]  # fmt: skip
+    ran = run(*command)
+    assert ran.exit_code == 0, ran.output
+    bundle = load_bundle(tmp_path / "model.medseg")
+    (engine,) = bundle.content.engines
+    outcomes = {each.name: each for each in read_report(bundle.folder / engine.plan).outcomes}
+    for name in (FP8, STORED):
+        assert outcomes[name].asked > 10
+        assert outcomes[name].failed == ()
+    assert outcomes[FUSED].failed == outcomes[QKV].failed == outcomes[GATE_UP].failed == ()
+    assert set(bundle.content.variants) == {"fp8-fp16"}  # ONNX before opset 19 has no such numbers
 
 
 def test_in_16_bits_no_kernel_moves_anything_unasked(with_engines: WithEngines):
@@ -397,7 +413,7 @@ def test_a_builder_that_is_killed_is_one_line(monkeypatch, tmp_path: Path):
     ("arguments", "code", "words"),
     [
         (["--target", "sm87"], 2, "sm87; it knows sm75, sm80, sm86, sm89, sm120, sm121"),
-        (["--target", "sm86", "--precision", "fp8"], 2, "fp8 is not a precision yet"),
+        (["--target", "sm86,sm89", "--precision", "fp8"], 2, "sm86 has no fp8; leave it out"),
         (["--target", "sm86", "--outputs", "mask"], 2, "--outputs logits"),
         (["--target", "sm86", "--version-compatible"], 2, "no version compatible option"),
         (["--target", "sm86", "--hardware-compatible", "ampere_plus"], 2, "no hardware option"),
