@@ -221,7 +221,7 @@ def _network_flags(trt: ModuleType) -> int:
 
 
 def _fix_batch(network: Any) -> None:
-    """Leave no size free: then two builds are the same bytes; with a free batch, names inside the plan differ."""
+    """Leave no size free, so that the plan needs no symbols of shapes."""
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
         tensor.shape = (1, *tuple(tensor.shape)[1:])

@@ -20,7 +20,7 @@ from medseg_trt.export.calibrate import Calibration, Range
 from medseg_trt.export.gemms import PART_NAMES, gemms, stored_weight, total_macs
 from medseg_trt.export.half import TYPES
 from medseg_trt.export.onnx_graph import KEPT_METADATA, OnnxGraph
-from medseg_trt.export.weight_only import FP8_MAX, add_constant, per_channel, per_channel_fp8, with_coded_weights
+from medseg_trt.export.weight_only import FP8_MAX, Coder, add_constant, per_channel, per_channel_fp8, with_coded_weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,9 +36,10 @@ class Scheme:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Form:
-    """How INT8 is written for a kind of back-end. The weights are the same bytes in all of them."""
+    """How codes are written for a kind of back-end. The weights of INT8 are the same bytes in all of them."""
 
-    codes: type[np.int8 | np.uint8]  # of activations: symmetric int8 or asymmetric uint8
+    codes: type[Any]  # of activations: symmetric np.int8 or ml_dtypes.float8_e4m3fn, or asymmetric np.uint8
+    coder: Coder = per_channel  # of weights
     rounds_outputs: bool = False  # of convolutions too, after a ReLU that follows
 
 
@@ -54,17 +55,14 @@ SCHEMES: Mapping[str, Scheme | None] = {  # in the order in which a mix is appli
     "fp16": Scheme(function="medseg_trt.export.half:to_half", options={"dtype": "fp16"}),
     "bf16": Scheme(function="medseg_trt.export.half:to_half", options={"dtype": "bf16"}),
 }
-CODED_AND_HALF = (
-    "int8+fp16",
-    "fp8+fp16",
-    "w8a16+fp16",
-    "w4a16+fp16",
-)  # codes for GEMMs, and fp16 for what they leave in float
+# Codes for GEMMs, and fp16 for what they leave in float.
+CODED_AND_HALF = ("int8+fp16", "fp8+fp16", "w8a16+fp16", "w4a16+fp16")
 FORMS: Mapping[str, Form] = {
     "int8": Form(codes=np.int8),  # TensorRT takes no other
     "uint8": Form(codes=np.uint8),  # OpenVINO: 2026.4 computes symmetric codes of concatenated maps wrongly
     "uint8_outputs": Form(codes=np.uint8, rounds_outputs=True),  # ONNX Runtime: no integer convolution without it
 }
+FP8_FORM = Form(codes=ml_dtypes.float8_e4m3fn, coder=per_channel_fp8)
 STORED_AS: Mapping[ir.DataType, str] = {  # the type of a stored weight; int8 where activations are codes too
     ir.DataType.FLOAT: "fp32",
     ir.DataType.INT8: "w8a16",
@@ -161,6 +159,15 @@ def quantise(
     return quantised
 
 
+def to_int8(graph: OnnxGraph, names: Collection[str], calibration: Calibration, form: str = "int8") -> OnnxGraph:
+    """Return a copy in which the named GEMMs multiply eight-bit codes; a value that several read is rounded once.
+
+    Raises:
+        UsageError: the calibration is of another graph.
+    """
+    return _to_codes(graph, names, calibration, FORMS[form])
+
+
 def to_fp8(graph: OnnxGraph, names: Collection[str], calibration: Calibration, form: str = "int8") -> OnnxGraph:
     """Return a copy in which the named GEMMs multiply floats of eight bits, e4m3, scaled like codes.
 
@@ -170,27 +177,17 @@ def to_fp8(graph: OnnxGraph, names: Collection[str], calibration: Calibration, f
     Raises:
         UsageError: the calibration is of another graph.
     """
-    coded = with_coded_weights(graph, dict.fromkeys(names, per_channel_fp8))
-    nodes = {node.name: node for node in coded.model.graph}
-    rounding = _Rounding(graph=coded.model.graph, calibration=calibration, codes=ml_dtypes.float8_e4m3fn, done={})
-    for name in sorted(names):
-        nodes[name].replace_input_with(0, rounding.rounded(_input(nodes[name])))
-    return coded
+    return _to_codes(graph, names, calibration, FP8_FORM)
 
 
-def to_int8(graph: OnnxGraph, names: Collection[str], calibration: Calibration, form: str = "int8") -> OnnxGraph:
-    """Return a copy in which the named GEMMs multiply eight-bit codes; a value that several read is rounded once.
-
-    Raises:
-        UsageError: the calibration is of another graph.
-    """
+def _to_codes(graph: OnnxGraph, names: Collection[str], calibration: Calibration, form: Form) -> OnnxGraph:
     chosen = [gemm for gemm in gemms(graph) if gemm.name in names]
-    coded = with_coded_weights(graph, dict.fromkeys(names, per_channel))
+    coded = with_coded_weights(graph, dict.fromkeys(names, form.coder))
     nodes = {node.name: node for node in coded.model.graph}
-    rounding = _Rounding(graph=coded.model.graph, calibration=calibration, codes=FORMS[form].codes, done={})
+    rounding = _Rounding(graph=coded.model.graph, calibration=calibration, codes=form.codes, done={})
     for gemm in chosen:
         nodes[gemm.name].replace_input_with(0, rounding.rounded(_input(nodes[gemm.name])))
-    for gemm in chosen if FORMS[form].rounds_outputs else ():
+    for gemm in chosen if form.rounds_outputs else ():
         output = _rounded_output(nodes[gemm.name])
         if gemm.op_type == "Conv" and not output.is_graph_output():
             rounding.for_all_readers(output)
@@ -225,7 +222,7 @@ class _Rounding:
 
     graph: ir.Graph
     calibration: Calibration
-    codes: type[Any]  # np.int8, np.uint8 or ml_dtypes.float8_e4m3fn
+    codes: type[Any]  # of ``Form``
     done: dict[str, ir.Value]
 
     def rounded(self, value: ir.Value) -> ir.Value:

@@ -68,9 +68,7 @@ def to_w4a16(graph: OnnxGraph, names: Collection[str]) -> OnnxGraph:
 
 def per_channel(weight: ndarray, gemm: Gemm) -> Codes:
     """Round a weight to -127 … 127, half to even, with one scale per output channel; a channel of zeros has scale 1."""
-    others = tuple(axis for axis in range(weight.ndim) if axis != gemm.output_axis)
-    largest = np.maximum(weight.max(axis=others, keepdims=True), -weight.min(axis=others, keepdims=True))
-    scales = np.where(largest > NOTHING, largest / np.float32(INT8_MAX), np.float32(1)).astype(np.float32)
+    scales = _channel_scales(weight, gemm, INT8_MAX)
     quotients = weight / scales
     np.rint(quotients, out=quotients)
     np.clip(quotients, -INT8_MAX, INT8_MAX, out=quotients)
@@ -79,9 +77,7 @@ def per_channel(weight: ndarray, gemm: Gemm) -> Codes:
 
 def per_channel_fp8(weight: ndarray, gemm: Gemm) -> Codes:
     """Round a weight to e4m3, with one scale per output channel; a channel of zeros has scale 1."""
-    others = tuple(axis for axis in range(weight.ndim) if axis != gemm.output_axis)
-    largest = np.abs(weight).max(axis=others, keepdims=True)
-    scales = np.where(largest > NOTHING, largest / np.float32(FP8_MAX), np.float32(1)).astype(np.float32)
+    scales = _channel_scales(weight, gemm, FP8_MAX)
     codes = (weight / scales).clip(-FP8_MAX, FP8_MAX).astype(ml_dtypes.float8_e4m3fn)
     return Codes(codes=codes, scales=scales.reshape(-1), axis=gemm.output_axis)
 
@@ -141,6 +137,13 @@ def add_constant(graph: ir.Graph, name: str, values: ndarray) -> ir.Value:
     value = ir.Value(name=name, shape=ir.Shape(values.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
     return value
+
+
+def _channel_scales(weight: ndarray, gemm: Gemm, largest_code: int) -> ndarray:
+    """Return the scales that let each output channel use all codes, in a shape that broadcasts to the weight's."""
+    others = tuple(axis for axis in range(weight.ndim) if axis != gemm.output_axis)
+    largest = np.maximum(weight.max(axis=others, keepdims=True), -weight.min(axis=others, keepdims=True))
+    return np.where(largest > NOTHING, largest / np.float32(largest_code), np.float32(1)).astype(np.float32)
 
 
 def _decode(graph: ir.Graph, reader: ir.Node, weight: ir.Value, codes: Codes) -> ir.Value:
