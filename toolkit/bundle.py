@@ -7,7 +7,6 @@ bundle; its golden input is seeded noise. ``config.json`` and ``preprocessor_con
 what the manifest says in ours.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from jaxtyping import Float32
 from numpy import ndarray
 
 from medseg_trt.errors import ArtefactError, UsageError
-from medseg_trt.files import inside, sha256, write_json
+from medseg_trt.files import inside, parse_json, read_limited, sha256, write_json
 from medseg_trt.preprocess import golden
 from medseg_trt.signature import verify
 from medseg_trt.spec import BuildSpec, Classes, EngineSpec, ModelSpec, Preprocessing, from_dict, to_dict
@@ -225,7 +224,7 @@ def load_bundle(folder: Path | str, verify_key: Path | None = None) -> Bundle:
     path = folder / MANIFEST
     if not path.is_file():
         raise ArtefactError(f"{folder} is no bundle: it has no {MANIFEST}. Build one: medseg-trt build --ckpt model.pt")
-    written = _read_bytes(path)
+    written = read_limited(path, MAX_MANIFEST_BYTES)
     signed_by = verify(path, written, verify_key) if verify_key is not None else None
     content = _read_manifest(path, written)
     named = {name for variant in content.variants.values() for name in (variant.graph, variant.weights)}
@@ -260,18 +259,9 @@ def golden_input(preprocessing: Preprocessing) -> Float32[ndarray, "1 3 height w
     return prepared[np.newaxis]
 
 
-def _read_bytes(path: Path) -> bytes:
-    if path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise ArtefactError(f"{path} is larger than {MAX_MANIFEST_BYTES >> 20} MiB; it is not to be trusted")
-    return path.read_bytes()
-
-
 def _read_manifest(path: Path, written: bytes) -> Manifest:
     """Make a manifest of the very bytes whose signature was verified."""
-    try:
-        data = json.loads(written.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ArtefactError(f"{path} is no valid JSON: {error}") from error
+    data = parse_json(path, written)
     fields = cast("dict[str, Any]", data) if isinstance(data, dict) else {}
     if fields.get("schema") not in READABLE:
         raise ArtefactError(

@@ -91,6 +91,29 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
+def read_limited(path: Path, max_bytes: int) -> bytes:
+    """Return the bytes of a file.
+
+    Raises:
+        ArtefactError: there are more than ``max_bytes``.
+    """
+    if path.stat().st_size > max_bytes:
+        raise ArtefactError(f"{path} is larger than {max_bytes >> 20} MiB; it is not to be trusted")
+    return path.read_bytes()
+
+
+def parse_json(path: Path, content: bytes) -> Any:
+    """Return the value that the bytes of a file are.
+
+    Raises:
+        ArtefactError: they are no JSON.
+    """
+    try:
+        return json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ArtefactError(f"{path} is no valid JSON: {error}") from error
+
+
 def inside(folder: Path, name: str) -> Path:
     """Return ``folder / name``, provided that it really lies inside ``folder``.
 

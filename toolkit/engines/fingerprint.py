@@ -4,14 +4,13 @@ An engine is machine code for one version of one library and for a few GPUs. Not
 out; the side-car says it, and each difference becomes a sentence.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from medseg_trt.errors import ArtefactError
-from medseg_trt.files import write_json
+from medseg_trt.files import parse_json, read_limited, write_json
 from medseg_trt.spec import Hardware, from_dict, to_dict
 
 SCHEMA = 1
@@ -100,13 +99,7 @@ def read_fingerprint(path: Path) -> EngineFingerprint:
     car = side_car(path)
     if not car.is_file():
         raise ArtefactError(f"{car} is missing, so nobody knows what {path.name} is; build the engine again")
-    if car.stat().st_size > MAX_BYTES:
-        raise ArtefactError(f"{car} is larger than {MAX_BYTES >> 20} MiB; it is not to be trusted")
-    try:
-        data = json.loads(car.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ArtefactError(f"{car} is no valid JSON: {error}") from error
-    fingerprint = from_dict(EngineFingerprint, data, str(car))
+    fingerprint = from_dict(EngineFingerprint, parse_json(car, read_limited(car, MAX_BYTES)), str(car))
     if side_car(car.with_name(fingerprint.plan)) != car:
         raise ArtefactError(f"{car} describes {fingerprint.plan}, another plan; build the engine again")
     return fingerprint

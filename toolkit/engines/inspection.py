@@ -1,6 +1,5 @@
 """Say what an engine is, from the two files beside its plan. The plan is code, and is never deserialised here."""
 
-import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 from medseg_trt.engines.fingerprint import EngineFingerprint, read_fingerprint
 from medseg_trt.engines.layer_report import LAYERS_SUFFIX, Layer, LayerReport
 from medseg_trt.errors import ArtefactError
-from medseg_trt.files import sha256
+from medseg_trt.files import parse_json, read_limited, sha256
 from medseg_trt.spec import from_dict, to_dict
 
 MAX_BYTES = 64 << 20  # of a report
@@ -66,13 +65,7 @@ def read_report(plan: Path) -> LayerReport:
     path = plan.with_suffix(LAYERS_SUFFIX)
     if not path.is_file():
         raise ArtefactError(f"{path} is missing, so nobody knows the layers of {plan.name}; build the engine again")
-    if path.stat().st_size > MAX_BYTES:
-        raise ArtefactError(f"{path} is larger than {MAX_BYTES >> 20} MiB; it is not to be trusted")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ArtefactError(f"{path} is no valid JSON: {error}") from error
-    return from_dict(LayerReport, data, str(path))
+    return from_dict(LayerReport, parse_json(path, read_limited(path, MAX_BYTES)), str(path))
 
 
 def shares(layers: Iterable[Layer]) -> dict[str, float]:
