@@ -1,9 +1,10 @@
 """Time all rows of a report, each in a process of its own: starts, three scopes, throughput, memory, energy."""
 
 import subprocess
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 
 import numpy as np
@@ -114,15 +115,12 @@ def time_all(
     """
     LOG.info("time the network alone: %d row(s), %g s each, in turn", len(sessions), tier.duration_s)
     loaded = {name: _memory(session) for name, session in sessions.items()}
-    turns = {
-        name: lambda seconds, runs, session=session: session.time(batch, seconds, runs)
-        for name, session in sessions.items()
-    }
     scopes: dict[str, Scope] = {
         name: "model" if _on_cpu(session) else "model+transfers" for name, session in sessions.items()
     }
-    with _kept(timings, sessions, scopes) as taken:
-        in_turn(turns, tier, found=taken)
+    _time_in_turn(
+        sessions, timings, scopes, lambda name, seconds, runs: sessions[name].time(batch, seconds, runs), tier
+    )
     for name in sessions:
         timings[name].latency.setdefault("model+transfers", Missing(reason=ON_CPU))
     _time_on_devices(sessions, timings, batch, tier)
@@ -175,9 +173,7 @@ def _time_whole_way(
             stages[name].setdefault(stage, []).extend(taken)
         return samples
 
-    with _kept(timings, alive, dict.fromkeys(alive, "end-to-end")) as taken:
-        turns = {name: lambda seconds, runs, name=name: turn(name, seconds, runs) for name in alive}
-        in_turn(turns, tier, found=taken)
+    _time_in_turn(alive, timings, dict.fromkeys(alive, "end-to-end"), turn, tier)
     for name in alive:
         timings[name].stages_ms = {stage: median(samples) for stage, samples in stages[name].items() if samples}
 
@@ -195,24 +191,23 @@ def _time_on_devices(
             untold.add(name)
         return samples or []
 
-    with _kept(timings, alive, dict.fromkeys(alive, "model"), CUDA_EVENTS) as taken:
-        turns = {name: lambda seconds, runs, name=name: turn(name, seconds, runs) for name in alive}
-        in_turn(turns, tier, found=taken)
+    _time_in_turn(alive, timings, dict.fromkeys(alive, "model"), turn, tier, CUDA_EVENTS)
     for name in untold:
         timings[name].latency["model"] = Missing(reason=NO_DEVICE_TIME)
 
 
-@contextmanager
-def _kept(
-    timings: Mapping[str, Timings],
+def _time_in_turn(
     sessions: Mapping[str, MeasuredSession],
+    timings: Mapping[str, Timings],
     scopes: Mapping[str, Scope],
+    turn: Callable[[str, float, int], list[float]],
+    tier: Tier,
     timer: str = HOST_CLOCK,
-) -> Generator[dict[str, Taken], None, None]:
-    """Yield a place for times, and sum up in the rows what lies there at the end, even that of an interrupt."""
+) -> None:
+    """Give every row its turns and sum up what they took, even where an interrupt ends them."""
     taken: dict[str, Taken] = {}
     try:
-        yield taken
+        in_turn({name: partial(turn, name) for name in sessions}, tier, found=taken)
     finally:
         for name, each in taken.items():
             row, device, scope = timings[name], sessions[name].device, scopes[name]
