@@ -5,10 +5,11 @@ error.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -202,11 +203,19 @@ def open_session(
 
 def open_execution(bundle: Bundle, execution: Execution, threads: int | None = None) -> Session:
     """Open an execution of a bundle and ask it nothing; see ``open_session``, which does."""
-    variant, kind = bundle.variant(execution), BACKENDS[execution.backend]
-    opener = getattr(import_module(kind.module), kind.function)
-    if kind.engines:
-        return opener(bundle, execution)
-    return opener(bundle.folder / variant.graph, variant.precision, threads, execution.compute)
+    variant = bundle.variant(execution)
+    if BACKENDS[execution.backend].engines:
+        return _opener(execution.backend)(bundle, execution)
+    return open_graph(execution.backend, bundle.folder / variant.graph, variant.precision, threads, execution.compute)
+
+
+def open_graph(backend: str, path: Path, precision: str, threads: int | None, compute: str) -> Session:
+    """Open an ONNX file with a back-end that runs graphs; see its module's function for the arguments and errors."""
+    return _opener(backend)(path, precision, threads, compute)
+
+
+def _opener(backend: str) -> Callable[..., Session]:
+    return getattr(import_module(BACKENDS[backend].module), BACKENDS[backend].function)
 
 
 def choose(bundle: Bundle, backend: str = "auto", precision: str | None = None) -> Execution:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Literal
 
 from medseg_trt.bundle import Bundle, Execution
-from medseg_trt.engines.choice import engines_of, here, installed_version
-from medseg_trt.engines.fingerprint import FOLDER, LIBRARY_NAMES, mismatches
-from medseg_trt.engines.gpu import find_gpu
+from medseg_trt.engines.choice import installed_version, judged_engines
+from medseg_trt.engines.fingerprint import FOLDER, LIBRARY_NAMES
+from medseg_trt.engines.gpu import Gpu, find_gpu
 from medseg_trt.errors import MissingExtraError, UsageError
 from medseg_trt.session import BACKENDS, gpu_executions, is_installed
 
@@ -131,21 +131,21 @@ def _not_installed(backend: str) -> MissingExtraError:
 def _on_gpus(bundle: Bundle, backends: Sequence[str]) -> list[Candidate]:
     """Return the engines of a bundle, and its graphs on those back-ends of GPUs that are named."""
     found: list[Candidate] = []
+    gpu = find_gpu()
     for name, kind in BACKENDS.items():
         if not kind.gpu or name not in (backends or LIBRARY_NAMES):
             continue
         for execution in gpu_executions(bundle, name):
-            found.append(_engine(bundle, execution) if kind.engines else _graph_on_gpu(bundle, execution))
+            found.append((_engine if kind.engines else _graph_on_gpu)(bundle, execution, gpu))
     return found
 
 
-def _engine(bundle: Bundle, execution: Execution) -> Candidate:
+def _engine(bundle: Bundle, execution: Execution, gpu: Gpu | None) -> Candidate:
     """Return the engine of a variant that fits this machine, or else the first one, with the reason."""
-    variant, library, gpu = bundle.variant(execution), execution.backend, find_gpu()
+    variant, library = bundle.variant(execution), execution.backend
     version, title = installed_version(library), LIBRARY_NAMES[library]
-    engines = [each for each in engines_of(bundle, library) if each.precision == variant.precision]
-    reasons = [mismatches(each, here(bundle, each, version, gpu)) for each in engines]
-    chosen, sentences = min(zip(engines, reasons, strict=True), key=lambda each: len(each[1]))
+    engines = judged_engines(bundle, library, version, variant.precision, gpu)
+    chosen, sentences = min(engines, key=lambda each: len(each[1]))
     obstacle = " ".join(sentences) if gpu else "no NVIDIA GPU is here."
     built = f"built for {', '.join(chosen.targets)} by {title} {chosen.version}"
     judged = execution.verification.get("by", "another back-end")
@@ -160,9 +160,9 @@ def _engine(bundle: Bundle, execution: Execution) -> Candidate:
     )  # fmt: skip
 
 
-def _graph_on_gpu(bundle: Bundle, execution: Execution) -> Candidate:
+def _graph_on_gpu(bundle: Bundle, execution: Execution, gpu: Gpu | None) -> Candidate:
     variant, package = bundle.variant(execution), BACKENDS[execution.backend].package
-    runs, graph = find_gpu() is not None, bundle.folder / variant.graph
+    runs, graph = gpu is not None, bundle.folder / variant.graph
     return Candidate(
         name=f"{execution.backend} {variant.precision}", role="variant", backend=execution.backend, path=graph,
         graph=graph, precision=variant.precision, compute=execution.compute, flavour=variant.flavour,

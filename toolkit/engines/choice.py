@@ -58,6 +58,18 @@ def here(bundle: Bundle, fingerprint: EngineFingerprint, library_version: str | 
     )  # fmt: skip
 
 
+def judged_engines(
+    bundle: Bundle, library: str, library_version: str | None, precision: str, gpu: Gpu | None
+) -> list[tuple[EngineFingerprint, list[str]]]:
+    """Return the engines of a precision, each with what keeps it from running here, in sentences.
+
+    Raises:
+        ArtefactError: a fingerprint is damaged, or that of another plan.
+    """
+    found = [each for each in engines_of(bundle, library) if each.precision == precision]
+    return [(each, mismatches(each, here(bundle, each, library_version, gpu))) for each in found]
+
+
 def fitting_engine(
     bundle: Bundle, library: str, library_version: str, precision: str, device: Device
 ) -> EngineFingerprint:
@@ -67,15 +79,14 @@ def fitting_engine(
         UsageError: the bundle has none of that precision.
         ArtefactError: none fits; the message says why the first one does not.
     """
-    found = [each for each in engines_of(bundle, library) if each.precision == precision]
+    gpu = Gpu(name=device.name, sm=f"sm{device.capability}", cuda=".".join(map(str, device.cuda)), driver=None)
+    found = judged_engines(bundle, library, library_version, precision, gpu)
     if not found:
         raise UsageError(
             f"{bundle.folder} holds no {precision} engine for {library}; build one: medseg-trt build --ckpt model.pt "
             f"--precision {precision} --backend {library} --target sm{device.capability}"
         )
-    gpu = Gpu(name=device.name, sm=f"sm{device.capability}", cuda=".".join(map(str, device.cuda)), driver=None)
-    reasons = [mismatches(each, here(bundle, each, library_version, gpu)) for each in found]
-    for fingerprint, sentences in zip(found, reasons, strict=True):
+    for fingerprint, sentences in found:
         if not sentences:
             return fingerprint
-    raise ArtefactError(f"{' '.join(reasons[0])} {rebuild_hint(bundle.folder)}")
+    raise ArtefactError(f"{' '.join(found[0][1])} {rebuild_hint(bundle.folder)}")

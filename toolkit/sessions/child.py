@@ -22,7 +22,7 @@ from medseg_trt import errors
 from medseg_trt.bundle import load_bundle
 from medseg_trt.errors import ArtefactError, MedsegError
 from medseg_trt.preprocess import Size
-from medseg_trt.session import BACKENDS, Session, choose, open_execution
+from medseg_trt.session import BACKENDS, Session, choose, open_execution, open_graph
 
 STATUS = Path("/proc/self/status")  # Linux
 FIELDS = {"anonymous_mb": "RssAnon", "resident_mb": "VmRSS", "peak_resident_mb": "VmHWM"}
@@ -133,11 +133,10 @@ def open_network(backend: str, path: Path, precision: str, threads: int | None, 
     """
     if backend in REFERENCES:
         return import_module(REFERENCES[backend]).open_graph(path, precision, threads, compute)
-    kind = BACKENDS[backend]
-    if kind.engines:
+    if BACKENDS[backend].engines:
         bundle = load_bundle(path)
         return open_execution(bundle, choose(bundle, backend, precision))
-    return getattr(import_module(kind.module), kind.function)(path, precision, threads, compute)
+    return open_graph(backend, path, precision, threads, compute)
 
 
 def serve(answering: Mapping[str, Callable[..., Any]]) -> None:

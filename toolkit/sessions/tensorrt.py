@@ -109,12 +109,10 @@ class TensorRtSession(Session):
         most, prepared = self._engine.most, np.ascontiguousarray(batch, self._engine.input.dtype)
         pieces = [prepared[start : start + most] for start in range(0, len(prepared), most)]
         taken = list[float]()
-        with device_errors(self._device, self.description):
-            self._device.activate()
-            with self._lanes.one() as lane:
-                while len(taken) < min_runs or sum(taken) < 1000 * duration_s:
-                    runs = max(min_runs - len(taken), RUNS_BETWEEN_LOOKS)
-                    taken += [sum(each) for each in zip(*(lane.time(piece, runs) for piece in pieces), strict=True)]
+        with self._lane() as lane:
+            while len(taken) < min_runs or sum(taken) < 1000 * duration_s:
+                runs = max(min_runs - len(taken), RUNS_BETWEEN_LOOKS)
+                taken += [sum(each) for each in zip(*(lane.time(piece, runs) for piece in pieces), strict=True)]
         return taken
 
     def layer_times(self, image: Float32[ndarray, "batch 3 height width"], runs: int) -> dict[str, list[float]]:
@@ -128,10 +126,8 @@ class TensorRtSession(Session):
             DeviceError: as ``run`` does.
         """
         prepared = np.ascontiguousarray(image, self._engine.input.dtype)
-        with device_errors(self._device, self.description):
-            self._device.activate()
-            with self._lanes.one() as lane:
-                return lane.watch(prepared, runs)
+        with self._lane() as lane:
+            return lane.watch(prepared, runs)
 
     def pixel_path(
         self, pixels: Num[ndarray, "slices height width channels"], spacing_mm: tuple[float, float] | None
@@ -177,12 +173,18 @@ class TensorRtSession(Session):
 
     def _pass(self, source: ndarray, answer: ndarray, job: Callable[[int], Job]) -> None:
         """Send a batch through the network in pieces that the engine takes."""
+        with self._lane() as lane:
+            for start in range(0, len(source), self._engine.most):
+                part = slice(start, min(start + self._engine.most, len(source)))
+                answer[part] = lane.run(job(part.stop - part.start), source[part])
+
+    @contextmanager
+    def _lane(self) -> Generator[Lane, None, None]:
+        """Yield a lane that is nobody else's, with the device's context; its errors are one line."""
         with device_errors(self._device, self.description):
             self._device.activate()
             with self._lanes.one() as lane:
-                for start in range(0, len(source), self._engine.most):
-                    part = slice(start, min(start + self._engine.most, len(source)))
-                    answer[part] = lane.run(job(part.stop - part.start), source[part])
+                yield lane
 
 
 @contextmanager
