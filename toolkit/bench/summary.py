@@ -36,6 +36,8 @@ def _headline(fastest: Row | None, reference: Row, ran: Sequence[Row], good: Seq
         return "Nothing but the reference could be run here."
     failed = [row.name for row in ran if row not in good]
     bad = f" {', '.join(failed)}: not to be used." if failed else ""
+    if fastest is None and good:
+        return f"Masks hold, but nothing was timed: {', '.join(row.name for row in good)}.{bad}"
     if fastest is None:
         return f"No network draws the reference's masks.{bad}"
     speed = fastest.speedup["model"]

@@ -14,6 +14,7 @@ from tiny import write_pictures, write_volumes
 
 from medseg_trt.bench import benchmark, candidates, peaks, timings
 from medseg_trt.bench.benchmark import ENDED, Bench, bench
+from medseg_trt.bench.summary import summary
 from medseg_trt.cli import cli, main
 from medseg_trt.errors import AccuracyGateError, MedsegError, MissingExtraError, UsageError
 from medseg_trt.files import write_json
@@ -295,3 +296,12 @@ def test_an_interrupt_before_anything_was_timed_leaves_no_report(
     with pytest.raises(KeyboardInterrupt):
         bench(of(tiny_bundle, data), tmp_path)
     assert list(tmp_path.rglob(".partial-*")) == []
+
+
+def test_masks_that_hold_are_not_called_wrong_where_nothing_was_timed(measured):
+    report = measured.report
+    rows = [replace(row, latency=dict.fromkeys(SCOPES, Missing(reason=ENDED))) for row in report.rows]
+    said = summary(rows, report.tier, labelled=True)
+    assert said.holds
+    assert said.headline.startswith("Masks hold, but nothing was timed: ")
+    assert all(row.name in said.headline for row in rows[1:] if row.executed)
