@@ -16,7 +16,7 @@ from medseg_trt.progress import LOG, is_spokesman
         "medseg-trt train --recipe folder --data mydata -o run",
         "medseg-trt train --recipe organs-demo --data organs --block block.safetensors",
         "medseg-trt train --recipe busi --data Dataset_BUSI --weights R50+ViT-B_16.npz",
-        "medseg-trt train --recipe folder --data mydata -o run --set train.epochs=50 --resume",
+        "medseg-trt train --recipe folder --data mydata --set train.epochs=50 --resume",
     ),
 )
 @click.option(
