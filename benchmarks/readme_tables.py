@@ -2,7 +2,7 @@
 
     python benchmarks/readme_tables.py [README.md …] [--check]
 
-A table stands between two comments, `<!-- table NAME -->` and `<!-- end NAME -->`; NAME is a key of ``TABLES``. The text
+A table stands between `<!-- table NAME -->` and `<!-- end NAME -->`, where NAME is a key of ``TABLES``. The text
 between them is replaced by the table and a line with the machine, the day and the versions; the rest stays as it is.
 Without a file, those of ``README_FILES`` are rewritten: all of them, or none where one has a fault.
 """

@@ -1,7 +1,6 @@
 """Every command explains itself, at once: help imports nothing heavy."""
 
 import os
-import shlex
 import subprocess
 import sys
 import sysconfig
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import click
 import pytest
+from parsing import parse
 
 from medseg_trt.cli import cli
 from medseg_trt.commands.help import ExampleCommand, SectionedGroup
@@ -63,18 +63,6 @@ def cut_summaries(group: click.Group) -> list[str]:
         for name, command in group.commands.items()
         if f"{name} {command.get_short_help_str(limit=1000)}" not in lines
     ]
-
-
-def parse(example: str) -> click.Context:
-    """Parse a command line as ``medseg-trt`` does, down to the command itself; nothing is run."""
-    words = shlex.split(example)
-    words = words[: next((index for index, word in enumerate(words) if word.startswith(">")), len(words))]
-    context = cli.make_context(words[0], words[1:])
-    while isinstance(group := context.command, click.Group):
-        name, command, rest = group.resolve_command(context, [*context._protected_args, *context.args])
-        assert command is not None
-        context = command.make_context(name, rest, parent=context)
-    return context
 
 
 @pytest.mark.parametrize(
