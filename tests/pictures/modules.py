@@ -37,7 +37,7 @@ def imported_modules(module: Module, modules: Mapping[str, Module]) -> set[str]:
     """Find the modules that one module imports.
 
     An import counts wherever it stands: at the top, in a function, under ``TYPE_CHECKING``, or as a dotted name in a
-    string, as in the tables of readers and back-ends. ``medseg_trt`` itself, which holds the version, is left out.
+    string (``module`` or ``module:name``), as in the tables of readers and back-ends. ``medseg_trt`` itself, which holds the version, is left out.
     """
     resolved = {_resolve(name, modules) for name in _dotted_names(module.tree)}
     return resolved - {"", TOP, module.name}
@@ -52,9 +52,9 @@ def _dotted_names(tree: ast.Module) -> Iterator[str]:
         elif (
             isinstance(node, ast.Constant)
             and isinstance(node.value, str)
-            and re.fullmatch(rf"{TOP}(\.\w+)+", node.value)
+            and re.fullmatch(rf"{TOP}(\.\w+)+(:\w+)?", node.value)
         ):
-            yield node.value
+            yield node.value.partition(":")[0]
 
 
 def _resolve(name: str, modules: Mapping[str, Module]) -> str:

@@ -97,6 +97,7 @@ def test_the_layers_are_read_from_imports_of_every_kind(tmp_path):
     [
         ("toolkit.imaging.images", "import medseg_trt.train.loop"),
         ("toolkit.imaging.images", "HOMES = ['medseg_trt.sessions.open']"),  # a circle
+        ("toolkit.imaging.images", "HOMES = ['medseg_trt.sessions.open:open_session']"),
         ("kernels.rmsnorm", "from medseg_trt.errors import UsageError"),
         ("toolkit.spec", "from medseg_trt import imaging\nfrom medseg_trt.imaging import images"),
     ],
