@@ -36,8 +36,9 @@ def read_modules(root: Path = ROOT) -> dict[str, Module]:
 def imported_modules(module: Module, modules: Mapping[str, Module]) -> set[str]:
     """Find the modules that one module imports.
 
-    An import counts wherever it stands: at the top, in a function, under ``TYPE_CHECKING``, or as a dotted name in a
-    string (``module`` or ``module:name``), as in the tables of readers and back-ends. ``medseg_trt`` itself, which holds the version, is left out.
+    An import counts wherever it stands: at the top, in a function or under ``TYPE_CHECKING``. A string ``module`` or
+    ``module:name`` counts too, as in the tables of readers and back-ends. ``medseg_trt`` itself, which holds the
+    version, is left out.
     """
     resolved = {_resolve(name, modules) for name in _dotted_names(module.tree)}
     return resolved - {"", TOP, module.name}
