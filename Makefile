@@ -1,27 +1,28 @@
-# One virtual environment, .venv, made when pyproject.toml or the tested versions change.
-# On a machine with several Pythons: make test PYTHON=python3.13
+# All targets share the virtual environment .venv, which is updated when pyproject.toml or the tested versions change.
+# With several Pythons installed: make test PYTHON=python3.13
 
 PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || echo python3)
 BIN := .venv/bin
 MEDSEG := $(BIN)/medseg-trt
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint tests/constraints.txt
-PARALLEL := -n auto --dist loadfile  # a process a core; the tests of a file share what they make
+PARALLEL := -n auto --dist loadfile  # one process per core; the tests of one file share their fixtures
 DATA := demo/data/organs
 TRAIN = $(MEDSEG) train --recipe organs-demo --data $(DATA) --block demo/block.safetensors
 
-.PHONY: help demo test test-full kernels-check readme-tables lint types clean
+.PHONY: help demo test test-full kernels-check readme-tables pictures lint types clean
 
 help:
-	@echo 'make demo           fetch a real CT scan and a LLaMA block, train, build, infer and measure'
+	@echo 'make demo           download CT scans and a LLaMA block, train, build, infer, evaluate and measure'
 	@echo 'make test           run the tests that need no GPU'
-	@echo 'make test-full      run the tests with full-size models too'
-	@echo 'make kernels-check  run every test of the CUDA kernels, and print which check catches which mutant'
-	@echo 'make readme-tables  write the tables of README.md anew from benchmarks/results'
+	@echo 'make test-full      run the tests that need no GPU, with full-size models'
+	@echo 'make kernels-check  run all tests of the CUDA kernels and list which check catches which mutant'
+	@echo 'make readme-tables  update the tables of the READMEs from benchmarks/results'
+	@echo 'make pictures       update the SVG pictures of toolkit/README.md from the source'
 	@echo 'make lint           check style and format'
 	@echo 'make types          check types'
-	@echo 'make clean          remove .venv, the demo and everything built'
+	@echo 'make clean          remove .venv, the demo and all build outputs'
 
-# Each line is a command that you can type yourself. --resume: a second `make demo` goes on where the first one stopped.
+# Every line is also a command to type. With --resume, a second `make demo` continues an interrupted training run.
 demo: .venv/run.stamp
 	$(MEDSEG) samples get organs llama-block -o demo/data
 	$(MEDSEG) block extract demo/data/llama-block/SmolLM2-135M-Instruct.Q4_1.gguf -o demo/block.safetensors
@@ -46,6 +47,9 @@ kernels-check: .venv/dev.stamp
 
 readme-tables: .venv/run.stamp
 	$(BIN)/python benchmarks/readme_tables.py
+
+pictures: .venv/dev.stamp
+	cd tests && ../$(BIN)/python -m pictures
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .

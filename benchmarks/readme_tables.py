@@ -1,9 +1,10 @@
-"""Write the tables of the README anew from the results that are stored here.
+"""Rewrite the tables of the READMEs from the stored results.
 
-    python benchmarks/readme_tables.py [README.md] [--check]
+    python benchmarks/readme_tables.py [README.md …] [--check]
 
-A table stands between two comments, `<!-- table NAME -->` and `<!-- end NAME -->`; NAME is a key of ``TABLES``. What is
-between them is replaced by the table and a line on the machine, the day and the versions; the rest stays as it is.
+A table stands between `<!-- table NAME -->` and `<!-- end NAME -->`, where NAME is a key of ``TABLES``. The text
+between them is replaced by the table and a line with the machine, the day and the versions; the rest stays as it is.
+Without a file, those of ``README_FILES`` are rewritten: all of them, or none where one has a fault.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,52 +20,18 @@ from results_file import RESULTS, table, where
 
 from medseg_trt.files import atomic_file
 
+ROOT = Path(__file__).parents[1]
 MARK = re.compile(r"<!-- table (?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- end (?P=name) -->", re.DOTALL)
 
 
-def infer_pipeline(result: Mapping[str, Any]) -> list[str]:
-    """Return how long the ways through many files take."""
-    rows = [
-        (f"{each['what']}, {way}", f"{found['median_s']:.1f}", f"{found['speed']:.2f}x",
-         f"{found['low']:.2f} … {found['high']:.2f}", f"{found['peak_mb']:.0f}")
-        for each in result["rows"] for way, found in each["ways"].items()
-    ]  # fmt: skip
-    return table(("images", "s", "speed", "90 % interval", "peak MB"), rows)
-
-
 def cold_start(result: Mapping[str, Any]) -> list[str]:
-    """Return how long it takes from typing to the first mask."""
+    """Make the table of the time from the command to the first mask."""
     rows = [(each["name"], f"{each['median_s']:.2f}", f"{each['speed']:.2f}x") for each in result["rows"]]
     return table(("from typing to the first mask", "s", "speed"), rows)
 
 
-def inferers(result: Mapping[str, Any]) -> list[str]:
-    """Return how long other tools' ways to run the network take."""
-    rows = [(each["name"], f"{each['median_ms']:.1f}", f"{each['speed']:.2f}x") for each in result["rows"]]
-    return table((f"way, {result['images']}", "ms", "speed"), rows)
-
-
-def scaling(result: Mapping[str, Any]) -> list[str]:
-    """Return milliseconds an image by size and batch."""
-    batches = list(result["rows"][0]["ms_per_image"])
-    rows = [
-        (f"{each['size']} x {each['size']}, {each['backend']}",
-         *(f"{each['ms_per_image'][batch]['median']:.1f}" for batch in batches))
-        for each in result["rows"]
-    ]  # fmt: skip
-    return table(("ms an image", *(f"batch {batch}" for batch in batches)), rows)
-
-
-def aa(result: Mapping[str, Any]) -> list[str]:
-    """Return how often the same network was called faster or slower than itself."""
-    rows = [
-        (each["what"], str(each["comparisons"]), str(each["faster"]), str(each["slower"])) for each in result["rows"]
-    ]
-    return table(("second network", "comparisons", "said faster", "said slower"), rows)
-
-
 def engines(result: Mapping[str, Any]) -> list[str]:
-    """Return the engines of the full-size network: how large, how long to build, and what the builder fused."""
+    """Make the table of the full-size network's engines: size, build time and fused layers."""
     rows = [
         (each["precision"], f"{each['plan_mb']:.0f}", f"{each['wall_s']:.1f}", f"{each['peak_resident_mb'] / 1000:.1f}",
          f"{each['kernels']}", *(_count(each["outcomes"], name) for name in SHOWN_OUTCOMES))
@@ -78,7 +46,7 @@ def _count(outcomes: Sequence[Mapping[str, Any]], name: str) -> str:
 
 
 def organs_demo(report: Mapping[str, Any]) -> list[str]:
-    """Return the rows of the demo's ``report.json``, stored as ``organs-demo.json``; a figure that lacks is a dash."""
+    """Make the table of the demo's ``report.json``, stored as ``organs-demo.json``; a missing number is a dash."""
     rows = []
     for row in report["rows"]:
         latency, speed, agreement = row["latency"]["model"], row["speedup"]["model"], row["agreement"]
@@ -97,19 +65,28 @@ def _figure(found: Mapping[str, Any], name: str, form: str) -> str:
 
 
 SHOWN_OUTCOMES = ("attention is one kernel", "INT8 GEMMs multiply Int8")
-TABLES: Mapping[str, Callable[[Mapping[str, Any]], list[str]]] = {  # name of table and results file -> its lines
-    "infer_pipeline": infer_pipeline,
-    "cold_start": cold_start,
-    "inferers": inferers,
-    "scaling": scaling,
-    "aa": aa,
-    "organs-demo": organs_demo,
-    "engines": engines,
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReadmeTable:
+    """How a table is made from the results file of the same name, and the command that measures these."""
+
+    lines: Callable[[Mapping[str, Any]], list[str]]
+    command: str
+
+
+TABLES: Mapping[str, ReadmeTable] = {  # name of the table and of its results file
+    "cold_start": ReadmeTable(lines=cold_start, command="python benchmarks/bench_cold_start.py"),
+    "organs-demo": ReadmeTable(
+        lines=organs_demo, command="make demo, and copy demo/report/report.json to benchmarks/results/organs-demo.json"
+    ),
+    "engines": ReadmeTable(lines=engines, command="python benchmarks/bench_engine.py"),
 }
+README_FILES = ("README.md", "benchmarks/README.md", "toolkit/engines/README.md")
 
 
 def rewritten(text: str, results: Path) -> str:
-    """Return the text with its tables made from the results.
+    """Replace the tables of a text by those made from the results.
 
     Raises:
         SystemExit: a table is unknown, its results are missing, or a mark has no end.
@@ -121,11 +98,11 @@ def rewritten(text: str, results: Path) -> str:
             raise SystemExit(f"no table is called {name!r}; known are {', '.join(TABLES)}")
         path = results / f"{name}.json"
         if not path.is_file():
-            raise SystemExit(f"{path} does not exist; measure: python benchmarks/bench_{name}.py")
+            raise SystemExit(f"{path} does not exist; measure: {TABLES[name].command}")
         result = json.loads(path.read_text(encoding="utf-8"))
         if "versions" not in result:
             raise SystemExit(f"{path} is of an earlier version; measure again")
-        lines = [f"<!-- table {name} -->", *TABLES[name](result), "", where(result), f"<!-- end {name} -->"]
+        lines = [f"<!-- table {name} -->", *TABLES[name].lines(result), "", where(result), f"<!-- end {name} -->"]
         return "\n".join(lines)
 
     found, marks = MARK.findall(text), text.count("<!-- table ")
@@ -135,18 +112,20 @@ def rewritten(text: str, results: Path) -> str:
 
 
 def main() -> None:
-    """Rewrite the file, or with ``--check`` say whether it would change."""
+    """Rewrite the files, or with ``--check`` only report whether they would change."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("readme", type=Path, nargs="?", default=Path(__file__).parents[1] / "README.md")
+    parser.add_argument("readmes", type=Path, nargs="*", default=[ROOT / name for name in README_FILES])
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where the file is out of date")
-    chosen = parser.parse_args()
-    before = chosen.readme.read_text(encoding="utf-8")
-    after = rewritten(before, chosen.results)
-    if chosen.check:
-        sys.exit(f"{chosen.readme} is not what the results say: make readme-tables" if after != before else 0)
-    with atomic_file(chosen.readme) as temporary:
-        temporary.write_text(after, encoding="utf-8")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a file is out of date")
+    options = parser.parse_args()
+    before = {path: path.read_text(encoding="utf-8") for path in options.readmes}
+    after = {path: rewritten(text, options.results) for path, text in before.items()}
+    stale = [path for path in before if after[path] != before[path]]
+    if options.check:
+        sys.exit(f"out of date: {', '.join(map(str, stale))}; run make readme-tables" if stale else 0)
+    for path in stale:
+        with atomic_file(path) as temporary:
+            temporary.write_text(after[path], encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""The command line: the table of commands, and how they end. Each command is a file of ``commands/``.
+"""The command line: the table of commands and the exit codes. Each command is a file in ``commands/``.
 
-Nothing heavy is imported before a command needs it. Results go to stdout (with ``--json`` one JSON object and nothing
-else), progress and messages to stderr. Our own errors end in one line and the exit code of ``errors.py``; ``-v`` shows
-the traceback.
+A command imports heavy packages only when it runs. Results go to stdout (with ``--json`` one JSON object and nothing
+else), progress and messages to stderr. A ``MedsegError`` ends the command with one line and the exit code of
+``errors.py``; ``-v`` also prints the traceback.
 """
 
 import logging
 import signal
 import sys
 import traceback
+from collections.abc import Mapping
 
 import click
 
@@ -17,9 +18,11 @@ from medseg_trt.commands.bench import bench
 from medseg_trt.commands.block import block
 from medseg_trt.commands.build import build
 from medseg_trt.commands.compare import compare
+from medseg_trt.commands.completion import completion
 from medseg_trt.commands.data import data
 from medseg_trt.commands.doctor import doctor
 from medseg_trt.commands.evaluate import evaluate
+from medseg_trt.commands.help import SectionedGroup
 from medseg_trt.commands.import_ import import_
 from medseg_trt.commands.infer import infer
 from medseg_trt.commands.inspect import inspect
@@ -30,24 +33,16 @@ from medseg_trt.commands.train import train
 from medseg_trt.errors import MedsegError, MissingExtraError
 from medseg_trt.progress import is_spokesman
 
-COMMANDS: tuple[click.Command, ...] = (
-    samples,
-    block,
-    data,
-    train,
-    import_,
-    evaluate,
-    reproduce,
-    build,
-    infer,
-    bench,
-    compare,
-    inspect,
-    kernels,
-    doctor,
-)
+SECTIONS: Mapping[str, tuple[click.Command, ...]] = {  # the headings of --help, in the order of work
+    "Data": (samples, data),
+    "Train": (block, import_, train, reproduce),
+    "Export": (build, inspect, kernels),
+    "Run": (infer,),
+    "Measure": (evaluate, bench, compare),
+    "Machine": (doctor, completion),
+}
 INTERRUPTED, TERMINATED = 130, 143
-EXTRAS = {  # what installs the packages that modules of train and export import without asking
+EXTRAS = {  # packages that train and export import at module level -> the extra that installs them
     "torch": "train,export",
     "safetensors": "train",
     "scipy": "train",
@@ -59,7 +54,7 @@ EXTRAS = {  # what installs the packages that modules of train and export import
 
 
 def main() -> None:
-    """Run the command line and leave with the right exit code."""
+    """Run the command line and exit with the code of its outcome."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         cli(standalone_mode=False)
@@ -69,10 +64,10 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        _complain("interrupted; what was finished is kept: train --resume and infer --continue go on from there")
+        _complain("interrupted; finished work is kept: train --resume and infer --continue go on from there")
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
-        sys.stderr.close()  # whoever read us, `head` for one, has had enough
+        sys.stderr.close()  # the reader of our output, for example `head`, has closed it
         sys.exit(1)
     except MedsegError as error:
         _complain(str(error))
@@ -95,17 +90,22 @@ def _complain(message: str) -> None:
 
 
 class _Messages(logging.Formatter):
-    """A plain line; warnings say that they are."""
+    """One line per message; warnings and errors begin with their level."""
 
     def format(self, record: logging.LogRecord) -> str:
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
         return prefix + record.getMessage()
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.group(cls=SectionedGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(__version__, prog_name="medseg-trt")
 def cli() -> None:
-    """Train, export and run medical image segmentation with a frozen LLaMA block inside.
+    """Train, export and run medical image segmentation with LLM-TransUNet.
+
+    Every command has --json (one JSON object on stdout), -q and -v. 'medseg-trt COMMAND --help' shows examples.
+
+    Exit codes: 0 success; 1 error, or some inputs could not be used; 2 wrong usage; 3 accuracy gate failed; 4 speed
+    gate failed; 5 incompatible or damaged file; 6 missing package or device; 130 interrupted; 143 terminated.
 
     Research use only; not a medical device.
     """
@@ -116,5 +116,5 @@ def cli() -> None:
     logger.setLevel(logging.INFO if is_spokesman() else logging.ERROR)
 
 
-for command in COMMANDS:
-    cli.add_command(command)
+for title, commands in SECTIONS.items():
+    cli.add_section(title, commands)

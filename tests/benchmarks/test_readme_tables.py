@@ -1,9 +1,11 @@
 """The tables of a README come from (generated) results, say where these were measured, and nothing else changes."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,8 +50,8 @@ def test_a_table_is_made_from_its_results(readme):
     ("before", "after", "words"),
     [
         ("table cold_start", "table colds_tart", "1 tables begin, but 0 end"),
-        ("cold_start", "warm_start", "no table is called 'warm_start'; known are infer_pipeline"),
-        ("cold_start", "scaling", "scaling.json does not exist; measure: python benchmarks/bench_scaling.py"),
+        ("cold_start", "warm_start", "no table is called 'warm_start'; known are cold_start"),
+        ("cold_start", "engines", "engines.json does not exist; measure: python benchmarks/bench_engine.py"),
     ],
 )
 def test_a_mark_that_cannot_be_filled_is_named_and_nothing_is_written(readme, before, after, words):
@@ -61,17 +63,39 @@ def test_a_mark_that_cannot_be_filled_is_named_and_nothing_is_written(readme, be
     assert readme.read_text(encoding="utf-8") == text
 
 
-def test_a_copy_of_this_readme_is_rewritten_from_the_stored_results(tmp_path):
-    stored = [path.stem for path in (ROOT / "benchmarks" / "results").glob("*.json")]
-    names = [name for name in ("infer_pipeline", "cold_start", "inferers", "scaling", "aa") if name in stored]
-    marks = "".join(f"\n<!-- table {name} -->\n<!-- end {name} -->\n" for name in names)
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    (tmp_path / "README.md").write_text(text + marks, encoding="utf-8")
-    command = [sys.executable, str(SCRIPT), str(tmp_path / "README.md")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def test_the_tables_of_the_readmes_are_those_of_the_stored_results():
+    done = subprocess.run([sys.executable, str(SCRIPT), "--check"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert found.count("\nMeasured 20") >= len(names) > 0
+
+
+@pytest.fixture
+def script(monkeypatch) -> dict[str, Any]:
+    """The names of the script."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    return runpy.run_path(str(SCRIPT))
+
+
+def test_every_marked_readme_is_in_the_list_and_every_table_in_a_readme(script):
+    listed = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True)
+    texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in listed.stdout.splitlines()}
+    marked = {name: script["MARK"].findall(text) for name, text in texts.items() if "<!-- table " in text}
+    assert sorted(marked) == sorted(script["README_FILES"])
+    assert sorted(name for tables in marked.values() for name, _ in tables) == sorted(script["TABLES"])
+
+
+def test_the_command_of_every_table_names_a_script_that_exists(script):
+    scripts = [word for table in script["TABLES"].values() for word in table.command.split() if ".py" in word]
+    assert scripts
+    assert [path for path in scripts if not (ROOT / path).is_file()] == []
+
+
+def test_no_readme_is_written_where_one_has_a_fault(readme, tmp_path):
+    bad = tmp_path / "OTHER.md"
+    bad.write_text(README.replace("end cold_start", "end"), encoding="utf-8")
+    command = [sys.executable, str(SCRIPT), str(readme), str(bad), "--results", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert readme.read_text(encoding="utf-8") == README
 
 
 def test_the_demos_table_is_made_from_a_report_of_bench(tmp_path):

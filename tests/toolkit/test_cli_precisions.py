@@ -54,7 +54,7 @@ def test_the_table_has_a_row_for_every_way_to_run_the_bundle(built, typed, monke
     monkeypatch.setenv("COLUMNS", "300")
     code, out, _ = typed("build", "--ckpt", built.checkpoint)
     assert code == 0
-    assert out.splitlines()[0].endswith("the first row is what infer uses")
+    assert out.splitlines()[0].endswith("infer uses the first row")
     rows = [line for line in out.splitlines() if any(backend in line for backend in CPU_BACKENDS) and "│" in line]
     assert len(rows) == len(bundle.content.executions)
     for line, execution in zip(rows, bundle.content.executions, strict=True):

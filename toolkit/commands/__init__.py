@@ -1,1 +1,1 @@
-"""One file a command; each turns arguments into a spec, calls one library function and prints."""
+"""One file per command: each turns its arguments into a spec, calls one library function and prints the result."""

@@ -1,4 +1,4 @@
-"""``medseg-trt bench``: measure a bundle."""
+"""``medseg-trt bench``: measure a bundle against its reference."""
 
 import json
 import shlex
@@ -7,39 +7,56 @@ from pathlib import Path
 
 import click
 
+from medseg_trt.commands.help import ExampleCommand
 from medseg_trt.commands.options import FILE, FOLDER, output_options, print_table, verify_option
 from medseg_trt.errors import AccuracyGateError, MedsegError, UsageError
 
 
-@click.command()
+@click.command(
+    cls=ExampleCommand,
+    examples=(
+        "medseg-trt bench --bundle model.medseg --ckpt run/best.pt --data data/organs",
+        "medseg-trt bench --bundle model.medseg --data images/ --backends openvino",
+        "medseg-trt bench --tier quick --gate speed=1.2x,dice=-0.005 -o report",
+    ),
+)
 @click.option(
-    "--bundle", "bundle_folder", type=FOLDER, help="The bundle to measure.  [default: the only *.medseg here]"
+    "--bundle", "bundle_folder", type=FOLDER, help="The bundle to measure.  [default: the only *.medseg folder here]"
 )
 @click.option(
     "--ckpt", "checkpoint", type=FILE,
-    help="The checkpoint it was built from, the reference.  [default: the bundle's own fp32]",
+    help="The checkpoint of the bundle, as reference.  [default: the bundle's own fp32 graph]",
 )  # fmt: skip
 @click.option(
-    "--data", "data_folder", type=FOLDER, help="Images to compare on, with or without masks.  [default: noise]"
+    "--data", "data_folder", type=FOLDER, help="Images to compare on; masks are optional.  [default: generated noise]"
 )
-@click.option("--split", default="val", show_default=True)
+@click.option("--split", default="val", show_default=True, help="The split of --data: train, val or test.")
 @click.option(
-    "--backends", help="Every precision on each of these, with commas.  [default: the fastest of each precision]"
+    "--backends",
+    help="Back-ends, comma-separated; each runs every precision.  [default: the fastest for each precision]",
 )
 @click.option(
     "--tier", type=click.Choice(["quick", "report", "certify"]), default="report", show_default=True,
-    help="3 s a row and scope; 10 s and 100 runs; 600 s.",
+    help="Measuring time for each network and scope: at least 3 s; 10 s and 100 runs; 600 s and 662 runs.",
 )  # fmt: skip
-@click.option("--warmup-ms", type=click.FloatRange(0), help="Uncounted, of every row and scope.  [default: 200]")
-@click.option("--duration-s", type=click.FloatRange(0), help="Of every row and scope.  [default: the tier's]")
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Of the latencies.")
+@click.option(
+    "--warmup-ms", type=click.FloatRange(0), help="Warm-up for each network and scope, not counted.  [default: 200]"
+)
+@click.option(
+    "--duration-s",
+    type=click.FloatRange(0),
+    help="Measuring time for each network and scope.  [default: that of the tier]",
+)
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Batch size for the latencies.")
 @click.option(
     "--max-dice-drop", type=click.FloatRange(0, 1),
-    help="How much Dice may fall, at the upper end of its interval.  [default: as at the build]",
+    help="Largest drop of the mean Dice, at the upper end of its interval.  [default: as in the build]",
 )  # fmt: skip
-@click.option("--gate", help="Limits that must hold, e.g. speed=1.2x,dice=-0.005; exit code 3 or 4 where not.")
-@click.option("--profile/--no-profile", default=True, show_default=True, help="Look into the layers, too.")
-@click.option("-o", "--output", type=FOLDER, default=Path("report"), show_default=True, help="Where the report goes.")
+@click.option("--gate", help="Limits, e.g. speed=1.2x,dice=-0.005; exit code 3 (dice) or 4 (speed) if one fails.")
+@click.option("--profile/--no-profile", default=True, show_default=True, help="Also measure the layers.")
+@click.option(
+    "-o", "--output", type=FOLDER, default=Path("report"), show_default=True, help="The folder of the report."
+)
 @verify_option
 @output_options
 def bench(
@@ -47,7 +64,11 @@ def bench(
     tier: str, warmup_ms: float | None, duration_s: float | None, batch: int, max_dice_drop: float | None,
     gate: str | None, profile: bool, output: Path, verify_key: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Measure a bundle against PyTorch on the same images: masks first, then speed; write a page of it."""
+    """Compare a bundle with PyTorch: masks first, then speed.
+
+    A network whose masks differ from the reference's is not timed; the exit code is then 3. The report folder gets
+    index.html, report.md and report.json. index.html shows the slices with the lowest scores: it contains image data.
+    """
     from medseg_trt.bench import benchmark, measure
     from medseg_trt.bench.limits import Gate, judge_report, parse_gate, require
     from medseg_trt.bundle import find_bundle

@@ -1,4 +1,4 @@
-"""``medseg-trt build``: turn a checkpoint into a bundle."""
+"""``medseg-trt build``: export a checkpoint to a bundle."""
 
 import json
 from pathlib import Path
@@ -7,42 +7,54 @@ from typing import Literal, Unpack
 import click
 
 from medseg_trt.commands.engine_options import EngineFields, engine_options, engine_spec
+from medseg_trt.commands.help import ExampleCommand
 from medseg_trt.commands.options import FILE, FOLDER, output_options, print_table
 from medseg_trt.engines.fingerprint import LIBRARY_NAMES
 from medseg_trt.errors import UsageError
 
 
-@click.command()
-@click.option("--ckpt", "checkpoint", type=FILE, required=True, help="A checkpoint that 'train' wrote.")
-@click.option("-o", "--output", type=FOLDER, help="The bundle's folder.  [default: the checkpoint's name with .medseg]")
+@click.command(
+    cls=ExampleCommand,
+    examples=(
+        "medseg-trt build --ckpt run/best.pt",
+        "medseg-trt build --ckpt run/best.pt --data data/organs --precision fp32,int8",
+        "medseg-trt build --ckpt run/best.pt --precision vit=int8,block=w4a16",
+        "medseg-trt build --ckpt run/best.pt --precision fp16 --target sm86,sm89,sm120",
+        "medseg-trt build --ckpt run/best.pt --sign sign.pem -o model.medseg",
+    ),
+)
+@click.option("--ckpt", "checkpoint", type=FILE, required=True, help="A checkpoint written by 'train' or 'import'.")
+@click.option(
+    "-o", "--output", type=FOLDER, help="The bundle folder to write.  [default: the checkpoint's name with .medseg]"
+)
 @click.option(
     "--data", "data_folder", type=FOLDER,
-    help="Images to verify, judge and calibrate on.  [default: the folder it was trained on]",
+    help="Images for verification, accuracy gate and calibration.  [default: the training data folder]",
 )  # fmt: skip
 @click.option(
     "--precision", "precisions", multiple=True, default=("fp32",), show_default=True,
-    help="fp32, bf16, fp16, int8, fp8, w8a16, w4a16; int8+fp16: fp16 for what int8 leaves in float; several with "
-    "commas, or a mix such as vit=int8,block=w8a16.",
+    help="fp32, bf16, fp16, int8, fp8, w8a16 or w4a16; int8+fp16 computes the float parts of int8 in fp16. Several are "
+    "comma-separated. A precision for each part: vit=int8,block=w8a16.",
 )  # fmt: skip
 @click.option(
     "--max-dice-drop", type=click.FloatRange(0, 1), default=0.005, show_default=True,
-    help="How much Dice may fall, at the upper end of its interval, where numbers are rounded.",
+    help="Accuracy gate for reduced precision: largest drop of the mean Dice, at the upper end of its interval.",
 )  # fmt: skip
 @click.option(
     "--backend", default="auto", show_default=True,
-    help="The only back-end to try; auto tries all. tensorrt-rtx or tensorrt: the library that builds engines.",
+    help="The back-end to try; auto tries all. tensorrt-rtx or tensorrt: the library that builds engines.",
 )  # fmt: skip
-@click.option("--target", "targets", multiple=True, help="Build engines for these GPUs: sm86,sm89,sm120.")
+@click.option("--target", "targets", multiple=True, help="Build engines for these GPUs, e.g. sm86,sm89,sm120.")
 @engine_options
 @click.option(
     "--outputs", type=click.Choice(["logits", "mask"]), default="logits", show_default=True,
-    help="mask: the graphs also make masks of the images' own size.",
+    help="mask: the graphs also compute masks at the size of the input image.",
 )  # fmt: skip
 @click.option(
     "--sign",
     "sign_key",
     type=FILE,
-    help="Sign the bundle with a private key in PEM: openssl genpkey -algorithm ed25519 -out sign.pem.",
+    help="Sign the bundle with this Ed25519 private key (PEM): openssl genpkey -algorithm ed25519 -out sign.pem.",
 )
 @output_options
 def build(
@@ -50,7 +62,11 @@ def build(
     backend: str, targets: tuple[str, ...], outputs: Literal["logits", "mask"], sign_key: Path | None, as_json: bool,
     **engine_fields: Unpack[EngineFields],
 ) -> None:  # fmt: skip
-    """Turn a checkpoint into a bundle: folded, fused, in several precisions, each verified, the fastest first."""
+    """Export a checkpoint to a verified bundle.
+
+    Every graph is compared with PyTorch before it is written. Reduced precisions must pass the accuracy gate, else the
+    exit code is 3 and an existing bundle stays unchanged.
+    """
     from medseg_trt import pipeline
     from medseg_trt.spec import BuildSpec, split_precisions
 
@@ -66,8 +82,8 @@ def build(
     if as_json:
         click.echo(json.dumps({"bundle": str(bundle.folder), "manifest": bundle.manifest()}, indent=2))
         return
-    print_table(f"{bundle.folder}, the first row is what infer uses", *bundle.table())
+    print_table(f"{bundle.folder}; infer uses the first row", *bundle.table())
     if bundle.content.engines:
-        print_table("engines; none has run: their masks are those of the graphs above", *bundle.engine_table())
+        print_table("engines, not executed; masks were verified with the graphs above", *bundle.engine_table())
     for line in bundle.content.dropped:
         click.echo(f"not used: {line}")

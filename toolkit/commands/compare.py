@@ -1,20 +1,31 @@
-"""``medseg-trt compare``: say what changed from one report to another."""
+"""``medseg-trt compare``: compare two reports of ``bench``."""
 
 import json
 from pathlib import Path
 
 import click
 
+from medseg_trt.commands.help import ExampleCommand
 from medseg_trt.commands.options import ANY, output_options, print_table
 
 
-@click.command()
+@click.command(
+    cls=ExampleCommand,
+    examples=(
+        "medseg-trt compare old-report new-report",
+        "medseg-trt compare old-report new-report --gate speed=0.97x,dice=-0.005",
+    ),
+)
 @click.argument("before", type=ANY)
 @click.argument("after", type=ANY)
-@click.option("--gate", help="Limits that must hold, e.g. speed=1.2x,dice=-0.005; exit code 3 or 4 where not.")
+@click.option("--gate", help="Limits, e.g. speed=0.97x,dice=-0.005; exit code 3 (dice) or 4 (speed) if one fails.")
 @output_options
 def compare(before: Path, after: Path, gate: str | None, as_json: bool) -> None:
-    """Compare two reports of bench, network by network: speed and Dice, with 90 % intervals."""
+    """Compare two reports of 'bench': speed and Dice.
+
+    BEFORE and AFTER are report folders or report.json files. If both contain the same reference on the same machine,
+    the speeds relative to the reference are compared.
+    """
     from medseg_trt.bench.compare import HEADER, cells, compare_reports, judge
     from medseg_trt.bench.limits import Gate, parse_gate, require
     from medseg_trt.report.schema import read_report

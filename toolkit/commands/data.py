@@ -1,28 +1,40 @@
-"""``medseg-trt data``: look through a data set."""
+"""``medseg-trt data``: check a data set."""
 
 import json
 from pathlib import Path
 
 import click
 
+from medseg_trt.commands.help import ExampleCommand
 from medseg_trt.commands.options import FOLDER, output_options, print_table
 from medseg_trt.errors import InputError
 
 
 @click.group()
 def data() -> None:
-    """Labelled data sets, as their archives unzip or in images/ and masks/."""
+    """Check a labelled data set before training."""
 
 
-@data.command("check")
+@data.command(
+    "check",
+    cls=ExampleCommand,
+    examples=(
+        "medseg-trt data check mydata",
+        "medseg-trt data check Dataset_BUSI_with_GT --set data.normals=include",
+    ),
+)
 @click.argument("folder", type=FOLDER)
 @click.option(
     "--set", "changes", multiple=True, metavar="FIELD=VALUE",
-    help="Read the data otherwise, e.g. data.dataset=busi or data.normals=include.",
+    help="Change how the data is read, e.g. data.dataset=busi or data.normals=include.",
 )  # fmt: skip
 @output_options
 def data_check(folder: Path, changes: tuple[str, ...], as_json: bool) -> None:
-    """Count, measure and compare all images and masks of FOLDER; exit code 1 where something is wrong."""
+    """Check all images and masks of a data set.
+
+    FOLDER is an unpacked archive, or a folder with images/ and masks/. The report lists counts, classes, sizes,
+    duplicates and leaks between splits. The exit code is 1 if there is a problem.
+    """
     from medseg_trt.train.datasets.check import check_data
     from medseg_trt.train.datasets.options import DataOptions, with_changes
 

@@ -1,14 +1,15 @@
-"""``medseg-trt doctor``: say what this machine can run."""
+"""``medseg-trt doctor``: list what this machine can run."""
 
 import click
 
+from medseg_trt.commands.help import ExampleCommand
 from medseg_trt.commands.options import output_options, print_result
 
 
-@click.command()
+@click.command(cls=ExampleCommand, examples=("medseg-trt doctor", "medseg-trt doctor --json"))
 @output_options
 def doctor(as_json: bool) -> None:
-    """Say what this machine can run, and what to type for the rest."""
+    """List what this machine can run, and how to install the rest."""
     from dataclasses import asdict
 
     from medseg_trt.doctor import examine

@@ -1,4 +1,4 @@
-"""How an engine is built: the options of ``medseg-trt build`` that become an ``EngineSpec``."""
+"""The options of ``medseg-trt build`` for engines, and the ``EngineSpec`` made from them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
@@ -11,7 +11,7 @@ from medseg_trt.spec import EngineSpec, Hardware
 
 
 class EngineFields(TypedDict):
-    """What the options give."""
+    """The values of the options."""
 
     plugins: str
     opt_batch: int
@@ -24,30 +24,30 @@ class EngineFields(TypedDict):
 
 
 def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the options of engines."""
+    """Add the options for engines to a command."""
     for option in (
         click.option("--plugins", type=click.Choice(["on", "off"]), default="off", show_default=True,
-                     help="Engines: run our CUDA kernels for the nodes that have one."),
+                     help="Engines: run the CUDA kernels of medseg-trt as plugins."),
         click.option("--opt-batch", type=click.IntRange(1), default=1, show_default=True,
-                     help="Engines: the batch that kernels are chosen for."),
+                     help="Engines: the batch size to optimise for."),
         click.option("--max-batch", type=click.IntRange(1), default=8, show_default=True,
-                     help="Engines: the largest batch."),
+                     help="Engines: the largest batch size."),
         click.option("--workspace-gib", type=click.FloatRange(0, min_open=True),
-                     help="Engines: scratch memory on the GPU.  [default: the library's]"),
+                     help="Engines: limit of the GPU workspace.  [default: that of the library]"),
         click.option("--optimization-level", type=click.IntRange(0, 5), default=3, show_default=True,
-                     help="Engines: how long to look for better kernels."),
-        click.option("--strip", is_flag=True, help="Engines: leave the weights out; they come from the graph at load."),
+                     help="Engines: search effort of the builder for faster kernels."),
+        click.option("--strip", is_flag=True, help="Engines: leave out the weights; loading refits them."),
         click.option("--version-compatible", is_flag=True,
-                     help="Engines: let later versions of the classic library read them."),
+                     help="Engines: support later versions (classic library)."),
         click.option("--hardware-compatible", type=click.Choice(["none", "same_compute_capability", "ampere_plus"]),
-                     default="none", show_default=True, help="Engines: let other GPUs run the classic library's."),
+                     default="none", show_default=True, help="Engines: other GPUs to support (classic library)."),
     ):  # fmt: skip
         command = option(command)
     return command
 
 
 def engine_spec(backend: str, targets: Sequence[str], fields: EngineFields) -> EngineSpec | None:
-    """Return how engines are to be built, or None where none are asked for.
+    """Make the ``EngineSpec`` of the options; None if no engines are asked for.
 
     Raises:
         UsageError: options that contradict each other.

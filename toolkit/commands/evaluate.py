@@ -1,35 +1,57 @@
-"""``medseg-trt evaluate``: compare networks with the masks."""
+"""``medseg-trt evaluate``: score networks on labelled images."""
 
 import json
 from pathlib import Path
 
 import click
 
+from medseg_trt.commands.help import ExampleCommand
 from medseg_trt.commands.options import FILE, FOLDER, output_options, print_table, verify_option
 from medseg_trt.errors import UsageError
 
 
-@click.command()
-@click.option("--ckpt", "checkpoints", type=FILE, multiple=True, help="A checkpoint; may be given several times.")
-@click.option("--bundle", "bundles", type=FOLDER, multiple=True, help="A bundle; may be given several times.")
-@click.option("--data", "data_folder", type=FOLDER, required=True, help="An unpacked archive, or images/ and masks/.")
-@click.option(
-    "--split", "splits", multiple=True, default=("val",), show_default=True, help="May be given several times."
+@click.command(
+    cls=ExampleCommand,
+    examples=(
+        "medseg-trt evaluate --ckpt run/best.pt --data data/organs --split test",
+        "medseg-trt evaluate --bundle model.medseg --data data/organs --hd95",
+        "medseg-trt evaluate --ckpt run/best.pt --data mydata --metric unext_batch",
+    ),
 )
-@click.option("--backend", default="auto", show_default=True, help="What runs the bundles.")
+@click.option("--ckpt", "checkpoints", type=FILE, multiple=True, help="A checkpoint; repeatable.")
+@click.option("--bundle", "bundles", type=FOLDER, multiple=True, help="A bundle; repeatable.")
+@click.option(
+    "--data",
+    "data_folder",
+    type=FOLDER,
+    required=True,
+    help="An unpacked archive, or a folder with images/ and masks/.",
+)
+@click.option(
+    "--split", "splits", multiple=True, default=("val",), show_default=True, help="train, val or test; repeatable."
+)
+@click.option("--backend", default="auto", show_default=True, help="The back-end that runs the bundles.")
 @click.option(
     "--metric",
     default="volume",
     show_default=True,
-    help="How to count: volume, per_image, unext_batch, volume_transunet.",
+    help="The metric protocol: volume, per_image, unext_batch or volume_transunet.",
 )
 @click.option(
-    "--batch", type=click.IntRange(1), default=8, show_default=True, help="Slices at once; unext_batch depends on it."
+    "--batch",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    help="Slices per batch; changes the result of unext_batch.",
 )
 @click.option(
-    "--set", "changes", multiple=True, metavar="FIELD=VALUE", help="Read the data otherwise, e.g. data.dataset=colondb."
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="FIELD=VALUE",
+    help="Change how the data is read, e.g. data.dataset=colondb.",
 )
-@click.option("--hd95", is_flag=True, help="Also the 95th percentile of the distance between the outlines.")
+@click.option("--hd95", is_flag=True, help="Also compute the 95th percentile of the Hausdorff distance.")
 @verify_option
 @output_options
 def evaluate(
@@ -45,7 +67,7 @@ def evaluate(
     verify_key: Path | None,
     as_json: bool,
 ) -> None:
-    """Compare checkpoints and bundles with the masks: Dice, IoU and HD95 per class."""
+    """Score networks on labelled images: Dice, IoU and HD95."""
     from medseg_trt import scoreboard
 
     if not checkpoints and not bundles:
@@ -59,4 +81,4 @@ def evaluate(
     else:
         for board in boards:
             print_table(board.heading(), board.header(), board.cells())
-            print_table("How often each class was found:", *board.branches())
+            print_table("How often each class was predicted:", *board.branches())

@@ -1,28 +1,46 @@
-"""``medseg-trt import``: take over a checkpoint of the authors' code."""
+"""``medseg-trt import``: convert a checkpoint of the authors' code."""
 
 import re
 from pathlib import Path
 
 import click
 
+from medseg_trt.commands.help import ExampleCommand
 from medseg_trt.commands.options import FILE, output_options, print_result
 from medseg_trt.errors import UsageError
 
 
-@click.command("import")
+@click.command(
+    "import",
+    cls=ExampleCommand,
+    examples=(
+        "medseg-trt import epoch_149.pth -o model.pt",
+        "medseg-trt import busi.pth --recipe busi --classes background,lesion",
+    ),
+)
 @click.argument("source", type=FILE)
-@click.option("-o", "--output", type=FILE, default=Path("model.pt"), show_default=True)
-@click.option("--classes", help="The labels' names, the background first, with commas between them.")
-@click.option("--image-size", help="Pixels: 224, or HEIGHTxWIDTH.  [default: the square it was trained with]")
-@click.option("--block", "block_file", type=FILE, help="The frozen block, where the checkpoint does not hold it.")
-@click.option("--recipe", default="synapse", show_default=True, help="Whose preprocessing the network had.")
-@click.option("--architecture", help="One of other sizes.  [default: transunet, or llm-transunet, by what is inside]")
+@click.option("-o", "--output", type=FILE, default=Path("model.pt"), show_default=True, help="The file to write.")
+@click.option("--classes", help="The class names, comma-separated, background first.")
+@click.option("--image-size", help="In pixels: 224, or HEIGHTxWIDTH.  [default: the square training size]")
+@click.option("--block", "block_file", type=FILE, help="The frozen block, if the checkpoint does not contain it.")
+@click.option(
+    "--recipe",
+    default="synapse",
+    show_default=True,
+    help="The recipe whose preprocessing the network was trained with.",
+)
+@click.option(
+    "--architecture", help="The architecture.  [default: transunet or llm-transunet, detected from the weights]"
+)
 @output_options
 def import_(
     source: Path, output: Path, classes: str | None, image_size: str | None, block_file: Path | None, recipe: str,
     architecture: str | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Make a model.pt of a .pth checkpoint of Beckschen/TransUNet or LLM4MedSeg; its logits stay the same."""
+    """Convert a checkpoint of the authors' code.
+
+    SOURCE is a .pth file of Beckschen/TransUNet or LLM4MedSeg. The converted network computes the same logits.
+    """
     from medseg_trt.spec import Classes, to_dict
     from medseg_trt.train.official_weights import import_official
     from medseg_trt.train.recipes import recipe as named_recipe

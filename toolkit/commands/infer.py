@@ -4,32 +4,48 @@ from pathlib import Path
 
 import click
 
+from medseg_trt.commands.help import ExampleCommand
 from medseg_trt.commands.options import ANY, FOLDER, output_options, print_result, verify_option
 from medseg_trt.errors import InputError
 
 
-@click.command()
+@click.command(
+    cls=ExampleCommand,
+    examples=(
+        "medseg-trt infer ct.nii.gz --bundle model.medseg -o masks --overlay",
+        "medseg-trt infer images/ --bundle model.medseg --continue",
+        "medseg-trt infer images/ --precision fp32 --backend openvino --threads 4",
+        "medseg-trt infer images/ --bundle model.medseg --verify-key verify.pem",
+    ),
+)
 @click.argument("inputs", nargs=-1, required=True, type=ANY)
-@click.option("--bundle", "bundle_folder", type=FOLDER, help="The bundle to run.  [default: the only *.medseg here]")
-@click.option("-o", "--output", type=FOLDER, default=Path("masks"), show_default=True, help="Where the masks go.")
+@click.option(
+    "--bundle", "bundle_folder", type=FOLDER, help="The bundle to run.  [default: the only *.medseg folder here]"
+)
+@click.option("-o", "--output", type=FOLDER, default=Path("masks"), show_default=True, help="The folder for the masks.")
 @click.option(
     "--backend", default="auto", show_default=True,
-    help="What runs the network: onnxruntime, openvino; on an NVIDIA GPU tensorrt-rtx, tensorrt, onnxruntime-cuda, "
-    "onnxruntime-tensorrt, onnxruntime-tensorrt-rtx. auto takes the fastest that was measured at the build.",
+    help="The back-end: onnxruntime or openvino; on an NVIDIA GPU tensorrt-rtx, tensorrt, onnxruntime-cuda, "
+    "onnxruntime-tensorrt or onnxruntime-tensorrt-rtx. auto: the fastest that the build measured.",
 )  # fmt: skip
-@click.option("--precision", help="One of the bundle's.  [default: the fastest]")
-@click.option("--overlay", is_flag=True, help="Also draw the masks over the images, in overlays/.")
-@click.option("--batch", type=click.IntRange(1), default=4, show_default=True, help="Slices at once.")
+@click.option("--precision", help="One of the bundle's precisions.  [default: the fastest]")
+@click.option("--overlay", is_flag=True, help="Also draw the masks over the images, into overlays/.")
+@click.option("--batch", type=click.IntRange(1), default=4, show_default=True, help="Slices per batch.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all]")
-@click.option("--continue", "resume", is_flag=True, help="Keep the masks that an earlier run finished.")
-@click.option("--rebuild", is_flag=True, help="First build those engines again that do not fit this machine.")
+@click.option("--continue", "resume", is_flag=True, help="Resume: keep the masks that an earlier run finished.")
+@click.option("--rebuild", is_flag=True, help="First rebuild the engines that do not fit this machine.")
 @verify_option
 @output_options
 def infer(
     inputs: tuple[Path, ...], bundle_folder: Path | None, output: Path, backend: str, precision: str | None,
     overlay: bool, batch: int, threads: int | None, resume: bool, rebuild: bool, verify_key: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Segment images and folders of images; write masks and a table of areas."""
+    """Segment images; write masks and a table of areas.
+
+    INPUTS are images, volumes, DICOM series and folders of them. A mask has the size and geometry of its image.
+    areas.csv lists pixels, mm² and ml of every class. A file that cannot be used is reported and skipped; the exit
+    code is then 1.
+    """
     from medseg_trt.bundle import find_bundle
     from medseg_trt.mask_folder import infer_to_folder
 

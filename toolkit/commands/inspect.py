@@ -1,23 +1,44 @@
-"""``medseg-trt inspect``: say what a file is."""
+"""``medseg-trt inspect``: describe a checkpoint, bundle, ONNX file, engine or architecture."""
 
 from pathlib import Path
 
 import click
 
+from medseg_trt.commands.help import ExampleCommand
 from medseg_trt.commands.options import FILE, nested_lines, output_options, print_result, print_table
 from medseg_trt.errors import UsageError
 
 PLAN = ".plan"
 
 
-@click.command()
+@click.command(
+    cls=ExampleCommand,
+    examples=(
+        "medseg-trt inspect run/best.pt",
+        "medseg-trt inspect model.medseg",
+        "medseg-trt inspect model.medseg/engines/fp16-sm89.plan --picture layers.svg",
+        "medseg-trt inspect arch:llm-transunet --image-size 256 --classes 9",
+    ),
+)
 @click.argument("what")
-@click.option("--image-size", type=click.IntRange(1), default=256, show_default=True, help="Of arch:NAME, in pixels.")
-@click.option("--classes", type=click.IntRange(1), default=1, show_default=True, help="Of arch:NAME.")
-@click.option("--picture", type=FILE, help="Draw the layers of an engine into this file, *.svg.")
+@click.option(
+    "--image-size",
+    type=click.IntRange(1),
+    default=256,
+    show_default=True,
+    help="For arch:NAME: the image size in pixels.",
+)
+@click.option(
+    "--classes", type=click.IntRange(1), default=1, show_default=True, help="For arch:NAME: the number of classes."
+)
+@click.option("--picture", type=FILE, help="For *.plan: draw the layers of the engine into this SVG file.")
 @output_options
 def inspect(what: str, image_size: int, classes: int, picture: Path | None, as_json: bool) -> None:
-    """Say what a checkpoint, bundle, ONNX file, engine (*.plan) or architecture (arch:NAME) is."""
+    """Describe a checkpoint, bundle, ONNX file or engine.
+
+    WHAT is a file or folder, or arch:NAME for an architecture. An engine (*.plan) is described from the files beside
+    it; the plan itself is not loaded.
+    """
     if picture is not None and (not what.endswith(PLAN) or picture.suffix.lower() != ".svg"):
         raise UsageError(
             "--picture FILE.svg draws the layers of an engine: medseg-trt inspect engine.plan --picture a.svg"

@@ -1,4 +1,4 @@
-"""What every command shares: kinds of arguments, ``--json``, ``-q`` and ``-v``, and how results are printed."""
+"""Shared by the commands: argument types, ``--json``, ``-q`` and ``-v``, and printing of results."""
 
 import json
 import logging
@@ -15,12 +15,12 @@ ANY = click.Path(path_type=Path)
 verify_option = click.option(
     "--verify-key",
     type=FILE,
-    help="The public key, in PEM, of who built the bundle: an unsigned or changed one is refused.",
+    help="The signer's public key (PEM). Unsigned, changed or differently signed bundles are refused.",
 )
 
 
 def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command ``--json``, ``-q`` and ``-v``."""
+    """Add ``--json``, ``-q`` and ``-v`` to a command."""
     for option in (
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout."),
         click.option("-q", "--quiet", is_flag=True, expose_value=False, callback=_quieter, help="Show warnings only."),
@@ -43,18 +43,18 @@ def _louder(_context: click.Context, _parameter: click.Parameter, wanted: bool) 
 
 
 def print_result(as_json: bool, result: dict[str, Any], text: str) -> None:
-    """Print a command's result: one JSON object, or text."""
+    """Print the result of a command: one JSON object, or text."""
     click.echo(json.dumps(result, indent=2) if as_json else text)
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table whose first column is text and the others figures."""
+    """Print a table: text in the first column, numbers in the others."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table()
     for index, name in enumerate(header):
-        table.add_column(name, justify="right" if index else "left", overflow="fold")  # no figure is ever cut
+        table.add_column(name, justify="right" if index else "left", overflow="fold")  # numbers are never cut
     for row in rows:
         table.add_row(*row)
     console = Console(highlight=False)
@@ -63,7 +63,7 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def nested_lines(found: dict[str, Any], indent: str = "") -> list[str]:
-    """Return nested plain data as indented lines of text."""
+    """Format nested data as indented lines."""
     lines: list[str] = []
     for name, value in found.items():
         if isinstance(value, dict):

@@ -1,24 +1,35 @@
-"""``medseg-trt reproduce``: a table of the paper."""
+"""``medseg-trt reproduce``: reproduce a table of the paper."""
 
 import json
 from pathlib import Path
 
 import click
 
+from medseg_trt.commands.help import ExampleCommand
 from medseg_trt.commands.options import FILE, FOLDER, output_options
 from medseg_trt.progress import is_spokesman
 
 
-@click.command()
+@click.command(
+    cls=ExampleCommand,
+    examples=(
+        "medseg-trt reproduce table1 --data archives --block block.safetensors",
+        "medseg-trt reproduce table2 --data archives --seeds 1 --set train.epochs=5",
+    ),
+)
 @click.argument("table")
-@click.option("--data", "root", type=FOLDER, required=True, help="The folder with the unzipped archives.")
-@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Trainings of every split.")
+@click.option("--data", "root", type=FOLDER, required=True, help="The folder of the unpacked archives.")
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Training runs for each split.")
 @click.option(
-    "--splits", type=click.IntRange(1), default=5, show_default=True, help="Of BUSI, ClinicDB, ColonDB: not divided."
+    "--splits",
+    type=click.IntRange(1),
+    default=5,
+    show_default=True,
+    help="Splits of BUSI, ClinicDB and ColonDB, which have no official split.",
 )
 @click.option("--block", "block_file", type=FILE, help="The frozen block, from 'medseg-trt block extract'.")
-@click.option("--weights", type=FILE, help="What the encoders start from: R50+ViT-B_16.npz.")
-@click.option("-o", "--output", type=FOLDER, help="Where the runs and the table go.  [default: reproduced/TABLE]")
+@click.option("--weights", type=FILE, help="Initial weights of the encoders: R50+ViT-B_16.npz.")
+@click.option("-o", "--output", type=FOLDER, help="The folder for the runs and the table.  [default: reproduced/TABLE]")
 @click.option(
     "--set", "changes", multiple=True, metavar="FIELD=VALUE", help="Change a field of all recipes, e.g. train.epochs=5."
 )
@@ -27,9 +38,10 @@ def reproduce(
     table: str, root: Path, seeds: int, splits: int, block_file: Path | None, weights: Path | None,
     output: Path | None, changes: tuple[str, ...], as_json: bool,
 ) -> None:  # fmt: skip
-    """Train and test what TABLE, table1 or table2, needs, and lay our figures beside the paper's.
+    """Reproduce table1 or table2 of the paper.
 
-    What is finished is kept: type the same command again after an interrupt.
+    Trains and tests every network of TABLE and writes the results beside the paper's. After an interrupt, run the same
+    command again: finished runs are kept.
     """
     from medseg_trt.reproduce.reproduce import Wanted
     from medseg_trt.reproduce.reproduce import reproduce as run_what_is_missing

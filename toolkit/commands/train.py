@@ -5,26 +5,45 @@ from pathlib import Path
 
 import click
 
+from medseg_trt.commands.help import ExampleCommand
 from medseg_trt.commands.options import FILE, FOLDER, output_options, print_result
 from medseg_trt.progress import LOG, is_spokesman
 
 
-@click.command()
+@click.command(
+    cls=ExampleCommand,
+    examples=(
+        "medseg-trt train --recipe folder --data mydata -o run",
+        "medseg-trt train --recipe organs-demo --data organs --block block.safetensors",
+        "medseg-trt train --recipe busi --data Dataset_BUSI --weights R50+ViT-B_16.npz",
+        "medseg-trt train --recipe folder --data mydata --set train.epochs=50 --resume",
+    ),
+)
 @click.option(
     "--recipe",
     "recipe_name",
     required=True,
-    help="A named recipe: folder, isic2017, busi, clinicdb, colondb, synapse, acdc, organs-demo, tumours-demo.",
+    help="folder (your own images), isic2017, busi, clinicdb, colondb, synapse, acdc, organs-demo or tumours-demo.",
 )
-@click.option("--data", "data_folder", type=FOLDER, required=True, help="An unpacked archive, or images/ and masks/.")
-@click.option("--split-manifest", type=FILE, help="The data.json of another run, whose splits are taken.")
+@click.option(
+    "--data",
+    "data_folder",
+    type=FOLDER,
+    required=True,
+    help="An unpacked archive, or a folder with images/ and masks/.",
+)
+@click.option("--split-manifest", type=FILE, help="The data.json of another run: use its splits.")
 @click.option("--block", "block_file", type=FILE, help="The frozen block, from 'medseg-trt block extract'.")
-@click.option("--weights", type=FILE, help="What the encoder starts from: R50+ViT-B_16.npz, or timm's .safetensors.")
+@click.option("--weights", type=FILE, help="Initial weights of the encoder: R50+ViT-B_16.npz, or timm's .safetensors.")
 @click.option("-o", "--output", type=FOLDER, help="The run folder.  [default: runs/RECIPE]")
 @click.option(
-    "--set", "changes", multiple=True, metavar="FIELD=VALUE", help="Change a field of the recipe, e.g. train.epochs=5."
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="FIELD=VALUE",
+    help="Change a field of the recipe, e.g. train.epochs=5; repeatable.",
 )
-@click.option("--resume", is_flag=True, help="Go on with the run in the run folder.")
+@click.option("--resume", is_flag=True, help="Resume the run in the run folder.")
 @output_options
 def train(
     recipe_name: str, data_folder: Path, split_manifest: Path | None, block_file: Path | None, weights: Path | None,
@@ -32,7 +51,7 @@ def train(
 ) -> None:  # fmt: skip
     """Train a model on images and masks.
 
-    Several GPUs or machines share every batch: torchrun --nproc-per-node 4 -m medseg_trt train …
+    Several processes share every batch: torchrun --nproc-per-node 4 -m medseg_trt train …
     """
     from medseg_trt.spec import to_dict
     from medseg_trt.train.datasets.official import open_dataset
