@@ -23,7 +23,7 @@ from medseg_trt.spec import PIXELS_PER_TOKEN, BlockSpec, Classes, ModelSpec, Pre
 from medseg_trt.train.blocks import FrozenBlock, load_block, save_block
 from medseg_trt.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from medseg_trt.train.datasets import acdc
-from medseg_trt.train.datasets.layout import LESION
+from medseg_trt.train.datasets.mask_classes import LESION
 from medseg_trt.train.datasets.synapse import ORGANS
 from medseg_trt.train.layer_choice import FINAL_NORM
 from medseg_trt.train.layer_readers import block_spec, half_split
