@@ -124,10 +124,8 @@ def _foreign(content: Mapping[str, Any], path: Path) -> ReadDescription:
     if not isinstance(labels, dict) or not labels:
         raise refuse("it names no labels")
     numbers = dict(labels.items() if is_nnunet or not all(map(str.isdecimal, labels)) else _turned(labels))
-    if not all(
-        isinstance(number, int) or (isinstance(number, str) and number.isdecimal()) for number in numbers.values()
-    ):
-        raise refuse("a label is several numbers (regions), but a voxel here has one label")
+    if not all(str(number).isdecimal() for number in numbers.values()):
+        raise refuse("a label is no single number (regions are lists of them), but a voxel here has one label")
     names = {int(number): name for name, number in numbers.items()}
     if "ignore" in numbers:
         raise refuse("a label is to be ignored, which training does not do here")
@@ -158,6 +156,7 @@ def _listed(training: Any, refuse: Any) -> frozenset[str] | None:
     if not isinstance(training, list) or not training:
         return None
     images = [entry.get("image") if isinstance(entry, dict) else entry for entry in training]
-    if not all(isinstance(image, str) for image in images):
+    names = [output_stem(Path(image)).removesuffix(FIRST_CHANNEL) for image in images if isinstance(image, str)]
+    if len(names) < len(images):
         raise refuse("its training cases are not listed as pairs of image and label")
-    return frozenset(output_stem(Path(image)).removesuffix(FIRST_CHANNEL) for image in images)
+    return frozenset(names)

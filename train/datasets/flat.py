@@ -18,7 +18,7 @@ def flat(official: int) -> Layout:
             by_name(files(below(base, "images")), "(.*)", problems), by_name(files(masks), "(.*)", problems), problems
         )
         problems += [
-            f"{folder} holds the folder {below_it[0].name} ({len(below_it)} such), which is not read; move its files up, "
+            f"{folder} holds the folder {below_it[0].name} ({len(below_it)} such), which is not read; move its files, "
             "or read all of them as your own data: --set data.dataset=folder"
             for folder in (below(base, "images"), masks)
             if folder is not None and (below_it := [path for path in folder.iterdir() if path.is_dir()])

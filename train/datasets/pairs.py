@@ -1,4 +1,4 @@
-"""Pair the images of a folder with the masks of another by their names, sub-folders included; leave nothing out unsaid."""
+"""Pair the images of a folder with the masks of another by their names; nothing is left out unsaid."""
 
 import difflib
 from collections.abc import Iterator, Mapping
@@ -97,9 +97,7 @@ def files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[Pa
     except OSError as error:
         raise InputError(f"{folder} cannot be read: {error.strerror}; grant access, or move it elsewhere") from error
     if lost is not None:
-        raise InputError(
-            f"{lost} is a link to {lost.readlink()}, which does not exist; fetch that file or remove the link"
-        )
+        raise InputError(f"{lost} is a link to {lost.readlink()}, which does not exist; fetch it or remove the link")
     folders = [path for path in visible if path.is_dir() and path.name not in JUNK_FOLDERS]
     yield folder, [path for path in visible if not path.is_dir()]
     for path in folders:
@@ -163,22 +161,21 @@ def _endings(images: _Tree, masks: _Tree, root: Path) -> tuple[str, str]:
     Raises:
         InputError: no ending pairs all of them.
     """
-    if channels := [name for name in images.sources if name.endswith(SECOND_CHANNEL)]:
-        first = channels[0].removesuffix(SECOND_CHANNEL) + "_0000"
-        if first in images.sources:
-            raise InputError(
-                f"{images.folder} holds several channels of {plural(len(channels), 'image')} (nnU-Net's {first} and "
-                f"{channels[0]}); one channel is read: keep its files alone"
-            )
     fitting = [
         (of_images, of_masks)
         for of_images in IMAGE_ENDINGS
         for of_masks in MASK_ENDINGS
         if _without(images, of_images) == _without(masks, of_masks) is not None
     ]
-    if not fitting or (len(fitting) > 1 and fitting[0] != ("", "")):
-        raise InputError(_unpaired(images, masks, root))
-    return fitting[0]
+    if fitting[:1] == [("", "")] or len(fitting) == 1:
+        return fitting[0]
+    channels = {name[: -len(SECOND_CHANNEL)] for name in images.sources if name.endswith(SECOND_CHANNEL)}
+    if channels and channels <= masks.sources.keys():
+        raise InputError(
+            f"{images.folder} holds several channels of {plural(len(channels), 'image')}, as nnU-Net has them "
+            f"({min(channels)}_0000, _0001 …); an image here is one of them: keep the files of one channel"
+        )
+    raise InputError(_unpaired(images, masks, root))
 
 
 def _without(tree: _Tree, ending: str) -> frozenset[str] | None:
@@ -199,13 +196,8 @@ def _unpaired(images: _Tree, masks: _Tree, root: Path) -> str:
         near = f"the nearest name is {close[0]}"
     else:
         near = f"all other {lacks}s have their {has}"
-    pairs, lonely = (
-        len(images.sources.keys() & masks.sources.keys()),
-        [
-            plural(sum(key in tree.sources for key in alone), kind)
-            for kind, tree in (("image", images), ("mask", masks))
-        ],
-    )
+    pairs = len(images.sources.keys() & masks.sources.keys())
+    lonely = [plural(len(tree.sources) - pairs, kind) for kind, tree in (("image", images), ("mask", masks))]
     return (
         f"{root}: {name} has no {lacks}; {near} ({plural(pairs, 'pair')}; without a partner: {' and '.join(lonely)}). "
         f"Names must match but for the suffix, or but for one ending of all masks: {', '.join(MASK_ENDINGS[1:])}"
