@@ -4,12 +4,13 @@ import nibabel
 import nrrd
 import numpy as np
 import pytest
-import SimpleITK
 from nibabel.affines import apply_affine
 
 from medseg_trt.errors import InputError
 from medseg_trt.formats.label_grid import MAX_SHARE
 from medseg_trt.images import read_image, read_labels
+
+SimpleITK = pytest.importorskip("SimpleITK", reason="SimpleITK, the oracle, is missing: pip install simpleitk")
 
 SHAPE = (122, 101, 12)  # columns, rows, slices
 SIDES_MM = (3.0, 3.0, 3.0)
@@ -114,9 +115,8 @@ def test_a_cropped_segmentation_is_put_where_itk_resamples_it_to(tmp_path, start
     caplog.set_level("INFO", "medseg_trt")
     image, path = volume(tmp_path), crop(tmp_path, start, size)
     reference = SimpleITK.ReadImage(str(tmp_path / "v.nii.gz"))
-    expected = SimpleITK.Resample(
-        SimpleITK.ReadImage(str(path)), reference, SimpleITK.Transform(), SimpleITK.sitkNearestNeighbor, 0.0
-    )
+    nearest = SimpleITK.sitkNearestNeighbor
+    expected = SimpleITK.Resample(SimpleITK.ReadImage(str(path)), reference, SimpleITK.Transform(), nearest, 0.0)
     found = read_labels(path, image, 3)
     np.testing.assert_array_equal(found, SimpleITK.GetArrayFromImage(expected))
     np.testing.assert_array_equal(found, blob().T)
@@ -129,9 +129,8 @@ def test_a_crop_of_an_oblique_volume_with_turned_axes_is_put_in_place(tmp_path):
     image = volume(tmp_path, turn @ AFFINE)
     save(tmp_path / "whole.nii.gz", blob(), turn @ AFFINE)
     part = SimpleITK.RegionOfInterest(SimpleITK.ReadImage(str(tmp_path / "whole.nii.gz")), (25, 25, 7), (28, 18, 2))
-    SimpleITK.WriteImage(
-        SimpleITK.Flip(SimpleITK.PermuteAxes(part, [1, 2, 0]), [True, False, True]), str(tmp_path / "m.nrrd")
-    )
+    turned = SimpleITK.Flip(SimpleITK.PermuteAxes(part, [1, 2, 0]), [True, False, True])
+    SimpleITK.WriteImage(turned, str(tmp_path / "m.nrrd"))
     np.testing.assert_array_equal(read_labels(tmp_path / "m.nrrd", image, 3), blob().T)
 
 
