@@ -18,6 +18,7 @@ from jaxtyping import Float64, Num, UInt8
 from numpy import ndarray
 
 from medseg_trt.errors import InputError
+from medseg_trt.formats.label_values import as_labels
 from medseg_trt.spec import Classes
 
 READERS: Mapping[str, str] = {  # the suffix of a kind of file -> the module that reads it
@@ -186,6 +187,15 @@ def find_images(inputs: Sequence[Path]) -> list[Source]:
     return list(dict.fromkeys(found))
 
 
+def sources_in(folder: Path) -> list[Source]:
+    """Return the images and DICOM series that lie directly in a folder, in natural order; there may be none.
+
+    Raises:
+        MissingExtraError: there are DICOM files and pydicom is not installed.
+    """
+    return sorted(_in_folder(folder), key=lambda source: natural_key(source.name))
+
+
 def output_stem(image: "Path | Source | Image | Mask") -> str:
     """Return what files made of an image are called, without their suffix.
 
@@ -225,7 +235,8 @@ def read_image(source: Source | Path) -> Image:
 def read_labels(path: Source | Path, like: Image, num_labels: int | None) -> UInt8[ndarray, "slices height width"]:
     """Read the mask of ``like``, turned the way its pixels are: a PNG, BMP, TIFF, NIfTI or NRRD file.
 
-    A palette mask gives indices, not colours. With two labels, a mask of 0 and 255 is read as one of 0 and 1.
+    A palette mask gives indices, not colours. With two labels, a mask of 0 and 255 is read as one of 0 and 1. Values
+    within 1e-3 of a whole number are rounded.
 
     Args:
         path: the mask.
@@ -240,7 +251,7 @@ def read_labels(path: Source | Path, like: Image, num_labels: int | None) -> UIn
         path = path.path
     if path.is_dir():
         raise InputError(f"{path} is a folder; a mask is one file: PNG or TIFF of a picture, NIfTI or NRRD of a volume")
-    return _as_labels(_reader(path).read_labels(path, like), path, num_labels)
+    return as_labels(_reader(path).read_labels(path, like), path, num_labels)
 
 
 def write_mask(mask: Mask, folder: Path) -> Path:
@@ -319,23 +330,3 @@ def _reader(path: Path) -> Any:
 
 def _module(kind: str) -> Any:
     return importlib.import_module(READERS[kind])
-
-
-def _as_labels(values: ndarray, path: Path, num_labels: int | None) -> UInt8[ndarray, "slices height width"]:
-    """Check that the values are labels, and return them as such."""
-    limit = num_labels or 256
-    wrong = (values < 0) | (values > 255)
-    if values.dtype.kind == "f":
-        wrong |= values != np.floor(values)
-    if not wrong.any():
-        labels = values.astype(np.uint8)
-        if num_labels == 2 and not ((labels != 0) & (labels != 255)).any():
-            labels //= 255
-        wrong = labels >= limit
-        if not wrong.any():
-            return labels
-    offending = [f"{value:g}" for value in np.unique(values[wrong])[:5].tolist()]
-    raise InputError(
-        f"{path} holds the values {', '.join(offending)} …, but labels go from 0 to {limit - 1}; "
-        "check the mask and the list of classes"
-    )

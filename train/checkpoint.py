@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from medseg_trt.errors import ArtefactError, InputError, MedsegError
-from medseg_trt.files import atomic_file, cache_folder, sha256
+from medseg_trt.files import atomic_file, cache_folder, parse_json, read_limited, sha256
 from medseg_trt.spec import Classes, ModelSpec, Preprocessing, from_dict, to_dict
 from medseg_trt.train.blocks import FrozenBlock, load_block
 from medseg_trt.train.layer_readers import block_spec
@@ -28,6 +28,8 @@ from medseg_trt.train.weight_files import is_finite, is_plain, load_pickled, one
 SCHEMA = 1
 HEADER = {"schema", "spec", "preprocessing", "classes", "block_sha256", "provenance"}
 FROZEN_PREFIXES = ("insert.block.", "insert.final_norm.")
+DATA_FOLDER = "data_folder.json"  # of a run folder
+MAX_PATH_BYTES = 1 << 15  # Linux's PATH_MAX of 4096, each byte written as an escape of six
 MAX_LAYERS = 1 << 10  # of one kind; ViT-H has 32 and ResNet-152 has 36
 MAX_FROZEN_PARAMETERS = 1 << 32  # LLaMA-3 405B has 3.2e9 in a layer
 
@@ -44,6 +46,7 @@ class Checkpoint:
     block_sha256: str | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)  # data, recipe, seed, versions, metrics
     training: Mapping[str, Any] | None = None  # optimiser state and epoch, to resume from
+    data_folder: Path | None = None  # of the training, where the run beside the file says so; in no checkpoint
 
     def model(self) -> TransUNet:
         """Build the network in evaluation mode: (batch, 1 or 3, height, width) float32 to logits.
@@ -117,6 +120,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         provenance=header["provenance"],
         training=content.get("training"),
         block_sha256=digest,
+        data_folder=_data_folder(path.parent, header["provenance"]),
     )
     _check_agreement(checkpoint, path)
     _check_fit(checkpoint, (), source)
@@ -127,6 +131,16 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return replace(
         checkpoint, block_file=find_block(digest, path.parent) if embedded is None else _unpack(embedded, digest)
     )
+
+
+def _data_folder(folder: Path, provenance: Mapping[str, Any]) -> Path | None:
+    """Return where the training found its data, as its run folder says or, in older files, the checkpoint itself."""
+    data = provenance.get("data")
+    recorded = data.get("root") if isinstance(data, dict) else None
+    path = folder / DATA_FOLDER
+    if path.is_file():  # it is not beside a checkpoint that was copied elsewhere, alone
+        recorded = parse_json(path, read_limited(path, MAX_PATH_BYTES))
+    return Path(recorded) if isinstance(recorded, str) else None
 
 
 def _checked_header(content: Any, path: Path) -> dict[str, Any]:

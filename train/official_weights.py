@@ -1,7 +1,7 @@
 """Read the authors' own checkpoints, Beckschen/TransUNet's and LLM4MedSeg's, into one of ours with the same logits.
 
-They are state dicts, perhaps of ``DataParallel`` with ``module.`` before every name. LLM4MedSeg's hold the frozen
-language layer too, in float32: it is split off into a block file, in 16 bits where it came from 16 bits.
+They are state dicts, alone or under a key of a larger dictionary (``state_dict.named_tensors``). LLM4MedSeg's hold the
+frozen language layer too, in float32: it is split off into a block file, in 16 bits where it came from 16 bits.
 """
 
 import platform
@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import isqrt
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,16 +23,15 @@ from medseg_trt.spec import PIXELS_PER_TOKEN, BlockSpec, Classes, ModelSpec, Pre
 from medseg_trt.train.blocks import FrozenBlock, load_block, save_block
 from medseg_trt.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from medseg_trt.train.datasets import acdc
-from medseg_trt.train.datasets.layout import LESION
+from medseg_trt.train.datasets.mask_classes import LESION
 from medseg_trt.train.datasets.synapse import ORGANS
 from medseg_trt.train.layer_choice import FINAL_NORM
 from medseg_trt.train.layer_readers import block_spec, half_split
 from medseg_trt.train.model import build_model, model_spec
-from medseg_trt.train.weight_files import is_finite, is_plain, load_pickled
+from medseg_trt.train.state_dict import named_tensors
+from medseg_trt.train.weight_files import is_finite, load_pickled
 from medseg_trt.train.weight_names import LLM4MEDSEG, META_NAME, TRANSUNET, names_elsewhere
 
-PREFIX = "module."
-WRAPPERS = ("state_dict", "model")  # keys under which others keep a state dict
 POSITIONS, HEAD = "transformer.embeddings.position_embeddings", "segmentation_head.0.weight"
 MAPPER = "transformer.llama_dim_mapper1.weight"
 LANGUAGE_LAYER, LANGUAGE_NORM = "transformer.llama.layers.0.", "transformer.llama.norm.weight"
@@ -106,7 +104,7 @@ def import_official(
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a ``.pth`` file by their names, without ``module.``.
+    """Return the tensors of a ``.pth`` file by their published names, without wrappers and prefixes.
 
     Raises:
         ArtefactError: it is missing, damaged, or holds other things than named tensors.
@@ -115,17 +113,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise ArtefactError(f"{path} does not exist; give a checkpoint of TransUNet or LLM4MedSeg (.pth)")
     if path.suffix.lower() in (".npz", ".safetensors"):
         raise UsageError(f"{path} has an encoder's weights alone; start a training from them: train --weights {path}")
-    content: Any = load_pickled(path, "checkpoint of PyTorch")
-    for wrapper in WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    if not isinstance(content, dict) or not content or not all(isinstance(key, str) for key in content):
-        raise ArtefactError(f"{path} holds no named tensors; it is no checkpoint of TransUNet or LLM4MedSeg")
-    if odd := [key for key, value in content.items() if not is_plain(value)]:
-        raise ArtefactError(f"{path}: {odd[0]} is no plain tensor with all its values in the file")
-    state = {key.removeprefix(PREFIX): value for key, value in content.items()}
-    if len(state) < len(content):
-        raise ArtefactError(f"{path} holds a tensor twice, with and without {PREFIX}; it is no checkpoint of one model")
+    state = named_tensors(load_pickled(path, "checkpoint of PyTorch"), path)
     return {key: value for key, value in state.items() if not ROTARY_TABLE.fullmatch(key)}
 
 
@@ -169,6 +157,9 @@ def _weights(state: State, spec: ModelSpec, path: Path) -> dict[str, Tensor]:
     wanted = {ours: places[ours].name for ours in model.state_dict() if ours not in is_frozen}
     known = {place.name for place in places.values()} | {LANGUAGE_NORM}
     _require_same(sorted(set(wanted.values()) - state.keys()), sorted(state.keys() - known), spec, path)
+    _require_skips(
+        state, {wanted[ours]: like.shape for ours, like in model.state_dict().items() if ours in wanted}, path
+    )
     weights: dict[str, Tensor] = {}
     for ours, like in model.state_dict().items():
         if ours in wanted:
@@ -176,12 +167,30 @@ def _weights(state: State, spec: ModelSpec, path: Path) -> dict[str, Tensor]:
             if found.shape != like.shape:
                 raise ArtefactError(
                     f"{path}: {wanted[ours]} is {tuple(found.shape)}, but that of {spec.architecture} is "
-                    f"{tuple(like.shape)}; for another image size give --image-size"
+                    f"{tuple(like.shape)}; {_remedy(wanted[ours])}"
                 )
             if not is_finite(found):
                 raise ArtefactError(f"{path}: {wanted[ours]} holds values that are not finite")
             weights[ours] = found.to(like.dtype)
     return weights
+
+
+def _require_skips(state: State, shapes: Mapping[str, torch.Size], path: Path) -> None:
+    """Refuse a network that was trained with other skip connections: its decoder takes other numbers of channels."""
+    joins = [name for name in shapes if re.fullmatch(r"decoder\.blocks\.\d\.conv1\.0\.weight", name)]
+    wider = [name for name in joins if state[name].dim() == 4 and state[name].shape[1] != shapes[name][1]]
+    if wider and all(state[name].shape[0] == shapes[name][0] for name in wider):
+        raise ArtefactError(
+            f"{path} was trained with other skip connections (n_skip of TransUNet's configuration): {wider[0]} takes "
+            f"{state[wider[0]].shape[1]} channels, not {shapes[wider[0]][1]}; only n_skip = 3 can be imported"
+        )
+
+
+def _remedy(name: str) -> str:
+    """Say what helps where a tensor of this name has another shape."""
+    if name == POSITIONS:
+        return "for another image size give --image-size"
+    return "it is a network of another size; give its --architecture if it is one of those that train builds"
 
 
 def _require_same(missing: Sequence[str], unknown: Sequence[str], spec: ModelSpec, path: Path) -> None:

@@ -2,7 +2,8 @@
 
 It holds ``best.pt`` (highest mean Dice on the validation split, or what ``train.best`` says), ``last.pt`` (with the
 optimiser's state, after the latest epoch or, with ``train.save_every_steps``, in the middle of one), ``history.jsonl``
-(a line an epoch; epoch 0 is the untrained model), ``curve.png``, ``recipe.json`` and ``data.json``.
+(a line an epoch; epoch 0 is the untrained model), ``curve.png``, ``recipe.json``, ``data.json``,
+and ``data_folder.json``: where the data lie on this machine, of which the checkpoints hold nothing.
 """
 
 import json
@@ -22,7 +23,7 @@ from medseg_trt.files import atomic_file, sha256, write_json
 from medseg_trt.progress import LOG
 from medseg_trt.spec import ModelSpec, Preprocessing, from_dict, to_dict
 from medseg_trt.train.blocks import load_block, provenance_of
-from medseg_trt.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, trained_weights
+from medseg_trt.train.checkpoint import DATA_FOLDER, Checkpoint, load_checkpoint, save_checkpoint, trained_weights
 from medseg_trt.train.curve import draw_curve
 from medseg_trt.train.datasets.check import require_usable
 from medseg_trt.train.datasets.folder import DataFolder, manifest_sha256
@@ -73,21 +74,24 @@ def begin(
     if not last.is_file():
         _checked_spec(recipe, data, block, weights)  # before gigabytes of data are hashed
     manifest = data.manifest()
-    root, digest = str(data.root.resolve()), manifest_sha256(manifest)
+    digest = manifest_sha256(manifest)
     provenance = {
-        "recipe": json.loads(json.dumps(to_dict(recipe))),
-        "data": {"name": data.name, "root": root, "sha256": digest, "note": data.note, "manifest": manifest},
+        "recipe": _without_paths(json.loads(json.dumps(to_dict(recipe)))),
+        "data": {"name": data.name, "sha256": digest, "note": data.note, "manifest": manifest},
         "versions": {"medseg-trt": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
     }
     _remove_leftovers(out)
     if last.is_file():
-        return _resumed(load_checkpoint(last), provenance, block, weights, out)
+        state = _resumed(load_checkpoint(last), provenance, block, weights, out)
+        _keep_data_folder(data, out)
+        return state
     if resume:
         LOG.warning("%s holds no run to go on with; a new one begins", out)
     require_usable(data)
     checkpoint = _fresh(recipe, data, provenance, block, weights)
     write_json(out / "recipe.json", to_dict(recipe))
     write_json(out / "data.json", manifest)
+    _keep_data_folder(data, out)
     return RunState(checkpoint=checkpoint)
 
 
@@ -236,9 +240,19 @@ def _state(last: Checkpoint) -> RunState:
     )
 
 
+def _keep_data_folder(data: DataFolder, out: Path) -> None:
+    write_json(out / DATA_FOLDER, str(data.root.resolve()))
+
+
 def _with_defaults(recorded: object, out: Path) -> dict[str, Any]:
     """Return a recorded recipe with the fields that recipes had not when its run was begun."""
-    return json.loads(json.dumps(to_dict(from_dict(Recipe, recorded, str(out / "last.pt")))))
+    return _without_paths(json.loads(json.dumps(to_dict(from_dict(Recipe, recorded, str(out / "last.pt"))))))
+
+
+def _without_paths(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe as plain data with the name of its split manifest alone; the splits themselves are recorded."""
+    manifest = recipe["data"]["manifest"]
+    return recipe if manifest is None else {**recipe, "data": {**recipe["data"], "manifest": Path(manifest).name}}
 
 
 def _remove_leftovers(out: Path) -> None:

@@ -1,9 +1,7 @@
 """Open files of weights that nobody vouches for: no code in them runs, and no size that they claim is allocated."""
 
 import json
-import pickle
 import warnings
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +11,8 @@ import torch
 from torch import Tensor
 
 from medseg_trt.errors import ArtefactError, require
+from medseg_trt.train.pickle_judge import ExcessError, ForeignObjectError
+from medseg_trt.train.pickle_limits import require_tensors_and_data
 
 MAX_JSON_BYTES = 1 << 24
 
@@ -57,13 +57,19 @@ def load_pickled(path: Path, what: str, *, mapped: bool = False) -> Any:
     Raises:
         ArtefactError: the file is damaged, compressed, or asks for code to be run.
     """
-    if _unpacked_bytes(path) > path.stat().st_size:
-        raise ArtefactError(f"{path} is compressed, or claims more than it holds; it is not to be trusted")
     try:
-        with warnings.catch_warnings(action="ignore"):  # about pickles of others; the error says all that is needed
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        raise ArtefactError(f"{path} holds other things than tensors and plain data, so it is not opened") from error
+        with path.open("rb") as file, warnings.catch_warnings(action="ignore"):  # the error says all that is needed
+            require_tensors_and_data(file)
+            file.seek(0)
+            source = path if mapped else file
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
+    except ForeignObjectError as error:
+        raise ArtefactError(
+            f"{path} holds other things than tensors and plain data ({one_line(error)}), so it is not opened; "
+            'where it was made, load it and save its tensors alone: torch.save(model.state_dict(), "FILE")'
+        ) from error
+    except ExcessError as error:
+        raise ArtefactError(f"{path} {error}; it is not to be trusted") from error
     except Exception as error:  # damaged bytes make PyTorch raise almost anything, AssertionError included
         raise ArtefactError(f"{path} is damaged or no {what}: {one_line(error)}") from error
 
@@ -100,12 +106,3 @@ def read_json(path: Path) -> dict[str, Any]:
 def one_line(error: BaseException) -> str:
     """Return the beginning of an error's message, without line breaks."""
     return " ".join(str(error).split())[:200]
-
-
-def _unpacked_bytes(path: Path) -> int:
-    """Return how much an archive holds; ``torch.save`` never compresses, so that it is less than the file's size."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return sum(entry.file_size for entry in archive.infolist())
-    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
-        return 0  # no archive, or a damaged one: PyTorch says what is wrong with it

@@ -657,7 +657,7 @@ def test_the_mask_of_a_volume_is_turned_as_its_image_even_if_it_is_stored_otherw
     np.testing.assert_array_equal(read_labels(mask, image, 3), labels)
 
 
-@pytest.mark.parametrize(("shift_mm", "refused"), [(5e-4, False), (2e-3, True), (1.5, True)])
+@pytest.mark.parametrize(("shift_mm", "refused"), [(0.029, False), (0.031, True), (1.5, True)])  # 2 % of 1.5 mm
 def test_a_mask_that_lies_elsewhere_is_refused(shift_mm, refused, tmp_path):
     stored, affine = turned(some_labels(), (0, 1, 2), (False, False, False))
     image = read_image(save_volume(tmp_path / "scan.nii", stored, affine))

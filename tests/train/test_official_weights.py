@@ -205,11 +205,86 @@ def test_a_checkpoint_that_cannot_be_taken_over_leaves_an_older_one_alone(tmp_pa
     assert (tmp_path / "model.pt").read_bytes() == b"months of work"
 
 
-@pytest.mark.parametrize("wrapper", ["state_dict", "model"])
-def test_a_state_dict_may_lie_under_a_key_beside_other_things(tmp_path, wrapper):
+def renamed(prefix, inside=""):
+    def rename(state):
+        return {
+            prefix + name.replace("transformer.", f"transformer.{inside}", 1): value for name, value in state.items()
+        }
+
+    return rename
+
+
+FORMS = {  # how people save a network, with what may lie beside it
+    "DataParallel": renamed("module."),
+    "torch.compile": renamed("_orig_mod."),
+    "a compiled DataParallel": renamed("_orig_mod.module."),
+    "DataParallel of a compiled network": renamed("module._orig_mod."),
+    "a compiled part": renamed("model.", "_orig_mod."),
+    "Lightning": lambda state: {
+        "state_dict": renamed("model.")(state), "epoch": 9, "optimizer_states": [{"state": {}}], "best": torch.ones(()),
+    },
+    "PyTorch's tutorial": lambda state: {
+        "epoch": 149, "model_state_dict": state, "optimizer_state_dict": {"state": {}}, "loss": torch.ones(1),
+    },
+    "net": lambda state: {"net": state, "epoch": 3, "acc": 0.9},
+    "model": lambda state: {"model": renamed("module.")(state), "args": {"lr": 0.1}},
+    "network.": renamed("network."),
+    "state_dict in model": lambda state: {"model": {"state_dict": state}},
+    "an epoch among the weights": lambda state: state | {"epoch": 3, "optimizer": {"state": {}}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_network_is_found_however_it_was_saved(tmp_path, form):
     state = official_state(OURS)
-    torch.save({wrapper: state, "epoch": 149, "optimizer": {"lr": 0.01}}, tmp_path / "official.pth")
-    assert read_state(tmp_path / "official.pth").keys() == state.keys()
+    torch.save(FORMS[form](state), tmp_path / "official.pth")
+    found = import_official(
+        tmp_path / "official.pth", tmp_path / "model.pt", contract=CONTRACT, classes=THREE, architecture=OURS
+    )
+    assert largest_difference(found, state) < 1e-5  # as above: another order of float32 sums
+
+
+def test_what_lies_beside_the_weights_is_named(tmp_path, caplog):
+    caplog.set_level("INFO", "medseg_trt")
+    torch.save({"net": official_state(OURS), "net_ema": {}, "epoch": 3}, tmp_path / "official.pth")
+    read_state(tmp_path / "official.pth")
+    assert "the weights are those under net; left out: net_ema, epoch" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (lambda state: {"model": state, "state_dict": state}, "weights under state_dict and model; save one"),
+        (
+            lambda state: {"net": without(NORM)(state), NORM: state[NORM]},
+            "weights under net and transformer.encoder.encoder_norm.weight; save one",
+        ),
+        (lambda state: {"net": state | {"decoder.extra": 3}}, r"decoder\.extra is no plain tensor"),
+        (lambda state: {"epoch": 3, "optimizer": {"state": {}}}, "holds no named tensors"),
+        (lambda state: [state], "holds no named tensors"),
+        (lambda state: {"model": {"model": {"model": {"model": {"model": state}}}}}, "holds no named tensors"),
+    ],
+)
+def test_weights_that_cannot_be_told_apart_are_refused(tmp_path, form, message):
+    torch.save(form(official_state(OURS)), tmp_path / "official.pth")
+    with pytest.raises(ArtefactError, match=message):
+        read_state(tmp_path / "official.pth")
+
+
+@pytest.mark.parametrize("skips", [0, 1, 2])
+def test_a_network_with_fewer_skip_connections_is_named_as_such(tmp_path, skips):
+    """TransUNet's DecoderCup gives the stages from ``n_skip`` on no channels of the encoder's."""
+    state = official_state(OURS)
+    widths = [state[f"decoder.blocks.{stage}.conv2.0.weight"].shape[0] for stage in range(4)]
+    bridge = state["decoder.conv_more.0.weight"].shape[0]
+    for stage in range(skips, 3):
+        name = f"decoder.blocks.{stage}.conv1.0.weight"
+        state[name] = state[name][:, : (bridge, *widths)[stage]].clone()
+    path = saved(tmp_path / "official.pth", state)
+    with pytest.raises(ArtefactError, match=r"other skip connections \(n_skip of .*only n_skip = 3") as caught:
+        import_official(path, tmp_path / "model.pt", contract=CONTRACT, classes=THREE, architecture=OURS)
+    assert f"decoder.blocks.{skips}.conv1.0.weight" in str(caught.value)
+    assert "--image-size" not in str(caught.value)
 
 
 def test_a_file_of_the_format_before_pytorch_1_6_is_read(tmp_path):

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -17,6 +18,7 @@ from medseg_trt.spec import from_dict
 from medseg_trt.train import loop, runs
 from medseg_trt.train.checkpoint import load_checkpoint
 from medseg_trt.train.datasets.folder import manifest_sha256, open_folder
+from medseg_trt.train.datasets.official import open_dataset
 from medseg_trt.train.evaluate import Evaluation, evaluate
 from medseg_trt.train.loop import train
 from medseg_trt.train.model import runner
@@ -235,7 +237,27 @@ def test_the_data_are_found_again_from_any_folder(source, tmp_path, monkeypatch)
     data, block = source
     monkeypatch.chdir(data.root.parent)
     train(tiny_recipe("train.epochs=0"), open_folder(data.root.relative_to(data.root.parent)), tmp_path, block=block)
-    assert load_checkpoint(tmp_path / "last.pt").provenance["data"]["root"] == str(data.root)
+    assert load_checkpoint(tmp_path / "last.pt").data_folder == data.root
+
+
+def test_checkpoints_hold_nothing_of_the_disks_layout(source, tmp_path):
+    data, block = source
+    train(tiny_recipe("train.epochs=0"), data, tmp_path / "run", block=block)
+    manifest = tmp_path / "run" / "data.json"
+    changes = ("train.epochs=1", f"data.manifest={manifest}")
+    again = open_dataset(None, data.root, tiny_recipe(*changes).data)
+    train(tiny_recipe(*changes), again, tmp_path / "again", block=block)
+    for path in (tmp_path / "run" / "best.pt", tmp_path / "again" / "best.pt", tmp_path / "again" / "last.pt"):
+        content = path.read_bytes()
+        for folder in (data.root, tmp_path, Path.cwd()):
+            assert str(folder).encode() not in content
+    recorded = load_checkpoint(tmp_path / "again" / "best.pt")
+    assert recorded.provenance["recipe"]["data"]["manifest"] == "data.json"
+    train(tiny_recipe(*changes), again, tmp_path / "again", block=block, resume=True)
+    (tmp_path / "alone").mkdir()
+    copied = shutil.copy(tmp_path / "again" / "best.pt", tmp_path / "alone" / "best.pt")
+    shutil.copy(tmp_path / "again" / f"block-{sha256(block)[:16]}.safetensors", tmp_path / "alone")
+    assert load_checkpoint(Path(copied)).data_folder is None
 
 
 def best_epoch(monkeypatch, source, out, dice, *changes):

@@ -197,8 +197,10 @@ def _recorded_folder(checkpoint: Checkpoint) -> DataFolder | None:
     recorded = checkpoint.provenance.get("data")
     reason = "the checkpoint does not say what it was trained on"
     if recorded:
+        reason = "where the training's data lie is not known here"
+    if recorded and checkpoint.data_folder is not None:
         try:
-            folder = open_recorded(Path(recorded["root"]), checkpoint.provenance)
+            folder = open_recorded(checkpoint.data_folder, checkpoint.provenance)
             if manifest_sha256(folder.manifest()) == recorded["sha256"]:
                 return folder
             reason = f"{folder.root} has changed since the training"

@@ -16,13 +16,13 @@ from numpy import ndarray
 from medseg_trt.errors import InputError, MedsegError, require
 from medseg_trt.files import atomic_file
 from medseg_trt.formats.guard import MAX_HEADER_BYTES, check_size, naming, require_finite
+from medseg_trt.formats.label_grid import labels_on_grid
 from medseg_trt.images import Geometry, Image, Mask
 from medseg_trt.progress import LOG
 
 SPACING_RANGE_MM = (1e-6, 1e6)
 SINGULAR = 1e-3  # determinant of the axes' directions; 1 where they are at right angles
 RIGHT_ANGLED = 1e-5  # largest cosine between axes that a quaternion can stand for
-AFFINE_TOLERANCE_MM = 1e-3  # between an image and its mask; headers hold float32
 SCANNER = 1  # NIfTI's code for scanner coordinates
 
 MM_PER_UNIT = {"mm": 1.0, "unknown": 1.0, "meter": 1e3, "micron": 1e-3}
@@ -56,7 +56,7 @@ def read_labels(path: Path, like: Image) -> ndarray:
     return labels_like(turned(path, stored, header, affine_mm, like.geometry), like)
 
 
-def labels_like(mask: Image, like: Image) -> ndarray:
+def labels_like(mask: Image, like: Image, *, may_be_cropped: bool = False) -> ndarray:
     """Return the values of a mask that was read as a volume, if it lies where its image lies.
 
     Raises:
@@ -66,16 +66,7 @@ def labels_like(mask: Image, like: Image) -> ndarray:
         raise InputError(f"{mask.path} is a volume, but its image {like.path} is a picture; give a PNG mask")
     if mask.pixels.shape[3] != 1:
         raise InputError(f"{mask.path} is in colour; a mask holds label numbers")
-    if mask.pixels.shape[:3] != like.pixels.shape[:3]:
-        raise InputError(
-            f"{mask.path} is {mask.pixels.shape[:3]} slices, rows and columns, but its image is {like.pixels.shape[:3]}"
-        )
-    distance = np.abs(mask.geometry.affine_mm - like.geometry.affine_mm).max()
-    if distance > AFFINE_TOLERANCE_MM:
-        raise InputError(
-            f"{mask.path} does not lie where its image {like.path} lies: the affines differ by {distance:.4g}"
-        )
-    return mask.pixels[..., 0]
+    return labels_on_grid(mask, like, may_be_cropped=may_be_cropped)
 
 
 def stored_axes(path: Path) -> str:

@@ -67,7 +67,7 @@ def read(path: Path) -> Image:
 
 
 def read_labels(path: Path, like: Image) -> ndarray:
-    """Read the mask of a volume or a picture, turned as it is.
+    """Read the mask of a volume or a picture, turned as it is; it may cover a part of the volume.
 
     Raises:
         InputError: it cannot be read, or does not lie where its image lies.
@@ -75,7 +75,7 @@ def read_labels(path: Path, like: Image) -> ndarray:
     mask = read(path)
     if mask.geometry is None:
         return pictures.labels_like(path, pictures.grey(path, mask.pixels[0]).squeeze()[np.newaxis], 1, like)
-    return nifti.labels_like(mask, like)
+    return nifti.labels_like(mask, like, may_be_cropped=True)  # as 3D Slicer saves segments
 
 
 def _load(path: Path) -> tuple[dict[str, Any], ndarray]:
@@ -198,6 +198,11 @@ def _channel_axis(path: Path, header: Mapping[str, Any], shape: tuple[int, ...])
         InputError: it is not one of colours, or there are too many axes.
     """
     kinds = [str(kind).lower() for kind in header.get("kinds", [])]
+    if "list" in kinds and any(name.startswith("Segment") for name in header):
+        raise InputError(
+            f"{path} has {shape[kinds.index('list')]} layers of overlapping segments, as 3D Slicer saves them; export "
+            "them as one labelmap: Segmentations, Export to labelmap, with the image as reference volume"
+        )
     axes = [axis for axis, kind in enumerate(kinds) if kind in COLOURS and shape[axis] >= 3]
     spatial = len(shape) - len(axes)
     if len(axes) > 1 or spatial not in (2, 3):

@@ -13,12 +13,14 @@ from medseg_trt.progress import track
 from medseg_trt.train.datasets.data_report import CaseFacts, DataReport
 from medseg_trt.train.datasets.duplicates import Look, find_copies, look_at
 from medseg_trt.train.datasets.folder import Case, DataFolder, manifest_sha256, open_folder, read_case, shared_slices
+from medseg_trt.train.datasets.layout import ALL
 from medseg_trt.train.datasets.official import divided, look_into, wrong_counts
 from medseg_trt.train.datasets.options import DataOptions
 from medseg_trt.train.split_manifest import read_split_manifest, with_recorded_splits
 
 NIFTI = (".nii", ".nii.gz")
 MAX_NAMED = 3
+NOTHING_TO_LEARN = "all masks of the training split are empty, so that nothing can be learnt; give masks with labels"
 
 
 def check_data(root: Path, options: DataOptions | None = None) -> DataReport:
@@ -45,7 +47,7 @@ def check_data(root: Path, options: DataOptions | None = None) -> DataReport:
     problems += orientation_problems(data)
     for problem, pairs in _copies(facts, looks).items():
         (problems if problem.endswith("two splits") else remarks).append(_named(problem, pairs))
-    problems += _shared_groups(facts, data)
+    problems += _shared_groups(facts, data) + _nothing_to_learn(facts)
     remarks += _remarks(facts, data)
     digest = manifest_sha256(data.manifest()) if not problems else None
     return DataReport(
@@ -58,10 +60,14 @@ def require_usable(data: DataFolder) -> None:
     """Read, before anything is trained, what training would meet only later: all cases that it does not train on.
 
     Raises:
-        InputError: one of them cannot be used, or some volumes say how they lie and others do not.
+        InputError: one of them cannot be used, some volumes say how they lie and others do not, or no mask of the
+            training split holds a label.
     """
     if problems := orientation_problems(data):
         raise InputError(problems[0])
+    training = data.splits.get("train", ())
+    if not any(read_case(case, len(data.classes.names))[1].any() for case in training):
+        raise InputError(f"{data.root}: {NOTHING_TO_LEARN}")
     others = [case for split, cases in data.splits.items() if split != "train" for case in cases]
     for case in track(others, "check the images and masks that are not trained on"):
         read_case(case, len(data.classes.names))
@@ -101,7 +107,8 @@ def _open(root: Path, options: DataOptions) -> tuple[DataFolder, list[str], list
     """Open a data set for all its faults: as it is divided, or, where it cannot be, as it lies."""
     opened = look_into(None, root, options)
     if opened is None:
-        data, problems, remarks = open_folder(root), [], []
+        data, problems = open_folder(root), []
+        remarks = list(data.remarks)
     else:
         found = opened.found
         problems, remarks = [*found.problems, *wrong_counts(opened, options)], list(found.remarks)
@@ -148,6 +155,11 @@ def _shared_groups(facts: Sequence[CaseFacts], data: DataFolder) -> list[str]:
     shared = [f"{group} ({' and '.join(sorted(splits))})" for group, splits in splits_of.items() if len(splits) > 1]
     remedy = "; to keep them together: --set data.group_by=sequence" if "group_by" in data.how else ""
     return [_named("patients or sequences are in two splits", shared) + remedy] * bool(shared)
+
+
+def _nothing_to_learn(facts: Sequence[CaseFacts]) -> list[str]:
+    training = [case for case in facts if case.split in ("train", ALL)]
+    return [NOTHING_TO_LEARN] * bool(training and not any(any(case.pixels_of_label[1:]) for case in training))
 
 
 def _remarks(facts: Sequence[CaseFacts], data: DataFolder) -> list[str]:

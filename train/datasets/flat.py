@@ -17,6 +17,12 @@ def flat(official: int) -> Layout:
         pairs = paired(
             by_name(files(below(base, "images")), "(.*)", problems), by_name(files(masks), "(.*)", problems), problems
         )
+        problems += [
+            f"{folder} holds the folder {below_it[0].name} ({len(below_it)} such), which is not read; move its files, "
+            "or read all of them as your own data: --set data.dataset=folder"
+            for folder in (below(base, "images"), masks)
+            if folder is not None and (below_it := [path for path in folder.iterdir() if path.is_dir()])
+        ]
         group_of = sequences(base)
         cases = (Case(image=image, mask=mask, is_binary=True, group=group_of.get(name)) for name, image, mask in pairs)
         return Found(parts={ALL: tuple(cases)}, official={ALL: official}, problems=tuple(problems))

@@ -1,5 +1,8 @@
 """Anyone's own data: a folder with ``images/``, ``masks/`` (same names), and ``dataset.json`` where more is to be said.
 
+``imagesTr/`` and ``labelsTr/`` are read as well, with the ``dataset.json`` of nnU-Net or the Medical Segmentation
+Decathlon, from which the classes come.
+
 ``dataset.json`` may hold ``name``, ``classes`` (label names, the background first), ``colors``, ``window`` (lower and
 upper end of the values that matter), ``note``, ``split_notes`` (what each split is, in words) and ``splits``:
 ``{"train": [{"image": "ct_A", "slices": [0, 80]}, …], "val": […], "test": […]}``. ``slices`` is half-open, counted
@@ -19,14 +22,16 @@ import numpy as np
 from jaxtyping import UInt8
 from numpy import ndarray
 
-from medseg_trt.errors import ArtefactError, InputError
+from medseg_trt.errors import InputError
 from medseg_trt.files import sha256
-from medseg_trt.images import Image, Source, find_images, output_stem, read_image, read_labels
+from medseg_trt.images import Image, Source, output_stem, read_image, read_labels
 from medseg_trt.progress import LOG, track
-from medseg_trt.spec import Classes, from_dict
+from medseg_trt.spec import Classes
+from medseg_trt.train.datasets.description import SplitEntry, read_description, require_cases
+from medseg_trt.train.datasets.mask_classes import count_classes
+from medseg_trt.train.datasets.pairs import find_pairs
 from medseg_trt.train.splits import split_files, split_volume
 
-MAX_JSON_BYTES = 1 << 24
 SPLIT_SEED = 41
 HALF_BRIGHT = 127  # of 255: the rule of UNeXt's loader, mask / 255 > 0.5
 
@@ -42,12 +47,13 @@ class Case:
     is_binary: bool = False  # the masks are grey pictures: whatever is brighter than half is label 1
     relabel: tuple[int, ...] | None = None  # a stored value v is the label relabel[v]
     group: str | None = None  # the patient or the video sequence that it comes from
+    relative_name: str | None = None  # of a data folder: the name with the sub-folders that it lies in
 
     @property
     def name(self) -> str:
-        """The image's name, with the block of slices where it is not the whole."""
+        """The image's name, with its sub-folders, and with the block of slices where it is not the whole."""
         block = "" if self.slices is None else f"[{self.slices[0]}:{self.slices[1]}]"
-        return output_stem(self.image) + block
+        return (self.relative_name or output_stem(self.image)) + block
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -72,6 +78,7 @@ class DataFolder:
     modality: str = ""  # what the pixels are, where the data set says it: a key of official.MODALITIES
     layout: str = ""  # in which layout it was found
     how: Mapping[str, object] = field(default_factory=dict)  # the choices that led to these splits and labels
+    remarks: tuple[str, ...] = ()  # what to know of how it was read
 
     def cases(self, split: str) -> tuple[Case, ...]:
         """Return the cases of a split, or say which splits there are."""
@@ -94,42 +101,6 @@ class DataFolder:
         }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Entry:
-    image: str
-    slices: tuple[int, int] | None = None
-
-    __pydantic_config__ = {"extra": "forbid"}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Description:
-    """What ``dataset.json`` holds."""
-
-    name: str | None = None
-    classes: tuple[str, ...] | None = None
-    colors: tuple[tuple[int, int, int], ...] = ()
-    window: tuple[float, float] | None = None
-    note: str = ""
-    split_notes: dict[str, str] = field(default_factory=dict)
-    splits: dict[str, tuple[_Entry, ...]] | None = None
-
-    __pydantic_config__ = {"extra": "forbid"}
-
-    def __post_init__(self) -> None:
-        if self.window is not None and not -math.inf < self.window[0] < self.window[1] < math.inf:
-            raise ValueError(f"the window {self.window} is empty; give its lower end first")
-        if self.classes is not None:
-            Classes(names=self.classes, colors=self.colors)
-        elif self.colors:
-            raise ValueError("colors are given, but no classes to go with them")
-        for name, entries in (self.splits or {}).items():
-            if not entries:
-                raise ValueError(f"the split {name!r} is empty")
-        if self.splits is not None and "train" not in self.splits:
-            raise ValueError("the split 'train' is missing")
-
-
 def open_folder(root: Path) -> DataFolder:
     """Find the images and masks of a data folder and how they are divided.
 
@@ -137,17 +108,18 @@ def open_folder(root: Path) -> DataFolder:
         InputError: a folder, a mask or a name in ``dataset.json`` is missing, or it cannot be understood.
     """
     root = Path(root)
-    for part in ("images", "masks"):
-        if not (root / part).is_dir():
-            raise InputError(
-                f"{root / part} does not exist; a data folder holds images/ and masks/ with the same file names"
-            )
-    described = _read_description(root / "dataset.json")
-    pairs = _pair(root)
+    read = read_description(root / "dataset.json")
+    described, found = read.description, find_pairs(root)
+    require_cases(read, list(found.pairs), root / "dataset.json")
+    remarks = list(found.remarks)
+    if read.origin:
+        remarks.append(f"dataset.json is {read.origin}; its classes are taken: {', '.join(described.classes or ())}")
     if described.classes is None:
-        classes = _count_classes(pairs)
+        classes, more = count_classes(found.pairs.values())
+        remarks += more
     else:
         classes = Classes(names=described.classes, colors=described.colors)
+    pairs = {name: Case(image=pair.image, mask=pair.mask, relative_name=name) for name, pair in found.pairs.items()}
     if described.splits is not None:
         splits = {
             name: tuple(_case(pairs, entry, root) for entry in entries) for name, entries in described.splits.items()
@@ -160,7 +132,7 @@ def open_folder(root: Path) -> DataFolder:
         )
     return DataFolder(
         root=root, name=described.name or root.resolve().name, classes=classes, splits=splits, window=described.window,
-        note=described.note, split_notes=described.split_notes,
+        note=described.note, split_notes=described.split_notes, remarks=tuple(remarks),
     )  # fmt: skip
 
 
@@ -217,63 +189,13 @@ def _cut(case: Case, image: Image) -> Image:
     return replace(image, pixels=image.pixels[start:end], geometry=None)
 
 
-def _read_description(path: Path) -> Description:
-    if not path.is_file():
-        return Description()
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise InputError(f"{path} is larger than {MAX_JSON_BYTES >> 20} MiB; it should only name classes and splits")
-    try:
-        return from_dict(Description, json.loads(path.read_text(encoding="utf-8-sig")), str(path))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is no valid JSON: {error}") from error
-    except ArtefactError as error:
-        raise InputError(str(error)) from error
-
-
-def _pair(root: Path) -> dict[str, Case]:
-    images, masks = _by_stem(root / "images"), _by_stem(root / "masks")
-    alone = sorted(images.keys() ^ masks.keys())
-    if alone:
-        where = "mask" if alone[0] in images else "image"
-        raise InputError(
-            f"{root}: {alone[0]} has no {where} ({len(alone)} such name(s)); names must match but for the suffix"
-        )
-    return {stem: Case(image=image, mask=masks[stem]) for stem, image in images.items()}
-
-
-def _by_stem(folder: Path) -> dict[str, Source]:
-    found: dict[str, Source] = {}
-    for source in find_images([folder]):
-        if (other := found.setdefault(source.stem, source)) is not source:
-            raise InputError(
-                f"{other.path} and {source.path} have the same name but for the suffix; rename one, with its mask"
-            )
-    return found
-
-
-def _case(pairs: Mapping[str, Case], entry: _Entry, root: Path) -> Case:
+def _case(pairs: Mapping[str, Case], entry: SplitEntry, root: Path) -> Case:
     if entry.image not in pairs:
         raise InputError(
-            f"{root / 'dataset.json'} names the image {entry.image!r}, but {root / 'images'} has no such file; "
+            f"{root / 'dataset.json'} names the image {entry.image!r}, but there is no such file; "
             f"its names, without suffix: {_first(list(pairs))}"
         )
     return replace(pairs[entry.image], slices=entry.slices)
-
-
-def _count_classes(pairs: Mapping[str, Case]) -> Classes:
-    values: set[int] = set()
-    for case in track(list(pairs.values()), "look for classes in the masks"):
-        values |= set(np.unique(read_labels(case.mask, read_image(case.image), None)).tolist())
-    if values <= {0, 255} or values <= {0, 1}:
-        return Classes(names=("background", "lesion"))
-    names = ("background", *(f"class {value}" for value in range(1, max(values) + 1)))
-    if missing := set(range(1, len(names))) - values:
-        raise InputError(
-            f"the masks hold the values {_first(sorted(values))}, but not {_first(sorted(missing))}; renumber them "
-            "0, 1, 2 …, or, if that is what they are, name every class in dataset.json"
-        )
-    LOG.info("the masks hold %d classes; name them in dataset.json", len(names) - 1)
-    return Classes(names=names)
 
 
 def _divide(cases: Sequence[Case]) -> dict[str, tuple[Case, ...]]:

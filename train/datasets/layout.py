@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from medseg_trt.errors import InputError
 from medseg_trt.images import READERS, natural_key, output_stem
 from medseg_trt.spec import Classes
 from medseg_trt.train.datasets.folder import Case
+from medseg_trt.train.datasets.mask_classes import LESION
 from medseg_trt.train.datasets.options import DataOptions
 
 ALL = "all"  # the part of a data set that comes undivided
-LESION = Classes(names=("background", "lesion"))
 MAX_DEPTH = 3  # archives unzip into folders of their own, and are unzipped into folders
 IGNORED_FOLDERS = ("__MACOSX",)
 
@@ -87,9 +88,16 @@ def files(folder: Path | None, pattern: str = r".*") -> list[Path]:
     """Return the images of a folder whose stem matches ``pattern`` whole, in natural order; hidden files are left out.
 
     The case of letters does not matter. None has no files.
+
+    Raises:
+        InputError: a link leads nowhere.
     """
     if folder is None:
         return []
+    if lost := [path for path in folder.iterdir() if path.is_symlink() and not path.exists()]:
+        raise InputError(
+            f"{lost[0]} is a link to a file that does not exist ({len(lost)} such); fetch it or remove the link"
+        )
     return sorted(
         (
             path for path in folder.iterdir()

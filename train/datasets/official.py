@@ -13,6 +13,7 @@ from medseg_trt.train.datasets import acdc, busi, clinicdb, colondb, isic2017, s
 from medseg_trt.train.datasets.folder import Case, DataFolder, open_folder
 from medseg_trt.train.datasets.layout import ALL, Dataset, Found, Layout
 from medseg_trt.train.datasets.options import DataOptions
+from medseg_trt.train.datasets.pairs import PARTS
 from medseg_trt.train.split_manifest import SplitManifest, read_order, read_split_manifest, with_recorded_splits
 from medseg_trt.train.splits import paper_split
 
@@ -59,6 +60,8 @@ def open_dataset(name: str | None, root: Path, options: DataOptions | None = Non
     opened = look_into(name, root, options)
     if opened is None:
         data = open_folder(root)
+        for remark in data.remarks:
+            LOG.warning("%s: %s", root, remark)
     else:
         if problems := [*opened.found.problems, *wrong_counts(opened, options)]:
             more = f" (and {len(problems) - MAX_NAMED} more)" if len(problems) > MAX_NAMED else ""
@@ -99,7 +102,9 @@ def open_recorded(root: Path, provenance: Mapping[str, Any], options: DataOption
 
 def is_labelled(root: Path) -> bool:
     """Return whether there are masks, in whatever layout."""
-    return (root / "masks").exists() or (root.is_dir() and bool(_matches(root, list(DATASETS), only_telling=True)))
+    return any((root / masks).exists() for _, masks in PARTS) or (
+        root.is_dir() and bool(_matches(root, list(DATASETS), only_telling=True))
+    )
 
 
 def recorded_options(provenance: Mapping[str, Any]) -> DataOptions:
@@ -120,7 +125,7 @@ def look_into(name: str | None, root: Path, options: DataOptions) -> Opened | No
     name = name or options.dataset
     if name not in (None, FOLDER, *DATASETS):
         raise UsageError(f"no data set is called {name!r}; choose one of: {FOLDER}, {', '.join(DATASETS)}")
-    is_own = name is None and (root / "images").is_dir()
+    is_own = name is None and any((root / images).is_dir() for images, _ in PARTS)
     if is_own or name == FOLDER or (root / "dataset.json").is_file():
         _require_meaning(options, (), f"{root}, which dataset.json divides")
         return None
