@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ MARK = re.compile(r"<!-- table (?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- end (?P=n
 def infer_pipeline(result: Mapping[str, Any]) -> list[str]:
     """Return how long the ways through many files take."""
     rows = [
-        (f"{each['what']}, {way}", f"{found['median_s']:.1f}", f"{found['speed']:.2f}x",
+        (f"{each['what']}, {way}", f"{found['typical_s']:.1f}", f"{found['speed']:.2f}x",
          f"{found['low']:.2f} … {found['high']:.2f}", f"{found['peak_mb']:.0f}")
         for each in result["rows"] for way, found in each["ways"].items()
     ]  # fmt: skip
@@ -33,7 +34,7 @@ def infer_pipeline(result: Mapping[str, Any]) -> list[str]:
 
 def cold_start(result: Mapping[str, Any]) -> list[str]:
     """Return how long it takes from typing to the first mask."""
-    rows = [(each["name"], f"{each['median_s']:.2f}", f"{each['speed']:.2f}x") for each in result["rows"]]
+    rows = [(each["name"], f"{each['typical_s']:.2f}", f"{each['speed']:.2f}x") for each in result["rows"]]
     return table(("from typing to the first mask", "s", "speed"), rows)
 
 
@@ -83,7 +84,7 @@ def organs_demo(report: Mapping[str, Any]) -> list[str]:
     for row in report["rows"]:
         latency, speed, agreement = row["latency"]["model"], row["speedup"]["model"], row["agreement"]
         rows.append((
-            row["name"], _figure(latency, "p50_ms", "{:.2f}"), _figure(latency, "p90_ms", "{:.2f}"),
+            row["name"], _figure(latency, "median_ms", "{:.2f}"), _figure(latency, "p90_ms", "{:.2f}"),
             _figure(latency, "runs", "{}"), _figure(speed, "ratio", "{:.2f}x"),
             _figure(agreement, "max_abs_error", "{:.1e}"), _figure(agreement, "labels", "{:.3%}"),
             f"{row['size_mb']:.1f}",
@@ -97,14 +98,26 @@ def _figure(found: Mapping[str, Any], name: str, form: str) -> str:
 
 
 SHOWN_OUTCOMES = ("attention is one kernel", "INT8 GEMMs multiply Int8")
-TABLES: Mapping[str, Callable[[Mapping[str, Any]], list[str]]] = {  # name of table and results file -> its lines
-    "infer_pipeline": infer_pipeline,
-    "cold_start": cold_start,
-    "inferers": inferers,
-    "scaling": scaling,
-    "aa": aa,
-    "organs-demo": organs_demo,
-    "engines": engines,
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    """A table of the README."""
+
+    lines: Callable[[Mapping[str, Any]], list[str]]  # of the stored result
+    command: str  # that makes the result
+
+
+TABLES: Mapping[str, Table] = {  # by the name of the table, which is that of the results file
+    "infer_pipeline": Table(lines=infer_pipeline, command="python benchmarks/bench_infer_pipeline.py"),
+    "cold_start": Table(lines=cold_start, command="python benchmarks/bench_cold_start.py"),
+    "inferers": Table(lines=inferers, command="python benchmarks/bench_inferers.py"),
+    "scaling": Table(lines=scaling, command="python benchmarks/bench_scaling.py"),
+    "aa": Table(lines=aa, command="python benchmarks/bench_aa.py"),
+    "organs-demo": Table(
+        lines=organs_demo, command="make demo; cp demo/report/report.json benchmarks/results/organs-demo.json"
+    ),
+    "engines": Table(lines=engines, command="python benchmarks/bench_engine.py"),
 }
 
 
@@ -121,11 +134,11 @@ def rewritten(text: str, results: Path) -> str:
             raise SystemExit(f"no table is called {name!r}; known are {', '.join(TABLES)}")
         path = results / f"{name}.json"
         if not path.is_file():
-            raise SystemExit(f"{path} does not exist; measure: python benchmarks/bench_{name}.py")
+            raise SystemExit(f"{path} does not exist; measure: {TABLES[name].command}")
         result = json.loads(path.read_text(encoding="utf-8"))
         if "versions" not in result:
             raise SystemExit(f"{path} is of an earlier version; measure again")
-        lines = [f"<!-- table {name} -->", *TABLES[name](result), "", where(result), f"<!-- end {name} -->"]
+        lines = [f"<!-- table {name} -->", *TABLES[name].lines(result), "", where(result), f"<!-- end {name} -->"]
         return "\n".join(lines)
 
     found, marks = MARK.findall(text), text.count("<!-- table ")

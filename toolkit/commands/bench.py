@@ -1,13 +1,12 @@
 """``medseg-trt bench``: measure a bundle."""
 
-import json
 import shlex
 import sys
 from pathlib import Path
 
 import click
 
-from medseg_trt.commands.options import FILE, FOLDER, output_options, print_table, verify_option
+from medseg_trt.commands.options import FILE, FOLDER, output_options, print_json, print_table, verify_option
 from medseg_trt.errors import AccuracyGateError, MedsegError, UsageError
 
 
@@ -71,7 +70,7 @@ def bench(
     )  # fmt: skip
     report = measured.report
     if as_json:  # before anything is written: a full disk does not take the figures along
-        click.echo(json.dumps(to_dict(report), indent=2))
+        print_json(to_dict(report))
     else:
         header, *rows = zip(HEADER, *cells(report), strict=True)  # a column each: they are few, and figures are many
         print_table(f"{report.images.description}; batch {report.batch}, the network alone", header, rows)

@@ -1,13 +1,12 @@
 """``medseg-trt build``: turn a checkpoint into a bundle."""
 
-import json
 from pathlib import Path
 from typing import Literal, Unpack
 
 import click
 
 from medseg_trt.commands.engine_options import EngineFields, engine_options, engine_spec
-from medseg_trt.commands.options import FILE, FOLDER, output_options, print_table
+from medseg_trt.commands.options import FILE, FOLDER, output_options, print_json, print_table
 from medseg_trt.engines.fingerprint import LIBRARY_NAMES
 from medseg_trt.errors import UsageError
 
@@ -64,7 +63,7 @@ def build(
         raise UsageError(f"--precision {','.join(precisions)}: {error}") from error
     bundle = pipeline.build(checkpoint, spec, output, data_folder, sign_key)
     if as_json:
-        click.echo(json.dumps({"bundle": str(bundle.folder), "manifest": bundle.manifest()}, indent=2))
+        print_json({"bundle": str(bundle.folder), "manifest": bundle.manifest()})
         return
     print_table(f"{bundle.folder}, the first row is what infer uses", *bundle.table())
     if bundle.content.engines:

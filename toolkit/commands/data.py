@@ -1,11 +1,10 @@
 """``medseg-trt data``: look through a data set."""
 
-import json
 from pathlib import Path
 
 import click
 
-from medseg_trt.commands.options import FOLDER, output_options, print_table
+from medseg_trt.commands.options import FOLDER, output_options, print_json, print_table
 from medseg_trt.errors import InputError
 
 
@@ -28,7 +27,7 @@ def data_check(folder: Path, changes: tuple[str, ...], as_json: bool) -> None:
 
     report = check_data(folder, with_changes(DataOptions(), changes))
     if as_json:
-        click.echo(json.dumps(report.to_dict(), indent=2))
+        print_json(report.to_dict())
     else:
         print_table(report.title(), *report.table())
         print_table("pixels of each class", *report.class_table())

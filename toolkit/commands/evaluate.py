@@ -1,11 +1,10 @@
 """``medseg-trt evaluate``: compare networks with the masks."""
 
-import json
 from pathlib import Path
 
 import click
 
-from medseg_trt.commands.options import FILE, FOLDER, output_options, print_table, verify_option
+from medseg_trt.commands.options import FILE, FOLDER, output_options, print_json, print_table, verify_option
 from medseg_trt.errors import UsageError
 
 
@@ -55,7 +54,7 @@ def evaluate(
         metric=metric, batch=batch, changes=changes, verify_key=verify_key,
     )  # fmt: skip
     if as_json:
-        click.echo(json.dumps({"splits": [board.to_dict() for board in boards]}, indent=2))
+        print_json({"splits": [board.to_dict() for board in boards]})
     else:
         for board in boards:
             print_table(board.heading(), board.header(), board.cells())

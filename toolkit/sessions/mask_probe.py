@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 MAX_DISAGREEMENT = 0.02
 # Share of pixels. Both sides resize the same logits, so only pixels may differ where two classes tie within the
-# rounding of the type that a back-end computes in, bfloat16 at worst. A graph of another contract differed in 7 % and in 50 %.
+# rounding of the type that a back-end computes in, bfloat16 at worst. Graphs of another contract differed in 7 %.
 PROBE_SIZE = (173, 219)  # height, width in pixels: no multiple of anything
 PROBE_SPACINGS = ((1.3, 0.8), (0.4, 1.1))  # of rows and columns, in the network's: cropped and padded axes
 
