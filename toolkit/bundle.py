@@ -23,11 +23,10 @@ from medseg_trt.spec import BuildSpec, Classes, EngineSpec, ModelSpec, Preproces
 
 SCHEMA = 3
 READABLE = (2, 3)  # a bundle of schema 2 has no engines
-MANIFEST = "manifest.json"
-GOLDEN = "golden.npz"
+MANIFEST, GOLDEN = "manifest.json", "golden.npz"
 DEFAULT_GRAPH = "model.onnx"  # one of the graphs once more, under the name that other tools look for
-MAX_MANIFEST_BYTES = 4 << 20
-MAX_GOLDEN_BYTES = 1 << 30
+CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+MAX_MANIFEST_BYTES, MAX_GOLDEN_BYTES = 4 << 20, 1 << 30
 PREPROCESSING_TOLERANCE = 1e-6  # of values of order 1; a float32 rounds them by 6e-8, and there are a few additions
 
 
@@ -228,7 +227,8 @@ def load_bundle(folder: Path | str, verify_key: Path | None = None) -> Bundle:
     content = _read_manifest(path, written)
     named = {name for variant in content.variants.values() for name in (variant.graph, variant.weights)}
     named |= {name for engine in content.engines for name in (engine.plan, f"{engine.plan.removesuffix('.plan')}.json")}
-    if unlisted := sorted((named | {GOLDEN}) - content.files.keys()):
+    named |= {GOLDEN, *(name for name in (DEFAULT_GRAPH, CONFIG, PROCESSOR) if (folder / name).exists())}
+    if unlisted := sorted(named - content.files.keys()):
         raise ArtefactError(f"{path} gives no digest of {', '.join(unlisted)}; the bundle is not to be trusted")
     for name, entry in content.files.items():
         _check_file(inside(folder, name), entry, folder)
@@ -254,8 +254,8 @@ def seal(folder: Path, manifest: Manifest, golden_logits: ndarray, default_graph
     if default_graph is not None:
         (folder / DEFAULT_GRAPH).write_bytes((folder / default_graph).read_bytes())
     _check_graphs(folder, manifest)
-    write_json(folder / "config.json", _config(manifest))
-    write_json(folder / "preprocessor_config.json", _preprocessor_config(manifest.preprocessing))
+    write_json(folder / CONFIG, _config(manifest))
+    write_json(folder / PROCESSOR, _preprocessor_config(manifest.preprocessing))
     files = {
         path.relative_to(folder).as_posix(): FileEntry(sha256=sha256(path), bytes=path.stat().st_size)
         for path in sorted(folder.rglob("*"))

@@ -7,19 +7,26 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
+import onnxruntime
 import pytest
 from fakes.bundles import rehash
 from session_here import SessionHere
 from tiny import make_checkpoint, write_volumes
 
 from medseg_trt import bundle as bundle_module
+from medseg_trt.bench.layer_times import profile
 from medseg_trt.building import executions, variants
+from medseg_trt.building.executions import default_graph
 from medseg_trt.building.proof import Proof
-from medseg_trt.bundle import MANIFEST, load_bundle
+from medseg_trt.bundle import MANIFEST, Execution, Variant, load_bundle
 from medseg_trt.errors import AccuracyGateError, ArtefactError, MedsegError
 from medseg_trt.export import masks
+from medseg_trt.export.node_costs import node_costs
+from medseg_trt.export.onnx_graph import OnnxGraph
 from medseg_trt.graph_interface import read_interface, require_interface, required_interface, size_inputs
 from medseg_trt.pipeline import build, infer
+from medseg_trt.report.schema import Profile
 from medseg_trt.session import open_session
 from medseg_trt.spec import BuildSpec
 from medseg_trt.train.checkpoint import load_checkpoint, save_checkpoint
@@ -74,6 +81,58 @@ def test_masks_are_the_same_whether_the_graph_makes_them_or_not(bundles, data, b
         bundle = load_bundle(bundles[name])
         graph = onnx.load(bundles[name] / bundle.variant(bundle.default).graph, load_external_data=False)
         assert [value.name for value in graph.graph.input] == ["pixel_values", "source_size", "resampled_size"]
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_graph_that_takes_two_sizes_is_profiled(bundles, backend):
+    bundle = load_bundle(bundles["mask"])
+    execution = next(each for each in bundle.content.executions if each.backend == backend)
+    graph = bundle.folder / bundle.variant(execution).graph
+    costs = node_costs(OnnxGraph(model=ir.load(graph)))
+    found = profile(graph, backend, "fp32", "fp32", bundle.golden()[0], costs)
+    assert isinstance(found, Profile), found
+    assert {part.part for part in found.parts} >= {"resnet", "vit", "decoder"}
+
+
+def test_the_graph_for_other_tools_is_one_that_onnx_runtime_was_verified_with(bundles):
+    """Opened as other tools open it: plain ONNX Runtime, no options."""
+    bundle = load_bundle(bundles["logits"])
+    session = onnxruntime.InferenceSession(str(bundle.folder / "model.onnx"))
+    image, logits = bundle.golden()
+    found = np.asarray(session.run(["logits"], {"pixel_values": image})[0])
+    assert np.abs(found - logits).max() <= 1e-4
+    executions = [each for each in bundle.content.executions if each.backend == "onnxruntime"]
+    graphs = [(bundle.folder / bundle.variant(each).graph).read_bytes() for each in executions]
+    assert (bundle.folder / "model.onnx").read_bytes() in graphs
+
+
+def execution(variant: str, backend: str, executed: bool = True) -> Execution:
+    return Execution(
+        variant=variant, backend=backend, compute="fp32", executed=executed, golden_error=1.0, verification={}
+    )
+
+
+@pytest.mark.parametrize(
+    ("executions", "expected"),
+    [
+        ([("int8-plain", "openvino", True), ("fp32", "onnxruntime", True)], "fp32.onnx"),  # the fastest is not ORT's
+        ([("int8-fp16", "onnxruntime", True), ("fp32", "onnxruntime", True)], "fp32.onnx"),  # it needs an option
+        ([("int8-plain", "openvino", True), ("fp32", "onnxruntime", False)], None),  # it never ran here
+        ([("int8-plain", "openvino", True)], None),
+    ],
+)
+def test_the_best_graph_of_onnx_runtime_is_chosen_whatever_else_is_faster(executions, expected):
+    graphs = {
+        name: Variant(precision=precision, flavour="canonical", graph=f"{name}.onnx", weights="w.bin", passes={})
+        for name, precision in (("fp32", "fp32"), ("int8-plain", "int8"), ("int8-fp16", "int8+fp16"))
+    }
+    assert default_graph([execution(*each) for each in executions], graphs) == expected
+
+
+def test_without_one_there_is_no_graph_for_other_tools_and_it_is_said(checkpoint, tmp_path, in_process, caplog):
+    folder = build(checkpoint, BuildSpec(backend="openvino"), tmp_path / "a.medseg").folder
+    assert not (folder / "model.onnx").exists()
+    assert "ONNX Runtime was verified with no graph" in caplog.text
 
 
 def without_spacing(graph, preprocessing, original=masks.with_masks):

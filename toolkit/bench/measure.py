@@ -127,8 +127,8 @@ def in_turn(
 def latency(taken: Taken, device: str, timer: str = HOST_CLOCK) -> Latency | None:
     """Sum up single times; None where there are none.
 
-    The median is ``median_of_rounds``. Percentiles are interpolated linearly between the sorted times. Times that no run
-    can take, negative ones and those a thousand times the median, are set aside: they are the clock's, not the
+    The median is ``median_of_rounds``. Percentiles are interpolated linearly between the sorted times. Times that no
+    run can take, negative ones and those a thousand times the median, are set aside: they are the clock's, not the
     network's.
     """
     median = float(np.median([step for steps in taken.rounds_ms for step in steps if step > 0] or [0.0]))

@@ -65,11 +65,11 @@ def open_candidates(
     """
     sessions: dict[str, MeasuredSession] = {}
     timings: dict[str, Timings] = {}
-    for candidate in candidates:
-        LOG.info("start %s", candidate.name)
+    for number, candidate in enumerate(candidates, 1):
+        LOG.info("load network %d of %d: %s", number, len(candidates), candidate.name)
         opened: list[tuple[float, float, float]] = []
         try:
-            for number in range(starts):
+            for start in range(starts):
                 session = MeasuredSession(
                     candidate.path, candidate.precision, candidate.backend, None, candidate.compute
                 )
@@ -79,7 +79,7 @@ def open_candidates(
                     session.close()
                     raise
                 opened.append((session.open_ms + first_ms, session.load_ms, first_ms))
-                if number < starts - 1:
+                if start < starts - 1:
                     session.close()
                 else:
                     sessions[candidate.name] = stack.enter_context(session)
@@ -114,7 +114,7 @@ def time_all(
         tier: how long.
         throughput_batches: images at once.
     """
-    LOG.info("time the network alone: %d row(s), %g s each, in turn", len(sessions), tier.duration_s)
+    LOG.info("time %d networks alone, %g s each", len(sessions), tier.duration_s)
     loaded = {name: _memory(session) for name, session in sessions.items()}
     scopes: dict[str, Scope] = {
         name: "model" if _on_cpu(session) else "model+transfers" for name, session in sessions.items()
@@ -171,7 +171,7 @@ def _time_whole_way(
         for name in alive:
             timings[name].latency["end-to-end"] = way
         return
-    LOG.info("time the whole way from file to file: %d row(s), %g s each, in turn", len(alive), tier.duration_s)
+    LOG.info("time %d networks from the image file to the mask file, %g s each", len(alive), tier.duration_s)
     stages: dict[str, dict[str, list[float]]] = {name: {} for name in alive}
 
     def turn(name: str, seconds: float, runs: int) -> list[float]:

@@ -20,7 +20,7 @@ from medseg_trt.building.proof import Proof
 from medseg_trt.building.reference_images import ReferenceImages, digests, reference_images
 from medseg_trt.bundle import Variant, load_bundle
 from medseg_trt.errors import AccuracyGateError, UsageError
-from medseg_trt.export.calibrate import METHODS
+from medseg_trt.export.calibrate import METHOD
 from medseg_trt.export.gemms import gemms, total_macs
 from medseg_trt.export.groups import groups_of
 from medseg_trt.export.half import to_half
@@ -185,7 +185,7 @@ def test_eight_bits_take_a_third_of_the_space_and_the_flavours_no_second_copy(bu
 def test_the_record_of_the_calibration_names_its_images_and_none_of_them_is_judged(bundle, images):
     for name in ("int8", "vit-int8_block-w8a16_decoder-fp16"):
         record = bundle.content.variants[name].passes["calibration"]
-        assert record["method"] in METHODS
+        assert record["method"] == METHOD
         assert list(record["images"]) == digests(images.calibration)
         assert not set(record["images"]) & set(digests(images.judged.inputs))
         assert not set(record["images"]) & set(digests(images.verified))
