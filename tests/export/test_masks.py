@@ -132,9 +132,8 @@ FAULTS = {
 
 
 def test_a_centre_on_the_near_edge_is_inside_and_one_on_the_far_edge_is_not(tmp_path):
-    """By hand: 41 rows of 3 mm are 82 of 1.5 mm; 25 of them are cropped before the 32, and row i has its centre at
-    2 i + 1 - 25. Of 61 columns, 122, and 37 before the 48: 2 i + 1 - 37.
-    """
+    # By hand: 41 rows of 3 mm are 82 of 1.5 mm; 25 of them are cropped before the 32, and row i has its centre at
+    # 2 i + 1 - 25. 61 columns are 122, of which 37 are cropped before the 48: 2 i + 1 - 37.
     with opened(with_masks(network(3), SPACED), "onnxruntime", tmp_path) as session:
         everywhere_one = np.zeros((1, 3, *SIZE), np.float32)
         everywhere_one[:, 1] = 1

@@ -58,9 +58,11 @@ def bundles(checkpoint, data, tmp_path_factory) -> dict[str, Path]:
     with pytest.MonkeyPatch.context() as patch:
         for module in (executions, variants):
             patch.setattr(module, "ChildSession", SessionHere)
+        specs = {"logits": (BuildSpec(), None), "mask": (BuildSpec(outputs="mask"), None)}
+        specs["real"] = (BuildSpec(outputs="mask"), data)
         return {
-            name: build(checkpoint, BuildSpec(outputs=outputs), folder / f"{name}.medseg", images).folder
-            for name, outputs, images in (("logits", "logits", None), ("mask", "mask", None), ("real", "mask", data))
+            name: build(checkpoint, spec, folder / f"{name}.medseg", images).folder
+            for name, (spec, images) in specs.items()
         }
 
 

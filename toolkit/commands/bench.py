@@ -73,7 +73,8 @@ def bench(
         print_json(to_dict(report))
     else:
         header, *rows = zip(HEADER, *cells(report), strict=True)  # a column each: they are few, and figures are many
-        print_table(f"{report.images.description}; batch {report.batch}, the network alone", header, rows)
+        title = f"{report.images.description}; batch {report.batch}, the network alone; times as fast: ratio of medians"
+        print_table(title, header, rows)
         click.echo(report.summary.headline)
     page = write_report(measured, output)
     if not as_json:

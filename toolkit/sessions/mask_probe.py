@@ -1,16 +1,13 @@
 """Compare the masks that a graph makes itself with those that its contract makes of its own logits."""
 
-from typing import TYPE_CHECKING
+from typing import Protocol, runtime_checkable
 
-from jaxtyping import Float32
+from jaxtyping import Float32, UInt8
 from numpy import ndarray
 
 from medseg_trt.errors import ArtefactError
 from medseg_trt.preprocess import Size, Spacing, resampled_size, restore
 from medseg_trt.spec import Preprocessing
-
-if TYPE_CHECKING:
-    from medseg_trt.session import Session
 
 MAX_DISAGREEMENT = 0.02
 # Share of pixels. Both sides resize the same logits, so only pixels may differ where two classes tie within the
@@ -19,7 +16,25 @@ PROBE_SIZE = (173, 219)  # height, width in pixels: no multiple of anything
 PROBE_SPACINGS = ((1.3, 0.8), (0.4, 1.1))  # of rows and columns, in the network's: cropped and padded axes
 
 
-def check_masks(session: "Session", preprocessing: Preprocessing, image: Float32[ndarray, "1 3 _ _"]) -> None:
+@runtime_checkable
+class MaskingNetwork(Protocol):
+    """What of ``Session`` is asked."""
+
+    description: str
+    gives_masks: bool
+
+    def run(self, batch: Float32[ndarray, "batch 3 height width"]) -> Float32[ndarray, "batch classes height width"]:
+        """Return the logits of a batch of prepared images."""
+        ...
+
+    def masks(
+        self, batch: Float32[ndarray, "batch 3 _ _"], size: Size, resampled: Size
+    ) -> UInt8[ndarray, "batch height width"]:
+        """Return the labels of a batch of prepared images at the size of their sources."""
+        ...
+
+
+def check_masks(session: MaskingNetwork, preprocessing: Preprocessing, image: Float32[ndarray, "1 3 _ _"]) -> None:
     """Refuse a session whose masks are not those of its logits under a contract; one without masks passes.
 
     Args:
