@@ -54,11 +54,6 @@ def test_mse_is_within_a_tenth_of_the_best_range_that_a_search_on_the_values_fin
     assert error_of(values, found, codes) < 1.1 * best
 
 
-def test_typical_values_are_rounded_finer_than_by_the_whole_range_where_there_are_outliers():
-    typical = OUTLIER[np.abs(OUTLIER) < 5]
-    assert error_of(typical, range_of(OUTLIER), np.int8) < error_of(typical, whole_range(OUTLIER), np.int8) / 2
-
-
 def test_ranges_hold_zero_and_lie_within_what_was_seen():
     for values in (NORMAL, RECTIFIED, -RECTIFIED, RECTIFIED + 1):
         found = range_of(values)
