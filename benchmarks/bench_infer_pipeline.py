@@ -25,7 +25,7 @@ from medseg_trt.images import Image, Mask, read_image
 from medseg_trt.machine import cores
 from medseg_trt.segment import segment, steps
 from medseg_trt.session import open_session
-from medseg_trt.statistics import speed_interval
+from medseg_trt.statistics import median_of_rounds, speed_interval
 
 SIZE = (512, 512)
 Run = tuple[float, float, dict[str, str]]  # seconds, peak 10^6 bytes, digests of the masks
@@ -119,7 +119,7 @@ def stages(images: Path, bundle_folder: Path, backend: str) -> dict[str, float]:
 def to_markdown(result: Any) -> str:
     """Return the results as a page."""
     rows = [
-        (f"{each['what']}: {way}", f"{found['median_s']:.2f}", f"{found['speed']:.2f}x",
+        (f"{each['what']}: {way}", f"{found['typical_s']:.2f}", f"{found['speed']:.2f}x",
          f"{found['low']:.2f} … {found['high']:.2f}", str(len(found["seconds"])), f"{found['peak_mb']:.0f}",
          "yes" if found["same_masks"] else "no")
         for each in result["rows"] for way, found in each["ways"].items()
@@ -175,7 +175,7 @@ def main() -> None:
         with open_session(bundle, chosen.backend) as session:
             network = f"{session.description} on {session.device}, images of {bundle.preprocessing.image_size}"
         spent = stages(pictures, chosen.bundle, chosen.backend)
-    picture_ms = 1000 * rows[0]["ways"]["simple loop"]["median_s"] / chosen.pictures
+    picture_ms = 1000 * rows[0]["ways"]["simple loop"]["typical_s"] / chosen.pictures
     highest = bound(picture_ms, spent["run"], cores())
     result = {"network": network, "rows": rows, "stages_ms": spent, "picture_ms": picture_ms, "bound": highest}
     publish("infer_pipeline", result, to_markdown, chosen)
@@ -186,7 +186,7 @@ def figures(runs: list[Run], simple: list[Run]) -> dict[str, Any]:
     seconds, simple_seconds = ([[each[0]] for each in taken] for taken in (runs, simple))
     speed = speed_interval(simple_seconds, seconds, in_turn=True)
     return {
-        "median_s": float(np.median(seconds)), "seconds": [each[0] for each in runs], "speed": speed.estimate,
+        "typical_s": median_of_rounds(seconds), "seconds": [each[0] for each in runs], "speed": speed.estimate,
         "low": speed.low, "high": speed.high, "peak_mb": max(each[1] for each in runs),
         "same_masks": all(each[2] == simple[0][2] for each in runs),
     }  # fmt: skip

@@ -128,9 +128,11 @@ def main() -> int:
             for times in (1, 16):
                 if entry.min_arch <= driver.capability:
                     rows.append(measure(driver, launcher, kernel, entry, times))
-                    print(json.dumps(rows[-1]))
+                    print(f"{entry.name}: {rows[-1]['median_ms']:.4f} ms", file=sys.stderr)
+    result = {"script": "benchmarks/bench_kernels.py", "machine": machine(driver), "rows": rows}
+    print(json.dumps(result))
     if output is not None:
-        write_json(output, {"machine": machine(driver), "rows": rows})
+        write_json(output, result)
     return 0
 
 

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from gpu_free.cases import CASES, SCALES
 from gpu_free.execute import execute, ptx_of
+from results_file import script
 
 from medseg_trt.files import write_json
 from medseg_trt.kernels import KERNELS, load
@@ -129,7 +130,10 @@ def main() -> None:
             print(entry.name, rows[-1]["largest_error_of_tolerance"], file=sys.stderr, flush=True)
     compiler = compiler_version(DEFAULT)
     title = f"Kernels against float64: shipped PTX (compute_80; fp8: compute_89) executed on a CPU, {compiler}"
-    write_json(arguments.output / "kernel_parity.json", {"compiler": compiler, "full": arguments.full, "rows": rows})
+    write_json(
+        arguments.output / "kernel_parity.json",
+        {"script": script(), "compiler": compiler, "full": arguments.full, "rows": rows},
+    )
     (arguments.output / "kernel_parity.md").write_text(table(rows, title), encoding="utf-8")
 
 

@@ -1,24 +1,43 @@
-"""What the benchmarks share: their options, and how results are written: JSON, and the Markdown page made from it."""
+"""What the benchmarks share: their options, and how results are written: JSON, and the Markdown page made from it.
+
+With ``--json``, stdout is kept for the one object from the moment that the options are read.
+"""
 
 import argparse
-import json
+import atexit
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from medseg_trt.files import atomic_file, write_json
+from medseg_trt.json_output import only_json
 from medseg_trt.machine import package_versions, this_machine
 from medseg_trt.report.write import table
 
-__all__ = ["RESULTS", "options", "publish", "table", "where"]
+__all__ = ["RESULTS", "options", "publish", "script", "table", "where"]
 RESULTS = Path(__file__).parent / "results"
+
+
+class Options(argparse.ArgumentParser):
+    """A parser that keeps stdout for the result where ``--json`` is given."""
+
+    def parse_args(self, *arguments: Any, **options: Any) -> Any:
+        """Read the options; with ``--json``, everything but the result goes to stderr from here on."""
+        chosen = super().parse_args(*arguments, **options)
+        if chosen.json:
+            stack = ExitStack()
+            chosen.stdout = stack.enter_context(only_json())
+            atexit.register(stack.close)
+        return chosen
 
 
 def options(description: str | None) -> argparse.ArgumentParser:
     """Return a parser that knows ``--json`` and ``-o``."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Options(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     parser.add_argument("-o", "--output", type=Path, default=RESULTS, help="folder of the results")
     return parser
@@ -27,8 +46,9 @@ def options(description: str | None) -> argparse.ArgumentParser:
 def publish(
     name: str, result: Mapping[str, Any], to_markdown: Callable[[Mapping[str, Any]], str], chosen: argparse.Namespace
 ) -> None:
-    """Add where and when it was measured, write ``NAME.json`` and ``NAME.md``, and print one of them."""
+    """Add which script measured where and when, write ``NAME.json`` and ``NAME.md``, and print one of them."""
     measured = {
+        "script": script(),
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": asdict(this_machine()), "versions": package_versions(), **result,
     }  # fmt: skip
@@ -36,7 +56,15 @@ def publish(
     write_json(chosen.output / f"{name}.json", measured)
     with atomic_file(chosen.output / f"{name}.md") as temporary:
         temporary.write_text(page, encoding="utf-8")
-    print(json.dumps(measured) if chosen.json else page)
+    if chosen.json:
+        chosen.stdout.print(measured)
+    else:
+        print(page)
+
+
+def script() -> str:
+    """Return the path of the running script in the repository."""
+    return f"benchmarks/{Path(sys.argv[0]).name}"
 
 
 def where(result: Mapping[str, Any]) -> str:

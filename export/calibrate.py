@@ -2,8 +2,7 @@
 
 The images are shown one at a time, twice: the first pass finds the extremes, the second counts a histogram, so that
 memory does not grow with their number. Nothing here opens a session: ``observe`` is a function from a batch to values.
-Sources: Migacz 2017, "8-bit inference with TensorRT", for entropy; Wu et al. 2020, "Integer quantization for deep
-learning inference", §5, for the others.
+Source: Wu et al. 2020, "Integer quantization for deep learning inference", §5.
 """
 
 import hashlib
@@ -15,16 +14,15 @@ from jaxtyping import Float32
 from numpy import ndarray
 
 from medseg_trt.errors import InputError, UsageError
-from medseg_trt.export.onnx_graph import INPUT, OnnxGraph
+from medseg_trt.export.onnx_graph import OnnxGraph
+from medseg_trt.graph_interface import INPUT
 
 Observe = Callable[[ndarray], Mapping[str, ndarray]]  # (1, 3, H, W) float32 -> named values
 MIN_IMAGES = 4
+METHOD = "mse"  # in the record of a bundle: the range with the least mean squared error
 NUM_BINS = 4096  # even, so that zero lies between two bins
-PERCENTILE = 99.99  # of the values' magnitude
 LEVELS = 255  # steps between the lowest and the highest 8-bit code, of the asymmetric form; 254 of the symmetric
-CANDIDATES = np.linspace(0.1, 1.0, 91)  # shares of the largest value that "mse" and "entropy" try
-ENTROPY_BINS, ENTROPY_LEVELS = NUM_BINS // 2, 128  # of the magnitude
-IMPOSSIBLE = 1e-9  # probability of a magnitude for which a clipped distribution has no level
+CANDIDATES = np.linspace(0.1, 1.0, 91)  # shares of the largest value that are tried
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +41,7 @@ class Calibration:
     """The ranges of a graph's activations, and what they were measured on."""
 
     ranges: Mapping[str, Range]  # by the name of the value
-    method: str  # a key of METHODS
+    method: str = METHOD
     images: tuple[str, ...]  # SHA-256 of each prepared image's bytes, in the order shown
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -73,12 +71,6 @@ class Histogram:
         """The middle of every bin."""
         return (np.arange(NUM_BINS) + 0.5) * (2 * self.limit / NUM_BINS) - self.limit
 
-    @property
-    def magnitudes(self) -> ndarray:
-        """(NUM_BINS / 2,) float64: how often each magnitude occurred, the smallest first."""
-        half = NUM_BINS // 2
-        return self.counts[half:] + self.counts[:half][::-1]
-
     def with_values(self, values: ndarray) -> "Histogram":
         """Return a histogram that also counts ``values``, none of which lies outside ``low`` … ``high``."""
         nonzero = values[values != 0]
@@ -97,23 +89,18 @@ def observed_graph(graph: OnnxGraph, names: Iterable[str]) -> OnnxGraph:
     return OnnxGraph(model=model)
 
 
-def calibrate(
-    observe: Observe, images: Float32[ndarray, "images 3 height width"], names: Sequence[str], method: str = "mse"
-) -> Calibration:
+def calibrate(observe: Observe, images: Float32[ndarray, "images 3 height width"], names: Sequence[str]) -> Calibration:
     """Return the ranges of the named values on the images.
 
     Args:
         observe: runs an ``observed_graph`` and returns its outputs by name.
         images: prepared images that stand for what the network will see; none of those that it is judged on.
         names: values of the graph, such as the inputs of its GEMMs.
-        method: a key of ``METHODS``.
 
     Raises:
-        UsageError: no such method, or fewer than MIN_IMAGES different images.
+        UsageError: fewer than MIN_IMAGES different images.
         InputError: an image or a value holds NaN or infinity, or all images are of one colour.
     """
-    if method not in METHODS:
-        raise UsageError(f"no calibration method is called {method!r}; choose one of: {', '.join(METHODS)}")
     digests = image_digests(images)
     _check_images(images, digests)
     extremes = dict.fromkeys(names, (0.0, 0.0))
@@ -129,32 +116,13 @@ def calibrate(
     }
     for values in _observations(observe, images, names):
         histograms = {name: histogram.with_values(values[name]) for name, histogram in histograms.items()}
-    ranges = {name: METHODS[method](histogram) for name, histogram in histograms.items()}
-    return Calibration(ranges=ranges, method=method, images=digests)
+    ranges = {name: mean_squared_error(histogram) for name, histogram in histograms.items()}
+    return Calibration(ranges=ranges, images=digests)
 
 
 def image_digests(images: Float32[ndarray, "images 3 height width"]) -> tuple[str, ...]:
     """Return the SHA-256 of every prepared image, by which an image is known that must not be judged on as well."""
     return tuple(hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest() for image in images)
-
-
-def minmax(histogram: Histogram) -> Range:
-    """Cover everything that was seen."""
-    return Range(low=histogram.low, high=histogram.high, bound=histogram.limit)
-
-
-def percentile(histogram: Histogram) -> Range:
-    """Leave out the outermost values, PERCENTILE of all being inside; half of them on either side if asymmetric."""
-    total, outside = histogram.counts.sum() + histogram.zeros, 1 - PERCENTILE / 100
-    half = NUM_BINS // 2
-    width = histogram.limit / half
-    tails = np.cumsum(histogram.magnitudes[::-1])[::-1]  # how many lie in a bin or beyond it
-    bound = width * max(int((tails > outside * total).sum()), 1)
-    above = np.cumsum(histogram.counts[half:][::-1])[::-1]
-    below = np.cumsum(histogram.counts[:half])[::-1]
-    high = width * int((above > outside / 2 * total).sum())
-    low = -width * int((below > outside / 2 * total).sum())
-    return _within(histogram, low, high, bound)
 
 
 def mean_squared_error(histogram: Histogram) -> Range:
@@ -165,23 +133,6 @@ def mean_squared_error(histogram: Histogram) -> Range:
         high = _best(lambda share: _error(histogram, low * histogram.low, share * histogram.high, LEVELS))  # noqa: B023
         low = _best(lambda share: _error(histogram, share * histogram.low, high * histogram.high, LEVELS))  # noqa: B023
     return _within(histogram, low * histogram.low, high * histogram.high, bound * histogram.limit)
-
-
-def entropy(histogram: Histogram) -> Range:
-    """Keep the distribution of magnitudes as it was, by the least Kullback-Leibler divergence (Migacz 2017)."""
-    magnitudes = histogram.magnitudes
-    ends = np.unique((CANDIDATES * ENTROPY_BINS).astype(int))
-    divergences = [_divergence(magnitudes, int(end)) for end in ends]
-    bound = histogram.limit * float(ends[int(np.argmin(divergences))]) / ENTROPY_BINS
-    return _within(histogram, -bound, bound, bound)
-
-
-METHODS: Mapping[str, Callable[[Histogram], Range]] = {
-    "minmax": minmax,
-    "percentile": percentile,
-    "mse": mean_squared_error,
-    "entropy": entropy,
-}
 
 
 def _observations(observe: Observe, images: ndarray, names: Sequence[str]) -> Iterable[dict[str, ndarray]]:
@@ -225,18 +176,3 @@ def _error(histogram: Histogram, low: float, high: float, levels: int) -> float:
     clipped = np.where(centres > high, centres - high, np.where(centres < low, low - centres, 0.0))
     rounding = ((high - low) / levels) ** 2 / 12
     return float(histogram.counts @ np.where(clipped > 0, clipped**2, rounding))
-
-
-def _divergence(magnitudes: ndarray, end: int) -> float:
-    """Return the divergence of the first ``end`` bins, the rest clipped into the last, from their 128-level image."""
-    kept = magnitudes[:end]
-    reference = kept.copy()
-    reference[-1] += magnitudes[end:].sum()
-    groups = np.minimum(np.arange(end) * ENTROPY_LEVELS // end, ENTROPY_LEVELS - 1)
-    sums = np.bincount(groups, kept, ENTROPY_LEVELS)
-    used = np.bincount(groups, kept > 0, ENTROPY_LEVELS)
-    image = np.where(kept > 0, (sums / np.maximum(used, 1))[groups], 0.0)
-    reference = reference / max(reference.sum(), 1.0)
-    image = np.maximum(image / max(image.sum(), 1.0), IMPOSSIBLE)
-    seen = reference > 0
-    return float((reference[seen] * np.log(reference[seen] / image[seen])).sum())

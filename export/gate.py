@@ -38,14 +38,14 @@ class Verdict:
 
     @property
     def holds(self) -> bool:
-        """Whether the drop is below the limit, as sure as ``CONFIDENCE``."""
+        """Whether the upper end of the drop's interval is within the limit."""
         return self.high <= self.limit
 
     def __str__(self) -> str:
         """Return one line with the interval."""
         return (
             f"{self.metric} {self.reference:.4f} → {self.candidate:.4f}, drop {self.drop:.4f} "
-            f"({100 * (2 * CONFIDENCE - 1):.0f} % interval {self.low:.4f} … {self.high:.4f}, {self.images} images, "
+            f"({100 * CONFIDENCE:.0f} % interval {self.low:.4f} … {self.high:.4f}, {self.images} images, "
             f"by {self.unit}), limit {self.limit:g}"
         )
 

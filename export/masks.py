@@ -11,10 +11,8 @@ import onnx_ir as ir
 
 from medseg_trt.errors import UsageError
 from medseg_trt.export.trace import OUTPUT, OnnxGraph
+from medseg_trt.graph_interface import MASK, RESAMPLED, SIZE
 from medseg_trt.spec import Preprocessing
-
-SIZE, MASK = "source_size", "mask"  # int64 (2,): height and width in pixels -> uint8 (batch, height, width)
-RESAMPLED = "resampled_size"  # int64 (2,): the same at the network's spacing, ``preprocess.resampled_size``
 
 
 def require_linear(preprocessing: Preprocessing) -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 OPSET = 23  # the first with Attention and RMSNormalization
-INPUT, OUTPUT = "pixel_values", "logits"
 KEPT_METADATA = "namespace"  # of a node: the module it came from; the rest holds source lines and paths of this machine
 
 

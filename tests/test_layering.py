@@ -26,6 +26,7 @@ LEAVES = (
     "formats",
     "overlay",
     "segment",
+    "graph_interface",
     "engines.fingerprint",
     "engines.layer_report",
 )

@@ -1,10 +1,8 @@
 """A bundle: one folder that holds everything needed to segment images, and the proof of what is in it.
 
 ``manifest.json`` names every other file with its size and SHA-256, and nothing is opened before those agree. Digests
-tell damage, not malice: whoever can change the manifest can change its digests. A signature over the manifest tells
-both, to whoever has the builder's public key. No pixel of any training image is in a
-bundle; its golden input is seeded noise. ``config.json`` and ``preprocessor_config.json`` say in Hugging Face's words
-what the manifest says in ours.
+detect corruption; a signature over the manifest also detects tampering. No bundle holds a pixel of a training image:
+its golden input is seeded noise. ``config.json`` and ``preprocessor_config.json`` repeat the manifest for Hugging Face.
 """
 
 from collections.abc import Mapping
@@ -18,17 +16,17 @@ from numpy import ndarray
 
 from medseg_trt.errors import ArtefactError, UsageError
 from medseg_trt.files import inside, parse_json, read_limited, sha256, write_json
+from medseg_trt.graph_interface import require_interface, required_interface
 from medseg_trt.preprocess import golden
 from medseg_trt.signature import verify
 from medseg_trt.spec import BuildSpec, Classes, EngineSpec, ModelSpec, Preprocessing, from_dict, to_dict
 
 SCHEMA = 3
 READABLE = (2, 3)  # a bundle of schema 2 has no engines
-MANIFEST = "manifest.json"
-GOLDEN = "golden.npz"
-DEFAULT_GRAPH = "model.onnx"  # the default variant's graph once more, under the name that other tools look for
-MAX_MANIFEST_BYTES = 4 << 20
-MAX_GOLDEN_BYTES = 1 << 30
+MANIFEST, GOLDEN = "manifest.json", "golden.npz"
+DEFAULT_GRAPH = "model.onnx"  # one of the graphs once more, under the name that other tools look for
+CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+MAX_MANIFEST_BYTES, MAX_GOLDEN_BYTES = 4 << 20, 1 << 30
 PREPROCESSING_TOLERANCE = 1e-6  # of values of order 1; a float32 rounds them by 6e-8, and there are a few additions
 
 
@@ -229,22 +227,35 @@ def load_bundle(folder: Path | str, verify_key: Path | None = None) -> Bundle:
     content = _read_manifest(path, written)
     named = {name for variant in content.variants.values() for name in (variant.graph, variant.weights)}
     named |= {name for engine in content.engines for name in (engine.plan, f"{engine.plan.removesuffix('.plan')}.json")}
-    if unlisted := sorted((named | {GOLDEN}) - content.files.keys()):
+    named |= {GOLDEN, *(name for name in (DEFAULT_GRAPH, CONFIG, PROCESSOR) if (folder / name).exists())}
+    if unlisted := sorted(named - content.files.keys()):
         raise ArtefactError(f"{path} gives no digest of {', '.join(unlisted)}; the bundle is not to be trusted")
     for name, entry in content.files.items():
         _check_file(inside(folder, name), entry, folder)
     bundle = Bundle(folder=folder, content=content, signed_by=signed_by)
+    _check_graphs(folder, content)
     _check_preprocessing(bundle)
     return bundle
 
 
-def seal(folder: Path, manifest: Manifest, golden_logits: ndarray) -> None:
-    """Complete a folder that holds the graphs: golden data, configs, and last the manifest with all digests."""
+def seal(folder: Path, manifest: Manifest, golden_logits: ndarray, default_graph: str | None) -> None:
+    """Complete a folder that holds the graphs: golden data, configs, and last the manifest with all digests.
+
+    Args:
+        folder: with the graphs.
+        manifest: without digests.
+        golden_logits: PyTorch's, of ``golden_input``.
+        default_graph: the file that other tools open as ``model.onnx``; None: the bundle has none.
+
+    Raises:
+        ArtefactError: a graph takes or gives something else than the manifest says.
+    """
     np.savez(folder / GOLDEN, pixel_values=golden_input(manifest.preprocessing), logits=golden_logits)
-    variant = manifest.variants[manifest.executions[0].variant]
-    (folder / DEFAULT_GRAPH).write_bytes((folder / variant.graph).read_bytes())
-    write_json(folder / "config.json", _config(manifest))
-    write_json(folder / "preprocessor_config.json", _preprocessor_config(manifest.preprocessing))
+    if default_graph is not None:
+        (folder / DEFAULT_GRAPH).write_bytes((folder / default_graph).read_bytes())
+    _check_graphs(folder, manifest)
+    write_json(folder / CONFIG, _config(manifest))
+    write_json(folder / PROCESSOR, _preprocessor_config(manifest.preprocessing))
     files = {
         path.relative_to(folder).as_posix(): FileEntry(sha256=sha256(path), bytes=path.stat().st_size)
         for path in sorted(folder.rglob("*"))
@@ -277,6 +288,13 @@ def _check_file(path: Path, entry: FileEntry, folder: Path) -> None:
         raise ArtefactError(f"{folder} is not complete: {path.name} is missing; {rebuild}")
     if path.stat().st_size != entry.bytes or sha256(path) != entry.sha256:
         raise ArtefactError(f"{path} is not what {MANIFEST} says it is; {rebuild}")
+
+
+def _check_graphs(folder: Path, manifest: Manifest) -> None:
+    required = required_interface(manifest.model, manifest.preprocessing, manifest.build.outputs)
+    graphs = {variant.graph for variant in manifest.variants.values()}
+    for name in sorted(graphs | ({DEFAULT_GRAPH} if (folder / DEFAULT_GRAPH).is_file() else set())):
+        require_interface(folder / name, required)
 
 
 def _check_preprocessing(bundle: Bundle) -> None:

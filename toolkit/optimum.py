@@ -1,8 +1,8 @@
 """Let Hugging Face Optimum open a bundle: importing this module is all that it takes.
 
-``ORTModelForSemanticSegmentation.from_pretrained("model.medseg")`` runs ``model.onnx``, the graph that was the best at
-the build, with ONNX Runtime. Optimum asks for the class of ``config.json`` before it opens a graph, and the one that is
-registered here checks every file of the bundle first.
+``ORTModelForSemanticSegmentation.from_pretrained("model.medseg")`` runs ``model.onnx``, the best graph that ONNX
+Runtime was verified with at the build. Optimum asks for the class of ``config.json`` before it opens a graph, and the
+one that is registered here checks every file of the bundle first.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from medseg_trt.bundle import load_bundle
+from medseg_trt.bundle import DEFAULT_GRAPH, load_bundle
 from medseg_trt.errors import ArtefactError, MissingExtraError, require
 
 MODEL_TYPE = "medseg-trt"  # in config.json
@@ -69,6 +69,11 @@ def _check(name: str) -> None:
             f"Download it whole: hf download {name} --local-dir model.medseg"
         )
     bundle = load_bundle(name)
+    if DEFAULT_GRAPH not in bundle.content.files:
+        raise ArtefactError(
+            f"{name} has no {DEFAULT_GRAPH}: at its build ONNX Runtime was verified with no graph. Build it again with "
+            "ONNX Runtime: medseg-trt build --ckpt model.pt --backend onnxruntime"
+        )
     if bundle.content.build.outputs == "mask":
         raise ArtefactError(
             f"{name} was built with --outputs mask, and Optimum cannot give its graph the size of the source image. "

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medseg_trt.bundle import MANIFEST, Bundle, Manifest, Variant, golden_input, load_bundle, seal
+from medseg_trt.bundle import DEFAULT_GRAPH, MANIFEST, Bundle, Manifest, Variant, golden_input, load_bundle, seal
 from medseg_trt.errors import UsageError
 from medseg_trt.files import atomic_folder, sha256
 from medseg_trt.images import Mask, find_images, read_image
@@ -43,7 +43,8 @@ def build(
         AccuracyGateError: a graph does not answer as PyTorch does.
         ArtefactError: the checkpoint cannot be used.
     """
-    from medseg_trt.building.executions import GRAPH_OF, try_executions
+    from medseg_trt.building.contract import Contract
+    from medseg_trt.building.executions import GRAPH_OF, default_graph, try_executions
     from medseg_trt.building.proof import Proof
     from medseg_trt.building.reference_images import reference_images
     from medseg_trt.building.variants import make_variants
@@ -72,8 +73,8 @@ def build(
     if spec.outputs == "mask":
         require_linear(loaded.preprocessing)
     images = reference_images(loaded, Path(data) if data is not None else None)
-    network = loaded.model()
-    proof = Proof(reference=runner(network), images=images, spec=spec)
+    network, contract = loaded.model(), Contract.of(loaded)
+    proof = Proof(reference=runner(network), contract=contract, images=images, spec=spec)
 
     folded, report = fold(network)
     folding = plain_report(report)
@@ -87,8 +88,10 @@ def build(
     with atomic_folder(folder) as temporary:
         variants: dict[str, Variant] = {}
         for name in dict.fromkeys(GRAPH_OF.get(name, name) for name in spec.precisions):
-            variants |= make_variants(graph, temporary, name, passes, proof)
-        tried = try_executions(temporary, variants, proof, (golden, golden_logits))
+            variants |= make_variants(
+                graph, temporary, name, passes, contract=contract, outputs=spec.outputs, proof=proof
+            )
+        tried = try_executions(temporary, variants, spec, proof, (golden, golden_logits))
         engines = Engines(built=(), dropped=())
         if spec.engines is not None:
             engines = build_engines(temporary, variants, tried.verified, spec.engines, spec.precisions)
@@ -106,7 +109,10 @@ def build(
             engines=engines.built,
             dropped=(*tried.dropped, *engines.dropped),
         )
-        seal(temporary, manifest, golden_logits)
+        default = default_graph(tried.executions, variants)
+        if default is None:
+            LOG.warning("ONNX Runtime was verified with no graph, so there is no %s for other tools", DEFAULT_GRAPH)
+        seal(temporary, manifest, golden_logits, default)
         if key is not None:
             sign(temporary / MANIFEST, key)
     best = tried.executions[0]

@@ -22,6 +22,7 @@ from medseg_trt.errors import ArtefactError, MissingExtraError, UsageError
 from medseg_trt.preprocess import Size, prepare, restore
 from medseg_trt.progress import LOG
 from medseg_trt.segment import PixelRun
+from medseg_trt.sessions.mask_probe import check_masks
 
 if TYPE_CHECKING:
     from medseg_trt.train.checkpoint import Checkpoint
@@ -189,6 +190,7 @@ def open_session(
     session = open_execution(bundle, execution, threads)
     try:
         _check_golden(session, bundle, execution)
+        check_masks(session, bundle.preprocessing, bundle.golden()[0])
         _check_pixel_path(session, bundle)
     except BaseException:
         session.close()

@@ -321,11 +321,11 @@ def split_precisions(texts: Sequence[str]) -> tuple[str, ...]:
 def palette(count: int) -> tuple[tuple[int, int, int], ...]:
     """Return ``count`` colours, at most 256, that are easy to tell apart; the first is black, for the background.
 
-    The first ones are Okabe & Ito's colour-blind-safe set and a grey. Each further one is the colour that lies farthest
-    from all before it, of a grid without dark and greyish colours.
+    The first ones are Okabe & Ito's colour-blind-safe set and a violet: no grey, which cannot be seen on a scan. Each
+    further one is the colour that lies farthest from all before it, of a grid without dark and greyish colours.
     """
     colors = [(0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178),
-              (213, 94, 0), (204, 121, 167), (160, 160, 160)][:count]  # fmt: skip
+              (213, 94, 0), (204, 121, 167), (148, 0, 211)][:count]  # fmt: skip
     if count > len(colors):
         levels = range(60, 256, 32)
         grid = [color for color in product(levels, levels, levels) if max(color) - min(color) >= 64]

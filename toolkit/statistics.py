@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float, Float64, Int64
 from numpy import ndarray
 
-CONFIDENCE = 0.95  # of either end: the interval runs from the 5th to the 95th percentile
+CONFIDENCE = 0.90  # of an interval: the share of them that hold the true value; it lies beyond either end in 5 %
 TAIL_CONFIDENCE = 0.99  # of a tail latency, as MLPerf has it
 RESAMPLES = 5_000
 MIN_UNITS = 5  # fewer show their range and no interval: of four, all lie on one side by chance one time in eight
@@ -36,7 +36,7 @@ class Interval:
     low: float
     high: float
     units: int  # independent ones: cases, or rounds of a measurement
-    confidence: float | None = CONFIDENCE  # of either end; None where the ends are the range of fewer than MIN_UNITS
+    confidence: float | None = CONFIDENCE  # None where the ends are the range of fewer than MIN_UNITS
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -116,18 +116,18 @@ def change_interval(
 
 
 def speed_interval(slower: Rounds, faster: Rounds, *, in_turn: bool, confidence: float = CONFIDENCE) -> Interval:
-    """Bound how many times faster one network is than another: the ratio of their median latencies.
+    """Bound how many times faster one network is than another: the ratio of their ``median_of_rounds``.
 
-    A round's ratio is that of its medians, which a hiccup does not move, and the estimate is the geometric mean of the
-    rounds' ratios. Where the two had their turn in every round, a drift of the machine hits both sides of a round's
-    ratio and cancels; rounds are resampled in pairs. Where they did not, every network's rounds are resampled by
-    themselves, and what the machine did between the two measurements is in no interval.
+    With as many rounds on both sides, it is also the geometric mean of the rounds' ratios. Where the two had their turn
+    in every round, a drift of the machine hits both sides of a round's ratio and cancels; rounds are resampled in
+    pairs. Where they did not, every network's rounds are resampled by themselves, and what the machine did between the
+    two measurements is in no interval.
 
     Args:
         slower: latencies above the fraction bar, by round.
         faster: those below it.
         in_turn: whether ``slower[i]`` and ``faster[i]`` were taken in the same round.
-        confidence: of either end.
+        confidence: of the interval, 0 … 1.
 
     Raises:
         ValueError: a latency is not a positive number, there is none, or those taken in turn are not as many rounds.
@@ -141,6 +141,17 @@ def speed_interval(slower: Rounds, faster: Rounds, *, in_turn: bool, confidence:
         found = _difference(above, below, confidence)
     ends = np.exp([found.estimate, found.low, found.high]).tolist()
     return Interval(estimate=ends[0], low=ends[1], high=ends[2], units=found.units, confidence=found.confidence)
+
+
+def median_of_rounds(rounds: Rounds) -> float:
+    """Return the geometric mean of the medians of the rounds; a median is not moved by a hiccup within its round.
+
+    The ratio of two of them is the estimate of ``speed_interval``.
+
+    Raises:
+        ValueError: a latency is not a positive number, or there is none.
+    """
+    return float(np.exp(_logs_of_medians(rounds).mean()))
 
 
 def draw(units: int, times: int, generator: np.random.Generator) -> Int64[ndarray, "times units"]:
@@ -161,10 +172,10 @@ def bounds(resampled: Float64[ndarray, " draws"], units: int, confidence: float 
 
 @cache
 def expanded_tail(units: int, confidence: float) -> float:
-    """Return the share of resamples to leave out at either end so that so many units bound at this confidence."""
+    """Return the share of resamples to leave out at either end of an interval of so many units."""
     if units < 2:
         return 0.0
-    return NormalDist().cdf(-np.sqrt(units / (units - 1)) * student_quantile(confidence, units - 1))
+    return NormalDist().cdf(-np.sqrt(units / (units - 1)) * student_quantile((1 + confidence) / 2, units - 1))
 
 
 def student_quantile(probability: float, degrees: int) -> float:

@@ -15,7 +15,7 @@ RESULT = {
     "measured": "2026-11-25T18:00:00+00:00",
     "machine": {"processor": "generated", "cores": 2, "load": 1.25, "system": "Linux", "python": "3.11.7"},
     "versions": {"numpy": "2.4.6"},
-    "rows": [{"name": "medseg-trt infer | openvino", "median_s": 1.234, "speed": 2.5}],
+    "rows": [{"name": "medseg-trt infer | openvino", "typical_s": 1.234, "speed": 2.5}],
 }
 README = "# Title\n\n<!-- table cold_start -->\nold\n<!-- end cold_start -->\n\nText with | and <!-- a comment -->.\n"
 
@@ -100,7 +100,7 @@ def test_no_readme_is_written_where_one_has_a_fault(readme, tmp_path):
 
 def test_the_demos_table_is_made_from_a_report_of_bench(tmp_path):
     missing = {"reason": "generated"}
-    row = {"name": "PyTorch", "size_mb": 27.2, "latency": {"model": {"p50_ms": 76.8, "p90_ms": 86.81, "runs": 101}},
+    row = {"name": "PyTorch", "size_mb": 27.2, "latency": {"model": {"median_ms": 76.8, "p90_ms": 86.81, "runs": 101}},
            "speedup": {"model": missing}, "agreement": {"max_abs_error": 1e-5, "labels": 1.0}}  # fmt: skip
     failed = {**row, "name": "int8", "latency": {"model": missing}, "agreement": missing}
     report = {**RESULT, "created": RESULT["measured"], "rows": [row, failed]}

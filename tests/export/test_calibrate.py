@@ -6,7 +6,7 @@ import onnx_ir as ir
 import pytest
 
 from medseg_trt.errors import InputError, UsageError
-from medseg_trt.export.calibrate import METHODS, NUM_BINS, PERCENTILE, Range, calibrate, image_digests, observed_graph
+from medseg_trt.export.calibrate import Range, calibrate, image_digests, observed_graph
 from medseg_trt.export.quantize import activation_codes
 from medseg_trt.export.trace import INPUT, OnnxGraph
 
@@ -14,7 +14,7 @@ RNG = np.random.default_rng(0)
 IMAGES = RNG.random((6, 3, 8, 8), dtype=np.float32)
 NORMAL = RNG.normal(0.5, 1.0, (6, 5000)).astype(np.float32)  # one row an image
 OUTLIER = RNG.normal(size=(6, 5000)).astype(np.float32)
-OUTLIER[1, 7] = OUTLIER[4, 11] = 40  # two of 30 000: the percentile leaves out three
+OUTLIER[1, 7] = OUTLIER[4, 11] = 40  # two of 30 000
 RECTIFIED = np.maximum(NORMAL, 0)
 
 
@@ -24,8 +24,14 @@ def observe(values: np.ndarray, images: np.ndarray = IMAGES):
     return lambda batch: {"x": rows[image_digests(batch)[0]]}
 
 
-def range_of(values: np.ndarray, method: str) -> Range:
-    return calibrate(observe(values), IMAGES, ["x"], method).ranges["x"]
+def range_of(values: np.ndarray) -> Range:
+    return calibrate(observe(values), IMAGES, ["x"]).ranges["x"]
+
+
+def whole_range(values: np.ndarray) -> Range:
+    """Return the range that covers everything."""
+    low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
+    return Range(low=low, high=high, bound=max(-low, high))
 
 
 def error_of(values: np.ndarray, limits: Range, codes: type) -> float:
@@ -36,28 +42,11 @@ def error_of(values: np.ndarray, limits: Range, codes: type) -> float:
     return float(np.square((rounded - float(zero)) * scale - exact).mean())
 
 
-def test_minmax_covers_everything_that_was_seen():
-    found = range_of(OUTLIER, "minmax")
-    low, high = float(OUTLIER.min()), float(OUTLIER.max())
-    assert found == Range(low=low, high=high, bound=max(-low, high))
-
-
-def test_percentile_leaves_out_the_share_it_says():
-    found = range_of(OUTLIER, "percentile")
-    bin_width, outside = 2 * 40 / NUM_BINS, 1 - PERCENTILE / 100
-    for beyond, one_bin_less, share in (
-        (np.abs(OUTLIER) > found.bound, np.abs(OUTLIER) > found.bound - bin_width, outside),
-        (found.low > OUTLIER, found.low + bin_width > OUTLIER, outside / 2),
-        (found.high < OUTLIER, found.high - bin_width < OUTLIER, outside / 2),
-    ):
-        assert beyond.mean() <= share < one_bin_less.mean()
-
-
 @pytest.mark.parametrize("values", [NORMAL, OUTLIER, RECTIFIED], ids=["normal", "outlier", "rectified"])
 @pytest.mark.parametrize("codes", [np.int8, np.uint8])
 def test_mse_is_within_a_tenth_of_the_best_range_that_a_search_on_the_values_finds(values, codes):
-    found = range_of(values, "mse")
-    whole = range_of(values, "minmax")
+    found = range_of(values)
+    whole = whole_range(values)
     shares = np.linspace(0.02, 1, 99)
     tried = (Range(low=share * whole.low, high=share * whole.high, bound=share * whole.bound) for share in shares)
     best = min(error_of(values, limits, codes) for limits in tried)
@@ -65,24 +54,15 @@ def test_mse_is_within_a_tenth_of_the_best_range_that_a_search_on_the_values_fin
     assert error_of(values, found, codes) < 1.1 * best
 
 
-def test_entropy_and_mse_round_typical_values_finer_than_minmax_where_there_are_outliers():
-    typical = OUTLIER[np.abs(OUTLIER) < 5]
-    whole = error_of(typical, range_of(OUTLIER, "minmax"), np.int8)
-    for method in ("entropy", "percentile"):
-        assert error_of(typical, range_of(OUTLIER, method), np.int8) < whole / 4
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_ranges_hold_zero_and_lie_within_what_was_seen(method):
+def test_ranges_hold_zero_and_lie_within_what_was_seen():
     for values in (NORMAL, RECTIFIED, -RECTIFIED, RECTIFIED + 1):
-        found = range_of(values, method)
+        found = range_of(values)
         assert min(float(values.min()), 0) <= found.low <= 0 <= found.high <= max(float(values.max()), 0)
         assert 0 < found.bound <= np.abs(values).max()
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_value_that_is_always_zero_has_an_empty_range_and_a_scale_of_one(method):
-    found = range_of(np.zeros_like(NORMAL), method)
+def test_a_value_that_is_always_zero_has_an_empty_range_and_a_scale_of_one():
+    found = range_of(np.zeros_like(NORMAL))
     assert found == Range(low=0.0, high=0.0, bound=0.0)
     assert activation_codes(found, np.int8)[0] == activation_codes(found, np.uint8)[0] == 1
 
@@ -95,7 +75,7 @@ def test_images_are_shown_one_at_a_time_and_recorded_by_their_digest():
         shapes.append(batch.shape)
         return network(batch)
 
-    found = calibrate(seen, IMAGES, ["x", INPUT], "minmax")
+    found = calibrate(seen, IMAGES, ["x", INPUT])
     assert set(shapes) == {(1, 3, 8, 8)}
     assert found.images == tuple(hashlib.sha256(image.tobytes()).hexdigest() for image in IMAGES)
     assert found.num_images == len(IMAGES)
@@ -103,8 +83,8 @@ def test_images_are_shown_one_at_a_time_and_recorded_by_their_digest():
 
 
 def test_the_order_of_the_images_does_not_change_a_range():
-    backwards = calibrate(observe(NORMAL), IMAGES[::-1], ["x"], "mse")
-    assert backwards.ranges == calibrate(observe(NORMAL), IMAGES, ["x"], "mse").ranges
+    backwards = calibrate(observe(NORMAL), IMAGES[::-1], ["x"])
+    assert backwards.ranges == calibrate(observe(NORMAL), IMAGES, ["x"]).ranges
 
 
 def test_an_observed_graph_also_returns_the_values_and_leaves_the_original_alone():
@@ -127,19 +107,18 @@ def broken(images: np.ndarray, value: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("images", "method", "error", "message"),
+    ("images", "error", "message"),
     [
-        (IMAGES[:3], "mse", UsageError, "3 different calibration images are too few"),
-        (IMAGES[[0, 0, 0, 1, 1, 2]], "mse", UsageError, "3 different calibration images are too few"),
-        (np.stack([np.full((3, 8, 8), n, np.float32) for n in range(6)]), "mse", InputError, "6 of 6 .* of one colour"),
-        (broken(IMAGES, np.nan), "mse", InputError, "holds NaN"),
-        (broken(IMAGES, np.inf), "mse", InputError, "holds NaN or infinity"),
-        (IMAGES, "max", UsageError, "minmax, percentile, mse, entropy"),
+        (IMAGES[:3], UsageError, "3 different calibration images are too few"),
+        (IMAGES[[0, 0, 0, 1, 1, 2]], UsageError, "3 different calibration images are too few"),
+        (np.stack([np.full((3, 8, 8), n, np.float32) for n in range(6)]), InputError, "6 of 6 .* of one colour"),
+        (broken(IMAGES, np.nan), InputError, "holds NaN"),
+        (broken(IMAGES, np.inf), InputError, "holds NaN or infinity"),
     ],
 )
-def test_images_that_say_nothing_are_refused(images, method, error, message):
+def test_images_that_say_nothing_are_refused(images, error, message):
     with pytest.raises(error, match=message) as raised:
-        calibrate(lambda batch: {"x": batch}, images, ["x"], method)
+        calibrate(lambda batch: {"x": batch}, images, ["x"])
     assert "\n" not in str(raised.value)
 
 
@@ -156,6 +135,6 @@ def test_another_network_than_the_one_to_quantise_is_refused():
 
 
 def test_a_stale_range_costs_what_the_tolerance_of_mse_would_show():
-    found = range_of(NORMAL, "mse")
+    found = range_of(NORMAL)
     stale = replace(found, bound=found.bound * 2)
     assert error_of(NORMAL, stale, np.int8) > 1.1 * error_of(NORMAL, found, np.int8)

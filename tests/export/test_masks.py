@@ -32,6 +32,7 @@ PLACES = [  # size and spacing: padded, cropped, one axis each way, odd and even
     ((34, 47), (1.5, 1.5)),
     ((75, 101), None),
     ((1, 1), (1.5, 90.0)),
+    ((41, 61), (3.0, 3.0)),  # centres of rows 12 and 28 and of columns 18 and 42 lie exactly on an edge
 ]
 INTEGERS, INSIDE = masks._Placement._integers, masks._Placement._inside
 
@@ -98,11 +99,48 @@ def everywhere(self, axis: int) -> ir.Value:
     return self.append("Or", [found, outside], ir.DataType.BOOL, [name])
 
 
+class Replacing:
+    """Appends other operators than it is asked for."""
+
+    def __init__(self, append, operators) -> None:
+        self.append, self.operators = append, operators
+
+    def __call__(self, op_type, *arguments, **attributes):
+        return self.append(self.operators.get(op_type, op_type), *arguments, **attributes)
+
+    def __getattr__(self, name):
+        return getattr(self.append, name)
+
+
+def with_operator(asked: str, given: str):
+    def inside(self, axis: int) -> ir.Value:
+        append, self.append = self.append, Replacing(self.append, {asked: given})
+        found = INSIDE(self, axis)
+        self.append = append
+        return found
+
+    return inside
+
+
 FAULTS = {
     "offset": ("_integers", rounded_towards_zero),
     "padding": ("uncropped", lambda _, logits: logits),
     "inside": ("_inside", everywhere),
+    "far edge": ("_inside", with_operator("Less", "LessOrEqual")),
+    "near edge": ("_inside", with_operator("GreaterOrEqual", "Greater")),
 }
+
+
+def test_a_centre_on_the_near_edge_is_inside_and_one_on_the_far_edge_is_not(tmp_path):
+    # By hand: 41 rows of 3 mm are 82 of 1.5 mm; 25 of them are cropped before the 32, and row i has its centre at
+    # 2 i + 1 - 25. 61 columns are 122, of which 37 are cropped before the 48: 2 i + 1 - 37.
+    with opened(with_masks(network(3), SPACED), "onnxruntime", tmp_path) as session:
+        everywhere_one = np.zeros((1, 3, *SIZE), np.float32)
+        everywhere_one[:, 1] = 1
+        (found,) = session.masks(everywhere_one, (41, 61), (82, 122))
+    rows, columns = np.flatnonzero(found.any(axis=1)), np.flatnonzero(found.any(axis=0))
+    assert (rows[0], rows[-1], columns[0], columns[-1]) == (12, 27, 18, 41)
+    assert found.sum() == len(rows) * len(columns)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

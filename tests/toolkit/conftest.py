@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,14 @@ from click.testing import CliRunner
 from fakes.bundles import FakeMachine
 from fakes.keys import write_keys
 from measured_here import SHORT, measure_here
+from session_here import SessionHere
 from tiny import make_checkpoint, picture, write_nifti, write_pictures, write_volumes
 
 from medseg_trt.bench.benchmark import Bench, Measured, bench
 from medseg_trt.building import executions, variants
 from medseg_trt.bundle import load_bundle
 from medseg_trt.cli import cli
-from medseg_trt.preprocess import Size
-from medseg_trt.session import BACKENDS, Session, open_session
-from medseg_trt.sessions.child import ChildSession
+from medseg_trt.session import open_session
 
 
 @pytest.fixture
@@ -31,27 +29,6 @@ def images(tmp_path: Path) -> Path:
     pixels = np.stack([picture(seed, (36, 28))[0] for seed in range(5)])
     write_nifti(folder / "scan.nii.gz", pixels.transpose(2, 1, 0))
     return folder
-
-
-class SessionHere(ChildSession):
-    """A session of this process behind the interface of a child: a build opens dozens."""
-
-    def __init__(self, path: Path, precision: str, backend: str, threads: int | None, compute: str) -> None:
-        self._session: Session = import_module(BACKENDS[backend].module).open_graph(path, precision, 1, compute)
-        self.backend, self.device = backend, self._session.device
-        self.description, self.gives_masks = self._session.description, self._session.gives_masks
-
-    def masks(self, batch: np.ndarray, size: Size, resampled: Size) -> np.ndarray:
-        return self._session.masks(batch, size, resampled)
-
-    def run(self, batch: np.ndarray) -> np.ndarray:
-        return self._session.run(batch)
-
-    def time(self, batch: np.ndarray, duration_s: float, min_runs: int) -> list[float]:
-        return [float(len(self.description))]  # no unit test is decided by how busy the machine is
-
-    def close(self) -> None:
-        self._session.close()
 
 
 @pytest.fixture

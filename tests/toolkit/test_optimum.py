@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 from packaging.requirements import Requirement
 
-from medseg_trt.bundle import MANIFEST, Bundle, load_bundle, seal
+from medseg_trt.bundle import DEFAULT_GRAPH, MANIFEST, Bundle, load_bundle, seal
 from medseg_trt.errors import MissingExtraError
+from medseg_trt.pipeline import build
 from medseg_trt.samples.catalogue import NO_NETWORK
 from medseg_trt.session import open_session
+from medseg_trt.spec import BuildSpec
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 PINNED = {  # with what they need in other versions than the tests' environment has; the rest is taken from there
@@ -59,7 +61,7 @@ for name in ("canonical.medseg", "plain.medseg"):
 found["config"] = model.config.to_dict()
 found["opened"] = str(model.session._model_path)
 model.save_pretrained(f"{folder}/saved")
-for name in ("damaged.medseg", "mask.medseg", "saved"):
+for name in ("damaged.medseg", "mask.medseg", "none.medseg", "saved"):
     found[name] = refusal(load, name)
 found["hub"] = refusal(medseg_trt.optimum.MedsegConfig.from_dict, {}, name_or_path="someone/model")
 json.dump(found, open(f"{folder}/found.json", "w"))
@@ -126,9 +128,10 @@ def bundles(tiny_bundle, tmp_path_factory) -> Path:
     for flavour in ("canonical", "plain"):
         bundle = load_bundle(tiny_bundle)
         first = sorted(bundle.content.executions, key=lambda each: bundle.variant(each).flavour != flavour)
-        _seal_again(bundle, folder / f"{flavour}.medseg", executions=tuple(first))
-    bundle = load_bundle(tiny_bundle)
-    _seal_again(bundle, folder / "mask.medseg", build=replace(bundle.content.build, outputs="mask"))
+        graph = bundle.variant(first[0]).graph
+        _seal_again(bundle, folder / f"{flavour}.medseg", graph, executions=tuple(first))
+    _seal_again(load_bundle(tiny_bundle), folder / "none.medseg", None)
+    build(tiny_bundle.parent / "model" / "model.pt", BuildSpec(outputs="mask"), folder / "mask.medseg")
     damaged = shutil.copytree(tiny_bundle, folder / "damaged.medseg") / "weights-fp32.bin"
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
@@ -137,10 +140,10 @@ def bundles(tiny_bundle, tmp_path_factory) -> Path:
     return folder
 
 
-def _seal_again(bundle: Bundle, folder: Path, **changes: object) -> None:
+def _seal_again(bundle: Bundle, folder: Path, graph: str | None, **changes: object) -> None:
     """Copy a bundle with another manifest, whose digests are right."""
-    shutil.copytree(bundle.folder, folder, ignore=shutil.ignore_patterns(MANIFEST))
-    seal(folder, replace(bundle.content, **changes), bundle.golden()[1])
+    shutil.copytree(bundle.folder, folder, ignore=shutil.ignore_patterns(MANIFEST, DEFAULT_GRAPH))
+    seal(folder, replace(bundle.content, **changes), bundle.golden()[1], graph)
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +187,7 @@ def test_the_config_is_known_only_after_the_import_and_has_our_labels(found):
     [
         ("damaged.medseg", "weights-fp32.bin is not what manifest.json says"),
         ("mask.medseg", "was built with --outputs mask"),
+        ("none.medseg", "has no model.onnx"),
         ("saved", "has no manifest.json"),
         ("hub", "someone/model is no folder on this machine"),
     ],

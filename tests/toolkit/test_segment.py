@@ -1,5 +1,6 @@
 """Slices go through the network in batches and come back in order, on the image's own pixels."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,26 @@ def test_the_batch_size_changes_no_label(batch):
     np.testing.assert_array_equal(segment(run, image, P, batch), one_by_one)
     assert sum(sizes) == 11
     assert max(sizes) <= batch
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4, 100])
+def test_an_images_own_window_is_that_of_the_whole_image_whatever_the_batch(batch):
+    """The slices are of ever higher values, so that the window of a batch would be another."""
+    size = (32, 48)  # the network's, so that nothing is resized
+    image = generated(size=size)
+    image.pixels[:] += 1000 * np.arange(11, dtype=np.float32).reshape(-1, 1, 1, 1)
+    low, high = image.pixels.min(), image.pixels.max()
+    seen: list[np.ndarray] = []
+
+    def run(inputs: np.ndarray) -> np.ndarray:
+        seen.extend(inputs[:, 0])
+        return levels(inputs)
+
+    segment(run, image, replace(P, own_window=True), batch)
+    expected = (image.pixels[..., 0].astype(np.float64) - low) / (np.float64(high) - low)
+    np.testing.assert_allclose(seen, expected, atol=1e-6)  # a few roundings of float32, of values up to 1
+    assert seen[0].max() < 0.01
+    assert seen[-1].min() > 0.99 - 0.01
 
 
 def test_the_labels_of_a_slice_stand_where_the_slice_stands():

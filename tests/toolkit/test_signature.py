@@ -13,12 +13,13 @@ from fakes.bundles import LIBRARY_FILE, rehash, with_engine
 from fakes.keys import write_keys
 from tiny import write_pictures
 
+from medseg_trt import bundle as bundle_module
 from medseg_trt import pipeline
 from medseg_trt.bundle import MANIFEST, load_bundle
 from medseg_trt.cli import cli
 from medseg_trt.engines import build as engines
 from medseg_trt.errors import ArtefactError, MissingExtraError, UsageError
-from medseg_trt.signature import fingerprint, read_private_key, read_public_key, sign, signature_of
+from medseg_trt.signature import fingerprint, read_private_key, read_public_key, sign, signature_of, verify
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_an_unsigned_bundle_is_refused_where_a_key_is_given(tiny_bundle, keys):
 
 def test_whoever_rehashes_fools_the_digests_and_not_the_signature(signed, keys):
     graph = signed / "fp32.onnx"
-    graph.write_bytes(graph.read_bytes() + b"\0")
+    graph.write_bytes(graph.read_bytes() + b"\x12\x01x")  # still a graph, whose producer is called x
     refused(signed, None, "is not what manifest.json says it is")
     rehash(signed)
     assert load_bundle(signed).signed_by is None  # the digests agree again
@@ -77,6 +78,33 @@ def test_every_flipped_byte_of_manifest_and_signature_is_refused(signed, keys):
         refused(signed, keys[1], "was changed since")
         path.write_bytes(good)
     load_bundle(signed, keys[1])
+
+
+def test_the_signature_is_of_the_bytes_that_are_parsed_whatever_the_file_holds_meanwhile(signed, keys):
+    """Between two reads of a file somebody may replace it."""
+    path = signed / MANIFEST
+    good = path.read_bytes()
+    tampered = good.replace(b'"background"', b'"foreground"')
+    assert tampered != good
+    with pytest.raises(ArtefactError, match="was changed since"):
+        verify(path, tampered, keys[1])  # the file is still as it was signed
+    path.write_bytes(tampered)
+    assert verify(path, good, keys[1]) == fingerprint(read_public_key(keys[1]))
+
+
+def test_a_bundle_is_made_of_the_bytes_that_were_verified(signed, keys, monkeypatch):
+    path = signed / MANIFEST
+    good = path.read_bytes()
+    read = bundle_module.read_limited
+
+    def replaced_after_it_was_read(file, limit):
+        content = read(file, limit)
+        if file == path:
+            path.write_bytes(good.replace(b'"background"', b'"foreground"'))
+        return content
+
+    monkeypatch.setattr(bundle_module, "read_limited", replaced_after_it_was_read)
+    assert load_bundle(signed, keys[1]).classes.names[0] == "background"
 
 
 def test_a_manifest_is_not_even_parsed_before_its_signature_is_right(signed, keys, monkeypatch):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from medseg_trt.errors import ArtefactError
+from medseg_trt.overlay import ALPHA
 from medseg_trt.spec import (
     BlockSpec,
     BuildSpec,
@@ -215,6 +216,32 @@ def test_the_insert_stands_after_as_many_stages_as_its_placement_says(placement,
 )
 def test_a_block_file_is_needed_where_something_is_taken_from_it(values, needed):
     assert InsertSpec(**values).needs_block_file == needed
+
+
+def chroma(rgb: np.ndarray) -> np.ndarray:
+    """Return how far sRGB colours, 0 … 255, are from the grey of the same lightness: CIELAB's C* (CIE 15, D65)."""
+    linear = np.where(rgb / 255 <= 0.04045, rgb / 255 / 12.92, ((rgb / 255 + 0.055) / 1.055) ** 2.4)
+    to_xyz = np.array(
+        [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.072175], [0.0193339, 0.119192, 0.9503041]]
+    )
+    relative = linear @ (to_xyz / to_xyz.sum(axis=1, keepdims=True)).T
+    x, y, z = np.moveaxis(
+        np.where(relative > 216 / 24389, np.cbrt(relative), (24389 / 27 * relative + 16) / 116), -1, 0
+    )
+    return np.hypot(500 * (x - y), 200 * (y - z))
+
+
+# A difference of 2.3 is just noticeable between large fields side by side (Mahy et al. 1994). An organ is a small field
+# among textures, so three times as much is asked for, after the overlay's blend with any grey of the scan.
+LEAST_CHROMA = 3 * 2.3
+
+
+def test_every_colour_is_seen_on_every_grey_of_a_scan():
+    colours, greys = np.array(palette(256)[1:], float), np.repeat(np.arange(256.0)[:, np.newaxis], 3, axis=1)
+    blended = ALPHA * colours[:, np.newaxis] + (1 - ALPHA) * greys
+    assert chroma(greys).max() < 0.01
+    assert chroma(blended).min() >= LEAST_CHROMA
+    assert chroma(ALPHA * np.array([160.0] * 3) + (1 - ALPHA) * greys).max() < LEAST_CHROMA  # a grey class is not
 
 
 def test_two_labels_are_one_logit_and_more_are_one_each():

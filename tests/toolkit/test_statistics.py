@@ -104,7 +104,7 @@ def test_interval_of_normal_values_is_students() -> None:
     assert found.estimate == pytest.approx(values.mean())
     # 5,000 resamples leave some 4 % of scatter so far out, and the values are not quite normal.
     assert (found.low, found.high) == (pytest.approx(low, abs=0.2), pytest.approx(high, abs=0.2))
-    assert (found.units, found.confidence) == (12, 0.95)
+    assert (found.units, found.confidence) == (12, 0.9)
 
 
 def test_interval_is_scipys_bootstrap_where_there_are_many() -> None:
@@ -177,9 +177,9 @@ def test_no_change_of_dice_is_no_alarm_and_a_loss_of_a_hundredth_is_found() -> N
 
 @pytest.mark.usefixtures("fewer_resamples")
 def test_plain_percentiles_of_few_cases_would_be_wrong_too_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "expanded_tail", lambda units, confidence: 1 - confidence)
+    monkeypatch.setattr(statistics, "expanded_tail", lambda units, confidence: (1 - confidence) / 2)
     assert accuracy_alarms(0.0, 5, 4 * TRIALS, seed=0) > 3 * MOST_ALARMS
-    assert expanded_tail(5, 0.95) < 0.05
+    assert expanded_tail(5, 0.9) < 0.05
 
 
 def clock(rng: np.random.Generator, rounds: int, slower: float) -> tuple[ndarray, ndarray]:

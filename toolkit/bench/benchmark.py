@@ -105,7 +105,7 @@ def bench(what: Bench, scratch: Path) -> Measured:
         if reference not in sessions:
             raise MedsegError(f"the reference does not start: {timings[reference].failure}")
         read: list[tuple[str, Image]] = []
-        LOG.info("compare %d network(s) on %d case(s) of %s", len(sessions), len(cases.cases), cases.data)
+        LOG.info("compare the masks of %d networks on %d cases of %s", len(sessions), len(cases.cases), cases.data)
         runs: dict[str, Run] = {name: session.run for name, session in sessions.items()}
         overlap = stack.enter_context(Overlap())  # a case is decoded while the one before goes through the networks
         compared = compare_all(
@@ -219,10 +219,10 @@ def _look_inside(
     graphs = [each for each in candidates if each.graph is not None]
     unreached = _not_looked_inside(graphs, ENDED)
     inside.peaks, inside.profiles, inside.rooflines = unreached.peaks, unreached.profiles, unreached.rooflines
-    LOG.info("measure this machine's peaks")
+    LOG.info("measure how fast this machine multiplies and copies")
     inside.peaks = peaks([(each.backend, each.arithmetic) for each in graphs if not BACKENDS[each.backend].gpu])
     for each in graphs:
-        LOG.info("profile %s", each.name)
+        LOG.info("profile the layers of %s", each.name)
         of_device = Missing(reason=NO_PEAK_OF_GPUS) if BACKENDS[each.backend].gpu else inside.peaks
         inside.profiles[each.name], inside.rooflines[each.name] = _inside_one(
             each, timings[each.name], image, of_device

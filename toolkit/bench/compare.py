@@ -120,7 +120,7 @@ def _speed(before: Report, after: Report, old: Row, new: Row, scope: Scope) -> S
     if before.batch != after.batch:
         return Missing(reason=f"the batches are {before.batch} and {after.batch} images; measure with the same --batch")
     return SpeedChange(
-        before_ms=first.p50_ms, after_ms=second.p50_ms,
+        before_ms=first.median_ms, after_ms=second.median_ms,
         latency=speed_interval(first.rounds_ms, second.rounds_ms, in_turn=False),
         against_reference=_against_reference(before, after, old, new, scope),
     )  # fmt: skip
@@ -190,7 +190,13 @@ def _notes(
         for name in dict.fromkeys([*before.versions, *after.versions])
         if before.versions.get(name) != after.versions.get(name)
     ]
-    return notes + ([f"other versions: {', '.join(changed)}"] if changed else [])
+    unstable = [
+        f"unstable in the {name} report: {row.name}, times vary by {100 * found.variation:.0f} %"
+        for name, report in (("first", before), ("second", after))
+        for row in report.rows
+        if isinstance(found := row.latency["model"], Latency) and not found.stable
+    ]
+    return notes + unstable + ([f"other versions: {', '.join(changed)}"] if changed else [])
 
 
 def _key(row: Row) -> tuple[str, ...]:

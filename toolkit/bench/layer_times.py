@@ -22,6 +22,7 @@ import numpy as np
 
 from medseg_trt.engines.fingerprint import LIBRARY_NAMES
 from medseg_trt.errors import require
+from medseg_trt.graph_interface import INPUT, OUTPUT, size_inputs
 from medseg_trt.report.schema import LayerTime, Missing, PartTime, Profile
 
 if TYPE_CHECKING:
@@ -140,17 +141,21 @@ def _cost_of(step: str, known: Mapping[str, "NodeCost"]) -> "NodeCost | None":
     return known[max(candidates, key=len)] if candidates else None
 
 
+def _feeds(image: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Return the inputs of a graph for a prepared image; one that makes masks makes one of the network's own size."""
+    own = image.shape[2:]
+    return {INPUT: image, **size_inputs([name for name in names if name != INPUT], own, own)}
+
+
 def _onnxruntime(path: Path, precision: str, compute: str, image: np.ndarray, folder: Path) -> tuple[str, list[Step]]:
     runtime = require("onnxruntime", "cpu")
     options = runtime.SessionOptions()
     options.log_severity_level, options.enable_profiling = 3, True
     options.profile_file_prefix = str(folder / "profile")
     session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    feeds = {"pixel_values": image}
-    if len(session.get_inputs()) > 1:
-        feeds["source_size"] = np.array(image.shape[2:], np.int64)
+    feeds = _feeds(image, [value.name for value in session.get_inputs()])
     for _ in range(WARM_UP + RUNS):
-        session.run(["logits"], feeds)
+        session.run([OUTPUT], feeds)
     events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     return f"ONNX Runtime {runtime.__version__} profiling", steps_of_trace(events)
 
@@ -178,9 +183,7 @@ def _openvino(path: Path, precision: str, compute: str, image: np.ndarray, folde
     from medseg_trt.sessions.openvino import compiled
 
     request = compiled(path, None, compute, {"PERF_COUNT": True}).create_infer_request()
-    feeds: dict[str, np.ndarray] = {"pixel_values": image}
-    if len(request.model_inputs) > 1:
-        feeds["source_size"] = np.array(image.shape[2:], np.int64)
+    feeds = _feeds(image, [value.any_name for value in request.model_inputs])
     for _ in range(WARM_UP + RUNS):
         request.infer(feeds)
     steps = [  # times are averages over the runs of this request, the first ones included

@@ -15,7 +15,7 @@ import numpy as np
 
 from medseg_trt.errors import DeviceError, MedsegError
 from medseg_trt.report.schema import Latency, Tier
-from medseg_trt.statistics import coefficient_of_variation, tail_latency
+from medseg_trt.statistics import coefficient_of_variation, median_of_rounds, tail_latency
 
 Clock = Callable[[], float]  # seconds
 Turn = Callable[[float, int], list[float]]  # for so many seconds, at least so many runs: the milliseconds of each
@@ -127,8 +127,9 @@ def in_turn(
 def latency(taken: Taken, device: str, timer: str = HOST_CLOCK) -> Latency | None:
     """Sum up single times; None where there are none.
 
-    Percentiles are interpolated linearly between the sorted times. Times that no run can take, negative ones and those
-    a thousand times the median, are set aside: they are the clock's, not the network's.
+    The median is ``median_of_rounds``. Percentiles are interpolated linearly between the sorted times. Times that no
+    run can take, negative ones and those a thousand times the median, are set aside: they are the clock's, not the
+    network's.
     """
     median = float(np.median([step for steps in taken.rounds_ms for step in steps if step > 0] or [0.0]))
     longest = max(ABSURD_FACTOR * median, ABSURD_MS)
@@ -136,12 +137,13 @@ def latency(taken: Taken, device: str, timer: str = HOST_CLOCK) -> Latency | Non
     samples = [step for steps in rounds for step in steps]
     if not samples:
         return None
-    p50, p90, p95, p99 = np.percentile(samples, [50, 90, 95, 99]).tolist()
+    p90, p95, p99 = np.percentile(samples, [90, 95, 99]).tolist()
+    rounds = [steps for steps in rounds if steps]
     variation = coefficient_of_variation(samples)
     return Latency(
-        rounds_ms=tuple(tuple(steps) for steps in rounds if steps), runs=len(samples), mean_ms=float(np.mean(samples)),
-        min_ms=min(samples), max_ms=max(samples), p50_ms=p50, p90_ms=p90, p95_ms=p95, p99_ms=p99,
-        p90_estimate_ms=tail_latency(samples, 90), p99_estimate_ms=tail_latency(samples, 99),
+        rounds_ms=tuple(map(tuple, rounds)), runs=len(samples), mean_ms=float(np.mean(samples)),
+        min_ms=min(samples), max_ms=max(samples), median_ms=median_of_rounds(rounds), p90_ms=p90, p95_ms=p95,
+        p99_ms=p99, p90_estimate_ms=tail_latency(samples, 90), p99_estimate_ms=tail_latency(samples, 99),
         variation=variation, stable=variation <= max_variation(device), warmup_runs=taken.warmup_runs, timer=timer,
         set_aside_ms=tuple(step for steps in taken.rounds_ms for step in steps if not 0 < step <= longest),
     )  # fmt: skip

@@ -56,7 +56,7 @@ def peaks(ways: Sequence[tuple[str, str]], width: int = WIDTH, rows: int = ROWS)
 def roofline(latency: Latency, macs: int, moved: int, peak: Peak) -> Roofline:
     """Put a network under the roof: how fast it multiplies, by how much it multiplies for each byte that it moves."""
     intensity = macs / moved
-    reached, roof = macs / latency.p50_ms / 1e6, min(peak.gmacs_per_s, intensity * peak.gbytes_per_s)
+    reached, roof = macs / latency.median_ms / 1e6, min(peak.gmacs_per_s, intensity * peak.gbytes_per_s)
     return Roofline(
         arithmetic=peak.arithmetic, macs=macs, bytes=moved, intensity=intensity, reached_gmacs_per_s=reached,
         roof_gmacs_per_s=roof, share=reached / roof,

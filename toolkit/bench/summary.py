@@ -16,7 +16,7 @@ def summary(rows: Sequence[Row], tier: Tier, labelled: bool) -> Summary:
     holds = bool(ran) and len(good) == len(ran)
     timed = [(row.latency["model"], row) for row in good]
     fastest = min(
-        ((found.p50_ms, row) for found, row in timed if isinstance(found, Latency)),
+        ((found.median_ms, row) for found, row in timed if isinstance(found, Latency)),
         key=lambda pair: pair[0],
         default=None,
     )
@@ -41,10 +41,26 @@ def _headline(fastest: Row | None, reference: Row, ran: Sequence[Row], good: Seq
     if fastest is None:
         return f"No network draws the reference's masks.{bad}"
     speed = fastest.speedup["model"]
+    unstable = _unstable([reference, *ran])
     if not isinstance(speed, Speedup):
-        return f"{fastest.name} draws the reference's masks.{bad}"
+        return f"The masks of {fastest.name} hold; against {reference.name}, {speed.reason}.{unstable}{bad}"
     how = "as fast as" if speed.low <= 1 <= speed.high else f"{speed.ratio:.2f} times as fast as"
-    return f"{fastest.name} is {how} {reference.name}, and its masks hold.{bad}"
+    return f"{fastest.name} is {how} {reference.name} ({_interval(speed)}), and its masks hold.{unstable}{bad}"
+
+
+def _interval(speed: Speedup) -> str:
+    return f"{100 * speed.confidence:.0f} % interval {speed.low:.2f} … {speed.high:.2f}"
+
+
+def _unstable(rows: Sequence[Row]) -> str:
+    """Name the rows whose times vary too much for their kind of device."""
+    timed = [(row.name, row.latency["model"]) for row in rows]
+    found = [
+        f"{name} ({100 * each.variation:.0f} %)"
+        for name, each in timed
+        if isinstance(each, Latency) and not each.stable
+    ]
+    return f" Unstable, so that another measurement may differ; times vary: {', '.join(found)}." if found else ""
 
 
 def _line(row: Row, reference: Row) -> str:
@@ -58,12 +74,10 @@ def _line(row: Row, reference: Row) -> str:
     if not judged.holds:
         return f"{row.name}: its masks do not hold, so it is not timed. {judged.words}."
     lower = f"at most {judged.drop_high:.4f} lower" if judged.drop_high >= SHOWN else "not lower"
-    masks = f"Dice {judged.reference:.4f} → {judged.candidate:.4f}, {lower} ({CONFIDENCE:.0%} sure)"
+    masks = f"Dice {judged.reference:.4f} → {judged.candidate:.4f}, {lower} ({100 * CONFIDENCE:.0f} % interval)"
     if not isinstance(speed, Speedup):
-        return f"{row.name}: masks hold, {masks}."
-    ends = f"{speed.low:.2f} … {speed.high:.2f}"
-    between = f"{2 * speed.confidence - 1:.0%} interval {ends}" if speed.confidence else f"range {ends}"
-    return f"{row.name}: {speed.ratio:.2f} times as fast as {reference.name} ({between}); masks hold, {masks}."
+        return f"{row.name}: {speed.reason}; masks hold, {masks}."
+    return f"{row.name}: {speed.ratio:.2f} times as fast as {reference.name} ({_interval(speed)}); masks hold, {masks}."
 
 
 def _holds(row: Row) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy import ndarray
 
 from medseg_trt.bench.candidates import Candidate
+from medseg_trt.bench.claims import objection
 from medseg_trt.bench.energy import Meter, energy, open_meter
 from medseg_trt.bench.measure import HOST_CLOCK, Taken, complaints, in_turn, latency
 from medseg_trt.errors import MedsegError
@@ -64,11 +65,11 @@ def open_candidates(
     """
     sessions: dict[str, MeasuredSession] = {}
     timings: dict[str, Timings] = {}
-    for candidate in candidates:
-        LOG.info("start %s", candidate.name)
+    for number, candidate in enumerate(candidates, 1):
+        LOG.info("load network %d of %d: %s", number, len(candidates), candidate.name)
         opened: list[tuple[float, float, float]] = []
         try:
-            for number in range(starts):
+            for start in range(starts):
                 session = MeasuredSession(
                     candidate.path, candidate.precision, candidate.backend, None, candidate.compute
                 )
@@ -78,7 +79,7 @@ def open_candidates(
                     session.close()
                     raise
                 opened.append((session.open_ms + first_ms, session.load_ms, first_ms))
-                if number < starts - 1:
+                if start < starts - 1:
                     session.close()
                 else:
                     sessions[candidate.name] = stack.enter_context(session)
@@ -113,7 +114,7 @@ def time_all(
         tier: how long.
         throughput_batches: images at once.
     """
-    LOG.info("time the network alone: %d row(s), %g s each, in turn", len(sessions), tier.duration_s)
+    LOG.info("time %d networks alone, %g s each", len(sessions), tier.duration_s)
     loaded = {name: _memory(session) for name, session in sessions.items()}
     scopes: dict[str, Scope] = {
         name: "model" if _on_cpu(session) else "model+transfers" for name, session in sessions.items()
@@ -147,13 +148,19 @@ def speedups(reference: Timings, row: Timings) -> dict[Scope, Speedup | Missing]
         if isinstance(ours, Missing) or isinstance(theirs, Missing):
             found[scope] = ours if isinstance(ours, Missing) else theirs  # pyright: ignore[reportArgumentType]
             continue
-        rounds = min(len(ours.rounds_ms), len(theirs.rounds_ms))
-        interval = speed_interval(theirs.rounds_ms[:rounds], ours.rounds_ms[:rounds], in_turn=True)
-        found[scope] = Speedup(
-            ratio=interval.estimate, low=interval.low, high=interval.high, confidence=interval.confidence,
-            rounds=interval.units,
-        )  # fmt: skip
+        found[scope] = _speedup(theirs, ours)
     return found
+
+
+def _speedup(theirs: Latency, ours: Latency) -> Speedup | Missing:
+    in_turn = len(theirs.rounds_ms) == len(ours.rounds_ms)  # a row whose clock jumped for a whole round has fewer
+    speed = speed_interval(theirs.rounds_ms, ours.rounds_ms, in_turn=in_turn)
+    refused = objection(theirs, ours, speed)
+    if refused is not None or speed.confidence is None:
+        return Missing(reason=f"no factor is claimed: {refused}")
+    return Speedup(
+        ratio=speed.estimate, low=speed.low, high=speed.high, confidence=speed.confidence, rounds=speed.units
+    )
 
 
 def _time_whole_way(
@@ -164,7 +171,7 @@ def _time_whole_way(
         for name in alive:
             timings[name].latency["end-to-end"] = way
         return
-    LOG.info("time the whole way from file to file: %d row(s), %g s each, in turn", len(alive), tier.duration_s)
+    LOG.info("time %d networks from the image file to the mask file, %g s each", len(alive), tier.duration_s)
     stages: dict[str, dict[str, list[float]]] = {name: {} for name in alive}
 
     def turn(name: str, seconds: float, runs: int) -> list[float]:
@@ -209,12 +216,21 @@ def _time_in_turn(
     try:
         in_turn({name: partial(turn, name) for name in sessions}, tier, found=taken)
     finally:
+        _keep_whole_rounds(taken)
         for name, each in taken.items():
             row, device, scope = timings[name], sessions[name].device, scopes[name]
             found = latency(each, device, timer)
             row.failure = row.failure or each.failure
             row.latency[scope] = found or Missing(reason=each.failure or (NO_TIME if each.rounds_ms else NOT_REACHED))
             row.warnings += complaints(found, device, scope) if found is not None else []
+
+
+def _keep_whole_rounds(taken: Mapping[str, Taken]) -> None:
+    """Drop the round that an interrupt cut short, where others are complete, so that rounds stay pairs."""
+    alive = [each for each in taken.values() if each.failure is None]
+    whole = min((len(each.rounds_ms) for each in alive), default=0)
+    for each in alive if whole else ():
+        each.rounds_ms = each.rounds_ms[:whole]
 
 
 def _throughput(session: MeasuredSession, batch: ndarray, tier: Tier, batches: Sequence[int]) -> tuple[Throughput, ...]:

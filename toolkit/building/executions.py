@@ -18,6 +18,9 @@ from medseg_trt.errors import AccuracyGateError, ArtefactError, DeviceError, Med
 from medseg_trt.progress import LOG
 from medseg_trt.session import BACKENDS, Session, is_installed
 from medseg_trt.sessions.child import ChildSession
+from medseg_trt.sessions.mask_probe import check_masks
+from medseg_trt.sessions.onnxruntime import needs_options
+from medseg_trt.spec import BuildSpec
 
 ROUNDS = 2  # every execution is timed once in each round, in turn, so that a busy second cannot decide
 SECONDS, MIN_RUNS = 1.0, 5  # of a round
@@ -42,21 +45,22 @@ class Tried:
 
 
 def try_executions(
-    folder: Path, variants: Mapping[str, Variant], proof: Proof, golden: tuple[ndarray, ndarray]
+    folder: Path, variants: Mapping[str, Variant], spec: BuildSpec, proof: Proof, golden: tuple[ndarray, ndarray]
 ) -> Tried:
     """Run every variant with every back-end that can read its flavour; compare, then time.
 
     Args:
         folder: where the graphs are.
         variants: the graphs by name.
-        proof: what the answers are compared with, and what was asked for.
+        spec: what was asked for.
+        proof: what the answers are compared with.
         golden: the golden input, and PyTorch's logits for it.
 
     Raises:
         AccuracyGateError: no way to run one of the precisions gives the right masks.
         UsageError: the back-end that was asked for does not exist.
     """
-    wanted = proof.spec.backend
+    wanted = spec.backend
     if wanted != "auto" and wanted not in BACKENDS:
         raise UsageError(f"no back-end is called {wanted!r}; choose one of: auto, {', '.join(BACKENDS)}")
     if wanted != "auto" and BACKENDS[wanted].gpu:
@@ -65,7 +69,7 @@ def try_executions(
     dropped: list[str] = []
     reasons: dict[str, MedsegError] = {}
     for name, variant in variants.items():
-        for backend, compute in _ways(variant, wanted, _computes(variant, proof.spec.precisions)):
+        for backend, compute in _ways(variant, wanted, _computes(variant, spec.precisions)):
             what = _what(name, backend, compute)
             try:
                 found.append(_try(folder, name, variant, backend, compute, proof, golden))
@@ -87,6 +91,18 @@ def try_executions(
     if not timed:
         raise DeviceError(f"nothing here can run what was built: {'; '.join(dropped)}")
     return Tried(executions=_ranked(timed, variants), dropped=tuple(dropped))
+
+
+def default_graph(executions: Sequence[Execution], variants: Mapping[str, Variant]) -> str | None:
+    """Return the file of the best graph that ONNX Runtime was verified with, opened without options, or None.
+
+    Other tools open it under the name ``model.onnx``, and know nothing of the options that some precisions need.
+    """
+    for execution in executions:
+        variant = variants[execution.variant]
+        if execution.backend == STAND_IN and execution.executed and not needs_options(variant.precision):
+            return variant.graph
+    return None
 
 
 def _what(name: str, backend: str, compute: str) -> str:
@@ -118,6 +134,7 @@ def _try(
     runner = backend if here else STAND_IN
     with _child(folder, variant, runner, compute if here else "fp32") as session:
         verification = prove(session, variant, compute, proof)
+        check_masks(session, proof.contract.preprocessing, golden[0])
         error = float(np.abs(session.run(golden[0]) - golden[1]).max())
     return Execution(
         variant=name, backend=backend, compute=compute, executed=here,

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
+from medseg_trt.building.contract import Contract
 from medseg_trt.building.reference_images import ReferenceImages
 from medseg_trt.errors import AccuracyGateError
 from medseg_trt.export.gate import Verdict, compare
@@ -23,9 +24,10 @@ from medseg_trt.spec import BuildSpec, to_dict
 
 @dataclass(kw_only=True)
 class Proof:
-    """The reference, what it is shown, and the limits."""
+    """The reference, its contract, what it is shown, and the limits."""
 
     reference: Run
+    contract: Contract
     images: ReferenceImages
     spec: BuildSpec
     _logits: ndarray = field(init=False)
@@ -34,7 +36,7 @@ class Proof:
 
     def __post_init__(self) -> None:
         self._logits = run_in_batches(self.reference, self.images.judged.inputs, 1)
-        self._masks = self.images.judged.masks(self._logits)
+        self._masks = self._masks_of(self._logits)
         self._remembering = _remembering(self.reference)
 
     def exact(self, run: Run) -> dict[str, Any]:
@@ -62,18 +64,15 @@ class Proof:
 
     def own_masks(self, session: Session) -> list[ndarray]:
         """Return the masks of the judged images that a graph with ``--outputs mask`` makes."""
-        judged = self.images.judged
-        sizes = [resampled_size(size, judged.preprocessing, spacing) for size, spacing in
-                 zip(judged.sizes, judged.spacings, strict=True)]  # fmt: skip
+        judged, preprocessing = self.images.judged, self.contract.preprocessing
+        sizes = [
+            resampled_size(size, preprocessing, spacing)
+            for size, spacing in zip(judged.sizes, judged.spacings, strict=True)
+        ]
         return [
             session.masks(image[np.newaxis], size, resampled)[0]
             for image, size, resampled in zip(judged.inputs, judged.sizes, sizes, strict=True)
         ]
-
-    @property
-    def num_classes(self) -> int:
-        """Channels of the logits."""
-        return self._logits.shape[1]
 
     def verdict(self, run: Run, masks: Sequence[ndarray] | None = None) -> tuple[Verdict, dict[str, Any]]:
         """Judge the masks of a network, its own or those of its logits, and also say how far its logits are off."""
@@ -84,8 +83,9 @@ class Proof:
         judged = self.images.judged
         if not np.isfinite(logits).all():
             raise AccuracyGateError("the logits are not finite: a number is too large for its type")
-        found = judged.masks(logits) if masks is None else masks
-        reference, candidate = (judged.counts(each, self._masks) for each in (self._masks, found))
+        found = self._masks_of(logits) if masks is None else masks
+        num_labels = len(self.contract.classes.names)
+        reference, candidate = (judged.counts(each, self._masks, num_labels) for each in (self._masks, found))
         verdict = compare(reference, candidate, judged.cases, self.spec.max_dice_drop, judged.metric)
         error = self.error_of(logits)
         return verdict, {
@@ -101,6 +101,9 @@ class Proof:
         """Return the squared error of the judged images' logits, relative to the reference's squares."""
         noise = np.square(logits - self._logits, dtype=np.float64).sum()
         return float(noise / np.square(self._logits, dtype=np.float64).sum())
+
+    def _masks_of(self, logits: ndarray) -> list[ndarray]:
+        return self.images.judged.masks(logits, self.contract.preprocessing)
 
 
 def _remembering(run: Run) -> Run:

@@ -6,7 +6,7 @@ for judgement.
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from medseg_trt.images import Image, find_images, read_image
 from medseg_trt.metrics import confusion
 from medseg_trt.preprocess import of_image, prepare, restore
 from medseg_trt.progress import LOG
-from medseg_trt.spec import Classes, Preprocessing
+from medseg_trt.spec import Preprocessing
 from medseg_trt.train.checkpoint import Checkpoint
 from medseg_trt.train.datasets.folder import (
     SPLIT_SEED,
@@ -35,6 +35,7 @@ from medseg_trt.train.splits import split_files
 MAX_VERIFIED = 8
 MAX_JUDGED = 64
 MAX_CALIBRATION = 32
+NOISE_SPACINGS = (1.3, 0.8)  # of rows and columns, in the network's: rows are cropped, columns padded
 
 Inputs = Float32[ndarray, "_ 3 height width"]
 
@@ -48,28 +49,28 @@ class JudgedImages:
     spacings: tuple[tuple[float, float] | None, ...]
     cases: tuple[str, ...]  # the case of each slice
     truths: tuple[UInt8[ndarray, "_ _"], ...] | None  # None: nobody has drawn masks, PyTorch's are the truth
-    preprocessing: Preprocessing
-    classes: Classes
 
     @property
     def metric(self) -> str:
         """What the scores of these images are."""
         return "Dice" if self.truths is not None else "agreement with PyTorch in Dice"
 
-    def masks(self, logits: Float32[ndarray, "images classes height width"]) -> list[ndarray]:
+    def masks(
+        self, logits: Float32[ndarray, "images classes height width"], preprocessing: Preprocessing
+    ) -> list[ndarray]:
         """Return the labels of every slice at its own size."""
         places = zip(logits, self.sizes, self.spacings, strict=True)
-        return [restore(each, size, self.preprocessing, spacing) for each, size, spacing in places]
+        return [restore(each, size, preprocessing, spacing) for each, size, spacing in places]
 
     def counts(
-        self, masks: Sequence[ndarray], reference_masks: Sequence[ndarray]
+        self, masks: Sequence[ndarray], reference_masks: Sequence[ndarray], num_labels: int
     ) -> Int64[ndarray, "images classes 3"]:
         """Count the pixels of every class but the background in every slice: right, in the mask, in the truth.
 
         Without drawn masks, the reference's are the truth.
         """
         truths = self.truths or reference_masks
-        matrices = [confusion(mask, truth, len(self.classes.names)) for mask, truth in zip(masks, truths, strict=True)]
+        matrices = [confusion(mask, truth, num_labels) for mask, truth in zip(masks, truths, strict=True)]
         return np.array([np.stack([m.diagonal(), m.sum(axis=0), m.sum(axis=1)], axis=1)[1:] for m in matrices])
 
 
@@ -112,12 +113,16 @@ def reference_images(checkpoint: Checkpoint, data: Path | None) -> ReferenceImag
 
 
 def _noise(checkpoint: Checkpoint) -> ReferenceImages:
-    inputs = noise(checkpoint.spec.image_size)
+    """Return noise that stands for images of the network's size; with a fixed spacing, for cropped and padded ones."""
+    inputs, spacing_mm = noise(checkpoint.spec.image_size), checkpoint.preprocessing.spacing_mm
+    spacing = None if spacing_mm is None else (NOISE_SPACINGS[0] * spacing_mm, NOISE_SPACINGS[1] * spacing_mm)
     judged = JudgedImages(
-        inputs=inputs, sizes=(checkpoint.spec.image_size,) * len(inputs), spacings=(None,) * len(inputs),
-        cases=("noise",) * len(inputs), truths=None,
-        preprocessing=replace(checkpoint.preprocessing, spacing_mm=None), classes=checkpoint.classes,
-    )  # fmt: skip
+        inputs=inputs,
+        sizes=(checkpoint.spec.image_size,) * len(inputs),
+        spacings=(spacing,) * len(inputs),
+        cases=("noise",) * len(inputs),
+        truths=None,
+    )
     return ReferenceImages(verified=inputs, description="generated noise", judged=judged, calibration=None)
 
 
@@ -150,7 +155,6 @@ def _judged(
     return JudgedImages(
         inputs=np.stack(inputs), sizes=sizes, spacings=spacings, cases=case_names,
         truths=None if truths[0] is None else truths,
-        preprocessing=checkpoint.preprocessing, classes=checkpoint.classes,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
+from medseg_trt.building.contract import Contract
 from medseg_trt.building.observer import observer
 from medseg_trt.building.proof import Proof
 from medseg_trt.bundle import Variant
@@ -41,7 +42,7 @@ from medseg_trt.export.trace import OnnxGraph
 from medseg_trt.progress import LOG
 from medseg_trt.session import is_installed
 from medseg_trt.sessions.child import ChildSession
-from medseg_trt.spec import to_dict
+from medseg_trt.spec import ModelSpec, to_dict
 
 MIN_INT8_SHARE = 0.8  # of all MACs, or it is not called int8
 IN_FILE_NAMES = str.maketrans("=+,", "--_")
@@ -71,6 +72,7 @@ class _Prepared:
     """A float graph that is ready to be quantised, and what was found out on the way."""
 
     graph: OnnxGraph
+    model: ModelSpec
     name: str
     precision: Mapping[str, str]  # of each part
     calibration: Calibration | None
@@ -80,7 +82,14 @@ class _Prepared:
 
 
 def make_variants(
-    graph: OnnxGraph, folder: Path, name: str, passes: Mapping[str, Any], proof: Proof
+    graph: OnnxGraph,
+    folder: Path,
+    name: str,
+    passes: Mapping[str, Any],
+    *,
+    contract: Contract,
+    outputs: str,
+    proof: Proof,
 ) -> dict[str, Variant]:
     """Write the graphs of one precision into the folder and return them by name.
 
@@ -89,20 +98,22 @@ def make_variants(
         folder: of the bundle that is being made.
         name: the precision, or a mix of several.
         passes: what was done to the graph so far.
+        contract: of the network; it decides how a graph makes masks, whatever images there are.
+        outputs: ``BuildSpec.outputs``.
         proof: what masks are compared with; its images calibrate.
 
     Raises:
         UsageError: an unknown precision, or no images to calibrate on.
         AccuracyGateError: the masks do not stay right, whatever is left in float.
     """
-    prepared = _prepare(graph, name, proof)
+    prepared = _prepare(graph, name, contract.model, proof)
     is_for_cpus = prepared.calibration is not None and "+" not in name  # no CPU multiplies codes into 16-bit floats
     forms = [key for key in WRITTEN if key != ONLY_INTEGERS or is_for_cpus]
     if any(FP8 in steps(scheme) for scheme in prepared.precision.values()):
         forms = ["canonical"]  # ONNX before opset 19, which the others are written in, has no such numbers
     relaxed = _relaxed(prepared, name, forms, proof) if set(prepared.precision.values()) != {FLOAT} else None
     kept = _names(prepared.graph, relaxed.kept_float) if relaxed else frozenset[str]()
-    graphs = {key: _written(prepared, key, kept, proof) for key in forms}
+    graphs = {key: _written(prepared, key, kept) for key in forms}
     share = int8_share(graphs["canonical"])
     if steps(name)[0] == INT8 and share < MIN_INT8_SHARE:
         raise AccuracyGateError(
@@ -111,8 +122,8 @@ def make_variants(
         )
     stem = name.translate(IN_FILE_NAMES)
     files = {f"{stem}.onnx" if key == "canonical" else f"{stem}-{key}.onnx": key for key in forms}
-    if proof.spec.outputs == "mask":
-        graphs = {key: with_masks(each, proof.images.judged.preprocessing) for key, each in graphs.items()}
+    if outputs == "mask":
+        graphs = {key: with_masks(each, contract.preprocessing) for key, each in graphs.items()}
     save_flavours({file: graphs[key] for file, key in files.items()}, folder, f"weights-{stem}.bin")
     done = {**passes, **prepared.notes, "int8_share": share, "gate": to_dict(relaxed) if relaxed else None}
     groups = relaxed.kept_float if relaxed else ()
@@ -127,7 +138,7 @@ def make_variants(
     }  # fmt: skip
 
 
-def _prepare(graph: OnnxGraph, name: str, proof: Proof) -> _Prepared:
+def _prepare(graph: OnnxGraph, name: str, model: ModelSpec, proof: Proof) -> _Prepared:
     """Calibrate and smooth where integers need it, and look for numbers that 16 bits cannot hold."""
     precision, images = parse_precision(name), proof.images.calibration
     notes: dict[str, Any] = {"parts": precision}
@@ -160,19 +171,18 @@ def _prepare(graph: OnnxGraph, name: str, proof: Proof) -> _Prepared:
         unsafe = frozenset(each.gemm for each in found)
         notes |= {"too_large_for_16_bits": [to_dict(each) for each in found]}
     return _Prepared(
-        graph=graph, name=name, precision=precision, calibration=calibration, keep_float=frozenset(kept),
+        graph=graph, model=model, name=name, precision=precision, calibration=calibration, keep_float=frozenset(kept),
         keep_wide=unsafe, notes=notes,
     )  # fmt: skip
 
 
-def _written(prepared: _Prepared, key: str, kept: frozenset[str], proof: Proof) -> OnnxGraph:
+def _written(prepared: _Prepared, key: str, kept: frozenset[str]) -> OnnxGraph:
     written = WRITTEN[key]
     quantised = quantise(
         prepared.graph, prepared.precision, prepared.calibration, form=written.form,
         keep_float=kept | prepared.keep_float, keep_wide=prepared.keep_wide,
     )  # fmt: skip
-    image_size, num_classes = proof.images.verified.shape[2:], proof.num_classes
-    return derive(written.flavour, quantised, (image_size[0], image_size[1]), num_classes)
+    return derive(written.flavour, quantised, prepared.model.image_size, prepared.model.num_classes)
 
 
 def _relaxed(prepared: _Prepared, name: str, forms: Sequence[str], proof: Proof) -> Relaxed:
@@ -184,7 +194,7 @@ def _relaxed(prepared: _Prepared, name: str, forms: Sequence[str], proof: Proof)
     rounded = {group: names for group, names in groups.items() if _is_rounded(prepared, names)}
 
     def answers(kept: frozenset[str]) -> ndarray:
-        return _answers(prepared, key, kept, proof)
+        return _answers(prepared, key, kept, proof.images.judged.inputs)
 
     def judge(kept: frozenset[str]) -> Verdict:
         verdict, _ = proof.verdict_of(answers(_names(prepared.graph, kept)))
@@ -198,7 +208,7 @@ def _relaxed(prepared: _Prepared, name: str, forms: Sequence[str], proof: Proof)
     def may_keep(kept: frozenset[str]) -> bool:
         if steps(name)[0] != INT8:
             return len(kept) < len(rounded)
-        return int8_share(_written(prepared, key, _names(prepared.graph, kept), proof)) >= MIN_INT8_SHARE
+        return int8_share(_written(prepared, key, _names(prepared.graph, kept))) >= MIN_INT8_SHARE
 
     relaxed = relax(judge, error_alone, rounded, may_keep)
     if not relaxed.verdict.holds:
@@ -210,10 +220,9 @@ def _relaxed(prepared: _Prepared, name: str, forms: Sequence[str], proof: Proof)
     return relaxed
 
 
-def _answers(prepared: _Prepared, key: str, kept: frozenset[str], proof: Proof) -> ndarray:
-    """Return the logits of the judged images; 16-bit numbers are rounded for real, which a CPU would not do."""
-    graph = _written(prepared, key, kept, proof)
-    backend, images = WRITTEN[key].backend, proof.images.judged.inputs
+def _answers(prepared: _Prepared, key: str, kept: frozenset[str], images: ndarray) -> ndarray:
+    """Return the logits of images; 16-bit numbers are rounded for real, which a CPU would not do."""
+    graph, backend = _written(prepared, key, kept), WRITTEN[key].backend
     if any(TYPES.keys() & steps(scheme) for scheme in prepared.precision.values()):
         graph, backend = rounded_graph(graph), KEEPS_CASTS
     with TemporaryDirectory() as folder:

@@ -1,6 +1,5 @@
 """``medseg-trt bench``: measure a bundle against its reference."""
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import click
 
 from medseg_trt.commands.help import ExampleCommand
-from medseg_trt.commands.options import FILE, FOLDER, output_options, print_table, verify_option
+from medseg_trt.commands.options import FILE, FOLDER, output_options, print_json, print_table, verify_option
 from medseg_trt.errors import AccuracyGateError, MedsegError, UsageError
 
 
@@ -92,10 +91,11 @@ def bench(
     )  # fmt: skip
     report = measured.report
     if as_json:  # before anything is written: a full disk does not take the figures along
-        click.echo(json.dumps(to_dict(report), indent=2))
+        print_json(to_dict(report))
     else:
         header, *rows = zip(HEADER, *cells(report), strict=True)  # a column each: they are few, and figures are many
-        print_table(f"{report.images.description}; batch {report.batch}, the network alone", header, rows)
+        title = f"{report.images.description}; batch {report.batch}, the network alone; times as fast: ratio of medians"
+        print_table(title, header, rows)
         click.echo(report.summary.headline)
     page = write_report(measured, output)
     if not as_json:

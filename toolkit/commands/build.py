@@ -1,6 +1,5 @@
 """``medseg-trt build``: export a checkpoint to a bundle."""
 
-import json
 from pathlib import Path
 from typing import Literal, Unpack
 
@@ -8,7 +7,7 @@ import click
 
 from medseg_trt.commands.engine_options import EngineFields, engine_options, engine_spec
 from medseg_trt.commands.help import ExampleCommand
-from medseg_trt.commands.options import FILE, FOLDER, output_options, print_table
+from medseg_trt.commands.options import FILE, FOLDER, output_options, print_json, print_table
 from medseg_trt.engines.fingerprint import LIBRARY_NAMES
 from medseg_trt.errors import UsageError
 
@@ -80,7 +79,7 @@ def build(
         raise UsageError(f"--precision {','.join(precisions)}: {error}") from error
     bundle = pipeline.build(checkpoint, spec, output, data_folder, sign_key)
     if as_json:
-        click.echo(json.dumps({"bundle": str(bundle.folder), "manifest": bundle.manifest()}, indent=2))
+        print_json({"bundle": str(bundle.folder), "manifest": bundle.manifest()})
         return
     print_table(f"{bundle.folder}; infer uses the first row", *bundle.table())
     if bundle.content.engines:

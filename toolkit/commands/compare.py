@@ -1,12 +1,11 @@
 """``medseg-trt compare``: compare two reports of ``bench``."""
 
-import json
 from pathlib import Path
 
 import click
 
 from medseg_trt.commands.help import ExampleCommand
-from medseg_trt.commands.options import ANY, output_options, print_table
+from medseg_trt.commands.options import ANY, output_options, print_json, print_table
 
 
 @click.command(
@@ -36,7 +35,7 @@ def compare(before: Path, after: Path, gate: str | None, as_json: bool) -> None:
     judged = judge(comparison, limits)
     if as_json:
         verdicts = [{**to_dict(each), "holds": each.holds} for each in judged]
-        click.echo(json.dumps({**to_dict(comparison), "gate": verdicts}, indent=2))
+        print_json({**to_dict(comparison), "gate": verdicts})
     else:
         header, *rows = zip(HEADER, *cells(comparison), strict=True)  # a column each: figures are many
         print_table(f"{before} → {after}: the network alone, 90 % intervals", header, rows)

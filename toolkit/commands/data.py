@@ -1,12 +1,11 @@
 """``medseg-trt data``: check a data set."""
 
-import json
 from pathlib import Path
 
 import click
 
 from medseg_trt.commands.help import ExampleCommand
-from medseg_trt.commands.options import FOLDER, output_options, print_table
+from medseg_trt.commands.options import FOLDER, output_options, print_json, print_table
 from medseg_trt.errors import InputError
 
 
@@ -40,7 +39,7 @@ def data_check(folder: Path, changes: tuple[str, ...], as_json: bool) -> None:
 
     report = check_data(folder, with_changes(DataOptions(), changes))
     if as_json:
-        click.echo(json.dumps(report.to_dict(), indent=2))
+        print_json(report.to_dict())
     else:
         print_table(report.title(), *report.table())
         print_table("pixels of each class", *report.class_table())

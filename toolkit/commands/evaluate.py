@@ -1,12 +1,11 @@
 """``medseg-trt evaluate``: score networks on labelled images."""
 
-import json
 from pathlib import Path
 
 import click
 
 from medseg_trt.commands.help import ExampleCommand
-from medseg_trt.commands.options import FILE, FOLDER, output_options, print_table, verify_option
+from medseg_trt.commands.options import FILE, FOLDER, output_options, print_json, print_table, verify_option
 from medseg_trt.errors import UsageError
 
 
@@ -77,7 +76,7 @@ def evaluate(
         metric=metric, batch=batch, changes=changes, verify_key=verify_key,
     )  # fmt: skip
     if as_json:
-        click.echo(json.dumps({"splits": [board.to_dict() for board in boards]}, indent=2))
+        print_json({"splits": [board.to_dict() for board in boards]})
     else:
         for board in boards:
             print_table(board.heading(), board.header(), board.cells())

@@ -1,13 +1,17 @@
 """Shared by the commands: argument types, ``--json``, ``-q`` and ``-v``, and printing of results."""
 
-import json
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import click
 
+from medseg_trt.json_output import only_json
+
+STDOUT = "medseg_trt.stdout"  # in the context's meta: what ``print_json`` prints with
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
 ANY = click.Path(path_type=Path)
@@ -20,7 +24,15 @@ verify_option = click.option(
 
 
 def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``--json``, ``-q`` and ``-v`` to a command."""
+    """Add ``--json``, ``-q`` and ``-v`` to a command; with ``--json``, stdout is reserved for ``print_json``."""
+
+    @wraps(command)
+    def run(**arguments: Any) -> Any:
+        with only_json() if arguments["as_json"] else nullcontext() as stdout:
+            click.get_current_context().meta[STDOUT] = stdout
+            return command(**arguments)
+
+    with_options: Callable[..., Any] = run
     for option in (
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout."),
         click.option("-q", "--quiet", is_flag=True, expose_value=False, callback=_quieter, help="Show warnings only."),
@@ -28,8 +40,8 @@ def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "-v", "--verbose", is_flag=True, expose_value=False, callback=_louder, help="Show details and tracebacks."
         ),
     ):
-        command = option(command)
-    return command
+        with_options = option(with_options)
+    return with_options
 
 
 def _quieter(_context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
@@ -42,9 +54,17 @@ def _louder(_context: click.Context, _parameter: click.Parameter, wanted: bool) 
         logging.getLogger("medseg_trt").setLevel(logging.DEBUG)
 
 
+def print_json(result: dict[str, Any]) -> None:
+    """Print a command's result as one JSON object, the only thing on its stdout."""
+    click.get_current_context().meta[STDOUT].print(result)
+
+
 def print_result(as_json: bool, result: dict[str, Any], text: str) -> None:
     """Print the result of a command: one JSON object, or text."""
-    click.echo(json.dumps(result, indent=2) if as_json else text)
+    if as_json:
+        print_json(result)
+    else:
+        click.echo(text)
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

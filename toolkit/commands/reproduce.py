@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from medseg_trt.commands.help import ExampleCommand
-from medseg_trt.commands.options import FILE, FOLDER, output_options
+from medseg_trt.commands.options import FILE, FOLDER, output_options, print_json
 from medseg_trt.progress import is_spokesman
 
 
@@ -53,7 +53,10 @@ def reproduce(
     path = run_what_is_missing(wanted)
     if is_spokesman():
         text = path.read_text(encoding="utf-8")
-        click.echo(json.dumps({"table": str(path), **json.loads(text)}, indent=2) if as_json else _markdown(path))
+        if as_json:
+            print_json({"table": str(path), **json.loads(text)})
+        else:
+            click.echo(_markdown(path))
 
 
 def _markdown(path: Path) -> str:

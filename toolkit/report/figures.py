@@ -83,7 +83,7 @@ def _latency(report: Report, axes: Any) -> bool:
         positions, heights = _hill(np.log10(found.samples_ms))
         axes.fill_between(10**positions, place, place + 0.72 * heights, color=color, alpha=0.35, linewidth=0)
         axes.plot(10**positions, place + 0.72 * heights, color=color, linewidth=1.2)
-        axes.plot([found.p50_ms] * 2, [place, place + 0.72], color=color, linewidth=2)
+        axes.plot([found.median_ms] * 2, [place, place + 0.72], color=color, linewidth=2)
         for at, height in ((found.p90_ms, 0.34), (found.p99_ms, 0.22)):
             axes.plot([at] * 2, [place, place + height], color=color, linewidth=1.6)
     axes.set_yticks(range(len(rows)), [row.name for row, _ in reversed(rows)])
@@ -119,10 +119,10 @@ def _accuracy_latency(report: Report, axes: Any) -> bool:
         if isinstance(row.verdict, Verdict):
             level = row.verdict.candidate
             ends = (row.verdict.reference - row.verdict.drop_high, row.verdict.reference - row.verdict.drop_low)
-            axes.plot([found.p50_ms] * 2, ends, color=color, linewidth=1.6)
-        axes.plot([found.p50_ms, found.p90_ms], [level] * 2, color=color, linewidth=1.6)
-        axes.plot(found.p50_ms, level, MARKERS[series(report)[row.name]], color=color, markersize=8)
-        drawn.append((found.p50_ms, level, row))
+            axes.plot([found.median_ms] * 2, ends, color=color, linewidth=1.6)
+        axes.plot([found.median_ms, found.p90_ms], [level] * 2, color=color, linewidth=1.6)
+        axes.plot(found.median_ms, level, MARKERS[series(report)[row.name]], color=color, markersize=8)
+        drawn.append((found.median_ms, level, row))
     verdicts = [row.verdict for row in report.rows if isinstance(row.verdict, Verdict)]
     if not drawn or not verdicts:
         return False

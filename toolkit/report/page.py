@@ -1,6 +1,6 @@
 """Turn a report into pages. A page can print a figure only by its place in the report, so none can be invented.
 
-``{{ n("rows.0.latency.model.p50_ms", ".2f") }}`` in a template prints that figure; in HTML it also carries the place
+``{{ n("rows.0.latency.model.median_ms", ".2f") }}`` in a template prints that figure; in HTML it also carries the place
 and the whole value, and where there is no figure, a dash and the reason below the table.
 """
 

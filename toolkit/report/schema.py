@@ -14,7 +14,7 @@ from medseg_trt.errors import ArtefactError, InputError
 from medseg_trt.metrics import ClassScore, MeanScore
 from medseg_trt.spec import Classes, from_dict
 
-SCHEMA = 2
+SCHEMA = 3
 REPORT = "report.json"
 MAX_REPORT_BYTES = 1 << 28  # ten minutes of half a millisecond in three scopes and ten rows take a tenth of it
 
@@ -103,8 +103,8 @@ class Latency:
     mean_ms: float
     min_ms: float
     max_ms: float
-    p50_ms: float  # interpolated linearly between the sorted times
-    p90_ms: float
+    median_ms: float  # geometric mean of the rounds' medians: the ratio of two of them is their ``Speedup``
+    p90_ms: float  # percentiles of all times, interpolated linearly between the sorted ones
     p95_ms: float
     p99_ms: float
     p90_estimate_ms: float | None  # MLPerf's early-stopping estimate at 99 % confidence; None: too few runs
@@ -125,12 +125,12 @@ class Latency:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Speedup:
-    """How many times as fast as the reference a row is in one scope: the ratio of the medians of the same round."""
+    """How many times as fast as the reference a row is in one scope: the ratio of the two ``median_ms``."""
 
     ratio: float
     low: float  # the interval
     high: float
-    confidence: float | None  # of either end, 0 … 1; None: the ends are the range of too few rounds for an interval
+    confidence: float  # of the interval, 0 … 1
     rounds: int
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -248,7 +248,7 @@ class Difference:
     difference: float  # candidate minus reference
     low: float  # the interval of the difference
     high: float
-    confidence: float | None  # of either end, 0 … 1; None: the ends are the range of too few pairs for an interval
+    confidence: float | None  # of the interval, 0 … 1; None: the ends are the range of too few pairs for an interval
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -264,7 +264,7 @@ class Verdict:
     drop_low: float  # the interval
     drop_high: float
     limit: float  # that the upper end must not exceed
-    confidence: float  # one-sided, 0 … 1
+    confidence: float  # of the interval, 0 … 1
     unit: Unit
     pairs: int
     words: str

@@ -50,7 +50,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     known = isinstance(alone, Latency)
     return (
         row.name,
-        f"{alone.p50_ms:.2f}" if known else "–",
+        f"{alone.median_ms:.2f}" if known else "–",
         f"{alone.p90_ms:.2f}" if known else "–",
         str(alone.runs) if known else "–",
         f"{speed.ratio:.2f}" if isinstance(speed, Speedup) else "–",

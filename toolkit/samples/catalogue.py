@@ -179,7 +179,7 @@ def _pinned(path: Path, requirement: str) -> list[str]:
 
 
 def run_pip(arguments: Sequence[str], wanted: str, modules: Path | None) -> None:
-    """Run pip of this Python, its progress on stderr.
+    """Run pip of this Python; it shows what it does on stderr where the logger shows details (``-v``), else nothing.
 
     Args:
         arguments: of pip.
@@ -193,14 +193,17 @@ def run_pip(arguments: Sequence[str], wanted: str, modules: Path | None) -> None
     """
     if importlib.util.find_spec("pip") is None:
         raise DownloadError(f"pip is needed to fetch {wanted}. Install it: {sys.executable} -m ensurepip")
-    shown = [] if LOG.isEnabledFor(logging.INFO) and LOG.hasHandlers() else ["--quiet"]
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *shown, *arguments]
+    detailed = LOG.isEnabledFor(logging.DEBUG) and LOG.hasHandlers()
+    quiet = [] if detailed else ["--quiet"]
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *quiet, *arguments]
     paths = [str(modules)] if modules is not None else []
     paths += [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
     environment = os.environ | ({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})
+    shown = STDERR if detailed else subprocess.DEVNULL
     done = subprocess.run(
-        command, env=environment, stdout=STDERR, stderr=subprocess.PIPE, text=True, errors="replace", check=False
+        command, env=environment, stdout=shown, stderr=subprocess.PIPE, text=True, errors="replace", check=False
     )
+    LOG.debug("%s", done.stderr.strip())
     if "DO NOT MATCH THE HASHES" in done.stderr:
         raise ArtefactError(f"{wanted}: the package index holds another file than the one pinned here; it was not used")
     if done.returncode and any(words in done.stderr for words in NO_NETWORK):

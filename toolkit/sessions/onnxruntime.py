@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jaxtyping import Float32, UInt8
 from numpy import ndarray
 
 from medseg_trt.errors import ArtefactError, DeviceError, require
+from medseg_trt.graph_interface import MASK, OUTPUT, size_inputs
 from medseg_trt.preprocess import Size
 from medseg_trt.session import Session
 
@@ -40,18 +40,17 @@ class OnnxRuntimeSession(Session):
         if list(batch.shape[1:]) != self._input.shape[1:]:
             raise ValueError(f"the batch is {batch.shape}, but the network takes {self._input.shape}")
         own = batch.shape[2:]
-        return self._answer("logits", batch, own, own)
+        return self._answer(OUTPUT, batch, own, own)
 
     def masks(
         self, batch: Float32[ndarray, "batch 3 _ _"], size: Size, resampled: Size
     ) -> UInt8[ndarray, "batch height width"]:
         """Return the labels of a batch of prepared images at the size of their sources, see ``Session``."""
-        return self._answer("mask", batch, size, resampled)
+        return self._answer(MASK, batch, size, resampled)
 
     def _answer(self, output: str, batch: ndarray, size: Sequence[int], resampled: Sequence[int]) -> ndarray:
-        given = {"source_size": size, "resampled_size": resampled}
-        further = {name: np.array(given[name], np.int64) for name in self._sizes}
-        return self._session.run([output], {self._input.name: batch, **further})[0]
+        sizes = size_inputs(self._sizes, size, resampled)
+        return self._session.run([output], {self._input.name: batch, **sizes})[0]
 
     def close(self) -> None:
         """Free the network."""
@@ -79,7 +78,7 @@ def open_graph(path: Path, precision: str, threads: int | None, compute: str) ->
     options.log_severity_level = ERRORS_ONLY
     if threads is not None:
         options.intra_op_num_threads = threads
-    if any(word in precision for word in KEPT_CODERS):
+    if needs_options(precision):
         options.add_session_config_entry(KEEP_CODERS, "1")
     try:
         session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -88,6 +87,11 @@ def open_graph(path: Path, precision: str, threads: int | None, compute: str) ->
             f"ONNX Runtime {runtime.__version__} refuses {path}: {str(error).splitlines()[0]}"
         ) from error
     return OnnxRuntimeSession(session, f"ONNX Runtime {runtime.__version__} {precision}{_threads(threads)}")
+
+
+def needs_options(precision: str) -> bool:
+    """Say whether ONNX Runtime computes a precision wrongly unless it is opened with options of ours."""
+    return any(word in precision for word in KEPT_CODERS)
 
 
 def _threads(threads: int | None) -> str:

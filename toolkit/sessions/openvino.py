@@ -13,6 +13,7 @@ from jaxtyping import Float32, UInt8
 from numpy import ndarray
 
 from medseg_trt.errors import ArtefactError, DeviceError, require
+from medseg_trt.graph_interface import INPUT, MASK, OUTPUT, size_inputs
 from medseg_trt.preprocess import Size
 from medseg_trt.session import Session
 
@@ -41,22 +42,21 @@ class OpenVinoSession(Session):
         if list(batch.shape[1:]) != self._shape[1:]:
             raise ValueError(f"the batch is {batch.shape}, but the network takes {self._shape}")
         own = batch.shape[2:]
-        return np.concatenate([self._answer("logits", image, own, own) for image in batch])
+        return np.concatenate([self._answer(OUTPUT, image, own, own) for image in batch])
 
     def masks(
         self, batch: Float32[ndarray, "batch 3 _ _"], size: Size, resampled: Size
     ) -> UInt8[ndarray, "batch height width"]:
         """Return the labels of a batch of prepared images at the size of their sources, see ``Session``."""
-        return np.concatenate([self._answer("mask", image, size, resampled) for image in batch])
+        return np.concatenate([self._answer(MASK, image, size, resampled) for image in batch])
 
     def close(self) -> None:
         """Free the network."""
         self._request = None
 
     def _answer(self, output: str, image: ndarray, size: Sequence[int], resampled: Sequence[int]) -> ndarray:
-        given = {"source_size": size, "resampled_size": resampled}
-        further = {name: np.array(given[name], np.int64) for name in self._sizes}
-        self._request.infer({"pixel_values": image[np.newaxis], **further}, share_inputs=True)
+        sizes = size_inputs(self._sizes, size, resampled)
+        self._request.infer({INPUT: image[np.newaxis], **sizes}, share_inputs=True)
         return self._request.get_tensor(output).data.copy()
 
 
@@ -108,7 +108,7 @@ def compiled(path: Path, threads: int | None, compute: str, further: Mapping[str
         options["INFERENCE_NUM_THREADS"] = threads
     try:
         model = core.read_model(str(path))
-        model.reshape({"pixel_values": [1, *(each.get_length() for each in list(model.input(0).partial_shape)[1:])]})
+        model.reshape({INPUT: [1, *(each.get_length() for each in list(model.input(0).partial_shape)[1:])]})
         return core.compile_model(model, "CPU", options)
     except Exception as error:  # its errors have no common base but Exception
         first = next((line for line in str(error).splitlines() if line.strip()), "no reason given")

@@ -13,10 +13,10 @@ import numpy as np
 
 from medseg_trt.engines.fingerprint import LIBRARY_NAMES
 from medseg_trt.errors import ArtefactError
+from medseg_trt.graph_interface import INPUT, OUTPUT
 from medseg_trt.progress import LOG
 
 COMPILES_HERE = ("tensorrt-rtx",)  # libraries that compile kernels on their first use, into a cache
-INPUT, OUTPUT = "pixel_values", "logits"
 TYPES = ("float32", "float16")  # that our kernels read and write
 MEMORY_WORDS = ("out of memory", "outofmemory", "memory allocation", "allocation failed", "failed_allocation")
 

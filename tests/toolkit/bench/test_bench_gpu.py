@@ -62,7 +62,7 @@ def test_an_engine_is_timed_with_copies_and_without(machine, rows):
     assert isinstance(alone, Latency)
     assert isinstance(whole, Latency)
     assert (alone.timer, whole.timer) == (CUDA_EVENTS, HOST_CLOCK)
-    assert alone.p50_ms == 1.0  # the fake device counts pieces of work: the network is one
+    assert alone.median_ms == 1.0  # the fake device counts pieces of work: the network is one
     assert isinstance(row.latency["end-to-end"], Latency)
     assert isinstance(row.speedup["model+transfers"], Speedup)  # against the CPU's model, which copies nothing
     assert isinstance(row.throughput, tuple)

@@ -67,7 +67,8 @@ def test_everything_is_measured_in_processes_of_their_own(tiny_bundle, data, tmp
         assert all(way.images_per_s == pytest.approx(way.images / way.seconds) for way in each.throughput)
         assert list(each.stages_ms) == ["read", "prepare and restore", "run", "write"]
     assert reference.memory.peak_mb > row.memory.peak_mb  # PyTorch itself is larger than all of the other
-    assert isinstance(row.speedup["model"], Speedup)
+    speed = row.speedup["model"]  # on a busy machine no factor is claimed
+    assert isinstance(speed, Speedup) or speed.reason.startswith("no factor is claimed: ")
     assert isinstance(row.profile, Profile)
     assert {part.part for part in row.profile.parts} >= {"resnet", "vit", "block", "decoder"}
     assert sum(layer.share for layer in row.profile.layers) == pytest.approx(1)

@@ -31,6 +31,7 @@ from medseg_trt.report.schema import (
     Verdict,
 )
 from medseg_trt.spec import Classes, to_dict
+from medseg_trt.statistics import median_of_rounds
 
 CASES, SLICES, ROUNDS, RUNS = 12, 3, 20, 8
 NOT_MEASURED = Missing(reason="generated")
@@ -42,10 +43,11 @@ def latency(rng: np.random.Generator, drift: np.ndarray, median_ms: float) -> La
     jitter = np.exp(rng.normal(0, 0.03, (ROUNDS, RUNS)))
     hiccups = 1 + (rng.random((ROUNDS, RUNS)) < 0.05) * rng.exponential(2, (ROUNDS, RUNS))
     rounds = median_ms * drift[:, None] * jitter * hiccups
-    p50, p90, p95, p99 = np.percentile(rounds, [50, 90, 95, 99]).tolist()
+    p90, p95, p99 = np.percentile(rounds, [90, 95, 99]).tolist()
     return Latency(
         rounds_ms=tuple(map(tuple, rounds.tolist())), runs=rounds.size, mean_ms=float(rounds.mean()),
-        min_ms=float(rounds.min()), max_ms=float(rounds.max()), p50_ms=p50, p90_ms=p90, p95_ms=p95, p99_ms=p99,
+        min_ms=float(rounds.min()), max_ms=float(rounds.max()),
+        median_ms=median_of_rounds(rounds.tolist()), p90_ms=p90, p95_ms=p95, p99_ms=p99,
         p90_estimate_ms=p90, p99_estimate_ms=None, variation=0.1, stable=True, warmup_runs=10, timer="generated",
     )  # fmt: skip
 
@@ -276,9 +278,9 @@ def judged_report(speed: tuple[float, float, float], drop: tuple[float, float, f
     found = report()
     verdict = Verdict(
         holds=True, reference=0.9, candidate=0.9 - drop[0], drop=drop[0], drop_low=drop[1], drop_high=drop[2],
-        limit=0.005, confidence=0.95, unit="cases", pairs=12, words="generated",
+        limit=0.005, confidence=0.9, unit="cases", pairs=12, words="generated",
     )  # fmt: skip
-    speedup = Speedup(ratio=speed[0], low=speed[1], high=speed[2], confidence=0.95, rounds=20)
+    speedup = Speedup(ratio=speed[0], low=speed[1], high=speed[2], confidence=0.9, rounds=20)
     variant = replace(found.rows[1], verdict=verdict, speedup={**NOWHERE, "model": speedup})
     slow = replace(variant, name="slow", speedup=NOWHERE)
     return replace(found, rows=(found.rows[0], slow, variant))

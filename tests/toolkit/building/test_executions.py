@@ -10,17 +10,23 @@ import numpy as np
 import pytest
 
 from medseg_trt.building import executions
+from medseg_trt.building.contract import Contract
 from medseg_trt.building.executions import Tried, try_executions
 from medseg_trt.building.proof import Proof
 from medseg_trt.building.reference_images import JudgedImages, ReferenceImages
 from medseg_trt.bundle import Variant, load_bundle
 from medseg_trt.errors import AccuracyGateError, ArtefactError, DeviceError, UsageError
 from medseg_trt.sessions.child import ChildSession
-from medseg_trt.spec import BuildSpec, Classes, Preprocessing
+from medseg_trt.spec import BuildSpec, Classes, ModelSpec, Preprocessing
 
 SIZE = (16, 16)
 IMAGES = np.random.default_rng(0).normal(size=(6, 3, *SIZE)).astype(np.float32)
 GOLDEN = IMAGES[:1]
+CONTRACT = Contract(
+    model=ModelSpec(image_size=SIZE, num_classes=3),
+    preprocessing=Preprocessing(image_size=SIZE),
+    classes=Classes(names=("background", "disc", "bar")),
+)
 
 
 def network(batch: np.ndarray) -> np.ndarray:
@@ -95,13 +101,10 @@ def graphs(*names: str) -> dict[str, Variant]:
 
 
 def tried(variants: dict[str, Variant], **spec) -> Tried:
-    judged = JudgedImages(
-        inputs=IMAGES, sizes=(SIZE,) * 6, spacings=(None,) * 6, cases=tuple("abcdef"), truths=None,
-        preprocessing=Preprocessing(image_size=SIZE), classes=Classes(names=("background", "disc", "bar")),
-    )  # fmt: skip
+    judged = JudgedImages(inputs=IMAGES, sizes=(SIZE,) * 6, spacings=(None,) * 6, cases=tuple("abcdef"), truths=None)
     images = ReferenceImages(verified=IMAGES, description="generated noise", judged=judged, calibration=None)
-    proof = Proof(reference=network, images=images, spec=BuildSpec(**spec))
-    return try_executions(Path("bundle"), variants, proof, (GOLDEN, network(GOLDEN)))
+    proof = Proof(reference=network, contract=CONTRACT, images=images, spec=BuildSpec(**spec))
+    return try_executions(Path("bundle"), variants, BuildSpec(**spec), proof, (GOLDEN, network(GOLDEN)))
 
 
 def ways(tried: Tried) -> list[tuple[str, str, str]]:
@@ -274,15 +277,14 @@ def test_a_process_that_really_dies_takes_nothing_with_it(tiny_bundle, monkeypat
     monkeypatch.setattr(executions, "ChildSession", Dying)
     bundle = load_bundle(tiny_bundle)
     image, logits = bundle.golden()
-    judged = JudgedImages(
-        inputs=image, sizes=((32, 32),), spacings=(None,), cases=("a",), truths=None,
-        preprocessing=bundle.preprocessing, classes=bundle.classes,
-    )  # fmt: skip
+    judged = JudgedImages(inputs=image, sizes=((32, 32),), spacings=(None,), cases=("a",), truths=None)
+    contract = Contract(model=bundle.content.model, preprocessing=bundle.preprocessing, classes=bundle.classes)
     images = ReferenceImages(verified=image, description="generated noise", judged=judged, calibration=None)
-    proof = Proof(reference=lambda batch: np.repeat(logits, len(batch), 0), images=images, spec=BuildSpec())
+    spec = BuildSpec()
+    proof = Proof(reference=lambda batch: np.repeat(logits, len(batch), 0), contract=contract, images=images, spec=spec)
     with monkeypatch.context() as patch:
         patch.setattr(Proof, "exact", lambda proof, run: {"max_abs_error": float(np.abs(run(image) - logits).max())})
-        found = try_executions(tiny_bundle, bundle.content.variants, proof, (image, logits))
+        found = try_executions(tiny_bundle, bundle.content.variants, spec, proof, (image, logits))
     assert ways(found) == [("fp32", "onnxruntime", "fp32")]
     assert found.executions[0].verification["max_abs_error"] <= 1e-4
     assert found.dropped == (

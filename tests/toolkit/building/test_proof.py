@@ -1,12 +1,13 @@
 import numpy as np
 import pytest
 
+from medseg_trt.building.contract import Contract
 from medseg_trt.building.proof import Proof
 from medseg_trt.building.reference_images import JudgedImages, ReferenceImages
 from medseg_trt.errors import AccuracyGateError
 from medseg_trt.preprocess import Size, restore
 from medseg_trt.session import Session
-from medseg_trt.spec import BuildSpec, Classes, Preprocessing
+from medseg_trt.spec import BuildSpec, Classes, ModelSpec, Preprocessing
 
 SIZE = (16, 16)
 IMAGES = np.random.default_rng(0).normal(size=(6, 3, *SIZE)).astype(np.float32)
@@ -19,12 +20,16 @@ def network(batch: np.ndarray) -> np.ndarray:
 
 def proof_of(reference=network, max_dice_drop: float = 0.005, max_abs_error: float = 1e-4) -> Proof:
     judged = JudgedImages(
-        inputs=IMAGES, sizes=((20, 12),) * 6, spacings=(None,) * 6, cases=tuple("abcdef"), truths=None,
-        preprocessing=Preprocessing(image_size=SIZE), classes=Classes(names=("background", "disc", "bar")),
-    )  # fmt: skip
+        inputs=IMAGES, sizes=((20, 12),) * 6, spacings=(None,) * 6, cases=tuple("abcdef"), truths=None
+    )
+    contract = Contract(
+        model=ModelSpec(image_size=SIZE, num_classes=3),
+        preprocessing=Preprocessing(image_size=SIZE),
+        classes=Classes(names=("background", "disc", "bar")),
+    )
     images = ReferenceImages(verified=IMAGES[:4], description="generated noise", judged=judged, calibration=None)
     spec = BuildSpec(max_dice_drop=max_dice_drop, max_abs_error=max_abs_error)
-    return Proof(reference=reference, images=images, spec=spec)
+    return Proof(reference=reference, contract=contract, images=images, spec=spec)
 
 
 def test_the_reference_is_asked_once_for_every_judged_image():
@@ -41,7 +46,6 @@ def test_the_reference_is_asked_once_for_every_judged_image():
     for _ in range(3):
         proof.exact(network)
     assert calls == [1] * (6 + 4)  # and once for every verified one
-    assert proof.num_classes == 3
 
 
 def test_the_same_network_is_exact_and_loses_nothing():
@@ -104,8 +108,8 @@ def test_the_noise_is_relative_to_the_signal():
 def test_masks_are_compared_at_the_images_own_size(monkeypatch):
     seen = []
 
-    def watched(judged, logits, original=JudgedImages.masks):
-        masks = original(judged, logits)
+    def watched(judged, logits, preprocessing, original=JudgedImages.masks):
+        masks = original(judged, logits, preprocessing)
         seen.extend(mask.shape for mask in masks)
         return masks
 

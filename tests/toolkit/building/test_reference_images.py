@@ -17,7 +17,6 @@ from medseg_trt.building.reference_images import (
 from medseg_trt.errors import InputError, UsageError
 from medseg_trt.images import read_image
 from medseg_trt.preprocess import prepare
-from medseg_trt.spec import Classes, Preprocessing
 from medseg_trt.train.checkpoint import Checkpoint, load_checkpoint
 from medseg_trt.train.datasets.folder import manifest_sha256, open_folder
 
@@ -136,22 +135,22 @@ def test_pixels_are_counted_by_class(tmp_path):
     mask = truth.copy()
     mask[0, 0], mask[3, :2] = 0, 2
     judged = JudgedImages(
-        inputs=np.zeros((1, 3, 16, 16), np.float32), sizes=((4, 4),), spacings=(None,), cases=("a",), truths=(truth,),
-        preprocessing=Preprocessing(image_size=(16, 16)), classes=Classes(names=("background", "one", "two")),
-    )  # fmt: skip
-    assert judged.counts([mask], [mask]).tolist() == [[[3, 3, 4], [0, 2, 0]]]
+        inputs=np.zeros((1, 3, 16, 16), np.float32), sizes=((4, 4),), spacings=(None,), cases=("a",), truths=(truth,)
+    )
+    assert judged.counts([mask], [mask], 3).tolist() == [[[3, 3, 4], [0, 2, 0]]]
     without = replace(judged, truths=None)
-    assert without.counts([mask], [truth]).tolist() == [[[3, 3, 4], [0, 2, 0]]]
-    assert without.counts([mask], [mask]).tolist() == [[[3, 3, 3], [2, 2, 2]]]
+    assert without.counts([mask], [truth], 3).tolist() == [[[3, 3, 4], [0, 2, 0]]]
+    assert without.counts([mask], [mask], 3).tolist() == [[[3, 3, 3], [2, 2, 2]]]
 
 
 def test_masks_are_at_the_images_own_size(tmp_path):
     data = write_pictures(tmp_path / "data", count=5, size=(40, 24))
-    judged = reference_images(lesions(tmp_path), data).judged
+    checkpoint = lesions(tmp_path)
+    judged = reference_images(checkpoint, data).judged
     assert judged.truths is not None
     logits = np.full((len(judged.inputs), 1, 32, 32), -1, np.float32)
     logits[..., :16] = 1
-    (mask, *_), (truth, *_) = judged.masks(logits), judged.truths
+    (mask, *_), (truth, *_) = judged.masks(logits, checkpoint.preprocessing), judged.truths
     assert mask.shape == truth.shape == (40, 24)
     assert mask[:, :12].all()
     assert not mask[:, 12:].any()

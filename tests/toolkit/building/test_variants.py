@@ -15,11 +15,12 @@ import onnxruntime
 import pytest
 
 from medseg_trt.building import variants
+from medseg_trt.building.contract import Contract
 from medseg_trt.building.proof import Proof
 from medseg_trt.building.reference_images import ReferenceImages, digests, reference_images
 from medseg_trt.bundle import Variant, load_bundle
 from medseg_trt.errors import AccuracyGateError, UsageError
-from medseg_trt.export.calibrate import METHODS
+from medseg_trt.export.calibrate import METHOD
 from medseg_trt.export.gemms import gemms, total_macs
 from medseg_trt.export.groups import groups_of
 from medseg_trt.export.half import to_half
@@ -49,6 +50,11 @@ def images(built) -> ReferenceImages:
 
 
 @pytest.fixture(scope="module")
+def contract(built) -> Contract:
+    return Contract.of(load_checkpoint(built.checkpoint))
+
+
+@pytest.fixture(scope="module")
 def graph(built) -> OnnxGraph:
     """The folded and fused network in float32, as the bundle holds it."""
     return OnnxGraph(model=ir.load(built.bundle / "fp32.onnx"))
@@ -65,7 +71,9 @@ def run(graph: OnnxGraph, folder: Path, batch: np.ndarray) -> np.ndarray:
     return np.asarray(session.run(None, {"pixel_values": batch})[0])
 
 
-def made(graph: OnnxGraph, name: str, images: ReferenceImages, folder: Path) -> tuple[dict[str, Variant], Path]:
+def made(
+    graph: OnnxGraph, name: str, images: ReferenceImages, contract: Contract, folder: Path
+) -> tuple[dict[str, Variant], Path]:
     """Make the variants of one precision, judged by what the float graph answers."""
     folder.mkdir(exist_ok=True)
     truth = run(graph, folder / "float", images.judged.inputs)
@@ -74,8 +82,10 @@ def made(graph: OnnxGraph, name: str, images: ReferenceImages, folder: Path) -> 
         return np.concatenate([truth[(images.judged.inputs == image).all((1, 2, 3))][:1] for image in batch])
 
     (folder / "graphs").mkdir()
-    proof = Proof(reference=reference, images=images, spec=BuildSpec(max_dice_drop=0.05))
-    return variants.make_variants(graph, folder / "graphs", name, {"folded": "as before"}, proof), folder / "graphs"
+    proof = Proof(reference=reference, contract=contract, images=images, spec=BuildSpec(max_dice_drop=0.05))
+    passes, target = {"folded": "as before"}, folder / "graphs"
+    written = variants.make_variants(graph, target, name, passes, contract=contract, outputs="logits", proof=proof)
+    return written, target
 
 
 def constant(graph: OnnxGraph, name: str) -> np.ndarray:
@@ -175,7 +185,7 @@ def test_eight_bits_take_a_third_of_the_space_and_the_flavours_no_second_copy(bu
 def test_the_record_of_the_calibration_names_its_images_and_none_of_them_is_judged(bundle, images):
     for name in ("int8", "vit-int8_block-w8a16_decoder-fp16"):
         record = bundle.content.variants[name].passes["calibration"]
-        assert record["method"] in METHODS
+        assert record["method"] == METHOD
         assert list(record["images"]) == digests(images.calibration)
         assert not set(record["images"]) & set(digests(images.judged.inputs))
         assert not set(record["images"]) & set(digests(images.verified))
@@ -273,10 +283,10 @@ def test_the_plant_changes_nothing_in_float(planted, graph, images, tmp_path):
 
 
 def test_a_layer_that_eight_bits_ruin_goes_back_to_float_and_the_record_says_so(
-    planted, images, tmp_path, in_process, monkeypatch
+    planted, images, contract, tmp_path, in_process, monkeypatch
 ):
     monkeypatch.setattr(variants, "MIN_INT8_SHARE", 0.3)  # in so small an image the last stage is a third of the work
-    found, folder = made(planted, "int8", images, tmp_path)
+    found, folder = made(planted, "int8", images, contract, tmp_path)
     gate = found["int8"].passes["gate"]
     assert gate["kept_float"] == ("decoder.3",)
     assert gate["ranks"][0][0] == "decoder.3"
@@ -289,19 +299,19 @@ def test_a_layer_that_eight_bits_ruin_goes_back_to_float_and_the_record_says_so(
     assert 0.3 <= found["int8"].passes["int8_share"] == pytest.approx(1 - share_of(planted, kept), abs=0.01)
 
 
-def test_where_too_much_would_be_float_the_gate_fails_in_one_line(planted, images, tmp_path, in_process):
+def test_where_too_much_would_be_float_the_gate_fails_in_one_line(planted, images, contract, tmp_path, in_process):
     assert share_of(planted, groups_of(planted)["decoder.3"]) > 0.2  # so that it may not go
     with pytest.raises(AccuracyGateError, match=r"int8 draws other masks than PyTorch: Dice .* Nothing was") as caught:
-        made(planted, "int8", images, tmp_path)
+        made(planted, "int8", images, contract, tmp_path)
     assert caught.value.exit_code == 3
     assert "\n" not in str(caught.value)
     assert list((tmp_path / "graphs").iterdir()) == []
 
 
-def test_what_is_hardly_int8_is_not_called_so(graph, images, tmp_path, in_process, monkeypatch):
+def test_what_is_hardly_int8_is_not_called_so(graph, images, contract, tmp_path, in_process, monkeypatch):
     monkeypatch.setattr(variants, "MIN_INT8_SHARE", 1.0)  # attention multiplies two activations, in float
     with pytest.raises(AccuracyGateError, match="name the parts that shall be: --precision vit=int8"):
-        made(graph, "int8", images, tmp_path)
+        made(graph, "int8", images, contract, tmp_path)
     assert list((tmp_path / "graphs").iterdir()) == []
 
 
@@ -313,8 +323,8 @@ def overflowing(graph, images, tmp_path) -> OnnxGraph:
     return with_large_numbers(graph, images.verified, tmp_path / "inside")
 
 
-def test_numbers_that_float16_cannot_hold_stay_in_float32(overflowing, images, tmp_path, in_process):
-    found, folder = made(overflowing, "fp16", images, tmp_path / "made")
+def test_numbers_that_float16_cannot_hold_stay_in_float32(overflowing, images, contract, tmp_path, in_process):
+    found, folder = made(overflowing, "fp16", images, contract, tmp_path / "made")
     names = {node.name for node in first_and_second(overflowing)}
     recorded = found["fp16"].passes["too_large_for_16_bits"]
     assert {each["gemm"] for each in recorded} == names
@@ -324,10 +334,12 @@ def test_numbers_that_float16_cannot_hold_stay_in_float32(overflowing, images, t
     assert found["fp16"].passes["gate"]["kept_float"] == ()
 
 
-def test_an_overflow_that_onnx_runtime_hides_is_caught(overflowing, images, tmp_path, in_process, monkeypatch):
+def test_an_overflow_that_onnx_runtime_hides_is_caught(
+    overflowing, images, contract, tmp_path, in_process, monkeypatch
+):
     monkeypatch.setattr(variants, "too_large", lambda *_: ())  # were it overlooked
     with pytest.raises(AccuracyGateError, match="not finite: a number is too large for its type"):
-        made(overflowing, "fp16", images, tmp_path / "made")
+        made(overflowing, "fp16", images, contract, tmp_path / "made")
     half = to_half(overflowing, [gemm.name for gemm in gemms(overflowing)])
     save_flavours({"half.onnx": half}, tmp_path, "weights.bin")
     with import_module(BACKENDS["onnxruntime"].module).open_graph(tmp_path / "half.onnx", "fp16", 1, "fp32") as session:
@@ -338,11 +350,11 @@ def test_an_overflow_that_onnx_runtime_hides_is_caught(overflowing, images, tmp_
 # What cannot be built
 
 
-def test_without_images_to_calibrate_on_it_says_what_to_give(graph, images, tmp_path):
+def test_without_images_to_calibrate_on_it_says_what_to_give(graph, images, contract, tmp_path):
     with pytest.raises(UsageError, match=r"needs images to calibrate on .* a train and a val split: --data DIR"):
-        made(graph, "vit=int8", replace(images, calibration=None), tmp_path)
+        made(graph, "vit=int8", replace(images, calibration=None), contract, tmp_path)
 
 
-def test_a_part_that_does_not_exist_lists_the_known_ones(graph, images, tmp_path):
+def test_a_part_that_does_not_exist_lists_the_known_ones(graph, images, contract, tmp_path):
     with pytest.raises(UsageError, match="resnet, vit, block, decoder"):
-        made(graph, "encoder=int8", images, tmp_path)
+        made(graph, "encoder=int8", images, contract, tmp_path)

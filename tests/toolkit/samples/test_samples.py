@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -171,6 +172,26 @@ def test_modules_for_pip_go_before_what_is_there(tmp_path, monkeypatch):
     monkeypatch.delenv("PYTHONPATH")
     samples.run_pip(["download"], "generated", None)
     assert seen == [f"{tmp_path}{os.pathsep}old", None]
+
+
+@pytest.mark.parametrize("level", [logging.INFO, logging.DEBUG])
+def test_pip_is_heard_only_where_details_are_wanted(monkeypatch, capfd, tmp_path, level):
+    pip = tmp_path / "pip"
+    pip.mkdir()
+    (pip / "__init__.py").touch()
+    words = "import sys; print('Collecting generated'); print('WARNING: another folder', file=sys.stderr)"
+    (pip / "__main__.py").write_text(words)
+    logger, handler = logging.getLogger("medseg_trt"), logging.StreamHandler()
+    monkeypatch.setattr(logger, "handlers", [handler])
+    monkeypatch.setattr(logger, "level", level)
+    logger.manager._clear_cache()  # pyright: ignore[reportAttributeAccessIssue]  # of levels that were asked for before
+    samples.run_pip(["download"], "generated", tmp_path)
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    if level == logging.DEBUG:
+        assert {"Collecting generated", "WARNING: another folder"} <= set(shown.err.splitlines())
+    else:
+        assert shown.err == ""
 
 
 def test_pip_is_asked_for_where_it_is_missing(sample, monkeypatch):

@@ -1,0 +1,1 @@
+../../toolkit/graph_interface.py

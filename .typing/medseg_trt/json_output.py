@@ -1,0 +1,1 @@
+../../toolkit/json_output.py

@@ -1,0 +1,67 @@
+"""Each stored result names the script that made it, and what the build machinery names exists."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+BY_BENCH = "organs-demo"  # a report of ``medseg-trt bench``
+RESULTS = sorted(path for path in (BENCHMARKS / "results").glob("*.json") if path.stem != BY_BENCH)
+WRITES = (r'publish\("{name}"', r'"{name}\.json"')
+PRINTING = """
+import os, subprocess, sys
+sys.path.insert(0, {benchmarks!r})
+from results_file import options, publish
+
+chosen = options("").parse_args(["-o", {folder!r}, *sys.argv[1:]])
+print("a progress bar")
+os.write(1, b"a library\\n")
+subprocess.run([sys.executable, "-c", "print('a child')"], check=True)
+publish("printed", {{"rows": []}}, lambda _: "page", chosen)
+"""
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_a_stored_result_names_the_script_that_writes_it(path):
+    script = ROOT / json.loads(path.read_text(encoding="utf-8"))["script"]
+    text = script.read_text(encoding="utf-8")
+    assert any(re.search(pattern.format(name=path.stem), text) for pattern in WRITES)
+
+
+def test_every_table_says_a_command_whose_script_exists_and_writes_its_result():
+    code = "import json, readme_tables; print(json.dumps({n: t.command for n, t in readme_tables.TABLES.items()}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=BENCHMARKS, capture_output=True, text=True, check=True)
+    for name, command in json.loads(done.stdout).items():
+        if name != BY_BENCH:
+            script = ROOT / command.split()[1]
+            assert f'publish("{name}"' in script.read_text(encoding="utf-8")
+
+
+def test_every_file_that_a_cache_key_hashes_exists():
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    patterns = re.findall(r"hashFiles\('([^']+)'\)", workflow)
+    assert patterns
+    for pattern in patterns:
+        assert list(ROOT.glob(pattern)), pattern
+
+
+def run(tmp_path: Path, *further: str) -> subprocess.CompletedProcess[str]:
+    program = tmp_path / "printed.py"
+    program.write_text(PRINTING.format(benchmarks=str(BENCHMARKS), folder=str(tmp_path)), encoding="utf-8")
+    return subprocess.run([sys.executable, str(program), *further], capture_output=True, text=True, check=True)
+
+
+def test_json_is_one_object_and_nothing_else_whoever_prints(tmp_path):
+    done = run(tmp_path, "--json")
+    assert json.loads(done.stdout)["script"] == "benchmarks/printed.py"
+    assert {"a progress bar", "a library", "a child"} <= set(done.stderr.splitlines())
+    assert json.loads((tmp_path / "printed.json").read_text(encoding="utf-8")) == json.loads(done.stdout)
+
+
+def test_without_json_the_page_is_printed(tmp_path):
+    assert "page" in run(tmp_path).stdout.splitlines()

@@ -1,0 +1,170 @@
+"""The inputs and outputs of a bundle's graphs: what they must be for a network, and what an ONNX file says they are.
+
+A graph that makes masks depends on the preprocessing contract: one of a fixed pixel spacing takes ``resampled_size``
+as well. A graph of another contract runs without an error and labels the wrong pixels, so files and manifest are
+compared before a graph is used. The reader needs no package: inference works without ``onnx``.
+Source: ONNX, ``onnx.proto`` (``ModelProto``); Protocol Buffers, "Encoding".
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int64
+from numpy import ndarray
+
+from medseg_trt.errors import ArtefactError
+from medseg_trt.spec import ModelSpec, Preprocessing
+
+INPUT, OUTPUT = "pixel_values", "logits"  # float32 (batch, 3, height, width) -> float32 (batch, classes, height, width)
+SIZE, MASK = "source_size", "mask"  # int64 (2,): height and width in pixels -> uint8 (batch, height, width)
+RESAMPLED = "resampled_size"  # int64 (2,): the same at the network's spacing, ``preprocess.resampled_size``
+CHANNELS = 3
+MAX_GRAPH_BYTES = 1 << 28  # without weights, which have a file of their own; ViT-B's graph has 2^20
+VARINT, EIGHT_BYTES, DELIMITED, FOUR_BYTES = 0, 1, 2, 5  # wire types of a protobuf
+MODEL_GRAPH, GRAPH_INPUT, GRAPH_OUTPUT, VALUE_NAME, VALUE_TYPE = 7, 11, 12, 1, 2  # field numbers of onnx.proto
+TYPE_TENSOR, TENSOR_SHAPE, SHAPE_DIM, DIM_VALUE = 1, 2, 1, 1
+
+Axes = tuple[int | None, ...]  # None: the axis is free
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GraphInterface:
+    """The inputs and outputs of a graph by name, with their axes."""
+
+    inputs: Mapping[str, Axes]
+    outputs: Mapping[str, Axes]
+
+
+def required_interface(model: ModelSpec, preprocessing: Preprocessing, outputs: str) -> GraphInterface:
+    """Return what the graphs of a network take and give.
+
+    Args:
+        model: the network.
+        preprocessing: its contract.
+        outputs: ``BuildSpec.outputs``: logits, or mask.
+    """
+    inputs: dict[str, Axes] = {INPUT: (None, CHANNELS, *model.image_size)}
+    results: dict[str, Axes] = {OUTPUT: (None, model.num_classes, *model.image_size)}
+    if outputs == "mask":
+        results[MASK] = (None, None, None)
+        inputs[SIZE] = (2,)
+        if preprocessing.spacing_mm is not None:
+            inputs[RESAMPLED] = (2,)
+    return GraphInterface(inputs=inputs, outputs=results)
+
+
+def require_interface(path: Path, required: GraphInterface) -> None:
+    """Refuse an ONNX file whose inputs and outputs are not the required ones.
+
+    Raises:
+        ArtefactError: they are not, or it is no ONNX file.
+    """
+    found = read_interface(path)
+    if found != required:
+        raise ArtefactError(
+            f"{path} does not match its manifest: it takes {_words(found.inputs)} and gives {_words(found.outputs)}, "
+            f"but the manifest's preprocessing needs {_words(required.inputs)} and {_words(required.outputs)}, so its "
+            "masks would be wrong. Build the bundle again: medseg-trt build --ckpt model.pt"
+        )
+
+
+def read_interface(path: Path) -> GraphInterface:
+    """Read the inputs and outputs of an ONNX file.
+
+    Raises:
+        ArtefactError: it is no ONNX file.
+    """
+    if path.stat().st_size > MAX_GRAPH_BYTES:
+        raise ArtefactError(f"{path} is larger than {MAX_GRAPH_BYTES >> 20} MiB; no graph of a bundle is")
+    try:
+        graph = _only(memoryview(path.read_bytes()), MODEL_GRAPH)
+        inputs, outputs = (
+            dict(_value(value) for value in _messages(graph, number)) for number in (GRAPH_INPUT, GRAPH_OUTPUT)
+        )
+    except (ValueError, IndexError) as error:
+        raise ArtefactError(f"{path} is no ONNX file, or is damaged: {error}") from error
+    return GraphInterface(inputs=inputs, outputs=outputs)
+
+
+def size_inputs(
+    names: Sequence[str], size: Sequence[int], resampled: Sequence[int]
+) -> dict[str, Int64[ndarray, " axes"]]:
+    """Return what a graph that makes masks is given beside the images.
+
+    Args:
+        names: of the graph's inputs, without the images.
+        size: height and width of the source images in pixels.
+        resampled: the same at the network's pixel spacing, ``preprocess.resampled_size``.
+
+    Raises:
+        ArtefactError: the graph has an input that is neither.
+    """
+    known = {SIZE: size, RESAMPLED: resampled}
+    if unknown := [name for name in names if name not in known]:
+        raise ArtefactError(
+            f"the graph takes {', '.join(unknown)}, which no bundle of this version has; build the bundle again: "
+            "medseg-trt build --ckpt model.pt"
+        )
+    return {name: np.array(known[name], np.int64) for name in names}
+
+
+def _words(values: Mapping[str, Axes]) -> str:
+    return ", ".join(
+        f"{name} ({', '.join('free' if axis is None else str(axis) for axis in axes)})" for name, axes in values.items()
+    )
+
+
+def _value(message: memoryview) -> tuple[str, Axes]:
+    name = bytes(_only(message, VALUE_NAME)).decode()
+    shape = _only(_only(_only(message, VALUE_TYPE), TYPE_TENSOR), TENSOR_SHAPE)
+    return name, tuple(_axis(dimension) for dimension in _messages(shape, SHAPE_DIM))
+
+
+def _axis(dimension: memoryview) -> int | None:
+    return next((int(value) for number, value in _fields(dimension) if number == DIM_VALUE), None)  # pyright: ignore[reportArgumentType]  # a varint
+
+
+def _only(message: memoryview, number: int) -> memoryview:
+    messages = list(_messages(message, number))
+    if len(messages) != 1:
+        raise ValueError(f"field {number} occurs {len(messages)} times, not once")
+    return messages[0]
+
+
+def _messages(message: memoryview, number: int) -> Iterator[memoryview]:
+    return (value for found, value in _fields(message) if found == number and isinstance(value, memoryview))
+
+
+def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """Yield the number and the value of every field of a protobuf message."""
+    position = 0
+    while position < len(message):
+        key, position = _varint(message, position)
+        number, wire_type = key >> 3, key & 7
+        if wire_type == VARINT:
+            value, position = _varint(message, position)
+            yield number, value
+            continue
+        if wire_type == DELIMITED:
+            length, position = _varint(message, position)
+        elif wire_type in (EIGHT_BYTES, FOUR_BYTES):
+            length = 8 if wire_type == EIGHT_BYTES else 4
+        else:
+            raise ValueError(f"wire type {wire_type} is unknown")
+        if position + length > len(message):
+            raise ValueError("a field ends beyond the end of the file")
+        yield number, message[position : position + length]
+        position += length
+
+
+def _varint(message: memoryview, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = message[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+        shift += 7

@@ -1,0 +1,57 @@
+"""Keep stdout for one JSON object: with ``--json`` a program that reads it must find nothing else there.
+
+Back-ends and their progress bars write to stdout from C++ and from child processes, so the file descriptor itself is
+led to stderr while a command works.
+"""
+
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from typing import Any, TextIO
+
+STDOUT, STDERR = 1, 2
+
+
+class JsonOutput:
+    """Prints the one object of a command on its real stdout."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def print(self, result: Mapping[str, Any]) -> None:
+        """Print the object."""
+        self._stream.write(json.dumps(result, indent=2) + "\n")
+        self._stream.flush()
+
+
+@contextmanager
+def only_json() -> Iterator[JsonOutput]:
+    """Lead everything that is written to stdout to stderr, but for the object that the result prints."""
+    python_stdout = sys.stdout
+    python_stdout.flush()
+    try:
+        saved = os.dup(STDOUT)
+    except OSError:  # it is closed, so nobody reads it
+        with redirect_stdout(sys.stderr):
+            yield JsonOutput(python_stdout)
+        return
+    try:
+        os.dup2(STDERR, STDOUT)
+        stream = os.fdopen(os.dup(saved), "w", encoding="utf-8") if _is_descriptor(python_stdout) else python_stdout
+        with redirect_stdout(sys.stderr):
+            yield JsonOutput(stream)
+    finally:
+        sys.stdout.flush()
+        os.dup2(saved, STDOUT)
+        os.close(saved)
+
+
+def _is_descriptor(stream: TextIO) -> bool:
+    """Say whether a stream writes to the descriptor 1, and is not one that a test put in its place."""
+    try:
+        return stream.fileno() == STDOUT
+    except (OSError, io.UnsupportedOperation, AttributeError):
+        return False
