@@ -6,15 +6,15 @@ one channel is repeated to three. Padding is the window's lower end.
 Error bound, with u = 2**-24, float32's unit roundoff, for a pixel that n weights (rows and columns together) make:
 
 1. A pixel's distance from the window's lower end is one difference: u.
-2. A row's sum adds non-negative terms x_k with the rounding error e_(k-1) of the addition before: ``term_k = fma(weight,
-   value, e_(k-1))``, which rounds once, by at most u (x_k + |e_(k-1)|); TwoSum returns s_k and e_k with s_k + e_k =
-   s_(k-1) + term_k exactly and |e_k| <= u s_k. The e_k cancel from term to term, so that s_n differs from the sum by
-   e_n and the roundings of the terms: at most 2 u + n u**2 of it.
+2. A row's sum adds non-negative terms x_k, and to each the rounding error e_(k-1) of the addition before it:
+   ``term_k = fma(weight, value, e_(k-1))`` rounds once, by at most u (x_k + |e_(k-1)|). TwoSum returns s_k and e_k with
+   s_k + e_k = s_(k-1) + term_k exactly, and |e_k| <= u s_k. The e_k cancel from term to term, so that s_n differs from
+   the sum by e_n and by the roundings of the terms: at most 2 u + n u**2 of it.
 3. The sum of the rows' sums, likewise: 2 u + n u**2.
 4. The weights are whole numbers, and so is their total, which is rounded once to float32: u. The quotient: u.
 
-Together ``ROUNDINGS`` u = 7 u of the mean, and so of its product with the scale, whatever n is. That product and the bias
-are added in one fused operation, whose rounding is half an ulp of the result; to float16 it is rounded once more.
+Together ``ROUNDINGS`` u = 7 u of the mean, and so of its product with the scale, whatever n is. That product and the
+bias are added in one fused operation, whose rounding is half an ulp of the result; to float16 it is rounded once more.
 Sources: Knuth, TAOCP 2, 4.2.2, theorem B, for TwoSum; Higham 2002, "Accuracy and Stability", §4.3.
 """
 

@@ -78,7 +78,7 @@ def test_the_error_does_not_grow_with_the_number_of_weights(builder):
     for one, launch in zip(outputs, CASES, strict=True):
         expected = KERNEL.reference(FLOAT32, launch.inputs, launch.scalars)["tensor"]
         error, ulp = distance(one["tensor"], expected, "float32", of="output")
-        # Mean and bias are 0 and 1 here, so that the result is the mean: 7 roundings of up to 1 ulp each, and half of one.
+        # The bias is 0 here, so that the result is the product: 7 roundings of up to 1 ulp each, and half of one.
         assert (error / ulp).max() <= 7.5
 
 
