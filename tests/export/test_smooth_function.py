@@ -211,9 +211,12 @@ OTHER_GRAPHS: Mapping[str, tuple[str, Mapping[str, tuple[int, ...]], list[str]]]
     ),
 }
 INTEGERS = {
-    "starts": np.array([0]), "ends": np.array([2]), "axes": np.array([1]),
-    "two_axes": np.array([CHANNELS, CHANNELS]), "first_axis": np.array([0]),
-}  # fmt: skip
+    "starts": np.array([0]),
+    "ends": np.array([2]),
+    "axes": np.array([1]),
+    "two_axes": np.array([CHANNELS, CHANNELS]),
+    "first_axis": np.array([0]),
+}
 
 
 @pytest.mark.parametrize("name", OTHER_GRAPHS)
