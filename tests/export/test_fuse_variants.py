@@ -36,15 +36,13 @@ CONSTANTS: Mapping[str, np.ndarray] = {
     "half": np.array([WIDTH // 2]),
     "whole": np.array([WIDTH]),
     "last": np.array([-1]),
-    "middle": np.array([1]),
-    "first": np.array([0]),
     "step": np.array([1]),
     "backwards": np.array([-1]),
     "all": np.array([10**6]),
     "minus_half": np.array([-(WIDTH // 2)]),
     "third": np.array([3]),
-    "uneven": np.array([3, 5]),
-    "end": np.array([-(10**6)]),
+    "fifth": np.array([5]),
+    "seventh": np.array([7]),
 }
 ROWS = f"float[{BATCH},{TOKENS},{WIDTH}]"
 
@@ -104,6 +102,8 @@ NORMS: Mapping[str, Case] = {  # the number of norms on their own
     "the epsilon that ONNX means": (text(f"{ROWS} x", norm_of("x", attributes="axis = -1")), 1),
     "another axis": (text(f"{ROWS} x", norm_of("x", "of_tokens", "axis = 1")), 0),
     "another axis counted from the end": (text(f"{ROWS} x", norm_of("x", "of_tokens", "axis = -2")), 0),
+    "two axes with one scale a column": (text(f"{ROWS} x", norm_of("x", "weight", "axis = -2")), 0),
+    "all axes but the first with one scale a column": (text(f"{ROWS} x", norm_of("x", "weight", "axis = 1")), 0),
     "a scale for every token": (text(f"{ROWS} x", norm_of("x", "of_tokens")), 0),
     "one scale for all columns": (text(f"{ROWS} x", norm_of("x", "single")), 0),
     "a scale that is computed": (text(f"{ROWS} x", f"scale = Neg (weight) {norm_of('x', 'scale')}"), 0),
@@ -174,19 +174,32 @@ SWIGLUS: Mapping[str, Case] = {
         text("float[2,3,12] x", f"gate, up, rest = Split <axis = -1, num_outputs = 3> (x) {SILU} y = Mul (silu, up)"),
         0,
     ),
+    "a gap between the halves": (
+        text(
+            f"{ROWS} x",
+            f"gate = Slice (x, zero, third, last) up = Slice (x, fifth, whole, last) {SILU} y = Mul (silu, up)",
+        ),
+        0,
+    ),
     "halves that overlap": (
         text(
             f"{ROWS} x",
-            f"gate = Slice (x, zero, half, last) up = Slice (x, third, whole, last) "
-            f"short = Slice (up, step, all, last) {SILU} y = Mul (silu, short)",
+            f"gate = Slice (x, zero, half, last) up = Slice (x, third, seventh, last) {SILU} y = Mul (silu, up)",
+        ),
+        0,
+    ),
+    "every other column": (
+        text(
+            f"{ROWS} x",
+            f"gate = Slice (x, zero, whole, last, two) up = Slice (x, half, whole, last) {SILU} y = Mul (silu, up)",
         ),
         0,
     ),
     "columns backwards": (
         text(
             f"{ROWS} x",
-            f"gate = Slice (x, zero, half, last) behind = Slice (x, half, whole, last) "
-            f"up = Slice (behind, last, end, last, backwards) {SILU} y = Mul (silu, up)",
+            f"gate = Slice (x, zero, half, last) up = Slice (x, last, third, last, backwards) {SILU} "
+            "y = Mul (silu, up)",
         ),
         0,
     ),
@@ -258,7 +271,7 @@ def test_a_norm_takes_a_sum_of_two_equal_shapes_and_no_other(name):
 @pytest.mark.parametrize("name", NORMS)
 def test_a_norm_is_of_the_last_axis_with_one_scale_a_column(name):
     source, fused = NORMS[name]
-    counts = fused_counts(source, CONSTANTS, by_reference="of_tokens" in source or "single" in source)
+    counts = fused_counts(source, CONSTANTS, by_reference="of_tokens" in source or "axis = 1" in source)
     assert (counts["rms_norms"], counts["add_rms_norms"]) == (fused, 0)
 
 
