@@ -26,7 +26,7 @@ from medseg_trt.kernels.kernel import (
     rounded,
 )
 
-# Relative, of float32, in rows of up to 8192. In a sum of squares, each passes 22 roundings of 2**-24: 8 in its chain, 2
+# Relative, of float32, in rows of up to 8192. A square passes 22 roundings of 2**-24 in the sum: 8 in its chain, 2
 # between chains, 5 in the warp, 7 between warps. The mean and epsilon add 2; the root halves all, and 3 follow: root,
 # reciprocal and product. That is 15 * 2**-24, and this 16. 4e-7 is the most that was measured, see README.md.
 QUOTIENT_ERROR = 2.0**-20
