@@ -16,6 +16,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from medseg_trt.export.functions import attach, call, check_functions
 from medseg_trt.export.trace import OnnxGraph
+from medseg_trt.export.weight_only import add_constant
 
 HEADS_FIRST = [0, 2, 1, 3]  # (batch, tokens, heads, head_dim) -> (batch, heads, tokens, head_dim)
 
@@ -33,6 +34,7 @@ def fuse(graph: OnnxGraph) -> tuple[OnnxGraph, dict[str, int]]:
     model = graph.model.clone()
     counts = {name: rule(model.graph) for name, rule in RULES.items()}
     RemoveUnusedNodesPass()(model)
+    model.graph.sort()  # a node that makes several values stands where the last of them stood
     attach(model)
     check_functions(model)
     return OnnxGraph(model=model), counts
@@ -43,8 +45,8 @@ def fuse_add_rms_norm(graph: ir.Graph) -> int:
     count = 0
     for norm in list(_rms_norms(graph)):
         total = norm.x.producer()
-        if total is None or total.op_type != "Add" or not _is_residual_sum(total):
-            continue
+        if total is None or total.graph is None or total.op_type != "Add" or not _is_residual_sum(total):
+            continue  # without a graph: another norm of the same sum has replaced it
         inputs = [*total.inputs, _weight(graph, norm)]
         node = call("AddRMSNorm", inputs, [norm.y, norm.x], {"epsilon": norm.epsilon}, norm.nodes[0])
         _replace(graph, total, [total, *norm.nodes], node, [norm.y, norm.x])
@@ -69,15 +71,14 @@ def fuse_rotary(graph: ir.Graph) -> int:
         turned = [_rotation(query), _rotation(key)]
         if turned[0] is None or turned[1] is None:
             continue
-        heads = [_heads(turned[0].heads), _heads(turned[1].heads), _heads(value)]
-        if heads[0] is None or heads[1] is None or heads[2] is None:
+        heads = [each for each in map(_heads, (turned[0].heads, turned[1].heads, value)) if each is not None]
+        if len(heads) < 3 or heads[1].number != heads[2].number or len({each.head_dim for each in heads}) > 1:
             continue
-        columns = [_columns(each.columns) for each in heads if each is not None]
+        columns = [_columns(each.columns) for each in heads]
         cos, sin = (_half_table(turned[0].cos, turned[1].cos), _half_table(turned[0].sin, turned[1].sin))
-        if not _side_by_side(columns) or cos is None or sin is None or heads[1].number != heads[2].number:
+        if not _side_by_side(columns) or cos is None or sin is None:
             continue
-        name = query.name
-        tables = [_constant(graph, f"{name}_{kind}", table) for kind, table in (("cos", cos), ("sin", sin))]
+        tables = [add_constant(graph, f"{query.name}_{kind}", table) for kind, table in (("cos", cos), ("sin", sin))]
         attributes = {"num_heads": heads[0].number, "num_kv_heads": heads[1].number, "interleaved": 0}
         producer = query.producer()
         assert producer is not None  # _rotation looked at it
@@ -139,6 +140,7 @@ class _Rotation:
 class _Heads:
     columns: ir.Value
     number: int
+    head_dim: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -175,7 +177,7 @@ def _weight(graph: ir.Graph, norm: _Norm) -> ir.Value:
     if norm.weight is not None:
         return norm.weight
     assert norm.x.dtype is not None  # ``check`` asks for it
-    return _constant(graph, f"{norm.y.name}_ones", np.ones(_width(norm.x) or 0, norm.x.dtype.numpy()))
+    return add_constant(graph, f"{norm.y.name}_ones", np.ones(_width(norm.x) or 0, norm.x.dtype.numpy()))
 
 
 def _scaled(value: ir.Value, width: int) -> tuple[ir.Node | None, ir.Value | None]:
@@ -189,9 +191,13 @@ def _scaled(value: ir.Value, width: int) -> tuple[ir.Node | None, ir.Value | Non
 
 
 def _is_residual_sum(node: ir.Node) -> bool:
-    first, second = (_input(node, index) for index in range(2))
-    constant = first.const_value is not None or second.const_value is not None
-    return not constant and first.shape is not None and first.shape == second.shape
+    shapes = [_known_shape(_input(node, index)) for index in range(2) if _input(node, index).const_value is None]
+    return len(shapes) == 2 and shapes[0] is not None and shapes[0] == shapes[1]
+
+
+def _known_shape(value: ir.Value) -> list[int | ir.SymbolicDim] | None:
+    """Return a shape; None where a size has neither a number nor a name, so that it may be any."""
+    return None if value.shape is None or value.shape.has_unknown_dim() else list(value.shape)
 
 
 def _is_one(value: ir.Value) -> bool:
@@ -220,11 +226,11 @@ def _rotation(value: ir.Value) -> _Rotation | None:
 
 
 def _times_table(value: ir.Value) -> tuple[ir.Value | None, np.ndarray | None]:
-    """Return the two factors of a product with a constant table (tokens, head_dim)."""
+    """Return the two factors of a product with a constant table (tokens, head_dim), one row for every token."""
     node = value.producer()
     if node is not None and node.op_type == "Mul":
         for factor, table in _both_orders(node):
-            if table.const_value is not None and len(table.const_value.shape) == 2:
+            if table.const_value is not None and list(table.const_value.shape) == (_known_shape(factor) or [])[2:]:
                 return factor, table.const_value.numpy()
     return None, None
 
@@ -244,7 +250,7 @@ def _crossed_halves(value: ir.Value) -> tuple[_Columns | None, _Columns | None]:
 
 def _half_table(for_query: np.ndarray, for_key: np.ndarray) -> np.ndarray | None:
     """Return the first half of a table (tokens, head_dim) that serves query and key and whose halves are the same."""
-    first, second = np.split(for_query, 2, axis=-1)
+    first, second = np.array_split(for_query, 2, axis=-1)
     same = np.array_equal(for_query, for_key) and np.array_equal(first, second)
     return np.ascontiguousarray(first) if same else None
 
@@ -257,10 +263,11 @@ def _heads(value: ir.Value) -> _Heads | None:
     split = _input(node, 0).producer()
     if split is None or split.op_type != "Reshape" or value.shape is None:
         return None
-    columns, number, head_dim = _input(split, 0), value.shape[1], value.shape[3]
-    if not isinstance(number, int) or not isinstance(head_dim, int) or _width(columns) != number * head_dim:
+    batch, number, tokens, head_dim = value.shape
+    if not isinstance(number, int) or not isinstance(head_dim, int):
         return None
-    return _Heads(columns=columns, number=number)
+    divided = _known_shape(_input(split, 0)) == [batch, tokens, number * head_dim]  # columns, and nothing else
+    return _Heads(columns=_input(split, 0), number=number, head_dim=head_dim) if divided else None
 
 
 def _silu(value: ir.Value) -> ir.Value | None:
@@ -320,12 +327,6 @@ def _input(node: ir.Node, index: int) -> ir.Value:
 def _width(value: ir.Value) -> int | None:
     last = value.shape[-1] if value.shape is not None and len(value.shape) else None
     return last if isinstance(last, int) else None
-
-
-def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    value = ir.val(name, const_value=ir.tensor(array, name=name))
-    graph.register_initializer(value)
-    return value
 
 
 def _replace(graph: ir.Graph, place: ir.Node, old: list[ir.Node], new: ir.Node, values: list[ir.Value]) -> None:

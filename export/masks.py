@@ -55,7 +55,8 @@ def with_masks(graph: OnnxGraph, preprocessing: Preprocessing) -> OnnxGraph:
                        [batch, 1, "height", "width"])  # fmt: skip
         labels = append("Squeeze", [above, append.constant("classes_axis", [1])], ir.DataType.BOOL, labels_shape)
     else:
-        labels = append("ArgMax", [resized], ir.DataType.INT64, labels_shape, axis=1, keepdims=0)
+        # The first of equal logits, as in ``preprocess.labels_of``.
+        labels = append("ArgMax", [resized], ir.DataType.INT64, labels_shape, axis=1, keepdims=0, select_last_index=0)
     mask = append("Cast", [labels], ir.DataType.UINT8, labels_shape, to=int(ir.DataType.UINT8))
     if placed is not None:
         background = append.constant("background", np.uint8(0))

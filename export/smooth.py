@@ -91,10 +91,10 @@ def smoothable(graph: OnnxGraph, names: Collection[str]) -> tuple[str, ...]:
 
 def _places(graph: OnnxGraph, names: Collection[str]) -> Iterator[_Place]:
     readers = dict[str, list[Gemm]]()
-    for gemm in gemms(graph):
-        if gemm.name in names:
-            readers.setdefault(gemm.activation, []).append(gemm)
     nodes = {node.name: node for node in graph.model.graph}
+    for gemm in gemms(graph):
+        if gemm.name in names and not nodes[gemm.name].attributes.get_int("transA", 0):  # channels are its last axis
+            readers.setdefault(gemm.activation, []).append(gemm)
     for value in [value for node in graph.model.graph for value in node.outputs]:
         found = tuple(readers.get(str(value.name), ()))
         if not found or len(value.uses()) != len(found) or value.is_graph_output():
@@ -109,16 +109,14 @@ def _makers(value: ir.Value, reader: Gemm) -> tuple[_Constant, ...]:
     node, channels = value.producer(), reader.weight_shape[reader.input_axis]
     while node is not None and node.op_type == "Relu":
         value = _input(node, 0)
-        node = value.producer() if len(value.uses()) == 1 else None
-    if node is None or value is not node.outputs[0]:
+        node = value.producer() if _has_one_reader(value) else None
+    if node is None or value is not node.outputs[0] or (node.op_type in CHANNELS_FIRST) != (reader.op_type == "Conv"):
         return ()
     if node.op_type == "SwiGLU":
         return _upper_half(_input(node, 0), channels)
-    if (node.op_type in CHANNELS_FIRST) != (reader.op_type == "Conv"):
-        return ()
     indices = [index for index in MAKERS.get(node.op_type, ()) if index < len(node.inputs) and node.inputs[index]]
-    constants = [node.inputs[index] for index in indices]
-    if all(value is not None and value.is_initializer() and _length(value) == channels for value in constants):
+    ranks = {index: 4 if node.op_type == "Conv" and index == 1 else 1 for index in indices}
+    if all(_is_constant(_input(node, index), channels, rank) for index, rank in ranks.items()):
         return tuple(_Constant(node=node, index=index) for index in indices)
     return ()
 
@@ -126,9 +124,21 @@ def _makers(value: ir.Value, reader: Gemm) -> tuple[_Constant, ...]:
 def _upper_half(gate_up: ir.Value, channels: int) -> tuple[_Constant, ...]:
     """Return the columns of the matrix that make the factor of SwiGLU which no sigmoid bends."""
     node = gate_up.producer()
-    if node is None or node.op_type != "MatMul" or len(gate_up.uses()) != 1 or not _input(node, 1).is_initializer():
+    if node is None or node.op_type != "MatMul" or not _has_one_reader(gate_up) or not _input(node, 1).is_initializer():
+        return ()
+    if _shape(_input(node, 1))[1:] != (2 * channels,):
         return ()
     return (_Constant(node=node, index=1, axis=1, start=channels),)
+
+
+def _has_one_reader(value: ir.Value) -> bool:
+    """Tell whether one input of one node is all that would see a change of a value; a graph's output is seen too."""
+    return len(value.uses()) == 1 and not value.is_graph_output()
+
+
+def _is_constant(value: ir.Value, channels: int, rank: int) -> bool:
+    """Tell whether the entries of a constant along its first axis are the channels."""
+    return value.is_initializer() and len(_shape(value)) == rank and _shape(value)[0] == channels
 
 
 def _samples(
@@ -222,9 +232,9 @@ def _numpy(constant: _Constant) -> ndarray:
     return value.const_value.numpy()
 
 
-def _length(value: ir.Value) -> int:
+def _shape(value: ir.Value) -> tuple[int, ...]:
     assert value.shape is not None
-    return value.shape.numpy()[0]
+    return tuple(value.shape.numpy())
 
 
 def _input(node: ir.Node, index: int) -> ir.Value:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float32
 from numpy import ndarray
 
+from medseg_trt import preprocess
 from medseg_trt.errors import AccuracyGateError
 from medseg_trt.segment import Run
 
@@ -100,8 +101,8 @@ def run_in_batches(run: Run, inputs: Inputs, size: int) -> Logits:
 
 
 def labels_of(logits: Logits) -> ndarray:
-    """Return the label of every pixel of the network's own image."""
-    return logits[:, 0] > 0 if logits.shape[1] == 1 else logits.argmax(1)
+    """Return the label of every pixel of the network's own image, see ``preprocess.labels_of``."""
+    return np.stack([preprocess.labels_of(image) for image in logits])
 
 
 def _row_errors(run: Run, batch: Inputs) -> Iterator[float]:

@@ -8,7 +8,8 @@
 // Weights are whole numbers, exact at any size: in units of 1 / (2 · resampled) source pixels, target pixel i lies at
 // (2i + 1) · source and source pixel p at (2p + 1) · resampled; the weight of p is what their distance leaves of
 // `reach`, half the triangle's width. What rounds is the weighted sum, its division by the weights' sum, and the
-// normalisation. -D SCALAR=__half | float, ENTRY=name. Not timed on any card yet.
+// normalisation. Sums are compensated, so that their error does not grow with the number of weights; image_to_tensor.py
+// derives the bound. -D SCALAR=__half | float, ENTRY=name. Not timed on any card yet.
 #include <cuda_fp16.h>
 
 constexpr int STRIP = 16;                        // pixels of a thread
@@ -35,6 +36,26 @@ struct Taps {                                    // source pixels first … last
 
     __device__ int weight(const Axis& axis, int p) const {
         return axis.reach - abs((2 * p + 1) * axis.resampled - centre);
+    }
+
+    __device__ int total_weight(const Axis& axis) const {  // at most 2^29 for axes of 16384 pixels
+        int total = 0;
+        for (int p = first; p <= last; ++p) total += weight(axis, p);
+        return total;
+    }
+};
+
+// A sum that is as exact as if it were rounded twice: each addition's rounding error, which Knuth's TwoSum gives
+// exactly, is added to the next term.
+struct Sum {
+    float rounded = 0.0f, error = 0.0f;
+
+    __device__ void add(float weight, float value) {
+        const float term = __fmaf_rn(weight, value, error);
+        const float next = __fadd_rn(rounded, term);
+        const float added = __fsub_rn(next, rounded);
+        error = __fadd_rn(__fsub_rn(rounded, __fsub_rn(next, added)), __fsub_rn(term, added));
+        rounded = next;
     }
 };
 
@@ -86,31 +107,26 @@ __device__ void sample(
     float (&values)[CHANNELS]
 ) {
     const Taps y_taps(rows, y), x_taps(columns, x);
-    float sums[CHANNELS] = {};
-    float total = 0.0f;
+    Sum sums[CHANNELS];
     for (int p = y_taps.first; p <= y_taps.last; ++p) {
         const unsigned char* row = picture.pixels + static_cast<size_t>(p) * picture.row_stride;
-        float row_sums[CHANNELS] = {};
-        int row_total = 0;
+        Sum row_sums[CHANNELS];
         for (int q = x_taps.first; q <= x_taps.last; ++q) {
             const unsigned char* pixel = row + static_cast<size_t>(q) * picture.pixel_stride;
-            const int weight = x_taps.weight(columns, q);
-            row_total += weight;
+            const float weight = static_cast<float>(x_taps.weight(columns, q));
 #pragma unroll
             for (int c = 0; c < CHANNELS; ++c) {
-                if (c < picture.channels) {
-                    row_sums[c] = __fmaf_rn(static_cast<float>(weight), normalization.above_low(pixel[c]), row_sums[c]);
-                }
+                if (c < picture.channels) row_sums[c].add(weight, normalization.above_low(pixel[c]));
             }
         }
         const float weight = static_cast<float>(y_taps.weight(rows, p));
-        total = __fmaf_rn(weight, static_cast<float>(row_total), total);
 #pragma unroll
-        for (int c = 0; c < CHANNELS; ++c) sums[c] = __fmaf_rn(weight, row_sums[c], sums[c]);
+        for (int c = 0; c < CHANNELS; ++c) sums[c].add(weight, row_sums[c].rounded);
     }
-    const float inverse = 1.0f / total;
+    const long long total = static_cast<long long>(y_taps.total_weight(rows)) * x_taps.total_weight(columns);
+    const float divisor = __ll2float_rn(total);
 #pragma unroll
-    for (int c = 0; c < CHANNELS; ++c) values[c] = (c < picture.channels ? sums[c] : sums[0]) * inverse;
+    for (int c = 0; c < CHANNELS; ++c) values[c] = __fdiv_rn(sums[c < picture.channels ? c : 0].rounded, divisor);
 }
 
 extern "C" __global__ void __launch_bounds__(128) ENTRY(

@@ -62,7 +62,9 @@ KERNEL = Kernel(
     reference=reference,
     tolerance={
         "int8": INT8_TOLERANCE,
-        "float32": Tolerance(ulps=4.0, of="largest_term", reason="the row's scale: differences from the mean cancel"),
+        "float32": Tolerance(
+            ulps=4.0, of="largest_term", reason="of a row's scale; measured: 2.9 ulps in README.md's runs"
+        ),
     },
     bytes_moved=bytes_moved,
     onnx="",

@@ -4,7 +4,7 @@
 // nothing is resized, cropped or padded and everything is aligned, a thread takes 16 neighbouring pixels, so that each
 // load and store is 16 bytes. Else threads that are neighbours make neighbouring labels, 16 times, one at a time: a
 // warp's stores fill a whole sector, and the logits it gathers lie together. There is no softmax and no sigmoid:
-// neither changes which logit is the largest. Equal logits go to the lower label.
+// neither changes which logit is the largest. Equal logits go to the lower label, as in preprocess.labels_of.
 //
 // Positions are whole numbers in units of 1 / (2 · source) pixels, exact at any size; weights are rounded once.
 // Products and sums are rounded one by one, as on the CPU.

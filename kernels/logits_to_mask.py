@@ -1,4 +1,11 @@
-"""Declare ``logits_to_mask``: logits brought back to the source's pixels and labelled, like ``preprocess.restore``."""
+"""Declare ``logits_to_mask``: logits brought back to the source's pixels and labelled, like ``preprocess.restore``.
+
+Of equal logits the lowest class wins, as in ``preprocess.labels_of``. The kernel and the reference add in other orders
+and formats, so that logits which are equal but for rounding may be taken for each other. On each axis a weight, a
+product and a sum are rounded to float32, each by 2**-24 of the largest logit at most: two logits that are compared are
+off by 12 * 2**-24 = 7e-7 of it together, and ``TIE`` leaves a factor of 14. Where nothing is rounded, as at the
+network's own size, ties are exact, and the tests let none go elsewhere.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path

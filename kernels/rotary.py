@@ -150,7 +150,9 @@ KERNEL = Kernel(
         "float16": SIXTEEN_BITS,
         "bfloat16": SIXTEEN_BITS,
         "float32": Tolerance(
-            ulps=4.0, of="largest_term", reason="cosine and sine to 2 ulps, a product and a sum rounded"
+            ulps=4.0,
+            of="largest_term",
+            reason="measured: 3.2 ulps at most in README.md's runs; cosine and sine are within 2",
         ),
     },
     bytes_moved=bytes_moved,

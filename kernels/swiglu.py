@@ -55,7 +55,10 @@ KERNEL = Kernel(
     tolerance={
         "float16": SIXTEEN_BITS,
         "bfloat16": SIXTEEN_BITS,
-        "float32": Tolerance(ulps=8.0, reason="exp(gate / 2), to 0.9 ulp, enters up to four times; 4.2 ulps measured"),
+        "float32": Tolerance(
+            ulps=8.0,
+            reason="measured: 4.2 ulps at most in README.md's runs; exp(gate / 2), to 0.9, enters up to 4 times",
+        ),
         "int8": INT8_TOLERANCE,
         "float8_e4m3": FP8_TOLERANCE,
     },

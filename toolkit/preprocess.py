@@ -108,7 +108,7 @@ def restore(
 ) -> UInt8[ndarray, "height width"]:
     """Return the label of every source pixel: logits brought back linearly, then the largest, or ``> 0`` for one logit.
 
-    Source pixels that were cropped away become background. Equal logits go to the lower label. With a spline, labels
+    Source pixels that were cropped away become background. Of equal logits, see ``labels_of``. With a spline, labels
     are found at the network's size and brought back with order 0.
 
     Raises:
@@ -118,7 +118,7 @@ def restore(
         raise ValueError(f"the logits are {logits.shape[1:]} pixels, but the network's image is {p.image_size}")
     _require_finite(logits, "logits")
     if p.resizes_with_splines:
-        return _zoom(_labels_of(logits), source_size, order=0)
+        return _zoom(labels_of(logits), source_size, order=0)
     rows, columns = _place(source_size, p, spacing_mm)
     row_taps, column_taps = rows.source_taps(), columns.source_taps()
     widened = _widened(logits, row_taps, column_taps)
@@ -127,9 +127,9 @@ def restore(
     for start in range(0, source_size[0], band):
         part = slice(start, start + band)
         if widened is None:
-            labels[part] = _labels_of(_apply(logits, row_taps.only(part), column_taps))
+            labels[part] = labels_of(_apply(logits, row_taps.only(part), column_taps))
         else:
-            labels[part] = _labels_of(_sum_rows(widened, row_taps.only(part)))
+            labels[part] = labels_of(_sum_rows(widened, row_taps.only(part)))
     return labels * np.outer(rows.inside, columns.inside)
 
 
@@ -316,7 +316,13 @@ def _sum(array: ndarray, indices: ndarray, weights: ndarray, axis: int) -> ndarr
     return total
 
 
-def _labels_of(logits: ndarray) -> ndarray:
+def labels_of(logits: Num[ndarray, "classes height width"]) -> UInt8[ndarray, "height width"]:
+    """Return the label of every pixel: the class of its largest logit; of a single logit, 1 where it is above 0.
+
+    Of equal logits the lowest class wins, as in ``numpy.argmax``, and a single logit of exactly 0 is background. All
+    that makes labels keeps to this: ``restore``, graphs that give masks (``export.masks``), comparisons
+    (``export.verify``) and the CUDA kernel ``logits_to_mask``.
+    """
     if len(logits) == 1:
         return (logits[0] > 0).astype(np.uint8)
     best = logits[0].copy()

@@ -155,11 +155,14 @@ def test_a_wrong_placement_is_seen(tmp_path, monkeypatch, fault):
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_equal_logits_go_to_the_lower_label_and_zero_is_background(tmp_path, backend):
     flat = np.zeros((1, 3, *SIZE), np.float32)
+    tied = np.random.default_rng(0).integers(-1, 2, (1, 3, *SIZE)).astype(np.float32)  # two of three classes, any two
     for num_classes in (1, 3):
         folder = tmp_path / str(num_classes)
         folder.mkdir()
         with opened(with_masks(network(num_classes), STRETCHED), backend, folder) as session:
             assert not session.masks(flat, (40, 40), SIZE).any()
+            expected = tied[:, :3].argmax(1) if num_classes == 3 else tied[:, 0] > 0
+            np.testing.assert_array_equal(session.masks(tied, SIZE, SIZE), expected)
 
 
 def test_the_graph_it_is_given_stays_as_it_was():
