@@ -104,7 +104,9 @@ def _different_planes(path: Path, headers: Sequence[Header]) -> list[Plane]:
     if copies:
         named = ", ".join(f"{_name(copy)} of {_name(original)}" for copy, original in copies[:MAX_NAMED])
         more = " …" if len(copies) > MAX_NAMED else ""
-        LOG.warning("%s: %d copies with the same place and pixels are left out: %s%s", path, len(copies), named, more)
+        LOG.warning(
+            "%s: left out as copies, with the same place and pixels: %s%s (%d in all)", path, named, more, len(copies)
+        )
     instances = [by_path[file].instance for file in dict.fromkeys(plane.path for plane in kept)]
     instances = [instance for instance in instances if instance]
     if len(set(instances)) < len(instances):

@@ -89,7 +89,7 @@ def stack_of(path: Path, planes: Sequence[Plane]) -> Stack:
     normal = normal_of(planes[0])
     if len(planes) == 1:
         thickness_mm = planes[0].thickness_mm
-        unknown = f"{path} does not say how thick its slice is; it is taken to be {DEFAULT_THICKNESS_MM:g} mm"
+        unknown = f"{planes[0].path} does not say how thick its slice is; it is taken to be {DEFAULT_THICKNESS_MM:g} mm"
         return Stack(
             planes=tuple(planes),
             step_mm=normal * (thickness_mm or DEFAULT_THICKNESS_MM),
