@@ -16,7 +16,7 @@ import numpy as np
 
 from medseg_trt.errors import InputError, require
 from medseg_trt.formats.dicom_objects import ATTRIBUTES, kind_of_non_image, sop_class
-from medseg_trt.formats.dicom_signature import LONG_VRS
+from medseg_trt.formats.dicom_signature import LONG_VRS, SIGNATURE_BYTES, starts_like_dicom
 from medseg_trt.formats.guard import check_size, naming
 
 MAX_HEADER_BYTES = 2**25  # of everything before the pixels; enhanced files describe every frame there
@@ -108,6 +108,8 @@ class Limited(io.RawIOBase):
             inflater = zlib.decompressobj(-zlib.MAX_WBITS)
             if len(inflater.decompress(rest, MAX_INFLATED_BYTES + 1)) > MAX_INFLATED_BYTES:
                 raise ValueError(f"it inflates to more than {MAX_INFLATED_BYTES >> 20} MiB")
+            if not inflater.eof:
+                raise ValueError("it is cut short: what is deflated does not end")
             return rest
         block = self._file.read(min(size, self._left + 1))
         self._left -= len(block)
@@ -135,9 +137,11 @@ def read_header(path: Path) -> Header:
     """
     pydicom = require("pydicom", "medical")
     with naming(path, Exception), path.open("rb") as file:
+        is_dicom = starts_like_dicom(file.read(SIGNATURE_BYTES))
+        file.seek(0)
         limited = Limited(file, MAX_HEADER_BYTES)
         elements = pydicom.dcmread(limited, stop_before_pixels=True, force=True, specific_tags=KEPT)
-        _require_image(path, elements, limited.ended_early)
+        _require_image(path, elements, is_dicom, limited.ended_early)
         syntax = _syntax(elements)
         frames = number_of(elements, "NumberOfFrames")
         samples = number_of(elements, "SamplesPerPixel")
@@ -161,13 +165,13 @@ def read_header(path: Path) -> Header:
         )
 
 
-def _require_image(path: Path, elements: Any, ended_early: bool) -> None:
+def _require_image(path: Path, elements: Any, is_dicom: bool, ended_early: bool) -> None:
     kind = kind_of_non_image(elements)
     if kind is not None:
         raise NotAnImageError(f"{path} is {kind}, no image to segment; give the image that it belongs to", kind)
     if "Rows" in elements and "Columns" in elements:
         return
-    if not (sop_class(elements) or elements.file_meta or len(elements)):
+    if not (is_dicom or sop_class(elements)):
         raise InputError(f"{path} holds no DICOM header; only DICOM images can be read")
     if ended_early:
         raise InputError(f"{path} is cut short: it ends within its header; copy it again")

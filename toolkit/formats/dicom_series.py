@@ -39,7 +39,10 @@ def find_series(folder: Path, files: Sequence[Path]) -> Iterator[tuple[str | Non
     if left_out:
         LOG.warning("%s: left out, since they are no images: %s", folder, _summary(left_out))
     groups: list[list[Header]] = []
+    placed_series = {header.series for header in headers if header.planes}
     for header in sorted(headers, key=_series_key):
+        if not header.planes and header.series and header.series in placed_series:
+            LOG.warning("%s does not say where in its series it lies; it becomes an image of its own", header.path)
         if header.shape[0] > 1 or not header.planes:
             yield None, (header.path,)
             continue
@@ -70,8 +73,8 @@ def _summary(left_out: Sequence[tuple[str, Path]]) -> str:
     )
 
 
-def _series_key(header: Header) -> tuple[int, str, str, str]:
-    return (-1 if header.number is None else header.number, header.series, header.instance, str(header.path))
+def _series_key(header: Header) -> tuple[int, str, str]:
+    return (-1 if header.number is None else header.number, header.series, str(header.path))
 
 
 def _belong_together(one: Header, other: Header) -> bool:
