@@ -128,16 +128,15 @@ def _items(header: Header, file: BinaryIO) -> Iterator[tuple[int, bytes]]:
     Raises:
         InputError: the file ends before.
     """
-    size = header.path.stat().st_size
     while True:
         tag, length = file.read(4), int.from_bytes(file.read(4), "little")
         if tag == SEQUENCE_END:
             return
-        following = file.tell() + length
-        if not tag or following > size:
+        if len(tag) < len(ITEM):
             raise InputError(f"{header.path} cannot be read: it is cut short within its pixels; copy it again")
         if tag != ITEM:
             raise InputError(f"{header.path} cannot be read: its compressed pixels are damaged; copy it again")
+        following = file.tell() + length
         yield length, file.read(min(length, len(J2K_START)))
         file.seek(following)
 

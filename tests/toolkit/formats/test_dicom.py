@@ -20,6 +20,7 @@ from dicoms import (
     SPACING_MM,
     corners,
     dataset,
+    numbers,
     placed,
     save,
     save_series,
@@ -43,10 +44,6 @@ from medseg_trt.formats import dicom_file
 from medseg_trt.images import Image, Mask, find_images, output_stem, read_image, read_labels, write_mask
 
 RNG = np.random.default_rng(0)
-
-
-def numbers(shape=(4, 3, 5)) -> np.ndarray:
-    return np.arange(np.prod(shape), dtype=np.int16).reshape(shape)
 
 
 def places_mm(image: Image) -> dict[int, np.ndarray]:
