@@ -5,6 +5,9 @@ from typing import Any
 
 import numpy as np
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.filebase import DicomBytesIO
+from pydicom.filewriter import write_dataset
+from pydicom.sequence import Sequence
 from pydicom.uid import UID, ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless, generate_uid
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
@@ -15,6 +18,10 @@ OBLIQUE = tuple(np.linalg.qr(np.array([[0.9, 0.1, 0.3], [-0.2, 0.95, 0.1], [0.1,
 SPACING_MM = (1.5, 2.0)  # rows, columns
 CORNER_MM = (-31.0, 12.0, 7.0)
 PATIENT = "Doe^Jane"
+
+
+def numbers(shape=(4, 3, 5)) -> np.ndarray:
+    return np.arange(np.prod(shape), dtype=np.int16).reshape(shape)
 
 
 def dataset(pixels: np.ndarray, **elements: Any) -> Dataset:
@@ -78,3 +85,35 @@ def save_series(folder: Path, pixels: np.ndarray, orientation=AXIAL, order=None,
         described = dataset(pixels[index], **(where | {"InstanceNumber": name + 1, "SliceThickness": 5.0} | elements))
         save(folder / f"IM{name:04}", described)
     return folder
+
+
+def enhanced(pixels: np.ndarray, places, orientations) -> Dataset:
+    """Return an enhanced CT file of frames (frames, rows, columns), each with a place and an orientation."""
+    described = dataset(pixels)
+    described.SOPClassUID = ENHANCED_CT
+    shared, measures = Dataset(), Dataset()
+    measures.PixelSpacing, measures.SliceThickness = list(SPACING_MM), 9.0
+    shared.PixelMeasuresSequence = Sequence([measures])
+    described.SharedFunctionalGroupsSequence = Sequence([shared])
+    frames = []
+    for corner, orientation in zip(places, orientations, strict=True):
+        where, frame, position, direction = placed(orientation, corner), Dataset(), Dataset(), Dataset()
+        position.ImagePositionPatient = where["ImagePositionPatient"]
+        direction.ImageOrientationPatient = where["ImageOrientationPatient"]
+        frame.PlanePositionSequence, frame.PlaneOrientationSequence = Sequence([position]), Sequence([direction])
+        frames.append(frame)
+    described.PerFrameFunctionalGroupsSequence = Sequence(frames)
+    return described
+
+
+def without_preamble(path: Path, described: Dataset, encoding: str = "implicit") -> Path:
+    """Write the data set alone, as before DICOM had files: "implicit", "explicit" or "big" (endian, explicit)."""
+    buffer = DicomBytesIO()
+    buffer.is_little_endian, buffer.is_implicit_VR = encoding != "big", encoding == "implicit"
+    if encoding == "big":
+        described.PixelData = np.frombuffer(described.PixelData, "<i2").astype(">i2").tobytes()
+    described["PixelData"].VR = "OW"
+    write_dataset(buffer, described)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(buffer.getvalue())
+    return path

@@ -18,6 +18,7 @@ from jaxtyping import Float64, Num, UInt8
 from numpy import ndarray
 
 from medseg_trt.errors import InputError
+from medseg_trt.formats.dicom_signature import SIGNATURE_BYTES, starts_like_dicom
 from medseg_trt.formats.label_values import as_labels
 from medseg_trt.spec import Classes
 
@@ -38,7 +39,6 @@ READERS: Mapping[str, str] = {  # the suffix of a kind of file -> the module tha
     ".dcm": "medseg_trt.formats.dicom",
 }
 DICOM = ".dcm"  # files with other names are DICOM too if they begin like one
-DICOM_PREAMBLE_BYTES, DICOM_MARK = 128, b"DICM"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -314,7 +314,7 @@ def _kind(path: Path) -> str | None:
     if suffix is None and path.is_file():
         try:
             with path.open("rb") as file:
-                if file.read(DICOM_PREAMBLE_BYTES + len(DICOM_MARK))[DICOM_PREAMBLE_BYTES:] == DICOM_MARK:
+                if starts_like_dicom(file.read(SIGNATURE_BYTES)):
                     return DICOM
         except OSError:
             return None

@@ -1,51 +1,58 @@
-"""One DICOM file: where its planes lie, and its pixels as numbers.
+"""The header of one DICOM file: what it is, how large its pixels are, and where its planes lie.
 
-Only the header is read first, with a limit; the pixels are decoded when it is known how many there will be.
+No pixel is decoded here: how many there will be is known, and limited, before that.
 """
 
 import io
+import os
+import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy import ndarray
 
 from medseg_trt.errors import InputError, require
-from medseg_trt.formats.guard import MAX_REASON, check_size, naming, require_finite
+from medseg_trt.formats.dicom_objects import ATTRIBUTES, kind_of_non_image, sop_class
+from medseg_trt.formats.dicom_signature import LONG_VRS, SIGNATURE_BYTES, starts_like_dicom
+from medseg_trt.formats.guard import check_size, naming
 
 MAX_HEADER_BYTES = 2**25  # of everything before the pixels; enhanced files describe every frame there
 MAX_INFLATED_BYTES = 2**28  # of a file that is deflated as a whole
 DEFLATED = "1.2.840.10008.1.2.1.99"
 IMPLICIT_LITTLE, EXPLICIT_LITTLE, EXPLICIT_BIG = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
-J2K_START = b"\xff\x4f\xff\x51"  # of every JPEG 2000 codestream; then 2 bytes length, 2 profile, and the sizes
-J2K_SIZES = 8
-J2K_SYNTAXES = ("1.2.840.10008.1.2.4.9", "1.2.840.10008.1.2.4.20")  # JPEG 2000, and with high throughput
-DECODERS = {  # what a transfer syntax needs that the extra `medical` does not bring
-    "1.2.840.10008.1.2.4.57": "pylibjpeg-libjpeg",
-    "1.2.840.10008.1.2.4.70": "pylibjpeg-libjpeg",
-    "1.2.840.10008.1.2.4.50": "pylibjpeg-libjpeg",
-    "1.2.840.10008.1.2.4.51": "pylibjpeg-libjpeg",
-    "1.2.840.10008.1.2.4.80": "pyjpegls",
-    "1.2.840.10008.1.2.4.81": "pyjpegls",
-    "1.2.840.10008.1.2.4.90": "pylibjpeg-openjpeg",
-    "1.2.840.10008.1.2.4.91": "pylibjpeg-openjpeg",
-}
-QUANTITIES = ("CT", "PT")  # modalities whose numbers mean something, so that MONOCHROME1 says only how to show them
-KEPT = (
-    "SOPClassUID", "SOPInstanceUID", "Modality", "SeriesInstanceUID", "SeriesNumber", "Rows", "Columns",
-    "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored",
-    "PixelRepresentation", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "ImagerPixelSpacing",
-    "SliceThickness", "SpacingBetweenSlices", "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence",
-    "PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence",
-)  # fmt: skip
+PIXEL_TAGS = ((0x7FE0, 0x0008), (0x7FE0, 0x0009), (0x7FE0, 0x0010))  # floats, doubles, integers
+UNDEFINED_LENGTH = 0xFFFFFFFF  # of compressed pixels, which lie in items
+KEPT = [
+    *("SOPClassUID", "SOPInstanceUID", "Modality", "StudyInstanceUID", "SeriesInstanceUID", "SeriesNumber"),
+    *("SeriesDescription", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation"),
+    *("BitsAllocated", "BitsStored", "PixelRepresentation", "ImagePositionPatient", "ImageOrientationPatient"),
+    *("PixelSpacing", "ImagerPixelSpacing", "SliceThickness", "SpacingBetweenSlices", "RescaleSlope"),
+    *("RescaleIntercept", "ModalityLUTSequence", "PerFrameFunctionalGroupsSequence"),
+    *("SharedFunctionalGroupsSequence", *ATTRIBUTES),
+]
 
 
-class NoPicturesError(InputError):
-    """It is DICOM, but something else than an image, or nothing that DICOM knows."""
+class NotAnImageError(InputError):
+    """It is DICOM, but something else than an image.
+
+    Attributes:
+        kind: what it is, such as "a segmentation".
+    """
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PixelElement:
+    """Where the pixels are stored in the file."""
+
+    start: int  # byte at which the value begins
+    length: int | None  # in bytes; None where the pixels are compressed and lie in items
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,38 +75,55 @@ class Header:
     path: Path
     elements: Any  # pydicom's dataset, without pixels
     syntax: str  # transfer syntax
+    study: str
     series: str
     number: int | None  # of the series, for people
-    instance: str
+    description: str  # of the series
+    modality: str
+    instance: str  # SOP instance UID: a label, which need not be unique
     shape: tuple[int, int, int, int]  # frames, rows, columns, samples
     planes: tuple[Plane, ...]  # one for every frame; none where a frame does not say where it lies
     spacing_mm: tuple[float, float] | None  # between rows and columns, where there are no planes
+    pixel_element: PixelElement | None  # None where there is none, or the file is deflated as a whole
 
 
-class _Limited(io.RawIOBase):
+class Limited(io.RawIOBase):
     """A file of which no more than a budget is read, and a deflated rest only if it inflates to a possible size."""
 
     def __init__(self, file: Any, budget: int) -> None:
         super().__init__()
         self._file, self._left = file, budget
+        self._was_short = False
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether more was asked for than the file holds."""
+        size = os.fstat(self._file.fileno()).st_size
+        return self._was_short or self._file.tell() > size
 
     def read(self, size: int | None = -1) -> bytes:
+        """Read up to ``size`` bytes, or the deflated rest."""
         if size is None or size < 0:  # pydicom reads so where the rest of the file is deflated
             rest = self._file.read()
             inflater = zlib.decompressobj(-zlib.MAX_WBITS)
             if len(inflater.decompress(rest, MAX_INFLATED_BYTES + 1)) > MAX_INFLATED_BYTES:
                 raise ValueError(f"it inflates to more than {MAX_INFLATED_BYTES >> 20} MiB")
+            if not inflater.eof:
+                raise ValueError("it is cut short: what is deflated does not end")
             return rest
         block = self._file.read(min(size, self._left + 1))
         self._left -= len(block)
+        self._was_short |= 0 < len(block) < size
         if self._left < 0:
             raise ValueError("its header is too long")
         return block
 
     def seek(self, offset: int, whence: int = 0) -> int:
+        """Move as in the file."""
         return self._file.seek(offset, whence)
 
     def tell(self) -> int:
+        """Return the position in the file."""
         return self._file.tell()
 
 
@@ -107,84 +131,68 @@ def read_header(path: Path) -> Header:
     """Read everything but the pixels.
 
     Raises:
-        InputError: it is damaged, no DICOM file, or holds no pixels.
+        NotAnImageError: it is another DICOM object, or has no pixels.
+        InputError: it is damaged, cut short, or no DICOM file.
         MissingExtraError: pydicom is not installed.
     """
     pydicom = require("pydicom", "medical")
     with naming(path, Exception), path.open("rb") as file:
-        limited = _Limited(file, MAX_HEADER_BYTES)
-        elements = pydicom.dcmread(limited, stop_before_pixels=True, force=True, specific_tags=list(KEPT))
-        if "Rows" not in elements or "Columns" not in elements:
-            what = "no pictures" if "SOPClassUID" in elements or elements.file_meta else "no DICOM header"
-            raise NoPicturesError(f"{path} holds {what}; only DICOM images can be read")
-        frames = _number(elements, "NumberOfFrames")
-        shape = (
-            1 if frames is None else int(frames), int(elements.Rows), int(elements.Columns),
-            int(elements.get("SamplesPerPixel") or 1),
-        )  # fmt: skip
+        is_dicom = starts_like_dicom(file.read(SIGNATURE_BYTES))
+        file.seek(0)
+        limited = Limited(file, MAX_HEADER_BYTES)
+        elements = pydicom.dcmread(limited, stop_before_pixels=True, force=True, specific_tags=KEPT)
+        _require_image(path, elements, is_dicom, limited.ended_early)
+        syntax = _syntax(elements)
+        frames = number_of(elements, "NumberOfFrames")
+        samples = number_of(elements, "SamplesPerPixel")
+        shape = (1 if frames is None else int(frames), int(elements.Rows), int(elements.Columns), int(samples or 1))
         check_size(path, shape)
-        series_number = _number(elements, "SeriesNumber")
+        series_number = number_of(elements, "SeriesNumber")
         return Header(
             path=path,
             elements=elements,
-            syntax=_syntax(elements),
+            syntax=syntax,
+            study=str(elements.get("StudyInstanceUID", "")),
             series=str(elements.get("SeriesInstanceUID", "")),
             number=None if series_number is None else int(series_number),
+            description=str(elements.get("SeriesDescription", "")),
+            modality=str(elements.get("Modality", "")),
             instance=str(elements.get("SOPInstanceUID", "")),
             shape=shape,
             planes=_planes(path, elements, shape[0]),
             spacing_mm=_spacing(elements, "PixelSpacing") or _spacing(elements, "ImagerPixelSpacing"),
+            pixel_element=None if syntax == DEFLATED else _pixel_element(file, elements),
         )
 
 
-def read_frames(header: Header) -> ndarray:
-    """Decode all frames to (frames, rows, columns, channels), scaled by the header and with white as the largest value.
-
-    Integers stay integers where the scale is whole.
-
-    Raises:
-        InputError: they are damaged, or compressed in a way that nothing installed can decode.
-    """
-    path, elements = header.path, header.elements
-    pydicom = require("pydicom", "medical")
-    pixels = require("pydicom.pixels", "medical")
-    with naming(path, Exception):
-        _require_decoder(header)
-        _require_codestreams_fit(header)
-        extra: Any = pydicom.Dataset()
-        try:
-            if header.syntax == DEFLATED:
-                with path.open("rb") as file:
-                    extra = pydicom.dcmread(_Limited(file, path.stat().st_size), force=True)
-                values = pixels.pixel_array(extra)
-            else:
-                values = pixels.pixel_array(path, ds_out=extra, transfer_syntax_uid=pydicom.uid.UID(header.syntax))
-        except RuntimeError as error:
-            if header.syntax not in DECODERS:
-                raise
-            reason = " ".join(str(error).split())[-MAX_REASON:]
-            raise InputError(
-                f"{path} cannot be decoded: … {reason}; another decoder may: pip install {DECODERS[header.syntax]}"
-            ) from error
-        frames, rows, columns, samples = header.shape
-        if values.size != prod(header.shape):
-            raise InputError(f"{path} holds {values.shape} pixels, but its header says {header.shape}")
-        values = values.astype(values.dtype.newbyteorder("="), copy=False).reshape(frames, rows, columns, samples)
-        photometric = str(elements.get("PhotometricInterpretation", ""))
-        if photometric == "PALETTE COLOR":
-            values = pixels.apply_color_lut(values[..., 0], extra)
-            return (values >> 8).astype(np.uint8) if values.dtype == np.uint16 else values
-        if samples == 1:
-            values = _in_units(elements, values, inverted=photometric == "MONOCHROME1")
-        elif samples != 3:
-            raise InputError(f"{path} has {samples} samples a pixel; 1 or 3 are possible")
-        if values.dtype.kind == "f":
-            values = values.astype(np.float32)
-        require_finite(path, values)
-    return values
+def _require_image(path: Path, elements: Any, is_dicom: bool, ended_early: bool) -> None:
+    kind = kind_of_non_image(elements)
+    if kind is not None:
+        raise NotAnImageError(f"{path} is {kind}, no image to segment; give the image that it belongs to", kind)
+    if "Rows" in elements and "Columns" in elements:
+        return
+    if not (is_dicom or sop_class(elements)):
+        raise InputError(f"{path} holds no DICOM header; only DICOM images can be read")
+    if ended_early:
+        raise InputError(f"{path} is cut short: it ends within its header; copy it again")
+    raise NotAnImageError(f"{path} holds no pictures; only DICOM images can be read", "an object without pixels")
 
 
-def _number(elements: Any, name: str) -> float | None:
+def _pixel_element(file: Any, elements: Any) -> PixelElement | None:
+    """Read the tag and the length of the pixel element, at which the file stands."""
+    is_implicit, is_little = elements.original_encoding
+    order = "<" if is_little else ">"
+    block = file.read(12)
+    if len(block) < 12 or struct.unpack_from(f"{order}HH", block) not in PIXEL_TAGS:
+        return None
+    is_long = not is_implicit and block[4:6] in LONG_VRS
+    (length,) = struct.unpack_from(f"{order}L", block, 8 if is_long else 4)
+    start = file.tell() - (0 if is_long else 4)
+    return PixelElement(start=start, length=None if length == UNDEFINED_LENGTH else length)
+
+
+def number_of(elements: Any, name: str) -> float | None:
+    """Return the number of an element, or None where it is missing or empty."""
     value = elements.get(name)
     return None if value is None or str(value) == "" else float(value)
 
@@ -215,12 +223,14 @@ def _planes(path: Path, elements: Any, frames: int) -> tuple[Plane, ...]:
 
     Source: DICOM PS3.3 C.7.6.2.1.1 (a plane in the patient) and C.7.6.16 (functional groups of frames).
     """
-    shared = _first(elements, "SharedFunctionalGroupsSequence")
+    shared = first_item(elements, "SharedFunctionalGroupsSequence")
     groups = elements.get("PerFrameFunctionalGroupsSequence")
-    if groups is None:
+    if not groups:
         own = [[elements]] if frames == 1 else []
     else:
-        own = [[group, shared, elements] for group in groups] if len(groups) == frames else []
+        if len(groups) != frames:
+            raise InputError(f"{path} says it has {frames} frames, but describes {len(groups)}; export it again")
+        own = [[group, shared, elements] for group in groups]
     planes: list[Plane] = []
     for frame, places in enumerate(own):
         position = _look_up(places, "PlanePositionSequence", "ImagePositionPatient", 3)
@@ -255,7 +265,8 @@ def _three(values: Sequence[float]) -> tuple[float, float, float]:
     return first, second, third
 
 
-def _first(elements: Any, name: str) -> Any:
+def first_item(elements: Any, name: str) -> Any:
+    """Return the first item of a sequence, or None where there is none."""
     sequence = elements.get(name) if elements is not None else None
     return sequence[0] if sequence else None
 
@@ -263,87 +274,10 @@ def _first(elements: Any, name: str) -> Any:
 def _look_up(places: Sequence[Any], sequence: str, name: str, count: int) -> tuple[float, ...] | None:
     """Return numbers from the frame's group, the group that all frames share, or the file itself."""
     for place in places:
-        for holder in (_first(place, sequence), place):
+        for holder in (first_item(place, sequence), place):
             if holder is None:
                 continue
-            found = _numbers(holder, name, count) if count > 1 else _number(holder, name)
+            found = _numbers(holder, name, count) if count > 1 else number_of(holder, name)
             if found is not None:
                 return found if isinstance(found, tuple) else (found,)
     return None
-
-
-def _require_decoder(header: Header) -> None:
-    pixels = require("pydicom.pixels", "medical")
-    uid = require("pydicom.uid", "medical").UID(header.syntax)
-    if not uid.is_transfer_syntax or (not uid.is_private and uid.name == header.syntax):
-        raise InputError(f"{header.path} says it is stored as {header.syntax[:64]!r}, which is no transfer syntax")
-    if uid.is_compressed and not uid.is_deflated and not pixels.get_decoder(uid).is_available:
-        package = DECODERS.get(header.syntax)
-        remedy = f"install a decoder: pip install {package}" if package else "convert it to uncompressed DICOM"
-        raise InputError(f"{header.path} is compressed as {uid.name}; {remedy}")
-
-
-def _require_codestreams_fit(header: Header) -> None:
-    """Refuse a JPEG 2000 stream that says it is larger than the header says: a decoder would believe it.
-
-    Source: ISO/IEC 15444-1 A.5.1, marker SIZ.
-    """
-    if not header.syntax.startswith(J2K_SYNTAXES):
-        return
-    pydicom = require("pydicom", "medical")
-    frames, rows, columns, _ = header.shape
-    wanted = ["PixelData", "ExtendedOffsetTable", "ExtendedOffsetTableLengths"]
-    elements = pydicom.dcmread(header.path, force=True, specific_tags=wanted)
-    for frame in require("pydicom.encaps", "medical").generate_frames(elements.PixelData, number_of_frames=frames):
-        place = frame.find(J2K_START)
-        if place < 0:
-            raise InputError(f"{header.path} is said to be JPEG 2000, but is not")
-        sizes = np.frombuffer(frame, ">u4", 4, place + J2K_SIZES).astype(np.int64)  # right, lower, left, upper ends
-        width, height = (sizes[:2] - sizes[2:]).tolist()
-        if (width, height) != (columns, rows):
-            raise InputError(
-                f"{header.path} holds a JPEG 2000 picture of {width} x {height} pixels, but its header says "
-                f"{columns} x {rows}"
-            )
-
-
-def _in_units(elements: Any, stored: ndarray, inverted: bool) -> ndarray:
-    """Apply MONOCHROME1 and the modality's scale, frame by frame where they differ."""
-    if inverted and elements.get("Modality") not in QUANTITIES and stored.dtype.kind in "iu":
-        bits = int(elements.get("BitsStored") or 8 * stored.dtype.itemsize)
-        stored = (-1 - stored if stored.dtype.kind == "i" else (2**bits - 1) - stored).astype(stored.dtype)
-    if elements.get("ModalityLUTSequence"):
-        return require("pydicom.pixels", "medical").apply_modality_lut(stored, elements)
-    scales = _scales(elements, len(stored))
-    if all(scale == (1, 0) for scale in scales):
-        return stored
-    whole = stored.dtype.kind in "iu" and all(float(each).is_integer() for scale in scales for each in scale)
-    if not whole:
-        values = np.empty(stored.shape, np.float32)
-        for frame, (slope, intercept) in enumerate(scales):
-            values[frame] = stored[frame].astype(np.float64) * slope + intercept
-        return values
-    ends = [float(end) * slope + shift for slope, shift in set(scales) for end in (stored.min(), stored.max())]
-    fitting = [
-        kind for kind in (np.int16, np.int32) if np.iinfo(kind).min <= min(ends) <= max(ends) <= np.iinfo(kind).max
-    ]
-    values = np.empty(stored.shape, fitting[0] if fitting else np.float32)
-    for frame, (slope, intercept) in enumerate(scales):
-        values[frame] = stored[frame].astype(np.float64) * slope + intercept
-    return values
-
-
-def _scales(elements: Any, frames: int) -> Sequence[tuple[float, float]]:
-    """Return slope and intercept of every frame."""
-    shared = _first(elements, "SharedFunctionalGroupsSequence")
-    groups = elements.get("PerFrameFunctionalGroupsSequence") or [None] * frames
-    scales: list[tuple[float, float]] = []
-    for group in [*groups, *[None] * frames][:frames]:
-        holders = (
-            _first(group, "PixelValueTransformationSequence"),
-            _first(shared, "PixelValueTransformationSequence"),
-        )
-        holder = next((each for each in holders if each is not None), elements)
-        slope, intercept = _number(holder, "RescaleSlope"), _number(holder, "RescaleIntercept")
-        scales.append((1.0 if slope is None else slope, 0.0 if intercept is None else intercept))
-    return scales

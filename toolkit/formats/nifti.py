@@ -17,13 +17,12 @@ from medseg_trt.errors import InputError, MedsegError, require
 from medseg_trt.files import atomic_file
 from medseg_trt.formats.guard import MAX_HEADER_BYTES, check_size, naming, require_finite
 from medseg_trt.formats.label_grid import labels_on_grid
+from medseg_trt.formats.qform import RIGHT_ANGLED, SCANNER, set_qform
 from medseg_trt.images import Geometry, Image, Mask
 from medseg_trt.progress import LOG
 
 SPACING_RANGE_MM = (1e-6, 1e6)
 SINGULAR = 1e-3  # determinant of the axes' directions; 1 where they are at right angles
-RIGHT_ANGLED = 1e-5  # largest cosine between axes that a quaternion can stand for
-SCANNER = 1  # NIfTI's code for scanner coordinates
 
 MM_PER_UNIT = {"mm": 1.0, "unknown": 1.0, "meter": 1e3, "micron": 1e-3}
 GEOMETRY_FIELDS = (
@@ -42,7 +41,17 @@ def read(path: Path) -> Image:
     require_finite(path, stored)
     if not header["sform_code"] and not header["qform_code"]:
         LOG.warning("%s does not say how it lies; its axes are taken to run left, anterior and superior", path)
+    elif not header["qform_code"]:
+        _complete_qform(path, header)
     return turned(path, stored, header, affine_mm)
+
+
+def _complete_qform(path: Path, header: Any) -> None:
+    """Give a header that has an sform alone a qform too, if ITK could not open a mask with its axes otherwise."""
+    affine = header.get_best_affine()  # in the header's unit
+    directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    if np.abs(directions.T @ directions - np.eye(3)).max() >= RIGHT_ANGLED:
+        set_qform(path, header, affine)
 
 
 def read_labels(path: Path, like: Image) -> ndarray:
@@ -165,10 +174,7 @@ def header_of(path: Path, shape: tuple[int, ...], affine_mm: ndarray) -> Any:
     require_affine(path, affine_mm)
     header = nibabel.Nifti1Header()
     header.set_data_shape(shape)
-    directions = affine_mm[:3, :3] / np.linalg.norm(affine_mm[:3, :3], axis=0)
-    if np.abs(directions.T @ directions - np.eye(3)).max() < RIGHT_ANGLED:  # a quaternion cannot hold a shear
-        header.set_qform(affine_mm, SCANNER)
-    header["pixdim"][1:4] = np.linalg.norm(affine_mm[:3, :3], axis=0)
+    set_qform(path, header, affine_mm)
     header.set_sform(affine_mm, SCANNER)
     header.set_xyzt_units("mm")
     return header
