@@ -18,6 +18,8 @@ from jaxtyping import Float64, Num, UInt8
 from numpy import ndarray
 
 from medseg_trt.errors import InputError
+from medseg_trt.formats.signatures import identify, readable
+from medseg_trt.progress import LOG
 from medseg_trt.spec import Classes
 
 READERS: Mapping[str, str] = {  # the suffix of a kind of file -> the module that reads it
@@ -37,7 +39,6 @@ READERS: Mapping[str, str] = {  # the suffix of a kind of file -> the module tha
     ".dcm": "medseg_trt.formats.dicom",
 }
 DICOM = ".dcm"  # files with other names are DICOM too if they begin like one
-DICOM_PREAMBLE_BYTES, DICOM_MARK = 128, b"DICM"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -261,7 +262,8 @@ def write_mask(mask: Mask, folder: Path) -> Path:
 
 def _single(path: Path) -> Source:
     """Return the source of one file, of which nothing is read but whether it is DICOM."""
-    _reader(path)
+    if _kind(path) is None:
+        _reader(path)  # which says why
     return Source(path=path, files=(path,), stem=path.name if _suffix(path) is None else output_stem(path))
 
 
@@ -280,7 +282,7 @@ def _in_folder(folder: Path, kind: str | None = None) -> list[Source]:
     """Return what lies directly in a folder; with ``kind``, of this kind alone."""
     files = [each for each in folder.iterdir() if each.is_file() and not each.name.startswith(".")]
     dicom_files = [each for each in files if _kind(each) == DICOM]
-    found = [_single(each) for each in files if kind is None and _suffix(each) not in (None, DICOM)]
+    found = [_single(each) for each in files if kind is None and _suffix(each) and _kind(each) != DICOM]
     if dicom_files:
         dicom = _module(DICOM)
         found += [
@@ -298,22 +300,28 @@ def _suffix(path: Path) -> str | None:
 
 
 def _kind(path: Path) -> str | None:
-    """Return the key of READERS, by name or, of DICOM files with other names, by their first bytes."""
-    suffix = _suffix(path)
-    if suffix is None and path.is_file():
-        try:
-            with path.open("rb") as file:
-                if file.read(DICOM_PREAMBLE_BYTES + len(DICOM_MARK))[DICOM_PREAMBLE_BYTES:] == DICOM_MARK:
-                    return DICOM
-        except OSError:
-            return None
-    return suffix
+    """Return the key of READERS by the first bytes; by the name where these are of no known kind."""
+    try:
+        content = identify(path) if path.is_file() else None
+    except OSError:
+        content = None
+    return _suffix(path) if content is None or content.suffix is None else content.suffix
 
 
 def _reader(path: Path) -> Any:
-    kind = _kind(path)
+    """Return the module that reads a file: by its first bytes; by its name where these are of no known kind.
+
+    Raises:
+        InputError: neither says so, or the file is empty or of a kind that is not read.
+    """
+    named, content = _suffix(path), readable(path)
+    kind = named if content is None else content.suffix
     if kind is None:
         raise InputError(f"{path} is of a kind that cannot be read here; known are {', '.join(READERS)} and DICOM")
+    if not path.stat().st_size:
+        raise InputError(f"{path} is empty; copy it again from where it came")
+    if content is not None and (named is None or READERS[named] != READERS[kind]):
+        LOG.info("%s is a %s file by its content, and is read as one", path, content.name)
     return _module(kind)
 
 
