@@ -111,8 +111,10 @@ def check_size(
         )
 
 
-def read_chunks(path: Path, file: Any, count: int, dtype: np.dtype[Any]) -> Generator[tuple[slice, ndarray]]:
-    """Yield the values that the header promises, a few MiB at a time, with their position; then see that no more follow.
+def read_chunks(
+    path: Path, file: Any, count: int, dtype: np.dtype[Any], *, more_allowed: bool = False
+) -> Generator[tuple[slice, ndarray], None, None]:
+    """Yield the values that the header promises, a few MiB at a time, with their position; see that no more follow.
 
     Of a compressed file no more is inflated than that. Reading to its end compares the checksum.
 
@@ -121,6 +123,7 @@ def read_chunks(path: Path, file: Any, count: int, dtype: np.dtype[Any]) -> Gene
         file: open at the first value.
         count: how many values the header promises.
         dtype: as they are stored.
+        more_allowed: other things may lie behind them.
 
     Raises:
         InputError: there are fewer or more, zeros apart.
@@ -134,7 +137,7 @@ def read_chunks(path: Path, file: Any, count: int, dtype: np.dtype[Any]) -> Gene
             raise InputError(f"{path} is cut short: it holds {held} of {count * dtype.itemsize} bytes of pixels")
         yield slice(done, done + size), np.frombuffer(content, dtype)
         done += size
-    behind = file.read(PADDING_BYTES + 1)
+    behind = b"" if more_allowed else file.read(PADDING_BYTES + 1)
     if len(behind) > PADDING_BYTES or behind.strip(b"\0"):
         raise InputError(
             f"{path} holds more pixels than the {count * dtype.itemsize} bytes that its header promises; repair the "
@@ -142,14 +145,14 @@ def read_chunks(path: Path, file: Any, count: int, dtype: np.dtype[Any]) -> Gene
         )
 
 
-def read_values(path: Path, file: Any, count: int, dtype: np.dtype[Any]) -> ndarray:
+def read_values(path: Path, file: Any, count: int, dtype: np.dtype[Any], *, more_allowed: bool = False) -> ndarray:
     """Return what ``read_chunks`` yields as one array, in the byte order of this machine.
 
     Raises:
         InputError: there are fewer or more values than the header promises.
     """
     values = np.empty(count, dtype.newbyteorder("="))
-    for place, chunk in read_chunks(path, file, count, dtype):
+    for place, chunk in read_chunks(path, file, count, dtype, more_allowed=more_allowed):
         values[place] = chunk
     return values
 

@@ -24,6 +24,7 @@ SPACING_RANGE_MM = (1e-6, 1e6)
 SINGULAR = 1e-3  # determinant of the axes' directions; 1 where they are at right angles
 RIGHT_ANGLED = 1e-5  # largest cosine between axes that a quaternion can stand for
 AFFINE_TOLERANCE_MM = 1e-3  # between an image and its mask; headers hold float32
+SLICES = 2  # the axis of nibabel's orientations that runs up
 SCANNER = 1  # NIfTI's code for scanner coordinates
 
 UNIT_BITS = 7  # of xyzt_units; the others are the unit of time
@@ -48,8 +49,7 @@ def read(path: Path) -> Image:
         LOG.warning("%s does not say how it lies; its axes are taken to run left, anterior and superior", path)
     if _unit(header) not in MM_PER_UNIT:
         LOG.warning("%s measures in an unknown unit (xyzt_units %d), taken to be mm", path, header["xyzt_units"])
-    axes = require("nibabel.orientations", "medical").io_orientation(affine_mm)[:, 0]
-    return turned(path, stored, header, affine_mm, keep=stored.shape[2] == 1 and int(axes[2]) != 2)
+    return turned(path, stored, header, affine_mm)
 
 
 def read_labels(path: Path, like: Image) -> ndarray:
@@ -109,7 +109,7 @@ def load(path: Path) -> tuple[ndarray, Any, ndarray]:
         header = _header(path, file.read(nibabel.Nifti2Header.sizeof_hdr))
         affine_mm = _affine_mm(path, header)
         shape, dtype = (*header.get_data_shape(), 1)[:3], header.get_data_dtype()
-        check_size(path, shape, slices=shape[_slice_axis(shape, affine_mm)], dtype=dtype)
+        check_size(path, shape, slices=shape[slice_axis(shape, affine_mm)], dtype=dtype)
         file.seek(header.get_data_offset())
         slope, intercept = header.get_slope_inter()
         trivial = slope is None or (slope, intercept) == (1, 0)
@@ -167,10 +167,10 @@ def _unit(header: Any) -> int:
     return int(header["xyzt_units"]) & UNIT_BITS
 
 
-def _slice_axis(shape: tuple[int, ...], affine_mm: ndarray) -> int:
+def slice_axis(shape: tuple[int, ...], affine_mm: ndarray) -> int:
     """Return which stored axis becomes the slices: the one that runs up, or the last one of a single slice."""
     axes = require("nibabel.orientations", "medical").io_orientation(affine_mm)[:, 0]
-    return 2 if shape[2] == 1 else int(np.argmax(axes == 2))
+    return 2 if shape[2] == 1 else int(np.argmax(axes == SLICES))
 
 
 def _scaled(stored: ndarray, slope: float | None, intercept: float | None) -> ndarray:
@@ -232,11 +232,11 @@ def turned(
         header: NIfTI header of its geometry; nothing else of it is kept.
         affine_mm: from stored (column, row, slice, 1) to millimetres right, anterior, superior.
         like: turn it as this volume was turned, which matters where that one was left as it lay.
-        keep: leave the axes as they are stored; a single slice, cut in whatever direction, is to stay one.
+        keep: leave the axes as they are stored. So are those of a single slice that is not axial: it is to stay one.
     """
     orientations = require("nibabel.orientations", "medical")
     axes = orientations.io_orientation(affine_mm)
-    if keep:
+    if keep or (like is None and stored.shape[2] == 1 and axes[2, 0] != SLICES):
         turn = orientations.ornt_transform(axes, axes)
     elif like is None:
         turn = orientations.ornt_transform(axes, orientations.axcodes2ornt("LPS"))
