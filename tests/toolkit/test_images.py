@@ -116,7 +116,7 @@ def test_an_impossible_size_is_refused_before_anything_is_decoded(size, tmp_path
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda self: pytest.fail("decoded"))
     path = tmp_path / "bomb.png"
     path.write_bytes(raw_png(size[0], size[1], 8, 0, b"\0" * 100))
-    with pytest.raises(InputError, match=r"bomb\.png says it has .* pixels; 1 to 268435456 are|bomb\.png cannot be read"):
+    with pytest.raises(InputError, match=r"bomb\.png (says it has .* pixels; 1 to|cannot be read)"):
         read_image(path)
 
 
