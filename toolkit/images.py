@@ -9,6 +9,7 @@ anything is decoded. Each kind of file has a module in ``formats``, which is imp
 import importlib
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ READERS: Mapping[str, str] = {  # the suffix of a kind of file -> the module tha
     ".npy.h5": "medseg_trt.formats.arrays",
     ".dcm": "medseg_trt.formats.dicom",
 }
-DICOM = ".dcm"  # files with other names are DICOM too if they begin like one
+SAME_KIND = {".jpeg": ".jpg", ".tiff": ".tif", ".nhdr": ".nrrd", ".npy.h5": ".h5"}  # two suffixes of one kind
+DICOM = ".dcm"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -261,7 +263,7 @@ def write_mask(mask: Mask, folder: Path) -> Path:
 
 
 def _single(path: Path) -> Source:
-    """Return the source of one file, of which nothing is read but whether it is DICOM."""
+    """Return the source of one file, of which nothing but its first bytes is read."""
     if _kind(path) is None:
         _reader(path)  # which says why
     return Source(path=path, files=(path,), stem=path.name if _suffix(path) is None else output_stem(path))
@@ -300,11 +302,10 @@ def _suffix(path: Path) -> str | None:
 
 
 def _kind(path: Path) -> str | None:
-    """Return the key of READERS by the first bytes; by the name where these are of no known kind."""
-    try:
-        content = identify(path) if path.is_file() else None
-    except OSError:
-        content = None
+    """Return the key of READERS by the first bytes; by the name where these are of no known kind or cannot be read."""
+    content = None
+    with suppress(OSError):
+        content = identify(path)
     return _suffix(path) if content is None or content.suffix is None else content.suffix
 
 
@@ -314,13 +315,13 @@ def _reader(path: Path) -> Any:
     Raises:
         InputError: neither says so, or the file is empty or of a kind that is not read.
     """
-    named, content = _suffix(path), readable(path)
+    content, named = readable(path), _suffix(path)
     kind = named if content is None else content.suffix
     if kind is None:
         raise InputError(f"{path} is of a kind that cannot be read here; known are {', '.join(READERS)} and DICOM")
     if not path.stat().st_size:
         raise InputError(f"{path} is empty; copy it again from where it came")
-    if content is not None and (named is None or READERS[named] != READERS[kind]):
+    if content is not None and SAME_KIND.get(named or "", named) != kind:
         LOG.info("%s is a %s file by its content, and is read as one", path, content.name)
     return _module(kind)
 

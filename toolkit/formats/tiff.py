@@ -1,7 +1,7 @@
 """TIFF files: one picture, or a stack of slices; and the masks of stacks.
 
 tifffile says what a file holds, see ``tiff_layout``. Pillow decodes the pages that it keeps whole (8-bit, and grey of
-16 bits, 32 bits or floats); tifffile the rest: 16-bit colours, floats of other widths, unsigned 32 bits, and directories
+16 bits, 32 bits or floats); tifffile the rest: 16-bit colours, other floats, unsigned 32 bits, and directories
 that hold several slices. BigTIFF, tiles, and the usual compressions are theirs.
 """
 
@@ -29,7 +29,8 @@ from medseg_trt.formats.pictures import (
     require_mode,
     upright,
 )
-from medseg_trt.formats.tiff_layout import Layout, find_layout
+from medseg_trt.formats.signatures import require_kind
+from medseg_trt.formats.tiff_layout import Layout, count_directories, find_layout
 from medseg_trt.images import Image, Mask
 
 BITS, PHOTOMETRIC, SAMPLE_FORMAT, ORIENTATION = 258, 262, 339, 274  # tags
@@ -86,8 +87,12 @@ def write(mask: Mask, path: Path) -> None:
 def _decode(path: Path, indices: bool) -> tuple[ndarray, int]:
     """Return the pages (pages, height, width, …), upright, and how they are stored."""
     tifffile = require("tifffile", "medical")
+    require_kind(path, ".tif")
+    directories = count_directories(path)  # tifffile says less of a file that is cut short
     with naming(path, Exception), tifffile.TiffFile(path, _multifile=False) as file:
-        layout = find_layout(path, file)
+        layout = find_layout(path, file, directories)
+        for page in layout.pages:
+            _require_segments_fit(path, file, page, DEFLATED)
         decoded = _with_pillow(path, layout, indices) if layout.one_page_each else None
         stacked, exif = _with_tifffile(path, file, layout) if decoded is None else decoded
     require_finite(path, stacked)
@@ -160,7 +165,7 @@ def _with_tifffile(path: Path, file: Any, layout: Layout) -> tuple[ndarray, int]
     if first.photometric not in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB):
         raise InputError(f"{path} is of the kind {first.photometric.name}, with deep numbers; save it as grey or RGB")
     for page in layout.pages:
-        _require_segments_fit(path, file, page)
+        _require_segments_fit(path, file, page, OTHER_PACKED)
     if layout.one_page_each:
         values, axes = np.stack([page.asarray(maxworkers=1) for page in layout.pages]), "I" + first.axes
     else:
@@ -194,22 +199,22 @@ def _as_numbers(path: Path, page: Any, values: ndarray, has_samples: bool) -> nd
     return values.astype(values.dtype.newbyteorder("=") if values.dtype.kind != "b" else np.uint8)
 
 
-def _require_segments_fit(path: Path, file: Any, page: Any) -> None:
-    """Inflate every strip or tile step by step, and refuse one that becomes more than its pixels; tifffile holds it.
+def _require_segments_fit(path: Path, file: Any, page: Any, counters: "Mapping[int, Counter]") -> None:
+    """Inflate every strip or tile up to the size of its pixels, and refuse one that becomes more.
 
     Raises:
         InputError: it does, or a strip is missing.
     """
     segment_bytes = prod(page.chunks) * page.dtype.itemsize
-    decoder = INFLATERS.get(page.compression)
+    count_bytes = counters.get(page.compression)
     for offset, size in zip(page.dataoffsets, page.databytecounts, strict=True):
         if not size:
             raise InputError(f"{path} has strips or tiles without pixels; save it again")
-        if decoder is None:
+        if count_bytes is None:
             continue
         file.filehandle.seek(offset)
         packed = file.filehandle.read(min(size, 2 * segment_bytes + SLACK_BYTES))
-        if size > len(packed) or decoder(packed, segment_bytes) > segment_bytes:
+        if size > len(packed) or count_bytes(packed, segment_bytes) > segment_bytes:
             raise InputError(f"{path} has strips or tiles that inflate to more than their pixels; save it again")
 
 
@@ -233,6 +238,9 @@ def _packbits_bytes(packed: bytes, limit: int) -> int:
     return inflated
 
 
-INFLATERS: Mapping[int, Callable[[bytes, int], int]] = {  # compression -> how much it becomes, counted up to a limit
-    8: _deflated_bytes, 32946: _deflated_bytes, 34925: _lzma_bytes, 32773: _packbits_bytes,
-}  # fmt: skip
+Counter = Callable[[bytes, int], int]  # how many bytes it becomes, counted up to a limit
+DEFLATED: Mapping[int, Counter] = {8: _deflated_bytes, 32946: _deflated_bytes}  # by TIFF's number of the compression
+OTHER_PACKED: Mapping[int, Counter] = {
+    34925: _lzma_bytes,
+    32773: _packbits_bytes,
+}  # libtiff, of Pillow, stops by itself

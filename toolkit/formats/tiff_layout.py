@@ -14,10 +14,12 @@ from typing import Any
 
 from medseg_trt.errors import InputError
 from medseg_trt.formats.guard import MAX_SLICES, check_size
+from medseg_trt.progress import LOG
 
 SLICE_AXES = "ZIQT"  # tifffile's codes: depth, a sequence, unknown, time; each page is segmented for itself
 REDUCED, MASK = 1, 4  # bits of NewSubfileType: a smaller version of another page; a page's transparency mask
 DESCRIBED = ("shaped", "ome", "imagej")  # descriptions that name the axes, in the order in which tifffile tries them
+IMAGEJ_CHANNELS = 7  # at most, in ImageJ; tifffile names the slices of an ImageJ stack so if it is not told the axes
 MAX_TILE_PIXELS = 2**22  # a tile may be larger than a small image is: 2048 x 2048
 OME_COUNT = re.compile(r"\b(?:Size[ZCT]|PlaneCount|NumPlanes|First[ZCT]|IFD)\s*=\s*[\"'](\d+)[\"']")
 OME_MODULO = "ModuloAlong"  # axes within axes
@@ -75,7 +77,7 @@ def count_directories(path: Path) -> int:
     return len(seen)
 
 
-def find_layout(path: Path, file: Any) -> Layout:
+def find_layout(path: Path, file: Any, directories: int) -> Layout:
     """Return where the slices of a TIFF file are.
 
     Pages that are marked as reduced in resolution (thumbnails, the levels of a pyramid) or as transparency masks are
@@ -84,12 +86,13 @@ def find_layout(path: Path, file: Any) -> Layout:
     Args:
         path: the file.
         file: tifffile's.
+        directories: how many the file has, see ``count_directories``.
 
     Raises:
         InputError: the file holds several images, channels or series in time and depth, or less than it says.
     """
-    if len(file.pages) != (count := count_directories(path)):
-        raise InputError(f"{path} has {count} pages, of which {len(file.pages)} can be read; save it again")
+    if len(file.pages) != directories:
+        raise InputError(f"{path} has {directories} pages, of which {len(file.pages)} can be read; save it again")
     _check_description(path, file)
     kept = [series for series in file.series if not series.keyframe.subfiletype & (REDUCED | MASK)]
     if not kept:
@@ -107,14 +110,17 @@ def find_layout(path: Path, file: Any) -> Layout:
         axes, shape = _joined(path, kept, pages)
         pages = tuple(sorted(pages, key=lambda page: page.index))
     stack_axes = [axis for axis in axes if axis not in "YXS"]
-    if not {"Y", "X"} <= set(axes) or len(stack_axes) > 1 or not set(stack_axes) <= set(SLICE_AXES):
+    if file.is_imagej and stack_axes == ["C"] and shape[axes.index("C")] > IMAGEJ_CHANNELS:
+        LOG.info("%s calls its slices channels, of which ImageJ has at most %d", path, IMAGEJ_CHANNELS)
+    elif not {"Y", "X"} <= set(axes) or len(stack_axes) > 1 or not set(stack_axes) <= set(SLICE_AXES):
         sizes = ", ".join(f"{axis} {size}" for axis, size in zip(axes, shape, strict=True))
         raise InputError(
             f"{path} has the axes {sizes}; one stack of grey or RGB slices is possible: save each channel (C) or time "
-            "(T) as a file of its own, in ImageJ by Image > Color > Split Channels"
+            "(T) as a file of its own, in ImageJ by Image > Color > Split Channels; Image > Properties names slices"
         )
     num_slices = shape[axes.index(stack_axes[0])] if stack_axes else 1
-    promised = (file.imagej_metadata or {}).get("images", 1) if file.is_imagej else 1
+    metadata: dict[str, Any] = file.imagej_metadata or {}
+    promised = metadata.get("images", 1)
     if isinstance(promised, int) and promised > num_slices:
         raise InputError(
             f"{path} names {promised} images in its ImageJ description, but holds {num_slices}; save it again"
