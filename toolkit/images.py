@@ -19,7 +19,7 @@ from jaxtyping import Float64, Num, UInt8
 from numpy import ndarray
 
 from medseg_trt.errors import InputError
-from medseg_trt.formats.signatures import identify, readable
+from medseg_trt.formats.signatures import SAME_KIND, identify, readable
 from medseg_trt.progress import LOG
 from medseg_trt.spec import Classes
 
@@ -39,7 +39,6 @@ READERS: Mapping[str, str] = {  # the suffix of a kind of file -> the module tha
     ".npy.h5": "medseg_trt.formats.arrays",
     ".dcm": "medseg_trt.formats.dicom",
 }
-SAME_KIND = {".jpeg": ".jpg", ".tiff": ".tif", ".nhdr": ".nrrd", ".npy.h5": ".h5"}  # two suffixes of one kind
 DICOM = ".dcm"
 
 
@@ -303,10 +302,10 @@ def _suffix(path: Path) -> str | None:
 
 def _kind(path: Path) -> str | None:
     """Return the key of READERS by the first bytes; by the name where these are of no known kind or cannot be read."""
-    content = None
     with suppress(OSError):
-        content = identify(path)
-    return _suffix(path) if content is None or content.suffix is None else content.suffix
+        if (content := identify(path)) is not None and content.suffix is not None:
+            return content.suffix
+    return _suffix(path)
 
 
 def _reader(path: Path) -> Any:

@@ -19,6 +19,7 @@ from medseg_trt.errors import InputError, MedsegError
 MAX_PIXELS = 2**28  # of one image, all slices together: 16384 x 16384, or 1024 slices of 512 x 512; 1 GiB of float32
 MAX_SIDE = 2**16  # pixels; JPEG's longest side, and the tables that resize it to a network's image stay below 50 MB
 MAX_SLICES = 4096  # each goes through the network; a whole body at 0.5 mm has fewer
+WORKING_BYTES_PER_PIXEL = 20  # that reading an image takes at most, its result included; libraries apart
 MAX_BYTES = 2**31  # decoded: MAX_PIXELS of 64 bits, or of RGBA with 16 bits
 MAX_HEADER_BYTES = 2**20  # of a NIfTI header with its extensions, or an NRRD header
 CHUNK_BYTES = 2**22  # read and converted at once

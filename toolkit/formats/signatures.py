@@ -93,6 +93,7 @@ KINDS = (  # the first match counts; a DICOM file may have any other signature i
     _kind("7-Zip", rb"7z\xbc\xaf\x27\x1c", remedy=UNPACK),
     _kind("BMP", rb"BM.{8}....(?:[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0)", ".bmp"),  # with the size of its header
 )
+SAME_KIND = {".jpeg": ".jpg", ".tiff": ".tif", ".nhdr": ".nrrd", ".npy.h5": ".h5"}  # two suffixes of one kind
 GZIP = _kind("gzip", rb"\x1f\x8b\x08")
 
 
