@@ -9,6 +9,7 @@ anything is decoded. Each kind of file has a module in ``formats``, which is imp
 import importlib
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from numpy import ndarray
 from medseg_trt.errors import InputError
 from medseg_trt.formats.dicom_signature import SIGNATURE_BYTES, starts_like_dicom
 from medseg_trt.formats.label_values import as_labels
+from medseg_trt.formats.signatures import SAME_KIND, identify, readable
+from medseg_trt.progress import LOG
 from medseg_trt.spec import Classes
 
 READERS: Mapping[str, str] = {  # the suffix of a kind of file -> the module that reads it
@@ -271,8 +274,9 @@ def write_mask(mask: Mask, folder: Path) -> Path:
 
 
 def _single(path: Path) -> Source:
-    """Return the source of one file, of which nothing is read but whether it is DICOM."""
-    _reader(path)
+    """Return the source of one file, of which nothing but its first bytes is read."""
+    if _kind(path) is None:
+        _reader(path)  # which says why
     return Source(path=path, files=(path,), stem=path.name if _suffix(path) is None else output_stem(path))
 
 
@@ -291,7 +295,7 @@ def _in_folder(folder: Path, kind: str | None = None) -> list[Source]:
     """Return what lies directly in a folder; with ``kind``, of this kind alone."""
     files = [each for each in folder.iterdir() if each.is_file() and not each.name.startswith(".")]
     dicom_files = [each for each in files if _kind(each) == DICOM]
-    found = [_single(each) for each in files if kind is None and _suffix(each) not in (None, DICOM)]
+    found = [_single(each) for each in files if kind is None and _suffix(each) and _kind(each) != DICOM]
     if dicom_files:
         dicom = _module(DICOM)
         found += [
@@ -309,22 +313,31 @@ def _suffix(path: Path) -> str | None:
 
 
 def _kind(path: Path) -> str | None:
-    """Return the key of READERS, by name or, of DICOM files with other names, by their first bytes."""
-    suffix = _suffix(path)
-    if suffix is None and path.is_file():
-        try:
-            with path.open("rb") as file:
-                if starts_like_dicom(file.read(SIGNATURE_BYTES)):
-                    return DICOM
-        except OSError:
-            return None
-    return suffix
+    """Return the key of READERS by the first bytes; by the name where these are of no known kind or cannot be read."""
+    with suppress(OSError):
+        if (content := identify(path)) is not None and content.suffix is not None:
+            return content.suffix
+        if (suffix := _suffix(path)) is not None or not path.is_file():
+            return suffix
+        with path.open("rb") as file:  # DICOM without a preamble has no signature
+            return DICOM if starts_like_dicom(file.read(SIGNATURE_BYTES)) else None
+    return _suffix(path)
 
 
 def _reader(path: Path) -> Any:
-    kind = _kind(path)
+    """Return the module that reads a file: by its first bytes; by its name where these are of no known kind.
+
+    Raises:
+        InputError: neither says so, or the file is empty or of a kind that is not read.
+    """
+    content, named = readable(path), _suffix(path)
+    kind = named if content is None else content.suffix
     if kind is None:
         raise InputError(f"{path} is of a kind that cannot be read here; known are {', '.join(READERS)} and DICOM")
+    if not path.stat().st_size:
+        raise InputError(f"{path} is empty; copy it again from where it came")
+    if content is not None and SAME_KIND.get(named or "", named) != kind:
+        LOG.info("%s is a %s file by its content, and is read as one", path, content.name)
     return _module(kind)
 
 

@@ -112,12 +112,12 @@ def test_sixteen_bits_are_kept_whole_and_transparency_is_dropped(color_type, cha
     np.testing.assert_array_equal(pixels[0], values[..., : channels - (channels in (2, 4))])
 
 
-@pytest.mark.parametrize("size", [(12_000, 12_000), (30_000, 30_000), (2**31 - 1, 2**31 - 1), (2**30, 1), (0, 5)])
+@pytest.mark.parametrize("size", [(20_000, 20_000), (2**16 + 1, 2), (2**31 - 1, 2**31 - 1), (2**30, 1), (0, 5)])
 def test_an_impossible_size_is_refused_before_anything_is_decoded(size, tmp_path, monkeypatch):
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda self: pytest.fail("decoded"))
     path = tmp_path / "bomb.png"
     path.write_bytes(raw_png(size[0], size[1], 8, 0, b"\0" * 100))
-    with pytest.raises(InputError, match=r"bomb\.png"):
+    with pytest.raises(InputError, match=r"bomb\.png (says it has .* pixels; 1 to|cannot be read)"):
         read_image(path)
 
 
@@ -130,16 +130,14 @@ def test_a_picture_with_one_pixel_too_many_is_refused(tmp_path, monkeypatch):
         read_image(path)
 
 
-@pytest.mark.parametrize("kind", ["text", "jpeg", "empty"])
-def test_what_is_no_png_inside_is_refused_by_name(kind, tmp_path):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"not a picture\n" * 20, "is not a PNG or JPEG or BMP file by its first bytes"), (b"", "is empty")],
+)
+def test_what_is_no_png_inside_is_refused_by_name(content, message, tmp_path):
     path = tmp_path / "scan.png"
-    if kind == "text":
-        path.write_text("not a picture\n" * 20)
-    elif kind == "jpeg":
-        colours().save(path, format="JPEG")
-    elif kind == "empty":
-        path.touch()
-    with pytest.raises(InputError, match=r"scan\.png cannot be read: .") as caught:
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=rf"scan\.png {message}") as caught:
         read_image(path)
     assert "\n" not in str(caught.value)
 
@@ -147,9 +145,9 @@ def test_what_is_no_png_inside_is_refused_by_name(kind, tmp_path):
 def test_every_truncation_and_every_flipped_bit_of_the_pixels_is_noticed(tmp_path):
     path = save_array(RNG.integers(0, 256, (8, 7), dtype=np.uint8), tmp_path / "a.png")
     whole = path.read_bytes()
-    for length in range(len(whole) - 4):  # the last four bytes are the checksum of an empty chunk
+    for length in range(8, len(whole)):
         path.write_bytes(whole[:length])
-        with pytest.raises(InputError):
+        with pytest.raises(InputError, match=r"a\.png is cut short"):
             read_image(path)
     start, stop = whole.index(b"IDAT"), whole.index(b"IEND") - 4
     for place in range(start, stop):
@@ -376,7 +374,7 @@ def test_closing_axes_of_one_are_dropped_and_come_back_in_the_mask(closing, tmp_
     np.testing.assert_array_equal(np.asanyarray(written.dataobj).reshape(stored.shape), stored)
 
 
-@pytest.mark.parametrize("shape", [(5, 4, 3, 2), (5, 4, 3, 1, 2), (5, 4)])
+@pytest.mark.parametrize("shape", [(5, 4, 3, 2), (5, 4, 3, 1, 2), (5,)])
 def test_what_is_not_one_volume_is_refused(shape, tmp_path):
     nibabel.save(nibabel.Nifti1Image(np.zeros(shape, np.int16), np.eye(4)), tmp_path / "series.nii")
     with pytest.raises(InputError, match=r"series\.nii has the shape .* a volume has three axes"):
@@ -435,12 +433,6 @@ def test_what_is_no_nifti_inside_is_refused(suffix, content, tmp_path):
     (tmp_path / f"scan{suffix}").write_bytes(content)
     with pytest.raises(InputError, match="is not a NIfTI file"):
         read_image(tmp_path / f"scan{suffix}")
-
-
-def test_an_uncompressed_volume_with_the_name_of_a_compressed_one_is_refused(tmp_path):
-    path = write_nifti(tmp_path / "scan.nii", np.zeros((5, 4, 3), np.int16)).rename(tmp_path / "scan.nii.gz")
-    with pytest.raises(InputError, match="Not a gzipped file"):
-        read_image(path)
 
 
 def test_an_impossible_volume_is_refused_by_its_header(tmp_path):

@@ -8,16 +8,24 @@ from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 from numpy import ndarray
+from numpy.typing import DTypeLike
 
 from medseg_trt.errors import InputError, MedsegError
 
-MAX_PIXELS = 2**28  # of one picture or volume; as float32 they take 1 GiB
+MAX_PIXELS = 2**28  # of one image, all slices together: 16384 x 16384, or 1024 slices of 512 x 512; 1 GiB of float32
+MAX_SIDE = 2**16  # pixels; JPEG's longest side, and the tables that resize it to a network's image stay below 50 MB
+MAX_SLICES = 4096  # each goes through the network; a whole body at 0.5 mm has fewer
+WORKING_BYTES_PER_PIXEL = 20  # that reading an image takes at most, its result included; libraries apart
+MAX_BYTES = 2**31  # decoded: MAX_PIXELS of 64 bits, or of RGBA with 16 bits
 MAX_HEADER_BYTES = 2**20  # of a NIfTI header with its extensions, or an NRRD header
-MAX_PAGES = 4096  # of a TIFF file
+CHUNK_BYTES = 2**22  # read and converted at once
+PADDING_BYTES = 2**16  # of zeros behind the voxels, as tapes and block devices leave them
 MAX_REASON = 200  # characters of what a decoder says
+CUT_SHORT = ("truncated", "end-of-stream", "unexpected end", "ended before")  # in what decoders say of a cut file
 DECODERS = ("imagecodecs",)  # packages that decoders ask for by name
 
 for _library in ("PIL", "tifffile"):  # without any handler, what they say of a bad file goes to stderr
@@ -62,19 +70,92 @@ def naming(path: Path, *kinds: type[Exception]) -> Generator[None, None, None]:
     except MedsegError:
         raise
     except (OSError, EOFError, ValueError, OverflowError, MemoryError, zlib.error, *kinds) as error:
+        if is_cut_short(error):
+            raise InputError(f"{path} is cut short; copy it again from where it came") from error
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
         remedy = next((f"; install it: pip install {package}" for package in DECODERS if package in reason), "")
         raise InputError(f"{path} cannot be read: {reason}{remedy}") from error
 
 
-def check_size(path: Path, shape: Sequence[int]) -> None:
-    """Refuse a file whose header promises too much, before it is decoded.
+def is_cut_short(error: Exception) -> bool:
+    """Return whether a decoder reports that the file ends too early."""
+    return isinstance(error, EOFError) or any(words in str(error).lower() for words in CUT_SHORT)
+
+
+def check_size(
+    path: Path, shape: Sequence[int], *, slices: int = 1, samples: int = 1, dtype: DTypeLike = np.uint8
+) -> None:
+    """Refuse a file whose header promises too much, before it is decoded. The limits are one for all formats.
+
+    Args:
+        path: the file.
+        shape: pixels along every axis, in any order.
+        slices: how many of them are slices, where that is known before the file is decoded.
+        samples: of a pixel.
+        dtype: of a sample as it is stored.
 
     Raises:
-        InputError: there are more than ``MAX_PIXELS`` pixels, or none.
+        InputError: there are no pixels, or more than ``MAX_PIXELS``, ``MAX_SIDE``, ``MAX_SLICES`` or ``MAX_BYTES``
+            allow.
     """
-    if prod(shape) > MAX_PIXELS or min(shape, default=0) < 1:
-        raise InputError(f"{path} says it has {' x '.join(map(str, shape))} pixels; 1 to {MAX_PIXELS} are possible")
+    pixels = prod(shape)
+    if (
+        not 0 < pixels <= MAX_PIXELS
+        or not 0 < min(shape) <= max(shape) <= MAX_SIDE
+        or slices > MAX_SLICES
+        or pixels * samples * np.dtype(dtype).itemsize > MAX_BYTES
+    ):
+        stored = f" of {samples} x {np.dtype(dtype).name}" if pixels <= MAX_PIXELS and samples > 1 else ""
+        raise InputError(
+            f"{path} says it has {' x '.join(map(str, shape))} pixels{stored}; 1 to {MAX_PIXELS} are possible, at most "
+            f"{MAX_SIDE} a side, {MAX_SLICES} slices and {MAX_BYTES >> 20} MiB: reduce it, or cut it into parts"
+        )
+
+
+def read_chunks(
+    path: Path, file: Any, count: int, dtype: np.dtype[Any], *, more_allowed: bool = False
+) -> Generator[tuple[slice, ndarray], None, None]:
+    """Yield the values that the header promises, a few MiB at a time, with their position; see that no more follow.
+
+    Of a compressed file no more is inflated than that. Reading to its end compares the checksum.
+
+    Args:
+        path: the file, for messages.
+        file: open at the first value.
+        count: how many values the header promises.
+        dtype: as they are stored.
+        more_allowed: other things may lie behind them.
+
+    Raises:
+        InputError: there are fewer or more, zeros apart.
+    """
+    done, step = 0, max(CHUNK_BYTES // dtype.itemsize, 1)
+    while done < count:
+        size = min(step, count - done)
+        content = file.read(size * dtype.itemsize)
+        if len(content) < size * dtype.itemsize:
+            held = done * dtype.itemsize + len(content)
+            raise InputError(f"{path} is cut short: it holds {held} of {count * dtype.itemsize} bytes of pixels")
+        yield slice(done, done + size), np.frombuffer(content, dtype)
+        done += size
+    behind = b"" if more_allowed else file.read(PADDING_BYTES + 1)
+    if len(behind) > PADDING_BYTES or behind.strip(b"\0"):
+        raise InputError(
+            f"{path} holds more pixels than the {count * dtype.itemsize} bytes that its header promises; repair the "
+            "header, or save the image again"
+        )
+
+
+def read_values(path: Path, file: Any, count: int, dtype: np.dtype[Any], *, more_allowed: bool = False) -> ndarray:
+    """Return what ``read_chunks`` yields as one array, in the byte order of this machine.
+
+    Raises:
+        InputError: there are fewer or more values than the header promises.
+    """
+    values = np.empty(count, dtype.newbyteorder("="))
+    for place, chunk in read_chunks(path, file, count, dtype, more_allowed=more_allowed):
+        values[place] = chunk
+    return values
 
 
 def require_finite(path: Path, values: ndarray) -> None:

@@ -15,16 +15,19 @@ from numpy import ndarray
 
 from medseg_trt.errors import InputError, MedsegError, require
 from medseg_trt.files import atomic_file
-from medseg_trt.formats.guard import MAX_HEADER_BYTES, check_size, naming, require_finite
+from medseg_trt.formats.guard import MAX_HEADER_BYTES, check_size, naming, read_chunks, read_values, require_finite
 from medseg_trt.formats.label_grid import labels_on_grid
 from medseg_trt.formats.qform import RIGHT_ANGLED, SCANNER, set_qform
+from medseg_trt.formats.signatures import readable
 from medseg_trt.images import Geometry, Image, Mask
 from medseg_trt.progress import LOG
 
 SPACING_RANGE_MM = (1e-6, 1e6)
 SINGULAR = 1e-3  # determinant of the axes' directions; 1 where they are at right angles
+SLICES = 2  # the axis of nibabel's orientations that runs up
 
-MM_PER_UNIT = {"mm": 1.0, "unknown": 1.0, "meter": 1e3, "micron": 1e-3}
+UNIT_BITS = 7  # of xyzt_units; the others are the unit of time
+MM_PER_UNIT = {0: 1.0, 1: 1e3, 2: 1.0, 3: 1e-3}  # NIfTI's codes: unknown, metre, millimetre, micron
 GEOMETRY_FIELDS = (
     "pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d",
     "qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z",
@@ -32,7 +35,9 @@ GEOMETRY_FIELDS = (
 
 
 def read(path: Path) -> Image:
-    """Read a volume: integers as they are unless the header scales them, everything else as float32.
+    """Read a volume or a slice: integers as they are unless the header scales them, everything else as float32.
+
+    A slice has two axes, or three with the last one of 1. It stays one slice, in whatever direction it was cut.
 
     Raises:
         InputError: it is damaged, too large, no single volume, or holds NaN or infinite values.
@@ -43,6 +48,8 @@ def read(path: Path) -> Image:
         LOG.warning("%s does not say how it lies; its axes are taken to run left, anterior and superior", path)
     elif not header["qform_code"]:
         _complete_qform(path, header)
+    if _unit(header) not in MM_PER_UNIT:
+        LOG.warning("%s measures in an unknown unit (xyzt_units %d), taken to be mm", path, header["xyzt_units"])
     return turned(path, stored, header, affine_mm)
 
 
@@ -85,33 +92,40 @@ def stored_axes(path: Path) -> str:
         InputError: the header cannot be read.
     """
     nibabel = require("nibabel", "medical")
-    with naming(path, nibabel.spatialimages.HeaderDataError, KeyError):
-        with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
-            header = _header(path, file.read(nibabel.Nifti2Header.sizeof_hdr))
+    with naming(path, nibabel.spatialimages.HeaderDataError), _opened(path) as file:
+        header = _header(path, file.read(nibabel.Nifti2Header.sizeof_hdr))
         if not header["sform_code"] and not header["qform_code"]:
             return ""
         return "".join(require("nibabel.orientations", "medical").aff2axcodes(header.get_best_affine()))
 
 
 def load(path: Path) -> tuple[ndarray, Any, ndarray]:
-    """Return the values (column, row, slice) as stored but scaled, the header, and its affine in millimetres."""
+    """Return the values (column, row, slice) as stored but scaled, the header, and its affine in millimetres.
+
+    A file of two axes is one slice.
+    """
     nibabel = require("nibabel", "medical")
-    with naming(path, nibabel.spatialimages.HeaderDataError, KeyError):
-        with gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb") as file:
-            header = _header(path, file.read(nibabel.Nifti2Header.sizeof_hdr))
-            file.seek(header.get_data_offset())
-            shape, dtype = header.get_data_shape(), header.get_data_dtype()
-            expected = prod(shape) * dtype.itemsize
-            data = file.read(expected)
-            if len(data) < expected:
-                raise InputError(f"{path} is cut short: it holds {len(data)} of {expected} bytes of voxels")
-            file.read(1)  # at the end of a gzip file its checksum is compared
-        stored = _scaled(np.frombuffer(data, dtype).reshape(shape[:3], order="F"), *header.get_slope_inter())
-        unit = MM_PER_UNIT[header.get_xyzt_units()[0]]
-        with np.errstate(all="ignore"):  # what overflows is refused
-            affine_mm = np.diag([unit, unit, unit, 1.0]) @ header.get_best_affine()
-        require_affine(path, affine_mm)
-    return stored, header, affine_mm
+    with naming(path, nibabel.spatialimages.HeaderDataError), _opened(path) as file:
+        header = _header(path, file.read(nibabel.Nifti2Header.sizeof_hdr))
+        affine_mm = _affine_mm(path, header)
+        shape, dtype = (*header.get_data_shape(), 1)[:3], header.get_data_dtype()
+        check_size(path, shape, slices=shape[slice_axis(shape, affine_mm)], dtype=dtype)
+        file.seek(header.get_data_offset())
+        slope, intercept = header.get_slope_inter()
+        trivial = slope is None or (slope, intercept) == (1, 0)
+        if trivial and dtype.kind in "iu":
+            stored = read_values(path, file, prod(shape), dtype)
+        else:
+            stored = np.empty(prod(shape), np.float32)
+            for place, chunk in read_chunks(path, file, stored.size, dtype):
+                stored[place] = _scaled(chunk, slope, intercept)
+    return stored.reshape(shape, order="F"), header, affine_mm
+
+
+def _opened(path: Path) -> Any:
+    """Open a volume, compressed or not as its first bytes say."""
+    content = readable(path)
+    return gzip.open(path) if content is not None and content.gzipped else path.open("rb")
 
 
 def _header(path: Path, block: bytes) -> Any:
@@ -120,23 +134,47 @@ def _header(path: Path, block: bytes) -> Any:
     kind = next((kind for kind in kinds if kind.may_contain_header(block)), None)
     if kind is None:
         raise InputError(f"{path} is not a NIfTI file")
+    if len(block) < kind.sizeof_hdr:
+        raise InputError(f"{path} is cut short: it ends within its header")
     header = kind(block[: kind.sizeof_hdr])
     shape, dtype, offset = header.get_data_shape(), header.get_data_dtype(), header.get_data_offset()
-    if len(shape) < 3 or prod(shape[3:]) != 1:
-        raise InputError(f"{path} has the shape {shape}; a volume has three axes: split a series into its volumes")
-    check_size(path, shape)
+    if len(shape) < 2 or prod(shape[3:]) != 1:
+        raise InputError(
+            f"{path} has the shape {shape}; a volume has three axes, and a slice two: split a series into its volumes"
+        )
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
         raise InputError(f"{path} holds {dtype} voxels; integers and floats of up to 64 bits are possible")
+    check_size(path, shape, dtype=dtype)
     if not kind.sizeof_hdr <= offset <= MAX_HEADER_BYTES:
         raise InputError(f"{path} says its voxels start at byte {offset}, which cannot be")
     return header
 
 
+def _affine_mm(path: Path, header: Any) -> ndarray:
+    """Return the header's affine, from (column, row, slice, 1) as stored to millimetres.
+
+    Raises:
+        InputError: it cannot be.
+    """
+    unit_mm = MM_PER_UNIT.get(_unit(header), 1.0)
+    with np.errstate(all="ignore"):  # what overflows is refused
+        affine_mm = np.diag([unit_mm, unit_mm, unit_mm, 1.0]) @ header.get_best_affine()
+    require_affine(path, affine_mm)
+    return affine_mm
+
+
+def _unit(header: Any) -> int:
+    return int(header["xyzt_units"]) & UNIT_BITS
+
+
+def slice_axis(shape: tuple[int, ...], affine_mm: ndarray) -> int:
+    """Return which stored axis becomes the slices: the one that runs up, or the last one of a single slice."""
+    axes = require("nibabel.orientations", "medical").io_orientation(affine_mm)[:, 0]
+    return 2 if shape[2] == 1 else int(np.argmax(axes == SLICES))
+
+
 def _scaled(stored: ndarray, slope: float | None, intercept: float | None) -> ndarray:
-    trivial = slope is None or (slope, intercept) == (1, 0)
-    if trivial and stored.dtype.kind in "iu":
-        return stored.astype(stored.dtype.newbyteorder("="), copy=False)
-    values = np.empty(stored.shape, np.float32, order="F")
+    values = np.empty(stored.shape, np.float32)
     with np.errstate(over="ignore", invalid="ignore"):  # what does not fit is infinite, and refused as such
         np.multiply(stored, 1 if slope is None else slope, out=values, dtype=np.float64, casting="same_kind")
         np.add(values, intercept or 0, out=values, dtype=np.float64, casting="same_kind")
@@ -191,11 +229,11 @@ def turned(
         header: NIfTI header of its geometry; nothing else of it is kept.
         affine_mm: from stored (column, row, slice, 1) to millimetres right, anterior, superior.
         like: turn it as this volume was turned, which matters where that one was left as it lay.
-        keep: leave the axes as they are stored; a single slice, cut in whatever direction, is to stay one.
+        keep: leave the axes as they are stored. So are those of a single slice that is not axial: it is to stay one.
     """
     orientations = require("nibabel.orientations", "medical")
     axes = orientations.io_orientation(affine_mm)
-    if keep:
+    if keep or (like is None and stored.shape[2] == 1 and axes[2, 0] != SLICES):
         turn = orientations.ornt_transform(axes, axes)
     elif like is None:
         turn = orientations.ornt_transform(axes, orientations.axcodes2ornt("LPS"))

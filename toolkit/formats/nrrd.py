@@ -5,8 +5,9 @@ NRRD volumes are written as NIfTI, in the same place: see ``nifti``.
 """
 
 import bz2
-import zlib
-from collections.abc import Callable, Mapping
+import gzip
+import re
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,23 @@ from numpy import ndarray
 from medseg_trt.errors import ArtefactError, InputError, require
 from medseg_trt.files import inside
 from medseg_trt.formats import nifti, pictures
-from medseg_trt.formats.guard import MAX_HEADER_BYTES, MAX_PIXELS, check_size, naming, require_finite
+from medseg_trt.formats.guard import (
+    MAX_HEADER_BYTES,
+    MAX_PIXELS,
+    check_size,
+    naming,
+    read_values,
+    require_finite,
+)
 from medseg_trt.images import Image
 from medseg_trt.progress import LOG
 
 MAGIC = b"NRRD000"
 TEXT = ("ascii", "text", "txt")  # encodings whose numbers are split, not cut to bytes
 TEXT_BYTES = 32  # of a number written out, at most
-GZIP = 31  # zlib's window bits for a gzip stream
-CHUNK_BYTES = 2**20
+MAX_TEXT_VALUES = 2**23  # each is an object of some 40 bytes while it is parsed: 320 MiB
+DATA_FILE = re.compile(r"data ?file:", re.IGNORECASE)
+LIST_OF_FILES = re.compile(r"data ?file:\s*LIST", re.IGNORECASE)
 DTYPES: Mapping[str, str] = {  # NRRD's name of a type, without blanks -> NumPy's
     **dict.fromkeys(("signedchar", "int8", "int8_t"), "i1"),
     **dict.fromkeys(("uchar", "unsignedchar", "uint8", "uint8_t"), "u1"),
@@ -45,6 +54,8 @@ SPACES = {  # to millimetres right, anterior, superior
 }  # fmt: skip
 MM_PER_UNIT = {"mm": 1.0, "millimeter": 1.0, "millimeters": 1.0, "cm": 10.0, "m": 1e3, "um": 1e-3, "": 1.0}
 COLOURS = ("rgb-color", "rgba-color", "3-color", "4-color")
+SPATIAL = ("", "domain", "space", "none", "???")  # kinds of axes that are or may be directions in space
+SLICER_SEGMENT = "Segment0_ID"  # a key of 3D Slicer's segmentations
 
 
 def read(path: Path) -> Image:
@@ -55,13 +66,13 @@ def read(path: Path) -> Image:
         MissingExtraError: pynrrd is not installed.
     """
     with naming(path, Exception):
-        header, values = _load(path)
-        channels = _channel_axis(path, header, values.shape)
-        values = np.moveaxis(values, channels, -1) if channels is not None else values[..., np.newaxis]
+        values, spatial, affine_mm = _load(path)
+        values = np.moveaxis(values, spatial, range(len(spatial))).reshape(
+            *(values.shape[axis] for axis in spatial), -1
+        )
         require_finite(path, values)
-        if values.ndim == 3:
+        if affine_mm is None:
             return Image(path=path, pixels=np.ascontiguousarray(values.swapaxes(0, 1))[np.newaxis])
-        affine_mm = _affine_mm(path, header, channels)
         kept = nifti.header_of(path, values.shape[:3], affine_mm)
         return nifti.turned(path, values, kept, affine_mm)
 
@@ -78,27 +89,32 @@ def read_labels(path: Path, like: Image) -> ndarray:
     return nifti.labels_like(mask, like, may_be_cropped=True)  # as 3D Slicer saves segments
 
 
-def _load(path: Path) -> tuple[dict[str, Any], ndarray]:
-    """Return the header, and the values with the fastest axis first."""
+def _load(path: Path) -> tuple[ndarray, list[int], ndarray | None]:
+    """Return the values with the fastest axis first, their axes that are directions in space, and a volume's affine."""
     nrrd = require("nrrd", "medical")
     with path.open("rb") as file:
         header = nrrd.read_header(_header_lines(path, file))
         shape = tuple(int(size) for size in header["sizes"])
-        check_size(path, shape)
         if len(shape) != header["dimension"]:
             raise InputError(f"{path} says it has {header['dimension']} axes, but names the sizes of {len(shape)}")
         kind = DTYPES.get(str(header["type"]).replace(" ", "").lower())
         if kind is None:
             raise InputError(f"{path} holds values of the type {header['type']}, which cannot be read")
         dtype = np.dtype(kind).newbyteorder("<" if header.get("endian", "little").lower() == "little" else ">")
+        check_size(path, shape, dtype=dtype)
+        spatial = _spatial_axes(path, header, shape)
+        affine_mm = _affine_mm(path, header, spatial) if len(spatial) == 3 else None
+        if affine_mm is not None:
+            nifti.require_affine(path, affine_mm)
+            sizes = tuple(shape[axis] for axis in spatial)
+            check_size(path, shape, slices=sizes[nifti.slice_axis(sizes, affine_mm)], dtype=dtype)
         name = header.get("data file", header.get("datafile"))
         if name is None:
-            content = _content(path, file, header, prod(shape), dtype)
+            content = _content(path, file, header, prod(shape), dtype, detached=False)
         else:
-            with _beside(path, name).open("rb") as detached:
-                content = _content(path, detached, header, prod(shape), dtype)
-    values = content.reshape(shape, order="F")
-    return header, values.astype(dtype.newbyteorder("="), copy=False)
+            with _beside(path, name).open("rb") as beside:
+                content = _content(path, beside, header, prod(shape), dtype, detached=True)
+    return content.reshape(shape, order="F"), spatial, affine_mm
 
 
 def _header_lines(path: Path, file: Any) -> list[str]:
@@ -108,11 +124,15 @@ def _header_lines(path: Path, file: Any) -> list[str]:
     file.seek(0)
     lines: list[str] = []
     left = MAX_HEADER_BYTES
-    while line := file.readline(left).decode("ascii", "replace").rstrip():
+    while (raw := file.readline(left)) and (line := raw.decode("ascii", "replace").rstrip()):
+        if LIST_OF_FILES.match(line):
+            _beside(path, "LIST")
         lines.append(line)
         left -= len(line) + 1
         if left <= 0:
             raise InputError(f"{path} has a header of more than {MAX_HEADER_BYTES} bytes")
+    if not raw and not any(DATA_FILE.match(line) for line in lines):
+        raise InputError(f"{path} is cut short: it ends within its header")
     return lines
 
 
@@ -133,91 +153,73 @@ def _beside(path: Path, name: Any) -> Path:
     return found
 
 
-def _content(path: Path, file: Any, header: Mapping[str, Any], count: int, dtype: np.dtype[Any]) -> ndarray:
-    """Read and inflate ``count`` values and no more."""
+def _content(
+    path: Path, file: Any, header: Mapping[str, Any], count: int, dtype: np.dtype[Any], detached: bool
+) -> ndarray:
+    """Read and inflate ``count`` values and no more; in a detached file other things may lie behind raw voxels."""
     encoding = str(header["encoding"]).lower()
     if encoding not in DECODERS and encoding not in TEXT:
         raise InputError(f"{path} is encoded as {encoding}; known are {', '.join((*DECODERS, *TEXT))}")
     for _ in range(min(int(header.get("line skip", header.get("lineskip", 0))), MAX_HEADER_BYTES)):
         file.readline(MAX_HEADER_BYTES)
     skip = int(header.get("byte skip", header.get("byteskip", 0)))
-    expected = count * dtype.itemsize
     if encoding in TEXT:
-        words = file.read(count * TEXT_BYTES).split()
-        if len(words) < count:
-            raise InputError(f"{path} is cut short: it holds {len(words)} of {count} values")
-        return np.array(words[:count], np.float64 if dtype.kind == "f" else object).astype(dtype)
+        return _from_text(path, file, count, dtype)
+    is_raw = encoding == RAW
     if skip < 0:
-        if DECODERS[encoding] is not _raw:
+        if not is_raw:
             raise InputError(f"{path}: byte skip {skip} is possible with raw voxels only")
-        file.seek(-expected, 2)
+        file.seek(-count * dtype.itemsize, 2)
         skip = 0
     if skip > MAX_PIXELS:
         raise InputError(f"{path} says that {skip} bytes lie before its voxels, which cannot be")
-    content = DECODERS[encoding](file, skip + expected)[skip:]
-    if len(content) < expected:
-        raise InputError(f"{path} is cut short: it holds {len(content)} of {expected} bytes of voxels")
-    return np.frombuffer(content, dtype)
+    stream = file if is_raw else DECODERS[encoding](file)
+    stream.seek(skip, 1)
+    return read_values(path, stream, count, dtype, more_allowed=detached and is_raw)
 
 
-def _raw(file: Any, size: int) -> bytes:
-    return file.read(size)
+def _from_text(path: Path, file: Any, count: int, dtype: np.dtype[Any]) -> ndarray:
+    if count > MAX_TEXT_VALUES:
+        raise InputError(
+            f"{path} has {count} values as text, at most {MAX_TEXT_VALUES} are read; save it as raw or gzip"
+        )
+    words = file.read(count * TEXT_BYTES).split()
+    if len(words) < count:
+        raise InputError(f"{path} is cut short: it holds {len(words)} of {count} values")
+    values = np.array(words[:count], np.float64 if dtype.kind == "f" else object)
+    return values.astype(dtype.newbyteorder("="))
 
 
-def _gzip(file: Any, size: int) -> bytes:
-    """Inflate up to ``size`` bytes; where the stream ends there, its checksum is compared."""
-    inflater = zlib.decompressobj(GZIP)
-    parts: list[bytes] = []
-    left = size
-    while left > 0 and not inflater.eof and (chunk := inflater.unconsumed_tail or file.read(CHUNK_BYTES)):
-        parts.append(inflater.decompress(chunk, left))
-        left -= len(parts[-1])
-    while not inflater.eof and (chunk := inflater.unconsumed_tail or file.read(CHUNK_BYTES)):
-        if inflater.decompress(chunk, 1):
-            break  # there is more than the header says
-    return b"".join(parts)
-
-
-def _bzip2(file: Any, size: int) -> bytes:
-    inflater = bz2.BZ2Decompressor()
-    parts: list[bytes] = []
-    left = size
-    while left > 0 and not inflater.eof:
-        chunk = file.read(CHUNK_BYTES) if inflater.needs_input else b""
-        if inflater.needs_input and not chunk:
-            break
-        parts.append(inflater.decompress(chunk, left))
-        left -= len(parts[-1])
-    return b"".join(parts)
-
-
-def _channel_axis(path: Path, header: Mapping[str, Any], shape: tuple[int, ...]) -> int | None:
-    """Return the axis that is no direction in space, if there is one.
+def _spatial_axes(path: Path, header: Mapping[str, Any], shape: tuple[int, ...]) -> list[int]:
+    """Return the axes that are directions in space; at most one other, of colours, has more than one value.
 
     Raises:
-        InputError: it is not one of colours, or there are too many axes.
+        InputError: there are others, or more or fewer than two or three.
     """
     kinds = [str(kind).lower() for kind in header.get("kinds", [])]
-    if "list" in kinds and any(name.startswith("Segment") for name in header):
+    kinds += [""] * (len(shape) - len(kinds))
+    colours = [axis for axis, kind in enumerate(kinds) if kind in COLOURS and shape[axis] >= 3]
+    spatial = [axis for axis, kind in enumerate(kinds) if kind in SPATIAL]
+    while len(spatial) > 3 and shape[spatial[-1]] == 1:  # closing axes of one, as in NIfTI
+        spatial.pop()
+    if len(colours) == 1 and shape[colours[0]] != 3:
+        raise InputError(f"{path} has {shape[colours[0]]} channels; 1 or 3 are possible")
+    layers = prod(size for axis, size in enumerate(shape) if axis not in (*colours, *spatial))
+    if layers > 1 and SLICER_SEGMENT in header:
         raise InputError(
-            f"{path} has {shape[kinds.index('list')]} layers of overlapping segments, as 3D Slicer saves them; export "
-            "them as one labelmap: Segmentations, Export to labelmap, with the image as reference volume"
+            f"{path} is a segmentation of 3D Slicer in {layers} layers, because its segments overlap; export it as a "
+            "label map: module Segmentations, 'Export to files', file format NRRD"
         )
-    axes = [axis for axis, kind in enumerate(kinds) if kind in COLOURS and shape[axis] >= 3]
-    spatial = len(shape) - len(axes)
-    if len(axes) > 1 or spatial not in (2, 3):
+    if layers > 1 or len(colours) > 1 or len(spatial) not in (2, 3):
         raise InputError(f"{path} has the sizes {shape}; a volume has three axes: split a series into its volumes")
-    if axes and shape[axes[0]] != 3:
-        raise InputError(f"{path} has {shape[axes[0]]} channels; 1 or 3 are possible")
-    return axes[0] if axes else None
+    return spatial
 
 
-def _affine_mm(path: Path, header: Mapping[str, Any], channels: int | None) -> ndarray:
+def _affine_mm(path: Path, header: Mapping[str, Any], axes: Sequence[int]) -> ndarray:
     """Return the affine from (column, row, slice, 1) as stored to millimetres right, anterior, superior.
 
     Source: teem.sourceforge.net/nrrd/format.html, section 5, orientation.
     """
-    axes = [axis for axis in range(int(header["dimension"])) if axis != channels]
     affine_mm = np.eye(4)
     space = str(header.get("space", "")).lower()
     directions = header.get("space directions")
@@ -243,6 +245,9 @@ def _affine_mm(path: Path, header: Mapping[str, Any], channels: int | None) -> n
     return np.diag([*SPACES[space], 1.0]) @ affine_mm
 
 
-DECODERS: Mapping[str, Callable[[Any, int], bytes]] = {
-    "raw": _raw, "gzip": _gzip, "gz": _gzip, "bzip2": _bzip2, "bz2": _bzip2,
-}  # fmt: skip
+RAW = "raw"
+DECODERS: Mapping[str, Callable[[Any], Any]] = {  # of a file's encodings; they inflate as much as is asked for
+    RAW: lambda file: file,
+    **dict.fromkeys(("gzip", "gz"), lambda file: gzip.GzipFile(fileobj=file)),
+    **dict.fromkeys(("bzip2", "bz2"), bz2.BZ2File),
+}

@@ -5,6 +5,8 @@ dropped, not blended. A photograph that says by EXIF that it lies on its side is
 mask is stored as the photograph is stored, so that pixel i of the file belongs to pixel i of the mask.
 """
 
+import importlib
+import mmap
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +18,18 @@ from numpy import ndarray
 from medseg_trt.errors import InputError, MedsegError
 from medseg_trt.files import atomic_file
 from medseg_trt.formats.guard import check_size, naming, require_finite
+from medseg_trt.formats.signatures import require_kind
 from medseg_trt.images import Image, Mask
 
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".bmp": "BMP"}
+PLUGINS = {  # Pillow's classes by the kind of file. They are opened directly, because ``PIL.Image.open`` applies
+    # ``MAX_IMAGE_PIXELS``, a limit of the whole process that is lower than ours and that others may rely on.
+    "PNG": ("PIL.PngImagePlugin", "PngImageFile"),
+    "JPEG": ("PIL.JpegImagePlugin", "JpegImageFile"),
+    "BMP": ("PIL.BmpImagePlugin", "BmpImageFile"),
+    "TIFF": ("PIL.TiffImagePlugin", "TiffImageFile"),
+}
+END_MARKS = {"PNG": b"IEND\xae\x42\x60\x82", "JPEG": b"\xff\xd9"}  # a file without its mark is cut short
+SUFFIXES = (".png", ".jpg", ".bmp")
 LOSSY = "JPEG"
 MODES = {  # Pillow's mode -> the one it is turned to; None keeps its numbers
     "1": "L", "L": None, "LA": "L", "P": "RGB", "PA": "RGB", "RGB": None, "RGBA": "RGB", "RGBX": "RGB", "CMYK": "RGB",
@@ -52,7 +63,7 @@ def read_labels(path: Path, like: Image) -> ndarray:
     Raises:
         InputError: it is damaged, in colour, stored with loss, or of another size.
     """
-    if _format(path) == LOSSY:
+    if require_kind(path, *SUFFIXES).name == LOSSY:
         raise InputError(f"{path} is a JPEG, whose numbers are not exact; save the mask as PNG")
     labels, exif = _decode(path, indices=True)
     return labels_like(path, grey(path, labels)[np.newaxis], exif, like)
@@ -85,18 +96,23 @@ def as_palette(labels: ndarray, mask: Mask) -> Any:
 def opened(path: Path, kind: str) -> Generator[Any, None, None]:
     """Yield Pillow's picture, of which only the header was read and found of a possible size.
 
+    Args:
+        path: the file.
+        kind: a key of ``PLUGINS``.
+
     Raises:
         InputError: it is of another kind, damaged, or too large; also while it is decoded in the block.
     """
-    import PIL.Image
-
-    limit = PIL.Image.MAX_IMAGE_PIXELS or 0
+    module, plugin = PLUGINS[kind]
     # By a name, Pillow maps the file, and maps a TIFF that lies on its side with height and width the wrong way round.
-    with naming(path, Exception), path.open("rb") as file, PIL.Image.open(file, formats=[kind]) as picture:
-        check_size(path, picture.size)
-        if picture.width * picture.height > limit:
-            raise InputError(f"{path} is {picture.width} x {picture.height} pixels; Pillow decodes up to {limit}")
-        yield picture
+    with naming(path, Exception), path.open("rb") as file:
+        if kind in END_MARKS:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                if content.rfind(END_MARKS[kind]) < 0:
+                    raise EOFError
+        with getattr(importlib.import_module(module), plugin)(file) as picture:
+            check_size(path, picture.size, samples=len(picture.getbands()))
+            yield picture
 
 
 def upright(values: ndarray, exif: int) -> ndarray:
@@ -188,20 +204,17 @@ def require_mode(path: Path, mode: str, modes: Sequence[str] = tuple(MODES)) -> 
         raise InputError(f"{path} is of Pillow's mode {mode}, which cannot be read here; save it as grey or RGB")
 
 
-def _format(path: Path) -> str:
-    return FORMATS[path.suffix.lower()]
-
-
 def _decode(path: Path, indices: bool) -> tuple[ndarray, int]:
     """Return the numbers of a picture as it is stored, and its orientation."""
-    if _format(path) == "PNG":
-        with opened(path, "PNG") as picture:
+    kind = require_kind(path, *SUFFIXES).name
+    if kind == "PNG":
+        with opened(path, kind) as picture:
             picture.verify()  # the checksums, up to the last; decoding stops before it
-    with opened(path, _format(path)) as picture:
+    with opened(path, kind) as picture:
         require_mode(path, picture.mode)
         stored_as = str(picture.tile[0].args) if picture.tile else ""
         exif = orientation(picture)
-        if _format(path) == "PNG" and stored_as in DEEP_MODES:
+        if kind == "PNG" and stored_as in DEEP_MODES:
             values = _deep_numbers(path, stored_as)
         else:
             values = numbers(picture, indices)

@@ -128,7 +128,8 @@ def test_a_detached_header_takes_its_voxels_from_its_own_folder(tmp_path):
         ("link.raw", "outside its folder"),
         ("nowhere.raw", "not beside it"),
         ("slice%03d.raw 1 3 1", "in several files"),
-        ("LIST", "cannot be read|in several files"),
+        ("LIST\nslice1.raw\nslice2.raw", "in several files; save it as one"),
+        ("LIST 2\nslice1.raw", "in several files; save it as one"),
     ],
 )
 def test_voxels_from_elsewhere_are_refused(name, message, tmp_path):
@@ -143,9 +144,13 @@ def test_voxels_from_elsewhere_are_refused(name, message, tmp_path):
 
 @pytest.mark.parametrize(("encoding", "pack"), [("gzip", gzip.compress), ("bzip2", bz2.compress)])
 def test_no_more_is_inflated_than_the_header_says(encoding, pack, tmp_path):
-    content = pack(numbers().tobytes("F") + b"\0" * 2**26)
-    path = raw(tmp_path / "a.nrrd", *PLAIN, f"encoding: {encoding}", content=content)
+    padded = pack(numbers().tobytes("F") + b"\0" * 512)
+    path = raw(tmp_path / "a.nrrd", *PLAIN, f"encoding: {encoding}", content=padded)
     np.testing.assert_array_equal(read_image(path).pixels[..., 0], numbers().transpose(2, 1, 0))
+    for more in (b"\0" * 2**26, b"\1\0"):
+        raw(path, *PLAIN, f"encoding: {encoding}", content=pack(numbers().tobytes("F") + more))
+        with pytest.raises(InputError, match=r"a\.nrrd holds more pixels than the 120 bytes"):
+            read_image(path)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +186,40 @@ def test_what_is_no_nrrd_and_every_truncation_is_refused(tmp_path):
     with pytest.raises(InputError, match="is not an NRRD file"):
         read_image(path)
     whole = save(tmp_path / "a.nrrd", numbers(), encoding="gzip").read_bytes()
-    for length in range(0, len(whole) - 8, 5):  # the last eight bytes are gzip's checksum
+    for length in range(len(whole)):
         path.write_bytes(whole[:length])
         with pytest.raises(InputError, match=r"cut\.nrrd"):
             read_image(path)
+
+
+@pytest.mark.parametrize("kinds", ["domain domain domain list", "space space space time", None])
+def test_a_closing_axis_of_one_is_dropped_as_in_nifti(kinds, tmp_path):
+    nibabel.save(nibabel.Nifti1Image(numbers()[..., np.newaxis], AFFINE), tmp_path / "twin.nii")
+    lines = ["type: short", "dimension: 4", "sizes: 5 4 3 1", "endian: little", "encoding: raw", "space: RAS"]
+    lines += ["space directions: (-2,0,0) (0,1.5,0) (0,0,3) none", "space origin: (31,-12,7)"]
+    lines += [f"kinds: {kinds}"] * (kinds is not None)
+    image, twin = read_image(raw(tmp_path / "a.nrrd", *lines, content=numbers().tobytes("F"))), tmp_path / "twin.nii"
+    np.testing.assert_array_equal(image.pixels, read_image(twin).pixels)
+    path = write_mask(Mask.of(image, (image.pixels[..., 0] % 3).astype(np.uint8), TWO_ORGANS), tmp_path / "masks")
+    np.testing.assert_array_equal(np.asanyarray(nibabel.load(path).dataobj), numbers() % 3)  # pyright: ignore
+
+
+def test_a_list_axis_of_one_that_comes_first_is_dropped_and_one_of_more_is_refused(tmp_path):
+    lines = ("type: short", "dimension: 4", "endian: little", "encoding: raw", "kinds: list domain domain domain")
+    image = read_image(raw(tmp_path / "a.nrrd", *lines, "sizes: 1 5 4 3", content=numbers().tobytes("F")))
+    np.testing.assert_array_equal(image.pixels[..., 0], numbers().transpose(2, 1, 0))
+    with pytest.raises(InputError, match="split a series into its volumes"):
+        read_image(raw(tmp_path / "a.nrrd", *lines, "sizes: 2 5 4 3", content=bytes(240)))
+
+
+def test_layers_of_slicer_are_named_with_how_to_export_them(tmp_path):
+    lines = ("type: uchar", "dimension: 4", "sizes: 2 5 4 3", "encoding: raw", "kinds: list domain domain domain")
+    path = raw(tmp_path / "a.seg.nrrd", *lines, "Segment0_ID:=Segment_1", "Segment0_Layer:=0", content=bytes(120))
+    with pytest.raises(InputError, match=r"a\.seg\.nrrd is a segmentation of 3D Slicer in 2 layers.*label map.*Export"):
+        read_image(path)
+
+
+def test_a_single_slice_cut_in_any_direction_stays_one(tmp_path):
+    affine = np.eye(4)[:, [0, 2, 1, 3]]
+    image = read_image(save(tmp_path / "a.nrrd", numbers()[:, :, :1], affine))
+    np.testing.assert_array_equal(image.pixels[..., 0], [numbers()[:, :, 0].T])

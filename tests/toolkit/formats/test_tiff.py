@@ -12,7 +12,7 @@ import tifffile
 from tiny import TWO_ORGANS
 
 from medseg_trt.errors import InputError
-from medseg_trt.formats import tiff
+from medseg_trt.formats import tiff_layout
 from medseg_trt.images import Mask, read_image, read_labels, write_mask
 
 RNG = np.random.default_rng(0)
@@ -127,7 +127,7 @@ def endless(path: Path, pages: int) -> Path:
 
 
 def test_pages_without_end_are_not_walked(tmp_path, monkeypatch):
-    monkeypatch.setattr(tiff, "MAX_PAGES", 50)
+    monkeypatch.setattr(tiff_layout, "MAX_SLICES", 50)
     assert read_image(endless(tmp_path / "a.tif", 50)).num_slices == 50
     with pytest.raises(InputError, match=r"a\.tif has more than 50 pages"):
         read_image(endless(tmp_path / "a.tif", 51))
