@@ -38,6 +38,7 @@ READERS: Mapping[str, str] = {  # the suffix of a kind of file -> the module tha
     ".dcm": "medseg_trt.formats.dicom",
 }
 DICOM = ".dcm"  # files with other names are DICOM too if they begin like one
+MASK_SUFFIXES = (".png", ".tif", ".nii.gz")  # of what ``write_mask`` writes
 DICOM_PREAMBLE_BYTES, DICOM_MARK = 128, b"DICM"
 
 
@@ -173,7 +174,7 @@ def find_images(inputs: Sequence[Path]) -> list[Source]:
         InputError: an input, or a file in a folder, cannot be used, or a folder has no image.
         MissingExtraError: there are DICOM files and pydicom is not installed.
     """
-    listing = importlib.import_module("medseg_trt.listing").list_images(inputs)  # it imports the kinds of files from here
+    listing = importlib.import_module("medseg_trt.listing").list_images(inputs)  # it imports kind_of from here
     for line in listing.warnings():
         LOG.warning("%s", line)
     if listing.refused:

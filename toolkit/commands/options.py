@@ -4,9 +4,11 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
+
+from medseg_trt.plain_text import printable, unicode_text
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -43,8 +45,22 @@ def _louder(_context: click.Context, _parameter: click.Parameter, wanted: bool) 
 
 
 def print_result(as_json: bool, result: dict[str, Any], text: str) -> None:
-    """Print a command's result: one JSON object, or text."""
-    click.echo(json.dumps(result, indent=2) if as_json else text)
+    """Print a command's result: one JSON object, or text; in both, names that are not UTF-8 become valid Unicode."""
+    if as_json:
+        click.echo(json.dumps(_valid(result), indent=2))
+    else:
+        click.echo("\n".join(map(printable, text.split("\n"))))
+
+
+def _valid(value: Any) -> Any:
+    """Return plain data whose texts are valid Unicode, which not every reader of JSON forgives."""
+    if isinstance(value, str):
+        return unicode_text(value)
+    if isinstance(value, dict):
+        return {_valid(name): _valid(each) for name, each in cast("dict[Any, Any]", value).items()}
+    if isinstance(value, list | tuple):
+        return [_valid(each) for each in cast("Sequence[Any]", value)]
+    return value
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
