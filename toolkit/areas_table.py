@@ -15,7 +15,7 @@ from medseg_trt.plain_text import unicode_text
 AREAS = "areas.csv"
 HEADER = ("file", "class", "label", "pixels", "mm2", "ml")
 MAX_BYTES = 1 << 28  # of a table that is there: a million masks of three classes take a third
-FORMULA = re.compile("'*[=+\\-@\t\r\n＝＋－＠]")  # noqa: RUF001  # spreadsheets take the wide forms for formulas, too
+FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")  # spreadsheets take the wide forms, too
 
 Row = tuple[str, ...]
 
