@@ -1,4 +1,4 @@
-"""Everything that lies in a folder is an image, is refused, or is left out with a reason; hidden files alone are not."""
+"""Everything in a folder but hidden files is an image, is refused, or is left out with a reason."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ from dicoms import save_series
 
 from medseg_trt import listing
 from medseg_trt.errors import InputError
-from medseg_trt.images import find_images, read_image
+from medseg_trt.images import find_images
 from medseg_trt.listing import CLOSED, DEEPER, DICOM_WITHOUT_IMAGE, IRREGULAR, OTHER_KIND, UNSEEN, Listing, list_images
 
 NOBODY = 65534
@@ -63,8 +63,8 @@ def test_everything_in_a_folder_becomes_something(tmp_path):
         DEEPER: ["more 2", "more/deep 1", "study/ct2 3"],
     }
     assert found.warnings() == [
-        f"{tmp_path}: 6 image file(s) in 3 sub-folder(s) are left out; only DICOM is looked for in sub-folders, one level "
-        f"deep. To use them, name: {tmp_path}/more {tmp_path}/more/deep {tmp_path}/study/ct2",
+        f"{tmp_path}: 6 image file(s) in 3 sub-folder(s) are left out; only DICOM is looked for in sub-folders, one "
+        f"level deep. To use them, name: {tmp_path}/more {tmp_path}/more/deep {tmp_path}/study/ct2",
         f"{tmp_path}: 2 thing(s) that are neither a file nor a folder are left out (pipe.png, s)",
         f"{tmp_path}: 2 file(s) of other kinds are left out (b.webp, notes); known are "
         f"{', '.join(listing.READERS)} and DICOM",
@@ -96,13 +96,17 @@ def test_a_broken_link_among_slices_is_refused_and_not_left_away(tmp_path, targe
 def test_a_broken_link_says_what_it_leads_to_and_others_are_still_listed(tmp_path):
     touch(tmp_path, "a.png")
     (tmp_path / "b.png").symlink_to("../.git/annex/b")
+    broken = (
+        f"{tmp_path}/b.png is a link to ../.git/annex/b, which does not exist; "
+        "fetch or mount what it leads to, or remove the link"
+    )
     found = list_images([tmp_path, tmp_path / "b.png", tmp_path / "absent.png", tmp_path / "a.png"])
     assert [source.path.name for source in found.sources] == ["a.png"]
     assert [str(refused.error) for refused in found.refused] == [
-        *2 * [f"{tmp_path}/b.png is a link to ../.git/annex/b, which does not exist; fetch or mount what it leads to, or "
-              "remove the link"],
+        broken,
+        broken,
         f"{tmp_path}/absent.png does not exist",
-    ]  # fmt: skip
+    ]
     with pytest.raises(InputError, match=r"b\.png is a link to .* \(and 1 more\)"):
         find_images([tmp_path, tmp_path / "absent.png"])
 
@@ -118,7 +122,6 @@ def ordinary_folder() -> Iterator[Path]:
     """A folder of an ordinary user, as whom the test runs: the administrator may read everything."""
     folder = Path(tempfile.mkdtemp())
     is_administrator = os.geteuid() == 0
-    read_image  # noqa: B018  # loaded before
     if is_administrator:
         os.chown(folder, NOBODY, NOBODY)
         os.seteuid(NOBODY)
@@ -140,7 +143,8 @@ def test_what_may_not_be_read_is_refused_or_warned_of_and_the_rest_is_listed(ord
     }  # fmt: skip
     assert str(found.refused[1].error) == f"{ordinary_folder}/IM0001 cannot be read: Permission denied"
     assert found.warnings() == [
-        f"{ordinary_folder}: 2 sub-folder(s) cannot be opened and are left out (closed, more/deep); check the permissions"
+        f"{ordinary_folder}: 2 sub-folder(s) cannot be opened and are left out (closed, more/deep); "
+        "check the permissions"
     ]
     for path in ("closed", "b.png"):
         with pytest.raises(InputError, match=f"{path} cannot be read: Permission denied"):
@@ -150,19 +154,15 @@ def test_what_may_not_be_read_is_refused_or_warned_of_and_the_rest_is_listed(ord
 def test_dicom_that_holds_no_image_is_left_out_by_name(tmp_path):
     folder = scan(tmp_path / "ct")
     (slice_file, *_) = sorted(folder.iterdir())
-    shutil.copy(slice_file, folder / "copy")
+    shutil.copy(slice_file, folder / "zcopy")
     found = list_images([folder])
-    assert names(found, folder)[DICOM_WITHOUT_IMAGE] == ["copy 1"] or len(found.refused) + len(found.sources) > 1
+    assert names(found, folder)[DICOM_WITHOUT_IMAGE] == ["zcopy 1"]
     assert found.warnings() == []  # the reader of DICOM says which it is a copy of
 
 
 def test_our_own_folders_are_no_input_under_whatever_name(tmp_path):
     touch(tmp_path, "a.png", "masks/a.png", "model.medseg/golden.npz", "masks/overlays/a.png")
     (tmp_path / "again").symlink_to("masks")
-    found = list_images(
-        [tmp_path], ignored=[tmp_path / "x" / ".." / "again", tmp_path / "model.medseg", tmp_path / "no"]
-    )
-    assert names(found, tmp_path) == {"images": ["a.png"]} or DEEPER in names(found, tmp_path)
     found = list_images([tmp_path], ignored=[tmp_path / "again", tmp_path / "model.medseg"])
     assert names(found, tmp_path) == {"images": ["a.png"]}
 
