@@ -5,6 +5,7 @@ else), progress and messages to stderr. A ``MedsegError`` ends the command with 
 ``errors.py``; ``-v`` also prints the traceback.
 """
 
+import io
 import logging
 import signal
 import sys
@@ -31,6 +32,7 @@ from medseg_trt.commands.reproduce import reproduce
 from medseg_trt.commands.samples import samples
 from medseg_trt.commands.train import train
 from medseg_trt.errors import MedsegError, MissingExtraError
+from medseg_trt.plain_text import printable
 from medseg_trt.progress import is_spokesman
 
 SECTIONS: Mapping[str, tuple[click.Command, ...]] = {  # the headings of --help, in the order of work
@@ -56,12 +58,16 @@ EXTRAS = {  # packages that train and export import at module level -> the extra
 def main() -> None:
     """Run the command line and exit with the code of its outcome."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # in an ASCII locale a name would end the command
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         cli(standalone_mode=False)
     except click.exceptions.Exit as leave:
         sys.exit(leave.exit_code)
     except click.ClickException as error:
-        error.show()
+        shown = io.StringIO()
+        error.show(file=shown)
+        click.echo("\n".join(map(printable, shown.getvalue().rstrip().split("\n"))), err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         _complain("interrupted; finished work is kept: train --resume and infer --continue go on from there")
@@ -86,7 +92,7 @@ def main() -> None:
 def _complain(message: str) -> None:
     if logging.getLogger("medseg_trt").isEnabledFor(logging.DEBUG):
         traceback.print_exc()
-    click.echo(f"medseg-trt: {' '.join(message.split())}", err=True)
+    click.echo(printable(f"medseg-trt: {' '.join(message.split())}"), err=True)
 
 
 class _Messages(logging.Formatter):
@@ -94,7 +100,8 @@ class _Messages(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        return prefix + record.getMessage()
+        line = printable(prefix + record.getMessage())
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
 @click.group(cls=SectionedGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})

@@ -1,26 +1,38 @@
 """Write files so that nobody ever sees half of one, and name their content by digest."""
 
+import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
+import stat
+import sys
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from medseg_trt.errors import ArtefactError
+from medseg_trt.locks import NO_LINKS, is_open_file, lock
 
 CHUNK_BYTES = 1 << 20
+PARTIAL = ".partial-"  # how the names of temporary files begin
+MAX_SUFFIX = 16  # characters of a suffix that a temporary file keeps: its name stays shorter than any limit
 
 
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file's bytes as 64 hexadecimal digits."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
+        return sha256_of(file)
+
+
+def sha256_of(file: BinaryIO) -> str:
+    """Return the SHA-256 of what is left to read of an open file."""
+    digest = hashlib.sha256()
+    while chunk := file.read(CHUNK_BYTES):
+        digest.update(chunk)
     return digest.hexdigest()
 
 
@@ -30,23 +42,23 @@ def atomic_file(path: Path) -> Generator[Path, None, None]:
 
     The suffix is kept, so that libraries that look at it choose the right format.
     On an error or an interrupt the temporary file is removed and ``path`` is as it was before.
+    The temporary file is locked meanwhile, so that ``locks.remove_abandoned`` can tell it from a dead process's.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=".partial-", suffix="".join(path.suffixes[-2:]))
-    os.close(descriptor)
-    temporary = Path(name)
+    temporary, descriptor = _create_temporary(path)
     try:
         yield temporary
-        temporary.chmod(0o666 & ~_umask())
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:  # a full disk names no file, and nobody knows the temporary one
-        if error.errno is not None and error.filename in (None, name):
+        if error.errno is not None and error.filename in (None, str(temporary)):
             error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 @contextmanager
@@ -56,12 +68,12 @@ def atomic_folder(path: Path) -> Generator[Path, None, None]:
     An older folder at ``path`` stays until the new one is complete.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=".partial-"))
+    temporary = _temporary_name(path, "")
+    temporary.mkdir()
     try:
         yield temporary
-        temporary.chmod(0o777 & ~_umask())
         if path.exists():
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=".partial-old-")) / path.name
+            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{PARTIAL}old-")) / path.name
             path.replace(old)
             try:
                 temporary.replace(path)
@@ -129,7 +141,39 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read, provided that it is a regular file and no link.
+
+    Raises:
+        OSError: it is something else, such as a FIFO, which would block, or cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | NO_LINKS)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def _create_temporary(path: Path) -> tuple[Path, int | None]:
+    """Create a file beside ``path`` and lock it; return it with the descriptor that holds the lock.
+
+    The permissions are those of every new file: the system applies the umask.
+    """
+    suffix = "".join(part for part in path.suffixes[-2:] if len(part) <= MAX_SUFFIX)
+    while True:
+        temporary = _temporary_name(path, suffix)
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | NO_LINKS, 0o666)
+        if sys.platform == "win32":  # which renames no file that is open
+            os.close(descriptor)
+            return temporary, None
+        try:
+            lock(descriptor, wait=True)
+        except OSError:  # a file system without locks: nobody else can lock the file either, and so it stays
+            return temporary, descriptor
+        if is_open_file(descriptor, temporary):
+            return temporary, descriptor
+        os.close(descriptor)  # it was taken for an abandoned one between our creating and locking it
+
+
+def _temporary_name(path: Path, suffix: str) -> Path:
+    return path.parent / f"{PARTIAL}{secrets.token_hex(8)}{suffix}"

@@ -1,20 +1,29 @@
 """Remember which images of an output folder are finished, so that a run that was killed goes on where it stopped.
 
 There is one small record an image in ``.finished/``, written after the image's files and renamed into place. It is
-believed only if the image, the bundle and the options are the same, and every file that it names is still what it was.
+believed only if this user wrote it and nobody else may change it, the image, the bundle and the options are the same,
+and the mask and the overlay are still what they were. It names no file: their names follow from the image's.
 """
 
+import hashlib
 import json
-from collections.abc import Mapping
+import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 from medseg_trt.errors import ArtefactError
-from medseg_trt.files import inside, sha256, write_json
+from medseg_trt.files import PARTIAL, open_regular, sha256_of, write_json
+from medseg_trt.images import MASK_SUFFIXES
+from medseg_trt.locks import remove_abandoned
+from medseg_trt.progress import LOG
 from medseg_trt.spec import from_dict, to_dict
 
 FOLDER = ".finished"
+OVERLAYS = "overlays"
 MAX_RECORD_BYTES = 1 << 20
+MAX_NAME_BYTES = 255  # of a file, on every common file system
+OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,40 +31,73 @@ class Finished:
     """What was made of one image."""
 
     key: str  # digest of the image, the bundle, and the options that its files depend on
-    files: Mapping[str, str]  # SHA-256 by name, relative to the output folder; the mask first
+    mask_suffix: str  # one of MASK_SUFFIXES
+    mask_sha256: str
+    overlay_sha256: str | None  # None: there is no overlay
     areas: tuple[tuple[str, ...], ...]  # rows of the table of areas
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    @property
-    def mask(self) -> str:
-        """The mask's name."""
-        return next(iter(self.files))
+    def __post_init__(self) -> None:
+        if self.mask_suffix not in MASK_SUFFIXES:
+            raise ValueError(f"a mask's name does not end with {self.mask_suffix!r}")
+
+
+def overlay_path(folder: Path, stem: str) -> Path:
+    """Return where the overlay of an image is written."""
+    return folder / OVERLAYS / f"{stem}.png"
 
 
 def remember(folder: Path, stem: str, finished: Finished) -> None:
     """Write the record of the image that is called ``stem`` in the output folder."""
-    write_json(_place(folder, stem), to_dict(finished))
+    path = _record(folder, stem)
+    write_json(path, to_dict(finished))
+    if (mode := path.stat().st_mode) & OTHERS_MAY_WRITE:  # the umask allows a group to write
+        path.chmod(stat.S_IMODE(mode) & ~OTHERS_MAY_WRITE)
 
 
 def recall(folder: Path, stem: str, key: str) -> Finished | None:
     """Return an image's record if it can be believed; a damaged one is as good as none."""
-    path = _place(folder, stem)
+    path = _record(folder, stem)
     try:
-        if path.stat().st_size > MAX_RECORD_BYTES:
+        with open_regular(path) as file:
+            status = os.fstat(file.fileno())
+            content = file.read(MAX_RECORD_BYTES + 1)
+        if not _is_own(status):
+            LOG.warning("%s may have been written by others, so its image is segmented again", path)
             return None
-        finished = from_dict(Finished, json.loads(path.read_text(encoding="utf-8")), str(path))
-        unchanged = all(sha256(inside(folder, name)) == digest for name, digest in finished.files.items())
+        finished = from_dict(Finished, json.loads(content), str(path))
+        files = {folder / f"{stem}{finished.mask_suffix}": finished.mask_sha256}
+        if finished.overlay_sha256 is not None:
+            files[overlay_path(folder, stem)] = finished.overlay_sha256
+        unchanged = all(_digest(file) == digest for file, digest in files.items())
     except (OSError, ValueError, RecursionError, ArtefactError):
         return None
-    return finished if finished.key == key and finished.files and unchanged else None
+    return finished if finished.key == key and unchanged else None
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed run was writing when it died: hidden files that were never renamed into place."""
-    for path in folder.rglob(".partial-*"):
-        path.unlink(missing_ok=True)
+    """Delete what killed runs were writing when they died; what a living process is writing stays."""
+    for place in (folder, folder / FOLDER, folder / OVERLAYS):
+        if place.is_dir() and (place == folder or not place.is_symlink()):
+            for path in place.glob(f"{PARTIAL}*"):
+                remove_abandoned(path)
 
 
-def _place(folder: Path, stem: str) -> Path:
-    return folder / FOLDER / f"{stem}.json"
+def _record(folder: Path, stem: str) -> Path:
+    name = f"{stem}.json"
+    if len(os.fsencode(name)) > MAX_NAME_BYTES:
+        name = f"{hashlib.sha256(os.fsencode(stem)).hexdigest()}.json"
+    return folder / FOLDER / name
+
+
+def _is_own(status: os.stat_result) -> bool:
+    """Say whether this user wrote the file and nobody else may write to it; Windows keeps neither in the status."""
+    if not hasattr(os, "geteuid"):
+        return True
+    return status.st_uid == os.geteuid() and not status.st_mode & OTHERS_MAY_WRITE
+
+
+def _digest(path: Path) -> str:
+    with open_regular(path) as file:
+        return sha256_of(file)

@@ -42,6 +42,7 @@ READERS: Mapping[str, str] = {  # the suffix of a kind of file -> the module tha
     ".dcm": "medseg_trt.formats.dicom",
 }
 DICOM = ".dcm"  # files with other names are DICOM too if they begin like one
+MASK_SUFFIXES = (".png", ".tif", ".nii.gz")  # of what ``write_mask`` writes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +62,11 @@ class Source:
     def name(self) -> str:
         """The file's name; of a series the stem, which tells it from others in its folder."""
         return self.stem if self.is_series else self.path.name
+
+    @property
+    def label(self) -> str:
+        """The path, with the stem where several series lie in one folder."""
+        return f"{self.path} ({self.stem})" if self.is_series and self.stem != self.path.name else str(self.path)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -163,40 +169,21 @@ class Mask:
 
 
 def find_images(inputs: Sequence[Path]) -> list[Source]:
-    """Return the files that are named, and what can be read in the folders that are named.
+    """Return the files that are named, and the images of the folders that are named; see ``listing.list_images``.
 
-    In a folder these are its files of a kind we read, and its DICOM series, whatever their files are called, also those
-    in folders directly below. The order is that of ``inputs``; in a folder numbers count as numbers (``img2`` before
-    ``img10``) and hidden files are left out. What is named twice comes once.
+    What is left out in a folder is logged as a warning.
 
     Raises:
-        InputError: a path does not exist, a named file is of a kind we do not read, or a folder has no image.
+        InputError: an input, or a file in a folder, cannot be used, or a folder has no image.
         MissingExtraError: there are DICOM files and pydicom is not installed.
     """
-    found: list[Source] = []
-    for path in inputs:
-        if path.is_dir():
-            below = [each for each in path.iterdir() if each.is_dir() and not each.name.startswith(".")]
-            inside = _in_folder(path) + [source for folder in below for source in _in_folder(folder, DICOM)]
-            if not inside:
-                raise InputError(
-                    f"{path} holds no image; files that can be read end with {', '.join(READERS)}, or are DICOM"
-                )
-            found += sorted(inside, key=lambda source: natural_key(source.name))
-        elif path.is_file():
-            found.append(_single(path))
-        else:
-            raise InputError(f"{path} does not exist")
-    return list(dict.fromkeys(found))
-
-
-def sources_in(folder: Path) -> list[Source]:
-    """Return the images and DICOM series that lie directly in a folder, in natural order; there may be none.
-
-    Raises:
-        MissingExtraError: there are DICOM files and pydicom is not installed.
-    """
-    return sorted(_in_folder(folder), key=lambda source: natural_key(source.name))
+    listing = importlib.import_module("medseg_trt.listing").list_images(inputs)  # it imports kind_of from here
+    for line in listing.warnings():
+        LOG.warning("%s", line)
+    if listing.refused:
+        more = len(listing.refused) - 1
+        raise InputError(f"{listing.refused[0].error}" + (f" (and {more} more)" if more else ""))
+    return list(listing.sources)
 
 
 def output_stem(image: "Path | Source | Image | Mask") -> str:
@@ -207,7 +194,7 @@ def output_stem(image: "Path | Source | Image | Mask") -> str:
     """
     if not isinstance(image, Path):
         return output_stem(image.path) if image.stem is None else image.stem
-    return image.name[: len(image.name) - len(_suffix(image) or image.suffix)]
+    return image.name[: len(image.name) - len(suffix_of(image) or image.suffix)]
 
 
 def natural_key(name: str) -> tuple[list[str | int], str]:
@@ -273,17 +260,21 @@ def write_mask(mask: Mask, folder: Path) -> Path:
     return path
 
 
-def _single(path: Path) -> Source:
-    """Return the source of one file, of which nothing but its first bytes is read."""
-    if _kind(path) is None:
+def source_of_file(path: Path) -> Source:
+    """Return the source of one file, of which nothing but its first bytes is read.
+
+    Raises:
+        InputError: it is of a kind that is not read.
+    """
+    if kind_of(path) is None:
         _reader(path)  # which says why
-    return Source(path=path, files=(path,), stem=path.name if _suffix(path) is None else output_stem(path))
+    return Source(path=path, files=(path,), stem=path.name if suffix_of(path) is None else output_stem(path))
 
 
 def _only(path: Path) -> Source:
     """Return the only source that is in a folder, or a file's."""
     if not path.is_dir():
-        return _single(path)
+        return source_of_file(path)
     found = find_images([path])
     if len(found) > 1:
         names = ", ".join(source.name for source in found[:5])
@@ -291,37 +282,21 @@ def _only(path: Path) -> Source:
     return found[0]
 
 
-def _in_folder(folder: Path, kind: str | None = None) -> list[Source]:
-    """Return what lies directly in a folder; with ``kind``, of this kind alone."""
-    files = [each for each in folder.iterdir() if each.is_file() and not each.name.startswith(".")]
-    dicom_files = [each for each in files if _kind(each) == DICOM]
-    found = [_single(each) for each in files if kind is None and _suffix(each) and _kind(each) != DICOM]
-    if dicom_files:
-        dicom = _module(DICOM)
-        found += [
-            Source(
-                path=folder if stem is not None else members[0], files=members, stem=stem or _single(members[0]).stem
-            )
-            for stem, members in dicom.find_series(folder, sorted(dicom_files))
-        ]
-    return found
-
-
-def _suffix(path: Path) -> str | None:
+def suffix_of(path: Path) -> str | None:
     """Return the suffix, in lower case, if it is one that we read."""
     return next((suffix for suffix in sorted(READERS, key=len)[::-1] if path.name.lower().endswith(suffix)), None)
 
 
-def _kind(path: Path) -> str | None:
+def kind_of(path: Path) -> str | None:
     """Return the key of READERS by the first bytes; by the name where these are of no known kind or cannot be read."""
     with suppress(OSError):
         if (content := identify(path)) is not None and content.suffix is not None:
             return content.suffix
-        if (suffix := _suffix(path)) is not None or not path.is_file():
+        if (suffix := suffix_of(path)) is not None or not path.is_file():
             return suffix
         with path.open("rb") as file:  # DICOM without a preamble has no signature
             return DICOM if starts_like_dicom(file.read(SIGNATURE_BYTES)) else None
-    return _suffix(path)
+    return suffix_of(path)
 
 
 def _reader(path: Path) -> Any:
@@ -330,7 +305,7 @@ def _reader(path: Path) -> Any:
     Raises:
         InputError: neither says so, or the file is empty or of a kind that is not read.
     """
-    content, named = readable(path), _suffix(path)
+    content, named = readable(path), suffix_of(path)
     kind = named if content is None else content.suffix
     if kind is None:
         raise InputError(f"{path} is of a kind that cannot be read here; known are {', '.join(READERS)} and DICOM")

@@ -8,9 +8,11 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
+
+from medseg_trt.plain_text import unicode_text
 
 STDOUT, STDERR = 1, 2
 
@@ -22,8 +24,8 @@ class JsonOutput:
         self._stream = stream
 
     def print(self, result: Mapping[str, Any]) -> None:
-        """Print the object."""
-        self._stream.write(json.dumps(result, indent=2) + "\n")
+        """Print the object; names that are not UTF-8 become valid Unicode, which not every JSON reader forgives."""
+        self._stream.write(json.dumps(_valid(result), indent=2) + "\n")
         self._stream.flush()
 
 
@@ -55,3 +57,13 @@ def _is_descriptor(stream: TextIO) -> bool:
         return stream.fileno() == STDOUT
     except (OSError, io.UnsupportedOperation, AttributeError):
         return False
+
+
+def _valid(value: Any) -> Any:
+    if isinstance(value, str):
+        return unicode_text(value)
+    if isinstance(value, Mapping):
+        return {_valid(name): _valid(item) for name, item in cast("Mapping[Any, Any]", value).items()}
+    if isinstance(value, list | tuple):
+        return [_valid(item) for item in cast("Sequence[Any]", value)]
+    return value

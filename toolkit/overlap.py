@@ -1,6 +1,7 @@
 """Work ahead: let iterators run in threads of their own, so that what makes items and what uses them overlap."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, Full, Queue
 from threading import Event, Thread
@@ -42,12 +43,14 @@ class Overlap:
 
         def work() -> None:
             error = None
-            try:
-                for item in items:
-                    self.wait_for(lambda item=item: _put(queue, item))
-            except BaseException as raised:
-                error = raised
-            if not isinstance(error, StoppedError):
+            with suppress(StoppedError):  # nobody waits for the end of a stage that is stopped
+                try:
+                    for item in items:
+                        self.wait_for(lambda item=item: _put(queue, item))
+                except StoppedError:
+                    raise
+                except BaseException as raised:
+                    error = raised
                 self.wait_for(lambda: _put(queue, _End(error)))
 
         thread = Thread(target=work, name="medseg-trt", daemon=True)

@@ -10,7 +10,7 @@ from medseg_trt.errors import UsageError
 from medseg_trt.files import atomic_folder, sha256
 from medseg_trt.images import Mask, find_images, read_image
 from medseg_trt.progress import LOG
-from medseg_trt.segment_many import segment_many
+from medseg_trt.segment_many import Failure, segment_many
 from medseg_trt.session import open_session
 from medseg_trt.spec import BuildSpec
 
@@ -149,8 +149,10 @@ def infer(
     opened = bundle if isinstance(bundle, Bundle) else load_bundle(bundle, verify_key)
     sources = find_images([Path(each) for each in inputs])
     with open_session(opened, backend, threads) as session:
-        for _, mask in segment_many(map(read_image, sources), session, opened, batch):
-            yield mask
+        for segmented in segment_many(map(read_image, sources), session, opened, batch):
+            if isinstance(segmented, Failure):
+                raise segmented.error
+            yield segmented[1]
 
 
 def _require_replaceable(folder: Path) -> None:

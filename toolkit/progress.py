@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+from medseg_trt.plain_text import printable
+
 Item = TypeVar("Item")
 
 LOG = logging.getLogger("medseg_trt")
@@ -36,9 +38,11 @@ def track(items: Iterable[Item], label: str, total: int | None = None) -> Iterat
         yield from items
     elif sys.stderr.isatty():
         from rich.console import Console
+        from rich.markup import escape
         from rich.progress import track as rich_track
 
-        yield from rich_track(items, label, total=total, console=Console(stderr=True), transient=True)
+        shown = escape(printable(label))  # a file's name may look like rich's markup
+        yield from rich_track(items, shown, total=total, console=Console(stderr=True), transient=True)
     else:
         yield from _lines(items, label, total)
 

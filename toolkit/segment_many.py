@@ -7,7 +7,8 @@ short, and an error comes up where the loop would have raised it: after everythi
 """
 
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from threading import Condition
 from typing import TypeVar, cast
@@ -16,8 +17,9 @@ import numpy as np
 from numpy import ndarray
 
 from medseg_trt.bundle import Bundle
+from medseg_trt.errors import InputError, MedsegError
 from medseg_trt.images import Image, Mask
-from medseg_trt.overlap import POLL_S, Overlap
+from medseg_trt.overlap import POLL_S, Overlap, StoppedError
 from medseg_trt.preprocess import outside_fraction
 from medseg_trt.progress import LOG, track
 from medseg_trt.segment import Steps, steps
@@ -29,14 +31,30 @@ ROOM_BYTES = 128 << 20  # of pixels: a volume of 512 x 512 x 256 in 16 bits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Failure:
+    """An image that could not be segmented, and why."""
+
+    image: Image
+    error: Exception
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Job:
+    """One image on its way."""
+
+    image: Image
+    num_parts: int
+    steps: Steps | None  # None: they could not be prepared
+    errors: list[Exception] = field(default_factory=list[Exception])  # from the first on, nothing more is done for it
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Part:
     """A batch of an image's slices on its way."""
 
-    image: Image
-    steps: Steps
+    job: _Job
     start: int
-    number: int  # of parts of this image
-    values: ndarray  # the network's input, then its answer
+    values: ndarray | None  # the network's input, then its answer; None after an error
 
 
 class _Room:
@@ -59,11 +77,13 @@ class _Room:
 
 def segment_many(
     images: Iterable[Image | Other], session: Session, bundle: Bundle, batch: int, label: str | None = None
-) -> Generator[tuple[Image, Mask] | Other, None, None]:
+) -> Generator[tuple[Image, Mask] | Failure | Other, None, None]:
     """Yield every image with its mask, in order; what is no image comes out as it went in, in its place.
 
     ``images`` is gone through in another thread, a few batches ahead of the caller, and large ones one at a time. When
-    the caller stops, whatever the reason, the threads end before this does.
+    the caller stops, whatever the reason, the threads end before this does. An error with one image, lack of memory
+    included, comes out as a ``Failure`` in its place; our own errors but ``InputError`` concern all images and are
+    raised.
 
     Args:
         images: read one by one, for example by a generator.
@@ -80,49 +100,89 @@ def segment_many(
             yield found
             if isinstance(found, tuple):
                 room.take(-found[0].pixels.nbytes)
+            elif isinstance(found, Failure):
+                room.take(-found.image.pixels.nbytes)
 
 
 def _prepared(
     images: Iterable[Image | Other], session: Session, bundle: Bundle, batch: int, room: _Room, overlap: Overlap
 ) -> Iterator[_Part | Other]:
-    masks = session.masks if session.gives_masks else None
     for image in images:
         if not isinstance(image, Image):
             yield image
             continue
         room.take(image.pixels.nbytes)
-        _warn_of_what_is_outside(image, bundle)
-        on_device = session.pixel_path(image.pixels, image.spacing_in_plane)
-        do = steps(session.run, image, bundle.preprocessing, masks, on_device)
         starts = range(0, image.num_slices, batch)
+        job = _Job(image=image, num_parts=len(starts), steps=None)
+        with _failing(job):
+            job = replace(job, steps=_steps(image, session, bundle))
         for start in starts:
-            values = do.prepare(image.pixels[start : start + batch])
-            yield _Part(image=image, steps=do, start=start, number=len(starts), values=values)
+            values = None
+            with _failing(job):
+                if job.steps is not None and not job.errors:
+                    values = job.steps.prepare(image.pixels[start : start + batch])
+            yield _Part(job=job, start=start, values=values)
         overlap.wait_for(room.is_free)
+
+
+def _steps(image: Image, session: Session, bundle: Bundle) -> Steps:
+    _warn_of_what_is_outside(image, bundle)
+    masks = session.masks if session.gives_masks else None
+    on_device = session.pixel_path(image.pixels, image.spacing_in_plane)
+    return steps(session.run, image, bundle.preprocessing, masks, on_device)
 
 
 def _answered(parts: Iterable[_Part | Other]) -> Iterator[_Part | Other]:
     for part in parts:
-        if isinstance(part, _Part):
-            yield replace(part, values=part.steps.run(part.values))
-        else:
+        if not isinstance(part, _Part):
             yield part
+            continue
+        values = None
+        with _failing(part.job):
+            if part.values is not None and part.job.steps is not None and not part.job.errors:
+                values = part.job.steps.run(part.values)
+        yield replace(part, values=values)
 
 
 def _finished(
     answers: Iterator[_Part | Other], bundle: Bundle, label: str | None
-) -> Iterator[tuple[Image, Mask] | Other]:
+) -> Iterator[tuple[Image, Mask] | Failure | Other]:
     for first in answers:
         if not isinstance(first, _Part):
             yield first
             continue
-        labels = np.empty(first.image.pixels.shape[:3], np.uint8)
-        rest = cast("Iterator[_Part]", islice(answers, first.number - 1))  # an image's parts follow one another
-        of_image = chain([first], rest)
-        for part in of_image if label is None else track(of_image, label, total=first.number):
-            found = part.steps.finish(part.values)
-            labels[part.start : part.start + len(found)] = found
-        yield first.image, Mask.of(first.image, labels, bundle.classes)
+        job = first.job
+        rest = cast("Iterator[_Part]", islice(answers, job.num_parts - 1))  # an image's parts follow one another
+        parts = chain([first], rest)
+        mask: Mask | None = None
+        with _failing(job):
+            mask = _mask(job, parts if label is None else track(parts, label, total=job.num_parts), bundle)
+        for _ in parts:  # those of a failed image that are still to come
+            pass
+        yield Failure(image=job.image, error=job.errors[0]) if mask is None else (job.image, mask)
+
+
+def _mask(job: _Job, parts: Iterable[_Part], bundle: Bundle) -> Mask | None:
+    labels = np.empty(job.image.pixels.shape[:3], np.uint8)
+    for part in parts:
+        if job.errors or job.steps is None or part.values is None:
+            return None
+        found = job.steps.finish(part.values)
+        labels[part.start : part.start + len(found)] = found
+    return Mask.of(job.image, labels, bundle.classes)
+
+
+@contextmanager
+def _failing(job: _Job) -> Generator[None, None, None]:
+    """Note an error that concerns one image alone; others are raised."""
+    try:
+        yield
+    except InputError as error:
+        job.errors.append(error)
+    except (MedsegError, StoppedError):
+        raise
+    except Exception as error:
+        job.errors.append(error)
 
 
 def _warn_of_what_is_outside(image: Image, bundle: Bundle) -> None:

@@ -1,14 +1,20 @@
 """One training at a time in a run folder: a second one would overwrite its checkpoints and remove its slices."""
 
+import errno
 import os
+import re
+import stat
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
 from medseg_trt.errors import UsageError
+from medseg_trt.locks import NO_LINKS, is_open_file, lock
 
 LOCK = ".training"  # holds the number of the process; it is gone when the training is
+MAX_LOCK_BYTES = 20  # of a process number and the end of its line
+WRITTEN = re.compile(rb"(\d{1,19}\n)?")
 
 
 @contextmanager
@@ -34,21 +40,38 @@ def run_lock(out: Path) -> Generator[None, None, None]:
 
 
 def _take(path: Path, out: Path) -> int:
-    import fcntl
-
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.read(descriptor, 20).decode(errors="replace").strip()
+        descriptor = _open(path)
+        if not lock(descriptor):
+            holder = os.read(descriptor, MAX_LOCK_BYTES).decode(errors="replace").strip()
             os.close(descriptor)
             raise UsageError(
                 f"another training, process {holder or 'unknown'}, is writing to {out}. "
                 "Wait until it ends, or choose another folder with -o"
-            ) from error
-        if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
+            )
+        if is_open_file(descriptor, path):
             os.truncate(descriptor, 0)
             os.write(descriptor, f"{os.getpid()}\n".encode())
             return descriptor
         os.close(descriptor)  # its holder removed the file between our opening and locking it
+
+
+def _open(path: Path) -> int:
+    """Open the lock, which nothing but a training has written: a regular file with a process number or nothing in it.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    foreign = UsageError(f"{path} was not written by a training; move it away, or choose another folder with -o")
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINKS, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):  # a link, a folder, a socket
+            raise foreign from error
+        raise
+    status = os.fstat(descriptor)
+    content = os.pread(descriptor, MAX_LOCK_BYTES + 1, 0) if stat.S_ISREG(status.st_mode) else b"?"
+    if status.st_nlink > 1 or not WRITTEN.fullmatch(content):
+        os.close(descriptor)
+        raise foreign
+    return descriptor

@@ -11,7 +11,7 @@ import pytest
 
 from medseg_trt import files
 from medseg_trt.errors import ArtefactError
-from medseg_trt.files import atomic_file, atomic_folder, cache_folder, inside, sha256, write_json
+from medseg_trt.files import atomic_file, atomic_folder, cache_folder, inside, open_regular, sha256, write_json
 
 
 class StopError(Exception):
@@ -182,3 +182,35 @@ def test_the_cache_lies_where_the_user_says(tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert cache_folder("a") == tmp_path / "home" / ".cache" / "medseg-trt" / "a"
+
+
+def test_the_umask_of_the_process_is_never_touched(tmp_path, monkeypatch):
+    """Another thread would make files that anybody may write to meanwhile."""
+    monkeypatch.setattr(os, "umask", lambda _: pytest.fail("the umask was changed"))
+    with atomic_file(tmp_path / "file") as temporary:
+        temporary.write_text("content")
+    with atomic_folder(tmp_path / "folder"):
+        pass
+
+
+@pytest.mark.parametrize(
+    "name", ["b" * 251 + ".png", "b." + "c" * 246 + ".nii.gz", "a." + "ü" * 120 + ".png", "M\udcfc.png"]
+)
+def test_every_name_that_fits_can_be_written(tmp_path, name):
+    suffix = ".nii.gz" if name.endswith(".nii.gz") else ".png"
+    with atomic_file(tmp_path / name) as temporary:
+        assert temporary.name.endswith(suffix)
+        assert len(os.fsencode(temporary.name)) < 64
+        temporary.write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    (tmp_path / "file").write_text("content")
+    (tmp_path / "link").symlink_to("file")
+    os.mkfifo(tmp_path / "fifo")
+    with open_regular(tmp_path / "file") as file:
+        assert file.read() == b"content"
+    for path in (tmp_path / "link", tmp_path / "fifo", tmp_path, tmp_path / "absent"):
+        with pytest.raises(OSError):  # noqa: PT011  # whatever the system says of it
+            open_regular(path)

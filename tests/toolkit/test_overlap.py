@@ -135,16 +135,16 @@ class BrokenError(Exception):
     """What nobody foresaw."""
 
 
-def break_reading(monkeypatch, victim: str) -> None:
+def break_reading(monkeypatch, victim: str, error: type[Exception]) -> None:
     def read(source, real=mask_folder.read_image):
         if source.name == victim:
-            raise BrokenError
+            raise error
         return real(source)
 
     monkeypatch.setattr(mask_folder, "read_image", read)
 
 
-def break_running(monkeypatch, victim: str) -> None:
+def break_running(monkeypatch, victim: str, error: type[Exception]) -> None:
     numbers = iter(range(1000))
 
     def steps(*arguments, real=segment_many.steps):
@@ -153,38 +153,41 @@ def break_running(monkeypatch, victim: str) -> None:
             return found
 
         def run(inputs):
-            raise BrokenError
+            raise error
 
         return type(found)(prepare=found.prepare, run=run, finish=found.finish)
 
     monkeypatch.setattr(segment_many, "steps", steps)
 
 
-def break_finishing(monkeypatch, victim: str) -> None:
+def break_finishing(monkeypatch, victim: str, error: type[Exception]) -> None:
     def of(image, labels, classes, real=Mask.of):
         if image.path.name == victim:
-            raise BrokenError
+            raise error
         return real(image, labels, classes)
 
     monkeypatch.setattr(segment_many.Mask, "of", of)
 
 
-def break_writing(monkeypatch, victim: str) -> None:
+def break_writing(monkeypatch, victim: str, error: type[Exception]) -> None:
     def write(mask, output, real=mask_folder.write_mask):
         if mask.path.name == victim:
-            raise BrokenError
+            raise error
         return real(mask, output)
 
     monkeypatch.setattr(mask_folder, "write_mask", write)
 
 
-@pytest.mark.parametrize("stage", [break_reading, break_running, break_finishing, break_writing])
+STAGES = [break_reading, break_running, break_finishing, break_writing]
+
+
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("number", [0, 3, 7])
-def test_a_failure_in_any_stage_loses_nothing_that_came_before(tiny_bundle, data, tmp_path, stage, number):
+def test_an_error_that_ends_the_run_loses_nothing_that_came_before(tiny_bundle, data, tmp_path, stage, number):
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
-        stage(patch, f"case{number}.png")
-        with pytest.raises(BrokenError):
+        stage(patch, f"case{number}.png", ArtefactError)
+        with pytest.raises(ArtefactError):
             infer_to_folder([data], tiny_bundle, out, on_error=unexpected)
     before = [f"case{each}" for each in range(number)]
     assert sorted(path.stem for path in out.glob("*.png")) == before
@@ -194,6 +197,61 @@ def test_a_failure_in_any_stage_loses_nothing_that_came_before(tiny_bundle, data
         assert sorted({row["file"] for row in csv.DictReader(file)}) == [f"{each}.png" for each in before]
     written = infer_to_folder([data], tiny_bundle, out, resume=True, on_error=unexpected)
     assert (written.kept, len(written.masks)) == (number, 8)
+
+
+@pytest.mark.parametrize(("error", "line"), [(BrokenError, "BrokenError"), (MemoryError, "more memory than is free")])
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_error_with_one_image_stops_that_image_alone(tiny_bundle, data, tmp_path, monkeypatch, stage, error, line):
+    stage(monkeypatch, "case3.png", error)
+    monkeypatch.setattr(segment_many, "ROOM_BYTES", 0)  # what a failed image takes is given back, or all would wait
+    failed = {}
+    written = infer_to_folder(
+        [data], tiny_bundle, tmp_path / "out", on_error=lambda path, error: failed.update({path.name: str(error)})
+    )
+    assert list(failed) == ["case3.png"]
+    assert line in failed["case3.png"]
+    assert str(data / "case3.png") in failed["case3.png"]
+    assert [path.stem for path in written.masks] == [f"case{number}" for number in (0, 1, 2, 4, 5, 6, 7)]
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 2])
+def test_a_volume_that_fails_at_any_slice_is_one_failure(tiny_bundle, images, monkeypatch, fails_at):
+    """And the image after it gets its own mask, not what was left of the volume."""
+    bundle = load_bundle(tiny_bundle)
+    volume, picture = read_image(images / "scan.nii.gz"), read_image(images / "case0.png")
+    with open_session(bundle) as session:
+        expected = segment(session.run, picture, bundle.preprocessing, 2)
+        runs = iter(range(1000))
+
+        def run(batch, real=session.run):
+            if next(runs) == fails_at:
+                raise MemoryError
+            return real(batch)
+
+        monkeypatch.setattr(session, "run", run)
+        first, second = segment_many.segment_many([volume, picture], session, bundle, 2)
+    assert isinstance(first, segment_many.Failure)
+    assert first.image is volume
+    assert isinstance(first.error, MemoryError)
+    assert isinstance(second, tuple)
+    np.testing.assert_array_equal(second[1].labels, expected)
+
+
+@pytest.mark.parametrize("attempt", range(20))
+def test_a_stage_that_ends_after_the_block_says_nothing(attempt, capfd):
+    """A stage that fails while nobody takes its items any more must not end in a traceback of its thread."""
+    full = threading.Event()
+
+    def items():
+        yield from range(DEPTH)
+        full.set()
+        raise BrokenError
+
+    with Overlap() as overlap:
+        overlap.ahead(items())
+        full.wait(10)
+        time.sleep(0.001 * attempt)
+    assert capfd.readouterr().err == ""
 
 
 def test_bad_files_are_named_in_order_and_the_rest_is_done(tiny_bundle, data, tmp_path):
@@ -216,10 +274,11 @@ def test_large_images_are_read_one_at_a_time(tiny_bundle, data, monkeypatch):
             yield read_image(source)
 
     with open_session(bundle) as session:
-        for image, _ in segment_many.segment_many(images(), session, bundle, 4):
+        for segmented in segment_many.segment_many(images(), session, bundle, 4):
+            assert isinstance(segmented, tuple)
             time.sleep(0.01)
             most = max(most, len(reading))
-            reading.discard(image.path)
+            reading.discard(segmented[0].path)
     assert most == 1
 
 

@@ -1,8 +1,10 @@
 """Two trainings never write to one run folder, and a training that was killed leaves no lock behind."""
 
+import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from tiny import tiny_recipe
@@ -95,3 +97,42 @@ def test_a_lock_whose_file_was_removed_meanwhile_is_taken_anew(tmp_path, monkeyp
     monkeypatch.setattr(fcntl, "flock", flock)
     with run_lock(tmp_path), pytest.raises(UsageError, match="another training"), run_lock(tmp_path):
         pass
+
+
+def link(path: Path, victim: Path) -> None:
+    path.symlink_to(victim)
+
+
+def hard_link(path: Path, victim: Path) -> None:
+    path.hardlink_to(victim)
+
+
+def dangling_link(path: Path, victim: Path) -> None:
+    path.symlink_to(victim.parent / "absent")
+
+
+def note(path: Path, victim: Path) -> None:
+    path.write_text("buy milk")
+
+
+def fifo(path: Path, victim: Path) -> None:
+    os.mkfifo(path)
+
+
+def folder(path: Path, victim: Path) -> None:
+    path.mkdir()
+
+
+@pytest.mark.parametrize("plant", [link, hard_link, dangling_link, note, fifo, folder])
+def test_what_no_training_has_written_is_never_written_to(tmp_path, plant):
+    run, victim = tmp_path / "run", tmp_path / "victim"
+    run.mkdir()
+    victim.write_text("12345\n")  # which looks like a lock, so that links to it are told by being links
+    plant(run / LOCK, victim)
+    before = (run / LOCK).lstat()
+    with pytest.raises(UsageError, match=r"\.training was not written by a training"), run_lock(run):
+        pass
+    after = (run / LOCK).lstat()
+    assert (after.st_ino, after.st_mtime_ns, after.st_size) == (before.st_ino, before.st_mtime_ns, before.st_size)
+    assert victim.read_text() == "12345\n"
+    assert not (tmp_path / "absent").exists()

@@ -7,6 +7,7 @@ import click
 from medseg_trt.commands.help import ExampleCommand
 from medseg_trt.commands.options import ANY, FOLDER, output_options, print_result, verify_option
 from medseg_trt.errors import InputError
+from medseg_trt.plain_text import printable
 
 
 @click.command(
@@ -49,11 +50,8 @@ def infer(
     from medseg_trt.bundle import find_bundle
     from medseg_trt.mask_folder import infer_to_folder
 
-    failed: dict[str, str] = {}
-
-    def skip(path: Path, error: InputError) -> None:
-        failed[str(path)] = str(error)
-        click.echo(f"medseg-trt: {error}", err=True)
+    def report(_path: Path, error: InputError) -> None:
+        click.echo(printable(f"medseg-trt: {error}"), err=True)
 
     folder = find_bundle(bundle_folder)
     if rebuild:
@@ -66,14 +64,26 @@ def infer(
     written = infer_to_folder(
         inputs, folder, output,
         backend=backend, precision=precision, overlay=overlay, batch=batch, threads=threads, resume=resume,
-        verify_key=verify_key, on_error=skip,
+        verify_key=verify_key, on_error=report,
     )  # fmt: skip
     result = {
         "masks": [str(path) for path in written.masks],
-        "areas": str(written.areas), "kept": written.kept, "failed": failed,
-    }  # fmt: skip
-    print_result(as_json, result, f"{len(written.masks)} mask(s) in {output}, areas in {written.areas}")
-    if failed:
+        "areas": str(written.areas),
+        "kept": written.kept,
+        "failed": dict(written.refused),
+        "skipped": [
+            {"path": str(left_out.path), "reason": left_out.reason, "files": left_out.count}
+            for left_out in written.left_out
+        ],
+    }
+    num_refused, num_left_out = len(written.refused), sum(left_out.count for left_out in written.left_out)
+    print_result(
+        as_json,
+        result,
+        f"{len(written.masks)} mask(s) in {output}, {num_refused} file(s) refused, {num_left_out} left out; "
+        f"areas in {written.areas}",
+    )
+    if num_refused:
         raise InputError(
-            f"{len(failed)} of {len(failed) + len(written.masks)} file(s) could not be used; they are named above"
+            f"{num_refused} of {num_refused + len(written.masks)} file(s) could not be used; they are named above"
         )

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from medseg_trt.json_output import only_json
+from medseg_trt.plain_text import printable
 
 STDOUT = "medseg_trt.stdout"  # in the context's meta: what ``print_json`` prints with
 FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -60,11 +61,11 @@ def print_json(result: dict[str, Any]) -> None:
 
 
 def print_result(as_json: bool, result: dict[str, Any], text: str) -> None:
-    """Print the result of a command: one JSON object, or text."""
+    """Print the result of a command: one JSON object, or text without control characters."""
     if as_json:
         print_json(result)
     else:
-        click.echo(text)
+        click.echo("\n".join(map(printable, text.split("\n"))))
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -1,0 +1,1 @@
+../../toolkit/areas_table.py

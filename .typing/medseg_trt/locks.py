@@ -1,0 +1,1 @@
+../../toolkit/locks.py

@@ -1,0 +1,1 @@
+../../toolkit/output_folder.py

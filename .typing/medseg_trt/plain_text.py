@@ -1,0 +1,1 @@
+../../toolkit/plain_text.py

@@ -1,0 +1,77 @@
+"""Check, before anything is written, that the files of a run replace nothing but what an earlier run has written."""
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from medseg_trt.areas_table import AREAS, read_areas
+from medseg_trt.errors import UsageError
+from medseg_trt.finished import FOLDER, OVERLAYS, overlay_path
+from medseg_trt.images import MASK_SUFFIXES, Source
+
+Identity = tuple[int, int]  # device and number: the same file under whatever path
+
+
+def require_safe(output: Path, sources: Sequence[Source]) -> None:
+    """Refuse an output folder where masks would replace each other, an input or a link, or lie behind a link.
+
+    Inputs are compared as they are named and as what their links lead to.
+
+    Raises:
+        UsageError: they would, or ``areas.csv`` is another kind of file.
+    """
+    _require_distinct_stems(sources)
+    folders = [output, output / FOLDER, output / OVERLAYS]
+    for folder in folders[1:]:
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+            raise UsageError(f"{folder} is a link or a file; remove it, or choose another folder with -o")
+    identities = {identity for folder in folders if (identity := _identity(folder)) is not None}
+    inputs: set[Identity] = set()
+    for file in (file for source in sources for file in source.files):
+        if {_identity(file.parent), _identity(file.resolve().parent)} & identities:
+            raise UsageError(
+                f"{output} holds the images, and masks would overwrite them; choose another folder with -o"
+            )
+        if (identity := _identity(file)) is not None:
+            inputs.add(identity)
+    for path in _outputs(output, sources):
+        try:
+            status = path.lstat()
+        except OSError:
+            continue  # nothing is there, or nothing can be: writing the mask says why
+        if stat.S_ISLNK(status.st_mode) or (status.st_dev, status.st_ino) in inputs:
+            raise UsageError(
+                f"{path} is a link or one of the images, and a mask would replace it; choose another folder with -o"
+            )
+    read_areas(output / AREAS)
+
+
+def _outputs(output: Path, sources: Sequence[Source]) -> Iterator[Path]:
+    yield output / AREAS
+    for source in sources:
+        yield from (output / f"{source.stem}{suffix}" for suffix in MASK_SUFFIXES)
+        yield overlay_path(output, source.stem)
+
+
+def name_limit(output: Path) -> int:
+    """Return how many bytes a file's name may have in a folder that need not exist yet."""
+    there = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
+    return os.pathconf(there, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+
+
+def _require_distinct_stems(sources: Sequence[Source]) -> None:
+    seen: dict[str, Source] = {}
+    for source in sources:
+        if (other := seen.setdefault(source.stem, source)) is not source:
+            raise UsageError(
+                f"{other.path} and {source.path} would share the name of their masks; run them into two folders"
+            )
+
+
+def _identity(path: Path) -> Identity | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None  # it does not exist or leads nowhere, so it is no other file either
+    return status.st_dev, status.st_ino
