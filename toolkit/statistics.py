@@ -83,13 +83,13 @@ def tail_latency(samples: Sequence[float] | ndarray, percentile: float | int) ->
 
 
 def sign_test_bound(values: Sequence[float], confidence: float = CONFIDENCE) -> float:
-    """Return a bound that the true median of the values exceeds with ``confidence``; 0 where there are too few.
+    """Return the lower end of an interval of the true median of the values; 0 where there are too few.
 
     The sign test turned round: that the k lowest of n values all lie below the median by chance is binomial.
     """
     ordered, count = sorted(values), len(values)
     tails = np.cumsum([comb(count, number) * 0.5**count for number in range(count + 1)])
-    safe = int((tails <= 1 - confidence + 1e-12).sum())
+    safe = int((tails <= (1 - confidence) / 2 + 1e-12).sum())
     return ordered[safe - 1] if safe else 0.0
 
 

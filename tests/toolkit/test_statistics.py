@@ -85,7 +85,7 @@ def test_bound_is_the_sign_tests(count: int, place: int | None) -> None:
 
 
 def test_bound_of_the_sign_test_covers() -> None:
-    """Of bounds at 95 %, no more than 5 % lie above the true median; three deviations of 2000 trials: 1.5 %."""
+    """Of lower ends of 90 % intervals, 5 % lie above the true median; three deviations of 2000 trials: 1.5 %."""
     random = np.random.default_rng(0)
     assert np.mean([sign_test_bound(random.exponential(size=9).tolist()) > np.log(2) for _ in range(2000)]) < 0.065
 

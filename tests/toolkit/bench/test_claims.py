@@ -6,6 +6,7 @@ import statistics
 import click.testing
 import numpy as np
 import pytest
+from tiny import write_volumes
 
 from medseg_trt.bench import claims, measure, timings
 from medseg_trt.bench.measure import Taken
@@ -104,15 +105,17 @@ def test_the_limits_have_the_reasons_that_stand_beside_them():
 
 
 @pytest.mark.parametrize("spread", [0.02, 0.3])
-def test_the_terminal_and_the_report_name_what_is_unstable(built, tmp_path, measured_here, monkeypatch, spread):
+def test_the_terminal_and_the_report_name_what_is_unstable(tiny_bundle, tmp_path, measured_here, monkeypatch, spread):
     rng = np.random.default_rng(0)
 
     def time(session, _batch, _duration_s, min_runs):
-        return (session._milliseconds * np.exp(rng.normal(0, spread, 10 * min_runs))).tolist()
+        runs = 1 if min_runs == 1 else 10 * min_runs
+        return (session._milliseconds * np.exp(rng.normal(0, spread, runs))).tolist()
 
     monkeypatch.setattr(timings.MeasuredSession, "time", time)
-    command = ["bench", "--bundle", built.bundle, "--data", built.data, "-o", tmp_path / "report", "--tier", "quick",
-               "--backends", "onnxruntime", "--max-dice-drop", "1", "--no-profile"]  # fmt: skip
+    command = ["bench", "--bundle", tiny_bundle, "--ckpt", tiny_bundle.parent / "model" / "model.pt", "--tier", "quick",
+               "--data", write_volumes(tmp_path / "data"), "-o", tmp_path / "report", "--max-dice-drop", "1",
+               "--backends", "onnxruntime", "--no-profile"]  # fmt: skip
     ran = click.testing.CliRunner().invoke(cli, [*map(str, command)])
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["schema"] == 3
