@@ -54,7 +54,7 @@ def set_qform(path: Path, header: Any, affine: Float64[ndarray, "4 4"]) -> None:
     if not (is_near and is_rounding):
         LOG.warning(
             "%s: its slices are tilted by %.2g degrees against the direction they follow one another in, and so is the "
-            "mask: nibabel and FSL show it in its place, ITK-based viewers (3D Slicer, ITK-SNAP) %s%s",
+            "mask: nibabel and other readers of the sform show it in its place, ITK-based viewers (3D Slicer, ITK-SNAP) %s%s",
             path, np.degrees(np.arcsin(min(cosine, 1.0))), seen, remedy,
         )  # fmt: skip
 
