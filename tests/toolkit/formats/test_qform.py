@@ -20,9 +20,9 @@ SHAPE = (12, 101, 122)  # slices, rows, columns
 SPACING_MM = 3.0
 CORNER_MM = np.array([-160.0, -120.0, 350.0])  # left, posterior, superior
 YAW, PITCH = np.radians([13.7, -21.3])
-OBLIQUE = np.array(
-    [[np.cos(YAW), -np.sin(YAW), 0], [np.sin(YAW), np.cos(YAW), 0], [0, 0, 1]]
-) @ np.array([[1, 0, 0], [0, np.cos(PITCH), -np.sin(PITCH)], [0, np.sin(PITCH), np.cos(PITCH)]])  # fmt: skip
+OBLIQUE = np.array([[np.cos(YAW), -np.sin(YAW), 0], [np.sin(YAW), np.cos(YAW), 0], [0, 0, 1]]) @ np.array(
+    [[1, 0, 0], [0, np.cos(PITCH), -np.sin(PITCH)], [0, np.sin(PITCH), np.cos(PITCH)]]
+)
 VALUES = (np.indices(SHAPE).sum(axis=0) % 251).astype(np.int16)
 
 
