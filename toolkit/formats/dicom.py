@@ -112,8 +112,10 @@ def _different_planes(path: Path, headers: Sequence[Header]) -> list[Plane]:
     if len(set(instances)) < len(instances):
         LOG.warning(
             "%s: slices share a SOPInstanceUID (%d UIDs for %d files), which should be unique; all slices are used",
-            path, len(set(instances)), len(instances),
-        )  # fmt: skip
+            path,
+            len(set(instances)),
+            len(instances),
+        )
     return kept
 
 

@@ -103,8 +103,10 @@ def _gather_scattered(folder: Path, groups: Sequence[list[Header]]) -> list[list
         if len(row) >= MIN_SCATTERED and len(studies) == len(row) and _reason_against_one_volume(folder, row) is None:
             LOG.warning(
                 "%s: %d slices in a row at even steps are of a study each; each becomes an image of its own; "
-                "to make them one volume, give them the same StudyInstanceUID", folder, len(row)
-            )  # fmt: skip
+                "to make them one volume, give them the same StudyInstanceUID",
+                folder,
+                len(row),
+            )
         for slices in studies.values():
             gathered += _one_volume_or_each_its_own(folder, slices)
     return sorted(gathered, key=lambda group: _series_key(group[0]))

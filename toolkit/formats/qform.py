@@ -2,7 +2,7 @@
 
 A quaternion holds no shear, and ITK opens no NIfTI file whose axes are not at right angles, to a few parts in a
 million. Rounded direction cosines and slices that drift sideways make such axes. The header keeps them in its sform,
-which nibabel and FSL go by; its qform takes the nearest rotation, which ITK falls back to.
+which nibabel goes by; its qform takes the nearest rotation, which ITK falls back to.
 """
 
 from pathlib import Path
@@ -54,9 +54,13 @@ def set_qform(path: Path, header: Any, affine: Float64[ndarray, "4 4"]) -> None:
     if not (is_near and is_rounding):
         LOG.warning(
             "%s: its slices are tilted by %.2g degrees against the direction they follow one another in, and so is the "
-            "mask: nibabel and FSL show it in its place, ITK-based viewers (3D Slicer, ITK-SNAP) %s%s",
-            path, np.degrees(np.arcsin(min(cosine, 1.0))), seen, remedy,
-        )  # fmt: skip
+            "mask: nibabel and other readers of the sform show it in its place, ITK-based viewers (3D Slicer, "
+            "ITK-SNAP) %s%s",
+            path,
+            np.degrees(np.arcsin(min(cosine, 1.0))),
+            seen,
+            remedy,
+        )
 
 
 def _nearest_rotation(

@@ -305,13 +305,19 @@ def test_files_without_preamble_and_suffix_are_read(encoding, tmp_path):
 @pytest.mark.parametrize(
     "content",
     [
-        b"", b"\x08\0\0\0", b"plain text that is long enough to be looked at\n" * 9, bytes(200), b"\xff" * 200,
-        b"\x08\0\x05\0" * 50, b"\x89PNG\r\n\x1a\n" + bytes(200), b"\x5c\x01\0\0" + bytes(344),
-        b"".join(b"\x08\0" + bytes([tag, 0]) + b"\x03\0\0\0abc" for tag in (5, 8, 16)),
-        b"".join(b"\x08\0" + bytes([tag, 0]) + b"\x02\0\0\0ab" for tag in (16, 8, 5)),
-        b"".join(b"\x10\0" + bytes([tag, 0]) + b"\x02\0\0\0ab" for tag in (5, 8, 16)),
+        b"",
+        b"\x08\0\0\0",
+        b"plain text that is long enough to be looked at\n" * 9,
+        bytes(200),
+        b"\xff" * 200,
+        b"\x08\0\x05\0" * 50,
+        b"\x89PNG\r\n\x1a\n" + bytes(200),
+        b"\x5c\x01\0\0" + bytes(344),
+        b"".join(b"\x08\0" + bytes([tag, 0]) + b"\x03\0\0\0abc" for tag in (5, 8, 16)) + bytes(20),
+        b"".join(b"\x08\0" + bytes([tag, 0]) + b"\x02\0\0\0ab" for tag in (16, 8, 5)) + bytes(20),
+        b"".join(b"\x10\0" + bytes([tag, 0]) + b"\x02\0\0\0ab" for tag in (5, 8, 16)) + bytes(20),
     ],
-)  # fmt: skip
+)
 def test_other_content_does_not_look_like_dicom(content):
     assert not starts_like_dicom(content[:SIGNATURE_BYTES])
 
@@ -382,9 +388,14 @@ def variant_of(name: str, folder: Path) -> Path:
 
 
 VARIANTS = (
-    "shared UID", "series for every slice", "beside a segmentation", "with copies", "without preamble", "enhanced",
+    "shared UID",
+    "series for every slice",
+    "beside a segmentation",
+    "with copies",
+    "without preamble",
+    "enhanced",
     "plain",
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

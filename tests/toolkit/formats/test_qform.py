@@ -10,17 +10,19 @@ import pytest
 import SimpleITK
 from dicoms import dataset, placed, save
 from itk import voxels_by_itk, voxels_by_nibabel
+from nibabel.affines import apply_affine
 from tiny import TWO_ORGANS
 
+from medseg_trt.formats.nifti import header_of
 from medseg_trt.images import Mask, read_image, write_mask
 
 SHAPE = (12, 101, 122)  # slices, rows, columns
 SPACING_MM = 3.0
 CORNER_MM = np.array([-160.0, -120.0, 350.0])  # left, posterior, superior
 YAW, PITCH = np.radians([13.7, -21.3])
-OBLIQUE = np.array(
-    [[np.cos(YAW), -np.sin(YAW), 0], [np.sin(YAW), np.cos(YAW), 0], [0, 0, 1]]
-) @ np.array([[1, 0, 0], [0, np.cos(PITCH), -np.sin(PITCH)], [0, np.sin(PITCH), np.cos(PITCH)]])  # fmt: skip
+OBLIQUE = np.array([[np.cos(YAW), -np.sin(YAW), 0], [np.sin(YAW), np.cos(YAW), 0], [0, 0, 1]]) @ np.array(
+    [[1, 0, 0], [0, np.cos(PITCH), -np.sin(PITCH)], [0, np.sin(PITCH), np.cos(PITCH)]]
+)
 VALUES = (np.indices(SHAPE).sum(axis=0) % 251).astype(np.int16)
 
 
@@ -131,3 +133,15 @@ def test_a_qform_that_the_source_has_is_kept(tmp_path):
     written: Any = nibabel.load(write(path, tmp_path))
     np.testing.assert_allclose(written.header.get_qform(), other, atol=1e-4)
     assert (int(written.header["qform_code"]), int(written.header["sform_code"])) == (2, 1)
+
+
+def test_rounded_axes_of_a_fine_volume_get_a_qform_and_a_warning_of_how_far_it_is_off(caplog):
+    axes = rounded(2) * (0.7 / SPACING_MM)
+    header = header_of(Path("fine.dcm"), (512, 512, 40), affine_ras(axes))
+    corners = np.array(np.meshgrid((0, 511), (0, 511), (0, 39))).reshape(3, -1).T
+    off_mm = apply_affine(header.get_qform(), corners) - apply_affine(header.get_sform(), corners)
+    farthest = np.linalg.norm(off_mm, axis=1).max() / 0.7
+    assert (int(header["qform_code"]), int(header["sform_code"])) == (1, 1)
+    assert 0.5 < farthest < 2
+    (record,) = caplog.records
+    assert f"show it up to {farthest:.2g} voxels beside" in record.getMessage()
