@@ -133,7 +133,7 @@ CASES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "NIfTI, many slices": (".nii.gz", lambda path: nifti(path, (1, 1, 2**16), 2**22), "4096 slices"),
     "NIfTI, less than the header says": (".nii.gz", lambda path: nifti(path, (2**13, 2**13, 4), 2**22), "cut short"),
     "NRRD": (".nrrd", nrrd_file, "holds more pixels"),
-    "NRRD, with a skip": (".nrrd", lambda path: nrrd_file(path, "byte skip: 268435456"), "holds more pixels"),
+    "NRRD, with a skip": (".nrrd", lambda path: nrrd_file(path, "byte skip: 134217728"), "holds more pixels"),
     "npz": (".npz", lambda path: npz(path, npy_header()), "holds more pixels"),
     "npz, a long header": (".npz", lambda path: npz(path, LONG_NPY_HEADER), "a header of"),
     "npz, in bzip2": (".npz", lambda path: npz(path, npy_header(), zipfile.ZIP_BZIP2, 2**26), "does not use"),
