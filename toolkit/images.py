@@ -310,7 +310,7 @@ def _reader(path: Path) -> Any:
     if kind is None:
         raise InputError(f"{path} is of a kind that cannot be read here; known are {', '.join(READERS)} and DICOM")
     if not path.stat().st_size:
-        raise InputError(f"{path} is empty; copy it again from where it came")
+        raise InputError(f"{path} cannot be read: it is empty; copy it again from where it came")
     if content is not None and SAME_KIND.get(named or "", named) != kind:
         LOG.info("%s is a %s file by its content, and is read as one", path, content.name)
     return _module(kind)

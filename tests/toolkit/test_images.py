@@ -132,7 +132,10 @@ def test_a_picture_with_one_pixel_too_many_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"not a picture\n" * 20, "is not a PNG or JPEG or BMP file by its first bytes"), (b"", "is empty")],
+    [
+        (b"not a picture\n" * 20, "cannot be read: its first bytes are not those of a PNG or JPEG or BMP file"),
+        (b"", "cannot be read: it is empty"),
+    ],
 )
 def test_what_is_no_png_inside_is_refused_by_name(content, message, tmp_path):
     path = tmp_path / "scan.png"

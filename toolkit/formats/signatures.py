@@ -139,6 +139,9 @@ def require_kind(path: Path, *suffixes: str) -> FileKind:
     content = readable(path)
     if content is None or content.kind.suffix not in suffixes:
         expected = " or ".join(kind.name for kind in KINDS if kind.suffix in suffixes)
-        said = "of no kind that is known here" if content is None else f"a {content.name} file"
-        raise InputError(f"{path} is not a {expected} file by its first bytes: it is {said}; export it again")
+        content_name = "of no kind that is known here" if content is None else f"a {content.name} file"
+        raise InputError(
+            f"{path} cannot be read: its first bytes are not those of a {expected} file: it is {content_name}; "
+            "export it again"
+        )
     return content.kind

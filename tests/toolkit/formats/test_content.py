@@ -111,7 +111,10 @@ def test_a_metaimage_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif", "a.nii", "a.nii.gz", "a.nrrd", "a.npz", "a.h5"])
-@pytest.mark.parametrize(("content", "message"), [(b"", "is empty"), (b"no image here " * 99, "is not a")])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "cannot be read: it is empty"), (b"no image here " * 99, "(is not an?|.* are not those of a) [A-Z]")],
+)
 def test_an_empty_or_unknown_file_is_named_as_such(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=rf"{name} {message}"):
