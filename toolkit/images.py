@@ -306,7 +306,7 @@ def _reader(path: Path) -> Any:
         InputError: neither says so, or the file is empty or of a kind that is not read.
     """
     content, named = readable(path), suffix_of(path)
-    kind = named if content is None else content.suffix
+    kind = kind_of(path) if content is None else content.suffix
     if kind is None:
         raise InputError(f"{path} is of a kind that cannot be read here; known are {', '.join(READERS)} and DICOM")
     if not path.stat().st_size:

@@ -14,7 +14,7 @@ from onnx_text import graph_of, outputs_of
 
 from medseg_trt.export import verify
 from medseg_trt.export.masks import with_masks
-from medseg_trt.export.onnx_graph import INPUT, OUTPUT
+from medseg_trt.graph_interface import INPUT, OUTPUT
 from medseg_trt.kernels import logits_to_mask
 from medseg_trt.kernels.kernel import DTYPES
 from medseg_trt.preprocess import labels_of, restore

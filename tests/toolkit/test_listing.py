@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dicoms import save_series
+from dicoms import dataset, save, save_series
+from pydicom.uid import GrayscaleSoftcopyPresentationStateStorage
 
 from medseg_trt import listing
 from medseg_trt.errors import InputError
@@ -153,11 +154,11 @@ def test_what_may_not_be_read_is_refused_or_warned_of_and_the_rest_is_listed(ord
 
 def test_dicom_that_holds_no_image_is_left_out_by_name(tmp_path):
     folder = scan(tmp_path / "ct")
-    (slice_file, *_) = sorted(folder.iterdir())
-    shutil.copy(slice_file, folder / "zcopy")
+    kind = GrayscaleSoftcopyPresentationStateStorage
+    save(folder / "zstate", dataset(np.zeros((8, 8), np.int16), SOPClassUID=kind, Modality="PR", PixelData=None))
     found = list_images([folder])
-    assert names(found, folder)[DICOM_WITHOUT_IMAGE] == ["zcopy 1"]
-    assert found.warnings() == []  # the reader of DICOM says which it is a copy of
+    assert names(found, folder)[DICOM_WITHOUT_IMAGE] == ["zstate 1"]
+    assert found.warnings() == []  # the reader of DICOM says what it is
 
 
 def test_our_own_folders_are_no_input_under_whatever_name(tmp_path):

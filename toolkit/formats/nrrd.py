@@ -55,7 +55,7 @@ SPACES = {  # to millimetres right, anterior, superior
 MM_PER_UNIT = {"mm": 1.0, "millimeter": 1.0, "millimeters": 1.0, "cm": 10.0, "m": 1e3, "um": 1e-3, "": 1.0}
 COLOURS = ("rgb-color", "rgba-color", "3-color", "4-color")
 SPATIAL = ("", "domain", "space", "none", "???")  # kinds of axes that are or may be directions in space
-SLICER_SEGMENT = "Segment0_ID"  # a key of 3D Slicer's segmentations
+SLICER_SEGMENT = "Segment0_"  # how keys of 3D Slicer's segmentations begin
 
 
 def read(path: Path) -> Image:
@@ -205,7 +205,7 @@ def _spatial_axes(path: Path, header: Mapping[str, Any], shape: tuple[int, ...])
     if len(colours) == 1 and shape[colours[0]] != 3:
         raise InputError(f"{path} has {shape[colours[0]]} channels; 1 or 3 are possible")
     layers = prod(size for axis, size in enumerate(shape) if axis not in (*colours, *spatial))
-    if layers > 1 and SLICER_SEGMENT in header:
+    if layers > 1 and any(key.startswith(SLICER_SEGMENT) for key in header):
         raise InputError(
             f"{path} is a segmentation of 3D Slicer in {layers} layers, because its segments overlap; export it as a "
             "label map: module Segmentations, 'Export to files', file format NRRD"

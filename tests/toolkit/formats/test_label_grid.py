@@ -154,5 +154,5 @@ def test_slicers_layers_are_named_with_the_way_to_export_them(tmp_path):
         "Segment0_Layer": "0", "Segment1_Layer": "1",
     }  # fmt: skip
     nrrd.write(str(tmp_path / "v.seg.nrrd"), np.zeros((2, *SHAPE), np.uint8), header)
-    with pytest.raises(InputError, match=r"2 layers of overlapping segments, as 3D Slicer .*Export to labelmap"):
+    with pytest.raises(InputError, match=r"3D Slicer in 2 layers, because its segments overlap; export it"):
         read_labels(tmp_path / "v.seg.nrrd", volume(tmp_path), 3)
