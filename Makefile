@@ -56,6 +56,7 @@ lint: .venv/dev.stamp
 	$(BIN)/ruff format --check .
 
 types: .venv/dev.stamp
+	$(BIN)/python tests/typing_layout.py
 	$(BIN)/pyright
 
 clean:

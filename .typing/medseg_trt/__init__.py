@@ -1,1 +1,0 @@
-../../toolkit/__init__.py

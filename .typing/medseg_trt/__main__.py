@@ -1,1 +1,0 @@
-../../toolkit/__main__.py

@@ -1,1 +1,0 @@
-../../toolkit/areas_table.py

@@ -1,1 +1,0 @@
-../../toolkit/graph_interface.py

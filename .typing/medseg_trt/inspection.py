@@ -1,1 +1,0 @@
-../../toolkit/inspection.py

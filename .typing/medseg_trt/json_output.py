@@ -1,1 +1,0 @@
-../../toolkit/json_output.py

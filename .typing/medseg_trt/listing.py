@@ -1,1 +1,0 @@
-../../toolkit/listing.py

@@ -1,1 +1,0 @@
-../../toolkit/machine.py

@@ -1,1 +1,0 @@
-../../toolkit/mask_folder.py

@@ -1,1 +1,0 @@
-../../toolkit/metric_modes.py

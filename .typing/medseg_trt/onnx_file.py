@@ -1,1 +1,0 @@
-../../toolkit/onnx_file.py

@@ -1,1 +1,0 @@
-../../toolkit/output_folder.py

@@ -1,1 +1,0 @@
-../../toolkit/plain_text.py

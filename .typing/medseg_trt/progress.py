@@ -1,1 +1,0 @@
-../../toolkit/progress.py

@@ -1,1 +1,0 @@
-../../toolkit/segment_many.py
