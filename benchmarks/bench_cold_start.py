@@ -17,8 +17,8 @@ import numpy as np
 from results_file import options, publish, table
 
 from medseg_trt.bundle import load_bundle
+from medseg_trt.metrics.intervals import median_of_rounds, speed_interval
 from medseg_trt.session import is_installed
-from medseg_trt.statistics import median_of_rounds, speed_interval
 
 PYTORCH = """
 import sys

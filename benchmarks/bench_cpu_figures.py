@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from medseg_trt.statistics import sign_test_bound
+from medseg_trt.metrics.intervals import sign_test_bound
 
 LIMITS: Mapping[str, float] = {  # how many times faster the best of ours must be
     "pytorch-eager-fp32": 9.0,

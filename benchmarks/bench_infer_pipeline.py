@@ -23,9 +23,9 @@ from medseg_trt.bundle import load_bundle
 from medseg_trt.files import sha256
 from medseg_trt.images import Image, Mask, read_image
 from medseg_trt.machine import cores
+from medseg_trt.metrics.intervals import median_of_rounds, speed_interval
 from medseg_trt.segment import segment, steps
 from medseg_trt.session import open_session
-from medseg_trt.statistics import median_of_rounds, speed_interval
 
 SIZE = (512, 512)
 Run = tuple[float, float, dict[str, str]]  # seconds, peak 10^6 bytes, digests of the masks

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float64, Int64
 from numpy import ndarray
 
-from medseg_trt.statistics import CONFIDENCE, RESAMPLES, bounds, draw
+from medseg_trt.metrics.intervals import CONFIDENCE, RESAMPLES, bounds, draw
 
 MIN_CASES = 5  # with fewer patients there is nothing to resample but their slices
 

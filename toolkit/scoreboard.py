@@ -8,8 +8,8 @@ from typing import Any
 
 from medseg_trt.bundle import load_bundle
 from medseg_trt.errors import UsageError
-from medseg_trt.metric_modes import METRICS
-from medseg_trt.metrics import MeanScore
+from medseg_trt.metrics.overlap import MeanScore
+from medseg_trt.metrics.protocols import METRICS
 from medseg_trt.segment import Run
 from medseg_trt.session import open_reference, open_session
 from medseg_trt.spec import Classes, Preprocessing

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from medseg_trt.errors import InputError, UsageError
-from medseg_trt.metric_modes import METRICS, MetricMode
-from medseg_trt.metrics import ClassScore, MeanScore, mean_scores, scores
+from medseg_trt.metrics.overlap import ClassScore, MeanScore, mean_scores, scores
+from medseg_trt.metrics.protocols import METRICS, MetricMode
 from medseg_trt.preprocess import of_image, prepare, prepare_labels, restore
 from medseg_trt.progress import track
 from medseg_trt.segment import Run, segment

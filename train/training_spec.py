@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from medseg_trt.metric_modes import METRICS
+from medseg_trt.metrics.protocols import METRICS
 from medseg_trt.spec import InsertSpec, Preprocessing, Resize
 from medseg_trt.train.augment import SHAPE_CHANGING, Step
 from medseg_trt.train.datasets.options import DataOptions

@@ -3,7 +3,7 @@ import pytest
 from numpy import ndarray
 
 from medseg_trt.export.gate import MIN_CASES, Verdict, compare, relax
-from medseg_trt.metrics import mean_scores, scores
+from medseg_trt.metrics.overlap import mean_scores, scores
 from medseg_trt.spec import Classes
 
 

@@ -13,7 +13,8 @@ from medseg_trt.errors import InputError, MedsegError
 from medseg_trt.export.gate import compare
 from medseg_trt.export.verify import labels_of
 from medseg_trt.images import Image
-from medseg_trt.metrics import ClassScore, confusion, mean_scores, scores
+from medseg_trt.metrics.intervals import CONFIDENCE, MIN_UNITS, Interval, change_interval
+from medseg_trt.metrics.overlap import ClassScore, confusion, mean_scores, scores
 from medseg_trt.preprocess import restore
 from medseg_trt.report.schema import (
     Accuracy,
@@ -28,7 +29,6 @@ from medseg_trt.report.schema import (
 )
 from medseg_trt.segment import Run, prepared_slices
 from medseg_trt.spec import Classes, Preprocessing
-from medseg_trt.statistics import CONFIDENCE, MIN_UNITS, Interval, change_interval
 
 BATCH = 4
 WORST = 3  # slices of each row that are drawn

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from medseg_trt.errors import ArtefactError, InputError
-from medseg_trt.metrics import ClassScore, MeanScore
+from medseg_trt.metrics.overlap import ClassScore, MeanScore
 from medseg_trt.spec import Classes, from_dict
 
 SCHEMA = 3

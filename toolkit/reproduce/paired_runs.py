@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
 
-from medseg_trt.metric_modes import METRICS
-from medseg_trt.metrics import ClassScore
+from medseg_trt.metrics.overlap import ClassScore
+from medseg_trt.metrics.protocols import METRICS
 from medseg_trt.train.evaluate import Evaluation
 
 CONFIDENCE = 0.95  # that the interval holds the true gain

@@ -162,7 +162,7 @@ def _test(run: Run, modes: Sequence[str]) -> Tested:
 def _scores(run: Run, best: Path, modes: Sequence[str]) -> dict[str, Any]:
     import torch
 
-    from medseg_trt.metric_modes import METRICS
+    from medseg_trt.metrics.protocols import METRICS
     from medseg_trt.train.checkpoint import load_checkpoint
     from medseg_trt.train.evaluate import evaluate
     from medseg_trt.train.model import runner

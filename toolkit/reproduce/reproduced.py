@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from medseg_trt.files import atomic_file, write_json
-from medseg_trt.metric_modes import METRICS
+from medseg_trt.metrics.protocols import METRICS
 from medseg_trt.reproduce.paired_runs import Gain, Pair, Scores, gain, mean_and_deviation
 from medseg_trt.reproduce.paper_tables import ARMS, TABLES, Arm, Figure
 

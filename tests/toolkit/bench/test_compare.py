@@ -13,6 +13,7 @@ from medseg_trt.bench.compare import DiceChange, SpeedChange, compare_reports, j
 from medseg_trt.bench.limits import Gate, judge_report, parse_gate, require
 from medseg_trt.errors import AccuracyGateError, InputError, MedsegError, SpeedGateError, UsageError
 from medseg_trt.files import write_json
+from medseg_trt.metrics.intervals import median_of_rounds
 from medseg_trt.report.schema import (
     SCOPES,
     Accuracy,
@@ -31,7 +32,6 @@ from medseg_trt.report.schema import (
     Verdict,
 )
 from medseg_trt.spec import Classes, to_dict
-from medseg_trt.statistics import median_of_rounds
 
 CASES, SLICES, ROUNDS, RUNS = 12, 3, 20, 8
 NOT_MEASURED = Missing(reason="generated")
@@ -138,7 +138,7 @@ def count_slower(slower: float) -> int:
 
 
 def test_three_per_cent_slower_is_found_and_no_change_is_not(monkeypatch):
-    monkeypatch.setattr("medseg_trt.statistics.RESAMPLES", 1000)
+    monkeypatch.setattr("medseg_trt.metrics.intervals.RESAMPLES", 1000)
     assert count_slower(1.0) <= MOST_ALARMS
     assert count_slower(1.03) >= 0.95 * SEEDS
 

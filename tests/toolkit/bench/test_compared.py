@@ -9,10 +9,10 @@ import pytest
 from medseg_trt.bench.compared import AGREEMENT, compare_all, differences, verdict
 from medseg_trt.errors import ArtefactError, InputError
 from medseg_trt.images import Image
-from medseg_trt.metrics import scores
+from medseg_trt.metrics.intervals import MIN_UNITS
+from medseg_trt.metrics.overlap import scores
 from medseg_trt.report.schema import Accuracy, Agreement, Missing, Verdict
 from medseg_trt.spec import Classes, Preprocessing
-from medseg_trt.statistics import MIN_UNITS
 
 SIZE = (16, 16)
 CLASSES = Classes(names=("background", "low", "high"))

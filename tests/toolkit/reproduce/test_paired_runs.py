@@ -121,9 +121,9 @@ def test_the_mean_over_runs_has_a_deviation_where_there_are_two():
 @pytest.mark.parametrize(("metric", "value"), [("volume", None), ("volume_transunet", 1.0)])
 def test_a_figure_that_the_metric_leaves_out_of_its_mean_is_left_out(metric, value):
     """A false alarm: ``volume`` averages over the cases whose mask has the class, TransUNet over all."""
-    from medseg_trt.metric_modes import METRICS
-    from medseg_trt.metrics import mean_scores
-    from medseg_trt.metrics import scores as score
+    from medseg_trt.metrics.overlap import mean_scores
+    from medseg_trt.metrics.overlap import scores as score
+    from medseg_trt.metrics.protocols import METRICS
 
     truth, classes = np.zeros((1, 4, 4), np.uint8), Classes(names=("background", "lesion"))
     prediction = truth.copy()

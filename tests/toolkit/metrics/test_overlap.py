@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from medseg_trt import metrics
-from medseg_trt.metrics import ClassScore, confusion, mean_scores, scores
+from medseg_trt.metrics import overlap
+from medseg_trt.metrics.overlap import ClassScore, confusion, mean_scores, scores
 from medseg_trt.spec import Classes
 
 CLASSES = Classes(names=("background", "liver", "spleen", "tumour"))
@@ -98,7 +98,7 @@ def test_two_hundred_classes_are_counted_one_by_one_whatever_the_chunks(chunk, m
     prediction, truth = rng.integers(0, 200, (2, 5, 13), dtype=np.uint8)
     expected = np.zeros((200, 200), int)
     np.add.at(expected, (truth, prediction), 1)
-    monkeypatch.setattr(metrics, "CHUNK_PIXELS", chunk)
+    monkeypatch.setattr(overlap, "CHUNK_PIXELS", chunk)
     np.testing.assert_array_equal(confusion(prediction, truth, 200), expected)
 
 

@@ -5,8 +5,8 @@ import pytest
 import scipy.stats
 from numpy import ndarray
 
-from medseg_trt import statistics
-from medseg_trt.statistics import (
+from medseg_trt.metrics import intervals
+from medseg_trt.metrics.intervals import (
     MIN_UNITS,
     Interval,
     allowed_over_latency,
@@ -156,7 +156,7 @@ def test_verdict_of_an_interval() -> None:
 @pytest.fixture
 def fewer_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five times as fast; how often an interval is wrong does not depend on it, only where its ends are to a digit."""
-    monkeypatch.setattr(statistics, "RESAMPLES", 1000)
+    monkeypatch.setattr(intervals, "RESAMPLES", 1000)
 
 
 def accuracy_alarms(loss: float, cases: int, trials: int, seed: int) -> int:
@@ -177,7 +177,7 @@ def test_no_change_of_dice_is_no_alarm_and_a_loss_of_a_hundredth_is_found() -> N
 
 @pytest.mark.usefixtures("fewer_resamples")
 def test_plain_percentiles_of_few_cases_would_be_wrong_too_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics, "expanded_tail", lambda units, confidence: (1 - confidence) / 2)
+    monkeypatch.setattr(intervals, "expanded_tail", lambda units, confidence: (1 - confidence) / 2)
     assert accuracy_alarms(0.0, 5, 4 * TRIALS, seed=0) > 3 * MOST_ALARMS
     assert expanded_tail(5, 0.9) < 0.05
 
@@ -225,5 +225,5 @@ def test_without_turns_a_drifting_machine_alarms_for_nothing() -> None:
 @pytest.mark.usefixtures("fewer_resamples")
 def test_the_means_of_rounds_would_miss_three_per_cent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hiccups move a mean; this is why a round is summed up by its median."""
-    monkeypatch.setattr(statistics.np, "median", np.mean)
+    monkeypatch.setattr(intervals.np, "median", np.mean)
     assert speed_alarms(1.03, in_turn=True, seed=1) < LEAST_FOUND * TRIALS

@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 from numpy import ndarray
 
+from medseg_trt.metrics.hausdorff import hd95
 from medseg_trt.spec import Classes
-from medseg_trt.surface import hd95
 
 State = Literal["present", "absent", "missed", "false alarm"]
 STATES: dict[tuple[bool, bool], State] = {  # (in the truth, in the prediction)

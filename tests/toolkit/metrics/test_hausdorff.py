@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from scipy import ndimage
 
-from medseg_trt.metrics import mean_scores, scores
+from medseg_trt.metrics.hausdorff import hd95, surface
+from medseg_trt.metrics.overlap import mean_scores, scores
 from medseg_trt.spec import Classes
-from medseg_trt.surface import hd95, surface
 
 SPACINGS = {2: (1.5, 0.7), 3: (3.0, 0.7, 1.1)}
 ORGANS = Classes(names=("background", "a", "b"))

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from medseg_trt.metrics import ClassScore
+from medseg_trt.metrics.overlap import ClassScore
 
 SMOOTH = 1e-5
 
@@ -39,7 +39,7 @@ class MetricMode:
 
 
 def as_counted(score: ClassScore) -> ClassScore:
-    """Return what ``metrics.scores`` has found."""
+    """Return what ``metrics.overlap.scores`` has found."""
     return score
 
 

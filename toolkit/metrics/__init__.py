@@ -1,0 +1,1 @@
+"""Metrics of masks: Dice and IoU, Hausdorff distance, evaluation protocols, confidence intervals."""
