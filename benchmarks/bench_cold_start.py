@@ -23,8 +23,8 @@ from medseg_trt.session import is_installed
 PYTORCH = """
 import sys
 from pathlib import Path
-from medseg_trt.images import Mask, read_image, write_mask
-from medseg_trt.segment import segment
+from medseg_trt.imaging.images import Mask, read_image, write_mask
+from medseg_trt.imaging.segment import segment
 from medseg_trt.session import open_reference
 from medseg_trt.train.checkpoint import load_checkpoint
 checkpoint, image = load_checkpoint(Path(sys.argv[1])), read_image(Path(sys.argv[2]))

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from medseg_trt.errors import require
-from medseg_trt.images import find_images, read_image
-from medseg_trt.preprocess import prepare
+from medseg_trt.imaging.images import find_images, read_image
+from medseg_trt.imaging.preprocess import prepare
 from medseg_trt.samples.catalogue import fetch
 from medseg_trt.spec import Classes, Preprocessing
 from medseg_trt.train.blocks import random_block, save_block

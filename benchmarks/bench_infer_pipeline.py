@@ -21,10 +21,10 @@ from results_file import options, publish, table
 from medseg_trt import mask_folder
 from medseg_trt.bundle import load_bundle
 from medseg_trt.files import sha256
-from medseg_trt.images import Image, Mask, read_image
+from medseg_trt.imaging.images import Image, Mask, read_image
+from medseg_trt.imaging.segment import segment, steps
 from medseg_trt.machine import cores
 from medseg_trt.metrics.intervals import median_of_rounds, speed_interval
-from medseg_trt.segment import segment, steps
 from medseg_trt.session import open_session
 
 SIZE = (512, 512)

@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import Float32
 from numpy import ndarray
 
-from medseg_trt import preprocess
 from medseg_trt.errors import AccuracyGateError
-from medseg_trt.segment import Run
+from medseg_trt.imaging import preprocess
+from medseg_trt.imaging.segment import Run
 
 BATCH_SIZES = (1, 3, 4)
 PROBED_ROWS = 3  # of one batch, for what they do to each other

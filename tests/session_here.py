@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from medseg_trt.preprocess import Size
+from medseg_trt.imaging.preprocess import Size
 from medseg_trt.session import BACKENDS, Session
 from medseg_trt.sessions.child import ChildSession
 

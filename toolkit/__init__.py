@@ -14,7 +14,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from medseg_trt.bundle import Bundle, load_bundle
-    from medseg_trt.images import Mask
+    from medseg_trt.imaging.images import Mask
     from medseg_trt.pipeline import build, infer
     from medseg_trt.session import open_session
     from medseg_trt.spec import BuildSpec, Classes, EngineSpec, ModelSpec, Preprocessing
@@ -26,7 +26,7 @@ _HOMES = {
     "Checkpoint": "train.checkpoint",
     "Classes": "spec",
     "EngineSpec": "spec",
-    "Mask": "images",
+    "Mask": "imaging.images",
     "ModelSpec": "spec",
     "Preprocessing": "spec",
     "build": "pipeline",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from medseg_trt.errors import UsageError
 from medseg_trt.files import atomic_file, open_regular
-from medseg_trt.images import MASK_SUFFIXES, Mask, output_stem, suffix_of
+from medseg_trt.imaging.images import MASK_SUFFIXES, Mask, output_stem, suffix_of
 from medseg_trt.locks import folder_lock
 from medseg_trt.plain_text import unicode_text
 

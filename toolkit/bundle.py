@@ -17,7 +17,7 @@ from numpy import ndarray
 from medseg_trt.errors import ArtefactError, UsageError
 from medseg_trt.files import inside, parse_json, read_limited, sha256, write_json
 from medseg_trt.graph_interface import require_interface, required_interface
-from medseg_trt.preprocess import golden
+from medseg_trt.imaging.preprocess import golden
 from medseg_trt.signature import verify
 from medseg_trt.spec import BuildSpec, Classes, EngineSpec, ModelSpec, Preprocessing, from_dict, to_dict
 

@@ -13,11 +13,11 @@ from medseg_trt.bundle import MANIFEST, Bundle, load_bundle
 from medseg_trt.errors import InputError, MedsegError, MissingExtraError
 from medseg_trt.files import sha256
 from medseg_trt.finished import Finished, overlay_path, recall, remember, remove_leftovers
-from medseg_trt.images import MASK_SUFFIXES, Image, Mask, Source, read_image, write_mask
-from medseg_trt.listing import LeftOut, list_images
+from medseg_trt.imaging.images import MASK_SUFFIXES, Image, Mask, Source, read_image, write_mask
+from medseg_trt.imaging.listing import LeftOut, list_images
+from medseg_trt.imaging.overlay import write_overlay
+from medseg_trt.imaging.preprocess import of_image
 from medseg_trt.output_folder import name_limit, require_safe
-from medseg_trt.overlay import write_overlay
-from medseg_trt.preprocess import of_image
 from medseg_trt.progress import LOG, track
 from medseg_trt.segment_many import Failure, segment_many
 from medseg_trt.session import open_session

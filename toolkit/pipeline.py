@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from medseg_trt.bundle import DEFAULT_GRAPH, MANIFEST, Bundle, Manifest, Variant, golden_input, load_bundle, seal
 from medseg_trt.errors import UsageError
 from medseg_trt.files import atomic_folder, sha256
-from medseg_trt.images import Mask, find_images, read_image
+from medseg_trt.imaging.images import Mask, find_images, read_image
 from medseg_trt.progress import LOG
 from medseg_trt.segment_many import Failure, segment_many
 from medseg_trt.session import open_session

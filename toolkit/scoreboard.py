@@ -8,9 +8,9 @@ from typing import Any
 
 from medseg_trt.bundle import load_bundle
 from medseg_trt.errors import UsageError
+from medseg_trt.imaging.segment import Run
 from medseg_trt.metrics.overlap import MeanScore
 from medseg_trt.metrics.protocols import METRICS
-from medseg_trt.segment import Run
 from medseg_trt.session import open_reference, open_session
 from medseg_trt.spec import Classes, Preprocessing
 from medseg_trt.train.checkpoint import load_checkpoint

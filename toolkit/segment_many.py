@@ -18,11 +18,11 @@ from numpy import ndarray
 
 from medseg_trt.bundle import Bundle
 from medseg_trt.errors import InputError, MedsegError
-from medseg_trt.images import Image, Mask
+from medseg_trt.imaging.images import Image, Mask
+from medseg_trt.imaging.preprocess import outside_fraction
+from medseg_trt.imaging.segment import Steps, steps
 from medseg_trt.overlap import POLL_S, Overlap, StoppedError
-from medseg_trt.preprocess import outside_fraction
 from medseg_trt.progress import LOG, track
-from medseg_trt.segment import Steps, steps
 from medseg_trt.session import Session
 
 Other = TypeVar("Other")

@@ -19,9 +19,9 @@ from numpy import ndarray
 
 from medseg_trt.bundle import Bundle, Execution
 from medseg_trt.errors import ArtefactError, MissingExtraError, UsageError
-from medseg_trt.preprocess import Size, prepare, restore
+from medseg_trt.imaging.preprocess import Size, prepare, restore
+from medseg_trt.imaging.segment import PixelRun
 from medseg_trt.progress import LOG
-from medseg_trt.segment import PixelRun
 from medseg_trt.sessions.mask_probe import check_masks
 
 if TYPE_CHECKING:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from medseg_trt.errors import InputError, UsageError
+from medseg_trt.imaging.preprocess import of_image, prepare, prepare_labels, restore
+from medseg_trt.imaging.segment import Run, segment
 from medseg_trt.metrics.overlap import ClassScore, MeanScore, mean_scores, scores
 from medseg_trt.metrics.protocols import METRICS, MetricMode
-from medseg_trt.preprocess import of_image, prepare, prepare_labels, restore
 from medseg_trt.progress import track
-from medseg_trt.segment import Run, segment
 from medseg_trt.spec import Classes, Preprocessing
 from medseg_trt.train.datasets.folder import Case, read_case
 

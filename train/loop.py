@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from medseg_trt.errors import MedsegError, UsageError
+from medseg_trt.imaging.segment import Run
 from medseg_trt.progress import LOG, track
-from medseg_trt.segment import Run
 from medseg_trt.train.datasets.folder import DataFolder
 from medseg_trt.train.datasets.prepared import PreparedSlices, mapped_slices, prepare_slices, source_slices
 from medseg_trt.train.engine import Engine

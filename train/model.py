@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from medseg_trt.errors import UsageError
-from medseg_trt.segment import Run
+from medseg_trt.imaging.segment import Run
 from medseg_trt.spec import BlockSpec, InsertSpec, ModelSpec
 from medseg_trt.train.blocks import FrozenBlock
 from medseg_trt.train.llama import LlamaBlock, RMSNorm

@@ -17,7 +17,7 @@ What the paper does not say is taken from the code that it follows, and can be c
 
 Where OpenCV rounds a resized picture to whole numbers, ours keeps floats, and where its masks take the pixel that lies
 up and to the left, ours take the nearest. Pictures are resized before they are turned and mirrored, which gives the
-same picture (``tests/toolkit/test_preprocess_protocols.py``).
+same picture (``tests/toolkit/imaging/test_preprocess_protocols.py``).
 
 Sources: UNeXt-pytorch ``train.py``, ``dataset.py``; Beckschen/TransUNet ``trainer.py``, ``dataset_synapse.py``;
 juntaoJianggavin/LLM4MedSeg ``dataset_ACDC.py``.

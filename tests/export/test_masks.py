@@ -12,7 +12,7 @@ from medseg_trt.export import masks
 from medseg_trt.export.masks import with_masks
 from medseg_trt.export.save import save_flavours
 from medseg_trt.export.trace import INPUT, OPSET, OUTPUT, OnnxGraph
-from medseg_trt.preprocess import resampled_size, restore
+from medseg_trt.imaging.preprocess import resampled_size, restore
 from medseg_trt.session import BACKENDS, Session
 from medseg_trt.spec import Preprocessing
 

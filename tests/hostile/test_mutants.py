@@ -15,7 +15,7 @@ from tiny import make_checkpoint, picture, write_nifti, write_pictures
 from medseg_trt.bundle import MANIFEST, load_bundle
 from medseg_trt.errors import MedsegError
 from medseg_trt.files import sha256
-from medseg_trt.images import read_image
+from medseg_trt.imaging.images import read_image
 from medseg_trt.onnx_file import describe_onnx
 from medseg_trt.train.blocks import load_block
 from medseg_trt.train.checkpoint import load_checkpoint

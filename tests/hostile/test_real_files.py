@@ -16,7 +16,7 @@ import pydicom
 import pytest
 
 from medseg_trt.errors import InputError, MissingExtraError
-from medseg_trt.images import read_image
+from medseg_trt.imaging.images import read_image
 
 PILLOW = "pillow==13.0.0"
 MAX_SECONDS = 2.0  # of one file; the slowest takes a third of a second on an idle core

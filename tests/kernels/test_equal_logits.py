@@ -15,9 +15,9 @@ from onnx_text import graph_of, outputs_of
 from medseg_trt.export import verify
 from medseg_trt.export.masks import with_masks
 from medseg_trt.graph_interface import INPUT, OUTPUT
+from medseg_trt.imaging.preprocess import labels_of, restore
 from medseg_trt.kernels import logits_to_mask
 from medseg_trt.kernels.kernel import DTYPES
-from medseg_trt.preprocess import labels_of, restore
 from medseg_trt.spec import Preprocessing
 
 KERNEL = logits_to_mask.KERNEL

@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from medseg_trt.imaging.preprocess import prepare, restore
 from medseg_trt.kernels import image_to_tensor, logits_to_mask
 from medseg_trt.kernels.kernel import DTYPES, float_bits, rounded
-from medseg_trt.preprocess import prepare, restore
 from medseg_trt.spec import Preprocessing
 
 IMAGE_TO_TENSOR, LOGITS_TO_MASK = image_to_tensor.KERNEL, logits_to_mask.KERNEL

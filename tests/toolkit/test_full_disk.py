@@ -16,7 +16,7 @@ from tiny import picture, write_nifti, write_pictures
 
 from medseg_trt import mask_folder
 from medseg_trt.cli import cli, main
-from medseg_trt.images import write_mask
+from medseg_trt.imaging.images import write_mask
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from medseg_trt import mask_folder
 from medseg_trt.bundle import load_bundle
 from medseg_trt.errors import InputError, UsageError
 from medseg_trt.files import sha256
-from medseg_trt.images import read_image
+from medseg_trt.imaging.images import read_image
 from medseg_trt.mask_folder import infer_to_folder
 
 

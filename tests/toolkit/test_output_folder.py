@@ -9,7 +9,7 @@ import pytest
 from medseg_trt.areas_table import AREAS
 from medseg_trt.errors import UsageError
 from medseg_trt.finished import FOLDER, OVERLAYS
-from medseg_trt.images import find_images
+from medseg_trt.imaging.images import find_images
 from medseg_trt.mask_folder import infer_to_folder
 from medseg_trt.output_folder import name_limit, require_safe
 

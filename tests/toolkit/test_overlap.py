@@ -12,11 +12,11 @@ from tiny import write_pictures
 from medseg_trt import mask_folder, segment_many
 from medseg_trt.bundle import load_bundle
 from medseg_trt.errors import ArtefactError, InputError
-from medseg_trt.images import Mask, find_images, read_image, write_mask
+from medseg_trt.imaging.images import Mask, find_images, read_image, write_mask
+from medseg_trt.imaging.segment import segment
 from medseg_trt.mask_folder import infer_to_folder
 from medseg_trt.overlap import DEPTH, Overlap
 from medseg_trt.pipeline import infer
-from medseg_trt.segment import segment
 from medseg_trt.session import Session, open_session
 
 

@@ -11,9 +11,9 @@ from tiny import make_checkpoint, write_volumes
 
 from medseg_trt.building import variants as variants_module
 from medseg_trt.errors import AccuracyGateError, UsageError
-from medseg_trt.images import read_image
+from medseg_trt.imaging.images import read_image
+from medseg_trt.imaging.preprocess import prepare, restore
 from medseg_trt.pipeline import build, infer
-from medseg_trt.preprocess import prepare, restore
 from medseg_trt.session import open_reference
 from medseg_trt.spec import BuildSpec
 from medseg_trt.train.checkpoint import load_checkpoint, save_checkpoint

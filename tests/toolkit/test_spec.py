@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from medseg_trt.errors import ArtefactError
-from medseg_trt.overlay import ALPHA
+from medseg_trt.imaging.overlay import ALPHA
 from medseg_trt.spec import (
     BlockSpec,
     BuildSpec,

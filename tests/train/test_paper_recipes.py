@@ -240,8 +240,8 @@ def test_fields_that_do_not_fit_one_another_are_refused(changes, message):
 def test_an_images_own_window_is_that_of_the_whole_volume():
     from pathlib import Path
 
-    from medseg_trt.images import Image
-    from medseg_trt.segment import prepared_slices
+    from medseg_trt.imaging.images import Image
+    from medseg_trt.imaging.segment import prepared_slices
 
     pixels = np.arange(3 * 16 * 16, dtype=np.int16).reshape(3, 16, 16, 1) + 100
     found = prepared_slices(

@@ -20,10 +20,11 @@ from medseg_trt.bench.timings import BATCHES, Timings, open_candidates, speedups
 from medseg_trt.bundle import MANIFEST, Bundle, load_bundle
 from medseg_trt.errors import MedsegError, MissingExtraError, require
 from medseg_trt.files import sha256
-from medseg_trt.images import Image
+from medseg_trt.imaging.images import Image
+from medseg_trt.imaging.preprocess import of_image, prepare
+from medseg_trt.imaging.segment import Run
 from medseg_trt.machine import package_versions, this_machine
 from medseg_trt.overlap import Overlap
-from medseg_trt.preprocess import of_image, prepare
 from medseg_trt.progress import LOG, track
 from medseg_trt.report.schema import (
     SCOPES,
@@ -38,7 +39,6 @@ from medseg_trt.report.schema import (
     Tier,
     Verdict,
 )
-from medseg_trt.segment import Run
 from medseg_trt.session import BACKENDS
 from medseg_trt.sessions.measured import WholeWay
 

@@ -16,8 +16,8 @@ from medseg_trt.building.reference_images import ReferenceImages
 from medseg_trt.errors import AccuracyGateError
 from medseg_trt.export.gate import Verdict, compare
 from medseg_trt.export.verify import labels_of, run_in_batches, verify
-from medseg_trt.preprocess import resampled_size
-from medseg_trt.segment import Run
+from medseg_trt.imaging.preprocess import resampled_size
+from medseg_trt.imaging.segment import Run
 from medseg_trt.session import Session
 from medseg_trt.spec import BuildSpec, to_dict
 

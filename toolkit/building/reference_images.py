@@ -15,9 +15,9 @@ from numpy import ndarray
 
 from medseg_trt.errors import InputError, UsageError
 from medseg_trt.export.verify import noise
-from medseg_trt.images import Image, find_images, read_image
+from medseg_trt.imaging.images import Image, find_images, read_image
+from medseg_trt.imaging.preprocess import of_image, prepare, restore
 from medseg_trt.metrics.overlap import confusion
-from medseg_trt.preprocess import of_image, prepare, restore
 from medseg_trt.progress import LOG
 from medseg_trt.spec import Preprocessing
 from medseg_trt.train.checkpoint import Checkpoint

@@ -8,8 +8,8 @@ import numpy as np
 from numpy import ndarray
 
 from medseg_trt.bench.compared import Pictures
-from medseg_trt.images import Image, Mask
-from medseg_trt.overlay import tile
+from medseg_trt.imaging.images import Image, Mask
+from medseg_trt.imaging.overlay import tile
 from medseg_trt.spec import Classes
 
 LOST_AND_FOUND = (  # in no class's colour, and apart for colour-blind eyes

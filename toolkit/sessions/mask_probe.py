@@ -6,7 +6,7 @@ from jaxtyping import Float32, UInt8
 from numpy import ndarray
 
 from medseg_trt.errors import ArtefactError
-from medseg_trt.preprocess import Size, Spacing, resampled_size, restore
+from medseg_trt.imaging.preprocess import Size, Spacing, resampled_size, restore
 from medseg_trt.spec import Preprocessing
 
 MAX_DISAGREEMENT = 0.02

@@ -16,8 +16,8 @@ from jaxtyping import Float32
 from numpy import ndarray
 
 from medseg_trt.bench.measure import timed_runs
-from medseg_trt.images import Mask, find_images, read_image, write_mask
-from medseg_trt.segment import Run, segment
+from medseg_trt.imaging.images import Mask, find_images, read_image, write_mask
+from medseg_trt.imaging.segment import Run, segment
 from medseg_trt.session import Session
 from medseg_trt.sessions import child
 from medseg_trt.sessions.child import ChildSession, open_network, read_array, serve

@@ -9,7 +9,7 @@ from numpy import ndarray
 
 from medseg_trt.errors import ArtefactError, DeviceError, require
 from medseg_trt.graph_interface import MASK, OUTPUT, size_inputs
-from medseg_trt.preprocess import Size
+from medseg_trt.imaging.preprocess import Size
 from medseg_trt.session import Session
 
 ERRORS_ONLY = 3  # of ONNX Runtime's log levels

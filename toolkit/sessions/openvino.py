@@ -14,7 +14,7 @@ from numpy import ndarray
 
 from medseg_trt.errors import ArtefactError, DeviceError, require
 from medseg_trt.graph_interface import INPUT, MASK, OUTPUT, size_inputs
-from medseg_trt.preprocess import Size
+from medseg_trt.imaging.preprocess import Size
 from medseg_trt.session import Session
 
 TYPES = {"fp32": "f32", "bf16": "bf16"}  # OpenVINO's names

@@ -25,13 +25,13 @@ from medseg_trt.engines.choice import fitting_engine
 from medseg_trt.engines.fingerprint import FOLDER, LIBRARY_NAMES, EngineFingerprint
 from medseg_trt.errors import ArtefactError, DeviceError, require
 from medseg_trt.files import inside
+from medseg_trt.imaging.segment import PixelRun
 from medseg_trt.kernels import load
 from medseg_trt.kernels.device import Device, DeviceMemoryError, open_device
 from medseg_trt.kernels.image_to_tensor import scalars as tensor_scalars
 from medseg_trt.kernels.launch import CudaError, Launcher
 from medseg_trt.kernels.library import FILE, FindPtx, open_library
 from medseg_trt.kernels.logits_to_mask import scalars as mask_scalars
-from medseg_trt.segment import PixelRun
 from medseg_trt.session import BACKENDS, Session
 from medseg_trt.sessions.tensorrt_cache import cache_file, load_kernels, save_kernels
 from medseg_trt.sessions.tensorrt_engine import Engine, EngineError

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 from medseg_trt.errors import InputError
-from medseg_trt.images import natural_key
+from medseg_trt.imaging.images import natural_key
 from medseg_trt.spec import Classes
 from medseg_trt.train.datasets.folder import Case
 from medseg_trt.train.datasets.layout import Dataset, Found, Layout, below, by_name, files, folders, locator, paired

@@ -9,7 +9,7 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from medseg_trt.images import output_stem
+from medseg_trt.imaging.images import output_stem
 from medseg_trt.train.datasets.flat import flat
 from medseg_trt.train.datasets.folder import Case
 from medseg_trt.train.datasets.layout import ALL, Dataset, Found, Layout, below, by_name, files, locator, paired

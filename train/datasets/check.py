@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from medseg_trt.errors import InputError
-from medseg_trt.images import Source, read_labels
+from medseg_trt.imaging.images import Source, read_labels
 from medseg_trt.progress import track
 from medseg_trt.train.datasets.data_report import CaseFacts, DataReport
 from medseg_trt.train.datasets.duplicates import Look, find_copies, look_at
@@ -90,7 +90,7 @@ def orientation_problems(data: DataFolder) -> list[str]:
 
 def _stored_axes(data: DataFolder) -> dict[Path, str]:
     """Return where the axes of every NIfTI volume run to, nothing where it does not say."""
-    from medseg_trt.formats.nifti import stored_axes
+    from medseg_trt.imaging.formats.nifti import stored_axes
 
     found: dict[Path, str] = {}
     for case in chain.from_iterable(data.splits.values()):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from medseg_trt.errors import ArtefactError, InputError
-from medseg_trt.images import output_stem
+from medseg_trt.imaging.images import output_stem
 from medseg_trt.spec import Classes, from_dict
 
 MAX_JSON_BYTES = 1 << 24

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float32, Num
 from numpy import ndarray
 
-from medseg_trt.preprocess import resize
+from medseg_trt.imaging.preprocess import resize
 
 THUMBNAIL = 32  # pixels
 FREQUENCIES = 8  # along each axis; without the mean, 63 bits

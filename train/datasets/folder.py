@@ -24,7 +24,7 @@ from numpy import ndarray
 
 from medseg_trt.errors import InputError
 from medseg_trt.files import sha256
-from medseg_trt.images import Image, Source, output_stem, read_image, read_labels
+from medseg_trt.imaging.images import Image, Source, output_stem, read_image, read_labels
 from medseg_trt.progress import LOG, track
 from medseg_trt.spec import Classes
 from medseg_trt.train.datasets.description import SplitEntry, read_description, require_cases

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from medseg_trt.errors import InputError
-from medseg_trt.images import READERS, natural_key, output_stem
+from medseg_trt.imaging.images import READERS, natural_key, output_stem
 from medseg_trt.spec import Classes
 from medseg_trt.train.datasets.folder import Case
 from medseg_trt.train.datasets.mask_classes import LESION

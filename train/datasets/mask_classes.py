@@ -5,8 +5,8 @@ from collections.abc import Iterable
 import numpy as np
 
 from medseg_trt.errors import InputError
-from medseg_trt.formats.label_values import looks_soft
-from medseg_trt.images import read_image, read_labels
+from medseg_trt.imaging.images import read_image, read_labels
+from medseg_trt.imaging.label_values import looks_soft
 from medseg_trt.progress import LOG, track
 from medseg_trt.spec import Classes
 from medseg_trt.train.datasets.pairs import Pair, plural

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medseg_trt.errors import InputError
-from medseg_trt.images import Source, natural_key, output_stem
-from medseg_trt.listing import sources_in
+from medseg_trt.imaging.images import Source, natural_key, output_stem
+from medseg_trt.imaging.listing import sources_in
 
 PARTS = (
     ("images", "masks"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from medseg_trt.errors import InputError
-from medseg_trt.preprocess import fit, of_image, prepare, prepare_labels, windowed
+from medseg_trt.imaging.preprocess import fit, of_image, prepare, prepare_labels, windowed
 from medseg_trt.progress import LOG, track
 from medseg_trt.spec import Preprocessing
 from medseg_trt.train.datasets.folder import Case, read_case

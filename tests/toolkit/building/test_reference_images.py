@@ -15,8 +15,8 @@ from medseg_trt.building.reference_images import (
     reference_images,
 )
 from medseg_trt.errors import InputError, UsageError
-from medseg_trt.images import read_image
-from medseg_trt.preprocess import prepare
+from medseg_trt.imaging.images import read_image
+from medseg_trt.imaging.preprocess import prepare
 from medseg_trt.train.checkpoint import Checkpoint, load_checkpoint
 from medseg_trt.train.datasets.folder import manifest_sha256, open_folder
 

@@ -21,8 +21,8 @@ import tifffile
 from tiny import write_nifti
 
 from medseg_trt.errors import InputError
-from medseg_trt.formats import guard
-from medseg_trt.images import read_image
+from medseg_trt.imaging.formats import limits
+from medseg_trt.imaging.images import read_image
 
 BOMB_BYTES = 2**28
 ALLOWED_MIB = 64  # above what the libraries take; a bomb takes 256 MiB or more
@@ -32,9 +32,9 @@ CHILD = """
 import sys
 from pathlib import Path
 import h5py, nibabel, nrrd, PIL.Image, scipy, tifffile
-import medseg_trt.formats.arrays, medseg_trt.formats.nifti, medseg_trt.formats.nrrd, medseg_trt.formats.tiff
+import medseg_trt.imaging.formats.arrays, medseg_trt.imaging.formats.nifti, medseg_trt.imaging.formats.nrrd, medseg_trt.imaging.formats.tiff
 from medseg_trt.errors import InputError
-from medseg_trt.images import read_image
+from medseg_trt.imaging.images import read_image
 def peak_kib():  # of this program alone; getrusage would begin with the peak of the process that started it
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0])
@@ -165,7 +165,7 @@ def test_reading_takes_at_most_a_stated_multiple_of_the_pixels(tmp_path):
     for name in ("a.nii.gz", "a.png"):
         message, grown_mib = read_in_child(tmp_path / name)
         assert message.startswith("READ")
-        assert grown_mib < guard.WORKING_BYTES_PER_PIXEL * 16 + ALLOWED_MIB, name
+        assert grown_mib < limits.WORKING_BYTES_PER_PIXEL * 16 + ALLOWED_MIB, name
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif", ".bmp"])
@@ -180,7 +180,7 @@ def test_pictures_above_pillows_limit_are_read_and_its_limit_stays_as_it_is(suff
 @pytest.mark.parametrize("suffix", [".png", ".tif", ".bmp", ".jpg"])
 def test_the_limit_is_ours_and_says_what_to_do(suffix, tmp_path, monkeypatch):
     PIL.Image.fromarray(np.zeros((40, 60), np.uint8)).save(tmp_path / f"a{suffix}")
-    monkeypatch.setattr(guard, "MAX_PIXELS", 2399)
+    monkeypatch.setattr(limits, "MAX_PIXELS", 2399)
     with pytest.raises(
         InputError, match=r"60 pixels|60 x 40 pixels.*2399 are possible.*: reduce it, or cut it into parts"
     ):
@@ -198,7 +198,7 @@ def test_one_limit_is_for_all_formats(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             for path in sorted(tmp_path.iterdir()):
                 assert read_image(path).pixels.size == 60
-            patch.setattr(guard, name, limit)
+            patch.setattr(limits, name, limit)
             for path in sorted(tmp_path.iterdir()):
                 with pytest.raises(InputError, match=rf"{path.name} says it has .* pixels; 1 to"):
                     read_image(path)

@@ -10,7 +10,7 @@ import tifffile
 from PIL import Image
 
 from medseg_trt.errors import ArtefactError
-from medseg_trt.images import read_image, read_labels
+from medseg_trt.imaging.images import read_image, read_labels
 from medseg_trt.samples.catalogue import NetworkError, get
 from medseg_trt.samples.cells import CELLS_MEMBERS, DATASET, FRAMES, LICENCE, MOVIES, read_movie, unpack_cells
 from medseg_trt.train.datasets.folder import open_folder

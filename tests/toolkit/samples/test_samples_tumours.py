@@ -10,7 +10,7 @@ import pytest
 from scipy import ndimage
 
 from medseg_trt.errors import ArtefactError
-from medseg_trt.images import read_image, read_labels
+from medseg_trt.imaging.images import read_image, read_labels
 from medseg_trt.samples.catalogue import NetworkError, get
 from medseg_trt.samples.tumours import DATA, DATASET, LICENCE, SCANS, read_nrrd, unpack_tumours
 from medseg_trt.train.datasets.folder import open_folder

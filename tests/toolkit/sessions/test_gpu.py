@@ -23,10 +23,10 @@ from medseg_trt.engines import kernels as engine_kernels
 from medseg_trt.engines.choice import fitting_engine
 from medseg_trt.engines.fingerprint import FOLDER, LIBRARY_NAMES
 from medseg_trt.errors import DeviceError, MissingExtraError
-from medseg_trt.images import read_image
+from medseg_trt.imaging.images import read_image
+from medseg_trt.imaging.preprocess import prepare, restore
 from medseg_trt.kernels.device import DeviceMemoryError, open_device
 from medseg_trt.kernels.library import open_library
-from medseg_trt.preprocess import prepare, restore
 from medseg_trt.session import BACKENDS, choose, open_reference, open_session
 from medseg_trt.sessions.tensorrt import TensorRtSession
 from medseg_trt.sessions.tensorrt_engine import Engine

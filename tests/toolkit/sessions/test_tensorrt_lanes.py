@@ -10,9 +10,9 @@ from fakes.trt import FakeTrt
 
 from medseg_trt.engines.fingerprint import LIBRARY_NAMES
 from medseg_trt.errors import ArtefactError, DeviceError
+from medseg_trt.imaging.preprocess import prepare, restore
+from medseg_trt.imaging.segment import PixelRun
 from medseg_trt.kernels.device import DeviceMemoryError
-from medseg_trt.preprocess import prepare, restore
-from medseg_trt.segment import PixelRun
 from medseg_trt.sessions import tensorrt_lane
 from medseg_trt.sessions.tensorrt import PixelKernels, TensorRtSession
 from medseg_trt.sessions.tensorrt_engine import Engine, EngineError

@@ -23,7 +23,7 @@ from official import (
 from tiny import LESION, picture, write_description, write_pictures
 
 from medseg_trt.errors import InputError, UsageError
-from medseg_trt.images import read_image
+from medseg_trt.imaging.images import read_image
 from medseg_trt.train.datasets import acdc, synapse
 from medseg_trt.train.datasets.folder import read_case
 from medseg_trt.train.datasets.official import DATASETS, is_labelled, open_dataset, recorded_options

@@ -10,7 +10,7 @@ import pytest
 from tiny import picture, write_description, write_nifti, write_pictures, write_volumes
 
 from medseg_trt.errors import InputError
-from medseg_trt.preprocess import prepare, prepare_labels
+from medseg_trt.imaging.preprocess import prepare, prepare_labels
 from medseg_trt.spec import Preprocessing
 from medseg_trt.train.datasets.folder import Case, open_folder, read_case
 from medseg_trt.train.datasets.prepared import prepare_slices

@@ -1,0 +1,246 @@
+"""TIFF files: one picture, or a stack of slices; and the masks of stacks.
+
+tifffile says what a file holds, see ``tiff_layout``. Pillow decodes the pages that it keeps whole (8-bit, and grey of
+16 bits, 32 bits or floats); tifffile the rest: 16-bit colours, other floats, unsigned 32 bits, and directories
+that hold several slices. BigTIFF, tiles, and the usual compressions are theirs.
+"""
+
+import lzma
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy import ndarray
+
+from medseg_trt.errors import InputError, MedsegError, require
+from medseg_trt.files import atomic_file
+from medseg_trt.imaging.formats.limits import naming, require_finite
+from medseg_trt.imaging.formats.pictures import (
+    as_palette,
+    as_stored,
+    grey,
+    labels_like,
+    numbers,
+    opened,
+    orientation,
+    require_mode,
+    upright,
+)
+from medseg_trt.imaging.formats.tiff_layout import Layout, count_directories, find_layout
+from medseg_trt.imaging.images import Image, Mask
+from medseg_trt.imaging.signatures import require_kind
+
+BITS, PHOTOMETRIC, SAMPLE_FORMAT, ORIENTATION = 258, 262, 339, 274  # tags
+UNSIGNED, SIGNED, FLOAT = 1, 2, 3
+WHITE_IS_ZERO, BLACK_IS_ZERO, RGB = 0, 1, 2  # kinds of pages that tifffile is asked for
+KEPT_WHOLE = {  # Pillow's mode, bits and sample format of pages that Pillow neither cuts nor takes for something else
+    ("I;16", 12, UNSIGNED), ("I;16", 16, UNSIGNED), ("I;16B", 16, UNSIGNED), ("I", 16, SIGNED), ("I", 32, SIGNED),
+    ("F", 32, FLOAT),
+}  # fmt: skip
+COLOURS = 3
+ALPHA = (1, 2)  # ExtraSamples that are transparency, associated or not
+SLACK_BYTES = 1024  # of a compressed strip that is longer than its pixels
+LZMA_BYTES = 2**28  # that its decoder may use
+
+
+def read(path: Path) -> Image:
+    """Read a picture, or a stack of slices; of a pyramid or a picture with a thumbnail the page of full resolution.
+
+    Raises:
+        InputError: it is damaged or too large, holds several images or channels, or neither Pillow nor tifffile can
+            decode it.
+        MissingExtraError: tifffile is not installed.
+    """
+    pages, exif = _decode(path, indices=False)
+    return Image(path=path, pixels=pages.reshape(*pages.shape[:3], -1), exif=exif)
+
+
+def read_labels(path: Path, like: Image) -> ndarray:
+    """Read the mask of a picture or a stack, turned as it is.
+
+    Raises:
+        InputError: it is damaged, in colour, or of another size.
+    """
+    pages, exif = _decode(path, indices=True)
+    stored = as_stored(np.stack([grey(path, page) for page in pages]), exif)
+    return labels_like(path, stored, exif, like)
+
+
+def write(mask: Mask, path: Path) -> None:
+    """Write a TIFF whose pages are the slices, with the class colours, stored as the stack is stored.
+
+    Raises:
+        MedsegError: what was written is not what was meant, so nothing is there.
+    """
+    stored = as_stored(mask.labels, mask.exif)
+    first, *others = (as_palette(labels, mask) for labels in stored)
+    with atomic_file(path) as temporary:
+        first.save(temporary, format="TIFF", save_all=True, append_images=others, compression="tiff_adobe_deflate")
+        written, _ = _decode(temporary, indices=True)
+        if not np.array_equal(written, stored):
+            raise MedsegError(f"the mask of {mask.path} did not come out as it was meant; nothing was written")
+
+
+def _decode(path: Path, indices: bool) -> tuple[ndarray, int]:
+    """Return the pages (pages, height, width, …), upright, and how they are stored."""
+    tifffile = require("tifffile", "medical")
+    require_kind(path, ".tif")
+    directories = count_directories(path)  # tifffile says less of a file that is cut short
+    with naming(path, Exception), tifffile.TiffFile(path, _multifile=False) as file:
+        layout = find_layout(path, file, directories)
+        for page in layout.pages:
+            _require_segments_fit(path, file, page, DEFLATED)
+        decoded = _with_pillow(path, layout, indices) if layout.one_page_each else None
+        stacked, exif = _with_tifffile(path, file, layout) if decoded is None else decoded
+    require_finite(path, stacked)
+    return stacked, exif
+
+
+def _with_pillow(path: Path, layout: Layout, indices: bool) -> tuple[ndarray, int] | None:
+    """Return None where Pillow does not open the file, would not keep the numbers whole, or finds it too large."""
+    import PIL.Image
+
+    try:
+        with opened(path, "TIFF") as picture:
+            picture.seek(layout.pages[0].index)
+            exif = orientation(picture)
+            limit = PIL.Image.MAX_IMAGE_PIXELS  # of the process; Pillow raises at twice this number
+            if not _is_kept_whole(picture) or (limit is not None and picture.width * picture.height > 2 * limit):
+                return None
+            require_mode(path, picture.mode)
+            first, stacked = _page(picture), None
+            for slice_index, page in enumerate(layout.pages):
+                picture.seek(page.index)
+                if _page(picture) != first:
+                    raise InputError(
+                        f"{path}: page {page.index + 1} is not like page 1; equal pages become slices: save each as a "
+                        "file"
+                    )
+                values = _page_values(picture, indices)
+                if stacked is None:
+                    stacked = np.empty((layout.num_slices, *values.shape), values.dtype)
+                stacked[slice_index] = values
+    except InputError as error:
+        if not isinstance(error.__cause__, SyntaxError):  # Pillow's word for what it does not know
+            raise
+        return None
+    return None if stacked is None else (stacked, exif)
+
+
+def _page_values(picture: Any, indices: bool) -> ndarray:
+    inverted = picture.mode in ("I;16", "I;16B") and picture.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO
+    bits = _bits(picture)[0]
+    values = numbers(picture, indices)
+    return (2**bits - 1 - values).astype(values.dtype) if inverted and not indices else values
+
+
+def _is_kept_whole(picture: Any) -> bool:
+    bits, formats = _bits(picture), _formats(picture)
+    if max(bits) <= 8:
+        return set(formats) <= {UNSIGNED}
+    return len(bits) == 1 and (picture.mode, bits[0], formats[0]) in KEPT_WHOLE
+
+
+def _bits(picture: Any) -> Sequence[int]:
+    return np.atleast_1d(picture.tag_v2.get(BITS, 1)).tolist()
+
+
+def _formats(picture: Any) -> Sequence[int]:
+    return np.atleast_1d(picture.tag_v2.get(SAMPLE_FORMAT, UNSIGNED)).tolist()
+
+
+def _page(picture: Any) -> tuple[object, ...]:
+    return (picture.size, picture.mode, _bits(picture), picture.tag_v2.get(ORIENTATION, 1))
+
+
+def _with_tifffile(path: Path, file: Any, layout: Layout) -> tuple[ndarray, int]:
+    first = layout.pages[0]
+    exif = first.tags.valueof(ORIENTATION, 1)
+    exif = exif if exif in range(1, 9) else 1
+    if first.dtype is None or first.dtype.kind not in "iufb":
+        raise InputError(f"{path} holds {first.dtype} numbers; integers and floats are possible")
+    if first.photometric not in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB):
+        raise InputError(f"{path} is of the kind {first.photometric.name}, with deep numbers; save it as grey or RGB")
+    for page in layout.pages:
+        _require_segments_fit(path, file, page, OTHER_PACKED)
+    if layout.one_page_each:
+        values, axes = np.stack([page.asarray(maxworkers=1) for page in layout.pages]), "I" + first.axes
+    else:
+        values, axes = layout.series.asarray(maxworkers=1).reshape(layout.shape), layout.axes
+    return upright(_as_numbers(path, first, *_slices_first(values, axes)), exif), exif
+
+
+def _slices_first(values: ndarray, axes: str) -> tuple[ndarray, bool]:
+    """Return values (slices, height, width, samples) or without samples, and whether there are samples."""
+    stack = [axis for axis in axes if axis not in "YXS"]
+    order = [*stack, *(axis for axis in "YXS" if axis in axes)]
+    ordered = values.transpose([axes.index(axis) for axis in order])
+    return (ordered if stack else ordered[np.newaxis]), "S" in axes
+
+
+def _as_numbers(path: Path, page: Any, values: ndarray, has_samples: bool) -> ndarray:
+    """Drop transparency, turn white into the largest number, and return native numbers; floats become float32.
+
+    Raises:
+        InputError: there are more channels than colours and transparency.
+    """
+    if has_samples:
+        colours = COLOURS if page.photometric == RGB else 1
+        if values.shape[3] > colours + 1 or (colours == 1 and page.extrasamples and page.extrasamples[0] not in ALPHA):
+            raise InputError(f"{path} has {values.shape[3]} channels; grey or RGB is possible: save one of them")
+        values = values[..., :COLOURS] if colours == COLOURS else values[..., 0]
+    if page.photometric == WHITE_IS_ZERO and values.dtype.kind == "u":
+        values = np.iinfo(values.dtype).max - values
+    if values.dtype.kind == "f":
+        return values.astype(np.float32)
+    return values.astype(values.dtype.newbyteorder("=") if values.dtype.kind != "b" else np.uint8)
+
+
+def _require_segments_fit(path: Path, file: Any, page: Any, counters: "Mapping[int, Counter]") -> None:
+    """Inflate every strip or tile up to the size of its pixels, and refuse one that becomes more.
+
+    Raises:
+        InputError: it does, or a strip is missing.
+    """
+    segment_bytes = prod(page.chunks) * page.dtype.itemsize
+    count_bytes = counters.get(page.compression)
+    for offset, size in zip(page.dataoffsets, page.databytecounts, strict=True):
+        if not size:
+            raise InputError(f"{path} has strips or tiles without pixels; save it again")
+        if count_bytes is None:
+            continue
+        file.filehandle.seek(offset)
+        packed = file.filehandle.read(min(size, 2 * segment_bytes + SLACK_BYTES))
+        if size > len(packed) or count_bytes(packed, segment_bytes) > segment_bytes:
+            raise InputError(f"{path} has strips or tiles that inflate to more than their pixels; save it again")
+
+
+def _deflated_bytes(packed: bytes, limit: int) -> int:
+    return len(zlib.decompressobj().decompress(packed, limit + 1))
+
+
+def _lzma_bytes(packed: bytes, limit: int) -> int:
+    inflater = lzma.LZMADecompressor(memlimit=LZMA_BYTES)
+    inflated = len(inflater.decompress(packed, limit + 1))
+    return limit + 1 if inflater.unused_data else inflated  # tifffile goes on with what follows
+
+
+def _packbits_bytes(packed: bytes, limit: int) -> int:
+    """Count without unpacking. Source: TIFF 6.0, section 9."""
+    inflated = position = 0
+    while position < len(packed) and inflated <= limit:
+        code = packed[position]
+        inflated += code + 1 if code < 128 else 257 - code if code > 128 else 0
+        position += code + 2 if code < 128 else 2 if code > 128 else 1
+    return inflated
+
+
+Counter = Callable[[bytes, int], int]  # how many bytes it becomes, counted up to a limit
+DEFLATED: Mapping[int, Counter] = {8: _deflated_bytes, 32946: _deflated_bytes}  # by TIFF's number of the compression
+OTHER_PACKED: Mapping[int, Counter] = {
+    34925: _lzma_bytes,
+    32773: _packbits_bytes,
+}  # libtiff, of Pillow, stops by itself

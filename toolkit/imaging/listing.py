@@ -1,0 +1,340 @@
+"""List what is to be segmented in the inputs, and everything beside it that is not.
+
+An image is a file directly in a given folder, or a DICOM series there or one folder below. Whatever else lies there is
+refused, where it was meant as an image and cannot be opened, or left out. Hidden files are neither.
+"""
+
+import os
+import shlex
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from medseg_trt.errors import InputError
+from medseg_trt.imaging.images import DICOM, READERS, Source, kind_of, natural_key, source_of_file, suffix_of
+
+MAX_LOOKED_AT = 10_000  # files and folders below the first level; a disk answers for so many in about a second
+EXAMPLES = 3
+DETACHED_HEADER = ".nhdr"  # beside it lies the file of its voxels
+
+OTHER_KIND = "of another kind"
+IRREGULAR = "neither a file nor a folder"
+DEEPER = "in a sub-folder, which is not searched"
+CLOSED = "a folder that cannot be opened"
+UNSEEN = "in a sub-folder that was not looked into"
+DICOM_WITHOUT_IMAGE = "DICOM without an image of its own"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Refused:
+    """An input that cannot be used, and why."""
+
+    path: Path
+    error: InputError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LeftOut:
+    """Something in a folder that is not taken for an image."""
+
+    folder: Path  # the input
+    path: Path  # what is left out, or the folder that holds it
+    reason: str  # one of the constants above
+    count: int = 1  # files
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Listing:
+    """The images of the inputs, and what is no image."""
+
+    sources: tuple[Source, ...]
+    refused: tuple[Refused, ...]
+    left_out: tuple[LeftOut, ...]
+
+    def warnings(self) -> list[str]:
+        """Return one line for each input and kind of thing that is left out, with numbers, examples and a remedy."""
+        in_order = sorted(self.left_out, key=lambda item: (str(item.folder), item.reason))
+        grouped = groupby(in_order, key=lambda item: (item.folder, item.reason))
+        lines = [_warning(folder, reason, list(items)) for (folder, reason), items in grouped]
+        return [line for line in lines if line is not None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Entries:
+    """What lies directly in a folder, hidden names left out."""
+
+    files: list[Path] = field(default_factory=list[Path])
+    folders: list[Path] = field(default_factory=list[Path])
+    irregular: list[Path] = field(default_factory=list[Path])
+    refused: list[Refused] = field(default_factory=list[Refused])
+
+
+@dataclass(kw_only=True, slots=True)
+class _Found:
+    """What has been found so far."""
+
+    sources: list[Source] = field(default_factory=list[Source])
+    refused: list[Refused] = field(default_factory=list[Refused])
+    left_out: list[LeftOut] = field(default_factory=list[LeftOut])
+
+
+def list_images(inputs: Sequence[Path], ignored: Sequence[Path] = ()) -> Listing:
+    """List the images of files and folders, in the order of ``inputs``; in a folder numbers count as numbers.
+
+    What is named twice comes once.
+
+    Args:
+        inputs: files and folders.
+        ignored: folders that are no part of the inputs even where they lie below one, such as that of the masks.
+
+    Raises:
+        MissingExtraError: there are DICOM files and pydicom is not installed.
+    """
+    seen = {identity for folder in ignored if (identity := _identity(folder)) is not None}
+    found = _Found()
+    for path in inputs:
+        try:
+            if _is_folder(path):
+                _list_folder(path, set(seen), found)
+            else:
+                found.sources.append(source_of_file(path))
+        except InputError as error:
+            found.refused.append(Refused(path=path, error=error))
+    return Listing(
+        sources=tuple(dict.fromkeys(found.sources)),
+        refused=tuple(found.refused),
+        left_out=tuple(dict.fromkeys(found.left_out)),
+    )
+
+
+def sources_in(folder: Path) -> list[Source]:
+    """Return the images and DICOM series that lie directly in a folder, in natural order; there may be none.
+
+    Raises:
+        InputError: the folder cannot be listed.
+        MissingExtraError: there are DICOM files and pydicom is not installed.
+    """
+    known, _, dicom_files = _by_kind(_entries(folder).files)
+    sources = [source_of_file(path) for path in known]
+    sources += _series(folder, dicom_files, lambda _reason, _paths: None)  # the caller names what no source holds
+    return sorted(sources, key=lambda source: natural_key(source.name))
+
+
+def _is_folder(path: Path) -> bool:
+    """Say whether the input is a folder, or a file that can be read.
+
+    Raises:
+        InputError: it is neither.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise InputError(_why_unusable(path, error)) from error
+    if stat.S_ISDIR(mode):
+        return True
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{path} is neither a file nor a folder; save the image to a file")
+    _require_readable(path)
+    return False
+
+
+def _list_folder(folder: Path, seen: set[tuple[int, int]], found: _Found) -> None:
+    entries = _entries(folder)
+    first = len(found.left_out)
+
+    def leave_out(reason: str, paths: Sequence[Path]) -> None:
+        found.left_out += [LeftOut(folder=folder, path=path, reason=reason) for path in paths]
+
+    known, others, dicom_files = _by_kind(entries.files)
+    sources = [source_of_file(path) for path in known]
+    sources += _series(folder, dicom_files, leave_out)
+    leave_out(OTHER_KIND, _without_detached(others, known))
+    leave_out(IRREGULAR, entries.irregular)
+    refused = entries.refused
+    budget = iter(range(MAX_LOOKED_AT))
+    seen.add(_identity(folder) or (0, 0))
+    for below in entries.folders:
+        if (identity := _identity(below)) in seen or identity is None:
+            continue
+        seen.add(identity)
+        try:
+            inside = _entries(below)
+        except InputError:
+            leave_out(CLOSED, [below])
+            continue
+        known, others, dicom_files = _by_kind(inside.files)
+        sources += _series(below, dicom_files, leave_out)
+        refused += [each for each in inside.refused if _may_be_dicom(each.path, bool(dicom_files))]
+        broken = [each for each in inside.refused if suffix_of(each.path) not in (None, DICOM)]
+        if count := len(known) + len(broken):
+            found.left_out.append(LeftOut(folder=folder, path=below, reason=DEEPER, count=count))
+        found.left_out += _deeper(folder, inside.folders, seen, budget)
+    if not sources and not refused:
+        raise InputError(_nothing(folder, found.left_out[first:]))
+    found.sources += sorted(sources, key=lambda source: natural_key(source.name))
+    found.refused += refused
+
+
+def _entries(folder: Path) -> _Entries:
+    """Sort what lies in a folder.
+
+    Raises:
+        InputError: the folder cannot be listed.
+    """
+    try:
+        paths = sorted(folder.iterdir(), key=lambda path: natural_key(path.name))
+    except OSError as error:
+        raise InputError(_why_unusable(folder, error)) from error
+    entries = _Entries()
+    for path in paths:
+        if path.name.startswith("."):
+            continue
+        try:
+            mode = path.stat().st_mode
+            if stat.S_ISDIR(mode):
+                entries.folders.append(path)
+            elif stat.S_ISREG(mode):
+                _require_readable(path)
+                entries.files.append(path)
+            else:
+                entries.irregular.append(path)
+        except OSError as error:
+            entries.refused.append(Refused(path=path, error=InputError(_why_unusable(path, error))))
+        except InputError as error:
+            entries.refused.append(Refused(path=path, error=error))
+    return entries
+
+
+def _by_kind(files: Sequence[Path]) -> tuple[list[Path], list[Path], list[Path]]:
+    """Divide files into images but DICOM, files of other kinds, and DICOM."""
+    kinds = {path: kind_of(path) for path in files}
+    known = [path for path, kind in kinds.items() if kind not in (None, DICOM)]
+    return known, [path for path in files if kinds[path] is None], [path for path in files if kinds[path] == DICOM]
+
+
+def _series(folder: Path, dicom_files: Sequence[Path], leave_out: Any) -> list[Source]:
+    """Return the DICOM images of a folder; the reader of DICOM says why it takes a file for none."""
+    if not dicom_files:
+        return []
+    series = import_module(READERS[DICOM]).find_series(folder, sorted(dicom_files))
+    sources = [
+        source_of_file(members[0]) if stem is None else Source(path=folder, files=members, stem=stem)
+        for stem, members in series
+    ]
+    taken = {path for source in sources for path in source.files}
+    leave_out(DICOM_WITHOUT_IMAGE, [path for path in dicom_files if path not in taken])
+    return sources
+
+
+def _without_detached(others: Sequence[Path], known: Sequence[Path]) -> list[Path]:
+    headers = {path.stem for path in known if path.suffix.lower() == DETACHED_HEADER}
+    return [path for path in others if path.name.split(".")[0] not in headers and path.stem not in headers]
+
+
+def _may_be_dicom(path: Path, beside_dicom: bool) -> bool:
+    suffix = suffix_of(path)
+    return suffix == DICOM or (suffix is None and beside_dicom)
+
+
+def _deeper(
+    folder: Path, below: Sequence[Path], seen: set[tuple[int, int]], budget: Iterator[int]
+) -> Iterator[LeftOut]:
+    """Yield the folders in a tree that hold images; links are followed, and no folder is visited twice."""
+    waiting = list(reversed(below))
+    while waiting:
+        path = waiting.pop()
+        identity = _identity(path)
+        if identity is None or identity in seen:
+            continue
+        seen.add(identity)
+        if next(budget, None) is None:
+            yield LeftOut(folder=folder, path=path, reason=UNSEEN)
+            return
+        try:
+            entries = _entries(path)
+        except InputError:
+            yield LeftOut(folder=folder, path=path, reason=CLOSED)
+            continue
+        files = [file for file in entries.files if next(budget, None) is not None]
+        count = sum(kind_of(file) is not None for file in files)
+        count += sum(suffix_of(each.path) is not None for each in entries.refused)
+        if count:
+            yield LeftOut(folder=folder, path=path, reason=DEEPER, count=count)
+        if len(files) < len(entries.files):
+            yield LeftOut(folder=folder, path=path, reason=UNSEEN)
+            return
+        waiting += reversed(entries.folders)
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        status = folder.stat()
+    except OSError:
+        return None  # it does not exist, so it is no other folder either
+    return status.st_dev, status.st_ino
+
+
+def _require_readable(path: Path) -> None:
+    if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise InputError(f"{path} cannot be read: Permission denied")
+
+
+def _why_unusable(path: Path, error: OSError) -> str:
+    if isinstance(error, FileNotFoundError):
+        if not path.is_symlink():
+            return f"{path} does not exist"
+        target = os.readlink(path)
+        return (
+            f"{path} is a link to {target}, which does not exist; fetch or mount what it leads to, or remove the link"
+        )
+    return f"{path} cannot be read: {error.strerror}"
+
+
+def _warning(folder: Path, reason: str, items: Sequence[LeftOut]) -> str | None:
+    count = sum(item.count for item in items)
+    names = [str(item.path.relative_to(folder)) for item in items]
+    examples = ", ".join(names[:EXAMPLES]) + (" …" if len(names) > EXAMPLES else "")
+    if reason == DICOM_WITHOUT_IMAGE:
+        return None  # the reader has said why
+    if reason == OTHER_KIND:
+        known = ", ".join(READERS)
+        return f"{folder}: {count} file(s) of other kinds are left out ({examples}); known are {known} and DICOM"
+    if reason == DEEPER:
+        return f"{folder}: {_deep_images(items)}"
+    if reason == CLOSED:
+        return f"{folder}: {count} sub-folder(s) cannot be opened and are left out ({examples}); check the permissions"
+    if reason == UNSEEN:
+        return (
+            f"{folder}: more than {MAX_LOOKED_AT} files lie in sub-folders, which were not all looked into ({examples})"
+        )
+    return f"{folder}: {count} thing(s) that are {reason} are left out ({examples})"
+
+
+def _deep_images(items: Sequence[LeftOut]) -> str:
+    """Say how many images lie in sub-folders, and which folders to name for them."""
+    folders = [item.path for item in items]
+    parents = list(dict.fromkeys(folder.parent for folder in folders))
+    is_shorter = len(parents) < len(folders) and not {item.folder for item in items} & set(parents)
+    named = parents if is_shorter else folders  # DICOM is looked for one level below, too
+    commands = " ".join(shlex.quote(str(path)) for path in named[:EXAMPLES]) + (" …" if len(named) > EXAMPLES else "")
+    return (
+        f"{sum(item.count for item in items)} image file(s) in {len(items)} sub-folder(s) are left out; only DICOM is "
+        f"looked for in sub-folders, one level deep. To use them, name: {commands}"
+    )
+
+
+def _nothing(folder: Path, left_out: Sequence[LeftOut]) -> str:
+    deeper = [item for item in left_out if item.reason == DEEPER]
+    if deeper:
+        return f"{folder} holds no image itself: {_deep_images(deeper)}"
+    text = f"{folder} holds no image; files that can be read end with {', '.join(READERS)}, or are DICOM"
+    counts = {reason: sum(item.count for item in left_out if item.reason == reason) for reason in _REASONS}
+    there = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
+    return text + (f". It holds: {there}" if there else "")
+
+
+_REASONS = (OTHER_KIND, IRREGULAR, CLOSED, UNSEEN, DICOM_WITHOUT_IMAGE)
