@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from results_file import options, publish, table
 
-from medseg_trt.bundle import load_bundle
+from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.metrics.intervals import median_of_rounds, speed_interval
 from medseg_trt.session import is_installed
 

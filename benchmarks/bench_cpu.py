@@ -21,7 +21,7 @@ from bench_cpu_graph import folding_error, graph_figures, profile
 from bench_cpu_peers import GEMM_MACS, GEMM_TOKENS, GEMM_WIDTH
 from results_file import options, publish, table
 
-from medseg_trt.bundle import load_bundle
+from medseg_trt.bundles.bundle import load_bundle
 
 SECONDS, MIN_RUNS = 1.5, 3  # of a variant in a round
 MIN_SQNR_TO_TIME_DB = 3.0  # less is another network, not a rounded one

@@ -150,7 +150,7 @@ def _pytorch(variant: Variant) -> Answer:
 
 def _infer(variant: Variant) -> Answer:
     """Open a bundle as ``infer`` does, all checks included."""
-    from medseg_trt.bundle import load_bundle
+    from medseg_trt.bundles.bundle import load_bundle
     from medseg_trt.session import open_session
 
     return open_session(load_bundle(variant.path), precision=variant.precision).run

@@ -21,7 +21,8 @@ import bench_cpu_network
 import numpy as np
 from results_file import options, publish, table
 
-from medseg_trt.bundle import BuiltEngine, Bundle, load_bundle
+from medseg_trt.bundles.bundle import Bundle, load_bundle
+from medseg_trt.bundles.manifest import BuiltEngine
 from medseg_trt.engines.child import build_in_child
 from medseg_trt.engines.fingerprint import read_fingerprint
 from medseg_trt.engines.inspection import read_report, shares

@@ -19,7 +19,7 @@ import numpy as np
 from results_file import options, publish, table
 
 from medseg_trt import mask_folder
-from medseg_trt.bundle import load_bundle
+from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.files import sha256
 from medseg_trt.imaging.images import Image, Mask, read_image
 from medseg_trt.imaging.segment import segment, steps

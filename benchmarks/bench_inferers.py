@@ -16,7 +16,7 @@ import torch
 from results_file import options, publish, table
 
 from medseg_trt.bench.measure import in_turn, tier, timed_runs
-from medseg_trt.bundle import load_bundle
+from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.errors import MedsegError
 from medseg_trt.imaging.images import read_image
 from medseg_trt.imaging.segment import prepared_slices
@@ -50,7 +50,7 @@ def monai_ways(model: torch.nn.Module, size: tuple[int, int]) -> dict[str, Run]:
 
 def optimum_way(bundle: Path) -> Run:
     """Return Optimum's model around the bundle's graph."""
-    import medseg_trt.optimum  # noqa: F401  # it registers the bundle's kind
+    import medseg_trt.bundles.optimum  # noqa: F401  # it registers the bundle's kind
 
     from optimum.onnxruntime import ORTModelForSemanticSegmentation  # pyright: ignore[reportMissingImports]  # isort: skip
 

@@ -14,7 +14,7 @@ import torch
 from results_file import options, publish, table
 
 from medseg_trt.bench.measure import in_turn, tier, timed_runs
-from medseg_trt.bundle import Bundle
+from medseg_trt.bundles.bundle import Bundle
 from medseg_trt.pipeline import build
 from medseg_trt.session import is_installed, open_session
 from medseg_trt.spec import BuildSpec, Classes, Preprocessing

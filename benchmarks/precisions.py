@@ -13,7 +13,7 @@ from typing import Any
 
 from results_file import options, publish, table
 
-from medseg_trt.bundle import Bundle
+from medseg_trt.bundles.bundle import Bundle
 from medseg_trt.pipeline import build
 from medseg_trt.spec import BuildSpec
 

@@ -14,8 +14,8 @@ from jaxtyping import Float32
 from numpy import ndarray
 
 from medseg_trt.errors import InputError, UsageError
+from medseg_trt.export.graph.interface import INPUT
 from medseg_trt.export.onnx_graph import OnnxGraph
-from medseg_trt.graph_interface import INPUT
 
 Observe = Callable[[ndarray], Mapping[str, ndarray]]  # (1, 3, H, W) float32 -> named values
 MIN_IMAGES = 4

@@ -10,8 +10,8 @@ import numpy as np
 import onnx_ir as ir
 
 from medseg_trt.errors import UsageError
+from medseg_trt.export.graph.interface import MASK, RESAMPLED, SIZE
 from medseg_trt.export.trace import OUTPUT, OnnxGraph
-from medseg_trt.graph_interface import MASK, RESAMPLED, SIZE
 from medseg_trt.spec import Preprocessing
 
 

@@ -29,7 +29,7 @@ LEAVES = (
     "imaging.formats",
     "imaging.overlay",
     "imaging.segment",
-    "graph_interface",
+    "export.graph.interface",
     "engines.fingerprint",
     "engines.layer_report",
 )
@@ -116,7 +116,7 @@ def test_every_leaf_exists():
         ("medseg_trt.export.verify", "from medseg_trt.sessions.onnxruntime import open_graph"),
         ("medseg_trt.export.verify", "def late():\n    import onnxruntime as ort"),
         ("medseg_trt.export.verify", "from onnxruntime import InferenceSession"),
-        ("medseg_trt.imaging.images", "from medseg_trt.bundle import Bundle"),
+        ("medseg_trt.imaging.images", "from medseg_trt.bundles.bundle import Bundle"),
         (
             "medseg_trt.imaging.segment",
             "class Late:\n    def method(self):\n        from medseg_trt.train.model import runner",
@@ -164,7 +164,7 @@ def heavy_imports(statement: str) -> list[str]:
 @pytest.mark.parametrize(
     "module",
     [
-        "bundle",
+        "bundles.bundle",
         "session",
         "sessions.onnxruntime",
         "pipeline",

@@ -13,7 +13,7 @@ __all__ = [
 ]  # fmt: skip
 
 if TYPE_CHECKING:
-    from medseg_trt.bundle import Bundle, load_bundle
+    from medseg_trt.bundles.bundle import Bundle, load_bundle
     from medseg_trt.imaging.images import Mask
     from medseg_trt.pipeline import build, infer
     from medseg_trt.session import open_session
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "BuildSpec": "spec",
-    "Bundle": "bundle",
+    "Bundle": "bundles.bundle",
     "Checkpoint": "train.checkpoint",
     "Classes": "spec",
     "EngineSpec": "spec",
@@ -31,7 +31,7 @@ _HOMES = {
     "Preprocessing": "spec",
     "build": "pipeline",
     "infer": "pipeline",
-    "load_bundle": "bundle",
+    "load_bundle": "bundles.bundle",
     "load_checkpoint": "train.checkpoint",
     "open_session": "session",
 }

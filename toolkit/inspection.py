@@ -72,7 +72,7 @@ def _brief(provenance: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _bundle(path: Path) -> dict[str, Any]:
-    from medseg_trt.bundle import load_bundle
+    from medseg_trt.bundles.bundle import load_bundle
 
     return load_bundle(path).manifest()
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from medseg_trt.areas_table import Row, area_rows, merge_areas
-from medseg_trt.bundle import MANIFEST, Bundle, load_bundle
+from medseg_trt.bundles.bundle import MANIFEST, Bundle, load_bundle
 from medseg_trt.errors import InputError, MedsegError, MissingExtraError
 from medseg_trt.files import sha256
 from medseg_trt.finished import Finished, overlay_path, recall, remember, remove_leftovers

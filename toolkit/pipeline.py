@@ -5,7 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medseg_trt.bundle import DEFAULT_GRAPH, MANIFEST, Bundle, Manifest, Variant, golden_input, load_bundle, seal
+from medseg_trt.bundles.bundle import DEFAULT_GRAPH, MANIFEST, Bundle, golden_input, load_bundle, seal
+from medseg_trt.bundles.manifest import Manifest, Variant
 from medseg_trt.errors import UsageError
 from medseg_trt.files import atomic_folder, sha256
 from medseg_trt.imaging.images import Mask, find_images, read_image
@@ -48,6 +49,7 @@ def build(
     from medseg_trt.building.proof import Proof
     from medseg_trt.building.reference_images import reference_images
     from medseg_trt.building.variants import make_variants
+    from medseg_trt.bundles.signature import read_private_key, sign
     from medseg_trt.engines.build import Engines, build_engines, check_engines
     from medseg_trt.engines.kernels import add_kernels
     from medseg_trt.export.fold import fold, plain_report
@@ -56,7 +58,6 @@ def build(
     from medseg_trt.export.quantize import parse_precision
     from medseg_trt.export.trace import trace
     from medseg_trt.machine import package_versions
-    from medseg_trt.signature import read_private_key, sign
     from medseg_trt.train.checkpoint import load_checkpoint
     from medseg_trt.train.model import runner
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from medseg_trt.bundle import load_bundle
+from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.errors import UsageError
 from medseg_trt.imaging.segment import Run
 from medseg_trt.metrics.overlap import MeanScore

@@ -16,7 +16,7 @@ from typing import TypeVar, cast
 import numpy as np
 from numpy import ndarray
 
-from medseg_trt.bundle import Bundle
+from medseg_trt.bundles.bundle import Bundle
 from medseg_trt.errors import InputError, MedsegError
 from medseg_trt.imaging.images import Image, Mask
 from medseg_trt.imaging.preprocess import outside_fraction

@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Float32, Num, UInt8
 from numpy import ndarray
 
-from medseg_trt.bundle import Bundle, Execution
+from medseg_trt.bundles.bundle import Bundle
+from medseg_trt.bundles.manifest import Execution
 from medseg_trt.errors import ArtefactError, MissingExtraError, UsageError
 from medseg_trt.imaging.preprocess import Size, prepare, restore
 from medseg_trt.imaging.segment import PixelRun

@@ -11,12 +11,13 @@ import pytest
 from fakes.gpu import FakeGpu
 from fakes.trt import FakeTrt, Network
 
-from medseg_trt.bundle import MANIFEST, BuiltEngine
+from medseg_trt.bundles.bundle import MANIFEST
+from medseg_trt.bundles.manifest import BuiltEngine
+from medseg_trt.bundles.signature import signature_of
 from medseg_trt.engines import kernels as engine_kernels
 from medseg_trt.engines.fingerprint import FOLDER, EngineFingerprint, write_fingerprint
 from medseg_trt.files import sha256
 from medseg_trt.sessions import tensorrt
-from medseg_trt.signature import signature_of
 from medseg_trt.spec import EngineSpec, to_dict
 
 PLAN_BYTES = 4096

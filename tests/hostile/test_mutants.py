@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tiny import make_checkpoint, picture, write_nifti, write_pictures
 
-from medseg_trt.bundle import MANIFEST, load_bundle
+from medseg_trt.bundles.bundle import MANIFEST, load_bundle
 from medseg_trt.errors import MedsegError
 from medseg_trt.files import sha256
 from medseg_trt.imaging.images import read_image

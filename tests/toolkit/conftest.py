@@ -17,7 +17,7 @@ from tiny import make_checkpoint, picture, write_nifti, write_pictures, write_vo
 
 from medseg_trt.bench.benchmark import Bench, Measured, bench
 from medseg_trt.building import executions, variants
-from medseg_trt.bundle import load_bundle
+from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.cli import cli
 from medseg_trt.session import open_session
 

@@ -15,7 +15,7 @@ from tiny import write_nifti, write_volumes
 
 from medseg_trt import pipeline
 from medseg_trt.building import variants
-from medseg_trt.bundle import load_bundle
+from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.cli import main
 from medseg_trt.imaging import segment
 from medseg_trt.session import BACKENDS

@@ -14,17 +14,18 @@ from fakes.bundles import rehash
 from session_here import SessionHere
 from tiny import make_checkpoint, write_volumes
 
-from medseg_trt import bundle as bundle_module
 from medseg_trt.bench.layer_times import profile
 from medseg_trt.building import executions, variants
 from medseg_trt.building.executions import default_graph
 from medseg_trt.building.proof import Proof
-from medseg_trt.bundle import MANIFEST, Execution, Variant, load_bundle
+from medseg_trt.bundles import bundle as bundle_module
+from medseg_trt.bundles.bundle import MANIFEST, load_bundle
+from medseg_trt.bundles.manifest import Execution, Variant
 from medseg_trt.errors import AccuracyGateError, ArtefactError, MedsegError
 from medseg_trt.export import masks
+from medseg_trt.export.graph.interface import read_interface, require_interface, required_interface, size_inputs
 from medseg_trt.export.node_costs import node_costs
 from medseg_trt.export.onnx_graph import OnnxGraph
-from medseg_trt.graph_interface import read_interface, require_interface, required_interface, size_inputs
 from medseg_trt.pipeline import build, infer
 from medseg_trt.report.schema import Profile
 from medseg_trt.session import open_session

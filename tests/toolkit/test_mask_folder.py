@@ -13,7 +13,7 @@ from nibabel import Nifti1Image
 from tiny import write_pictures
 
 from medseg_trt import mask_folder
-from medseg_trt.bundle import load_bundle
+from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.errors import InputError, UsageError
 from medseg_trt.files import sha256
 from medseg_trt.imaging.images import read_image

@@ -10,7 +10,7 @@ import pytest
 from tiny import write_pictures
 
 from medseg_trt import mask_folder, segment_many
-from medseg_trt.bundle import load_bundle
+from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.errors import ArtefactError, InputError
 from medseg_trt.imaging.images import Mask, find_images, read_image, write_mask
 from medseg_trt.imaging.segment import segment

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from medseg_trt import session as session_module
-from medseg_trt.bundle import load_bundle
+from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.errors import ArtefactError, MissingExtraError, UsageError
 from medseg_trt.session import BACKENDS, Session, choose, open_reference, open_session
 from medseg_trt.sessions import onnxruntime as onnxruntime_module

@@ -17,7 +17,7 @@ from medseg_trt.bench.measured_cases import MeasuredCases, measured_cases, one_i
 from medseg_trt.bench.peaks import peaks, roofline
 from medseg_trt.bench.summary import summary
 from medseg_trt.bench.timings import BATCHES, Timings, open_candidates, speedups, time_all
-from medseg_trt.bundle import MANIFEST, Bundle, load_bundle
+from medseg_trt.bundles.bundle import MANIFEST, Bundle, load_bundle
 from medseg_trt.errors import MedsegError, MissingExtraError, require
 from medseg_trt.files import sha256
 from medseg_trt.imaging.images import Image

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from medseg_trt.bundle import Bundle, Execution
+from medseg_trt.bundles.bundle import Bundle
+from medseg_trt.bundles.manifest import Execution
 from medseg_trt.engines.choice import installed_version, judged_engines
 from medseg_trt.engines.fingerprint import FOLDER, LIBRARY_NAMES
 from medseg_trt.engines.gpu import Gpu, find_gpu

@@ -22,7 +22,7 @@ import numpy as np
 
 from medseg_trt.engines.fingerprint import LIBRARY_NAMES
 from medseg_trt.errors import require
-from medseg_trt.graph_interface import INPUT, OUTPUT, size_inputs
+from medseg_trt.export.graph.interface import INPUT, OUTPUT, size_inputs
 from medseg_trt.report.schema import LayerTime, Missing, PartTime, Profile
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 
-from medseg_trt.bundle import Bundle
+from medseg_trt.bundles.bundle import Bundle
 from medseg_trt.errors import InputError, UsageError, require
 from medseg_trt.files import CHUNK_BYTES
 from medseg_trt.imaging.images import Image, Source, find_images

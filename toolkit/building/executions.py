@@ -13,7 +13,7 @@ import numpy as np
 from numpy import ndarray
 
 from medseg_trt.building.proof import Proof
-from medseg_trt.bundle import Execution, Variant
+from medseg_trt.bundles.manifest import Execution, Variant
 from medseg_trt.errors import AccuracyGateError, ArtefactError, DeviceError, MedsegError, UsageError
 from medseg_trt.progress import LOG
 from medseg_trt.session import BACKENDS, Session, is_installed

@@ -16,7 +16,7 @@ from numpy import ndarray
 from medseg_trt.building.contract import Contract
 from medseg_trt.building.observer import observer
 from medseg_trt.building.proof import Proof
-from medseg_trt.bundle import Variant
+from medseg_trt.bundles.manifest import Variant
 from medseg_trt.errors import AccuracyGateError, UsageError
 from medseg_trt.export.calibrate import Calibration, calibrate
 from medseg_trt.export.delicate import delicate

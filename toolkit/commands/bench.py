@@ -70,7 +70,7 @@ def bench(
     """
     from medseg_trt.bench import benchmark, measure
     from medseg_trt.bench.limits import Gate, judge_report, parse_gate, require
-    from medseg_trt.bundle import find_bundle
+    from medseg_trt.bundles.bundle import find_bundle
     from medseg_trt.report.schema import Verdict
     from medseg_trt.report.write import HEADER, cells, write_report
     from medseg_trt.spec import to_dict

@@ -47,7 +47,7 @@ def infer(
     areas.csv lists pixels, mm² and ml of every class. A file that cannot be used is reported and skipped; the exit
     code is then 1.
     """
-    from medseg_trt.bundle import find_bundle
+    from medseg_trt.bundles.bundle import find_bundle
     from medseg_trt.mask_folder import infer_to_folder
 
     def report(_path: Path, error: InputError) -> None:
@@ -55,7 +55,7 @@ def infer(
 
     folder = find_bundle(bundle_folder)
     if rebuild:
-        from medseg_trt.bundle import load_bundle
+        from medseg_trt.bundles.bundle import load_bundle
         from medseg_trt.engines.build import rebuild_engines
 
         verified = load_bundle(folder, verify_key)

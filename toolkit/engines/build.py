@@ -8,7 +8,9 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from medseg_trt.bundle import MANIFEST, BuiltEngine, Bundle, FileEntry, Manifest, Variant, load_bundle
+from medseg_trt.bundles.bundle import MANIFEST, Bundle, load_bundle
+from medseg_trt.bundles.manifest import BuiltEngine, FileEntry, Manifest, Variant
+from medseg_trt.bundles.signature import signature_of
 from medseg_trt.engines.child import Answer, build_in_child
 from medseg_trt.engines.choice import here, installed_version
 from medseg_trt.engines.fingerprint import (
@@ -26,7 +28,6 @@ from medseg_trt.errors import MedsegError, MissingExtraError, UsageError
 from medseg_trt.export.engine import LIBRARIES, check_engine_spec, cuda_of, flavour_for, require_library
 from medseg_trt.files import cache_folder, inside, sha256, write_json
 from medseg_trt.progress import LOG
-from medseg_trt.signature import signature_of
 from medseg_trt.spec import EngineSpec, to_dict
 
 FIRST_FP8_SM = 89

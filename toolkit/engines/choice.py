@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from medseg_trt.bundle import Bundle
+from medseg_trt.bundles.bundle import Bundle
 from medseg_trt.engines.fingerprint import (
     CUDA_WHEELS,
     EngineFingerprint,

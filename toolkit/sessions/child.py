@@ -19,7 +19,7 @@ from jaxtyping import Float32, UInt8
 from numpy import ndarray
 
 from medseg_trt import errors
-from medseg_trt.bundle import load_bundle
+from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.errors import ArtefactError, MedsegError
 from medseg_trt.imaging.preprocess import Size
 from medseg_trt.session import BACKENDS, Session, choose, open_execution, open_graph

@@ -8,7 +8,7 @@ from jaxtyping import Float32, UInt8
 from numpy import ndarray
 
 from medseg_trt.errors import ArtefactError, DeviceError, require
-from medseg_trt.graph_interface import MASK, OUTPUT, size_inputs
+from medseg_trt.export.graph.interface import MASK, OUTPUT, size_inputs
 from medseg_trt.imaging.preprocess import Size
 from medseg_trt.session import Session
 

@@ -19,7 +19,8 @@ import numpy as np
 from jaxtyping import Float32, Num, UInt8
 from numpy import ndarray
 
-from medseg_trt.bundle import Bundle, Execution
+from medseg_trt.bundles.bundle import Bundle
+from medseg_trt.bundles.manifest import Execution
 from medseg_trt.engines import kernels as engine_kernels
 from medseg_trt.engines.choice import fitting_engine
 from medseg_trt.engines.fingerprint import FOLDER, LIBRARY_NAMES, EngineFingerprint

@@ -13,7 +13,7 @@ import numpy as np
 
 from medseg_trt.engines.fingerprint import LIBRARY_NAMES
 from medseg_trt.errors import ArtefactError
-from medseg_trt.graph_interface import INPUT, OUTPUT
+from medseg_trt.export.graph.interface import INPUT, OUTPUT
 from medseg_trt.progress import LOG
 
 COMPILES_HERE = ("tensorrt-rtx",)  # libraries that compile kernels on their first use, into a cache

@@ -17,7 +17,7 @@ from medseg_trt.bench.benchmark import NO_PEAK_OF_GPUS, Bench, bench
 from medseg_trt.bench.layer_times import PROFILERS, summed_up
 from medseg_trt.bench.measure import HOST_CLOCK
 from medseg_trt.bench.timings import CUDA_EVENTS, NO_DEVICE_TIME
-from medseg_trt.bundle import load_bundle
+from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.cli import cli
 from medseg_trt.engines.fingerprint import FOLDER
 from medseg_trt.engines.gpu import Gpu

@@ -231,7 +231,7 @@ def test_a_bundle_of_another_checkpoint_is_said(tiny_bundle, built, data, tmp_pa
 
 
 def replace_source(folder):
-    from medseg_trt.bundle import load_bundle
+    from medseg_trt.bundles.bundle import load_bundle
 
     bundle = load_bundle(folder)
     return replace(bundle, content=replace(bundle.content, source={**bundle.content.source, "sha256": "0" * 64}))

@@ -14,7 +14,8 @@ from medseg_trt.building.contract import Contract
 from medseg_trt.building.executions import Tried, try_executions
 from medseg_trt.building.proof import Proof
 from medseg_trt.building.reference_images import JudgedImages, ReferenceImages
-from medseg_trt.bundle import Variant, load_bundle
+from medseg_trt.bundles.bundle import load_bundle
+from medseg_trt.bundles.manifest import Variant
 from medseg_trt.errors import AccuracyGateError, ArtefactError, DeviceError, UsageError
 from medseg_trt.sessions.child import ChildSession
 from medseg_trt.spec import BuildSpec, Classes, ModelSpec, Preprocessing

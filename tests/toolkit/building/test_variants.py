@@ -18,7 +18,8 @@ from medseg_trt.building import variants
 from medseg_trt.building.contract import Contract
 from medseg_trt.building.proof import Proof
 from medseg_trt.building.reference_images import ReferenceImages, digests, reference_images
-from medseg_trt.bundle import Variant, load_bundle
+from medseg_trt.bundles.bundle import load_bundle
+from medseg_trt.bundles.manifest import Variant
 from medseg_trt.errors import AccuracyGateError, UsageError
 from medseg_trt.export.calibrate import METHOD
 from medseg_trt.export.gemms import gemms, total_macs

@@ -14,7 +14,9 @@ import onnx_ir as ir
 import pytest
 from click.testing import CliRunner, Result
 
-from medseg_trt.bundle import MANIFEST, BuiltEngine, Bundle, FileEntry, load_bundle
+from medseg_trt.bundles.bundle import MANIFEST, Bundle, load_bundle
+from medseg_trt.bundles.manifest import BuiltEngine, FileEntry
+from medseg_trt.bundles.signature import signature_of
 from medseg_trt.cli import cli
 from medseg_trt.engines import build as engines
 from medseg_trt.engines import child as engine_child
@@ -31,7 +33,6 @@ from medseg_trt.export.gemms import gemms, total_macs
 from medseg_trt.export.onnx_graph import OnnxGraph
 from medseg_trt.export.qkv_order import order_before_split
 from medseg_trt.files import sha256, write_json
-from medseg_trt.signature import signature_of
 from medseg_trt.spec import EngineSpec, from_dict, to_dict
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'medseg-trt[tensorrt-rtx]'")

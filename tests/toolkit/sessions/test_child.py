@@ -5,7 +5,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from medseg_trt.bundle import load_bundle
+from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.errors import ArtefactError, DeviceError
 from medseg_trt.export.masks import with_masks
 from medseg_trt.export.save import save_flavours

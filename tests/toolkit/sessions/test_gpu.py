@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from tiny import make_checkpoint
 
 from medseg_trt.bench.timings import CUDA_EVENTS
-from medseg_trt.bundle import load_bundle
+from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.cli import cli
 from medseg_trt.engines import kernels as engine_kernels
 from medseg_trt.engines.choice import fitting_engine

@@ -7,7 +7,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from medseg_trt.bundle import load_bundle
+from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.errors import DeviceError, MissingExtraError
 from medseg_trt.session import BACKENDS, choose, open_session
 from medseg_trt.sessions.onnxruntime_gpu import (

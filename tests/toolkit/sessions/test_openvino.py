@@ -4,7 +4,7 @@ import numpy as np
 import openvino
 import pytest
 
-from medseg_trt.bundle import load_bundle
+from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.errors import DeviceError, MissingExtraError
 from medseg_trt.session import open_reference
 from medseg_trt.sessions.openvino import open_graph

@@ -13,7 +13,7 @@ from fakes.bundles import LIBRARY_FILE, add_engine, rehash, with_engine
 from fakes.trt import FakeContext, FakeEngine, FakeTrt
 from tiny import write_pictures
 
-from medseg_trt.bundle import MANIFEST, load_bundle
+from medseg_trt.bundles.bundle import MANIFEST, load_bundle
 from medseg_trt.cli import cli, main
 from medseg_trt.engines.fingerprint import FOLDER, read_fingerprint, side_car
 from medseg_trt.errors import ArtefactError, DeviceError, UsageError

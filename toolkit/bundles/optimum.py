@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from medseg_trt.bundle import DEFAULT_GRAPH, load_bundle
+from medseg_trt.bundles.bundle import DEFAULT_GRAPH, load_bundle
 from medseg_trt.errors import ArtefactError, MissingExtraError, require
 
 MODEL_TYPE = "medseg-trt"  # in config.json

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medseg_trt import bundle as bundle_module
-from medseg_trt.bundle import MANIFEST, find_bundle, golden_input, load_bundle
+from medseg_trt.bundles import bundle as bundle_module
+from medseg_trt.bundles.bundle import MANIFEST, find_bundle, golden_input, load_bundle
 from medseg_trt.errors import ArtefactError, UsageError
 from medseg_trt.files import sha256
 

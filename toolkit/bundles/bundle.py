@@ -5,8 +5,7 @@ detect corruption; a signature over the manifest also detects tampering. No bund
 its golden input is seeded noise. ``config.json`` and ``preprocessor_config.json`` repeat the manifest for Hugging Face.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,104 +13,21 @@ import numpy as np
 from jaxtyping import Float32
 from numpy import ndarray
 
+from medseg_trt.bundles.hugging_face import model_config, preprocessor_config
+from medseg_trt.bundles.manifest import BuiltEngine, Execution, FileEntry, Manifest, Variant
+from medseg_trt.bundles.signature import verify
 from medseg_trt.errors import ArtefactError, UsageError
+from medseg_trt.export.graph.interface import require_interface, required_interface
 from medseg_trt.files import inside, parse_json, read_limited, sha256, write_json
-from medseg_trt.graph_interface import require_interface, required_interface
 from medseg_trt.imaging.preprocess import golden
-from medseg_trt.signature import verify
-from medseg_trt.spec import BuildSpec, Classes, EngineSpec, ModelSpec, Preprocessing, from_dict, to_dict
+from medseg_trt.spec import Classes, Preprocessing, from_dict, to_dict
 
-SCHEMA = 3
 READABLE = (2, 3)  # a bundle of schema 2 has no engines
 MANIFEST, GOLDEN = "manifest.json", "golden.npz"
 DEFAULT_GRAPH = "model.onnx"  # one of the graphs once more, under the name that other tools look for
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 MAX_MANIFEST_BYTES, MAX_GOLDEN_BYTES = 4 << 20, 1 << 30
 PREPROCESSING_TOLERANCE = 1e-6  # of values of order 1; a float32 rounds them by 6e-8, and there are a few additions
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FileEntry:
-    """What a file of the bundle must be."""
-
-    sha256: str
-    bytes: int
-
-    __pydantic_config__ = {"extra": "forbid"}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Variant:
-    """One graph of the bundle: the network in one precision and one flavour."""
-
-    precision: str
-    flavour: str  # a key of export.flavours.FLAVOURS
-    graph: str  # file names in the bundle
-    weights: str
-    passes: Mapping[str, Any]  # what folding, fusing and quantising did, and why not more
-
-    __pydantic_config__ = {"extra": "forbid"}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Execution:
-    """One way to run a variant, and what came of it on the machine where the bundle was built."""
-
-    variant: str  # a key of Manifest.variants
-    backend: str  # a key of session.BACKENDS
-    compute: str  # what its float parts are computed in: fp32 or bf16
-    executed: bool  # False where the back-end was not installed: then the other figures are of the same graph elsewhere
-    golden_error: float  # how far the logits of the golden input may be from those in GOLDEN
-    verification: Mapping[str, Any]  # against PyTorch: how far, on which images, whether the gate holds
-    median_ms: float | None = None  # of one image
-
-    __pydantic_config__ = {"extra": "forbid"}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BuiltEngine:
-    """An engine of the bundle, for GPUs; its fingerprint and the report of its layers lie beside it."""
-
-    plan: str  # "engines/NAME.plan"
-    variant: str  # a key of Manifest.variants: the graph that it was built from
-    spec: EngineSpec
-    executed: bool = False  # whether it ever ran; until then all that is known of its masks is that of the graph
-    wall_s: float  # that the process which built it took, with everything
-    processor_s: float  # that it used
-    peak_resident_mb: float  # that it had at most; 0 where the system does not say
-    unmet: tuple[str, ...] = ()  # what the report of its layers expected in vain
-
-    __pydantic_config__ = {"extra": "forbid"}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Manifest:
-    """What stands in ``manifest.json``."""
-
-    schema: int = SCHEMA
-    model: ModelSpec
-    preprocessing: Preprocessing
-    classes: Classes
-    build: BuildSpec
-    source: Mapping[str, Any]  # the checkpoint's name, digests, training data and recipe
-    versions: Mapping[str, str]
-    variants: Mapping[str, Variant]
-    executions: tuple[Execution, ...]  # the best first: that is what ``infer`` uses where its back-end is installed
-    engines: tuple[BuiltEngine, ...] = ()
-    dropped: tuple[str, ...] = ()  # the executions that were tried and are not to be used, each with its reason
-    files: Mapping[str, FileEntry] = field(default_factory=dict[str, FileEntry])  # filled in by seal
-
-    __pydantic_config__ = {"extra": "forbid"}
-
-    def __post_init__(self) -> None:
-        if not self.executions:
-            raise ValueError("there is no way to run the bundle in it")
-        for execution in self.executions:
-            if execution.variant not in self.variants:
-                raise ValueError(f"the variant {execution.variant!r} is not among {', '.join(self.variants)}")
-        for engine in self.engines:
-            if engine.variant not in self.variants:
-                raise ValueError(f"the variant {engine.variant!r} is not among {', '.join(self.variants)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -254,8 +170,8 @@ def seal(folder: Path, manifest: Manifest, golden_logits: ndarray, default_graph
     if default_graph is not None:
         (folder / DEFAULT_GRAPH).write_bytes((folder / default_graph).read_bytes())
     _check_graphs(folder, manifest)
-    write_json(folder / CONFIG, _config(manifest))
-    write_json(folder / PROCESSOR, _preprocessor_config(manifest.preprocessing))
+    write_json(folder / CONFIG, model_config(manifest))
+    write_json(folder / PROCESSOR, preprocessor_config(manifest.preprocessing))
     files = {
         path.relative_to(folder).as_posix(): FileEntry(sha256=sha256(path), bytes=path.stat().st_size)
         for path in sorted(folder.rglob("*"))
@@ -315,36 +231,3 @@ def _read_golden(path: Path) -> tuple[ndarray, ndarray]:
             return file["pixel_values"], file["logits"]
     except (ValueError, KeyError, OSError) as error:
         raise ArtefactError(f"{path} holds no golden input and logits: {error}") from error
-
-
-def _config(manifest: Manifest) -> dict[str, Any]:
-    """Return ``config.json``; a binary network has one logit and two labels."""
-    names = manifest.classes.names
-    height, width = manifest.model.image_size
-    return {
-        "model_type": "medseg-trt",
-        "architectures": [manifest.model.architecture],
-        "image_size": [height, width],
-        "num_channels": 3,
-        "num_logits": manifest.model.num_classes,
-        "id2label": {str(index): name for index, name in enumerate(names)},
-        "label2id": {name: index for index, name in enumerate(names)},
-    }
-
-
-def _preprocessor_config(preprocessing: Preprocessing) -> dict[str, Any]:
-    """Return ``preprocessor_config.json``; Hugging Face has no word for the windows, spacing_mm and channel_order."""
-    height, width = preprocessing.image_size
-    return {
-        "do_resize": True,
-        "size": {"height": height, "width": width},
-        "resize": preprocessing.resize,
-        "do_rescale": True,
-        "window": list(preprocessing.window),
-        "own_window": preprocessing.own_window,
-        "spacing_mm": preprocessing.spacing_mm,
-        "channel_order": preprocessing.channel_order,
-        "do_normalize": True,
-        "image_mean": list(preprocessing.mean),
-        "image_std": list(preprocessing.std),
-    }

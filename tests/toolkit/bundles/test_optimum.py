@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 from packaging.requirements import Requirement
 
-from medseg_trt.bundle import DEFAULT_GRAPH, MANIFEST, Bundle, load_bundle, seal
+from medseg_trt.bundles.bundle import DEFAULT_GRAPH, MANIFEST, Bundle, load_bundle, seal
 from medseg_trt.errors import MissingExtraError
 from medseg_trt.pipeline import build
 from medseg_trt.samples.catalogue import NO_NETWORK
 from medseg_trt.session import open_session
 from medseg_trt.spec import BuildSpec
 
-PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
+PYPROJECT = Path(__file__).parents[3] / "pyproject.toml"
 PINNED = {  # with what they need in other versions than the tests' environment has; the rest is taken from there
     "optimum-onnx": "0.1.0",
     "optimum": "2.1.0",
@@ -48,7 +48,7 @@ def refusal(action, *arguments, **options):
 
 found["before"] = refusal(AutoConfig.from_pretrained, f"{folder}/canonical.medseg")
 
-import medseg_trt.optimum
+import medseg_trt.bundles.optimum
 from optimum.onnxruntime import ORTModelForSemanticSegmentation
 
 def load(name, **options):
@@ -63,7 +63,7 @@ found["opened"] = str(model.session._model_path)
 model.save_pretrained(f"{folder}/saved")
 for name in ("damaged.medseg", "mask.medseg", "none.medseg", "saved"):
     found[name] = refusal(load, name)
-found["hub"] = refusal(medseg_trt.optimum.MedsegConfig.from_dict, {}, name_or_path="someone/model")
+found["hub"] = refusal(medseg_trt.bundles.optimum.MedsegConfig.from_dict, {}, name_or_path="someone/model")
 json.dump(found, open(f"{folder}/found.json", "w"))
 """
 
@@ -83,10 +83,10 @@ def test_what_does_not_work_together_is_one_line_with_the_command_that_helps(mon
             raise importlib.metadata.PackageNotFoundError(package)
         return installed[package]
 
-    monkeypatch.delitem(sys.modules, "medseg_trt.optimum", raising=False)
+    monkeypatch.delitem(sys.modules, "medseg_trt.bundles.optimum", raising=False)
     monkeypatch.setattr(importlib.metadata, "version", version)
     with pytest.raises(MissingExtraError, match=message) as caught:
-        importlib.import_module("medseg_trt.optimum")
+        importlib.import_module("medseg_trt.bundles.optimum")
     assert str(caught.value).endswith("pip install 'medseg-trt[cpu,optimum]'")
     assert "\n" not in str(caught.value)
 

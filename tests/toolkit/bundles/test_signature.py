@@ -13,13 +13,13 @@ from fakes.bundles import LIBRARY_FILE, rehash, with_engine
 from fakes.keys import write_keys
 from tiny import write_pictures
 
-from medseg_trt import bundle as bundle_module
 from medseg_trt import pipeline
-from medseg_trt.bundle import MANIFEST, load_bundle
+from medseg_trt.bundles import bundle as bundle_module
+from medseg_trt.bundles.bundle import MANIFEST, load_bundle
+from medseg_trt.bundles.signature import fingerprint, read_private_key, read_public_key, sign, signature_of, verify
 from medseg_trt.cli import cli
 from medseg_trt.engines import build as engines
 from medseg_trt.errors import ArtefactError, MissingExtraError, UsageError
-from medseg_trt.signature import fingerprint, read_private_key, read_public_key, sign, signature_of, verify
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_a_bundle_is_made_of_the_bytes_that_were_verified(signed, keys, monkeypa
 
 def test_a_manifest_is_not_even_parsed_before_its_signature_is_right(signed, keys, monkeypatch):
     (signed / MANIFEST).write_text("{")
-    monkeypatch.setattr("medseg_trt.bundle._read_manifest", lambda *_: pytest.fail("it was parsed"))
+    monkeypatch.setattr("medseg_trt.bundles.bundle._read_manifest", lambda *_: pytest.fail("it was parsed"))
     refused(signed, keys[1], "was changed since")
 
 

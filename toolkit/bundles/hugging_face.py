@@ -1,0 +1,39 @@
+"""The manifest in Hugging Face's terms: ``config.json`` and ``preprocessor_config.json``."""
+
+from typing import Any
+
+from medseg_trt.bundles.manifest import Manifest
+from medseg_trt.spec import Preprocessing
+
+
+def model_config(manifest: Manifest) -> dict[str, Any]:
+    """Return ``config.json``; a binary network has one logit and two labels."""
+    names = manifest.classes.names
+    height, width = manifest.model.image_size
+    return {
+        "model_type": "medseg-trt",
+        "architectures": [manifest.model.architecture],
+        "image_size": [height, width],
+        "num_channels": 3,
+        "num_logits": manifest.model.num_classes,
+        "id2label": {str(index): name for index, name in enumerate(names)},
+        "label2id": {name: index for index, name in enumerate(names)},
+    }
+
+
+def preprocessor_config(preprocessing: Preprocessing) -> dict[str, Any]:
+    """Return ``preprocessor_config.json``; Hugging Face has no word for the windows, spacing_mm and channel_order."""
+    height, width = preprocessing.image_size
+    return {
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resize": preprocessing.resize,
+        "do_rescale": True,
+        "window": list(preprocessing.window),
+        "own_window": preprocessing.own_window,
+        "spacing_mm": preprocessing.spacing_mm,
+        "channel_order": preprocessing.channel_order,
+        "do_normalize": True,
+        "image_mean": list(preprocessing.mean),
+        "image_std": list(preprocessing.std),
+    }
