@@ -26,7 +26,7 @@ from medseg_trt.bundles.manifest import BuiltEngine
 from medseg_trt.engines.child import build_in_child
 from medseg_trt.engines.fingerprint import read_fingerprint
 from medseg_trt.engines.inspection import read_report, shares
-from medseg_trt.engines.layer_report import CUSTOM
+from medseg_trt.export.engine_layers import CUSTOM
 from medseg_trt.export.gate import Verdict
 from medseg_trt.files import cache_folder
 

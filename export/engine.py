@@ -16,13 +16,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from medseg_trt.engines.fingerprint import CUDA_WHEELS, LIBRARY_NAMES
 from medseg_trt.errors import ArtefactError, DeviceError, MedsegError, UsageError, require
 from medseg_trt.export.engine_graph import EngineGraph, engine_graph
 from medseg_trt.export.timing_cache import load_cache, save_cache
 from medseg_trt.files import atomic_file
 from medseg_trt.progress import LOG
-from medseg_trt.spec import EngineSpec
+from medseg_trt.spec import CUDA_WHEELS, LIBRARY_NAMES, EngineSpec
 
 CANONICAL_SINCE = (10, 15)  # the first classic parser that reads RMSNormalization, Attention and the rest of opset 23
 LAYERS = "Layers:"  # how the list of layers begins

@@ -10,7 +10,7 @@ from functools import partial
 
 import onnx_ir as ir
 
-from medseg_trt.engines.layer_report import CUSTOM, Layer, LayerReport, Outcome
+from medseg_trt.export.engine_layers import CUSTOM, Layer, LayerReport, Outcome
 from medseg_trt.export.gemms import PART_NAMES, Gemm, gemms, macs_of
 from medseg_trt.export.layers import parse_layers
 from medseg_trt.export.onnx_graph import KEPT_METADATA, OnnxGraph

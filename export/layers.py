@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from medseg_trt.engines.layer_report import Layer, Tensor
+from medseg_trt.export.engine_layers import Layer, Tensor
 
 BYTES: Mapping[str, float] = {
     "Float": 4, "Half": 2, "BFloat16": 2, "Int8": 1, "UInt8": 1, "FP8": 1, "Bool": 1, "Int4": 0.5, "FP4": 0.5,

@@ -31,7 +31,7 @@ LEAVES = (
     "imaging.segment",
     "export.graph.interface",
     "engines.fingerprint",
-    "engines.layer_report",
+    "export.engine_layers",
 )
 HEAVY = (
     "torch",

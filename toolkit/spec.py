@@ -24,6 +24,8 @@ Hardware = Literal["none", "same_compute_capability", "ampere_plus"]  # of Tenso
 MapperInit = Literal["default", "trunc02"]
 SPLINE_ORDERS: Mapping[str, int] = {"spline3": 3, "spline0": 0}  # of the methods of Resize that are SciPy's ``zoom``
 PIXELS_PER_TOKEN = 16  # the R50 stage halves the image four times, and a token is one of its pixels
+LIBRARY_NAMES: Mapping[str, str] = {"tensorrt-rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}
+CUDA_WHEELS = ("13", "12")  # what the names of their wheels end with, after -cu
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

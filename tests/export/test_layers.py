@@ -2,7 +2,7 @@ from math import prod
 
 import pytest
 
-from medseg_trt.engines.layer_report import Layer, words
+from medseg_trt.export.engine_layers import Layer, words
 from medseg_trt.export.layers import parse_layers
 
 TENSOR = (

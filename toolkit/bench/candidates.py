@@ -8,10 +8,11 @@ from typing import Literal
 from medseg_trt.bundles.bundle import Bundle
 from medseg_trt.bundles.manifest import Execution
 from medseg_trt.engines.choice import installed_version, judged_engines
-from medseg_trt.engines.fingerprint import FOLDER, LIBRARY_NAMES
+from medseg_trt.engines.fingerprint import FOLDER
 from medseg_trt.engines.gpu import Gpu, find_gpu
 from medseg_trt.errors import MissingExtraError, UsageError
 from medseg_trt.session import BACKENDS, gpu_executions, is_installed
+from medseg_trt.spec import LIBRARY_NAMES
 
 EXACT = "fp32"
 EXACT_DISAGREEMENT = 0.001  # share of pixels that may have another label where nothing was rounded

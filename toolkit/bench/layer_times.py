@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from medseg_trt.engines.fingerprint import LIBRARY_NAMES
 from medseg_trt.errors import require
 from medseg_trt.export.graph.interface import INPUT, OUTPUT, size_inputs
 from medseg_trt.report.schema import LayerTime, Missing, PartTime, Profile
+from medseg_trt.spec import LIBRARY_NAMES
 
 if TYPE_CHECKING:
-    from medseg_trt.engines.layer_report import Layer
+    from medseg_trt.export.engine_layers import Layer
     from medseg_trt.export.node_costs import NodeCost
 
 RUNS = 20  # counted, after as many uncounted ones as WARM_UP

@@ -8,8 +8,8 @@ import click
 from medseg_trt.commands.engine_options import EngineFields, engine_options, engine_spec
 from medseg_trt.commands.help import ExampleCommand
 from medseg_trt.commands.options import FILE, FOLDER, output_options, print_json, print_table
-from medseg_trt.engines.fingerprint import LIBRARY_NAMES
 from medseg_trt.errors import UsageError
+from medseg_trt.spec import LIBRARY_NAMES
 
 
 @click.command(

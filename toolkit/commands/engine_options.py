@@ -5,9 +5,8 @@ from typing import Any, TypedDict
 
 import click
 
-from medseg_trt.engines.fingerprint import LIBRARY_NAMES
 from medseg_trt.errors import DeviceError, UsageError
-from medseg_trt.spec import EngineSpec, Hardware
+from medseg_trt.spec import LIBRARY_NAMES, EngineSpec, Hardware
 
 
 class EngineFields(TypedDict):

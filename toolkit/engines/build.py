@@ -15,7 +15,6 @@ from medseg_trt.engines.child import Answer, build_in_child
 from medseg_trt.engines.choice import here, installed_version
 from medseg_trt.engines.fingerprint import (
     FOLDER,
-    LIBRARY_NAMES,
     EngineFingerprint,
     mismatches,
     read_fingerprint,
@@ -23,12 +22,12 @@ from medseg_trt.engines.fingerprint import (
     write_fingerprint,
 )
 from medseg_trt.engines.gpu import Gpu, find_gpu
-from medseg_trt.engines.layer_report import LAYERS_SUFFIX
 from medseg_trt.errors import MedsegError, MissingExtraError, UsageError
 from medseg_trt.export.engine import LIBRARIES, check_engine_spec, cuda_of, flavour_for, require_library
+from medseg_trt.export.engine_layers import LAYERS_SUFFIX
 from medseg_trt.files import cache_folder, inside, sha256, write_json
 from medseg_trt.progress import LOG
-from medseg_trt.spec import EngineSpec, to_dict
+from medseg_trt.spec import LIBRARY_NAMES, EngineSpec, to_dict
 
 FIRST_FP8_SM = 89
 MEMINFO = Path("/proc/meminfo")

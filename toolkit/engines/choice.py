@@ -3,20 +3,13 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from medseg_trt.bundles.bundle import Bundle
-from medseg_trt.engines.fingerprint import (
-    CUDA_WHEELS,
-    EngineFingerprint,
-    Here,
-    mismatches,
-    read_fingerprint,
-    rebuild_hint,
-    side_car,
-)
+from medseg_trt.engines.fingerprint import EngineFingerprint, Here, mismatches, read_fingerprint, rebuild_hint, side_car
 from medseg_trt.engines.gpu import Gpu
 from medseg_trt.errors import ArtefactError, UsageError
 from medseg_trt.files import inside
 from medseg_trt.kernels.device import Device
 from medseg_trt.kernels.nodes import NODES
+from medseg_trt.spec import CUDA_WHEELS
 
 
 def engines_of(bundle: Bundle, library: str) -> list[EngineFingerprint]:

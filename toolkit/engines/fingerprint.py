@@ -11,13 +11,11 @@ from typing import Any
 
 from medseg_trt.errors import ArtefactError
 from medseg_trt.files import parse_json, read_limited, write_json
-from medseg_trt.spec import Hardware, from_dict, to_dict
+from medseg_trt.spec import LIBRARY_NAMES, Hardware, from_dict, to_dict
 
 SCHEMA = 1
 MAX_BYTES = 1 << 20  # of a side-car
 FOLDER = "engines"  # of a bundle
-LIBRARY_NAMES: Mapping[str, str] = {"tensorrt-rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}
-CUDA_WHEELS = ("13", "12")  # what the names of their wheels end with, after -cu
 FIRST_COMPATIBLE_SM = 80  # of the hardware level "ampere_plus"
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from medseg_trt.engines.fingerprint import EngineFingerprint, read_fingerprint
-from medseg_trt.engines.layer_report import LAYERS_SUFFIX, Layer, LayerReport
 from medseg_trt.errors import ArtefactError
+from medseg_trt.export.engine_layers import LAYERS_SUFFIX, Layer, LayerReport
 from medseg_trt.files import parse_json, read_limited, sha256
 from medseg_trt.spec import from_dict, to_dict
 

@@ -9,9 +9,10 @@ from itertools import groupby
 from math import log10
 from xml.sax.saxutils import escape, quoteattr
 
-from medseg_trt.engines.fingerprint import LIBRARY_NAMES, EngineFingerprint
+from medseg_trt.engines.fingerprint import EngineFingerprint
 from medseg_trt.engines.inspection import shares
-from medseg_trt.engines.layer_report import CUSTOM, Layer, LayerReport
+from medseg_trt.export.engine_layers import CUSTOM, Layer, LayerReport
+from medseg_trt.spec import LIBRARY_NAMES
 
 COLORS: Mapping[str, str] = {  # Okabe & Ito's, which the colour-blind tell apart
     "Float": "#999999", "Half": "#56B4E9", "BFloat16": "#0072B2", "Int8": "#E69F00", "Int4": "#D55E00",

@@ -23,7 +23,7 @@ from medseg_trt.bundles.bundle import Bundle
 from medseg_trt.bundles.manifest import Execution
 from medseg_trt.engines import kernels as engine_kernels
 from medseg_trt.engines.choice import fitting_engine
-from medseg_trt.engines.fingerprint import FOLDER, LIBRARY_NAMES, EngineFingerprint
+from medseg_trt.engines.fingerprint import FOLDER, EngineFingerprint
 from medseg_trt.errors import ArtefactError, DeviceError, require
 from medseg_trt.files import inside
 from medseg_trt.imaging.segment import PixelRun
@@ -38,7 +38,7 @@ from medseg_trt.sessions.tensorrt_cache import cache_file, load_kernels, save_ke
 from medseg_trt.sessions.tensorrt_engine import Engine, EngineError
 from medseg_trt.sessions.tensorrt_lane import Job, Lane
 from medseg_trt.sessions.tensorrt_lanes import Lanes
-from medseg_trt.spec import Preprocessing
+from medseg_trt.spec import LIBRARY_NAMES, Preprocessing
 
 MOST_LANES = 2  # one computes while the other's thread prepares; each takes the engine's working memory once more
 RUNS_BETWEEN_LOOKS = 10  # at how long they have taken in all

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from medseg_trt.engines.fingerprint import LIBRARY_NAMES
 from medseg_trt.errors import ArtefactError
 from medseg_trt.export.graph.interface import INPUT, OUTPUT
 from medseg_trt.progress import LOG
+from medseg_trt.spec import LIBRARY_NAMES
 
 COMPILES_HERE = ("tensorrt-rtx",)  # libraries that compile kernels on their first use, into a cache
 TYPES = ("float32", "float16")  # that our kernels read and write

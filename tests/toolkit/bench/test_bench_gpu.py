@@ -21,7 +21,7 @@ from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.cli import cli
 from medseg_trt.engines.fingerprint import FOLDER
 from medseg_trt.engines.gpu import Gpu
-from medseg_trt.engines.layer_report import LAYERS_SUFFIX, Layer, LayerReport
+from medseg_trt.export.engine_layers import LAYERS_SUFFIX, Layer, LayerReport
 from medseg_trt.export.gemms import gemms
 from medseg_trt.export.node_costs import node_costs
 from medseg_trt.export.onnx_graph import OnnxGraph

@@ -24,10 +24,10 @@ from medseg_trt.engines.build import build_engines, check_engines, rebuild_engin
 from medseg_trt.engines.child import build_in_child
 from medseg_trt.engines.fingerprint import read_fingerprint, side_car, write_fingerprint
 from medseg_trt.engines.inspection import inspect_engine, read_report, shares
-from medseg_trt.engines.layer_report import LayerReport, Outcome
 from medseg_trt.errors import ArtefactError, DeviceError, MedsegError, MissingExtraError, UsageError
 from medseg_trt.export.engine import LIBRARIES, check_engine_spec, flavour_for, require_library, shell_command
 from medseg_trt.export.engine_graph import JOINED, EngineGraph, engine_graph
+from medseg_trt.export.engine_layers import LayerReport, Outcome
 from medseg_trt.export.expectations import layer_report
 from medseg_trt.export.gemms import gemms, total_macs
 from medseg_trt.export.onnx_graph import OnnxGraph

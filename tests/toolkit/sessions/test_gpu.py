@@ -21,7 +21,7 @@ from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.cli import cli
 from medseg_trt.engines import kernels as engine_kernels
 from medseg_trt.engines.choice import fitting_engine
-from medseg_trt.engines.fingerprint import FOLDER, LIBRARY_NAMES
+from medseg_trt.engines.fingerprint import FOLDER
 from medseg_trt.errors import DeviceError, MissingExtraError
 from medseg_trt.imaging.images import read_image
 from medseg_trt.imaging.preprocess import prepare, restore
@@ -30,7 +30,7 @@ from medseg_trt.kernels.library import open_library
 from medseg_trt.session import BACKENDS, choose, open_reference, open_session
 from medseg_trt.sessions.tensorrt import TensorRtSession
 from medseg_trt.sessions.tensorrt_engine import Engine
-from medseg_trt.spec import Classes
+from medseg_trt.spec import LIBRARY_NAMES, Classes
 from medseg_trt.train.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.gpu

@@ -8,7 +8,6 @@ import pytest
 from fakes.gpu import FakeGpu, illegal_address, symbol_as_ptx
 from fakes.trt import FakeTrt
 
-from medseg_trt.engines.fingerprint import LIBRARY_NAMES
 from medseg_trt.errors import ArtefactError, DeviceError
 from medseg_trt.imaging.preprocess import prepare, restore
 from medseg_trt.imaging.segment import PixelRun
@@ -17,7 +16,7 @@ from medseg_trt.sessions import tensorrt_lane
 from medseg_trt.sessions.tensorrt import PixelKernels, TensorRtSession
 from medseg_trt.sessions.tensorrt_engine import Engine, EngineError
 from medseg_trt.sessions.tensorrt_lane import MOST_GRAPHS, Buffer, Lane
-from medseg_trt.spec import Preprocessing
+from medseg_trt.spec import LIBRARY_NAMES, Preprocessing
 
 SIZE = (16, 32)
 INPUT, OUTPUT = (3, *SIZE), (4, *SIZE)
