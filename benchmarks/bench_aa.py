@@ -16,7 +16,7 @@ from results_file import options, publish, table
 from medseg_trt.bench.measure import in_turn, tier, timed_runs
 from medseg_trt.bundles.bundle import Bundle, load_bundle
 from medseg_trt.metrics.intervals import Interval, speed_interval
-from medseg_trt.session import open_session
+from medseg_trt.sessions.open import open_session
 
 SLOWER = 0.03
 

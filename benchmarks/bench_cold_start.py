@@ -18,14 +18,14 @@ from results_file import options, publish, table
 
 from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.metrics.intervals import median_of_rounds, speed_interval
-from medseg_trt.session import is_installed
+from medseg_trt.sessions.backends import is_installed
 
 PYTORCH = """
 import sys
 from pathlib import Path
 from medseg_trt.imaging.images import Mask, read_image, write_mask
 from medseg_trt.imaging.segment import segment
-from medseg_trt.session import open_reference
+from medseg_trt.sessions.pytorch import open_reference
 from medseg_trt.train.checkpoint import load_checkpoint
 checkpoint, image = load_checkpoint(Path(sys.argv[1])), read_image(Path(sys.argv[2]))
 with open_reference(checkpoint) as session:

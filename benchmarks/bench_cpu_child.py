@@ -123,7 +123,7 @@ def _graph(variant: Variant) -> Answer:
     """Open a graph with the toolkit's own session, which is what ``infer`` uses."""
     from importlib import import_module
 
-    from medseg_trt.session import BACKENDS
+    from medseg_trt.sessions.backends import BACKENDS
 
     opened = import_module(BACKENDS[variant.opener].module).open_graph(
         variant.path, variant.precision, None, variant.compute
@@ -151,7 +151,7 @@ def _pytorch(variant: Variant) -> Answer:
 def _infer(variant: Variant) -> Answer:
     """Open a bundle as ``infer`` does, all checks included."""
     from medseg_trt.bundles.bundle import load_bundle
-    from medseg_trt.session import open_session
+    from medseg_trt.sessions.open import open_session
 
     return open_session(load_bundle(variant.path), precision=variant.precision).run
 

@@ -25,7 +25,7 @@ from medseg_trt.imaging.images import Image, Mask, read_image
 from medseg_trt.imaging.segment import segment, steps
 from medseg_trt.machine import cores
 from medseg_trt.metrics.intervals import median_of_rounds, speed_interval
-from medseg_trt.session import open_session
+from medseg_trt.sessions.open import open_session
 
 SIZE = (512, 512)
 Run = tuple[float, float, dict[str, str]]  # seconds, peak 10^6 bytes, digests of the masks

@@ -21,7 +21,7 @@ from medseg_trt.errors import MedsegError
 from medseg_trt.imaging.images import read_image
 from medseg_trt.imaging.segment import prepared_slices
 from medseg_trt.metrics.intervals import median_of_rounds, speed_interval
-from medseg_trt.session import open_session
+from medseg_trt.sessions.open import open_session
 from medseg_trt.train.checkpoint import load_checkpoint
 
 SLICES = 4

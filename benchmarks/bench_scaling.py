@@ -16,7 +16,8 @@ from results_file import options, publish, table
 from medseg_trt.bench.measure import in_turn, tier, timed_runs
 from medseg_trt.bundles.bundle import Bundle
 from medseg_trt.pipeline import build
-from medseg_trt.session import is_installed, open_session
+from medseg_trt.sessions.backends import is_installed
+from medseg_trt.sessions.open import open_session
 from medseg_trt.spec import BuildSpec, Classes, Preprocessing
 from medseg_trt.train.blocks import random_block, save_block
 from medseg_trt.train.checkpoint import Checkpoint, save_checkpoint, trained_weights

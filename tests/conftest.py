@@ -48,7 +48,7 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny import make_checkpoint
 
     from medseg_trt.pipeline import build
-    from medseg_trt.sessions.child import ChildSession
+    from medseg_trt.sessions.subprocess_session import ChildSession
     from medseg_trt.spec import BuildSpec
 
     folder = tmp_path_factory.mktemp("tiny")

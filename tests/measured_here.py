@@ -9,9 +9,9 @@ import pytest
 from medseg_trt.bench import benchmark, timings
 from medseg_trt.bench.layer_times import Step, summed_up
 from medseg_trt.report.schema import Peak, Tier
-from medseg_trt.session import Session
-from medseg_trt.sessions.child import open_network
+from medseg_trt.sessions.base import Session
 from medseg_trt.sessions.measured import STAGES, MeasuredSession
+from medseg_trt.sessions.subprocess_session import open_network
 
 SHORT = Tier(name="short", warmup_ms=0.0, warmup_runs=1, duration_s=0.0, min_runs=10, starts=1)
 

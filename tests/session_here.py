@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from medseg_trt.imaging.preprocess import Size
-from medseg_trt.session import BACKENDS, Session
-from medseg_trt.sessions.child import ChildSession
+from medseg_trt.sessions.backends import BACKENDS
+from medseg_trt.sessions.base import Session
+from medseg_trt.sessions.subprocess_session import ChildSession
 
 
 class SessionHere(ChildSession):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from medseg_trt.bundles.bundle import Bundle, load_bundle
     from medseg_trt.imaging.images import Mask
     from medseg_trt.pipeline import build, infer
-    from medseg_trt.session import open_session
+    from medseg_trt.sessions.open import open_session
     from medseg_trt.spec import BuildSpec, Classes, EngineSpec, ModelSpec, Preprocessing
     from medseg_trt.train.checkpoint import Checkpoint, load_checkpoint
 
@@ -33,7 +33,7 @@ _HOMES = {
     "infer": "pipeline",
     "load_bundle": "bundles.bundle",
     "load_checkpoint": "train.checkpoint",
-    "open_session": "session",
+    "open_session": "sessions.open",
 }
 
 

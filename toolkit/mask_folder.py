@@ -20,7 +20,7 @@ from medseg_trt.imaging.preprocess import of_image
 from medseg_trt.output_folder import name_limit, require_safe
 from medseg_trt.progress import LOG, track
 from medseg_trt.segment_many import Failure, segment_many
-from medseg_trt.session import open_session
+from medseg_trt.sessions.open import open_session
 
 OF_ONE_NAME = (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL, errno.EISDIR)  # other errors of a disk concern all files
 
@@ -74,7 +74,7 @@ def infer_to_folder(
         inputs: files and folders.
         bundle_folder: the bundle.
         output: where everything goes.
-        backend: a key of ``session.BACKENDS``, or ``auto``.
+        backend: a key of ``sessions.backends.BACKENDS``, or ``auto``.
         precision: one of the bundle's; None takes the best.
         overlay: also draw the masks over the images.
         batch: how many slices go through the network at once.

@@ -12,7 +12,7 @@ from medseg_trt.files import atomic_folder, sha256
 from medseg_trt.imaging.images import Mask, find_images, read_image
 from medseg_trt.progress import LOG
 from medseg_trt.segment_many import Failure, segment_many
-from medseg_trt.session import open_session
+from medseg_trt.sessions.open import open_session
 from medseg_trt.spec import BuildSpec
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def infer(
     Args:
         inputs: files and folders.
         bundle: a bundle, or its folder.
-        backend: a key of ``session.BACKENDS``, or ``auto``.
+        backend: a key of ``sessions.backends.BACKENDS``, or ``auto``.
         batch: how many slices go through the network at once.
         threads: CPU threads; None leaves it to the back-end.
         verify_key: the public key of who built the bundle, where ``bundle`` is a folder; None checks digests alone.

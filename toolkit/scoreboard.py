@@ -11,7 +11,8 @@ from medseg_trt.errors import UsageError
 from medseg_trt.imaging.segment import Run
 from medseg_trt.metrics.overlap import MeanScore
 from medseg_trt.metrics.protocols import METRICS
-from medseg_trt.session import open_reference, open_session
+from medseg_trt.sessions.open import open_session
+from medseg_trt.sessions.pytorch import open_reference
 from medseg_trt.spec import Classes, Preprocessing
 from medseg_trt.train.checkpoint import load_checkpoint
 from medseg_trt.train.datasets.folder import DataFolder

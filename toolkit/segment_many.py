@@ -23,7 +23,7 @@ from medseg_trt.imaging.preprocess import outside_fraction
 from medseg_trt.imaging.segment import Steps, steps
 from medseg_trt.overlap import POLL_S, Overlap, StoppedError
 from medseg_trt.progress import LOG, track
-from medseg_trt.session import Session
+from medseg_trt.sessions.base import Session
 
 Other = TypeVar("Other")
 

@@ -13,7 +13,8 @@ from medseg_trt.export.masks import with_masks
 from medseg_trt.export.save import save_flavours
 from medseg_trt.export.trace import INPUT, OPSET, OUTPUT, OnnxGraph
 from medseg_trt.imaging.preprocess import resampled_size, restore
-from medseg_trt.session import BACKENDS, Session
+from medseg_trt.sessions.backends import BACKENDS
+from medseg_trt.sessions.base import Session
 from medseg_trt.spec import Preprocessing
 
 CPU_BACKENDS = [name for name, backend in BACKENDS.items() if not backend.gpu]

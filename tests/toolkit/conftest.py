@@ -19,7 +19,7 @@ from medseg_trt.bench.benchmark import Bench, Measured, bench
 from medseg_trt.building import executions, variants
 from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.cli import cli
-from medseg_trt.session import open_session
+from medseg_trt.sessions.open import open_session
 
 
 @pytest.fixture

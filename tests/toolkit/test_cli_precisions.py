@@ -18,7 +18,7 @@ from medseg_trt.building import variants
 from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.cli import main
 from medseg_trt.imaging import segment
-from medseg_trt.session import BACKENDS
+from medseg_trt.sessions.backends import BACKENDS
 from medseg_trt.train.checkpoint import load_checkpoint, save_checkpoint
 
 CPU_BACKENDS = [name for name, backend in BACKENDS.items() if not backend.gpu]

@@ -28,7 +28,7 @@ from medseg_trt.export.node_costs import node_costs
 from medseg_trt.export.onnx_graph import OnnxGraph
 from medseg_trt.pipeline import build, infer
 from medseg_trt.report.schema import Profile
-from medseg_trt.session import open_session
+from medseg_trt.sessions.open import open_session
 from medseg_trt.spec import BuildSpec
 from medseg_trt.train.checkpoint import load_checkpoint, save_checkpoint
 

@@ -17,7 +17,8 @@ from medseg_trt.imaging.segment import segment
 from medseg_trt.mask_folder import infer_to_folder
 from medseg_trt.overlap import DEPTH, Overlap
 from medseg_trt.pipeline import infer
-from medseg_trt.session import Session, open_session
+from medseg_trt.sessions.base import Session
+from medseg_trt.sessions.open import open_session
 
 
 def our_threads() -> list[threading.Thread]:

@@ -14,7 +14,7 @@ from medseg_trt.errors import AccuracyGateError, UsageError
 from medseg_trt.imaging.images import read_image
 from medseg_trt.imaging.preprocess import prepare, restore
 from medseg_trt.pipeline import build, infer
-from medseg_trt.session import open_reference
+from medseg_trt.sessions.pytorch import open_reference
 from medseg_trt.spec import BuildSpec
 from medseg_trt.train.checkpoint import load_checkpoint, save_checkpoint
 from medseg_trt.train.datasets.folder import manifest_sha256, open_folder

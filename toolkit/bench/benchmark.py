@@ -39,7 +39,7 @@ from medseg_trt.report.schema import (
     Tier,
     Verdict,
 )
-from medseg_trt.session import BACKENDS
+from medseg_trt.sessions.backends import BACKENDS
 from medseg_trt.sessions.measured import WholeWay
 
 NO_PEAK_OF_GPUS = "the peaks that were measured are the processor's, not the GPU's"

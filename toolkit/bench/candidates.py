@@ -11,7 +11,8 @@ from medseg_trt.engines.choice import installed_version, judged_engines
 from medseg_trt.engines.fingerprint import FOLDER
 from medseg_trt.engines.gpu import Gpu, find_gpu
 from medseg_trt.errors import MissingExtraError, UsageError
-from medseg_trt.session import BACKENDS, gpu_executions, is_installed
+from medseg_trt.sessions.backends import BACKENDS, is_installed
+from medseg_trt.sessions.open import gpu_executions
 from medseg_trt.spec import LIBRARY_NAMES
 
 EXACT = "fp32"
@@ -73,7 +74,7 @@ def bundle_candidates(bundle: Bundle, backends: Sequence[str], with_reference: b
 
     Args:
         bundle: what was built.
-        backends: keys of ``session.BACKENDS``; none: whatever is fastest here, as ``infer`` would take it.
+        backends: keys of ``sessions.backends.BACKENDS``; none: whatever is fastest here, as ``infer`` would take it.
         with_reference: make the bundle's own float32 network the first one, the reference.
 
     Raises:

@@ -61,7 +61,7 @@ def profile(
 
     Args:
         graph: the ONNX file, or for an engine the folder of its bundle.
-        backend: a key of ``session.BACKENDS``.
+        backend: a key of ``sessions.backends.BACKENDS``.
         precision: of the graph.
         compute: what float parts are computed in.
         image: (1, 3, height, width) float32.
@@ -200,7 +200,7 @@ def _engine(
 ) -> tuple[str, list[Step]]:
     """Time the layers of the engine of a bundle; the names are the builder's, and its report knows their nodes."""
     from medseg_trt.engines.inspection import read_report
-    from medseg_trt.sessions.child import open_network
+    from medseg_trt.sessions.subprocess_session import open_network
     from medseg_trt.sessions.tensorrt import TensorRtSession
 
     with open_network(library, path, precision, None, compute) as session:

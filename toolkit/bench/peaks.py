@@ -17,7 +17,7 @@ import numpy as np
 from medseg_trt.errors import MedsegError, require
 from medseg_trt.machine import cores
 from medseg_trt.report.schema import Latency, Missing, Peak, Roofline
-from medseg_trt.sessions.child import ChildSession
+from medseg_trt.sessions.subprocess_session import ChildSession
 
 OPSET = 18
 CHANNELS = 3  # a session's input has as many

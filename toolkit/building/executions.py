@@ -16,10 +16,11 @@ from medseg_trt.building.proof import Proof
 from medseg_trt.bundles.manifest import Execution, Variant
 from medseg_trt.errors import AccuracyGateError, ArtefactError, DeviceError, MedsegError, UsageError
 from medseg_trt.progress import LOG
-from medseg_trt.session import BACKENDS, Session, is_installed
-from medseg_trt.sessions.child import ChildSession
+from medseg_trt.sessions.backends import BACKENDS, is_installed
+from medseg_trt.sessions.base import Session
 from medseg_trt.sessions.mask_probe import check_masks
 from medseg_trt.sessions.onnxruntime import needs_options
+from medseg_trt.sessions.subprocess_session import ChildSession
 from medseg_trt.spec import BuildSpec
 
 ROUNDS = 2  # every execution is timed once in each round, in turn, so that a busy second cannot decide

@@ -18,7 +18,7 @@ from medseg_trt.export.gate import Verdict, compare
 from medseg_trt.export.verify import labels_of, run_in_batches, verify
 from medseg_trt.imaging.preprocess import resampled_size
 from medseg_trt.imaging.segment import Run
-from medseg_trt.session import Session
+from medseg_trt.sessions.base import Session
 from medseg_trt.spec import BuildSpec, to_dict
 
 

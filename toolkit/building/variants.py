@@ -40,8 +40,8 @@ from medseg_trt.export.save import save_flavours
 from medseg_trt.export.smooth import smooth, smoothable
 from medseg_trt.export.trace import OnnxGraph
 from medseg_trt.progress import LOG
-from medseg_trt.session import is_installed
-from medseg_trt.sessions.child import ChildSession
+from medseg_trt.sessions.backends import is_installed
+from medseg_trt.sessions.subprocess_session import ChildSession
 from medseg_trt.spec import ModelSpec, to_dict
 
 MIN_INT8_SHARE = 0.8  # of all MACs, or it is not called int8

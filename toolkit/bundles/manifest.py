@@ -37,7 +37,7 @@ class Execution:
     """One way to run a variant, and what came of it on the machine where the bundle was built."""
 
     variant: str  # a key of Manifest.variants
-    backend: str  # a key of session.BACKENDS
+    backend: str  # a key of sessions.backends.BACKENDS
     compute: str  # what its float parts are computed in: fp32 or bf16
     executed: bool  # False where the back-end was not installed: then the other figures are of the same graph elsewhere
     golden_error: float  # how far the logits of the golden input may be from those in GOLDEN

@@ -363,7 +363,7 @@ class Row:
 
     name: str  # its own in this report
     role: Literal["reference", "variant"]
-    backend: str  # a key of session.BACKENDS, or "pytorch"
+    backend: str  # a key of sessions.backends.BACKENDS, or "pytorch"
     device: str
     description: str  # back-end, version, precision and threads, as the session says
     executed: bool  # False where a row was only built or simulated

@@ -18,9 +18,9 @@ from numpy import ndarray
 from medseg_trt.bench.measure import timed_runs
 from medseg_trt.imaging.images import Mask, find_images, read_image, write_mask
 from medseg_trt.imaging.segment import Run, segment
-from medseg_trt.session import Session
-from medseg_trt.sessions import child
-from medseg_trt.sessions.child import ChildSession, open_network, read_array, serve
+from medseg_trt.sessions import subprocess_session
+from medseg_trt.sessions.base import Session
+from medseg_trt.sessions.subprocess_session import ChildSession, open_network, read_array, serve
 from medseg_trt.spec import Classes, Preprocessing, from_dict, to_dict
 
 STAGES = ("read", "prepare and restore", "run", "write")
@@ -177,7 +177,7 @@ def _time_on_device(
 
 
 ANSWERS = {
-    **child.ANSWERS, "time": _time, "time_on_device": _time_on_device, "whole_way": _whole_way,
+    **subprocess_session.ANSWERS, "time": _time, "time_on_device": _time_on_device, "whole_way": _whole_way,
     "throughput": _throughput,
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ from numpy import ndarray
 from medseg_trt.errors import ArtefactError, DeviceError, require
 from medseg_trt.export.graph.interface import MASK, OUTPUT, size_inputs
 from medseg_trt.imaging.preprocess import Size
-from medseg_trt.session import Session
+from medseg_trt.sessions.base import Session
 
 ERRORS_ONLY = 3  # of ONNX Runtime's log levels
 # ONNX Runtime 1.30 replaces products between coders whose scales are in 16 bits by its integer kernels, and gets them

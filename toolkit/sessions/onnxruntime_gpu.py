@@ -18,7 +18,7 @@ from typing import Any
 from numpy import ndarray
 
 from medseg_trt.errors import ArtefactError, DeviceError, MissingExtraError, require
-from medseg_trt.session import BACKENDS
+from medseg_trt.sessions.backends import BACKENDS
 from medseg_trt.sessions.onnxruntime import ERRORS_ONLY, OnnxRuntimeSession
 
 RECORD = "session.record_ep_graph_assignment_info"

@@ -15,7 +15,7 @@ from numpy import ndarray
 from medseg_trt.errors import ArtefactError, DeviceError, require
 from medseg_trt.export.graph.interface import INPUT, MASK, OUTPUT, size_inputs
 from medseg_trt.imaging.preprocess import Size
-from medseg_trt.session import Session
+from medseg_trt.sessions.base import Session
 
 TYPES = {"fp32": "f32", "bf16": "bf16"}  # OpenVINO's names
 

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float32
 from numpy import ndarray
 
-from medseg_trt.session import Session
-from medseg_trt.train.checkpoint import load_checkpoint
+from medseg_trt.sessions.base import Session
+from medseg_trt.train.checkpoint import Checkpoint, load_checkpoint
 from medseg_trt.train.model import runner
 from medseg_trt.train.transunet import TransUNet
 
@@ -47,3 +47,8 @@ def open_graph(path: Path, precision: str, threads: int | None, compute: str) ->
     if threads is not None:
         torch.set_num_threads(threads)
     return PyTorchSession(load_checkpoint(path).model())
+
+
+def open_reference(checkpoint: Checkpoint) -> Session:
+    """Open the checkpoint's own PyTorch network, in float32 on the CPU: what everything else is compared with."""
+    return PyTorchSession(checkpoint.model())

@@ -33,11 +33,12 @@ from medseg_trt.kernels.image_to_tensor import scalars as tensor_scalars
 from medseg_trt.kernels.launch import CudaError, Launcher
 from medseg_trt.kernels.library import FILE, FindPtx, open_library
 from medseg_trt.kernels.logits_to_mask import scalars as mask_scalars
-from medseg_trt.session import BACKENDS, Session
+from medseg_trt.sessions.backends import BACKENDS
+from medseg_trt.sessions.base import Session
 from medseg_trt.sessions.tensorrt_cache import cache_file, load_kernels, save_kernels
 from medseg_trt.sessions.tensorrt_engine import Engine, EngineError
-from medseg_trt.sessions.tensorrt_lane import Job, Lane
-from medseg_trt.sessions.tensorrt_lanes import Lanes
+from medseg_trt.sessions.tensorrt_stream import Job, Lane
+from medseg_trt.sessions.tensorrt_stream_pool import Lanes
 from medseg_trt.spec import LIBRARY_NAMES, Preprocessing
 
 MOST_LANES = 2  # one computes while the other's thread prepares; each takes the engine's working memory once more
@@ -72,7 +73,7 @@ class TensorRtSession(Session):
         Args:
             engine: deserialised.
             device: where it was.
-            backend: a key of ``session.BACKENDS``.
+            backend: a key of ``sessions.backends.BACKENDS``.
             description: for a table.
             kernels: for ``pixel_path``; None leaves pixels to the CPU.
             graphs: whether sequences that come again are recorded as CUDA graphs.

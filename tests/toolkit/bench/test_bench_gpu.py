@@ -27,7 +27,7 @@ from medseg_trt.export.node_costs import node_costs
 from medseg_trt.export.onnx_graph import OnnxGraph
 from medseg_trt.files import write_json
 from medseg_trt.report.schema import Latency, Missing, Profile, Row, Speedup
-from medseg_trt.session import BACKENDS
+from medseg_trt.sessions.backends import BACKENDS
 from medseg_trt.spec import to_dict
 
 GPU = Gpu(name="Fake GPU", sm="sm89", cuda="13.0", driver="580.65")

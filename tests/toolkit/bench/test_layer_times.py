@@ -13,7 +13,7 @@ from medseg_trt.bench.measure import Taken, latency
 from medseg_trt.errors import DeviceError
 from medseg_trt.export.node_costs import NodeCost
 from medseg_trt.report.schema import Missing, Peak, Profile
-from medseg_trt.sessions.child import ChildSession
+from medseg_trt.sessions.subprocess_session import ChildSession
 
 COSTS = (
     NodeCost(names=("node_conv", "conv"), part="resnet", macs=100, bytes=10),

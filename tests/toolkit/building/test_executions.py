@@ -17,7 +17,7 @@ from medseg_trt.building.reference_images import JudgedImages, ReferenceImages
 from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.bundles.manifest import Variant
 from medseg_trt.errors import AccuracyGateError, ArtefactError, DeviceError, UsageError
-from medseg_trt.sessions.child import ChildSession
+from medseg_trt.sessions.subprocess_session import ChildSession
 from medseg_trt.spec import BuildSpec, Classes, ModelSpec, Preprocessing
 
 SIZE = (16, 16)

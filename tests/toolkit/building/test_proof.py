@@ -6,7 +6,7 @@ from medseg_trt.building.proof import Proof
 from medseg_trt.building.reference_images import JudgedImages, ReferenceImages
 from medseg_trt.errors import AccuracyGateError
 from medseg_trt.imaging.preprocess import Size, restore
-from medseg_trt.session import Session
+from medseg_trt.sessions.base import Session
 from medseg_trt.spec import BuildSpec, Classes, ModelSpec, Preprocessing
 
 SIZE = (16, 16)

@@ -29,8 +29,9 @@ from medseg_trt.export.overflow import LARGEST, rounded_graph
 from medseg_trt.export.quantize import found_precisions, int8_share
 from medseg_trt.export.save import save_flavours
 from medseg_trt.export.trace import OnnxGraph
-from medseg_trt.session import BACKENDS, open_session
+from medseg_trt.sessions.backends import BACKENDS
 from medseg_trt.sessions.onnxruntime import KEEP_CODERS, OnnxRuntimeSession
+from medseg_trt.sessions.open import open_session
 from medseg_trt.spec import BuildSpec
 from medseg_trt.train.checkpoint import load_checkpoint
 

@@ -20,7 +20,7 @@ from medseg_trt.bundles.bundle import DEFAULT_GRAPH, MANIFEST, Bundle, load_bund
 from medseg_trt.errors import MissingExtraError
 from medseg_trt.pipeline import build
 from medseg_trt.samples.catalogue import NO_NETWORK
-from medseg_trt.session import open_session
+from medseg_trt.sessions.open import open_session
 from medseg_trt.spec import BuildSpec
 
 PYPROJECT = Path(__file__).parents[3] / "pyproject.toml"

@@ -27,7 +27,9 @@ from medseg_trt.imaging.images import read_image
 from medseg_trt.imaging.preprocess import prepare, restore
 from medseg_trt.kernels.device import DeviceMemoryError, open_device
 from medseg_trt.kernels.library import open_library
-from medseg_trt.session import BACKENDS, choose, open_reference, open_session
+from medseg_trt.sessions.backends import BACKENDS
+from medseg_trt.sessions.open import choose, open_session
+from medseg_trt.sessions.pytorch import open_reference
 from medseg_trt.sessions.tensorrt import TensorRtSession
 from medseg_trt.sessions.tensorrt_engine import Engine
 from medseg_trt.spec import LIBRARY_NAMES, Classes

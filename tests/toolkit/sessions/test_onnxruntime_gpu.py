@@ -9,7 +9,7 @@ import pytest
 
 from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.errors import DeviceError, MissingExtraError
-from medseg_trt.session import BACKENDS, choose, open_session
+from medseg_trt.sessions.backends import BACKENDS
 from medseg_trt.sessions.onnxruntime_gpu import (
     PROVIDERS,
     RECORD,
@@ -18,6 +18,7 @@ from medseg_trt.sessions.onnxruntime_gpu import (
     placement,
     require_placed,
 )
+from medseg_trt.sessions.open import choose, open_session
 
 CUDA, RTX = PROVIDERS["onnxruntime-cuda"], PROVIDERS["onnxruntime-tensorrt-rtx"]
 
@@ -111,7 +112,7 @@ class FakeRuntime(ModuleType):
 
 
 def installed(monkeypatch, *modules: ModuleType) -> None:
-    monkeypatch.setattr("medseg_trt.session.is_installed", lambda _: True)
+    monkeypatch.setattr("medseg_trt.sessions.open.is_installed", lambda _: True)
     for module in modules:
         monkeypatch.setitem(sys.modules, module.__name__, module)
 

@@ -6,8 +6,8 @@ import pytest
 
 from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.errors import DeviceError, MissingExtraError
-from medseg_trt.session import open_reference
 from medseg_trt.sessions.openvino import open_graph
+from medseg_trt.sessions.pytorch import open_reference
 from medseg_trt.train.checkpoint import load_checkpoint
 
 IMAGES = np.random.default_rng(0).random((2, 3, 32, 32), dtype=np.float32)

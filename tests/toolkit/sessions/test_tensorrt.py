@@ -20,8 +20,8 @@ from medseg_trt.errors import ArtefactError, DeviceError, UsageError
 from medseg_trt.files import sha256
 from medseg_trt.kernels import manifest as kernel_manifest
 from medseg_trt.kernels.nodes import NODES
-from medseg_trt.session import open_session
 from medseg_trt.sessions import tensorrt
+from medseg_trt.sessions.open import open_session
 from medseg_trt.sessions.tensorrt import read_verified
 from medseg_trt.sessions.tensorrt_cache import cache_file
 

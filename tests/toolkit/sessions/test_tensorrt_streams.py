@@ -12,10 +12,10 @@ from medseg_trt.errors import ArtefactError, DeviceError
 from medseg_trt.imaging.preprocess import prepare, restore
 from medseg_trt.imaging.segment import PixelRun
 from medseg_trt.kernels.device import DeviceMemoryError
-from medseg_trt.sessions import tensorrt_lane
+from medseg_trt.sessions import tensorrt_stream
 from medseg_trt.sessions.tensorrt import PixelKernels, TensorRtSession
 from medseg_trt.sessions.tensorrt_engine import Engine, EngineError
-from medseg_trt.sessions.tensorrt_lane import MOST_GRAPHS, Buffer, Lane
+from medseg_trt.sessions.tensorrt_stream import MOST_GRAPHS, Buffer, Lane
 from medseg_trt.spec import LIBRARY_NAMES, Preprocessing
 
 SIZE = (16, 32)
@@ -462,7 +462,7 @@ def moves_without_freeing(monkeypatch):
 
 def counts_images_too_few(monkeypatch):
     real = Lane._prepare
-    monkeypatch.setattr(Lane, "_prepare", lambda lane, job, context: real(lane, tensorrt_lane.Job(images=1), context))
+    monkeypatch.setattr(Lane, "_prepare", lambda lane, job, context: real(lane, tensorrt_stream.Job(images=1), context))
 
 
 @pytest.mark.parametrize(

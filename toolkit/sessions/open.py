@@ -1,174 +1,28 @@
-"""A session runs a network: one small interface, a table of back-ends, and one way to open one.
+"""Open a session: choose an execution of a bundle, open it with its back-end, and check its output.
 
 Nothing falls back in silence: ``auto`` says what it chose and why, and a back-end that was named and cannot run is an
 error.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Float32, Num, UInt8
-from numpy import ndarray
 
 from medseg_trt.bundles.bundle import Bundle
 from medseg_trt.bundles.manifest import Execution
 from medseg_trt.errors import ArtefactError, MissingExtraError, UsageError
-from medseg_trt.imaging.preprocess import Size, prepare, restore
-from medseg_trt.imaging.segment import PixelRun
+from medseg_trt.imaging.preprocess import prepare, restore
 from medseg_trt.progress import LOG
+from medseg_trt.sessions.backends import BACKENDS, is_installed
+from medseg_trt.sessions.base import Session
 from medseg_trt.sessions.mask_probe import check_masks
-
-if TYPE_CHECKING:
-    from medseg_trt.train.checkpoint import Checkpoint
 
 GPU_MARGIN = 4  # of the golden error where numbers are rounded; a first bound, which no GPU has confirmed yet
 PIXEL_DISAGREEMENT = 0.01  # share of pixels: preparing differs in the last bits, which 8-bit engines may round up
 PROBE_SIZE = (173, 219)  # pixels of a generated picture: no multiple of anything
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Backend:
-    """What can run a graph."""
-
-    module: str  # of ours; it has ``open_graph``
-    package: str  # that it imports
-    extra: str  # of medseg-trt, which installs the package
-    flavours: tuple[str, ...]  # of the graphs it is given, the one that it likes best first
-    computes: tuple[str, ...]  # what it can compute float parts in
-    function: str = "open_graph"  # of the module
-    gpu: bool = False  # not tried at the build: it is given what others were verified with, and the golden input
-    engines: bool = False  # runs an engine that was built from the graph, not the graph
-
-
-BACKENDS: Mapping[str, Backend] = {
-    "onnxruntime": Backend(
-        module="medseg_trt.sessions.onnxruntime",
-        package="onnxruntime",
-        extra="cpu",
-        flavours=("canonical", "uint8"),
-        computes=("fp32",),
-    ),
-    "openvino": Backend(
-        module="medseg_trt.sessions.openvino",
-        package="openvino",
-        extra="openvino",
-        flavours=("plain",),
-        computes=("fp32", "bf16"),
-    ),
-    "onnxruntime-cuda": Backend(
-        module="medseg_trt.sessions.onnxruntime_gpu",
-        function="open_cuda",
-        package="onnxruntime",
-        extra="gpu",
-        flavours=("plain", "canonical"),  # it has no kernels for some of opset 23
-        computes=("fp32",),
-        gpu=True,
-    ),
-    "onnxruntime-tensorrt": Backend(
-        module="medseg_trt.sessions.onnxruntime_gpu",
-        function="open_tensorrt",
-        package="onnxruntime",
-        extra="gpu",
-        flavours=("canonical",),  # the others' 8-bit activations are not symmetric
-        computes=("fp32",),
-        gpu=True,
-    ),
-    "onnxruntime-tensorrt-rtx": Backend(
-        module="medseg_trt.sessions.onnxruntime_gpu",
-        function="open_tensorrt_rtx",
-        package="onnxruntime_ep_nv_tensorrt_rtx",
-        extra="onnxruntime-rtx",
-        flavours=("canonical",),
-        computes=("fp32",),
-        gpu=True,
-    ),
-    "tensorrt": Backend(
-        module="medseg_trt.sessions.tensorrt",
-        function="open_engine",
-        package="tensorrt",
-        extra="tensorrt",
-        flavours=("canonical", "plain"),
-        computes=("fp32",),
-        gpu=True,
-        engines=True,
-    ),
-    "tensorrt-rtx": Backend(
-        module="medseg_trt.sessions.tensorrt",
-        function="open_engine",
-        package="tensorrt_rtx",
-        extra="tensorrt-rtx",
-        flavours=("canonical",),
-        computes=("fp32",),
-        gpu=True,
-        engines=True,
-    ),
-}
-
-
-class Session(ABC):
-    """A network that is ready to run; a context manager that frees it at the end."""
-
-    backend: str  # a key of BACKENDS, or "pytorch"
-    device: str
-    description: str  # back-end, version, precision and threads, for a table
-    gives_masks = False  # whether ``masks`` may be called: the graph was built with ``--outputs mask``
-
-    @abstractmethod
-    def run(self, batch: Float32[ndarray, "batch 3 height width"]) -> Float32[ndarray, "batch classes height width"]:
-        """Return the logits of a batch of prepared images."""
-
-    def masks(
-        self, batch: Float32[ndarray, "batch 3 _ _"], size: Size, resampled: Size
-    ) -> UInt8[ndarray, "batch height width"]:
-        """Return the labels of a batch of prepared images at the size of their sources.
-
-        Args:
-            batch: images of one size and spacing.
-            size: height and width of the sources in pixels.
-            resampled: what ``preprocess.resampled_size`` says of them.
-
-        Raises:
-            UsageError: the graph gives logits alone.
-        """
-        raise UsageError(f"{self.description} gives logits alone; build with --outputs mask")
-
-    def pixel_path(
-        self, pixels: Num[ndarray, "slices height width channels"], spacing_mm: tuple[float, float] | None
-    ) -> PixelRun | None:
-        """Return what makes masks of slices like these, (batch, height, width, channels), all on the device.
-
-        None, where they are to be prepared and labelled on the CPU: for this session, or for pixels like these.
-        """
-        return None
-
-    def time_on_device(
-        self, batch: Float32[ndarray, "batch 3 height width"], duration_s: float, min_runs: int
-    ) -> list[float] | None:
-        """Run prepared images that are on the device already, for ``duration_s`` and at least ``min_runs`` times.
-
-        Returns:
-            The milliseconds of each run by the device's own clock, or None where the back-end does not tell them.
-        """
-        return None
-
-    @abstractmethod
-    def close(self) -> None:
-        """Free the network."""
-
-    def __enter__(self) -> "Session":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def open_session(
@@ -284,22 +138,6 @@ def gpu_executions(bundle: Bundle, backend: str) -> list[Execution]:
         found = {precision: execution for precision, execution in found.items() if precision in built}
     best_first = dict.fromkeys(bundle.variant(execution).precision for execution in bundle.content.executions)
     return [found[precision] for precision in best_first if precision in found]
-
-
-def is_installed(backend: str) -> bool:
-    """Say whether a back-end's package is here, without importing it."""
-    try:
-        return find_spec(BACKENDS[backend].package) is not None
-    except ValueError:  # somebody has put None in its place
-        return False
-
-
-def open_reference(checkpoint: "Checkpoint") -> Session:
-    """Open the checkpoint's own PyTorch network, in float32 on the CPU: what everything else is compared with."""
-    from medseg_trt.sessions.pytorch import PyTorchSession
-
-    # A type checker reaches this class through .typing, where Session is another one to it.
-    return PyTorchSession(checkpoint.model())  # pyright: ignore[reportReturnType]
 
 
 def _reason(bundle: Bundle, chosen: Execution) -> str:

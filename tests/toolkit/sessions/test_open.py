@@ -5,11 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from medseg_trt import session as session_module
 from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.errors import ArtefactError, MissingExtraError, UsageError
-from medseg_trt.session import BACKENDS, Session, choose, open_reference, open_session
 from medseg_trt.sessions import onnxruntime as onnxruntime_module
+from medseg_trt.sessions import open as session_module
+from medseg_trt.sessions.backends import BACKENDS
+from medseg_trt.sessions.base import Session
+from medseg_trt.sessions.open import choose, open_session
+from medseg_trt.sessions.pytorch import open_reference
 from medseg_trt.train.checkpoint import load_checkpoint
 
 CPU_BACKENDS = [name for name, backend in BACKENDS.items() if not backend.gpu]

@@ -10,8 +10,8 @@ from medseg_trt.errors import ArtefactError, DeviceError
 from medseg_trt.export.masks import with_masks
 from medseg_trt.export.save import save_flavours
 from medseg_trt.export.trace import INPUT, OPSET, OUTPUT, OnnxGraph
-from medseg_trt.session import open_session
-from medseg_trt.sessions.child import ChildSession
+from medseg_trt.sessions.open import open_session
+from medseg_trt.sessions.subprocess_session import ChildSession
 from medseg_trt.spec import Preprocessing
 
 

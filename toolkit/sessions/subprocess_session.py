@@ -1,7 +1,7 @@
 """Run a session in a process of its own: a back-end that dies takes nothing with it, and its memory is its own.
 
 The two processes talk through pipes: a line of JSON, then the array whose shape and type it announces. The child is
-``python -m medseg_trt.sessions.child``.
+``python -m medseg_trt.sessions.subprocess_session``.
 """
 
 import json
@@ -22,7 +22,9 @@ from medseg_trt import errors
 from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.errors import ArtefactError, MedsegError
 from medseg_trt.imaging.preprocess import Size
-from medseg_trt.session import BACKENDS, Session, choose, open_execution, open_graph
+from medseg_trt.sessions.backends import BACKENDS
+from medseg_trt.sessions.base import Session
+from medseg_trt.sessions.open import choose, open_execution, open_graph
 
 STATUS = Path("/proc/self/status")  # Linux
 FIELDS = {"anonymous_mb": "RssAnon", "resident_mb": "VmRSS", "peak_resident_mb": "VmHWM"}
@@ -36,7 +38,7 @@ class ChildSession(Session):
         ArtefactError: the child died; the message says by which signal. Anything else is raised as in the child.
     """
 
-    module: ClassVar[str] = "medseg_trt.sessions.child"  # that the child runs
+    module: ClassVar[str] = "medseg_trt.sessions.subprocess_session"  # that the child runs
 
     def __init__(self, path: Path, precision: str, backend: str, threads: int | None, compute: str) -> None:
         arguments = {"path": str(path), "precision": precision, "threads": threads, "compute": compute}
@@ -122,14 +124,14 @@ def open_network(backend: str, path: Path, precision: str, threads: int | None, 
     """Open a network here.
 
     Args:
-        backend: a key of ``session.BACKENDS`` or of ``REFERENCES``.
+        backend: a key of ``sessions.backends.BACKENDS`` or of ``REFERENCES``.
         path: the graph, the checkpoint, or for an engine the folder of its bundle.
         precision: of the stored weights.
         threads: CPU threads; None leaves it to the back-end.
         compute: what float parts are computed in.
 
     Raises:
-        MedsegError: as ``session.open_session`` does.
+        MedsegError: as ``sessions.open.open_session`` does.
     """
     if backend in REFERENCES:
         return import_module(REFERENCES[backend]).open_graph(path, precision, threads, compute)

@@ -6,7 +6,7 @@ from threading import Condition
 
 from medseg_trt.kernels.device import DeviceMemoryError
 from medseg_trt.progress import LOG
-from medseg_trt.sessions.tensorrt_lane import Lane
+from medseg_trt.sessions.tensorrt_stream import Lane
 
 
 class Lanes:
