@@ -13,10 +13,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from medseg_trt.bench.report.write import table
 from medseg_trt.files import atomic_file, write_json
 from medseg_trt.json_output import only_json
 from medseg_trt.machine import package_versions, this_machine
-from medseg_trt.report.write import table
 
 __all__ = ["RESULTS", "options", "publish", "script", "table", "where"]
 RESULTS = Path(__file__).parent / "results"

@@ -8,9 +8,9 @@ import pytest
 
 from medseg_trt.bench import benchmark, timings
 from medseg_trt.bench.layer_times import Step, summed_up
-from medseg_trt.report.schema import Peak, Tier
+from medseg_trt.bench.schema import Peak, Tier
+from medseg_trt.bench.timed_session import STAGES, MeasuredSession
 from medseg_trt.sessions.base import Session
-from medseg_trt.sessions.measured import STAGES, MeasuredSession
 from medseg_trt.sessions.subprocess_session import open_network
 
 SHORT = Tier(name="short", warmup_ms=0.0, warmup_runs=1, duration_s=0.0, min_runs=10, starts=1)

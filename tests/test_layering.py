@@ -108,7 +108,7 @@ def test_every_leaf_exists():
         ("medseg_trt.train.loop", "from medseg_trt.export.fold import fold"),
         ("medseg_trt.train.loop", "from medseg_trt import pipeline"),
         ("medseg_trt.train.loop", "import medseg_trt"),
-        ("medseg_trt.train.datasets.folder", "def late():\n    import medseg_trt.report.write"),
+        ("medseg_trt.train.datasets.folder", "def late():\n    import medseg_trt.bench.report.write"),
         ("medseg_trt.train.loop", "HOMES = {'verify': 'medseg_trt.export.verify'}"),
         ("medseg_trt.kernels.rmsnorm", "from medseg_trt.train.llama import RMSNorm"),
         ("medseg_trt.kernels", "if TYPE_CHECKING:\n    from medseg_trt.train.llama import RMSNorm"),

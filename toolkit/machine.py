@@ -3,14 +3,29 @@
 import os
 import platform
 import subprocess
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-
-from medseg_trt.report.schema import Machine
 
 PACKAGES = ("medseg-trt", "numpy", "torch", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt",
             "tensorrt-rtx-cu13")  # fmt: skip
 GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """What was measured on, as far as it bears on a figure."""
+
+    processor: str
+    cores: int  # that this process may use
+    memory_mb: float | None
+    system: str
+    python: str
+    governor: str | None  # of the processor's clock, where the system says
+    load: float | None  # how many processes wanted to run in the minute before, other than this one's
+    gpus: tuple[str, ...] = ()
+
+    __pydantic_config__ = {"extra": "forbid"}
 
 
 def this_machine() -> Machine:

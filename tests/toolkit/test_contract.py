@@ -15,6 +15,7 @@ from session_here import SessionHere
 from tiny import make_checkpoint, write_volumes
 
 from medseg_trt.bench.layer_times import profile
+from medseg_trt.bench.schema import Profile
 from medseg_trt.building import executions, variants
 from medseg_trt.building.executions import default_graph
 from medseg_trt.building.proof import Proof
@@ -27,7 +28,6 @@ from medseg_trt.export.graph.interface import read_interface, require_interface,
 from medseg_trt.export.node_costs import node_costs
 from medseg_trt.export.onnx_graph import OnnxGraph
 from medseg_trt.pipeline import build, infer
-from medseg_trt.report.schema import Profile
 from medseg_trt.sessions.open import open_session
 from medseg_trt.spec import BuildSpec
 from medseg_trt.train.checkpoint import load_checkpoint, save_checkpoint

@@ -15,18 +15,7 @@ from medseg_trt.bench.compared import AGREEMENT, Compared, Pictures, compare_all
 from medseg_trt.bench.layer_times import profile
 from medseg_trt.bench.measured_cases import MeasuredCases, measured_cases, one_image_file
 from medseg_trt.bench.peaks import peaks, roofline
-from medseg_trt.bench.summary import summary
-from medseg_trt.bench.timings import BATCHES, Timings, open_candidates, speedups, time_all
-from medseg_trt.bundles.bundle import MANIFEST, Bundle, load_bundle
-from medseg_trt.errors import MedsegError, MissingExtraError, require
-from medseg_trt.files import sha256
-from medseg_trt.imaging.images import Image
-from medseg_trt.imaging.preprocess import of_image, prepare
-from medseg_trt.imaging.segment import Run
-from medseg_trt.machine import package_versions, this_machine
-from medseg_trt.overlap import Overlap
-from medseg_trt.progress import LOG, track
-from medseg_trt.report.schema import (
+from medseg_trt.bench.schema import (
     SCOPES,
     Accuracy,
     Latency,
@@ -39,8 +28,19 @@ from medseg_trt.report.schema import (
     Tier,
     Verdict,
 )
+from medseg_trt.bench.summary import summary
+from medseg_trt.bench.timed_session import WholeWay
+from medseg_trt.bench.timings import BATCHES, Timings, open_candidates, speedups, time_all
+from medseg_trt.bundles.bundle import MANIFEST, Bundle, load_bundle
+from medseg_trt.errors import MedsegError, MissingExtraError, require
+from medseg_trt.files import sha256
+from medseg_trt.imaging.images import Image
+from medseg_trt.imaging.preprocess import of_image, prepare
+from medseg_trt.imaging.segment import Run
+from medseg_trt.machine import package_versions, this_machine
+from medseg_trt.overlap import Overlap
+from medseg_trt.progress import LOG, track
 from medseg_trt.sessions.backends import BACKENDS
-from medseg_trt.sessions.measured import WholeWay
 
 NO_PEAK_OF_GPUS = "the peaks that were measured are the processor's, not the GPU's"
 ENDED = "interrupted: this measurement was ended before it was through"

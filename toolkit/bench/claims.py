@@ -1,7 +1,7 @@
 """Decide whether times are good enough to claim that one network is so many times as fast as another."""
 
+from medseg_trt.bench.schema import Latency
 from medseg_trt.metrics.intervals import MIN_UNITS, Interval
-from medseg_trt.report.schema import Latency
 
 # The standard deviation of single times, as a share of their mean. Exponential waiting times, which know no typical
 # value, have exactly 1. Above it a network's times mix two states of the machine, free and busy, and a factor would say

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from medseg_trt.bench.limits import Gate, Judged
+from medseg_trt.bench.schema import SCOPES, Accuracy, Latency, Missing, Report, Row, Scope
 from medseg_trt.errors import InputError, UsageError
 from medseg_trt.export.gate import compare as compare_counts
 from medseg_trt.metrics.intervals import Interval, speed_interval
-from medseg_trt.report.schema import SCOPES, Accuracy, Latency, Missing, Report, Row, Scope
 
 HEADER = ("network", "ms", "→ ms", "times as fast", "interval", "Dice", "→ Dice", "change", "interval")
 

@@ -9,15 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy import ndarray
 
-from medseg_trt.errors import InputError, MedsegError
-from medseg_trt.export.gate import compare
-from medseg_trt.export.verify import labels_of
-from medseg_trt.imaging.images import Image
-from medseg_trt.imaging.preprocess import restore
-from medseg_trt.imaging.segment import Run, prepared_slices
-from medseg_trt.metrics.intervals import CONFIDENCE, MIN_UNITS, Interval, change_interval
-from medseg_trt.metrics.overlap import ClassScore, confusion, mean_scores, scores
-from medseg_trt.report.schema import (
+from medseg_trt.bench.schema import (
     Accuracy,
     Agreement,
     CaseAccuracy,
@@ -28,6 +20,14 @@ from medseg_trt.report.schema import (
     Verdict,
     WorstCase,
 )
+from medseg_trt.errors import InputError, MedsegError
+from medseg_trt.export.gate import compare
+from medseg_trt.export.verify import labels_of
+from medseg_trt.imaging.images import Image
+from medseg_trt.imaging.preprocess import restore
+from medseg_trt.imaging.segment import Run, prepared_slices
+from medseg_trt.metrics.intervals import CONFIDENCE, MIN_UNITS, Interval, change_interval
+from medseg_trt.metrics.overlap import ClassScore, confusion, mean_scores, scores
 from medseg_trt.spec import Classes, Preprocessing
 
 BATCH = 4

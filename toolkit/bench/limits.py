@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
+from medseg_trt.bench.schema import Missing, Report, Row, Speedup, Verdict
 from medseg_trt.errors import AccuracyGateError, SpeedGateError, UsageError
 from medseg_trt.metrics.intervals import Interval
-from medseg_trt.report.schema import Missing, Report, Row, Speedup, Verdict
 
 EXAMPLE = "write for example speed=1.2x,dice=-0.005: at least 1.2 times as fast, Dice at most 0.005 lower"
 

@@ -13,9 +13,9 @@ from math import ceil
 
 import numpy as np
 
+from medseg_trt.bench.schema import Latency, Tier
 from medseg_trt.errors import DeviceError, MedsegError
 from medseg_trt.metrics.intervals import coefficient_of_variation, median_of_rounds, tail_latency
-from medseg_trt.report.schema import Latency, Tier
 
 Clock = Callable[[], float]  # seconds
 Turn = Callable[[float, int], list[float]]  # for so many seconds, at least so many runs: the milliseconds of each

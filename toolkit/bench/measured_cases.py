@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 
+from medseg_trt.bench.schema import CaseFile, Images
 from medseg_trt.bundles.bundle import Bundle
 from medseg_trt.errors import InputError, UsageError, require
 from medseg_trt.files import CHUNK_BYTES
 from medseg_trt.imaging.images import Image, Source, find_images
-from medseg_trt.report.schema import CaseFile, Images
 from medseg_trt.train.datasets.folder import Case, read_case, read_case_image
 from medseg_trt.train.datasets.official import is_labelled, open_recorded
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from medseg_trt.bench.schema import Latency, Missing, Peak, Roofline
 from medseg_trt.errors import MedsegError, require
 from medseg_trt.machine import cores
-from medseg_trt.report.schema import Latency, Missing, Peak, Roofline
 from medseg_trt.sessions.subprocess_session import ChildSession
 
 OPSET = 18

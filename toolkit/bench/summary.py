@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
+from medseg_trt.bench.schema import Latency, Missing, Row, Speedup, Summary, Tier, Verdict
 from medseg_trt.metrics.intervals import CONFIDENCE
-from medseg_trt.report.schema import Latency, Missing, Row, Speedup, Summary, Tier, Verdict
 
 SHOWN = 0.00005  # what four decimals can show
 

@@ -14,11 +14,7 @@ from medseg_trt.bench.candidates import Candidate
 from medseg_trt.bench.claims import objection
 from medseg_trt.bench.energy import Meter, energy, open_meter
 from medseg_trt.bench.measure import HOST_CLOCK, Taken, complaints, in_turn, latency
-from medseg_trt.errors import MedsegError
-from medseg_trt.machine import cores
-from medseg_trt.metrics.intervals import speed_interval
-from medseg_trt.progress import LOG
-from medseg_trt.report.schema import (
+from medseg_trt.bench.schema import (
     Energy,
     Latency,
     Memory,
@@ -29,7 +25,11 @@ from medseg_trt.report.schema import (
     Throughput,
     Tier,
 )
-from medseg_trt.sessions.measured import MeasuredSession, WholeWay
+from medseg_trt.bench.timed_session import MeasuredSession, WholeWay
+from medseg_trt.errors import MedsegError
+from medseg_trt.machine import cores
+from medseg_trt.metrics.intervals import speed_interval
+from medseg_trt.progress import LOG
 
 BATCHES = (1, 4, 8)
 THROUGHPUT_SHARE, MIN_THROUGHPUT_S = 0.1, 0.3  # of the tier's seconds, for every combination of batch and callers

@@ -70,9 +70,9 @@ def bench(
     """
     from medseg_trt.bench import benchmark, measure
     from medseg_trt.bench.limits import Gate, judge_report, parse_gate, require
+    from medseg_trt.bench.report.write import HEADER, cells, write_report
+    from medseg_trt.bench.schema import Verdict
     from medseg_trt.bundles.bundle import find_bundle
-    from medseg_trt.report.schema import Verdict
-    from medseg_trt.report.write import HEADER, cells, write_report
     from medseg_trt.spec import to_dict
 
     limits = parse_gate(gate) if gate is not None else Gate()

@@ -27,7 +27,7 @@ def compare(before: Path, after: Path, gate: str | None, as_json: bool) -> None:
     """
     from medseg_trt.bench.compare import HEADER, cells, compare_reports, judge
     from medseg_trt.bench.limits import Gate, parse_gate, require
-    from medseg_trt.report.schema import read_report
+    from medseg_trt.bench.schema import read_report
     from medseg_trt.spec import to_dict
 
     limits = parse_gate(gate) if gate is not None else Gate()

@@ -16,6 +16,7 @@ from medseg_trt.bench import candidates
 from medseg_trt.bench.benchmark import NO_PEAK_OF_GPUS, Bench, bench
 from medseg_trt.bench.layer_times import PROFILERS, summed_up
 from medseg_trt.bench.measure import HOST_CLOCK
+from medseg_trt.bench.schema import Latency, Missing, Profile, Row, Speedup
 from medseg_trt.bench.timings import CUDA_EVENTS, NO_DEVICE_TIME
 from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.cli import cli
@@ -26,7 +27,6 @@ from medseg_trt.export.gemms import gemms
 from medseg_trt.export.node_costs import node_costs
 from medseg_trt.export.onnx_graph import OnnxGraph
 from medseg_trt.files import write_json
-from medseg_trt.report.schema import Latency, Missing, Profile, Row, Speedup
 from medseg_trt.sessions.backends import BACKENDS
 from medseg_trt.spec import to_dict
 

@@ -14,12 +14,12 @@ from tiny import write_pictures, write_volumes
 
 from medseg_trt.bench import benchmark, candidates, peaks, timings
 from medseg_trt.bench.benchmark import ENDED, Bench, bench
+from medseg_trt.bench.schema import SCOPES, Latency, Missing, Profile, Roofline, Speedup, Verdict, read_report
 from medseg_trt.bench.summary import summary
+from medseg_trt.bench.timed_session import MeasuredSession
 from medseg_trt.cli import cli, main
 from medseg_trt.errors import AccuracyGateError, MedsegError, MissingExtraError, UsageError
 from medseg_trt.files import write_json
-from medseg_trt.report.schema import SCOPES, Latency, Missing, Profile, Roofline, Speedup, Verdict, read_report
-from medseg_trt.sessions.measured import MeasuredSession
 from medseg_trt.spec import to_dict
 
 

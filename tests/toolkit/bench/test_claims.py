@@ -10,9 +10,9 @@ from tiny import write_volumes
 
 from medseg_trt.bench import claims, measure, timings
 from medseg_trt.bench.measure import Taken
+from medseg_trt.bench.schema import Missing, Speedup, Start
 from medseg_trt.bench.timings import Timings, speedups
 from medseg_trt.cli import cli
-from medseg_trt.report.schema import Missing, Speedup, Start
 
 START = Start(starts=1, import_ms=1.0, load_ms=1.0, first_ms=1.0, to_first_mask_ms=3.0, file_cache="generated")
 ROUNDS, RUNS = 20, 11

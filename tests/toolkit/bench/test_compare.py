@@ -11,16 +11,12 @@ from click.testing import CliRunner
 from medseg_trt import cli
 from medseg_trt.bench.compare import DiceChange, SpeedChange, compare_reports, judge
 from medseg_trt.bench.limits import Gate, judge_report, parse_gate, require
-from medseg_trt.errors import AccuracyGateError, InputError, MedsegError, SpeedGateError, UsageError
-from medseg_trt.files import write_json
-from medseg_trt.metrics.intervals import median_of_rounds
-from medseg_trt.report.schema import (
+from medseg_trt.bench.schema import (
     SCOPES,
     Accuracy,
     CaseFile,
     Images,
     Latency,
-    Machine,
     Missing,
     Report,
     Row,
@@ -31,6 +27,10 @@ from medseg_trt.report.schema import (
     Tier,
     Verdict,
 )
+from medseg_trt.errors import AccuracyGateError, InputError, MedsegError, SpeedGateError, UsageError
+from medseg_trt.files import write_json
+from medseg_trt.machine import Machine
+from medseg_trt.metrics.intervals import median_of_rounds
 from medseg_trt.spec import Classes, to_dict
 
 CASES, SLICES, ROUNDS, RUNS = 12, 3, 20, 8

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from medseg_trt.bench.compared import AGREEMENT, compare_all, differences, verdict
+from medseg_trt.bench.schema import Accuracy, Agreement, Missing, Verdict
 from medseg_trt.errors import ArtefactError, InputError
 from medseg_trt.imaging.images import Image
 from medseg_trt.metrics.intervals import MIN_UNITS
 from medseg_trt.metrics.overlap import scores
-from medseg_trt.report.schema import Accuracy, Agreement, Missing, Verdict
 from medseg_trt.spec import Classes, Preprocessing
 
 SIZE = (16, 16)

@@ -39,7 +39,7 @@ class WholeWay:
 class MeasuredSession(ChildSession):
     """A child session with more questions."""
 
-    module: ClassVar[str] = "medseg_trt.sessions.measured"
+    module: ClassVar[str] = "medseg_trt.bench.timed_session"
 
     def __init__(self, path: Path, precision: str, backend: str, threads: int | None, compute: str) -> None:
         began = time.perf_counter()

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
+from medseg_trt.bench.schema import Accuracy, Latency, Profile, Report, Roofline, Row, Verdict
 from medseg_trt.errors import require
-from medseg_trt.report.schema import Accuracy, Latency, Profile, Report, Roofline, Row, Verdict
 
 INK, MUTED, GRID = "#010101", "#020202", "#030303"
 SERIES = [f"#0404{index:02x}" for index in range(8)]  # of the rows; the reference is the first

@@ -10,13 +10,13 @@ from importlib.resources import files
 from typing import Any
 
 from medseg_trt.bench.compared import Pictures
+from medseg_trt.bench.report.figures import figures, series
+from medseg_trt.bench.report.worst_pictures import LOST_AND_FOUND, tiles
+from medseg_trt.bench.schema import Missing, Profile, Report, Start
 from medseg_trt.errors import require
-from medseg_trt.report.figures import figures, series
-from medseg_trt.report.schema import Missing, Profile, Report, Start
-from medseg_trt.report.worst_pictures import LOST_AND_FOUND, tiles
 from medseg_trt.spec import to_dict
 
-PAGES = "medseg_trt.report.pages"
+PAGES = "medseg_trt.bench.report.pages"
 TOP_STEPS = 12
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 

@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from medseg_trt.report.write import write_report
+from medseg_trt.bench.report.write import write_report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = (

@@ -5,11 +5,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from medseg_trt.bench.benchmark import Measured
+from medseg_trt.bench.report.page import html_page, markdown_page
+from medseg_trt.bench.schema import REPORT, Latency, Report, Row, Speedup, Verdict
 from medseg_trt.errors import MissingExtraError
 from medseg_trt.files import atomic_file, write_json
 from medseg_trt.progress import LOG
-from medseg_trt.report.page import html_page, markdown_page
-from medseg_trt.report.schema import REPORT, Latency, Report, Row, Speedup, Verdict
 from medseg_trt.spec import to_dict
 
 PAGE, MARKDOWN = "index.html", "report.md"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from medseg_trt.errors import ArtefactError, InputError
+from medseg_trt.machine import Machine
 from medseg_trt.metrics.overlap import ClassScore, MeanScore
 from medseg_trt.spec import Classes, from_dict
 
@@ -32,22 +33,6 @@ class Missing:
     """A figure that does not exist, and why."""
 
     reason: str
-
-    __pydantic_config__ = {"extra": "forbid"}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Machine:
-    """What was measured on, as far as it bears on a figure."""
-
-    processor: str
-    cores: int  # that this process may use
-    memory_mb: float | None
-    system: str
-    python: str
-    governor: str | None  # of the processor's clock, where the system says
-    load: float | None  # how many processes wanted to run in the minute before, other than this one's
-    gpus: tuple[str, ...] = ()
 
     __pydantic_config__ = {"extra": "forbid"}
 

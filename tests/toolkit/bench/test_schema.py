@@ -2,9 +2,9 @@ import json
 
 import pytest
 
+from medseg_trt.bench.schema import REPORT, SCHEMA, Latency, read_report
 from medseg_trt.errors import ArtefactError, InputError
 from medseg_trt.files import write_json
-from medseg_trt.report.schema import REPORT, SCHEMA, Latency, read_report
 from medseg_trt.spec import to_dict
 
 
