@@ -46,7 +46,7 @@ def build(
     """
     from medseg_trt.building.contract import Contract
     from medseg_trt.building.executions import GRAPH_OF, default_graph, try_executions
-    from medseg_trt.building.proof import Proof
+    from medseg_trt.building.reference import Proof
     from medseg_trt.building.reference_images import reference_images
     from medseg_trt.building.variants import make_variants
     from medseg_trt.bundles.signature import read_private_key, sign

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
-from medseg_trt.building.proof import Proof
+from medseg_trt.building.reference import Proof
 from medseg_trt.bundles.manifest import Execution, Variant
 from medseg_trt.errors import AccuracyGateError, ArtefactError, DeviceError, MedsegError, UsageError
 from medseg_trt.progress import LOG

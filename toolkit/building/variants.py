@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
+from medseg_trt.building.activation_observer import observer
 from medseg_trt.building.contract import Contract
-from medseg_trt.building.observer import observer
-from medseg_trt.building.proof import Proof
+from medseg_trt.building.reference import Proof
 from medseg_trt.bundles.manifest import Variant
 from medseg_trt.errors import AccuracyGateError, UsageError
 from medseg_trt.export.calibrate import Calibration, calibrate

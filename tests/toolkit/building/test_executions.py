@@ -12,7 +12,7 @@ import pytest
 from medseg_trt.building import executions
 from medseg_trt.building.contract import Contract
 from medseg_trt.building.executions import Tried, try_executions
-from medseg_trt.building.proof import Proof
+from medseg_trt.building.reference import Proof
 from medseg_trt.building.reference_images import JudgedImages, ReferenceImages
 from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.bundles.manifest import Variant

@@ -16,7 +16,7 @@ import pytest
 
 from medseg_trt.building import variants
 from medseg_trt.building.contract import Contract
-from medseg_trt.building.proof import Proof
+from medseg_trt.building.reference import Proof
 from medseg_trt.building.reference_images import ReferenceImages, digests, reference_images
 from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.bundles.manifest import Variant

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from medseg_trt.building.observer import observer
+from medseg_trt.building.activation_observer import observer
 from medseg_trt.errors import MissingExtraError
 from medseg_trt.export.trace import INPUT, OPSET, OUTPUT, OnnxGraph
 

@@ -18,7 +18,7 @@ from medseg_trt.bench.layer_times import profile
 from medseg_trt.bench.schema import Profile
 from medseg_trt.building import executions, variants
 from medseg_trt.building.executions import default_graph
-from medseg_trt.building.proof import Proof
+from medseg_trt.building.reference import Proof
 from medseg_trt.bundles import bundle as bundle_module
 from medseg_trt.bundles.bundle import MANIFEST, load_bundle
 from medseg_trt.bundles.manifest import Execution, Variant

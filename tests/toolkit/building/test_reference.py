@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from medseg_trt.building.contract import Contract
-from medseg_trt.building.proof import Proof
+from medseg_trt.building.reference import Proof
 from medseg_trt.building.reference_images import JudgedImages, ReferenceImages
 from medseg_trt.errors import AccuracyGateError
 from medseg_trt.imaging.preprocess import Size, restore
