@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 from results_file import options, publish, table
 
-from medseg_trt import mask_folder
 from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.files import sha256
 from medseg_trt.imaging.images import Image, Mask, read_image
 from medseg_trt.imaging.segment import segment, steps
+from medseg_trt.inference import to_folder
 from medseg_trt.machine import cores
 from medseg_trt.metrics.intervals import median_of_rounds, speed_interval
 from medseg_trt.sessions.open import open_session
@@ -42,7 +42,7 @@ def simple_loop(images, session, bundle, batch, label=None):
             yield image
 
 
-LOOPS = {"simple": simple_loop, "overlapping": mask_folder.segment_many}
+LOOPS = {"simple": simple_loop, "overlapping": to_folder.segment_many}
 WAYS = {  # how, and threads of the network
     "simple loop": ("simple", None),
     "overlapping": ("overlapping", None),
@@ -59,11 +59,9 @@ def run_once(pipe: Any, way: str, images: Path, bundle: Path, backend: str) -> N
         began.append(time.perf_counter())
         return LOOPS[loop](*arguments, **named)
 
-    mask_folder.segment_many = started
+    to_folder.segment_many = started
     with TemporaryDirectory() as out:
-        done = mask_folder.infer_to_folder(
-            [images], bundle, Path(out), backend=backend, threads=threads, on_error=_fail
-        )
+        done = to_folder.infer_to_folder([images], bundle, Path(out), backend=backend, threads=threads, on_error=_fail)
         seconds = time.perf_counter() - began[0]
         digests = {path.name: sha256(path) for path in done.masks}
     pipe.send((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000, digests))
@@ -109,7 +107,7 @@ def stages(images: Path, bundle_folder: Path, backend: str) -> dict[str, float]:
             clock.append(time.perf_counter())
             labels = do.finish(logits)
             clock.append(time.perf_counter())
-            mask_folder.write_mask(Mask.of(image, labels, bundle.classes), Path(out))
+            to_folder.write_mask(Mask.of(image, labels, bundle.classes), Path(out))
             clock.append(time.perf_counter())
             for name, spent in zip(("read", "prepare", "run", "finish", "write"), np.diff(clock), strict=True):
                 taken.setdefault(name, []).append(1000 * spent)

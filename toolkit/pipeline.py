@@ -10,8 +10,8 @@ from medseg_trt.bundles.manifest import Manifest, Variant
 from medseg_trt.errors import UsageError
 from medseg_trt.files import atomic_folder, sha256
 from medseg_trt.imaging.images import Mask, find_images, read_image
+from medseg_trt.inference.pipelined import Failure, segment_many
 from medseg_trt.progress import LOG
-from medseg_trt.segment_many import Failure, segment_many
 from medseg_trt.sessions.open import open_session
 from medseg_trt.spec import BuildSpec
 

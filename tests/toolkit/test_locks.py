@@ -14,7 +14,7 @@ from tiny import write_pictures
 from medseg_trt import files, locks
 from medseg_trt.errors import UsageError
 from medseg_trt.files import atomic_file
-from medseg_trt.finished import FOLDER, OVERLAYS, remove_leftovers
+from medseg_trt.inference.resume import FOLDER, OVERLAYS, remove_leftovers
 from medseg_trt.locks import folder_lock, remove_abandoned
 
 WRITER = """

@@ -37,8 +37,8 @@ from medseg_trt.files import sha256
 from medseg_trt.imaging.images import Image
 from medseg_trt.imaging.preprocess import of_image, prepare
 from medseg_trt.imaging.segment import Run
+from medseg_trt.inference.prefetch import Overlap
 from medseg_trt.machine import package_versions, this_machine
-from medseg_trt.overlap import Overlap
 from medseg_trt.progress import LOG, track
 from medseg_trt.sessions.backends import BACKENDS
 

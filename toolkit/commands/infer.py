@@ -48,7 +48,7 @@ def infer(
     code is then 1.
     """
     from medseg_trt.bundles.bundle import find_bundle
-    from medseg_trt.mask_folder import infer_to_folder
+    from medseg_trt.inference.to_folder import infer_to_folder
 
     def report(_path: Path, error: InputError) -> None:
         click.echo(printable(f"medseg-trt: {error}"), err=True)

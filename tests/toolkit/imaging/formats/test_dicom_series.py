@@ -30,7 +30,7 @@ from medseg_trt.errors import InputError
 from medseg_trt.imaging.dicom_signature import SIGNATURE_BYTES, starts_like_dicom
 from medseg_trt.imaging.formats.dicom_objects import MODALITIES, SOP_CLASSES
 from medseg_trt.imaging.images import find_images, read_image
-from medseg_trt.mask_folder import infer_to_folder
+from medseg_trt.inference.to_folder import infer_to_folder
 
 STORAGE = "1.2.840.10008.5.1.4.1.1."
 AFFINE = np.array([[-2.0, 0, 0, 31], [0, -1.5, 0, -12], [0, 0, 3, 7], [0, 0, 0, 1]])  # of ``save_slices``

@@ -8,18 +8,18 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from medseg_trt.areas_table import Row, area_rows, merge_areas
 from medseg_trt.bundles.bundle import MANIFEST, Bundle, load_bundle
 from medseg_trt.errors import InputError, MedsegError, MissingExtraError
 from medseg_trt.files import sha256
-from medseg_trt.finished import Finished, overlay_path, recall, remember, remove_leftovers
 from medseg_trt.imaging.images import MASK_SUFFIXES, Image, Mask, Source, read_image, write_mask
 from medseg_trt.imaging.listing import LeftOut, list_images
 from medseg_trt.imaging.overlay import write_overlay
 from medseg_trt.imaging.preprocess import of_image
-from medseg_trt.output_folder import name_limit, require_safe
+from medseg_trt.inference.areas_table import Row, area_rows, merge_areas
+from medseg_trt.inference.output_folder import name_limit, require_safe
+from medseg_trt.inference.pipelined import Failure, segment_many
+from medseg_trt.inference.resume import Finished, overlay_path, recall, remember, remove_leftovers
 from medseg_trt.progress import LOG, track
-from medseg_trt.segment_many import Failure, segment_many
 from medseg_trt.sessions.open import open_session
 
 OF_ONE_NAME = (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL, errno.EISDIR)  # other errors of a disk concern all files

@@ -5,10 +5,10 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from medseg_trt.areas_table import AREAS, read_areas
 from medseg_trt.errors import UsageError
-from medseg_trt.finished import FOLDER, OVERLAYS, overlay_path
 from medseg_trt.imaging.images import MASK_SUFFIXES, Source
+from medseg_trt.inference.areas_table import AREAS, read_areas
+from medseg_trt.inference.resume import FOLDER, OVERLAYS, overlay_path
 
 Identity = tuple[int, int]  # device and number: the same file under whatever path
 

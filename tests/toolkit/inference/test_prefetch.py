@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from tiny import write_pictures
 
-from medseg_trt import mask_folder, segment_many
 from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.errors import ArtefactError, InputError
 from medseg_trt.imaging.images import Mask, find_images, read_image, write_mask
 from medseg_trt.imaging.segment import segment
-from medseg_trt.mask_folder import infer_to_folder
-from medseg_trt.overlap import DEPTH, Overlap
+from medseg_trt.inference import pipelined, to_folder
+from medseg_trt.inference.prefetch import DEPTH, Overlap
+from medseg_trt.inference.to_folder import infer_to_folder
 from medseg_trt.pipeline import infer
 from medseg_trt.sessions.base import Session
 from medseg_trt.sessions.open import open_session
@@ -137,18 +137,18 @@ class BrokenError(Exception):
 
 
 def break_reading(monkeypatch, victim: str, error: type[Exception]) -> None:
-    def read(source, real=mask_folder.read_image):
+    def read(source, real=to_folder.read_image):
         if source.name == victim:
             raise error
         return real(source)
 
-    monkeypatch.setattr(mask_folder, "read_image", read)
+    monkeypatch.setattr(to_folder, "read_image", read)
 
 
 def break_running(monkeypatch, victim: str, error: type[Exception]) -> None:
     numbers = iter(range(1000))
 
-    def steps(*arguments, real=segment_many.steps):
+    def steps(*arguments, real=pipelined.steps):
         found = real(*arguments)
         if next(numbers) != int(victim[4]):
             return found
@@ -158,7 +158,7 @@ def break_running(monkeypatch, victim: str, error: type[Exception]) -> None:
 
         return type(found)(prepare=found.prepare, run=run, finish=found.finish)
 
-    monkeypatch.setattr(segment_many, "steps", steps)
+    monkeypatch.setattr(pipelined, "steps", steps)
 
 
 def break_finishing(monkeypatch, victim: str, error: type[Exception]) -> None:
@@ -167,16 +167,16 @@ def break_finishing(monkeypatch, victim: str, error: type[Exception]) -> None:
             raise error
         return real(image, labels, classes)
 
-    monkeypatch.setattr(segment_many.Mask, "of", of)
+    monkeypatch.setattr(pipelined.Mask, "of", of)
 
 
 def break_writing(monkeypatch, victim: str, error: type[Exception]) -> None:
-    def write(mask, output, real=mask_folder.write_mask):
+    def write(mask, output, real=to_folder.write_mask):
         if mask.path.name == victim:
             raise error
         return real(mask, output)
 
-    monkeypatch.setattr(mask_folder, "write_mask", write)
+    monkeypatch.setattr(to_folder, "write_mask", write)
 
 
 STAGES = [break_reading, break_running, break_finishing, break_writing]
@@ -204,7 +204,7 @@ def test_an_error_that_ends_the_run_loses_nothing_that_came_before(tiny_bundle, 
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_error_with_one_image_stops_that_image_alone(tiny_bundle, data, tmp_path, monkeypatch, stage, error, line):
     stage(monkeypatch, "case3.png", error)
-    monkeypatch.setattr(segment_many, "ROOM_BYTES", 0)  # what a failed image takes is given back, or all would wait
+    monkeypatch.setattr(pipelined, "ROOM_BYTES", 0)  # what a failed image takes is given back, or all would wait
     failed = {}
     written = infer_to_folder(
         [data], tiny_bundle, tmp_path / "out", on_error=lambda path, error: failed.update({path.name: str(error)})
@@ -230,8 +230,8 @@ def test_a_volume_that_fails_at_any_slice_is_one_failure(tiny_bundle, images, mo
             return real(batch)
 
         monkeypatch.setattr(session, "run", run)
-        first, second = segment_many.segment_many([volume, picture], session, bundle, 2)
-    assert isinstance(first, segment_many.Failure)
+        first, second = pipelined.segment_many([volume, picture], session, bundle, 2)
+    assert isinstance(first, pipelined.Failure)
     assert first.image is volume
     assert isinstance(first.error, MemoryError)
     assert isinstance(second, tuple)
@@ -265,7 +265,7 @@ def test_bad_files_are_named_in_order_and_the_rest_is_done(tiny_bundle, data, tm
 
 
 def test_large_images_are_read_one_at_a_time(tiny_bundle, data, monkeypatch):
-    monkeypatch.setattr(segment_many, "ROOM_BYTES", 0)
+    monkeypatch.setattr(pipelined, "ROOM_BYTES", 0)
     bundle, reading, most = load_bundle(tiny_bundle), set(), 0
     sources = find_images([data])
 
@@ -275,7 +275,7 @@ def test_large_images_are_read_one_at_a_time(tiny_bundle, data, monkeypatch):
             yield read_image(source)
 
     with open_session(bundle) as session:
-        for segmented in segment_many.segment_many(images(), session, bundle, 4):
+        for segmented in pipelined.segment_many(images(), session, bundle, 4):
             assert isinstance(segmented, tuple)
             time.sleep(0.01)
             most = max(most, len(reading))
@@ -310,7 +310,7 @@ def test_the_session_is_closed_after_the_last_run(tiny_bundle, data, tmp_path, m
     monkeypatch.setattr(kind, "run", spied("run", kind.run))
     monkeypatch.setattr(kind, "close", spied("close", kind.close))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mask_folder, "write_mask", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(to_folder, "write_mask", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             infer_to_folder([data], tiny_bundle, tmp_path / "out", on_error=unexpected)
     assert calls[-2:] == ["close begins", "close ends"]

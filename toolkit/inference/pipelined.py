@@ -21,7 +21,7 @@ from medseg_trt.errors import InputError, MedsegError
 from medseg_trt.imaging.images import Image, Mask
 from medseg_trt.imaging.preprocess import outside_fraction
 from medseg_trt.imaging.segment import Steps, steps
-from medseg_trt.overlap import POLL_S, Overlap, StoppedError
+from medseg_trt.inference.prefetch import POLL_S, Overlap, StoppedError
 from medseg_trt.progress import LOG, track
 from medseg_trt.sessions.base import Session
 

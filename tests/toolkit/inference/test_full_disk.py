@@ -14,9 +14,9 @@ import pytest
 from click.testing import CliRunner
 from tiny import picture, write_nifti, write_pictures
 
-from medseg_trt import mask_folder
 from medseg_trt.cli import cli, main
 from medseg_trt.imaging.images import write_mask
+from medseg_trt.inference import to_folder
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def noisy_masks(monkeypatch) -> None:
         mask.labels[:] = rng.integers(0, len(mask.classes.names), mask.labels.shape, np.uint8)
         return real(mask, output)
 
-    monkeypatch.setattr(mask_folder, "write_mask", write)
+    monkeypatch.setattr(to_folder, "write_mask", write)
 
 
 @pytest.fixture(params=["z.png", "z.nii.gz", "z.tif"])

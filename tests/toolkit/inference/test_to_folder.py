@@ -12,12 +12,12 @@ import pytest
 from nibabel import Nifti1Image
 from tiny import write_pictures
 
-from medseg_trt import mask_folder
 from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.errors import InputError, UsageError
 from medseg_trt.files import sha256
 from medseg_trt.imaging.images import read_image
-from medseg_trt.mask_folder import infer_to_folder
+from medseg_trt.inference import to_folder
+from medseg_trt.inference.to_folder import infer_to_folder
 
 
 def read_indices(path: Path) -> np.ndarray:
@@ -78,14 +78,14 @@ def test_a_bad_file_is_named_and_the_rest_is_done(tiny_bundle, images, tmp_path)
 
 
 def test_an_interrupt_keeps_what_is_finished_and_its_areas(tiny_bundle, images, tmp_path, monkeypatch):
-    original = mask_folder.write_mask
+    original = to_folder.write_mask
 
     def interrupted(mask, folder):
         if mask.path.name == "case1.png":
             raise KeyboardInterrupt
         return original(mask, folder)
 
-    monkeypatch.setattr(mask_folder, "write_mask", interrupted)
+    monkeypatch.setattr(to_folder, "write_mask", interrupted)
     with pytest.raises(KeyboardInterrupt):
         infer_to_folder([images], tiny_bundle, tmp_path / "out", on_error=unexpected)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"case0.png", "areas.csv", ".finished"}
@@ -107,17 +107,17 @@ def test_masks_never_overwrite_images_or_each_other(tiny_bundle, images, tmp_pat
 def segmented(monkeypatch) -> list[str]:
     """The images that were really read, all of which go through the network, by name."""
     names = []
-    original = mask_folder.read_image
+    original = to_folder.read_image
 
     def spy(source):
         names.append(source.name)
         return original(source)
 
-    monkeypatch.setattr(mask_folder, "read_image", spy)
+    monkeypatch.setattr(to_folder, "read_image", spy)
     return names
 
 
-def run(images: Path, bundle: Path, out: Path, **options) -> mask_folder.MaskFolder:
+def run(images: Path, bundle: Path, out: Path, **options) -> to_folder.MaskFolder:
     return infer_to_folder([images], bundle, out, resume=True, on_error=unexpected, **options)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from medseg_trt.files import sha256
-from medseg_trt.finished import FOLDER, OVERLAYS, Finished, overlay_path, recall, remember
+from medseg_trt.inference.resume import FOLDER, OVERLAYS, Finished, overlay_path, recall, remember
 
 STEM = "a"
 

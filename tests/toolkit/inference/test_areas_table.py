@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from medseg_trt.areas_table import AREAS, HEADER, merge_areas, read_areas
 from medseg_trt.errors import UsageError
+from medseg_trt.inference.areas_table import AREAS, HEADER, merge_areas, read_areas
 
 MERGER = """
 import sys
 from pathlib import Path
-from medseg_trt.areas_table import merge_areas
+from medseg_trt.inference.areas_table import merge_areas
 
 folder, run = Path(sys.argv[1]), sys.argv[2]
 for number in range(20):

@@ -1,0 +1,1 @@
+"""Segment many images: prefetching, a pipeline over images, a folder of masks that can be resumed."""
