@@ -25,10 +25,10 @@ from medseg_trt.bundles.bundle import Bundle, load_bundle
 from medseg_trt.bundles.manifest import BuiltEngine
 from medseg_trt.engines.child import build_in_child
 from medseg_trt.engines.fingerprint import read_fingerprint
-from medseg_trt.engines.inspection import read_report, shares
 from medseg_trt.export.engine_layers import CUSTOM
 from medseg_trt.export.gate import Verdict
 from medseg_trt.files import cache_folder
+from medseg_trt.inspection.engine import read_report, shares
 
 TARGETS = "sm86,sm89,sm120"
 PRECISIONS = {  # by their name in the table

@@ -13,7 +13,7 @@ from medseg_trt import pipeline
 from medseg_trt.building.reference_images import reference_images
 from medseg_trt.cli import cli
 from medseg_trt.errors import InputError, UsageError
-from medseg_trt.inspection import describe
+from medseg_trt.inspection.describe import describe
 from medseg_trt.train import runs
 from medseg_trt.train.checkpoint import load_checkpoint
 from medseg_trt.train.datasets.official import open_recorded

@@ -199,7 +199,7 @@ def _engine(
     library: str, path: Path, precision: str, compute: str, image: np.ndarray, folder: Path
 ) -> tuple[str, list[Step]]:
     """Time the layers of the engine of a bundle; the names are the builder's, and its report knows their nodes."""
-    from medseg_trt.engines.inspection import read_report
+    from medseg_trt.inspection.engine import read_report
     from medseg_trt.sessions.subprocess_session import open_network
     from medseg_trt.sessions.tensorrt import TensorRtSession
 

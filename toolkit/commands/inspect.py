@@ -43,7 +43,7 @@ def inspect(what: str, image_size: int, classes: int, picture: Path | None, as_j
         raise UsageError(
             "--picture FILE.svg draws the layers of an engine: medseg-trt inspect engine.plan --picture a.svg"
         )
-    from medseg_trt.inspection import describe
+    from medseg_trt.inspection.describe import describe
 
     if what.endswith(PLAN) and Path(what).exists() and not as_json:
         _show_engine(Path(what))
@@ -55,7 +55,7 @@ def inspect(what: str, image_size: int, classes: int, picture: Path | None, as_j
 
 
 def _show_engine(plan: Path) -> None:
-    from medseg_trt.engines.inspection import inspect_engine, shares
+    from medseg_trt.inspection.engine import inspect_engine, shares
     from medseg_trt.spec import to_dict
 
     engine = inspect_engine(plan)
@@ -67,9 +67,9 @@ def _show_engine(plan: Path) -> None:
 
 
 def _draw_engine(plan: Path, picture: Path) -> None:
-    from medseg_trt.engines.inspection import inspect_engine
-    from medseg_trt.engines.layer_picture import draw_layers
     from medseg_trt.files import atomic_file
+    from medseg_trt.inspection.engine import inspect_engine
+    from medseg_trt.inspection.layer_picture import draw_layers
 
     engine = inspect_engine(plan)
     with atomic_file(picture) as temporary:

@@ -23,7 +23,6 @@ from medseg_trt.engines import child as engine_child
 from medseg_trt.engines.build import build_engines, check_engines, rebuild_engines
 from medseg_trt.engines.child import build_in_child
 from medseg_trt.engines.fingerprint import read_fingerprint, side_car, write_fingerprint
-from medseg_trt.engines.inspection import inspect_engine, read_report, shares
 from medseg_trt.errors import ArtefactError, DeviceError, MedsegError, MissingExtraError, UsageError
 from medseg_trt.export.engine import LIBRARIES, check_engine_spec, flavour_for, require_library, shell_command
 from medseg_trt.export.engine_graph import JOINED, EngineGraph, engine_graph
@@ -33,6 +32,7 @@ from medseg_trt.export.gemms import gemms, total_macs
 from medseg_trt.export.onnx_graph import OnnxGraph
 from medseg_trt.export.qkv_order import order_before_split
 from medseg_trt.files import sha256, write_json
+from medseg_trt.inspection.engine import inspect_engine, read_report, shares
 from medseg_trt.spec import EngineSpec, from_dict, to_dict
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'medseg-trt[tensorrt-rtx]'")

@@ -78,13 +78,13 @@ def _bundle(path: Path) -> dict[str, Any]:
 
 
 def _onnx(path: Path) -> dict[str, Any]:
-    from medseg_trt.onnx_file import describe_onnx
+    from medseg_trt.inspection.onnx_file import describe_onnx
 
     return describe_onnx(path)
 
 
 def _plan(path: Path) -> dict[str, Any]:
-    from medseg_trt.engines.inspection import inspect_engine
+    from medseg_trt.inspection.engine import inspect_engine
 
     return inspect_engine(path).to_dict()
 

@@ -10,8 +10,8 @@ from math import log10
 from xml.sax.saxutils import escape, quoteattr
 
 from medseg_trt.engines.fingerprint import EngineFingerprint
-from medseg_trt.engines.inspection import shares
 from medseg_trt.export.engine_layers import CUSTOM, Layer, LayerReport
+from medseg_trt.inspection.engine import shares
 from medseg_trt.spec import LIBRARY_NAMES
 
 COLORS: Mapping[str, str] = {  # Okabe & Ito's, which the colour-blind tell apart

@@ -10,7 +10,7 @@ from tiny import TWO_ORGANS, make_checkpoint
 from medseg_trt.cli import cli
 from medseg_trt.errors import ArtefactError, InputError, MedsegError, UsageError
 from medseg_trt.files import sha256
-from medseg_trt.inspection import describe
+from medseg_trt.inspection.describe import describe
 
 LLAMA_7B_LAYER = 4 * 4096 * 4096 + 3 * 4096 * 11008 + 2 * 4096  # attention, feed-forward, two norms
 
@@ -19,7 +19,7 @@ LLAMA_7B_LAYER = 4 * 4096 * 4096 + 3 * 4096 * 11008 + 2 * 4096  # attention, fee
 def test_the_published_architecture_is_counted_without_its_memory():
     code = (
         "import json, pathlib\n"
-        "from medseg_trt.inspection import describe\n"
+        "from medseg_trt.inspection.describe import describe\n"
         "found = describe('arch:llm-transunet', 256, 1)\n"
         "status = pathlib.Path('/proc/self/status').read_text()\n"  # getrusage would count the parent's memory too
         "print(json.dumps([found, int(status.partition('VmHWM:')[2].split()[0])]))"

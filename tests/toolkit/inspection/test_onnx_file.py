@@ -5,7 +5,7 @@ import pytest
 
 from medseg_trt.errors import ArtefactError
 from medseg_trt.files import sha256
-from medseg_trt.inspection import describe
+from medseg_trt.inspection.describe import describe
 
 
 def test_a_graph_is_described_without_its_weights(tiny_bundle, tmp_path):

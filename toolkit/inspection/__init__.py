@@ -1,0 +1,1 @@
+"""Describe a bundle, a checkpoint, an ONNX file or an engine."""
