@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from medseg_trt.bench.report.write import table
+from medseg_trt.commands.json_output import only_json
 from medseg_trt.files import atomic_file, write_json
-from medseg_trt.json_output import only_json
 from medseg_trt.machine import package_versions, this_machine
 
 __all__ = ["RESULTS", "options", "publish", "script", "table", "where"]

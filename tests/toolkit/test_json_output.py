@@ -29,7 +29,7 @@ def ran(code: str) -> subprocess.CompletedProcess[str]:
 
 def test_what_others_write_goes_to_stderr_and_stdout_is_theirs_again_afterwards():
     done = ran(
-        "from medseg_trt.json_output import only_json\n"
+        "from medseg_trt.commands.json_output import only_json\n"
         "with only_json() as output:\n    noise()\n    output.print({'a': [1]})\n    noise()\n"
         "print('afterwards')"
     )
@@ -42,7 +42,7 @@ def test_what_others_write_goes_to_stderr_and_stdout_is_theirs_again_afterwards(
 
 def test_an_error_gives_stdout_back():
     done = ran(
-        "from medseg_trt.json_output import only_json\n"
+        "from medseg_trt.commands.json_output import only_json\n"
         "try:\n    with only_json():\n        raise ValueError\nexcept ValueError:\n    noise()\n"
     )
     assert set(done.stdout.splitlines()) == WRITERS

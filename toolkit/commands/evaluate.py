@@ -67,11 +67,11 @@ def evaluate(
     as_json: bool,
 ) -> None:
     """Score networks on labelled images: Dice, IoU and HD95."""
-    from medseg_trt import scoreboard
+    from medseg_trt import evaluate as evaluation
 
     if not checkpoints and not bundles:
         raise UsageError("nothing to evaluate; give --ckpt model.pt or --bundle model.medseg")
-    boards = scoreboard.evaluate_all(
+    boards = evaluation.evaluate_all(
         checkpoints, bundles, data_folder, splits, backend, hd95,
         metric=metric, batch=batch, changes=changes, verify_key=verify_key,
     )  # fmt: skip

@@ -6,9 +6,9 @@ import pytest
 from tiny import LESION, TWO_ORGANS, make_checkpoint, picture, write_nifti, write_pictures, write_volumes
 
 from medseg_trt.errors import UsageError
+from medseg_trt.evaluate import evaluate_all
 from medseg_trt.metrics.overlap import mean_scores, scores
 from medseg_trt.metrics.protocols import METRICS
-from medseg_trt.scoreboard import evaluate_all
 from medseg_trt.spec import Preprocessing
 from medseg_trt.train.datasets.folder import Case
 from medseg_trt.train.evaluate import evaluate

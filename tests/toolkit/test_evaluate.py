@@ -5,10 +5,10 @@ import pytest
 from tiny import LESION, make_checkpoint, write_pictures, write_volumes
 
 from medseg_trt.errors import InputError, UsageError
+from medseg_trt.evaluate import evaluate_all
 from medseg_trt.imaging.images import read_image, read_labels
 from medseg_trt.metrics.hausdorff import hd95
 from medseg_trt.pipeline import infer
-from medseg_trt.scoreboard import evaluate_all
 
 
 @pytest.fixture(scope="module")
