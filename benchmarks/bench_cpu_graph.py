@@ -33,7 +33,7 @@ def graph_figures(float_graph: Path, four_bit_graph: Path) -> dict[str, float]:
 
 def folding_error(found: Any) -> float:
     """Return the largest difference of the folded network's logits from the unfolded one's, on the judged images."""
-    from medseg_trt.export.fold import fold
+    from medseg_trt.export.fold.fold import fold
     from medseg_trt.train.checkpoint import load_checkpoint
     from medseg_trt.train.model import runner
 

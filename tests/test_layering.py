@@ -105,7 +105,7 @@ def test_every_leaf_exists():
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("medseg_trt.train.loop", "from medseg_trt.export.fold import fold"),
+        ("medseg_trt.train.loop", "from medseg_trt.export.fold.fold import fold"),
         ("medseg_trt.train.loop", "from medseg_trt import pipeline"),
         ("medseg_trt.train.loop", "import medseg_trt"),
         ("medseg_trt.train.datasets.folder", "def late():\n    import medseg_trt.bench.report.write"),
@@ -138,7 +138,7 @@ def test_a_planted_import_is_caught(module, source):
     ("module", "source"),
     [
         ("medseg_trt.pipeline", "from medseg_trt.export.trace import trace\nfrom medseg_trt.train import loop"),
-        ("medseg_trt.export.fold", "from medseg_trt.train.model import build_model"),
+        ("medseg_trt.export.fold.fold", "from medseg_trt.train.model import build_model"),
         ("medseg_trt.train.blocks", "from medseg_trt import __version__\nfrom medseg_trt.errors import UsageError"),
         ("medseg_trt.imaging.segment", "from medseg_trt.imaging.preprocess import prepare\nimport trainer, numpy"),
     ],

@@ -61,7 +61,7 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel):
     names = [PurePosixPath(name) for name in zipfile.ZipFile(wheel).namelist()]
     inside = {str(name) for name in names if not name.parts[0].endswith(".dist-info")}
     assert inside == expected_files()
-    for name in ("py.typed", "cli.py", "sessions/onnxruntime.py", "train/datasets/folder.py", "export/fold.py"):
+    for name in ("py.typed", "cli.py", "sessions/onnxruntime.py", "train/datasets/folder.py", "export/fold/fold.py"):
         assert f"medseg_trt/{name}" in inside
 
 

@@ -52,7 +52,7 @@ def build(
     from medseg_trt.bundles.signature import read_private_key, sign
     from medseg_trt.engines.build import Engines, build_engines, check_engines
     from medseg_trt.engines.kernels import add_kernels
-    from medseg_trt.export.fold import fold, plain_report
+    from medseg_trt.export.fold.fold import fold, plain_report
     from medseg_trt.export.fuse import fuse
     from medseg_trt.export.masks import require_linear
     from medseg_trt.export.quantize import parse_precision

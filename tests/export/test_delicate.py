@@ -5,7 +5,7 @@ from tiny import tiny_spec
 
 from medseg_trt.export import delicate as module
 from medseg_trt.export.delicate import MODULES, delicate
-from medseg_trt.export.fold import fold
+from medseg_trt.export.fold.fold import fold
 from medseg_trt.export.fuse import fuse
 from medseg_trt.export.gemms import gemms, total_macs
 from medseg_trt.export.groups import module_of

@@ -18,7 +18,7 @@ from tiny import make_checkpoint
 
 from medseg_trt.errors import MedsegError
 from medseg_trt.export.flavours import FLAVOURS, derive, plain
-from medseg_trt.export.fold import fold
+from medseg_trt.export.fold.fold import fold
 from medseg_trt.export.functions import DOMAIN, function
 from medseg_trt.export.fuse import fuse
 from medseg_trt.export.trace import KEPT_METADATA, OnnxGraph, trace

@@ -15,7 +15,7 @@ from tiny import make_checkpoint
 
 from medseg_trt.errors import MedsegError
 from medseg_trt.export.flavours import FLAVOURS, derive, plain
-from medseg_trt.export.fold import fold
+from medseg_trt.export.fold.fold import fold
 from medseg_trt.export.functions import BODIES, DOMAIN, PLUGIN, check_functions, function
 from medseg_trt.export.fuse import RULES, fuse
 from medseg_trt.export.trace import OnnxGraph, check, trace

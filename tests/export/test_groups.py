@@ -3,7 +3,7 @@ import onnx_ir as ir
 import pytest
 from tiny import tiny_spec
 
-from medseg_trt.export.fold import fold
+from medseg_trt.export.fold.fold import fold
 from medseg_trt.export.fuse import fuse
 from medseg_trt.export.gemms import gemms
 from medseg_trt.export.groups import groups_of

@@ -6,7 +6,7 @@ import torch
 from tiny import make_checkpoint
 
 from medseg_trt.export.flavours import derive
-from medseg_trt.export.fold import fold
+from medseg_trt.export.fold.fold import fold
 from medseg_trt.export.fuse import fuse
 from medseg_trt.export.gemms import gemms
 from medseg_trt.export.half import FLOAT, TYPES, to_half

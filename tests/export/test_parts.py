@@ -14,7 +14,7 @@ CONV, LINEAR = "torch.nn.modules.conv.Conv2d", "torch.nn.modules.linear.Linear"
         (f"patch_embedding: {CONV}/conv2d_13: aten.conv2d.default", "vit"),
         (f"layers.11: medseg_trt.train.transunet.EncoderLayer/layers.11.fc1: {LINEAR}/gelu: aten.gelu.default", "vit"),
         ("view: aten.view.default", "vit"),
-        (f"insert: medseg_trt.export.folded.FoldedInsert/insert.mapper2: {LINEAR}/mm: aten.mm.default", "block"),
+        (f"insert: medseg_trt.export.fold.layers.FoldedInsert/insert.mapper2: {LINEAR}/mm: aten.mm.default", "block"),
         ("decoder.3: medseg_trt.train.transunet.DecoderStage/cat_2: aten.cat.default", "decoder"),
         (f"head: {CONV}/conv2d_23: aten.conv2d.default", "decoder"),
     ],

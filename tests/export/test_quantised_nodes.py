@@ -11,7 +11,7 @@ from tiny import make_checkpoint, picture
 
 from medseg_trt.export.calibrate import calibrate, observed_graph
 from medseg_trt.export.flavours import FLAVOURS
-from medseg_trt.export.fold import fold
+from medseg_trt.export.fold.fold import fold
 from medseg_trt.export.functions import DOMAIN
 from medseg_trt.export.fuse import fuse
 from medseg_trt.export.quantised_nodes import join_quantisers

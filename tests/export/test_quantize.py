@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from medseg_trt.errors import UsageError
 from medseg_trt.export.calibrate import Calibration, calibrate, observed_graph
 from medseg_trt.export.flavours import FLAVOURS, plain
-from medseg_trt.export.fold import fold
+from medseg_trt.export.fold.fold import fold
 from medseg_trt.export.fuse import fuse
 from medseg_trt.export.gemms import PART_NAMES, gemms, total_macs
 from medseg_trt.export.quantize import (

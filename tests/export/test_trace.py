@@ -10,7 +10,7 @@ from tiny import make_checkpoint
 
 from medseg_trt.errors import MedsegError
 from medseg_trt.export import trace as trace_module
-from medseg_trt.export.fold import fold
+from medseg_trt.export.fold.fold import fold
 from medseg_trt.export.save import save_flavours
 from medseg_trt.export.trace import OPSET, OnnxGraph, check, trace
 from medseg_trt.train.checkpoint import load_checkpoint

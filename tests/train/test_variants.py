@@ -15,7 +15,7 @@ import torch
 from tiny import SIZE, TWO_ORGANS, tiny_recipe, write_block, write_pictures
 
 from medseg_trt.errors import UsageError
-from medseg_trt.export.fold import fold
+from medseg_trt.export.fold.fold import fold
 from medseg_trt.export.save import save_flavours
 from medseg_trt.export.trace import trace
 from medseg_trt.spec import BlockSpec, InsertSpec, ModelSpec, Preprocessing, from_dict, to_dict

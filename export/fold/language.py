@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from medseg_trt.export.folded import (
+from medseg_trt.export.fold.layers import (
     Attend,
     Branch,
     FoldedInsert,
@@ -25,7 +25,7 @@ from medseg_trt.export.folded import (
     SwiGLU,
     WeightedRMSNorm,
 )  # fmt: skip
-from medseg_trt.export.rule import Folding, constant, counted, linear, places, stacked
+from medseg_trt.export.fold.rule import Folding, constant, counted, linear, places, stacked
 from medseg_trt.train.llama import LlamaBlock, RMSNorm, rotary_angles
 from medseg_trt.train.model import LanguageInsert
 from medseg_trt.train.transunet import TransUNet

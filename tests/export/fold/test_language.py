@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from medseg_trt.export import fold_language
-from medseg_trt.export.fold import RULES, fold
-from medseg_trt.export.fold_language import merge_language_projections
-from medseg_trt.export.folded import Branch, FoldedInsert, InverseRMS, RotaryTable, WeightedRMSNorm
+from medseg_trt.export.fold import language as fold_language
+from medseg_trt.export.fold.fold import RULES, fold
+from medseg_trt.export.fold.language import merge_language_projections
+from medseg_trt.export.fold.layers import Branch, FoldedInsert, InverseRMS, RotaryTable, WeightedRMSNorm
 from medseg_trt.export.parts import part_of
 from medseg_trt.export.trace import trace
 from medseg_trt.spec import InsertSpec, ModelSpec

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from medseg_trt.export.fold_language import (
+from medseg_trt.export.fold.language import (
     cancel_final_norm,
     fold_mapper1,
     fold_mapper2,
@@ -22,8 +22,8 @@ from medseg_trt.export.fold_language import (
     merge_norm_weights,
     tabulate_rotary,
 )  # fmt: skip
-from medseg_trt.export.folded import Attend
-from medseg_trt.export.rule import Folding, constant, counted, places, stacked
+from medseg_trt.export.fold.layers import Attend
+from medseg_trt.export.fold.rule import Folding, constant, counted, places, stacked
 from medseg_trt.spec import to_dict
 from medseg_trt.train.transunet import Attention, ConvNormReLU, StdConv2d, TransUNet
 

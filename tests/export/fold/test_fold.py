@@ -7,9 +7,9 @@ import torch
 from tiny import make_checkpoint
 from torch import nn
 
-from medseg_trt.export import fold as fold_module
-from medseg_trt.export.fold import RULES, fold, plain_report
-from medseg_trt.export.rule import Folding
+from medseg_trt.export.fold import fold as fold_module
+from medseg_trt.export.fold.fold import RULES, fold, plain_report
+from medseg_trt.export.fold.rule import Folding
 from medseg_trt.train.checkpoint import load_checkpoint
 from medseg_trt.train.transunet import Attention, ConvNormReLU, StdConv2d, TransUNet
 

@@ -1,0 +1,1 @@
+"""Exact folding: the frozen block as fewer layers with the same output."""
