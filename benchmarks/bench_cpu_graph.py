@@ -13,9 +13,9 @@ def graph_figures(float_graph: Path, four_bit_graph: Path) -> dict[str, float]:
     """Return ``gmac`` and ``parameters_m`` of the folded network, and ``w4a16_block_mb``, what its LLM part stores."""
     import onnx_ir as ir
 
-    from medseg_trt.export.gemms import total_macs
-    from medseg_trt.export.parts import part_of
-    from medseg_trt.export.trace import KEPT_METADATA, OnnxGraph
+    from medseg_trt.export.graph.gemms import total_macs
+    from medseg_trt.export.graph.parts import part_of
+    from medseg_trt.export.graph.trace import KEPT_METADATA, OnnxGraph
 
     graph, coded = OnnxGraph(model=ir.load(float_graph)), OnnxGraph(model=ir.load(four_bit_graph))
     stored: dict[str, int] = {}
@@ -81,7 +81,7 @@ def profile(path: Path, float_graph: Path, compute: str, image: np.ndarray) -> l
 
 
 def _parts(*models: Any) -> dict[str, str]:
-    from medseg_trt.export.parts import part_of
+    from medseg_trt.export.graph.parts import part_of
 
     found: dict[str, str] = {}
     for node in (node for model in models for node in model.graph.node):

@@ -15,7 +15,7 @@ from numpy import ndarray
 
 from medseg_trt.errors import InputError, UsageError
 from medseg_trt.export.graph.interface import INPUT
-from medseg_trt.export.onnx_graph import OnnxGraph
+from medseg_trt.export.graph.onnx_graph import OnnxGraph
 
 Observe = Callable[[ndarray], Mapping[str, ndarray]]  # (1, 3, H, W) float32 -> named values
 MIN_IMAGES = 4

@@ -8,9 +8,9 @@ more than half of the squared error of the logits, and the outermost of them are
 
 from collections.abc import Collection
 
-from medseg_trt.export.gemms import gemms, total_macs
-from medseg_trt.export.groups import module_of
-from medseg_trt.export.trace import OnnxGraph
+from medseg_trt.export.graph.gemms import gemms, total_macs
+from medseg_trt.export.graph.modules import module_of
+from medseg_trt.export.graph.trace import OnnxGraph
 
 MODULES = (  # those first that cause most error for their work
     "resnet.root.0",

@@ -21,8 +21,8 @@ import onnx_ir as ir
 from onnx import NodeProto, TensorProto
 
 from medseg_trt.errors import ArtefactError
-from medseg_trt.export.functions import DOMAIN
-from medseg_trt.export.onnx_graph import OnnxGraph
+from medseg_trt.export.graph.functions import DOMAIN
+from medseg_trt.export.graph.onnx_graph import OnnxGraph
 from medseg_trt.export.qkv_order import order_before_split
 from medseg_trt.export.quantised_nodes import join_quantisers
 

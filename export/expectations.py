@@ -11,10 +11,10 @@ from functools import partial
 import onnx_ir as ir
 
 from medseg_trt.export.engine_layers import CUSTOM, Layer, LayerReport, Outcome
-from medseg_trt.export.gemms import PART_NAMES, Gemm, gemms, macs_of
+from medseg_trt.export.graph.gemms import PART_NAMES, Gemm, gemms, macs_of
+from medseg_trt.export.graph.onnx_graph import KEPT_METADATA, OnnxGraph
+from medseg_trt.export.graph.parts import part_of
 from medseg_trt.export.layers import parse_layers
-from medseg_trt.export.onnx_graph import KEPT_METADATA, OnnxGraph
-from medseg_trt.export.parts import part_of
 from medseg_trt.export.quantize import found_precisions
 
 STORED = ("int8", "fp8", "w8a16", "w4a16")  # precisions whose weights are codes

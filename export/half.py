@@ -12,9 +12,9 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from medseg_trt.export.functions import DOMAIN
-from medseg_trt.export.gemms import gemms
-from medseg_trt.export.onnx_graph import KEPT_METADATA, OnnxGraph
+from medseg_trt.export.graph.functions import DOMAIN
+from medseg_trt.export.graph.gemms import gemms
+from medseg_trt.export.graph.onnx_graph import KEPT_METADATA, OnnxGraph
 
 TYPES: Mapping[str, ir.DataType] = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 FLOAT = ir.DataType.FLOAT

@@ -12,9 +12,9 @@ import numpy as np
 import onnx_ir as ir
 
 from medseg_trt.export.calibrate import Observe
-from medseg_trt.export.gemms import gemms
+from medseg_trt.export.graph.gemms import gemms
+from medseg_trt.export.graph.trace import KEPT_METADATA, OnnxGraph
 from medseg_trt.export.half import FLOAT, TYPES
-from medseg_trt.export.trace import KEPT_METADATA, OnnxGraph
 
 LARGEST: Mapping[str, float] = {"fp16": 65504.0, "bf16": float(np.finfo(np.float32).max)}
 HEADROOM = 4.0  # another image may be brighter than those that were looked at

@@ -12,11 +12,11 @@ from pathlib import Path
 MODULES = (
     "calibrate",
     "delicate",
-    "flavours",
-    "gemms",
-    "groups",
+    "graph/flavours",
+    "graph/gemms",
+    "graph/modules",
     "half",
-    "parts",
+    "graph/parts",
     "quantize",
     "smooth",
     "weight_only",
@@ -35,5 +35,5 @@ def policy_digest(parts: Mapping[str, str], form: str, flavour: str, kept_float:
     choices = {"parts": dict(parts), "form": form, "flavour": flavour, "kept_float": sorted(kept_float)}
     content = hashlib.sha256(json.dumps(choices, sort_keys=True).encode())
     for module in MODULES:
-        content.update(Path(__file__).with_name(f"{module}.py").read_bytes())
+        content.update((Path(__file__).parent / f"{module}.py").read_bytes())
     return content.hexdigest()

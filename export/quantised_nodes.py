@@ -8,8 +8,8 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from medseg_trt.export.functions import DOMAIN, attach, call, check_functions
-from medseg_trt.export.onnx_graph import OnnxGraph
+from medseg_trt.export.graph.functions import DOMAIN, attach, call, check_functions
+from medseg_trt.export.graph.onnx_graph import OnnxGraph
 
 JOINED: Mapping[tuple[str, str], str] = {  # domain, operator -> what takes its place
     (DOMAIN, "RMSNorm"): "QuantizedRMSNorm",

@@ -17,9 +17,9 @@ import onnx_ir as ir
 
 from medseg_trt.errors import UsageError
 from medseg_trt.export.calibrate import Calibration, Range
-from medseg_trt.export.gemms import PART_NAMES, gemms, stored_weight, total_macs
+from medseg_trt.export.graph.gemms import PART_NAMES, gemms, stored_weight, total_macs
+from medseg_trt.export.graph.onnx_graph import KEPT_METADATA, OnnxGraph
 from medseg_trt.export.half import TYPES
-from medseg_trt.export.onnx_graph import KEPT_METADATA, OnnxGraph
 from medseg_trt.export.weight_only import FP8_MAX, Coder, add_constant, per_channel, per_channel_fp8, with_coded_weights
 
 

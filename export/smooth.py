@@ -15,8 +15,8 @@ from jaxtyping import Float32
 from numpy import ndarray
 
 from medseg_trt.export.calibrate import NUM_BINS, Histogram, Observe, mean_squared_error
-from medseg_trt.export.gemms import Gemm, gemms
-from medseg_trt.export.trace import OnnxGraph
+from medseg_trt.export.graph.gemms import Gemm, gemms
+from medseg_trt.export.graph.trace import OnnxGraph
 from medseg_trt.export.weight_only import add_constant, per_channel
 
 MAKERS: Mapping[str, tuple[int, ...]] = {  # inputs of a node whose first axis is the channels of what it makes

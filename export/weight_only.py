@@ -14,8 +14,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy import ndarray
 
-from medseg_trt.export.gemms import Gemm, gemms
-from medseg_trt.export.onnx_graph import KEPT_METADATA, OnnxGraph
+from medseg_trt.export.graph.gemms import Gemm, gemms
+from medseg_trt.export.graph.onnx_graph import KEPT_METADATA, OnnxGraph
 from medseg_trt.progress import LOG
 
 INT8_MAX = 127  # -128 stays unused, so that negating a weight negates its code

@@ -2,7 +2,7 @@
 
 A TensorRT plugin has a node's name; its inputs and outputs are the kernel's arrays, in the kernel's order. Nothing here
 knows TensorRT: a dimension is an integer, or an expression of some library that can be multiplied and divided.
-Source: ``export/functions.py``, which says what each node means in standard operators.
+Source: ``export/graph/functions.py``, which says what each node means in standard operators.
 """
 
 import hashlib

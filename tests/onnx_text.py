@@ -9,8 +9,8 @@ import onnx.parser
 import onnx_ir as ir
 import onnxruntime
 
-from medseg_trt.export.functions import attach
-from medseg_trt.export.onnx_graph import KEPT_METADATA, OPSET, OnnxGraph
+from medseg_trt.export.graph.functions import attach
+from medseg_trt.export.graph.onnx_graph import KEPT_METADATA, OPSET, OnnxGraph
 
 HEADER = f'<ir_version: 10, opset_import: ["": {OPSET}, "medseg": 1]>'
 MODULE = ": TransUNet/insert: Insert/step: aten.step"  # the part of the network that the nodes are said to be in

@@ -53,10 +53,10 @@ def build(
     from medseg_trt.engines.build import Engines, build_engines, check_engines
     from medseg_trt.engines.kernels import add_kernels
     from medseg_trt.export.fold.fold import fold, plain_report
-    from medseg_trt.export.fuse import fuse
-    from medseg_trt.export.masks import require_linear
+    from medseg_trt.export.graph.fuse import fuse
+    from medseg_trt.export.graph.masks import require_linear
+    from medseg_trt.export.graph.trace import trace
     from medseg_trt.export.quantize import parse_precision
-    from medseg_trt.export.trace import trace
     from medseg_trt.machine import package_versions
     from medseg_trt.train.checkpoint import load_checkpoint
     from medseg_trt.train.model import runner

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from onnx_text import graph_of, outputs_of
 
 from medseg_trt.export.calibrate import Calibration, Range
-from medseg_trt.export.gemms import Gemm, gemms
+from medseg_trt.export.graph.gemms import Gemm, gemms
 from medseg_trt.export.graph.interface import INPUT
 from medseg_trt.export.quantize import FORMS, activation_codes, to_fp8, to_int8
 from medseg_trt.export.weight_only import SHRINKS, per_block, per_channel, per_channel_fp8

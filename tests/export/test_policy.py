@@ -32,7 +32,9 @@ def test_another_choice_has_another_name(other):
 @pytest.mark.parametrize("module", MODULES)
 def test_other_code_has_another_name(tmp_path, monkeypatch, module):
     for name in MODULES:
-        shutil.copy(Path(policy.__file__).with_name(f"{name}.py"), tmp_path)
+        copy = tmp_path / f"{name}.py"
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(Path(policy.__file__).parent / f"{name}.py", copy)
     before = policy_digest(INT8, "uint8", "plain", ())
     monkeypatch.setattr(policy, "__file__", str(tmp_path / "policy.py"))
     assert policy_digest(INT8, "uint8", "plain", ()) == before

@@ -10,14 +10,14 @@ import pytest
 from tiny import make_checkpoint, picture
 
 from medseg_trt.export.calibrate import calibrate, observed_graph
-from medseg_trt.export.flavours import FLAVOURS
 from medseg_trt.export.fold.fold import fold
-from medseg_trt.export.functions import DOMAIN
-from medseg_trt.export.fuse import fuse
+from medseg_trt.export.graph.flavours import FLAVOURS
+from medseg_trt.export.graph.functions import DOMAIN
+from medseg_trt.export.graph.fuse import fuse
+from medseg_trt.export.graph.save import save_flavours
+from medseg_trt.export.graph.trace import INPUT, OnnxGraph, check, trace
 from medseg_trt.export.quantised_nodes import join_quantisers
 from medseg_trt.export.quantize import parse_precision, quantise, values_to_calibrate
-from medseg_trt.export.save import save_flavours
-from medseg_trt.export.trace import INPUT, OnnxGraph, check, trace
 from medseg_trt.train.checkpoint import load_checkpoint
 from medseg_trt.train.llama import LlamaBlock
 

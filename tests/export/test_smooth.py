@@ -7,12 +7,12 @@ import pytest
 
 from medseg_trt.export import smooth as smooth_module
 from medseg_trt.export.calibrate import calibrate, observed_graph
-from medseg_trt.export.functions import PLUGIN, attach
-from medseg_trt.export.gemms import gemms
+from medseg_trt.export.graph.functions import PLUGIN, attach
+from medseg_trt.export.graph.gemms import gemms
+from medseg_trt.export.graph.save import save_flavours
+from medseg_trt.export.graph.trace import INPUT, KEPT_METADATA, OPSET, OnnxGraph
 from medseg_trt.export.quantize import parse_precision, quantise, values_to_calibrate
-from medseg_trt.export.save import save_flavours
 from medseg_trt.export.smooth import Smoothing, smooth, smoothable
-from medseg_trt.export.trace import INPUT, KEPT_METADATA, OPSET, OnnxGraph
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.random((6, 3, 8, 8), dtype=np.float32)

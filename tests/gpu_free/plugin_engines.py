@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from medseg_trt.export import functions
-from medseg_trt.export.functions import DOMAIN, PLUGIN
+from medseg_trt.export.graph import functions
+from medseg_trt.export.graph.functions import DOMAIN, PLUGIN
 
 trt: Any = importlib.import_module("tensorrt_rtx")  # its types are not known to a type checker
 

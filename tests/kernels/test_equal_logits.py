@@ -14,7 +14,7 @@ from onnx_text import graph_of, outputs_of
 
 from medseg_trt.export import verify
 from medseg_trt.export.graph.interface import INPUT, OUTPUT
-from medseg_trt.export.masks import with_masks
+from medseg_trt.export.graph.masks import with_masks
 from medseg_trt.imaging.preprocess import labels_of, restore
 from medseg_trt.kernels import logits_to_mask
 from medseg_trt.kernels.kernel import DTYPES

@@ -10,8 +10,8 @@ import pytest
 from gpu_free.execute import execute, ptx_of
 from onnx import TensorProto, helper
 
-from medseg_trt.export import functions
-from medseg_trt.export.functions import BODIES, PLUGIN
+from medseg_trt.export.graph import functions
+from medseg_trt.export.graph.functions import BODIES, PLUGIN
 from medseg_trt.kernels import KERNELS, load
 from medseg_trt.kernels.kernel import C_TYPES, DTYPES, Array, float_bits, pointer
 from medseg_trt.kernels.nodes import NAMESPACE, NODES, RULES, VERSION, Node, split

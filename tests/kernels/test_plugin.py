@@ -17,7 +17,7 @@ import pytest
 from onnx import TensorProto
 
 from medseg_trt.errors import MedsegError
-from medseg_trt.export.functions import BODIES, DOMAIN, PLUGIN
+from medseg_trt.export.graph.functions import BODIES, DOMAIN, PLUGIN
 from medseg_trt.kernels import plugin as plugin_module
 from medseg_trt.kernels.kernel import float_bits
 from medseg_trt.kernels.launch import Driver, Launch, Launcher

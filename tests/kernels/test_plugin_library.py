@@ -193,7 +193,7 @@ def test_tensorrt_rtx_loads_the_library_and_puts_it_into_a_plan(library, tmp_pat
     import onnx
     from onnx import TensorProto, helper
 
-    from medseg_trt.export import functions
+    from medseg_trt.export.graph import functions
 
     nodes = [
         helper.make_node("SwiGLU", ["x"], ["y"], domain=NAMESPACE, **functions.PLUGIN),

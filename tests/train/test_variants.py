@@ -16,8 +16,8 @@ from tiny import SIZE, TWO_ORGANS, tiny_recipe, write_block, write_pictures
 
 from medseg_trt.errors import UsageError
 from medseg_trt.export.fold.fold import fold
-from medseg_trt.export.save import save_flavours
-from medseg_trt.export.trace import trace
+from medseg_trt.export.graph.save import save_flavours
+from medseg_trt.export.graph.trace import trace
 from medseg_trt.spec import BlockSpec, InsertSpec, ModelSpec, Preprocessing, from_dict, to_dict
 from medseg_trt.train.blocks import FrozenBlock, extract_last, random_block, save_block
 from medseg_trt.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, trained_weights

@@ -236,8 +236,8 @@ def _inside_one(
         ir = require("onnx_ir", "export")
     except MissingExtraError as error:
         return Missing(reason=str(error)), Missing(reason=str(error))
-    from medseg_trt.export.node_costs import node_costs
-    from medseg_trt.export.trace import OnnxGraph
+    from medseg_trt.export.graph.node_costs import node_costs
+    from medseg_trt.export.graph.trace import OnnxGraph
 
     assert candidate.graph is not None  # the reference in PyTorch has none, and is not looked into
     costs = node_costs(OnnxGraph(model=ir.load(candidate.graph)))

@@ -27,7 +27,7 @@ from medseg_trt.spec import LIBRARY_NAMES
 
 if TYPE_CHECKING:
     from medseg_trt.export.engine_layers import Layer
-    from medseg_trt.export.node_costs import NodeCost
+    from medseg_trt.export.graph.node_costs import NodeCost
 
 RUNS = 20  # counted, after as many uncounted ones as WARM_UP
 WARM_UP = 3

@@ -20,12 +20,14 @@ from medseg_trt.bundles.manifest import Variant
 from medseg_trt.errors import AccuracyGateError, UsageError
 from medseg_trt.export.calibrate import Calibration, calibrate
 from medseg_trt.export.delicate import delicate
-from medseg_trt.export.flavours import derive
 from medseg_trt.export.gate import Relaxed, Verdict, relax
-from medseg_trt.export.gemms import gemms
-from medseg_trt.export.groups import groups_of
+from medseg_trt.export.graph.flavours import derive
+from medseg_trt.export.graph.gemms import gemms
+from medseg_trt.export.graph.masks import with_masks
+from medseg_trt.export.graph.modules import groups_of
+from medseg_trt.export.graph.save import save_flavours
+from medseg_trt.export.graph.trace import OnnxGraph
 from medseg_trt.export.half import TYPES
-from medseg_trt.export.masks import with_masks
 from medseg_trt.export.overflow import observed_values, rounded_graph, too_large
 from medseg_trt.export.policy import policy_digest
 from medseg_trt.export.quantize import (
@@ -36,9 +38,7 @@ from medseg_trt.export.quantize import (
     steps,
     values_to_calibrate,
 )
-from medseg_trt.export.save import save_flavours
 from medseg_trt.export.smooth import smooth, smoothable
-from medseg_trt.export.trace import OnnxGraph
 from medseg_trt.progress import LOG
 from medseg_trt.sessions.backends import is_installed
 from medseg_trt.sessions.subprocess_session import ChildSession

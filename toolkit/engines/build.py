@@ -194,7 +194,7 @@ def _write_report(graph: Path, plan: Path, spec: EngineSpec, answer: Answer) -> 
 
     from medseg_trt.export.engine_graph import engine_graph
     from medseg_trt.export.expectations import layer_report
-    from medseg_trt.export.onnx_graph import OnnxGraph
+    from medseg_trt.export.graph.onnx_graph import OnnxGraph
 
     read = onnx.load_from_string(engine_graph(graph, plugins=spec.plugins).serialized)
     report = layer_report(answer.built.layers, OnnxGraph(model=ir.from_proto(read)))

@@ -18,8 +18,8 @@ from medseg_trt.export.fold import language as fold_language
 from medseg_trt.export.fold.fold import RULES, fold
 from medseg_trt.export.fold.language import merge_language_projections
 from medseg_trt.export.fold.layers import Branch, FoldedInsert, InverseRMS, RotaryTable, WeightedRMSNorm
-from medseg_trt.export.parts import part_of
-from medseg_trt.export.trace import trace
+from medseg_trt.export.graph.parts import part_of
+from medseg_trt.export.graph.trace import trace
 from medseg_trt.spec import InsertSpec, ModelSpec
 from medseg_trt.train.llama import RMSNorm
 from medseg_trt.train.model import build_model, model_spec

@@ -23,9 +23,9 @@ from medseg_trt.cli import cli
 from medseg_trt.engines.fingerprint import FOLDER
 from medseg_trt.engines.gpu import Gpu
 from medseg_trt.export.engine_layers import LAYERS_SUFFIX, Layer, LayerReport
-from medseg_trt.export.gemms import gemms
-from medseg_trt.export.node_costs import node_costs
-from medseg_trt.export.onnx_graph import OnnxGraph
+from medseg_trt.export.graph.gemms import gemms
+from medseg_trt.export.graph.node_costs import node_costs
+from medseg_trt.export.graph.onnx_graph import OnnxGraph
 from medseg_trt.files import write_json
 from medseg_trt.sessions.backends import BACKENDS
 from medseg_trt.spec import to_dict

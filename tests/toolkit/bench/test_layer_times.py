@@ -12,7 +12,7 @@ from medseg_trt.bench.layer_times import WARM_UP, Step, profile, steps_of_trace,
 from medseg_trt.bench.measure import Taken, latency
 from medseg_trt.bench.schema import Missing, Peak, Profile
 from medseg_trt.errors import DeviceError
-from medseg_trt.export.node_costs import NodeCost
+from medseg_trt.export.graph.node_costs import NodeCost
 from medseg_trt.sessions.subprocess_session import ChildSession
 
 COSTS = (
@@ -88,9 +88,9 @@ def test_a_back_end_that_says_nothing_is_a_reason():
 def test_openvino_tells_its_steps(tiny_bundle):
     from onnx_ir import load
 
-    from medseg_trt.export.gemms import total_macs
-    from medseg_trt.export.node_costs import node_costs
-    from medseg_trt.export.trace import OnnxGraph
+    from medseg_trt.export.graph.gemms import total_macs
+    from medseg_trt.export.graph.node_costs import node_costs
+    from medseg_trt.export.graph.trace import OnnxGraph
 
     graph = OnnxGraph(model=load(tiny_bundle / "fp32-plain.onnx"))
     costs = node_costs(graph)

@@ -8,7 +8,7 @@ import pytest
 
 from medseg_trt.building.activation_observer import observer
 from medseg_trt.errors import MissingExtraError
-from medseg_trt.export.trace import INPUT, OPSET, OUTPUT, OnnxGraph
+from medseg_trt.export.graph.trace import INPUT, OPSET, OUTPUT, OnnxGraph
 
 IMAGE = np.random.default_rng(0).normal(size=(1, 3, 4, 4)).astype(np.float32)
 

@@ -23,10 +23,10 @@ from medseg_trt.bundles import bundle as bundle_module
 from medseg_trt.bundles.bundle import MANIFEST, load_bundle
 from medseg_trt.bundles.manifest import Execution, Variant
 from medseg_trt.errors import AccuracyGateError, ArtefactError, MedsegError
-from medseg_trt.export import masks
+from medseg_trt.export.graph import masks
 from medseg_trt.export.graph.interface import read_interface, require_interface, required_interface, size_inputs
-from medseg_trt.export.node_costs import node_costs
-from medseg_trt.export.onnx_graph import OnnxGraph
+from medseg_trt.export.graph.node_costs import node_costs
+from medseg_trt.export.graph.onnx_graph import OnnxGraph
 from medseg_trt.pipeline import build, infer
 from medseg_trt.sessions.open import open_session
 from medseg_trt.spec import BuildSpec

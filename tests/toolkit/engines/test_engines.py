@@ -28,8 +28,8 @@ from medseg_trt.export.engine import LIBRARIES, check_engine_spec, flavour_for, 
 from medseg_trt.export.engine_graph import JOINED, EngineGraph, engine_graph
 from medseg_trt.export.engine_layers import LayerReport, Outcome
 from medseg_trt.export.expectations import layer_report
-from medseg_trt.export.gemms import gemms, total_macs
-from medseg_trt.export.onnx_graph import OnnxGraph
+from medseg_trt.export.graph.gemms import gemms, total_macs
+from medseg_trt.export.graph.onnx_graph import OnnxGraph
 from medseg_trt.export.qkv_order import order_before_split
 from medseg_trt.files import sha256, write_json
 from medseg_trt.inspection.engine import inspect_engine, read_report, shares

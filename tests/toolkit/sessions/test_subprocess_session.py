@@ -7,9 +7,9 @@ import pytest
 
 from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.errors import ArtefactError, DeviceError
-from medseg_trt.export.masks import with_masks
-from medseg_trt.export.save import save_flavours
-from medseg_trt.export.trace import INPUT, OPSET, OUTPUT, OnnxGraph
+from medseg_trt.export.graph.masks import with_masks
+from medseg_trt.export.graph.save import save_flavours
+from medseg_trt.export.graph.trace import INPUT, OPSET, OUTPUT, OnnxGraph
 from medseg_trt.sessions.open import open_session
 from medseg_trt.sessions.subprocess_session import ChildSession
 from medseg_trt.spec import Preprocessing

@@ -2,8 +2,8 @@
 
 import onnx_ir as ir
 
-from medseg_trt.export.gemms import gemms
-from medseg_trt.export.trace import KEPT_METADATA, OnnxGraph
+from medseg_trt.export.graph.gemms import gemms
+from medseg_trt.export.graph.trace import KEPT_METADATA, OnnxGraph
 
 
 def groups_of(graph: OnnxGraph) -> dict[str, list[str]]:

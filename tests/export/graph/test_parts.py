@@ -1,7 +1,7 @@
 import pytest
 
 from medseg_trt.errors import MedsegError
-from medseg_trt.export.parts import part_of
+from medseg_trt.export.graph.parts import part_of
 
 ROOT = ": medseg_trt.train.transunet.TransUNet"
 CONV, LINEAR = "torch.nn.modules.conv.Conv2d", "torch.nn.modules.linear.Linear"

@@ -4,10 +4,10 @@ import pytest
 from tiny import tiny_spec
 
 from medseg_trt.export.fold.fold import fold
-from medseg_trt.export.fuse import fuse
-from medseg_trt.export.gemms import gemms
-from medseg_trt.export.groups import groups_of
-from medseg_trt.export.trace import INPUT, OPSET, OUTPUT, OnnxGraph, trace
+from medseg_trt.export.graph.fuse import fuse
+from medseg_trt.export.graph.gemms import gemms
+from medseg_trt.export.graph.modules import groups_of
+from medseg_trt.export.graph.trace import INPUT, OPSET, OUTPUT, OnnxGraph, trace
 from medseg_trt.train.blocks import random_block
 from medseg_trt.train.model import TINY_LLAMA, build_model
 

@@ -6,9 +6,9 @@ from math import prod
 
 import onnx_ir as ir
 
-from medseg_trt.export.gemms import macs_of, shape_of, stored_weight
-from medseg_trt.export.parts import part_of
-from medseg_trt.export.trace import KEPT_METADATA, OnnxGraph
+from medseg_trt.export.graph.gemms import macs_of, shape_of, stored_weight
+from medseg_trt.export.graph.parts import part_of
+from medseg_trt.export.graph.trace import KEPT_METADATA, OnnxGraph
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,8 +17,8 @@ from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass, ShapeInfere
 from onnxscript.optimizer import fold_constants
 
 from medseg_trt.errors import MedsegError
-from medseg_trt.export.functions import DOMAIN, VERSION, check_functions
-from medseg_trt.export.trace import KEPT_METADATA, OPSET, OnnxGraph, check
+from medseg_trt.export.graph.functions import DOMAIN, VERSION, check_functions
+from medseg_trt.export.graph.trace import KEPT_METADATA, OPSET, OnnxGraph, check
 
 PLAIN_OPSETS = (18, 21)  # the lowest that can say it is taken; 21 brings int4, blocks and float16 to DequantizeLinear
 LARGEST_FOLDED = 64  # elements: the arithmetic on shapes, never a weight

@@ -12,8 +12,8 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 from onnx_text import graph_of, largest_change, outputs_of
 
-from medseg_trt.export.fuse import fuse
-from medseg_trt.export.trace import OnnxGraph
+from medseg_trt.export.graph.fuse import fuse
+from medseg_trt.export.graph.trace import OnnxGraph
 
 # A fused node adds up in another order than the nodes it replaces: 2e-7 measured, ONNX Runtime on an x86 CPU.
 SAME = 2e-6

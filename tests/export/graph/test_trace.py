@@ -9,10 +9,10 @@ import torch
 from tiny import make_checkpoint
 
 from medseg_trt.errors import MedsegError
-from medseg_trt.export import trace as trace_module
 from medseg_trt.export.fold.fold import fold
-from medseg_trt.export.save import save_flavours
-from medseg_trt.export.trace import OPSET, OnnxGraph, check, trace
+from medseg_trt.export.graph import trace as trace_module
+from medseg_trt.export.graph.save import save_flavours
+from medseg_trt.export.graph.trace import OPSET, OnnxGraph, check, trace
 from medseg_trt.train.checkpoint import load_checkpoint
 from medseg_trt.train.model import LanguageInsert
 

@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 
 from medseg_trt.errors import MedsegError
-from medseg_trt.export.trace import OnnxGraph
+from medseg_trt.export.graph.trace import OnnxGraph
 
 INLINE_BYTES = 1024  # smaller tensors stay in the graph, where shape inference can read them
 PAGE_BYTES, LINE_BYTES = 4096, 64  # a tensor of a page or more begins on a page, a smaller one on a cache line

@@ -12,7 +12,7 @@ import onnx.parser
 import onnx_ir as ir
 
 from medseg_trt.errors import MedsegError
-from medseg_trt.export.onnx_graph import KEPT_METADATA, OPSET
+from medseg_trt.export.graph.onnx_graph import KEPT_METADATA, OPSET
 
 DOMAIN, VERSION = "medseg", 1
 PLUGIN: Mapping[str, str] = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}  # without them the body wins

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from onnx_text import graph_of, largest_change, outputs_of
 
-from medseg_trt.export.fuse import fuse
+from medseg_trt.export.graph.fuse import fuse
 
 SAME = 2e-6  # a rotation and an attention in float32: 1.2e-7 measured, ONNX Runtime on an x86 CPU
 BATCH, TOKENS, HEADS, KV_HEADS, HEAD_DIM = 2, 3, 4, 2, 6

@@ -11,8 +11,8 @@ from math import prod
 
 import onnx_ir as ir
 
-from medseg_trt.export.onnx_graph import KEPT_METADATA, OnnxGraph
-from medseg_trt.export.parts import PARTS, part_of
+from medseg_trt.export.graph.onnx_graph import KEPT_METADATA, OnnxGraph
+from medseg_trt.export.graph.parts import PARTS, part_of
 
 PART_NAMES = tuple(dict.fromkeys(PARTS.values()))  # resnet, vit, block, decoder
 STORED_BEHIND = ("DequantizeLinear", "Cast")  # between a stored weight and the GEMM that reads it

@@ -14,11 +14,11 @@ from onnx.reference import ReferenceEvaluator
 from tiny import make_checkpoint
 
 from medseg_trt.errors import MedsegError
-from medseg_trt.export.flavours import FLAVOURS, derive, plain
 from medseg_trt.export.fold.fold import fold
-from medseg_trt.export.functions import BODIES, DOMAIN, PLUGIN, check_functions, function
-from medseg_trt.export.fuse import RULES, fuse
-from medseg_trt.export.trace import OnnxGraph, check, trace
+from medseg_trt.export.graph.flavours import FLAVOURS, derive, plain
+from medseg_trt.export.graph.functions import BODIES, DOMAIN, PLUGIN, check_functions, function
+from medseg_trt.export.graph.fuse import RULES, fuse
+from medseg_trt.export.graph.trace import OnnxGraph, check, trace
 from medseg_trt.train.checkpoint import load_checkpoint
 from medseg_trt.train.llama import LlamaBlock
 from medseg_trt.train.transunet import TransUNet

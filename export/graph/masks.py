@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from medseg_trt.errors import UsageError
 from medseg_trt.export.graph.interface import MASK, RESAMPLED, SIZE
-from medseg_trt.export.trace import OUTPUT, OnnxGraph
+from medseg_trt.export.graph.trace import OUTPUT, OnnxGraph
 from medseg_trt.spec import Preprocessing
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from medseg_trt.errors import MedsegError
-from medseg_trt.export.save import PAGE_BYTES, save_flavours
-from medseg_trt.export.trace import OnnxGraph
+from medseg_trt.export.graph.save import PAGE_BYTES, save_flavours
+from medseg_trt.export.graph.trace import OnnxGraph
 
 WIDTH = 64
 RNG = np.random.default_rng(0)

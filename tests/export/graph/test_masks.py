@@ -8,10 +8,10 @@ import onnx_ir as ir
 import pytest
 
 from medseg_trt.errors import UsageError
-from medseg_trt.export import masks
-from medseg_trt.export.masks import with_masks
-from medseg_trt.export.save import save_flavours
-from medseg_trt.export.trace import INPUT, OPSET, OUTPUT, OnnxGraph
+from medseg_trt.export.graph import masks
+from medseg_trt.export.graph.masks import with_masks
+from medseg_trt.export.graph.save import save_flavours
+from medseg_trt.export.graph.trace import INPUT, OPSET, OUTPUT, OnnxGraph
 from medseg_trt.imaging.preprocess import resampled_size, restore
 from medseg_trt.sessions.backends import BACKENDS
 from medseg_trt.sessions.base import Session

@@ -17,11 +17,11 @@ import pytest
 from tiny import make_checkpoint
 
 from medseg_trt.errors import MedsegError
-from medseg_trt.export.flavours import FLAVOURS, derive, plain
 from medseg_trt.export.fold.fold import fold
-from medseg_trt.export.functions import DOMAIN, function
-from medseg_trt.export.fuse import fuse
-from medseg_trt.export.trace import KEPT_METADATA, OnnxGraph, trace
+from medseg_trt.export.graph.flavours import FLAVOURS, derive, plain
+from medseg_trt.export.graph.functions import DOMAIN, function
+from medseg_trt.export.graph.fuse import fuse
+from medseg_trt.export.graph.trace import KEPT_METADATA, OnnxGraph, trace
 from medseg_trt.train.checkpoint import load_checkpoint
 from medseg_trt.train.llama import LlamaBlock
 
