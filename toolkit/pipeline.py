@@ -56,7 +56,7 @@ def build(
     from medseg_trt.export.graph.fuse import fuse
     from medseg_trt.export.graph.masks import require_linear
     from medseg_trt.export.graph.trace import trace
-    from medseg_trt.export.quantize import parse_precision
+    from medseg_trt.export.precision.quantize import parse_precision
     from medseg_trt.machine import package_versions
     from medseg_trt.train.checkpoint import load_checkpoint
     from medseg_trt.train.model import runner

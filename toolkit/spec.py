@@ -289,7 +289,9 @@ class EngineSpec:
 class BuildSpec:
     """How a checkpoint becomes a bundle."""
 
-    precisions: tuple[str, ...] = ("fp32",)  # keys of export.quantize.SCHEMES, or mixes: "vit=int8,block=w8a16"
+    precisions: tuple[str, ...] = (
+        "fp32",
+    )  # keys of export.precision.quantize.SCHEMES, or mixes: "vit=int8,block=w8a16"
     backend: str = "auto"  # the only back-end that is tried; auto: every one
     outputs: Literal["logits", "mask"] = "logits"  # mask: graphs that also make masks of the source's size
     max_abs_error: float = 1e-4  # of logits up to 1, or as a share of the largest, where nothing is rounded

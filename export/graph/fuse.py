@@ -15,8 +15,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from medseg_trt.export.graph.functions import attach, call, check_functions
+from medseg_trt.export.graph.onnx_graph import add_constant
 from medseg_trt.export.graph.trace import OnnxGraph
-from medseg_trt.export.weight_only import add_constant
 
 HEADS_FIRST = [0, 2, 1, 3]  # (batch, tokens, heads, head_dim) -> (batch, heads, tokens, head_dim)
 

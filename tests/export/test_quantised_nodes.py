@@ -9,15 +9,15 @@ import onnxruntime
 import pytest
 from tiny import make_checkpoint, picture
 
-from medseg_trt.export.calibrate import calibrate, observed_graph
 from medseg_trt.export.fold.fold import fold
 from medseg_trt.export.graph.flavours import FLAVOURS
 from medseg_trt.export.graph.functions import DOMAIN
 from medseg_trt.export.graph.fuse import fuse
 from medseg_trt.export.graph.save import save_flavours
 from medseg_trt.export.graph.trace import INPUT, OnnxGraph, check, trace
+from medseg_trt.export.precision.calibrate import calibrate, observed_graph
+from medseg_trt.export.precision.quantize import parse_precision, quantise, values_to_calibrate
 from medseg_trt.export.quantised_nodes import join_quantisers
-from medseg_trt.export.quantize import parse_precision, quantise, values_to_calibrate
 from medseg_trt.train.checkpoint import load_checkpoint
 from medseg_trt.train.llama import LlamaBlock
 

@@ -8,9 +8,9 @@ from tempfile import TemporaryDirectory
 from numpy import ndarray
 
 from medseg_trt.errors import require
-from medseg_trt.export.calibrate import Observe, observed_graph
 from medseg_trt.export.graph.save import save_flavours
 from medseg_trt.export.graph.trace import INPUT, OnnxGraph
+from medseg_trt.export.precision.calibrate import Observe, observed_graph
 
 
 @contextmanager

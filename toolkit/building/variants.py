@@ -18,8 +18,6 @@ from medseg_trt.building.contract import Contract
 from medseg_trt.building.reference import Proof
 from medseg_trt.bundles.manifest import Variant
 from medseg_trt.errors import AccuracyGateError, UsageError
-from medseg_trt.export.calibrate import Calibration, calibrate
-from medseg_trt.export.delicate import delicate
 from medseg_trt.export.gate import Relaxed, Verdict, relax
 from medseg_trt.export.graph.flavours import derive
 from medseg_trt.export.graph.gemms import gemms
@@ -27,10 +25,11 @@ from medseg_trt.export.graph.masks import with_masks
 from medseg_trt.export.graph.modules import groups_of
 from medseg_trt.export.graph.save import save_flavours
 from medseg_trt.export.graph.trace import OnnxGraph
-from medseg_trt.export.half import TYPES
-from medseg_trt.export.overflow import observed_values, rounded_graph, too_large
-from medseg_trt.export.policy import policy_digest
-from medseg_trt.export.quantize import (
+from medseg_trt.export.precision.calibrate import Calibration, calibrate
+from medseg_trt.export.precision.half import TYPES
+from medseg_trt.export.precision.overflow import observed_values, rounded_graph, too_large
+from medseg_trt.export.precision.policy import policy_digest
+from medseg_trt.export.precision.quantize import (
     int8_share,
     needs_calibration,
     parse_precision,
@@ -38,7 +37,8 @@ from medseg_trt.export.quantize import (
     steps,
     values_to_calibrate,
 )
-from medseg_trt.export.smooth import smooth, smoothable
+from medseg_trt.export.precision.sensitive_layers import delicate
+from medseg_trt.export.precision.smooth import smooth, smoothable
 from medseg_trt.progress import LOG
 from medseg_trt.sessions.backends import is_installed
 from medseg_trt.sessions.subprocess_session import ChildSession

@@ -21,14 +21,14 @@ from medseg_trt.building.reference_images import ReferenceImages, digests, refer
 from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.bundles.manifest import Variant
 from medseg_trt.errors import AccuracyGateError, UsageError
-from medseg_trt.export.calibrate import METHOD
 from medseg_trt.export.graph.gemms import gemms, total_macs
 from medseg_trt.export.graph.modules import groups_of
 from medseg_trt.export.graph.save import save_flavours
 from medseg_trt.export.graph.trace import OnnxGraph
-from medseg_trt.export.half import to_half
-from medseg_trt.export.overflow import LARGEST, rounded_graph
-from medseg_trt.export.quantize import found_precisions, int8_share
+from medseg_trt.export.precision.calibrate import METHOD
+from medseg_trt.export.precision.half import to_half
+from medseg_trt.export.precision.overflow import LARGEST, rounded_graph
+from medseg_trt.export.precision.quantize import found_precisions, int8_share
 from medseg_trt.sessions.backends import BACKENDS
 from medseg_trt.sessions.onnxruntime import KEEP_CODERS, OnnxRuntimeSession
 from medseg_trt.sessions.open import open_session

@@ -3,13 +3,13 @@
 import pytest
 from tiny import tiny_spec
 
-from medseg_trt.export import delicate as module
-from medseg_trt.export.delicate import MODULES, delicate
 from medseg_trt.export.fold.fold import fold
 from medseg_trt.export.graph.fuse import fuse
 from medseg_trt.export.graph.gemms import gemms, total_macs
 from medseg_trt.export.graph.modules import module_of
 from medseg_trt.export.graph.trace import OnnxGraph, trace
+from medseg_trt.export.precision import sensitive_layers as module
+from medseg_trt.export.precision.sensitive_layers import MODULES, delicate
 from medseg_trt.train.blocks import random_block
 from medseg_trt.train.model import TINY_LLAMA, build_model
 

@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx_text import graph_of, outputs_of
 
-from medseg_trt.export.calibrate import Calibration, Range
 from medseg_trt.export.graph.gemms import Gemm, gemms
 from medseg_trt.export.graph.interface import INPUT
-from medseg_trt.export.quantize import FORMS, activation_codes, to_fp8, to_int8
-from medseg_trt.export.weight_only import SHRINKS, per_block, per_channel, per_channel_fp8
+from medseg_trt.export.precision.calibrate import Calibration, Range
+from medseg_trt.export.precision.quantize import FORMS, activation_codes, to_fp8, to_int8
+from medseg_trt.export.precision.weight_only import SHRINKS, per_block, per_channel, per_channel_fp8
 
 FLOAT32 = 2.0**-24  # half an ulp, relative
 LIMITS = st.floats(2.0**-10, 2.0**10, width=32)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from medseg_trt.export.calibrate import Observe
 from medseg_trt.export.graph.gemms import gemms
 from medseg_trt.export.graph.trace import KEPT_METADATA, OnnxGraph
-from medseg_trt.export.half import FLOAT, TYPES
+from medseg_trt.export.precision.calibrate import Observe
+from medseg_trt.export.precision.half import FLOAT, TYPES
 
 LARGEST: Mapping[str, float] = {"fp16": 65504.0, "bf16": float(np.finfo(np.float32).max)}
 HEADROOM = 4.0  # another image may be brighter than those that were looked at

@@ -14,10 +14,11 @@ import onnx_ir as ir
 from jaxtyping import Float32
 from numpy import ndarray
 
-from medseg_trt.export.calibrate import NUM_BINS, Histogram, Observe, mean_squared_error
 from medseg_trt.export.graph.gemms import Gemm, gemms
+from medseg_trt.export.graph.onnx_graph import add_constant
 from medseg_trt.export.graph.trace import OnnxGraph
-from medseg_trt.export.weight_only import add_constant, per_channel
+from medseg_trt.export.precision.calibrate import NUM_BINS, Histogram, Observe, mean_squared_error
+from medseg_trt.export.precision.weight_only import per_channel
 
 MAKERS: Mapping[str, tuple[int, ...]] = {  # inputs of a node whose first axis is the channels of what it makes
     "LayerNormalization": (1, 2),

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from medseg_trt.export import policy
-from medseg_trt.export.policy import MODULES, policy_digest
+from medseg_trt.export.precision import policy
+from medseg_trt.export.precision.policy import MODULES, policy_digest
 
 INT8 = {"resnet": "int8", "vit": "int8", "block": "int8", "decoder": "int8"}
 
@@ -34,9 +34,9 @@ def test_other_code_has_another_name(tmp_path, monkeypatch, module):
     for name in MODULES:
         copy = tmp_path / f"{name}.py"
         copy.parent.mkdir(exist_ok=True)
-        shutil.copy(Path(policy.__file__).parent / f"{name}.py", copy)
+        shutil.copy(Path(policy.__file__).parents[1] / f"{name}.py", copy)
     before = policy_digest(INT8, "uint8", "plain", ())
-    monkeypatch.setattr(policy, "__file__", str(tmp_path / "policy.py"))
+    monkeypatch.setattr(policy, "__file__", str(tmp_path / "precision" / "policy.py"))
     assert policy_digest(INT8, "uint8", "plain", ()) == before
     with (tmp_path / f"{module}.py").open("a") as file:
         file.write("# another line")

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from onnx_text import graph_of, largest_change, outputs_of
 
-from medseg_trt.export import smooth as smooth_module
-from medseg_trt.export.calibrate import observed_graph
 from medseg_trt.export.graph.gemms import gemms
 from medseg_trt.export.graph.trace import INPUT, OnnxGraph
-from medseg_trt.export.smooth import Smoothing, smooth, smoothable
+from medseg_trt.export.precision import smooth as smooth_module
+from medseg_trt.export.precision.calibrate import observed_graph
+from medseg_trt.export.precision.smooth import Smoothing, smooth, smoothable
 
 # Every changed constant is rounded once to float32, and sums are taken over other numbers: 2.1e-7 is the most that was
 # measured, with ONNX Runtime on an x86 CPU. A factor that reaches one reader too many changes outputs by percents.

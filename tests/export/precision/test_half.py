@@ -11,9 +11,9 @@ from medseg_trt.export.graph.fuse import fuse
 from medseg_trt.export.graph.gemms import gemms
 from medseg_trt.export.graph.save import save_flavours
 from medseg_trt.export.graph.trace import OnnxGraph, trace
-from medseg_trt.export.half import FLOAT, TYPES, to_half
-from medseg_trt.export.overflow import HEADROOM, LARGEST, observed_values, rounded_graph, too_large
-from medseg_trt.export.weight_only import to_w8a16
+from medseg_trt.export.precision.half import FLOAT, TYPES, to_half
+from medseg_trt.export.precision.overflow import HEADROOM, LARGEST, observed_values, rounded_graph, too_large
+from medseg_trt.export.precision.weight_only import to_w8a16
 from medseg_trt.train.checkpoint import load_checkpoint
 from medseg_trt.train.model import runner
 

@@ -5,14 +5,14 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from medseg_trt.export import smooth as smooth_module
-from medseg_trt.export.calibrate import calibrate, observed_graph
 from medseg_trt.export.graph.functions import PLUGIN, attach
 from medseg_trt.export.graph.gemms import gemms
 from medseg_trt.export.graph.save import save_flavours
 from medseg_trt.export.graph.trace import INPUT, KEPT_METADATA, OPSET, OnnxGraph
-from medseg_trt.export.quantize import parse_precision, quantise, values_to_calibrate
-from medseg_trt.export.smooth import Smoothing, smooth, smoothable
+from medseg_trt.export.precision import smooth as smooth_module
+from medseg_trt.export.precision.calibrate import calibrate, observed_graph
+from medseg_trt.export.precision.quantize import parse_precision, quantise, values_to_calibrate
+from medseg_trt.export.precision.smooth import Smoothing, smooth, smoothable
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.random((6, 3, 8, 8), dtype=np.float32)

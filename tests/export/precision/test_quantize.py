@@ -13,14 +13,14 @@ from tiny import make_checkpoint, picture
 from torch.utils.flop_counter import FlopCounterMode
 
 from medseg_trt.errors import UsageError
-from medseg_trt.export.calibrate import Calibration, calibrate, observed_graph
 from medseg_trt.export.fold.fold import fold
 from medseg_trt.export.graph.flavours import FLAVOURS, plain
 from medseg_trt.export.graph.fuse import fuse
 from medseg_trt.export.graph.gemms import PART_NAMES, gemms, total_macs
 from medseg_trt.export.graph.save import save_flavours
 from medseg_trt.export.graph.trace import INPUT, OnnxGraph, check, trace
-from medseg_trt.export.quantize import (
+from medseg_trt.export.precision.calibrate import Calibration, calibrate, observed_graph
+from medseg_trt.export.precision.quantize import (
     FORMS,
     SCHEMES,
     activation_codes,
@@ -32,7 +32,7 @@ from medseg_trt.export.quantize import (
     to_int8,
     values_to_calibrate,
 )
-from medseg_trt.export.weight_only import FP8_MAX, per_channel_fp8
+from medseg_trt.export.precision.weight_only import FP8_MAX, per_channel_fp8
 from medseg_trt.train.checkpoint import load_checkpoint
 
 SIZE = (32, 48)

@@ -10,16 +10,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 MODULES = (
-    "calibrate",
-    "delicate",
+    "precision/calibrate",
+    "precision/sensitive_layers",
     "graph/flavours",
     "graph/gemms",
     "graph/modules",
-    "half",
+    "precision/half",
     "graph/parts",
-    "quantize",
-    "smooth",
-    "weight_only",
+    "precision/quantize",
+    "precision/smooth",
+    "precision/weight_only",
 )  # decide it
 
 
@@ -35,5 +35,5 @@ def policy_digest(parts: Mapping[str, str], form: str, flavour: str, kept_float:
     choices = {"parts": dict(parts), "form": form, "flavour": flavour, "kept_float": sorted(kept_float)}
     content = hashlib.sha256(json.dumps(choices, sort_keys=True).encode())
     for module in MODULES:
-        content.update((Path(__file__).parent / f"{module}.py").read_bytes())
+        content.update((Path(__file__).parents[1] / f"{module}.py").read_bytes())
     return content.hexdigest()

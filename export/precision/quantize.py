@@ -16,11 +16,11 @@ import numpy as np
 import onnx_ir as ir
 
 from medseg_trt.errors import UsageError
-from medseg_trt.export.calibrate import Calibration, Range
 from medseg_trt.export.graph.gemms import PART_NAMES, gemms, stored_weight, total_macs
-from medseg_trt.export.graph.onnx_graph import KEPT_METADATA, OnnxGraph
-from medseg_trt.export.half import TYPES
-from medseg_trt.export.weight_only import FP8_MAX, Coder, add_constant, per_channel, per_channel_fp8, with_coded_weights
+from medseg_trt.export.graph.onnx_graph import KEPT_METADATA, OnnxGraph, add_constant
+from medseg_trt.export.precision.calibrate import Calibration, Range
+from medseg_trt.export.precision.half import TYPES
+from medseg_trt.export.precision.weight_only import FP8_MAX, Coder, per_channel, per_channel_fp8, with_coded_weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,14 +46,17 @@ class Form:
 TRANSFORMERS = ("vit", "block")  # a chain of convolutions in fp8 loses most of its digits
 SCHEMES: Mapping[str, Scheme | None] = {  # in the order in which a mix is applied; None: as traced
     "fp32": None,
-    "int8": Scheme(function="medseg_trt.export.quantize:to_int8", needs_calibration=True),
+    "int8": Scheme(function="medseg_trt.export.precision.quantize:to_int8", needs_calibration=True),
     "fp8": Scheme(
-        function="medseg_trt.export.quantize:to_fp8", parts=TRANSFORMERS, only=TRANSFORMERS, needs_calibration=True
+        function="medseg_trt.export.precision.quantize:to_fp8",
+        parts=TRANSFORMERS,
+        only=TRANSFORMERS,
+        needs_calibration=True,
     ),
-    "w8a16": Scheme(function="medseg_trt.export.weight_only:to_w8a16", parts=("block",)),
-    "w4a16": Scheme(function="medseg_trt.export.weight_only:to_w4a16", parts=("block",)),
-    "fp16": Scheme(function="medseg_trt.export.half:to_half", options={"dtype": "fp16"}),
-    "bf16": Scheme(function="medseg_trt.export.half:to_half", options={"dtype": "bf16"}),
+    "w8a16": Scheme(function="medseg_trt.export.precision.weight_only:to_w8a16", parts=("block",)),
+    "w4a16": Scheme(function="medseg_trt.export.precision.weight_only:to_w4a16", parts=("block",)),
+    "fp16": Scheme(function="medseg_trt.export.precision.half:to_half", options={"dtype": "fp16"}),
+    "bf16": Scheme(function="medseg_trt.export.precision.half:to_half", options={"dtype": "bf16"}),
 }
 # Codes for GEMMs, and fp16 for what they leave in float.
 CODED_AND_HALF = ("int8+fp16", "fp8+fp16", "w8a16+fp16", "w4a16+fp16")

@@ -10,8 +10,8 @@ import pytest
 from medseg_trt.export.graph.gemms import Gemm, gemms, total_macs
 from medseg_trt.export.graph.save import save_flavours
 from medseg_trt.export.graph.trace import KEPT_METADATA, OPSET, OnnxGraph
-from medseg_trt.export.quantize import found_precisions
-from medseg_trt.export.weight_only import SHRINKS, block_size, per_block, per_channel, to_w4a16, to_w8a16
+from medseg_trt.export.precision.quantize import found_precisions
+from medseg_trt.export.precision.weight_only import SHRINKS, block_size, per_block, per_channel, to_w4a16, to_w8a16
 
 RNG = np.random.default_rng(0)
 INSERT = "TransUNet/insert: Insert/matmul: aten.matmul"

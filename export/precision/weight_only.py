@@ -15,7 +15,7 @@ import onnx_ir as ir
 from numpy import ndarray
 
 from medseg_trt.export.graph.gemms import Gemm, gemms
-from medseg_trt.export.graph.onnx_graph import KEPT_METADATA, OnnxGraph
+from medseg_trt.export.graph.onnx_graph import KEPT_METADATA, OnnxGraph, add_constant
 from medseg_trt.progress import LOG
 
 INT8_MAX = 127  # -128 stays unused, so that negating a weight negates its code
@@ -126,17 +126,6 @@ def with_coded_weights(graph: OnnxGraph, coders: Mapping[str, Coder]) -> OnnxGra
         if weight is not None and not weight.uses():
             del model.graph.initializers[gemm.weight]
     return OnnxGraph(model=model)
-
-
-def add_constant(graph: ir.Graph, name: str, values: ndarray) -> ir.Value:
-    """Add an initializer under a name that is free, and return it."""
-    taken = {value.name for value in graph.inputs} | graph.initializers.keys()
-    while name in taken:
-        name += "_"
-    tensor = ir.tensor(values, name=name)
-    value = ir.Value(name=name, shape=ir.Shape(values.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.register_initializer(value)
-    return value
 
 
 def _channel_scales(weight: ndarray, gemm: Gemm, largest_code: int) -> ndarray:
