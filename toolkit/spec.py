@@ -261,7 +261,7 @@ class Classes:
 class EngineSpec:
     """For which GPUs engines are built, by which library, and how."""
 
-    library: str  # a key of export.engine.LIBRARIES
+    library: str  # a key of export.tensorrt.build.LIBRARIES
     targets: tuple[str, ...]  # "sm86", "sm89" …
     opt_batch: int = 1  # the batch that kernels are chosen for
     max_batch: int = 8

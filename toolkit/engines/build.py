@@ -23,8 +23,8 @@ from medseg_trt.engines.fingerprint import (
 )
 from medseg_trt.engines.gpu import Gpu, find_gpu
 from medseg_trt.errors import MedsegError, MissingExtraError, UsageError
-from medseg_trt.export.engine import LIBRARIES, check_engine_spec, cuda_of, flavour_for, require_library
 from medseg_trt.export.engine_layers import LAYERS_SUFFIX
+from medseg_trt.export.tensorrt.build import LIBRARIES, check_engine_spec, cuda_of, flavour_for, require_library
 from medseg_trt.files import cache_folder, inside, sha256, write_json
 from medseg_trt.progress import LOG
 from medseg_trt.spec import LIBRARY_NAMES, EngineSpec, to_dict
@@ -192,9 +192,9 @@ def _write_report(graph: Path, plan: Path, spec: EngineSpec, answer: Answer) -> 
     import onnx
     import onnx_ir as ir
 
-    from medseg_trt.export.engine_graph import engine_graph
-    from medseg_trt.export.expectations import layer_report
     from medseg_trt.export.graph.onnx_graph import OnnxGraph
+    from medseg_trt.export.tensorrt.expectations import layer_report
+    from medseg_trt.export.tensorrt.graph import engine_graph
 
     read = onnx.load_from_string(engine_graph(graph, plugins=spec.plugins).serialized)
     report = layer_report(answer.built.layers, OnnxGraph(model=ir.from_proto(read)))

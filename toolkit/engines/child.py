@@ -24,7 +24,7 @@ from typing import IO, Any
 
 from medseg_trt import errors
 from medseg_trt.errors import ArtefactError, MedsegError
-from medseg_trt.export.engine import Built, build_engine
+from medseg_trt.export.tensorrt.build import Built, build_engine
 from medseg_trt.progress import track
 from medseg_trt.spec import EngineSpec, from_dict, to_dict
 

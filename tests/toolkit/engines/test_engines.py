@@ -24,13 +24,13 @@ from medseg_trt.engines.build import build_engines, check_engines, rebuild_engin
 from medseg_trt.engines.child import build_in_child
 from medseg_trt.engines.fingerprint import read_fingerprint, side_car, write_fingerprint
 from medseg_trt.errors import ArtefactError, DeviceError, MedsegError, MissingExtraError, UsageError
-from medseg_trt.export.engine import LIBRARIES, check_engine_spec, flavour_for, require_library, shell_command
-from medseg_trt.export.engine_graph import JOINED, EngineGraph, engine_graph
 from medseg_trt.export.engine_layers import LayerReport, Outcome
-from medseg_trt.export.expectations import layer_report
 from medseg_trt.export.graph.gemms import gemms, total_macs
 from medseg_trt.export.graph.onnx_graph import OnnxGraph
-from medseg_trt.export.qkv_order import order_before_split
+from medseg_trt.export.tensorrt.build import LIBRARIES, check_engine_spec, flavour_for, require_library, shell_command
+from medseg_trt.export.tensorrt.expectations import layer_report
+from medseg_trt.export.tensorrt.graph import JOINED, EngineGraph, engine_graph
+from medseg_trt.export.tensorrt.qkv_order import order_before_split
 from medseg_trt.files import sha256, write_json
 from medseg_trt.inspection.engine import inspect_engine, read_report, shares
 from medseg_trt.spec import EngineSpec, from_dict, to_dict

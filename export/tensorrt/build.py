@@ -17,8 +17,8 @@ from types import ModuleType
 from typing import Any
 
 from medseg_trt.errors import ArtefactError, DeviceError, MedsegError, UsageError, require
-from medseg_trt.export.engine_graph import EngineGraph, engine_graph
-from medseg_trt.export.timing_cache import load_cache, save_cache
+from medseg_trt.export.tensorrt.graph import EngineGraph, engine_graph
+from medseg_trt.export.tensorrt.timing_cache import load_cache, save_cache
 from medseg_trt.files import atomic_file
 from medseg_trt.progress import LOG
 from medseg_trt.spec import CUDA_WHEELS, LIBRARY_NAMES, EngineSpec

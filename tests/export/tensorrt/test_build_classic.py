@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from medseg_trt.errors import ArtefactError, MedsegError
-from medseg_trt.export.engine import build_engine
+from medseg_trt.export.tensorrt.build import build_engine
 from medseg_trt.spec import EngineSpec
 
 SPEC = EngineSpec(

@@ -23,8 +23,8 @@ from onnx import NodeProto, TensorProto
 from medseg_trt.errors import ArtefactError
 from medseg_trt.export.graph.functions import DOMAIN
 from medseg_trt.export.graph.onnx_graph import OnnxGraph
-from medseg_trt.export.qkv_order import order_before_split
-from medseg_trt.export.quantised_nodes import join_quantisers
+from medseg_trt.export.tensorrt.qkv_order import order_before_split
+from medseg_trt.export.tensorrt.quantised_nodes import join_quantisers
 
 MAX_GRAPH_BYTES = 64 << 20  # without weights; the largest so far is below one
 

@@ -17,7 +17,7 @@ from medseg_trt.export.graph.save import save_flavours
 from medseg_trt.export.graph.trace import INPUT, OnnxGraph, check, trace
 from medseg_trt.export.precision.calibrate import calibrate, observed_graph
 from medseg_trt.export.precision.quantize import parse_precision, quantise, values_to_calibrate
-from medseg_trt.export.quantised_nodes import join_quantisers
+from medseg_trt.export.tensorrt.quantised_nodes import join_quantisers
 from medseg_trt.train.checkpoint import load_checkpoint
 from medseg_trt.train.llama import LlamaBlock
 

@@ -14,8 +14,8 @@ from medseg_trt.export.engine_layers import CUSTOM, Layer, LayerReport, Outcome
 from medseg_trt.export.graph.gemms import PART_NAMES, Gemm, gemms, macs_of
 from medseg_trt.export.graph.onnx_graph import KEPT_METADATA, OnnxGraph
 from medseg_trt.export.graph.parts import part_of
-from medseg_trt.export.layers import parse_layers
 from medseg_trt.export.precision.quantize import found_precisions
+from medseg_trt.export.tensorrt.builder_log import parse_layers
 
 STORED = ("int8", "fp8", "w8a16", "w4a16")  # precisions whose weights are codes
 MOVERS = frozenset({"Cast", "Transpose", "Reshape", "Split", "Concat", "Slice", "Resize", "Pad", "Expand", "Squeeze",

@@ -3,7 +3,7 @@ from math import prod
 import pytest
 
 from medseg_trt.export.engine_layers import Layer, words
-from medseg_trt.export.layers import parse_layers
+from medseg_trt.export.tensorrt.builder_log import parse_layers
 
 TENSOR = (
     "{{ Name: {name}, Dimensions: [{dims}], Strides: [64,1], StrideOrder: [1,0], Datatype: {dtype}, "
