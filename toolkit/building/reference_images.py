@@ -30,7 +30,7 @@ from medseg_trt.train.datasets.folder import (
     read_case_image,
 )
 from medseg_trt.train.datasets.official import is_labelled, open_recorded
-from medseg_trt.train.splits import split_files
+from medseg_trt.train.datasets.splits import split_files
 
 MAX_VERIFIED = 8
 MAX_JUDGED = 64

@@ -16,7 +16,7 @@ from medseg_trt.train.datasets.folder import Case, DataFolder, manifest_sha256, 
 from medseg_trt.train.datasets.layout import ALL
 from medseg_trt.train.datasets.official import divided, look_into, wrong_counts
 from medseg_trt.train.datasets.options import DataOptions
-from medseg_trt.train.split_manifest import read_split_manifest, with_recorded_splits
+from medseg_trt.train.datasets.split_manifest import read_split_manifest, with_recorded_splits
 
 NIFTI = (".nii", ".nii.gz")
 MAX_NAMED = 3

@@ -30,7 +30,7 @@ from medseg_trt.spec import Classes
 from medseg_trt.train.datasets.description import SplitEntry, read_description, require_cases
 from medseg_trt.train.datasets.mask_classes import count_classes
 from medseg_trt.train.datasets.pairs import find_pairs
-from medseg_trt.train.splits import split_files, split_volume
+from medseg_trt.train.datasets.splits import split_files, split_volume
 
 SPLIT_SEED = 41
 HALF_BRIGHT = 127  # of 255: the rule of UNeXt's loader, mask / 255 > 0.5

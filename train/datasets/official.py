@@ -14,8 +14,13 @@ from medseg_trt.train.datasets.folder import Case, DataFolder, open_folder
 from medseg_trt.train.datasets.layout import ALL, Dataset, Found, Layout
 from medseg_trt.train.datasets.options import DataOptions
 from medseg_trt.train.datasets.pairs import PARTS
-from medseg_trt.train.split_manifest import SplitManifest, read_order, read_split_manifest, with_recorded_splits
-from medseg_trt.train.splits import paper_split
+from medseg_trt.train.datasets.split_manifest import (
+    SplitManifest,
+    read_order,
+    read_split_manifest,
+    with_recorded_splits,
+)
+from medseg_trt.train.datasets.splits import paper_split
 
 DATASETS: Mapping[str, Dataset] = {
     "isic2017": isic2017.DATASET,

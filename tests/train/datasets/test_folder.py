@@ -12,7 +12,7 @@ from tiny import LESION, TWO_ORGANS, picture, write_description, write_nifti, wr
 
 from medseg_trt.errors import InputError
 from medseg_trt.train.datasets.folder import Case, manifest_sha256, open_folder, read_case
-from medseg_trt.train.splits import GAP_SLICES
+from medseg_trt.train.datasets.splits import GAP_SLICES
 
 
 def describe(root, **fields):

@@ -28,7 +28,7 @@ from medseg_trt.train.datasets import acdc, synapse
 from medseg_trt.train.datasets.folder import read_case
 from medseg_trt.train.datasets.official import DATASETS, is_labelled, open_dataset, recorded_options
 from medseg_trt.train.datasets.options import DataOptions, with_changes
-from medseg_trt.train.splits import paper_split
+from medseg_trt.train.datasets.splits import paper_split
 
 ANY = DataOptions(count="any")
 LAYOUTS = {  # name of the layout: data set, what writes it, cases in train, val and test

@@ -14,8 +14,8 @@ from medseg_trt.train.checkpoint import load_checkpoint
 from medseg_trt.train.datasets.folder import manifest_sha256
 from medseg_trt.train.datasets.official import open_dataset, open_recorded, recorded_options
 from medseg_trt.train.datasets.options import DataOptions, with_changes
+from medseg_trt.train.datasets.split_manifest import read_order, read_split_manifest
 from medseg_trt.train.loop import train
-from medseg_trt.train.split_manifest import read_order, read_split_manifest
 
 ANY = DataOptions(count="any")
 SPLITS = ("train", "val", "test")

@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 from sklearn.model_selection import GroupShuffleSplit, train_test_split
 
 from medseg_trt.errors import InputError
-from medseg_trt.train.splits import GAP_SLICES, group_split, paper_split, split_files, split_seeds, split_volume
+from medseg_trt.train.datasets.splits import (
+    GAP_SLICES,
+    group_split,
+    paper_split,
+    split_files,
+    split_seeds,
+    split_volume,
+)
 
 
 @given(count=st.integers(2, 400), seed=st.integers(0, 2**32 - 1))
