@@ -35,7 +35,7 @@ def folding_error(found: Any) -> float:
     """Return the largest difference of the folded network's logits from the unfolded one's, on the judged images."""
     from medseg_trt.export.fold.fold import fold
     from medseg_trt.train.checkpoint import load_checkpoint
-    from medseg_trt.train.model import runner
+    from medseg_trt.train.models.model import runner
 
     images = found.images()
     folded, _ = fold(load_checkpoint(found.checkpoint("llm-transunet")).model())

@@ -20,9 +20,9 @@ from medseg_trt.samples.catalogue import fetch
 from medseg_trt.spec import Classes, Preprocessing
 from medseg_trt.train.blocks import random_block, save_block
 from medseg_trt.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, trained_weights
-from medseg_trt.train.model import build_model, model_spec
+from medseg_trt.train.models.model import build_model, model_spec
+from medseg_trt.train.models.transunet import StdConv2d, TransUNet
 from medseg_trt.train.recipes import RECIPES
-from medseg_trt.train.transunet import StdConv2d, TransUNet
 
 IMAGE_SIZE = (256, 256)
 SEED = 0
@@ -52,7 +52,7 @@ def write_checkpoint(architecture: str, path: Path, folder: Path) -> Checkpoint:
     """Write a checkpoint of random weights, one class, and return it as it is read again.
 
     Args:
-        architecture: a key of ``train.model.MODELS``.
+        architecture: a key of ``train.models.model.MODELS``.
         path: of ``model.pt``; the frozen block comes beside it.
         folder: of scans; the last layer is set up on slices of the first.
     """

@@ -20,7 +20,7 @@ def write_networks(folder: Path) -> None:
     from bench_cpu_network import ARCHITECTURES, image_folder, write_checkpoint
 
     from medseg_trt.building.reference_images import reference_images
-    from medseg_trt.train.model import runner
+    from medseg_trt.train.models.model import runner
 
     images = image_folder(folder, SCANS, SLICES)
     found: dict[str, np.ndarray] = {}

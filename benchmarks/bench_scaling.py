@@ -21,7 +21,7 @@ from medseg_trt.sessions.open import open_session
 from medseg_trt.spec import BuildSpec, Classes, Preprocessing
 from medseg_trt.train.blocks import random_block, save_block
 from medseg_trt.train.checkpoint import Checkpoint, save_checkpoint, trained_weights
-from medseg_trt.train.model import build_model, model_spec
+from medseg_trt.train.models.model import build_model, model_spec
 
 CLASSES = Classes(names=("background", *(f"class{number}" for number in range(1, 9))))
 

@@ -30,7 +30,7 @@ from medseg_trt.train.checkpoint import load_checkpoint
 from medseg_trt.train.datasets.folder import DataFolder
 from medseg_trt.train.datasets.official import open_recorded
 from medseg_trt.train.evaluate import evaluate
-from medseg_trt.train.model import runner
+from medseg_trt.train.models.model import runner
 
 DATA = ("organs", "tumours")
 ARMS = ("transunet-small", "llm-transunet-small")

@@ -110,8 +110,8 @@ def test_every_leaf_exists():
         ("medseg_trt.train.loop", "import medseg_trt"),
         ("medseg_trt.train.datasets.folder", "def late():\n    import medseg_trt.bench.report.write"),
         ("medseg_trt.train.loop", "HOMES = {'verify': 'medseg_trt.export.verify'}"),
-        ("medseg_trt.kernels.rmsnorm", "from medseg_trt.train.llama import RMSNorm"),
-        ("medseg_trt.kernels", "if TYPE_CHECKING:\n    from medseg_trt.train.llama import RMSNorm"),
+        ("medseg_trt.kernels.rmsnorm", "from medseg_trt.train.models.llama import RMSNorm"),
+        ("medseg_trt.kernels", "if TYPE_CHECKING:\n    from medseg_trt.train.models.llama import RMSNorm"),
         ("medseg_trt.export.verify", "from medseg_trt.sessions.open import open_session"),
         ("medseg_trt.export.verify", "from medseg_trt.sessions.onnxruntime import open_graph"),
         ("medseg_trt.export.verify", "def late():\n    import onnxruntime as ort"),
@@ -119,7 +119,7 @@ def test_every_leaf_exists():
         ("medseg_trt.imaging.images", "from medseg_trt.bundles.bundle import Bundle"),
         (
             "medseg_trt.imaging.segment",
-            "class Late:\n    def method(self):\n        from medseg_trt.train.model import runner",
+            "class Late:\n    def method(self):\n        from medseg_trt.train.models.model import runner",
         ),
         ("medseg_trt.errors", "from medseg_trt import build"),
         ("medseg_trt.sessions.open", "from .bundle import Bundle"),
@@ -127,7 +127,7 @@ def test_every_leaf_exists():
         ("medseg_trt.cli", "import toolkit.spec"),
         ("medseg_trt.cli", "from train.loop import train"),
         ("medseg_trt.cli", "from export import fold"),
-        ("medseg_trt.train.llama", "import kernels"),
+        ("medseg_trt.train.models.llama", "import kernels"),
     ],
 )
 def test_a_planted_import_is_caught(module, source):
@@ -138,7 +138,7 @@ def test_a_planted_import_is_caught(module, source):
     ("module", "source"),
     [
         ("medseg_trt.pipeline", "from medseg_trt.export.graph.trace import trace\nfrom medseg_trt.train import loop"),
-        ("medseg_trt.export.fold.fold", "from medseg_trt.train.model import build_model"),
+        ("medseg_trt.export.fold.fold", "from medseg_trt.train.models.model import build_model"),
         ("medseg_trt.train.blocks", "from medseg_trt import __version__\nfrom medseg_trt.errors import UsageError"),
         ("medseg_trt.imaging.segment", "from medseg_trt.imaging.preprocess import prepare\nimport trainer, numpy"),
     ],

@@ -59,7 +59,7 @@ def build(
     from medseg_trt.export.precision.quantize import parse_precision
     from medseg_trt.machine import package_versions
     from medseg_trt.train.checkpoint import load_checkpoint
-    from medseg_trt.train.model import runner
+    from medseg_trt.train.models.model import runner
 
     spec = spec or BuildSpec()
     key = read_private_key(sign_key) if sign_key is not None else None

@@ -130,7 +130,7 @@ class ModelSpec:
     The defaults are R50-ViT-B/16 as published by Chen et al. 2021 (TransUNet).
     """
 
-    architecture: str = "transunet"  # the key of train.model.MODELS it was made from
+    architecture: str = "transunet"  # the key of train.models.model.MODELS it was made from
     image_size: tuple[int, int]  # height, width in pixels
     num_classes: int  # 1: one sigmoid logit (lesion or not); more: softmax, class 0 is the background
     resnet_width: int = 64

@@ -23,7 +23,7 @@ from medseg_trt.progress import LOG
 from medseg_trt.spec import BlockSpec, to_dict
 from medseg_trt.train.layer_choice import FINAL_NORM, LayerChoice, LayerNumber
 from medseg_trt.train.layer_readers import READERS, block_spec, check_layer
-from medseg_trt.train.llama import LlamaBlock
+from medseg_trt.train.models.llama import LlamaBlock
 from medseg_trt.train.weight_files import is_finite, open_safetensors
 
 SCHEMA = 1

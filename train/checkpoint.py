@@ -21,8 +21,8 @@ from medseg_trt.files import atomic_file, cache_folder, parse_json, read_limited
 from medseg_trt.spec import Classes, ModelSpec, Preprocessing, from_dict, to_dict
 from medseg_trt.train.blocks import FrozenBlock, load_block
 from medseg_trt.train.layer_readers import block_spec
-from medseg_trt.train.model import build_model, frozen_names
-from medseg_trt.train.transunet import TransUNet
+from medseg_trt.train.models.model import build_model, frozen_names
+from medseg_trt.train.models.transunet import TransUNet
 from medseg_trt.train.weight_files import is_finite, is_plain, load_pickled, one_line
 
 SCHEMA = 1

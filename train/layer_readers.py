@@ -17,8 +17,8 @@ from medseg_trt.spec import BlockSpec, from_dict
 from medseg_trt.train.gguf_file import GgufFile, open_gguf
 from medseg_trt.train.hugging_face_folder import open_hugging_face
 from medseg_trt.train.layer_choice import FINAL_NORM, LayerChoice, Layout, match
-from medseg_trt.train.llama import LlamaBlock
 from medseg_trt.train.meta_file import MetaFile, open_meta, part_paths
+from medseg_trt.train.models.llama import LlamaBlock
 from medseg_trt.train.weight_files import read_json
 
 MAX_SIZE = 1 << 20  # of one axis of a layer; LLaMA-3 405B has 53248

@@ -23,14 +23,14 @@ from medseg_trt.train.datasets.prepared import PreparedSlices, mapped_slices, pr
 from medseg_trt.train.engine import Engine
 from medseg_trt.train.epoch_slices import EpochSlices
 from medseg_trt.train.evaluate import evaluate
-from medseg_trt.train.frozen import keep_frozen_in
 from medseg_trt.train.losses import segmentation_loss
-from medseg_trt.train.model import runner
+from medseg_trt.train.models.frozen import keep_frozen_in
+from medseg_trt.train.models.model import runner
+from medseg_trt.train.models.transunet import TransUNet
 from medseg_trt.train.run_lock import run_lock
 from medseg_trt.train.runs import PARTIAL_SLICES, Progress, Row, RunState, begin, join, save, save_progress
 from medseg_trt.train.schedules import learning_rate, scheduled_step
 from medseg_trt.train.training_spec import Recipe, TrainSpec
-from medseg_trt.train.transunet import TransUNet
 from medseg_trt.train.whole_batch import Part, compute_part
 
 

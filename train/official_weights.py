@@ -27,7 +27,7 @@ from medseg_trt.train.datasets.mask_classes import LESION
 from medseg_trt.train.datasets.synapse import ORGANS
 from medseg_trt.train.layer_choice import FINAL_NORM
 from medseg_trt.train.layer_readers import block_spec, half_split
-from medseg_trt.train.model import build_model, model_spec
+from medseg_trt.train.models.model import build_model, model_spec
 from medseg_trt.train.state_dict import named_tensors
 from medseg_trt.train.weight_files import is_finite, load_pickled
 from medseg_trt.train.weight_names import LLM4MEDSEG, META_NAME, TRANSUNET, names_elsewhere

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from medseg_trt.errors import ArtefactError
 from medseg_trt.progress import LOG
-from medseg_trt.train.transunet import TransUNet
+from medseg_trt.train.models.transunet import TransUNet
 from medseg_trt.train.weight_files import is_finite, one_line, open_safetensors
 from medseg_trt.train.weight_names import NPZ, TIMM, Elsewhere, Layout, Rule, names_elsewhere
 

@@ -9,8 +9,8 @@ from medseg_trt.spec import InsertSpec, Preprocessing, Resize
 from medseg_trt.train.augment import SHAPE_CHANGING, Step
 from medseg_trt.train.datasets.options import DataOptions
 from medseg_trt.train.engine import AUTOCASTS
-from medseg_trt.train.frozen import FROZEN_DTYPES
-from medseg_trt.train.model import MODELS
+from medseg_trt.train.models.frozen import FROZEN_DTYPES
+from medseg_trt.train.models.model import MODELS
 from medseg_trt.train.schedules import SCHEDULES, ScheduleStep
 
 InputScale = Literal["own", "unit", "imagenet", "unext"]

@@ -25,7 +25,7 @@ from medseg_trt.export.fold.language import (
 from medseg_trt.export.fold.layers import Attend
 from medseg_trt.export.fold.rule import Folding, constant, counted, places, stacked
 from medseg_trt.spec import to_dict
-from medseg_trt.train.transunet import Attention, ConvNormReLU, StdConv2d, TransUNet
+from medseg_trt.train.models.transunet import Attention, ConvNormReLU, StdConv2d, TransUNet
 
 GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")  # of a Conv2d
 

@@ -26,9 +26,9 @@ from medseg_trt.export.fold.layers import (
     WeightedRMSNorm,
 )  # fmt: skip
 from medseg_trt.export.fold.rule import Folding, constant, counted, linear, places, stacked
-from medseg_trt.train.llama import LlamaBlock, RMSNorm, rotary_angles
-from medseg_trt.train.model import LanguageInsert
-from medseg_trt.train.transunet import TransUNet
+from medseg_trt.train.models.llama import LlamaBlock, RMSNorm, rotary_angles
+from medseg_trt.train.models.model import LanguageInsert
+from medseg_trt.train.models.transunet import TransUNet
 
 NO_BLOCK = Folding(reason="the network has no language block")
 NO_LAYER = Folding(reason="weights=none: there is no language layer between the maps")

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from medseg_trt.spec import BlockSpec
-from medseg_trt.train.llama import rotary_angles, rotate
+from medseg_trt.train.models.llama import rotary_angles, rotate
 
 
 class WeightedRMSNorm(nn.Module):

@@ -3,8 +3,8 @@
 Every rule looks for one form, checks all of it, and says how often it found it; what differs in any part stays as it
 is. The attention itself stays the standard operator.
 
-Source: the forms are those of ``train/llama.py`` after ``fold`` and ``trace``; Su et al. 2021 for the rotation; Shazeer
-2020, "GLU Variants Improve Transformer".
+Source: the forms are those of ``train/models/llama.py`` after ``fold`` and ``trace``; Su et al. 2021 for the rotation;
+Shazeer 2020, "GLU Variants Improve Transformer".
 """
 
 from collections.abc import Callable, Iterator, Mapping

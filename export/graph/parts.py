@@ -1,7 +1,7 @@
 """Tell which part of the network a traced node belongs to, so that parts can have precisions of their own.
 
 The exporter writes the modules that a node came from into its metadata, as
-``: medseg_trt.train.transunet.TransUNet/head: torch.nn.modules.conv.Conv2d/conv2d_23: aten.conv2d.default``.
+``: medseg_trt.train.models.transunet.TransUNet/head: torch.nn.modules.conv.Conv2d/conv2d_23: aten.conv2d.default``.
 """
 
 from collections.abc import Mapping

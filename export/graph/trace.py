@@ -15,7 +15,7 @@ import torch
 from medseg_trt.errors import MedsegError
 from medseg_trt.export.graph.interface import INPUT, OUTPUT
 from medseg_trt.export.graph.onnx_graph import KEPT_METADATA, OPSET, OnnxGraph
-from medseg_trt.train.transunet import TransUNet
+from medseg_trt.train.models.transunet import TransUNet
 
 TRACED_OPSETS: Sequence[Mapping[str, int]] = ({"": OPSET},)
 EXAMPLE_BATCH = 2  # a batch of 1 would be taken for a constant

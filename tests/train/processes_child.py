@@ -18,7 +18,7 @@ from medseg_trt.train.checkpoint import trained_weights
 from medseg_trt.train.datasets.prepared import PreparedSlices
 from medseg_trt.train.engine import Engine
 from medseg_trt.train.loop import make_optimizer, train_epoch
-from medseg_trt.train.model import build_model
+from medseg_trt.train.models.model import build_model
 from medseg_trt.train.whole_batch import BatchNorm2d, Part, compute_part
 
 CASES: Mapping[str, tuple[int, tuple[str, ...]]] = {  # number of logits, and changes to the recipe

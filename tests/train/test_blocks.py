@@ -30,7 +30,7 @@ from medseg_trt.train.blocks import (
     save_block,
 )
 from medseg_trt.train.gguf_file import open_gguf
-from medseg_trt.train.model import SMOLLM2_135M, TINY_LLAMA
+from medseg_trt.train.models.model import SMOLLM2_135M, TINY_LLAMA
 from medseg_trt.train.weight_files import open_safetensors
 
 Damage = Callable[[dict[str, Any]], object]

@@ -21,7 +21,7 @@ from medseg_trt.spec import InsertSpec
 from medseg_trt.train import checkpoint as module
 from medseg_trt.train.blocks import random_block, save_block
 from medseg_trt.train.checkpoint import Checkpoint, block_name, load_checkpoint, save_checkpoint, trained_weights
-from medseg_trt.train.model import TINY_LLAMA, build_model
+from medseg_trt.train.models.model import TINY_LLAMA, build_model
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from medseg_trt.cli import cli
 from medseg_trt.errors import ArtefactError, UsageError
 from medseg_trt.train.checkpoint import load_checkpoint
 from medseg_trt.train.loop import train
-from medseg_trt.train.model import build_model, model_spec
+from medseg_trt.train.models.model import build_model, model_spec
 from medseg_trt.train.pretrained import ENCODER_PARTS, load_encoder, resized_positions
 from medseg_trt.train.weight_names import NPZ, TIMM, names_elsewhere
 

@@ -21,7 +21,7 @@ from medseg_trt.train.datasets.folder import manifest_sha256, open_folder
 from medseg_trt.train.datasets.official import open_dataset
 from medseg_trt.train.evaluate import Evaluation, evaluate
 from medseg_trt.train.loop import train
-from medseg_trt.train.model import runner
+from medseg_trt.train.models.model import runner
 from medseg_trt.train.training_spec import Recipe
 
 pytestmark = pytest.mark.usefixtures("no_curve")

@@ -38,8 +38,8 @@ def describe(what: str, image_size: int, classes: int) -> dict[str, Any]:
 
 
 def _architecture(name: str, image_size: tuple[int, int], classes: int) -> dict[str, Any]:
-    from medseg_trt.train.cost import cost
-    from medseg_trt.train.model import model_spec
+    from medseg_trt.train.models.cost import cost
+    from medseg_trt.train.models.model import model_spec
 
     spec = model_spec(name, image_size, classes)
     return {**asdict(cost(spec)), "spec": to_dict(spec)}
@@ -47,7 +47,7 @@ def _architecture(name: str, image_size: tuple[int, int], classes: int) -> dict[
 
 def _checkpoint(path: Path) -> dict[str, Any]:
     from medseg_trt.train.checkpoint import load_checkpoint
-    from medseg_trt.train.cost import cost
+    from medseg_trt.train.models.cost import cost
 
     checkpoint = load_checkpoint(path)
     checkpoint.model()  # the weights fit, and the block is the one it was trained with

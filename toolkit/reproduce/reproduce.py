@@ -165,7 +165,7 @@ def _scores(run: Run, best: Path, modes: Sequence[str]) -> dict[str, Any]:
     from medseg_trt.metrics.protocols import METRICS
     from medseg_trt.train.checkpoint import load_checkpoint
     from medseg_trt.train.evaluate import evaluate
-    from medseg_trt.train.model import runner
+    from medseg_trt.train.models.model import runner
 
     checkpoint = load_checkpoint(best)
     network = runner(checkpoint.model().to("cuda" if torch.cuda.is_available() else "cpu"))

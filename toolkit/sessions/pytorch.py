@@ -8,8 +8,8 @@ from numpy import ndarray
 
 from medseg_trt.sessions.base import Session
 from medseg_trt.train.checkpoint import Checkpoint, load_checkpoint
-from medseg_trt.train.model import runner
-from medseg_trt.train.transunet import TransUNet
+from medseg_trt.train.models.model import runner
+from medseg_trt.train.models.transunet import TransUNet
 
 
 class PyTorchSession(Session):

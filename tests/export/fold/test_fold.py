@@ -11,7 +11,7 @@ from medseg_trt.export.fold import fold as fold_module
 from medseg_trt.export.fold.fold import RULES, fold, plain_report
 from medseg_trt.export.fold.rule import Folding
 from medseg_trt.train.checkpoint import load_checkpoint
-from medseg_trt.train.transunet import Attention, ConvNormReLU, StdConv2d, TransUNet
+from medseg_trt.train.models.transunet import Attention, ConvNormReLU, StdConv2d, TransUNet
 
 OWN_RULES = ("standardised_convolutions", "batch_norms", "transformer_projections")  # the others have their own tests
 # Kernels are folded in float64 and rounded once to float32 (6e-8), and logits of order 1 pass about 30 layers; the

@@ -21,9 +21,9 @@ from medseg_trt.export.fold.layers import Branch, FoldedInsert, InverseRMS, Rota
 from medseg_trt.export.graph.parts import part_of
 from medseg_trt.export.graph.trace import trace
 from medseg_trt.spec import InsertSpec, ModelSpec
-from medseg_trt.train.llama import RMSNorm
-from medseg_trt.train.model import build_model, model_spec
-from medseg_trt.train.transunet import TransUNet
+from medseg_trt.train.models.llama import RMSNorm
+from medseg_trt.train.models.model import build_model, model_spec
+from medseg_trt.train.models.transunet import TransUNet
 
 SIZE = (32, 48)  # six tokens; as many rows as columns would hide a transposed grid
 # Logits of order 1 after some forty float64 roundings of 1e-16 each; 1e-14 is the most that was seen. The faults below

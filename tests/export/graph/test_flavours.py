@@ -23,7 +23,7 @@ from medseg_trt.export.graph.functions import DOMAIN, function
 from medseg_trt.export.graph.fuse import fuse
 from medseg_trt.export.graph.trace import KEPT_METADATA, OnnxGraph, trace
 from medseg_trt.train.checkpoint import load_checkpoint
-from medseg_trt.train.llama import LlamaBlock
+from medseg_trt.train.models.llama import LlamaBlock
 
 SIZE = (32, 48)
 RNG = np.random.default_rng(0)

@@ -20,8 +20,8 @@ from medseg_trt.export.graph.functions import BODIES, DOMAIN, PLUGIN, check_func
 from medseg_trt.export.graph.fuse import RULES, fuse
 from medseg_trt.export.graph.trace import OnnxGraph, check, trace
 from medseg_trt.train.checkpoint import load_checkpoint
-from medseg_trt.train.llama import LlamaBlock
-from medseg_trt.train.transunet import TransUNet
+from medseg_trt.train.models.llama import LlamaBlock
+from medseg_trt.train.models.transunet import TransUNet
 
 SIZE = (32, 48)
 IMAGES = np.random.default_rng(0).random((3, 3, *SIZE), dtype=np.float32)

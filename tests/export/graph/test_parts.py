@@ -3,19 +3,20 @@ import pytest
 from medseg_trt.errors import MedsegError
 from medseg_trt.export.graph.parts import part_of
 
-ROOT = ": medseg_trt.train.transunet.TransUNet"
+OURS = "medseg_trt.train.models.transunet"
+ROOT = f": {OURS}.TransUNet"
 CONV, LINEAR = "torch.nn.modules.conv.Conv2d", "torch.nn.modules.linear.Linear"
 
 
 @pytest.mark.parametrize(
     ("path", "part"),
     [
-        (f"resnet: medseg_trt.train.transunet.ResNetStem/resnet.root.0: {CONV}/conv2d: aten.conv2d.default", "resnet"),
+        (f"resnet: {OURS}.ResNetStem/resnet.root.0: {CONV}/conv2d: aten.conv2d.default", "resnet"),
         (f"patch_embedding: {CONV}/conv2d_13: aten.conv2d.default", "vit"),
-        (f"layers.11: medseg_trt.train.transunet.EncoderLayer/layers.11.fc1: {LINEAR}/gelu: aten.gelu.default", "vit"),
+        (f"layers.11: {OURS}.EncoderLayer/layers.11.fc1: {LINEAR}/gelu: aten.gelu.default", "vit"),
         ("view: aten.view.default", "vit"),
         (f"insert: medseg_trt.export.fold.layers.FoldedInsert/insert.mapper2: {LINEAR}/mm: aten.mm.default", "block"),
-        ("decoder.3: medseg_trt.train.transunet.DecoderStage/cat_2: aten.cat.default", "decoder"),
+        (f"decoder.3: {OURS}.DecoderStage/cat_2: aten.cat.default", "decoder"),
         (f"head: {CONV}/conv2d_23: aten.conv2d.default", "decoder"),
     ],
 )

@@ -14,7 +14,7 @@ from medseg_trt.export.graph import trace as trace_module
 from medseg_trt.export.graph.save import save_flavours
 from medseg_trt.export.graph.trace import OPSET, OnnxGraph, check, trace
 from medseg_trt.train.checkpoint import load_checkpoint
-from medseg_trt.train.model import LanguageInsert
+from medseg_trt.train.models.model import LanguageInsert
 
 SIZE = (32, 48)
 

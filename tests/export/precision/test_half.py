@@ -15,7 +15,7 @@ from medseg_trt.export.precision.half import FLOAT, TYPES, to_half
 from medseg_trt.export.precision.overflow import HEADROOM, LARGEST, observed_values, rounded_graph, too_large
 from medseg_trt.export.precision.weight_only import to_w8a16
 from medseg_trt.train.checkpoint import load_checkpoint
-from medseg_trt.train.model import runner
+from medseg_trt.train.models.model import runner
 
 IMAGES = np.random.default_rng(0).random((3, 3, 32, 32), dtype=np.float32)
 IN_FLOAT32 = {"GroupNormalization", "LayerNormalization", "RMSNorm", "AddRMSNorm", "RMSNormalization", "Softmax"}
@@ -214,7 +214,9 @@ def test_a_value_is_coded_and_decoded_by_the_same_scale():
     )
     for node in graph.graph:
         node.name = f"{node.op_type}_node"
-        node.metadata_props["namespace"] = ": medseg_trt.train.transunet.TransUNet/head: torch.nn.Conv2d/x: aten.x"
+        node.metadata_props["namespace"] = (
+            ": medseg_trt.train.models.transunet.TransUNet/head: torch.nn.Conv2d/x: aten.x"
+        )
     half = to_half(OnnxGraph(model=graph), ["MatMul_node"])
     coder, decoder = (
         next(node for node in half.model.graph if node.op_type == name)

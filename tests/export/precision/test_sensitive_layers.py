@@ -11,7 +11,7 @@ from medseg_trt.export.graph.trace import OnnxGraph, trace
 from medseg_trt.export.precision import sensitive_layers as module
 from medseg_trt.export.precision.sensitive_layers import MODULES, delicate
 from medseg_trt.train.blocks import random_block
-from medseg_trt.train.model import TINY_LLAMA, build_model
+from medseg_trt.train.models.model import TINY_LLAMA, build_model
 
 
 @pytest.fixture(scope="module")

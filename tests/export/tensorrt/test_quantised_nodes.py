@@ -19,7 +19,7 @@ from medseg_trt.export.precision.calibrate import calibrate, observed_graph
 from medseg_trt.export.precision.quantize import parse_precision, quantise, values_to_calibrate
 from medseg_trt.export.tensorrt.quantised_nodes import join_quantisers
 from medseg_trt.train.checkpoint import load_checkpoint
-from medseg_trt.train.llama import LlamaBlock
+from medseg_trt.train.models.llama import LlamaBlock
 
 SIZE = (32, 48)
 IMAGES = np.stack([np.repeat(picture(seed, SIZE)[0][None] / 255, 3, axis=0) for seed in range(4)]).astype(np.float32)

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 
 import torch
 
-from medseg_trt.train.model import LanguageInsert
-from medseg_trt.train.transunet import TransUNet
+from medseg_trt.train.models.model import LanguageInsert
+from medseg_trt.train.models.transunet import TransUNet
 
 FROZEN_DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

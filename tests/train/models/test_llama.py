@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from medseg_trt.spec import BlockSpec
-from medseg_trt.train import llama
-from medseg_trt.train.llama import LlamaBlock, RMSNorm
+from medseg_trt.train.models import llama
+from medseg_trt.train.models.llama import LlamaBlock, RMSNorm
 
 GEOMETRIES = {
     "multi-head": BlockSpec(hidden_size=64, intermediate_size=96, num_heads=4, num_kv_heads=4, head_dim=16),

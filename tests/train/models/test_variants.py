@@ -22,14 +22,21 @@ from medseg_trt.spec import BlockSpec, InsertSpec, ModelSpec, Preprocessing, fro
 from medseg_trt.train.blocks import FrozenBlock, extract_last, random_block, save_block
 from medseg_trt.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, trained_weights
 from medseg_trt.train.datasets.folder import open_folder
-from medseg_trt.train.frozen import FROZEN_DTYPES, keep_frozen_in
 from medseg_trt.train.gguf_file import open_gguf
 from medseg_trt.train.loop import make_optimizer, train
-from medseg_trt.train.model import TINY_LLAMA, LanguageInsert, build_model, count_parameters, frozen_names, model_spec
+from medseg_trt.train.models.frozen import FROZEN_DTYPES, keep_frozen_in
+from medseg_trt.train.models.model import (
+    TINY_LLAMA,
+    LanguageInsert,
+    build_model,
+    count_parameters,
+    frozen_names,
+    model_spec,
+)
+from medseg_trt.train.models.transunet import TransUNet
+from medseg_trt.train.models.variants import layer_weights
 from medseg_trt.train.recipes import recipe
 from medseg_trt.train.training_spec import TrainSpec
-from medseg_trt.train.transunet import TransUNet
-from medseg_trt.train.variants import layer_weights
 
 TOKENS = (48, 32)  # an image of 3 x 2 tokens
 # Sums of at most 96 products of size 1, each rounded at 1.1e-16, through some ten stages; 4e-15 is the most measured.

@@ -17,9 +17,9 @@ from medseg_trt.train.blocks import load_block, random_block
 from medseg_trt.train.checkpoint import FROZEN_PREFIXES, load_checkpoint
 from medseg_trt.train.datasets.prepared import PreparedSlices
 from medseg_trt.train.engine import Engine
-from medseg_trt.train.frozen import keep_frozen_in
 from medseg_trt.train.loop import make_optimizer, train, train_epoch
-from medseg_trt.train.model import LanguageInsert, build_model
+from medseg_trt.train.models.frozen import keep_frozen_in
+from medseg_trt.train.models.model import LanguageInsert, build_model
 
 BLOCK = random_block(TINY_LLAMA, seed=0, std=0.3)
 

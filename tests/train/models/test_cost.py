@@ -1,7 +1,7 @@
 import pytest
 
-from medseg_trt.train.cost import cost
-from medseg_trt.train.model import model_spec
+from medseg_trt.train.models.cost import cost
+from medseg_trt.train.models.model import model_spec
 
 
 def test_the_block_and_its_mappers_cost_what_their_matrices_say():

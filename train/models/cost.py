@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from medseg_trt.spec import ModelSpec
-from medseg_trt.train.model import build_model, count_parameters
+from medseg_trt.train.models.model import build_model, count_parameters
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

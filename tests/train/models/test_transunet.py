@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from medseg_trt.spec import ModelSpec
-from medseg_trt.train.model import transunet, transunet_tiny
-from medseg_trt.train.transunet import Bottleneck, StdConv2d, TransUNet
+from medseg_trt.train.models.model import transunet, transunet_tiny
+from medseg_trt.train.models.transunet import Bottleneck, StdConv2d, TransUNet
 
 # Parameters of each part at 256 x 256 and 1 class, derived by hand from the layer table of the published R50-ViT-B/16.
 PARTS = {
