@@ -18,7 +18,7 @@ from medseg_trt.imaging.images import find_images, read_image
 from medseg_trt.imaging.preprocess import prepare
 from medseg_trt.samples.catalogue import fetch
 from medseg_trt.spec import Classes, Preprocessing
-from medseg_trt.train.blocks import random_block, save_block
+from medseg_trt.train.block.blocks import random_block, save_block
 from medseg_trt.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, trained_weights
 from medseg_trt.train.models.model import build_model, model_spec
 from medseg_trt.train.models.transunet import StdConv2d, TransUNet

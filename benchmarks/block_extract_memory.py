@@ -27,10 +27,10 @@ from results_file import options, publish
 
 from medseg_trt.files import write_json
 from medseg_trt.spec import BlockSpec
-from medseg_trt.train.blocks import load_block, random_block
-from medseg_trt.train.gguf_file import open_gguf
-from medseg_trt.train.layer_readers import GGUF_NAMES, META_NAMES
-from medseg_trt.train.meta_file import SPLIT_AXIS
+from medseg_trt.train.block.blocks import load_block, random_block
+from medseg_trt.train.block.gguf_file import open_gguf
+from medseg_trt.train.block.layer_readers import GGUF_NAMES, META_NAMES
+from medseg_trt.train.block.meta_file import SPLIT_AXIS
 
 TINY = BlockSpec(hidden_size=64, intermediate_size=96, num_heads=4, num_kv_heads=4, head_dim=16)
 MIB, GIB = 1 << 20, 1 << 30

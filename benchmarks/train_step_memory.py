@@ -36,7 +36,7 @@ def take_steps(name: str, block: Path, image_size: int, batch_size: int) -> dict
     import torch
 
     from medseg_trt.spec import Preprocessing
-    from medseg_trt.train.blocks import load_block
+    from medseg_trt.train.block.blocks import load_block
     from medseg_trt.train.datasets.prepared import PreparedSlices
     from medseg_trt.train.loop import make_optimizer, train_epoch
     from medseg_trt.train.models.frozen import keep_frozen_in
@@ -103,7 +103,7 @@ def write_block(path: Path) -> None:
     from dataclasses import replace
 
     from medseg_trt.spec import BlockSpec
-    from medseg_trt.train.blocks import random_block, save_block
+    from medseg_trt.train.block.blocks import random_block, save_block
 
     block = random_block(BlockSpec(), seed=0)
     save_block(replace(block, tensors={name: tensor.half() for name, tensor in block.tensors.items()}), path)

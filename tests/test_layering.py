@@ -139,7 +139,10 @@ def test_a_planted_import_is_caught(module, source):
     [
         ("medseg_trt.pipeline", "from medseg_trt.export.graph.trace import trace\nfrom medseg_trt.train import loop"),
         ("medseg_trt.export.fold.fold", "from medseg_trt.train.models.model import build_model"),
-        ("medseg_trt.train.blocks", "from medseg_trt import __version__\nfrom medseg_trt.errors import UsageError"),
+        (
+            "medseg_trt.train.block.blocks",
+            "from medseg_trt import __version__\nfrom medseg_trt.errors import UsageError",
+        ),
         ("medseg_trt.imaging.segment", "from medseg_trt.imaging.preprocess import prepare\nimport trainer, numpy"),
     ],
 )

@@ -20,13 +20,13 @@ from medseg_trt.errors import ArtefactError, UsageError
 from medseg_trt.files import sha256
 from medseg_trt.progress import LOG
 from medseg_trt.spec import PIXELS_PER_TOKEN, BlockSpec, Classes, ModelSpec, Preprocessing
-from medseg_trt.train.blocks import FrozenBlock, load_block, save_block
+from medseg_trt.train.block.blocks import FrozenBlock, load_block, save_block
+from medseg_trt.train.block.layer_choice import FINAL_NORM
+from medseg_trt.train.block.layer_readers import block_spec, half_split
 from medseg_trt.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from medseg_trt.train.datasets import acdc
 from medseg_trt.train.datasets.mask_classes import LESION
 from medseg_trt.train.datasets.synapse import ORGANS
-from medseg_trt.train.layer_choice import FINAL_NORM
-from medseg_trt.train.layer_readers import block_spec, half_split
 from medseg_trt.train.models.model import build_model, model_spec
 from medseg_trt.train.state_dict import named_tensors
 from medseg_trt.train.weight_files import is_finite, load_pickled

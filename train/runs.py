@@ -22,7 +22,7 @@ from medseg_trt.errors import UsageError
 from medseg_trt.files import atomic_file, sha256, write_json
 from medseg_trt.progress import LOG
 from medseg_trt.spec import ModelSpec, Preprocessing, from_dict, to_dict
-from medseg_trt.train.blocks import load_block, provenance_of
+from medseg_trt.train.block.blocks import load_block, provenance_of
 from medseg_trt.train.checkpoint import DATA_FOLDER, Checkpoint, load_checkpoint, save_checkpoint, trained_weights
 from medseg_trt.train.curve import draw_curve
 from medseg_trt.train.datasets.check import require_usable

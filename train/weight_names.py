@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from medseg_trt.train.layer_readers import META_NAMES
+from medseg_trt.train.block.layer_readers import META_NAMES
 
 Layout = Literal["same", "hwio", "flat", "transposed", "heads_in", "heads_out", "position", "query", "key", "value"]
 Rule = tuple[str, Callable[[re.Match[str]], str], Layout]

@@ -17,7 +17,7 @@ from medseg_trt.errors import MedsegError
 from medseg_trt.files import sha256
 from medseg_trt.imaging.images import read_image
 from medseg_trt.inspection.onnx_file import describe_onnx
-from medseg_trt.train.blocks import load_block
+from medseg_trt.train.block.blocks import load_block
 from medseg_trt.train.checkpoint import load_checkpoint
 
 MUTANTS_A_KIND = 286  # of seven kinds: 2,002 in all

@@ -9,7 +9,7 @@ from tiny import TINY_LLAMA
 
 from medseg_trt.cli import cli
 from medseg_trt.errors import ArtefactError, UsageError
-from medseg_trt.train.blocks import load_block, random_block, save_block
+from medseg_trt.train.block.blocks import load_block, random_block, save_block
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import torch
 from tiny import TINY_LLAMA, tiny_recipe, tiny_spec
 from torch import Tensor, nn
 
-from medseg_trt.train.blocks import random_block
+from medseg_trt.train.block.blocks import random_block
 from medseg_trt.train.checkpoint import trained_weights
 from medseg_trt.train.datasets.prepared import PreparedSlices
 from medseg_trt.train.engine import Engine

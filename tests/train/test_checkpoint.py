@@ -19,7 +19,7 @@ from tiny import LESION, SIZE, make_checkpoint
 from medseg_trt.errors import ArtefactError, InputError
 from medseg_trt.spec import InsertSpec
 from medseg_trt.train import checkpoint as module
-from medseg_trt.train.blocks import random_block, save_block
+from medseg_trt.train.block.blocks import random_block, save_block
 from medseg_trt.train.checkpoint import Checkpoint, block_name, load_checkpoint, save_checkpoint, trained_weights
 from medseg_trt.train.models.model import TINY_LLAMA, build_model
 

@@ -20,7 +20,7 @@ from tiny import (
 
 from medseg_trt.errors import InputError, MedsegError
 from medseg_trt.train import loop
-from medseg_trt.train.blocks import random_block
+from medseg_trt.train.block.blocks import random_block
 from medseg_trt.train.checkpoint import FROZEN_PREFIXES, load_checkpoint
 from medseg_trt.train.datasets.folder import open_folder
 from medseg_trt.train.datasets.prepared import PreparedSlices

@@ -13,7 +13,7 @@ from published_forward import published_logits
 from medseg_trt.cli import cli
 from medseg_trt.errors import ArtefactError, MedsegError, UsageError
 from medseg_trt.spec import BlockSpec, Classes, Preprocessing
-from medseg_trt.train.blocks import load_block, save_block
+from medseg_trt.train.block.blocks import load_block, save_block
 from medseg_trt.train.checkpoint import load_checkpoint
 from medseg_trt.train.models.model import TINY_LLAMA, build_model, model_spec, runner
 from medseg_trt.train.official_weights import import_official, read_state

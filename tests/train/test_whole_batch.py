@@ -7,7 +7,7 @@ from tiny import TINY_LLAMA, tiny_recipe, tiny_spec
 from torch import nn
 
 from medseg_trt.train import loop
-from medseg_trt.train.blocks import random_block
+from medseg_trt.train.block.blocks import random_block
 from medseg_trt.train.engine import Engine
 from medseg_trt.train.models.model import build_model
 from medseg_trt.train.whole_batch import Dropout, Part, compute_part, parts_of

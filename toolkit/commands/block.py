@@ -46,7 +46,7 @@ def block_extract(
     The rest of the model is not read into memory.
     """
     from medseg_trt.spec import to_dict
-    from medseg_trt.train.blocks import extract, extract_last, provenance_of, save_block
+    from medseg_trt.train.block.blocks import extract, extract_last, provenance_of, save_block
 
     if layer is not None and layers is not None:
         raise UsageError("--layer takes one layer and --layers the last ones; give one of the two")

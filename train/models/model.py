@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from medseg_trt.errors import UsageError
 from medseg_trt.imaging.segment import Run
 from medseg_trt.spec import BlockSpec, InsertSpec, ModelSpec
-from medseg_trt.train.blocks import FrozenBlock
+from medseg_trt.train.block.blocks import FrozenBlock
 from medseg_trt.train.models.llama import LlamaBlock, RMSNorm
 from medseg_trt.train.models.transunet import TransUNet
 from medseg_trt.train.models.variants import final_norm, layer_weights

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from medseg_trt.errors import UsageError
 from medseg_trt.spec import BlockSpec, InsertSpec
-from medseg_trt.train.blocks import FrozenBlock, random_block
-from medseg_trt.train.layer_choice import FINAL_NORM
+from medseg_trt.train.block.blocks import FrozenBlock, random_block
+from medseg_trt.train.block.layer_choice import FINAL_NORM
 
 Tensors = Mapping[str, Tensor]
 

@@ -8,7 +8,7 @@ from medseg_trt.export.graph.fuse import fuse
 from medseg_trt.export.graph.gemms import gemms
 from medseg_trt.export.graph.modules import groups_of
 from medseg_trt.export.graph.trace import INPUT, OPSET, OUTPUT, OnnxGraph, trace
-from medseg_trt.train.blocks import random_block
+from medseg_trt.train.block.blocks import random_block
 from medseg_trt.train.models.model import TINY_LLAMA, build_model
 
 ROOT = ": medseg_trt.train.models.transunet.TransUNet"

@@ -10,7 +10,7 @@ from medseg_trt.export.graph.modules import module_of
 from medseg_trt.export.graph.trace import OnnxGraph, trace
 from medseg_trt.export.precision import sensitive_layers as module
 from medseg_trt.export.precision.sensitive_layers import MODULES, delicate
-from medseg_trt.train.blocks import random_block
+from medseg_trt.train.block.blocks import random_block
 from medseg_trt.train.models.model import TINY_LLAMA, build_model
 
 

@@ -13,7 +13,7 @@ from tiny import TINY_LLAMA, tiny_changes, tiny_recipe, tiny_spec, train_and_kil
 
 from medseg_trt.errors import UsageError
 from medseg_trt.train import loop
-from medseg_trt.train.blocks import load_block, random_block
+from medseg_trt.train.block.blocks import load_block, random_block
 from medseg_trt.train.checkpoint import FROZEN_PREFIXES, load_checkpoint
 from medseg_trt.train.datasets.prepared import PreparedSlices
 from medseg_trt.train.engine import Engine

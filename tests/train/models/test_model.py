@@ -7,7 +7,7 @@ import torch
 
 from medseg_trt.errors import UsageError
 from medseg_trt.spec import BlockSpec, ModelSpec
-from medseg_trt.train.blocks import random_block
+from medseg_trt.train.block.blocks import random_block
 from medseg_trt.train.models.model import MODELS, TINY_LLAMA, LanguageInsert, build_model, count_parameters, model_spec
 
 

@@ -19,10 +19,10 @@ from medseg_trt.export.fold.fold import fold
 from medseg_trt.export.graph.save import save_flavours
 from medseg_trt.export.graph.trace import trace
 from medseg_trt.spec import BlockSpec, InsertSpec, ModelSpec, Preprocessing, from_dict, to_dict
-from medseg_trt.train.blocks import FrozenBlock, extract_last, random_block, save_block
+from medseg_trt.train.block.blocks import FrozenBlock, extract_last, random_block, save_block
+from medseg_trt.train.block.gguf_file import open_gguf
 from medseg_trt.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, trained_weights
 from medseg_trt.train.datasets.folder import open_folder
-from medseg_trt.train.gguf_file import open_gguf
 from medseg_trt.train.loop import make_optimizer, train
 from medseg_trt.train.models.frozen import FROZEN_DTYPES, keep_frozen_in
 from medseg_trt.train.models.model import (

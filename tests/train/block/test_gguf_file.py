@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medseg_trt.errors import ArtefactError
-from medseg_trt.train.gguf_file import open_gguf
+from medseg_trt.train.block.gguf_file import open_gguf
 
 ROWS = np.random.default_rng(0).standard_normal((6, 64)).astype(np.float32)
 

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from medseg_trt.errors import ArtefactError, UsageError
 from medseg_trt.spec import BlockSpec
-from medseg_trt.train import blocks
-from medseg_trt.train.blocks import (
+from medseg_trt.train.block import blocks
+from medseg_trt.train.block.blocks import (
     METADATA_KEY,
     FrozenBlock,
     build_block,
@@ -29,7 +29,7 @@ from medseg_trt.train.blocks import (
     random_block,
     save_block,
 )
-from medseg_trt.train.gguf_file import open_gguf
+from medseg_trt.train.block.gguf_file import open_gguf
 from medseg_trt.train.models.model import SMOLLM2_135M, TINY_LLAMA
 from medseg_trt.train.weight_files import open_safetensors
 

@@ -22,9 +22,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from medseg_trt.errors import ArtefactError, UsageError
 from medseg_trt.spec import BlockSpec
-from medseg_trt.train import layer_readers
-from medseg_trt.train.blocks import FrozenBlock, build_block, extract, extract_last, save_block
-from medseg_trt.train.layer_readers import GGUF_NAMES, META_NAMES, half_split
+from medseg_trt.train.block import layer_readers
+from medseg_trt.train.block.blocks import FrozenBlock, build_block, extract, extract_last, save_block
+from medseg_trt.train.block.layer_readers import GGUF_NAMES, META_NAMES, half_split
 
 NUM_LAYERS = 3
 SPEC = BlockSpec(

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from medseg_trt.errors import ArtefactError
 from medseg_trt.spec import BlockSpec
-from medseg_trt.train.blocks import build_block, extract
-from medseg_trt.train.meta_file import open_meta
+from medseg_trt.train.block.blocks import build_block, extract
+from medseg_trt.train.block.meta_file import open_meta
 
 WIDTH, INNER, HEADS, HEAD_DIM, NUM_LAYERS = 32, 48, 4, 8, 2
 PARAMS = {"dim": WIDTH, "n_layers": NUM_LAYERS, "n_heads": HEADS, "multiple_of": 16, "norm_eps": 3e-5, "vocab_size": -1}

@@ -21,8 +21,8 @@ from medseg_trt.errors import ArtefactError, UsageError, require
 from medseg_trt.files import atomic_file, sha256
 from medseg_trt.progress import LOG
 from medseg_trt.spec import BlockSpec, to_dict
-from medseg_trt.train.layer_choice import FINAL_NORM, LayerChoice, LayerNumber
-from medseg_trt.train.layer_readers import READERS, block_spec, check_layer
+from medseg_trt.train.block.layer_choice import FINAL_NORM, LayerChoice, LayerNumber
+from medseg_trt.train.block.layer_readers import READERS, block_spec, check_layer
 from medseg_trt.train.models.llama import LlamaBlock
 from medseg_trt.train.weight_files import is_finite, open_safetensors
 

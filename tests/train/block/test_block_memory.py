@@ -10,7 +10,7 @@ import pytest
 
 from medseg_trt.spec import BlockSpec
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "block_extract_memory.py"
+BENCHMARK = Path(__file__).parents[3] / "benchmarks" / "block_extract_memory.py"
 WHOLE = """
 from medseg_trt.cli import main
 from medseg_trt.train import weight_files

@@ -14,10 +14,10 @@ from torch import Tensor
 from medseg_trt.errors import ArtefactError
 from medseg_trt.files import sha256
 from medseg_trt.spec import BlockSpec, from_dict
-from medseg_trt.train.gguf_file import GgufFile, open_gguf
-from medseg_trt.train.hugging_face_folder import open_hugging_face
-from medseg_trt.train.layer_choice import FINAL_NORM, LayerChoice, Layout, match
-from medseg_trt.train.meta_file import MetaFile, open_meta, part_paths
+from medseg_trt.train.block.gguf_file import GgufFile, open_gguf
+from medseg_trt.train.block.hugging_face_folder import open_hugging_face
+from medseg_trt.train.block.layer_choice import FINAL_NORM, LayerChoice, Layout, match
+from medseg_trt.train.block.meta_file import MetaFile, open_meta, part_paths
 from medseg_trt.train.models.llama import LlamaBlock
 from medseg_trt.train.weight_files import read_json
 

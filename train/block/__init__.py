@@ -1,0 +1,1 @@
+"""The frozen block: choosing layers, and reading them from every file format."""
