@@ -22,7 +22,7 @@ from medseg_trt.train.block.blocks import random_block, save_block
 from medseg_trt.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, trained_weights
 from medseg_trt.train.models.model import build_model, model_spec
 from medseg_trt.train.models.transunet import StdConv2d, TransUNet
-from medseg_trt.train.recipes import RECIPES
+from medseg_trt.train.recipes.recipes import RECIPES
 
 IMAGE_SIZE = (256, 256)
 SEED = 0

@@ -41,7 +41,7 @@ def take_steps(name: str, block: Path, image_size: int, batch_size: int) -> dict
     from medseg_trt.train.loop import make_optimizer, train_epoch
     from medseg_trt.train.models.frozen import keep_frozen_in
     from medseg_trt.train.models.model import build_model, model_spec
-    from medseg_trt.train.recipes import Recipe, TrainSpec
+    from medseg_trt.train.recipes.recipes import Recipe, TrainSpec
 
     architecture, frozen_dtype, autocast = ROWS[name]
     imported = peak_bytes()

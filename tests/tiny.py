@@ -15,7 +15,7 @@ from medseg_trt.spec import Classes, ModelSpec, Preprocessing
 from medseg_trt.train.block.blocks import random_block, save_block
 from medseg_trt.train.checkpoint import Checkpoint, save_checkpoint, trained_weights
 from medseg_trt.train.models.model import TINY_LLAMA, build_model, model_spec
-from medseg_trt.train.recipes import Recipe, recipe
+from medseg_trt.train.recipes.recipes import Recipe, recipe
 
 SIZE = (32, 32)
 LESION = Classes(names=("background", "lesion"))

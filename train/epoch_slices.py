@@ -5,7 +5,7 @@ from torch.utils.data import Dataset
 
 from medseg_trt.train.augment import augment, worker_steps
 from medseg_trt.train.datasets.prepared import PreparedSlices
-from medseg_trt.train.training_spec import Recipe
+from medseg_trt.train.recipes.training_spec import Recipe
 
 
 class EpochSlices(Dataset[tuple[np.ndarray, np.ndarray]]):

@@ -27,10 +27,10 @@ from medseg_trt.train.losses import segmentation_loss
 from medseg_trt.train.models.frozen import keep_frozen_in
 from medseg_trt.train.models.model import runner
 from medseg_trt.train.models.transunet import TransUNet
+from medseg_trt.train.recipes.training_spec import Recipe, TrainSpec
 from medseg_trt.train.run_lock import run_lock
 from medseg_trt.train.runs import PARTIAL_SLICES, Progress, Row, RunState, begin, join, save, save_progress
 from medseg_trt.train.schedules import learning_rate, scheduled_step
-from medseg_trt.train.training_spec import Recipe, TrainSpec
 from medseg_trt.train.whole_batch import Part, compute_part
 
 

@@ -27,7 +27,7 @@ from medseg_trt.train.datasets.prepared import PreparedSlices
 from medseg_trt.train.evaluate import evaluate
 from medseg_trt.train.loop import EpochSlices, make_optimizer, train, train_epoch
 from medseg_trt.train.models.model import build_model, runner
-from medseg_trt.train.training_spec import OPTIMIZERS
+from medseg_trt.train.recipes.training_spec import OPTIMIZERS
 
 RUN_FILES = {"best.pt", "last.pt", "history.jsonl", "curve.png", "recipe.json", "data.json"}
 

@@ -22,7 +22,7 @@ from medseg_trt.train.datasets.official import open_dataset
 from medseg_trt.train.evaluate import Evaluation, evaluate
 from medseg_trt.train.loop import train
 from medseg_trt.train.models.model import runner
-from medseg_trt.train.training_spec import Recipe
+from medseg_trt.train.recipes.training_spec import Recipe
 
 pytestmark = pytest.mark.usefixtures("no_curve")
 RECIPE = tiny_recipe()  # three epochs of two steps

@@ -43,7 +43,7 @@ def import_(
     """
     from medseg_trt.spec import Classes, to_dict
     from medseg_trt.train.official_weights import import_official
-    from medseg_trt.train.recipes import recipe as named_recipe
+    from medseg_trt.train.recipes.recipes import recipe as named_recipe
 
     try:
         names = Classes(names=tuple(name.strip() for name in classes.split(","))) if classes is not None else None

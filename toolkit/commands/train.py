@@ -56,7 +56,7 @@ def train(
     from medseg_trt.spec import to_dict
     from medseg_trt.train.datasets.official import open_dataset
     from medseg_trt.train.loop import train as run_training
-    from medseg_trt.train.recipes import recipe
+    from medseg_trt.train.recipes.recipes import recipe
 
     splits = (f"data.manifest={split_manifest.resolve()}",) if split_manifest is not None else ()
     start = ("pretrained=file",) if weights is not None else ()

@@ -20,8 +20,8 @@ from medseg_trt.reproduce.reproduced import Reproduced, Tested, write_table
 from medseg_trt.spec import from_dict
 from medseg_trt.train.datasets.folder import DataFolder
 from medseg_trt.train.datasets.official import DATASETS, open_dataset
-from medseg_trt.train.recipes import recipe
-from medseg_trt.train.training_spec import Recipe
+from medseg_trt.train.recipes.recipes import recipe
+from medseg_trt.train.recipes.training_spec import Recipe
 
 FIRST_SEED = 1234
 BATCH = 8  # of the paper's validation and test of lesions; unext_batch depends on it

@@ -35,8 +35,8 @@ from medseg_trt.train.models.model import (
 )
 from medseg_trt.train.models.transunet import TransUNet
 from medseg_trt.train.models.variants import layer_weights
-from medseg_trt.train.recipes import recipe
-from medseg_trt.train.training_spec import TrainSpec
+from medseg_trt.train.recipes.recipes import recipe
+from medseg_trt.train.recipes.training_spec import TrainSpec
 
 TOKENS = (48, 32)  # an image of 3 x 2 tokens
 # Sums of at most 96 products of size 1, each rounded at 1.1e-16, through some ten stages; 4e-15 is the most measured.

@@ -3,7 +3,7 @@
 import pytest
 
 from medseg_trt.errors import UsageError
-from medseg_trt.train.recipes import RECIPES, recipe
+from medseg_trt.train.recipes.recipes import RECIPES, recipe
 
 
 @pytest.mark.parametrize("name", RECIPES)

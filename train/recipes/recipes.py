@@ -8,9 +8,9 @@ from typing import Any
 from medseg_trt.errors import ArtefactError, UsageError
 from medseg_trt.spec import Preprocessing, from_dict, to_dict
 from medseg_trt.train.augment import Step
-from medseg_trt.train.demo_recipes import organs_demo, tumours_demo
-from medseg_trt.train.paper_recipes import acdc, lesions, synapse
-from medseg_trt.train.training_spec import Recipe, TrainSpec
+from medseg_trt.train.recipes.demo_recipes import organs_demo, tumours_demo
+from medseg_trt.train.recipes.paper_recipes import acdc, lesions, synapse
+from medseg_trt.train.recipes.training_spec import Recipe, TrainSpec
 
 
 def folder() -> Recipe:

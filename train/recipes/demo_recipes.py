@@ -2,7 +2,7 @@
 
 from medseg_trt.spec import Preprocessing
 from medseg_trt.train.augment import Step
-from medseg_trt.train.training_spec import Recipe, TrainSpec
+from medseg_trt.train.recipes.training_spec import Recipe, TrainSpec
 
 
 def organs_demo() -> Recipe:

@@ -17,7 +17,7 @@ from medseg_trt.train.datasets.folder import Case
 from medseg_trt.train.datasets.prepared import mapped_slices, source_slices
 from medseg_trt.train.epoch_slices import EpochSlices
 from medseg_trt.train.loop import make_optimizer
-from medseg_trt.train.recipes import recipe
+from medseg_trt.train.recipes.recipes import recipe
 from medseg_trt.train.schedules import learning_rate, scheduled_step
 
 LESIONS = ("isic2017", "busi", "clinicdb", "colondb")

@@ -28,7 +28,7 @@ from dataclasses import replace
 from medseg_trt.spec import Preprocessing
 from medseg_trt.train.augment import Step
 from medseg_trt.train.datasets.options import DataOptions
-from medseg_trt.train.training_spec import Recipe, TrainSpec
+from medseg_trt.train.recipes.training_spec import Recipe, TrainSpec
 
 
 def lesions(dataset: str) -> Recipe:
