@@ -23,7 +23,7 @@ from medseg_trt.train.block.blocks import FrozenBlock, load_block
 from medseg_trt.train.block.layer_readers import block_spec
 from medseg_trt.train.models.model import build_model, frozen_names
 from medseg_trt.train.models.transunet import TransUNet
-from medseg_trt.train.weight_files import is_finite, is_plain, load_pickled, one_line
+from medseg_trt.train.weights.weight_files import is_finite, is_plain, load_pickled, one_line
 
 SCHEMA = 1
 HEADER = {"schema", "spec", "preprocessing", "classes", "block_sha256", "provenance"}

@@ -29,8 +29,8 @@ from medseg_trt.train.datasets.check import require_usable
 from medseg_trt.train.datasets.folder import DataFolder, manifest_sha256
 from medseg_trt.train.models.model import build_model, model_spec
 from medseg_trt.train.models.transunet import TransUNet
-from medseg_trt.train.pretrained import load_encoder
 from medseg_trt.train.recipes.training_spec import Recipe, TrainSpec
+from medseg_trt.train.weights.pretrained import load_encoder
 
 PARTIAL_SLICES = ".partial-slices-"  # how the folder of prepared slices begins, which a run removes at its end
 NO_WEIGHTS = (

@@ -42,8 +42,8 @@ def import_(
     SOURCE is a .pth file of Beckschen/TransUNet or LLM4MedSeg. The converted network computes the same logits.
     """
     from medseg_trt.spec import Classes, to_dict
-    from medseg_trt.train.official_weights import import_official
     from medseg_trt.train.recipes.recipes import recipe as named_recipe
+    from medseg_trt.train.weights.official_weights import import_official
 
     try:
         names = Classes(names=tuple(name.strip() for name in classes.split(","))) if classes is not None else None

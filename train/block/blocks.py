@@ -24,7 +24,7 @@ from medseg_trt.spec import BlockSpec, to_dict
 from medseg_trt.train.block.layer_choice import FINAL_NORM, LayerChoice, LayerNumber
 from medseg_trt.train.block.layer_readers import READERS, block_spec, check_layer
 from medseg_trt.train.models.llama import LlamaBlock
-from medseg_trt.train.weight_files import is_finite, open_safetensors
+from medseg_trt.train.weights.weight_files import is_finite, open_safetensors
 
 SCHEMA = 1
 METADATA_KEY = "medseg_trt"  # one entry only: safetensors writes several in a random order

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from medseg_trt.errors import ArtefactError
-from medseg_trt.train.weight_files import open_pickled, open_safetensors, read_json
+from medseg_trt.train.weights.weight_files import open_pickled, open_safetensors, read_json
 
 SINGLE_FILES: Mapping[str, str] = {".safetensors": "model.safetensors", ".bin": "pytorch_model.bin"}  # best first
 

@@ -19,7 +19,7 @@ from medseg_trt.train.block.hugging_face_folder import open_hugging_face
 from medseg_trt.train.block.layer_choice import FINAL_NORM, LayerChoice, Layout, match
 from medseg_trt.train.block.meta_file import MetaFile, open_meta, part_paths
 from medseg_trt.train.models.llama import LlamaBlock
-from medseg_trt.train.weight_files import read_json
+from medseg_trt.train.weights.weight_files import read_json
 
 MAX_SIZE = 1 << 20  # of one axis of a layer; LLaMA-3 405B has 53248
 GGUF_NAMES: Mapping[str, str] = {  # llama.cpp's name -> Hugging Face's

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from medseg_trt.errors import ArtefactError
-from medseg_trt.train.weight_files import open_pickled, read_json
+from medseg_trt.train.weights.weight_files import open_pickled, read_json
 
 PART = re.compile(r"consolidated\.(\d{2})\.pth")
 SPLIT_AXIS: Mapping[str, int | None] = {  # by the end of a key: rows 0, columns 1, None where every part has the whole

@@ -13,7 +13,7 @@ from medseg_trt.spec import BlockSpec
 BENCHMARK = Path(__file__).parents[3] / "benchmarks" / "block_extract_memory.py"
 WHOLE = """
 from medseg_trt.cli import main
-from medseg_trt.train import weight_files
+from medseg_trt.train.weights import weight_files
 
 def load(path, what, mapped=False, real=weight_files.load_pickled):
     return real(path, what)

@@ -31,7 +31,7 @@ from medseg_trt.train.block.blocks import (
 )
 from medseg_trt.train.block.gguf_file import open_gguf
 from medseg_trt.train.models.model import SMOLLM2_135M, TINY_LLAMA
-from medseg_trt.train.weight_files import open_safetensors
+from medseg_trt.train.weights.weight_files import open_safetensors
 
 Damage = Callable[[dict[str, Any]], object]
 

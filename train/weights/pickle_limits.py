@@ -6,7 +6,7 @@ import struct
 import zipfile
 from typing import BinaryIO
 
-from medseg_trt.train.pickle_judge import ExcessError, MalformedError, PickleJudge
+from medseg_trt.train.weights.pickle_judge import ExcessError, MalformedError, PickleJudge
 
 MAX_PICKLE_BYTES = 1 << 26  # of data.pkl; a run on 13,000 cases takes 4 MB
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER, of the format before PyTorch 1.6

@@ -18,8 +18,8 @@ from medseg_trt.errors import ArtefactError, UsageError
 from medseg_trt.train.checkpoint import load_checkpoint
 from medseg_trt.train.loop import train
 from medseg_trt.train.models.model import build_model, model_spec
-from medseg_trt.train.pretrained import ENCODER_PARTS, load_encoder, resized_positions
-from medseg_trt.train.weight_names import NPZ, TIMM, names_elsewhere
+from medseg_trt.train.weights.pretrained import ENCODER_PARTS, load_encoder, resized_positions
+from medseg_trt.train.weights.weight_names import NPZ, TIMM, names_elsewhere
 
 HIDDEN, HEADS, MLP, WIDTH, LAYERS = 48, 4, 64, 32, 2  # of transunet-tiny
 UNUSED = ("cls", "head/bias", "head/kernel", "pre_logits/bias", "pre_logits/kernel")

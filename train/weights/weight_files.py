@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from medseg_trt.errors import ArtefactError, require
-from medseg_trt.train.pickle_judge import ExcessError, ForeignObjectError
-from medseg_trt.train.pickle_limits import require_tensors_and_data
+from medseg_trt.train.weights.pickle_judge import ExcessError, ForeignObjectError
+from medseg_trt.train.weights.pickle_limits import require_tensors_and_data
 
 MAX_JSON_BYTES = 1 << 24
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from medseg_trt.errors import ArtefactError
-from medseg_trt.train.weight_files import is_finite, is_plain, load_pickled, open_pickled, read_json
+from medseg_trt.train.weights.weight_files import is_finite, is_plain, load_pickled, open_pickled, read_json
 
 CLAIMED_BYTES = 1 << 24
 

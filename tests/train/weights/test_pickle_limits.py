@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from medseg_trt.errors import ArtefactError
-from medseg_trt.train.pickle_judge import (
+from medseg_trt.train.weights.pickle_judge import (
     MAX_DEPTH,
     MAX_INSTRUCTIONS,
     MAX_OBJECTS,
@@ -20,15 +20,15 @@ from medseg_trt.train.pickle_judge import (
     ForeignObjectError,
     MalformedError,
 )
-from medseg_trt.train.pickle_limits import require_tensors_and_data
-from medseg_trt.train.weight_files import load_pickled
+from medseg_trt.train.weights.pickle_limits import require_tensors_and_data
+from medseg_trt.train.weights.weight_files import load_pickled
 
 GIBIBYTE = 1 << 30
 LIMITED = """
 import resource, sys
 from pathlib import Path
 from medseg_trt.errors import ArtefactError
-from medseg_trt.train.weight_files import load_pickled
+from medseg_trt.train.weights.weight_files import load_pickled
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 limit = used + (1 << 29)
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from medseg_trt.errors import ArtefactError
 from medseg_trt.progress import LOG
-from medseg_trt.train.weight_files import is_plain
+from medseg_trt.train.weights.weight_files import is_plain
 
 WRAPPERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "network", "network_weights", "weights")
 MAX_NAMED = 8

@@ -25,8 +25,8 @@ from torch import Tensor
 from medseg_trt.errors import ArtefactError
 from medseg_trt.progress import LOG
 from medseg_trt.train.models.transunet import TransUNet
-from medseg_trt.train.weight_files import is_finite, one_line, open_safetensors
-from medseg_trt.train.weight_names import NPZ, TIMM, Elsewhere, Layout, Rule, names_elsewhere
+from medseg_trt.train.weights.weight_files import is_finite, one_line, open_safetensors
+from medseg_trt.train.weights.weight_names import NPZ, TIMM, Elsewhere, Layout, Rule, names_elsewhere
 
 ENCODER_PARTS = ("resnet.", "patch_embedding.", "position_embedding", "layers.", "encoder_norm.")
 MAX_TOKENS = 1 << 16

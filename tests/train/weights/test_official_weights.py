@@ -16,8 +16,8 @@ from medseg_trt.spec import BlockSpec, Classes, Preprocessing
 from medseg_trt.train.block.blocks import load_block, save_block
 from medseg_trt.train.checkpoint import load_checkpoint
 from medseg_trt.train.models.model import TINY_LLAMA, build_model, model_spec, runner
-from medseg_trt.train.official_weights import import_official, read_state
-from medseg_trt.train.weight_names import LLM4MEDSEG, TRANSUNET, names_elsewhere
+from medseg_trt.train.weights.official_weights import import_official, read_state
+from medseg_trt.train.weights.weight_names import LLM4MEDSEG, TRANSUNET, names_elsewhere
 
 SIZE = (32, 32)
 MHA = BlockSpec(hidden_size=64, intermediate_size=96, num_heads=4, num_kv_heads=4, head_dim=16)  # as LLaMA-1 has it

@@ -28,9 +28,9 @@ from medseg_trt.train.datasets import acdc
 from medseg_trt.train.datasets.mask_classes import LESION
 from medseg_trt.train.datasets.synapse import ORGANS
 from medseg_trt.train.models.model import build_model, model_spec
-from medseg_trt.train.state_dict import named_tensors
-from medseg_trt.train.weight_files import is_finite, load_pickled
-from medseg_trt.train.weight_names import LLM4MEDSEG, META_NAME, TRANSUNET, names_elsewhere
+from medseg_trt.train.weights.state_dict import named_tensors
+from medseg_trt.train.weights.weight_files import is_finite, load_pickled
+from medseg_trt.train.weights.weight_names import LLM4MEDSEG, META_NAME, TRANSUNET, names_elsewhere
 
 POSITIONS, HEAD = "transformer.embeddings.position_embeddings", "segmentation_head.0.weight"
 MAPPER = "transformer.llama_dim_mapper1.weight"

@@ -1,0 +1,1 @@
+"""Pretrained and official weights: their names, and the files that hold them."""
