@@ -1,38 +1,31 @@
-"""Imports point one way, toolkit → export → train → kernels, and inference imports nothing that it does not need."""
+"""Imports point one way: toolkit → export → train → kernels → base, and between folders there is no circle.
+
+Inference imports nothing that it does not need.
+"""
 
 import ast
 import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("toolkit", "export", "train", "kernels")  # each may import those after it
-LEAVES = (
+PACKAGES = ("toolkit", "export", "train", "kernels")
+LAYERS = (*PACKAGES, "base")  # each may import itself and those after it
+BASE = (
     "spec",
     "errors",
     "files",
+    "progress",
     "locks",
     "plain_text",
-    "progress",
-    "metrics.intervals",
-    "metrics.overlap",
-    "metrics.protocols",
-    "metrics.hausdorff",
-    "imaging.preprocess",
-    "imaging.images",
-    "imaging.listing",
-    "imaging.formats",
-    "imaging.overlay",
-    "imaging.segment",
-    "export.graph.interface",
-    "engines.fingerprint",
-    "export.engine_layers",
-)
+    "imaging",
+    "metrics",
+)  # modules and folders of toolkit that all may use
 HEAVY = (
     "torch",
     "onnx",
@@ -54,52 +47,151 @@ def module_name(path: Path) -> str:
     return ".".join(["medseg_trt", *below, *(part for part in parts if part != "__init__")])
 
 
-def place(module: str) -> str:
-    """Return the package of a ``medseg_trt`` module, or "leaf"."""
-    below = module.removeprefix("medseg_trt").removeprefix(".")
-    if any(f"{below}.".startswith(f"{leaf}.") for leaf in LEAVES):
-        return "leaf"
-    first = below.split(".")[0]
+SOURCES = {module_name(path): path.read_text(encoding="utf-8") for path in FILES}
+FOLDERS = {module_name(path) for path in FILES if path.name == "__init__.py"}
+
+
+def layer(module: str) -> str:
+    """Return the layer of a ``medseg_trt`` module or of a name in one."""
+    return "base" if ".".join(module.split(".")[1:2]) in BASE else package_of(module)
+
+
+def is_above(layer: str, other: str) -> bool:
+    return LAYERS.index(layer) < LAYERS.index(other)
+
+
+def package_of(module: str) -> str:
+    """Return the folder of the repository that a module lies in."""
+    first = ".".join(module.split(".")[1:2])
     return first if first in PACKAGES[1:] else "toolkit"
 
 
 def imports(tree: ast.Module) -> Iterator[str]:
-    """Yield the dotted name of everything imported anywhere, also where a string names the module, as in a table."""
+    """Yield the dotted name of everything that is imported, also inside of functions."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield from (f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Constant) and re.fullmatch(r"medseg_trt(\.\w+)+", str(node.value)):
-            yield node.value  # pyright: ignore[reportReturnType]  # it matched, so it is a string
+
+
+def table_entries(tree: ast.Module) -> Iterator[str]:
+    """Yield every module that a string names, as in a table of modules that are imported on first use."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and re.fullmatch(r"medseg_trt(\.\w+)+(:\w+)?", str(node.value)):
+            yield str(node.value).partition(":")[0]
 
 
 def violations(module: str, source: str) -> list[str]:
-    """Say what is wrong with the imports of a module."""
-    here = place(module)
-    found: list[str] = []
-    for name in imports(ast.parse(source)):
+    """Return what is wrong with the direction of a module's imports."""
+    own_layer, tree = layer(module), ast.parse(source)
+    wrong: list[str] = []
+    for name in (*imports(tree), *table_entries(tree)):
         top = name.split(".")[0]
         if top == "":
-            found.append(f"{name}: a relative import")
+            wrong.append(f"{name}: a relative import")
         elif top in PACKAGES:
-            found.append(f"{name}: a second copy of medseg_trt")
-        elif here == "export" and top == "onnxruntime":
-            found.append(f"{name}: export opens no session")
-        elif top == "medseg_trt" and name != "medseg_trt.__version__":
-            there = place(name)
-            if there != "leaf" and (here == "leaf" or PACKAGES.index(there) < PACKAGES.index(here)):
-                found.append(f"{name}: from {here} to {there}")
-    return found
+            wrong.append(f"{name}: a second copy of medseg_trt")
+        elif own_layer == "export" and top == "onnxruntime":
+            wrong.append(f"{name}: export opens no session")
+        elif top == "medseg_trt" and name != "medseg_trt.__version__" and is_above(layer(name), own_layer):
+            wrong.append(f"{name}: from {own_layer} to {layer(name)}")
+    return wrong
+
+
+def folder_of(name: str, folders: Iterable[str]) -> str:
+    """Return the innermost folder of a module or of a name in one; a module beside the folders is one of its own."""
+    inside = [folder for folder in folders if folder != "medseg_trt" and f"{name}.".startswith(f"{folder}.")]
+    return max(inside, key=len) if inside else ".".join(name.split(".")[:2])
+
+
+def circular_imports(sources: Mapping[str, str], folders: Iterable[str]) -> list[str]:
+    """Return each import between two folders that import each other, directly or through others.
+
+    A table may name modules below its own folder: they are plug-ins, which import the folder that they plug into.
+    """
+    edges: list[tuple[str, str, str]] = []  # folder, the folder that it imports, and the import
+    for module, source in sources.items():
+        if module == "medseg_trt":
+            continue  # it names the homes of the public names
+        own, tree = folder_of(module, folders), ast.parse(source)
+        tabled = [name for name in table_entries(tree) if not name.startswith(f"{own}.")]
+        for name in (*imports(tree), *tabled):
+            other = folder_of(name, folders)
+            if name.startswith("medseg_trt.") and name != "medseg_trt.__version__" and other != own:
+                edges.append((own, other, f"{module}: {name}"))
+    reached: dict[str, set[str]] = {}
+    for own, other, _ in edges:
+        reached.setdefault(own, set()).add(other)
+    for middle in tuple(reached):
+        for others in reached.values():
+            if middle in others:
+                others |= reached[middle]
+    return [line for own, other, line in edges if own in reached.get(other, ())]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_from_left_to_right(path):
-    assert violations(module_name(path), path.read_text(encoding="utf-8")) == []
+    assert violations(module_name(path), SOURCES[module_name(path)]) == []
 
 
-def test_every_leaf_exists():
-    assert {f"medseg_trt.{leaf}" for leaf in LEAVES} <= {module_name(path) for path in FILES}
+def test_everything_of_the_base_exists():
+    assert {f"medseg_trt.{name}" for name in BASE} <= SOURCES.keys()
+
+
+@pytest.mark.parametrize("package", ["toolkit", "export", "kernels"])
+def test_no_circle_between_folders(package):
+    own = {module: source for module, source in SOURCES.items() if package_of(module) == package}
+    assert circular_imports(own, FOLDERS) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "line"),
+    [
+        (
+            "medseg_trt.sessions.base",
+            "from medseg_trt.bench.measure import timed_runs",
+            "medseg_trt.sessions.base: medseg_trt.bench.measure.timed_runs",
+        ),
+        (
+            "medseg_trt.engines.gpu",
+            "def late():\n    from medseg_trt.sessions.open import open_session",
+            "medseg_trt.engines.gpu: medseg_trt.sessions.open.open_session",
+        ),
+        (
+            "medseg_trt.bench.measure",
+            "import medseg_trt.bench.report.write",
+            "medseg_trt.bench.measure: medseg_trt.bench.report.write",
+        ),
+        (
+            "medseg_trt.machine",
+            "if TYPE_CHECKING:\n    from medseg_trt import pipeline",
+            "medseg_trt.machine: medseg_trt.pipeline",
+        ),
+        (
+            "medseg_trt.bundles.bundle",
+            "PLUGINS = {'onnxruntime': 'medseg_trt.sessions.onnxruntime:open_graph'}",
+            "medseg_trt.bundles.bundle: medseg_trt.sessions.onnxruntime",
+        ),
+    ],
+)
+def test_a_planted_circle_is_caught(module, source, line):
+    assert line in circular_imports(SOURCES | {module: f"{SOURCES[module]}\n{source}"}, FOLDERS)
+
+
+def test_a_circle_of_three_folders_is_caught_and_what_hangs_on_it_is_not():
+    chain = {"a": "b", "b": "c", "c": "a", "above": "a"}
+    sources = {f"medseg_trt.{folder}.x": f"import medseg_trt.{other}.x" for folder, other in chain.items()}
+    caught = circular_imports(sources, {f"medseg_trt.{folder}" for folder in chain})
+    assert sorted(caught) == [f"medseg_trt.{folder}.x: medseg_trt.{chain[folder]}.x" for folder in ("a", "b", "c")]
+
+
+def test_a_table_of_its_own_plug_ins_is_no_circle():
+    images, nifti = "medseg_trt.imaging.images", "medseg_trt.imaging.formats.nifti"
+    sources = {images: f"READERS = {{'.nii': '{nifti}'}}", nifti: f"from {images} import Image"}
+    folders = {"medseg_trt.imaging", "medseg_trt.imaging.formats"}
+    assert circular_imports(sources, folders) == []
+    assert len(circular_imports(sources | {images: f"import {nifti}"}, folders)) == 2
 
 
 @pytest.mark.parametrize(
@@ -110,20 +202,23 @@ def test_every_leaf_exists():
         ("medseg_trt.train.loop", "import medseg_trt"),
         ("medseg_trt.train.datasets.folder", "def late():\n    import medseg_trt.bench.report.write"),
         ("medseg_trt.train.loop", "HOMES = {'verify': 'medseg_trt.export.verify'}"),
+        ("medseg_trt.train.loop", "HOMES = {'int8': 'medseg_trt.export.precision.quantize:to_int8'}"),
         ("medseg_trt.kernels.rmsnorm", "from medseg_trt.train.models.llama import RMSNorm"),
         ("medseg_trt.kernels", "if TYPE_CHECKING:\n    from medseg_trt.train.models.llama import RMSNorm"),
         ("medseg_trt.export.verify", "from medseg_trt.sessions.open import open_session"),
         ("medseg_trt.export.verify", "from medseg_trt.sessions.onnxruntime import open_graph"),
+        ("medseg_trt.export.tensorrt.build", "from medseg_trt.engines.fingerprint import EngineFingerprint"),
         ("medseg_trt.export.verify", "def late():\n    import onnxruntime as ort"),
         ("medseg_trt.export.verify", "from onnxruntime import InferenceSession"),
         ("medseg_trt.imaging.images", "from medseg_trt.bundles.bundle import Bundle"),
+        ("medseg_trt.imaging.formats.nifti", "from medseg_trt.kernels.store import store"),
         (
             "medseg_trt.imaging.segment",
             "class Late:\n    def method(self):\n        from medseg_trt.train.models.model import runner",
         ),
         ("medseg_trt.errors", "from medseg_trt import build"),
-        ("medseg_trt.sessions.open", "from .bundle import Bundle"),
-        ("medseg_trt.sessions.open", "from . import bundle"),
+        ("medseg_trt.sessions.open", "from .base import Session"),
+        ("medseg_trt.sessions.open", "from . import base"),
         ("medseg_trt.cli", "import toolkit.spec"),
         ("medseg_trt.cli", "from train.loop import train"),
         ("medseg_trt.cli", "from export import fold"),
@@ -150,9 +245,9 @@ def test_a_permitted_import_is_not_caught(module, source):
     assert violations(module, source) == []
 
 
-@pytest.mark.parametrize("package", ["train", "export"])
+@pytest.mark.parametrize("package", sorted(FOLDERS - {"medseg_trt", "medseg_trt.kernels"}))
 def test_a_package_is_a_docstring_only(package):
-    (statement,) = ast.parse((ROOT / package / "__init__.py").read_text(encoding="utf-8")).body
+    (statement,) = ast.parse(SOURCES[package]).body
     assert isinstance(statement, ast.Expr)
     assert isinstance(statement.value, ast.Constant)
 
