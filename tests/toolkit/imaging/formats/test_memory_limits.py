@@ -31,8 +31,9 @@ ADDRESS_BYTES = 2**33  # a child that goes on all the same ends here
 CHILD = """
 import sys
 from pathlib import Path
-import h5py, nibabel, nrrd, PIL.Image, scipy, tifffile
-import medseg_trt.imaging.formats.arrays, medseg_trt.imaging.formats.nifti, medseg_trt.imaging.formats.nrrd, medseg_trt.imaging.formats.tiff
+import h5py, nibabel, PIL.Image, scipy, tifffile
+import nrrd as _
+from medseg_trt.imaging.formats import arrays, nifti, nrrd, tiff
 from medseg_trt.errors import InputError
 from medseg_trt.imaging.images import read_image
 def peak_kib():  # of this program alone; getrusage would begin with the peak of the process that started it
