@@ -218,7 +218,7 @@ def test_noise_is_normal_with_its_share_of_the_spread(share):
     assert abs(added.mean()) < 6 / np.sqrt(count)
     assert abs(added.std() - 1) < 6 / np.sqrt(2 * count)
     assert abs((added**4).mean() - 3) < 6 * np.sqrt(96 / count)  # of a normal number; a uniform has 1.8
-    between = np.corrcoef(added.reshape(3, -1))[np.triu_indices(3, 1)]
+    between = np.asarray(np.corrcoef(added.reshape(3, -1)))[np.triu_indices(3, 1)]
     assert np.abs(between).max() < 6 / np.sqrt(count / 3)  # each channel has its own
     beside = (added[:, :, :-1] * added[:, :, 1:]).mean()
     assert abs(beside) < 6 / np.sqrt(count)  # and each pixel
