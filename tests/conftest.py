@@ -1,9 +1,13 @@
 """What many tests share: real samples from package registries, a tiny bundle, and which tests need what."""
 
 import ctypes
+import os
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core: PyTorch's threads would spin for a core that is taken
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 REAL_SAMPLES = ("organs", "llama_gguf")  # fixtures that fetch packages, once per user: the cache keeps what they hold
 
