@@ -21,6 +21,7 @@ EXERCISED_BY: Mapping[str, tuple[str, ...]] = {  # dependency -> names of test m
     "click": ("test_cli", "test_help"),
     "cryptography": ("test_signature",),
     "cuda-bindings": ("test_device",),
+    "filelock": ("test_once",),
     "gguf": ("test_gguf_file",),
     "h5py": ("test_arrays", "test_official"),
     "hypothesis": ("test_metrics",),
