@@ -6,15 +6,19 @@ BIN := .venv/bin
 MEDSEG := $(BIN)/medseg-trt
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint tests/constraints.txt
 PARALLEL := -n auto --dist loadfile  # one process per core; the tests of one file share their fixtures
+LOWEST := .venv-lowest/bin
+TORCH := tested
 DATA := demo/data/organs
 TRAIN = $(MEDSEG) train --recipe organs-demo --data $(DATA) --block demo/block.safetensors
 
-.PHONY: help demo test test-full kernels-check readme-tables pictures lint types clean
+.PHONY: help demo test test-kernels test-full test-lowest kernels-check readme-tables pictures lint types clean
 
 help:
 	@echo 'make demo           download CT scans and a LLaMA block, train, build, infer, evaluate and measure'
-	@echo 'make test           run the tests that need no GPU'
-	@echo 'make test-full      run the tests that need no GPU, with full-size models'
+	@echo 'make test           run the tests that need no GPU; of the CUDA kernels, a covering selection'
+	@echo 'make test-kernels   run the tests of the CUDA kernels that make test leaves out'
+	@echo 'make test-full      run all of these tests, also with full-size models'
+	@echo 'make test-lowest    run tests of every dependency in its lowest version'
 	@echo 'make kernels-check  run all tests of the CUDA kernels and list which check catches which mutant'
 	@echo 'make readme-tables  update the tables of the READMEs from benchmarks/results'
 	@echo 'make pictures       update the SVG pictures of toolkit/README.md from the source'
@@ -36,10 +40,16 @@ demo: .venv/run.stamp
 	@echo 'overlay: demo/masks/overlays/ct_B.png'
 
 test: .venv/dev.stamp
-	$(BIN)/python -m pytest $(PARALLEL)
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow and not kernels'
+
+test-kernels: .venv/dev.stamp
+	$(BIN)/python -m pytest $(PARALLEL) -m 'kernels and not slow' tests/kernels tests/gpu_free
 
 test-full: .venv/dev.stamp
 	$(BIN)/python -m pytest $(PARALLEL) -m ''
+
+test-lowest: .venv-lowest/stamp
+	$(LOWEST)/python -m pytest $(PARALLEL) -W ignore::DeprecationWarning $$($(LOWEST)/python tests/lowest_versions.py)
 
 kernels-check: .venv/dev.stamp
 	$(BIN)/python -m pytest $(PARALLEL) tests/kernels tests/gpu_free -m ''
@@ -60,7 +70,7 @@ types: .venv/dev.stamp
 	$(BIN)/pyright
 
 clean:
-	rm -rf .venv build dist demo *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-lowest build dist demo *.egg-info .pytest_cache .ruff_cache
 
 .venv/run.stamp: pyproject.toml tests/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=...") if sys.version_info < (3, 11) else None'
@@ -71,4 +81,15 @@ clean:
 
 .venv/dev.stamp: .venv/run.stamp
 	$(INSTALL) --group dev --editable '.[kernels,jetpack6,tensorrt-rtx,sign]'
+	@touch $@
+
+# Everything that pyproject.toml names in its lowest version, but PyTorch in the tested one: pip installs the wheel that it
+# is set up for, and uv leaves it as it is. With TORCH=lowest, that of PyPI: gigabytes of CUDA.
+.venv-lowest/stamp: pyproject.toml tests/constraints.txt tests/lowest_versions.py
+	$(PYTHON) -m venv --clear .venv-lowest
+	$(LOWEST)/python -m pip install --quiet --disable-pip-version-check --constraint tests/constraints.txt --no-deps \
+		uv $(if $(filter tested,$(TORCH)),torch)
+	$(LOWEST)/python tests/lowest_versions.py requirements $(TORCH) > .venv-lowest/requirements.txt
+	$(LOWEST)/uv pip install --quiet --python $(LOWEST)/python --resolution lowest-direct \
+		--requirements .venv-lowest/requirements.txt
 	@touch $@

@@ -1,9 +1,13 @@
 """What many tests share: real samples from package registries, a tiny bundle, and which tests need what."""
 
 import ctypes
+import os
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process per core: PyTorch's threads would spin for a core that is taken
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 REAL_SAMPLES = ("organs", "llama_gguf")  # fixtures that fetch packages, once per user: the cache keeps what they hold
 
@@ -45,17 +49,22 @@ def llama_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a bundle of random weights, whose default is ONNX Runtime; do not write to it."""
+    from once import made_once
+
+    return made_once(tmp_path_factory, "tiny", _make_tiny_bundle) / "model.medseg"
+
+
+def _make_tiny_bundle(folder: Path) -> None:
     from tiny import make_checkpoint
 
     from medseg_trt.pipeline import build
     from medseg_trt.sessions.subprocess_session import ChildSession
     from medseg_trt.spec import BuildSpec
 
-    folder = tmp_path_factory.mktemp("tiny")
     milliseconds = {"onnxruntime": 1.0, "openvino": 2.0}  # of a millisecond's network, chance would decide
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ChildSession, "time", lambda session, *_, **__: [milliseconds[session.backend]])
-        return build(make_checkpoint(folder / "model"), BuildSpec(), folder / "model.medseg", None).folder
+        build(make_checkpoint(folder / "model"), BuildSpec(), folder / "model.medseg", None)
 
 
 def _sample(name: str, factory: pytest.TempPathFactory) -> Path:

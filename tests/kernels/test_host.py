@@ -12,7 +12,18 @@ import pytest
 from gpu_free.execute import excesses, execute, ptx_of
 from gpu_free.host.cases import cases
 from gpu_free.host.checks import TIES, same, ties, unaligned
-from gpu_free.host.host import ORDERS, Builder, Case, CompileError, Finding, missing, run, shared_builder
+from gpu_free.host.host import (
+    FINDINGS,
+    ORDERS,
+    Builder,
+    Case,
+    CompileError,
+    Finding,
+    missing,
+    run,
+    shared_builder,
+)
+from gpu_free.selection import covering, kept
 
 from medseg_trt.kernels import KERNELS, load
 from medseg_trt.kernels.kernel import Entry, Kernel, pointer
@@ -90,7 +101,10 @@ SOUND: Mapping[str, str] = {  # bodies that give x unchanged, and that no check 
 
 
 def selection(shared_only: bool = False) -> list:
-    """Return every entry; slow but for one type of each form, so that every type and every form is among the rest."""
+    """Return every entry; slow but for one type of each form, so that every type and every form is among the rest.
+
+    Of that rest, ``make test`` has one entry of each kernel.
+    """
     chosen = []
     for number, kernel in enumerate(map(load, KERNELS)):
         if shared_only and "__shared__" not in kernel.source.read_text():
@@ -100,7 +114,7 @@ def selection(shared_only: bool = False) -> list:
             for form, entry in enumerate(entry for entry in kernel.entries if entry.dtype == dtype):
                 marks = () if (form + number) % len(types) == position else (pytest.mark.slow,)
                 chosen.append(pytest.param(kernel, entry, id=entry.name, marks=marks))
-    return chosen
+    return covering(chosen, lambda kernel, entry: kernel.name)
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +183,12 @@ def kernel_of(body: str, folder: Path, threads: int = THREADS) -> tuple[Kernel, 
 X = np.arange(1, THREADS + 1, dtype=np.float32)
 
 
-@pytest.mark.parametrize("fault", MESSAGES)
+def checker(fault: str) -> str:
+    """Return which check names a fault: a sanitizer, or the host build's own."""
+    return next((name for name in FINDINGS.values() if MESSAGES[fault][1].startswith(name)), "host check")
+
+
+@pytest.mark.parametrize("fault", covering(MESSAGES, checker))
 def test_a_fault_is_named(builder, tmp_path, fault):
     sanitizer, message, body = MESSAGES[fault]
     kernel, entry = kernel_of(body, tmp_path)
@@ -179,7 +198,7 @@ def test_a_fault_is_named(builder, tmp_path, fault):
 
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
-@pytest.mark.parametrize("body", SOUND)
+@pytest.mark.parametrize("body", covering(SOUND, lambda body: "sound"))
 def test_what_cuda_allows_is_no_finding(builder, tmp_path, sanitizer, body):
     kernel, entry = kernel_of(SOUND[body], tmp_path)
     for (outputs,) in run(
@@ -227,3 +246,12 @@ def test_a_name_that_the_header_lacks_is_refused(builder, tmp_path):
     kernel, entry = kernel_of("y[t] = __fsqrt_rd(x[t]);", tmp_path)
     with pytest.raises(CompileError, match="__fsqrt_rd"):
         builder.program(kernel, entry, "address")
+
+
+def test_make_test_has_every_kernel_and_every_checker():
+    assert [kernel.name for kernel, _ in kept(test_the_host_build_is_within_the_contract_and_equals_the_ptx)] == [
+        *KERNELS
+    ]
+    sharing = [name for name in KERNELS if "__shared__" in load(name).source.read_text()]
+    assert [kernel.name for kernel, _ in kept(test_threads_that_share_memory_do_not_race)] == sharing
+    assert {checker(fault) for (fault,) in kept(test_a_fault_is_named)} == {*FINDINGS.values()}

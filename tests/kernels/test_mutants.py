@@ -1,6 +1,7 @@
 """Every fault of ``gpu_free.mutants`` is seen by a check that the unbroken kernel passes.
 
-``make kernels-check`` prints which check saw which.
+``make test`` runs one fault for each kernel and check, and ``make test-kernels`` the others; ``make kernels-check``
+prints which check saw which.
 """
 
 from dataclasses import replace
@@ -9,6 +10,7 @@ import pytest
 from gpu_free.host.checks import CHECKS
 from gpu_free.host.host import CompileError, missing
 from gpu_free.mutants import MUTANTS, SOUND, break_kernel, catch, kernel_name
+from gpu_free.selection import covering, kept
 
 from medseg_trt.kernels import KERNELS, load
 
@@ -19,7 +21,9 @@ def _compiler() -> None:
         pytest.skip(reason)
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.parametrize(
+    "name", covering(MUTANTS, lambda name: (kernel_name(MUTANTS[name].entry), MUTANTS[name].checks))
+)
 def test_a_mutant_is_caught(name, tmp_path):
     check, seen = catch(MUTANTS[name], tmp_path)
     assert check, f"{name}: none of {', '.join(MUTANTS[name].checks)} sees it"
@@ -39,7 +43,7 @@ def test_the_host_build_and_the_interpreter_both_see_it(name, tmp_path):
     assert seen["ptx"]
 
 
-@pytest.mark.parametrize(("entry", "check"), SOUND)
+@pytest.mark.parametrize(("entry", "check"), covering(SOUND, lambda entry, check: (kernel_name(entry), check)))
 def test_the_unbroken_kernel_passes(entry, check):
     kernel = load(kernel_name(entry))
     assert not CHECKS[check](kernel, kernel.entry(entry), kernel)
@@ -48,6 +52,15 @@ def test_the_unbroken_kernel_passes(entry, check):
 def test_every_kernel_and_every_check_has_a_mutant():
     assert {kernel_name(mutant.entry) for mutant in MUTANTS.values()} == set(KERNELS)
     assert {check for mutant in MUTANTS.values() for check in mutant.checks} == set(CHECKS)
+
+
+def test_make_test_has_a_mutant_of_every_kernel_and_every_check_and_loses_none():
+    names = [name for (name,) in kept(test_a_mutant_is_caught)]
+    assert {kernel_name(MUTANTS[name].entry) for name in names} == set(KERNELS)
+    assert {check for name in names for check in MUTANTS[name].checks} == set(CHECKS)
+    assert {check for _, check in kept(test_the_unbroken_kernel_passes)} == set(CHECKS)
+    every = test_a_mutant_is_caught.pytestmark[0].args[1]
+    assert [case.values for case in every] == [(name,) for name in MUTANTS]
 
 
 def test_what_changes_nothing_survives(tmp_path):

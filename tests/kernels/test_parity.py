@@ -1,16 +1,19 @@
 """The PTX that ships, executed: every kernel and entry within its tolerance, without a finding, without a wasted byte.
 
-The default run covers every entry with every width, with all numbers of rows and magnitudes in turn; ``slow`` is the
-whole grid on every architecture.
+The default run covers every entry with every width, with all numbers of rows and magnitudes in turn. Further tests take
+one entry of each kernel in ``make test`` and all of them in ``make test-kernels``; ``slow`` is the whole grid on every
+architecture.
 """
 
+import itertools
 import zlib
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import numpy as np
 import pytest
 from gpu_free.cases import CASES, SCALES
 from gpu_free.execute import Execution, excesses, execute, ptx_of
+from gpu_free.selection import covering, form, kept
 
 from medseg_trt.kernels import KERNELS, load
 from medseg_trt.kernels.kernel import DTYPES, Array, Entry, Expected, Kernel, distance, float_bits
@@ -22,6 +25,12 @@ TARGETS = ((80, "13.0"), (87, "12.6"), (90, "13.0"), (120, "13.0"))  # 12.6: Jet
 ENTRIES = [(name, entry.name) for name in KERNELS for entry in load(name).entries]
 ROW_KERNELS = tuple(name for name in KERNELS if name not in ("image_to_tensor", "logits_to_mask"))
 ANY_WIDTH = tuple(name for name in ROW_KERNELS if name != "rotary")  # any width
+ANY_WIDTH_ENTRIES = [case for case in ENTRIES if case[0] in ANY_WIDTH]
+
+
+def kernel_of(name: str, entry_name: str) -> str:
+    """Return what the covering selection has one case of."""
+    return name
 
 
 def made(entry_name: str, kernel: Kernel, rows: int, width: int, first_scale: int):
@@ -93,7 +102,7 @@ def test_shipped_ptx_keeps_its_contract(name: str, entry_name: str) -> None:
         check(kernel, entry, ptx_of(kernel, entry, arch, toolchain), rows, width, first_scale)
 
 
-@pytest.mark.parametrize(("name", "entry_name"), [(name, entry) for name, entry in ENTRIES if name in ANY_WIDTH])
+@pytest.mark.parametrize(("name", "entry_name"), covering(ANY_WIDTH_ENTRIES, kernel_of))
 @pytest.mark.parametrize("width", WIDER)
 def test_rows_that_no_block_holds_at_once(name: str, entry_name: str, width: int) -> None:
     kernel = load(name)
@@ -101,7 +110,7 @@ def test_rows_that_no_block_holds_at_once(name: str, entry_name: str, width: int
     check(kernel, entry, ptx_of(kernel, entry), 3, width, width)
 
 
-@pytest.mark.parametrize(("name", "entry_name"), ENTRIES)
+@pytest.mark.parametrize(("name", "entry_name"), covering(ENTRIES, kernel_of))
 def test_256_rows_of_4096_move_no_more_than_they_must(name: str, entry_name: str) -> None:
     kernel = load(name)
     entry = kernel.entry(entry_name)
@@ -122,7 +131,7 @@ def _widest(entry: Entry, array: str) -> int:
     return 16 // DTYPES[entry.dtype].itemsize * DTYPES[dtype].itemsize
 
 
-@pytest.mark.parametrize(("name", "entry_name"), ENTRIES)
+@pytest.mark.parametrize(("name", "entry_name"), covering(ENTRIES, kernel_of))
 def test_arrays_that_begin_anywhere_are_no_fault(name: str, entry_name: str) -> None:
     kernel = load(name)
     entry, ptx = kernel.entry(entry_name), ptx_of(kernel, kernel.entry(entry_name))
@@ -130,7 +139,7 @@ def test_arrays_that_begin_anywhere_are_no_fault(name: str, entry_name: str) -> 
         check(kernel, entry, ptx, 3, 64, 0, starts={moved.name: DTYPES[moved.dtype].itemsize})
 
 
-@pytest.mark.parametrize(("name", "entry_name"), ENTRIES)
+@pytest.mark.parametrize(("name", "entry_name"), covering(ENTRIES, kernel_of))
 def test_no_opcode_is_approximate(name: str, entry_name: str) -> None:
     """What the interpreter computes of an approximate opcode is not what a card computes."""
     kernel = load(name)
@@ -198,3 +207,34 @@ def test_the_whole_grid(name: str, entry_name: str, arch: int, toolchain: str) -
         for rows in ROWS:
             for first_scale in range(0, len(SCALES), rows):  # so that every magnitude occurs
                 check(kernel, entry, ptx, rows, width, first_scale)
+
+
+def covered(cases: Iterable[Sequence[str]]) -> set[tuple[str, str, Hashable]]:
+    """Return kernels, input types and forms of output or angles of (kernel, entry)."""
+    entries = [(name, load(name).entry(entry_name)) for name, entry_name in cases]
+    return {(name, entry.dtype, form(entry)) for name, entry in entries}
+
+
+def test_make_test_covers_every_kernel_with_every_type_and_every_form() -> None:
+    wanted = {
+        (name, entry.dtype, form(other))
+        for name in KERNELS
+        for entry, other in itertools.product(load(name).entries, repeat=2)
+    }
+    assert len(wanted) == len(ENTRIES)
+    assert covered(kept(test_shipped_ptx_keeps_its_contract)) == wanted
+    assert covered(ENTRIES[1:]) < wanted  # one that is left out is noticed
+
+
+PER_KERNEL = (
+    test_256_rows_of_4096_move_no_more_than_they_must,
+    test_arrays_that_begin_anywhere_are_no_fault,
+    test_no_opcode_is_approximate,
+)
+
+
+def test_make_test_runs_every_other_test_on_every_kernel_and_every_type() -> None:
+    for test in PER_KERNEL:
+        assert [name for name, _ in kept(test)] == list(KERNELS)
+        assert {dtype for _, dtype, _ in covered(kept(test))} == {"float16", "bfloat16", "float32"}
+    assert [name for name, _ in kept(test_rows_that_no_block_holds_at_once, 1)] == list(ANY_WIDTH)

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from fakes.bundles import FakeMachine
 from fakes.keys import write_keys
 from measured_here import SHORT, measure_here
+from once import made_once
 from session_here import SessionHere
 from tiny import make_checkpoint, picture, write_nifti, write_pictures, write_volumes
 
@@ -61,7 +62,20 @@ class Built:
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    root = tmp_path_factory.mktemp("precisions")
+    root = made_once(tmp_path_factory, "precisions", make_built)
+    printed = json.loads((root / "printed.json").read_text(encoding="utf-8"))
+    assert printed["bundle"] == str(root / "model.medseg")
+    return Built(
+        bundle=root / "model.medseg",
+        checkpoint=root / "model.pt",
+        data=root / "data",
+        verify_key=root / printed["public_key"],
+        manifest=printed["manifest"],
+    )
+
+
+def make_built(root: Path) -> None:
+    """Make everything that ``built`` names, and keep what ``build --json`` printed."""
     data = write_volumes(root / "data", count=3)
     private, public = write_keys(root)
     checkpoint = make_checkpoint(root)
@@ -72,10 +86,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
             patch.setattr(module, "ChildSession", SessionHere)
         ran = CliRunner().invoke(cli, [*map(str, command), *precisions, "--json"])
     assert ran.exit_code == 0, ran.output
-    found = json.loads(ran.stdout)
-    assert found["bundle"] == str(root / "model.medseg")
-    bundle, manifest = root / "model.medseg", found["manifest"]
-    return Built(bundle=bundle, checkpoint=checkpoint, data=data, verify_key=public, manifest=manifest)
+    printed = {**json.loads(ran.stdout), "public_key": public.name}
+    (root / "printed.json").write_text(json.dumps(printed), encoding="utf-8")
 
 
 @pytest.fixture
