@@ -16,7 +16,7 @@ from numpy import ndarray
 from medseg_trt.errors import InputError, UsageError
 from medseg_trt.export.verify import noise
 from medseg_trt.imaging.images import Image, find_images, read_image
-from medseg_trt.imaging.preprocess import of_image, prepare, restore
+from medseg_trt.imaging.preprocess import for_image, prepare, restore
 from medseg_trt.metrics.overlap import confusion
 from medseg_trt.progress import LOG
 from medseg_trt.spec import Preprocessing
@@ -181,7 +181,7 @@ def _spread(
 ) -> Iterator[tuple[str, ndarray, tuple[int, int], tuple[float, float] | None, ndarray | None]]:
     """Yield up to ``each`` slices of every case, without those of one grey: they say nothing, and all look alike."""
     for name, image, labels in cases:
-        contract = of_image(checkpoint.preprocessing, image.pixels)
+        contract = for_image(checkpoint.preprocessing, image.pixels)
         low, high = contract.window
         clipped = (pixels.clip(low, high) for pixels in image.pixels)
         places = [place for place, pixels in enumerate(clipped) if pixels.min() != pixels.max()]

@@ -23,7 +23,7 @@ BAND_VALUES = 2**17  # logits brought to the source's size at once, so that they
 MAX_WIDENED_VALUES = 2**24  # float32: 67 MB
 
 
-def of_image(p: Preprocessing, pixels: Num[ndarray, "slices height width channels"]) -> Preprocessing:
+def for_image(p: Preprocessing, pixels: Num[ndarray, "slices height width channels"]) -> Preprocessing:
     """Return the contract for one whole image, whose own window it may ask for."""
     if not p.own_window:
         return p
@@ -38,7 +38,7 @@ def prepare(
 
     Args:
         pixels: raw values with 1 or 3 channels, in the unit of ``p.window``.
-        p: the contract of this image, see ``of_image``.
+        p: the contract of this image, see ``for_image``.
         spacing_mm: distance between rows and between columns, where it is known.
 
     Raises:
@@ -194,7 +194,7 @@ def golden(
     low, high = p.window
     pixels = (low + (high - low) * (1.5 * noise - 0.25)).astype(np.float32)
     spacing_mm = None if p.spacing_mm is None else (1.3 * p.spacing_mm, 0.8 * p.spacing_mm)
-    return pixels, prepare(pixels, of_image(p, pixels[np.newaxis]), spacing_mm)
+    return pixels, prepare(pixels, for_image(p, pixels[np.newaxis]), spacing_mm)
 
 
 def _zoom(plane: ndarray, size: Size, order: int) -> ndarray:

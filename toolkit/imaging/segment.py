@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from medseg_trt.imaging.images import Image
-from medseg_trt.imaging.preprocess import Size, of_image, prepare, resampled_size, restore
+from medseg_trt.imaging.preprocess import Size, for_image, prepare, resampled_size, restore
 from medseg_trt.progress import track
 from medseg_trt.spec import Preprocessing
 
@@ -27,7 +27,7 @@ class Steps:
 
 def prepared_slices(image: Image, preprocessing: Preprocessing) -> Float32[np.ndarray, "slices 3 height width"]:
     """Return all slices as the network's input."""
-    contract = of_image(preprocessing, image.pixels)
+    contract = for_image(preprocessing, image.pixels)
     return np.stack([prepare(pixels, contract, image.spacing_in_plane) for pixels in image.pixels])
 
 
@@ -45,7 +45,7 @@ def steps(
     if pixels_to_masks is not None:
         return Steps(prepare=lambda pixels: pixels, run=pixels_to_masks, finish=lambda labels: labels)
     resampled = resampled_size(image.size, preprocessing, image.spacing_in_plane)
-    contract = of_image(preprocessing, image.pixels)
+    contract = for_image(preprocessing, image.pixels)
 
     def prepared(pixels: np.ndarray) -> np.ndarray:
         return np.stack([prepare(each, contract, image.spacing_in_plane) for each in pixels])
