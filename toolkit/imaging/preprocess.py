@@ -44,10 +44,10 @@ def prepare(
     Raises:
         ValueError: the channels are neither 1 nor 3, a pixel is NaN or infinite, or the spacing is not positive.
     """
-    return fit(windowed(pixels, p), p, spacing_mm)
+    return resize_and_normalize(clip_and_scale(pixels, p), p, spacing_mm)
 
 
-def windowed(
+def clip_and_scale(
     pixels: Num[ndarray, "height width channels"], p: Preprocessing
 ) -> Float32[ndarray, "channels height width"]:
     """Return the first half of ``prepare``: values clipped and scaled to 0 … 1, the channels in the network's order.
@@ -64,7 +64,7 @@ def windowed(
     return values[::-1] if p.channel_order == "bgr" else values
 
 
-def fit(
+def resize_and_normalize(
     values: Float32[ndarray, "channels height width"], p: Preprocessing, spacing_mm: Spacing | None
 ) -> Float32[ndarray, "3 image_height image_width"]:
     """Return the second half of ``prepare``: resized, placed and normalised.
