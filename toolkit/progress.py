@@ -19,7 +19,7 @@ LOG = logging.getLogger("medseg_trt")
 SECONDS_BETWEEN_LINES = 10.0
 
 
-def is_spokesman() -> bool:
+def is_main_process() -> bool:
     """Say whether this process speaks: the only one, or the first of those that torchrun started."""
     return os.environ.get("RANK", "0") == "0"
 
