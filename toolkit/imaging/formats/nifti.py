@@ -19,7 +19,7 @@ from medseg_trt.imaging.formats.label_grid import labels_on_grid
 from medseg_trt.imaging.formats.limits import (
     MAX_HEADER_BYTES,
     check_size,
-    naming,
+    convert_decoder_errors,
     read_chunks,
     read_values,
     require_finite,
@@ -99,7 +99,7 @@ def stored_axes(path: Path) -> str:
         InputError: the header cannot be read.
     """
     nibabel = require("nibabel", "medical")
-    with naming(path, nibabel.spatialimages.HeaderDataError), _opened(path) as file:
+    with convert_decoder_errors(path, nibabel.spatialimages.HeaderDataError), _opened(path) as file:
         header = _header(path, file.read(nibabel.Nifti2Header.sizeof_hdr))
         if not header["sform_code"] and not header["qform_code"]:
             return ""
@@ -112,7 +112,7 @@ def load(path: Path) -> tuple[ndarray, Any, ndarray]:
     A file of two axes is one slice.
     """
     nibabel = require("nibabel", "medical")
-    with naming(path, nibabel.spatialimages.HeaderDataError), _opened(path) as file:
+    with convert_decoder_errors(path, nibabel.spatialimages.HeaderDataError), _opened(path) as file:
         header = _header(path, file.read(nibabel.Nifti2Header.sizeof_hdr))
         affine_mm = _affine_mm(path, header)
         shape, dtype = (*header.get_data_shape(), 1)[:3], header.get_data_dtype()

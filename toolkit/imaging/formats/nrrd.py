@@ -22,7 +22,7 @@ from medseg_trt.imaging.formats.limits import (
     MAX_HEADER_BYTES,
     MAX_PIXELS,
     check_size,
-    naming,
+    convert_decoder_errors,
     read_values,
     require_finite,
 )
@@ -65,7 +65,7 @@ def read(path: Path) -> Image:
         InputError: it is damaged, too large, of more axes, lies in an unknown space, or its voxels are elsewhere.
         MissingExtraError: pynrrd is not installed.
     """
-    with naming(path, Exception):
+    with convert_decoder_errors(path, Exception):
         values, spatial, affine_mm = _load(path)
         values = np.moveaxis(values, spatial, range(len(spatial))).reshape(
             *(values.shape[axis] for axis in spatial), -1
