@@ -17,7 +17,7 @@ PixelRun = Callable[[np.ndarray], np.ndarray]  # raw (batch, height, width, chan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Steps:
+class SegmentationStages:
     """What is done to a batch of an image's slices, one after the other."""
 
     prepare: Callable[[np.ndarray], np.ndarray]  # raw pixels (batch, height, width, channels) -> what the network takes
@@ -31,19 +31,19 @@ def prepared_slices(image: Image, preprocessing: Preprocessing) -> Float32[np.nd
     return np.stack([prepare(pixels, contract, image.spacing_in_plane) for pixels in image.pixels])
 
 
-def steps(
+def segmentation_stages(
     run: Run,
     image: Image,
     preprocessing: Preprocessing,
     masks: MaskRun | None = None,
     pixels_to_masks: PixelRun | None = None,
-) -> Steps:
+) -> SegmentationStages:
     """Return the steps for the slices of one image; see ``segment`` for the arguments.
 
     With ``pixels_to_masks``, ``Session.pixel_path``'s, the network prepares the pixels itself, and nothing else is run.
     """
     if pixels_to_masks is not None:
-        return Steps(prepare=lambda pixels: pixels, run=pixels_to_masks, finish=lambda labels: labels)
+        return SegmentationStages(prepare=lambda pixels: pixels, run=pixels_to_masks, finish=lambda labels: labels)
     resampled = resampled_size(image.size, preprocessing, image.spacing_in_plane)
     contract = for_image(preprocessing, image.pixels)
 
@@ -61,7 +61,7 @@ def steps(
             return answer
         return np.stack([restore(each, image.size, preprocessing, image.spacing_in_plane) for each in answer])
 
-    return Steps(prepare=prepared, run=answered, finish=restored)
+    return SegmentationStages(prepare=prepared, run=answered, finish=restored)
 
 
 def segment(
@@ -85,7 +85,7 @@ def segment(
         pixels_to_masks: a network that prepares the pixels, too; neither of the others is called then.
     """
     labels = np.empty(image.pixels.shape[:3], np.uint8)
-    do = steps(run, image, preprocessing, masks, pixels_to_masks)
+    do = segmentation_stages(run, image, preprocessing, masks, pixels_to_masks)
     starts = range(0, len(labels), batch)
     for start in starts if label is None else track(starts, label):
         part = slice(start, start + batch)
