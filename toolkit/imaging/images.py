@@ -76,7 +76,7 @@ class Geometry:
     shape: tuple[int, ...]  # as stored, closing ones included
     header: Any  # a NIfTI header with the source's shape and place, and nothing else of it
     affine_mm: Float64[ndarray, "4 4"]  # from (column, row, slice, 1) of our array to the scanner's millimetres
-    turn: Float64[ndarray, "3 2"]  # nibabel's orientation: how the stored axes became columns, rows and slices
+    reorientation: Float64[ndarray, "3 2"]  # nibabel's orientation: how the stored axes became columns, rows and slices
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -74,7 +74,7 @@ def read(path: Path) -> Image:
         if affine_mm is None:
             return Image(path=path, pixels=np.ascontiguousarray(values.swapaxes(0, 1))[np.newaxis])
         kept = nifti.header_of(path, values.shape[:3], affine_mm)
-        return nifti.turned(path, values, kept, affine_mm)
+        return nifti.reoriented(path, values, kept, affine_mm)
 
 
 def read_labels(path: Path, like: Image) -> ndarray:
