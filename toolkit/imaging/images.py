@@ -26,10 +26,10 @@ from medseg_trt.progress import LOG
 from medseg_trt.spec import Classes
 
 READERS: Mapping[str, str] = {  # the suffix of a kind of file -> the module that reads it
-    ".png": "medseg_trt.imaging.formats.pictures",
-    ".jpg": "medseg_trt.imaging.formats.pictures",
-    ".jpeg": "medseg_trt.imaging.formats.pictures",
-    ".bmp": "medseg_trt.imaging.formats.pictures",
+    ".png": "medseg_trt.imaging.formats.images_2d",
+    ".jpg": "medseg_trt.imaging.formats.images_2d",
+    ".jpeg": "medseg_trt.imaging.formats.images_2d",
+    ".bmp": "medseg_trt.imaging.formats.images_2d",
     ".tif": "medseg_trt.imaging.formats.tiff",
     ".tiff": "medseg_trt.imaging.formats.tiff",
     ".nii": "medseg_trt.imaging.formats.nifti",

@@ -17,7 +17,7 @@ from numpy import ndarray
 
 from medseg_trt.errors import ArtefactError, InputError, require
 from medseg_trt.files import inside
-from medseg_trt.imaging.formats import nifti, pictures
+from medseg_trt.imaging.formats import images_2d, nifti
 from medseg_trt.imaging.formats.limits import (
     MAX_HEADER_BYTES,
     MAX_PIXELS,
@@ -85,7 +85,7 @@ def read_labels(path: Path, like: Image) -> ndarray:
     """
     mask = read(path)
     if mask.geometry is None:
-        return pictures.labels_like(path, pictures.grey(path, mask.pixels[0]).squeeze()[np.newaxis], 1, like)
+        return images_2d.labels_like(path, images_2d.grey(path, mask.pixels[0]).squeeze()[np.newaxis], 1, like)
     return nifti.labels_like(mask, like, may_be_cropped=True)  # as 3D Slicer saves segments
 
 

@@ -18,7 +18,7 @@ from numpy import ndarray
 from medseg_trt.errors import InputError, MedsegError, require
 from medseg_trt.files import atomic_file
 from medseg_trt.imaging.formats.limits import convert_decoder_errors, require_finite
-from medseg_trt.imaging.formats.pictures import (
+from medseg_trt.imaging.formats.images_2d import (
     as_palette,
     as_stored,
     grey,
