@@ -2,7 +2,7 @@
 
 With the pixels that are right (tp), wrongly added (fp) and missed (fn), Dice is ``2 tp / (2 tp + fp + fn)`` and IoU is
 ``tp / (tp + fp + fn)``; no constant is added to either. Where a class is in neither of the two, both are 0 / 0: the
-class is "absent", has no figure and enters no mean. HD95 (see ``hausdorff``) exists only where the class is in both; how
+class is "absent", has no figure and enters no mean. HD95 (``hausdorff``) exists only where the class is in both; how
 often it does not is counted beside the mean.
 """
 

@@ -17,7 +17,6 @@ from numpy import ndarray
 
 from medseg_trt.errors import InputError, MedsegError, require
 from medseg_trt.files import atomic_file
-from medseg_trt.imaging.formats.limits import convert_decoder_errors, require_finite
 from medseg_trt.imaging.formats.images_2d import (
     as_palette,
     as_stored,
@@ -29,6 +28,7 @@ from medseg_trt.imaging.formats.images_2d import (
     require_mode,
     upright,
 )
+from medseg_trt.imaging.formats.limits import convert_decoder_errors, require_finite
 from medseg_trt.imaging.formats.tiff_layout import Layout, count_directories, find_layout
 from medseg_trt.imaging.images import Image, Mask
 from medseg_trt.imaging.signatures import require_kind
