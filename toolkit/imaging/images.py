@@ -14,13 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jaxtyping import Float64, Num, UInt8
 from numpy import ndarray
 
 from medseg_trt.errors import InputError
 from medseg_trt.imaging.dicom_signature import SIGNATURE_BYTES, starts_like_dicom
-from medseg_trt.imaging.label_values import as_labels
+from medseg_trt.imaging.label_values import as_labels, pixels_per_label
 from medseg_trt.imaging.signatures import SAME_KIND, identify, readable
 from medseg_trt.progress import LOG
 from medseg_trt.spec import Classes
@@ -147,13 +146,18 @@ class Mask:
         if labels.shape != image.pixels.shape[:3]:
             raise ValueError(f"the labels are {labels.shape}, but the image is {image.pixels.shape[:3]}")
         return cls(
-            path=image.path, labels=labels, classes=classes, spacing_mm=image.spacing_mm, geometry=image.geometry,
-            exif=image.exif, stem=image.stem,
-        )  # fmt: skip
+            path=image.path,
+            labels=labels,
+            classes=classes,
+            spacing_mm=image.spacing_mm,
+            geometry=image.geometry,
+            exif=image.exif,
+            stem=image.stem,
+        )
 
     def areas(self) -> tuple[Area, ...]:
         """Measure every class but the background."""
-        counts = sum(np.bincount(labels.ravel(), minlength=len(self.classes.names)) for labels in self.labels)
+        counts = pixels_per_label(self.labels, len(self.classes.names))
         between_slices, between_rows, between_columns = self.spacing_mm or (float("nan"),) * 3
         pixel_mm2 = between_rows * between_columns
         is_slice, known = len(self.labels) == 1, self.spacing_mm is not None
@@ -164,7 +168,7 @@ class Mask:
                 mm2=count * pixel_mm2 if known and is_slice else None,
                 ml=count * pixel_mm2 * between_slices / 1000 if known and not is_slice else None,
             )
-            for name, count in list(zip(self.classes.names, np.asarray(counts).tolist(), strict=True))[1:]
+            for name, count in list(zip(self.classes.names, counts.tolist(), strict=True))[1:]
         )
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
 from numpy import ndarray
 
 from medseg_trt.errors import InputError
@@ -13,6 +13,7 @@ from medseg_trt.errors import InputError
 ROUNDING = 1e-3
 HALF_BRIGHT = 127  # of 255
 MID_GREYS = (32, 223)  # values that an edge between 0 and 255 passes through, and few label maps reach
+CHUNK_PIXELS = 1 << 22  # counted at once: ``bincount`` copies every pixel to an int64, 32 MiB
 MIN_GREYS = 2  # between 0 and the brightest; a single one is a class drawn in grey as often as an edge
 
 
@@ -45,6 +46,19 @@ def as_labels(values: ndarray, path: Path, num_labels: int | None) -> UInt8[ndar
     raise InputError(
         f"{path} holds the values {', '.join(offending)} …, but labels go from 0 to {limit - 1}; {_remedy(values)}"
     )
+
+
+def pixels_per_label(labels: UInt8[ndarray, "..."], num_labels: int) -> Int64[ndarray, " labels"]:
+    """Count the pixels of every label from 0 to ``num_labels`` - 1.
+
+    Args:
+        labels: of a 2-D image or a volume.
+        num_labels: background included; every label is below it.
+    """
+    counts, flat = np.zeros(num_labels, np.int64), labels.ravel()
+    for start in range(0, flat.size, CHUNK_PIXELS):
+        counts += np.bincount(flat[start : start + CHUNK_PIXELS], minlength=num_labels)
+    return counts
 
 
 def looks_soft(values: ndarray) -> bool:
