@@ -1,4 +1,4 @@
-"""The values of a mask as labels: whole numbers from 0 on, or 0 and 255 for one class."""
+"""Convert the values of a mask to labels: whole numbers from 0, or 0 and 255 for one class. Count pixels per label."""
 
 from pathlib import Path
 
@@ -12,23 +12,23 @@ from medseg_trt.errors import InputError
 # below 1e-3 up to label 131. Probabilities and soft edges are further off.
 ROUNDING = 1e-3
 HALF_BRIGHT = 127  # of 255
-MID_GREYS = (32, 223)  # values that an edge between 0 and 255 passes through, and few label maps reach
+MID_GREYS = (32, 223)  # values that a soft edge between 0 and 255 passes through, and few label maps reach
 CHUNK_PIXELS = 1 << 22  # counted at once: ``bincount`` copies every pixel to an int64, 32 MiB
-MIN_GREYS = 2  # between 0 and the brightest; a single one is a class drawn in grey as often as an edge
+MIN_GREYS = 2  # between 0 and the brightest; a single one may as well be a class drawn in grey
 
 
 def as_labels(values: ndarray, path: Path, num_labels: int | None) -> UInt8[ndarray, "slices height width"]:
-    """Return the values of a mask as labels; what is within 1e-3 of a whole number counts as it.
+    """Return the values of a mask as labels; values within 1e-3 of a whole number are rounded.
 
-    With two labels, a mask of 0 and 255 is one of 0 and 1.
+    With two labels, 0 and 255 become 0 and 1.
 
     Args:
-        values: as they were read.
+        values: as read from the file.
         path: the mask, for messages.
-        num_labels: how many labels there are, background included; None allows 0 … 255.
+        num_labels: the number of labels, background included; None allows 0 … 255.
 
     Raises:
-        InputError: a value is no label.
+        InputError: a value is not a label.
     """
     limit = num_labels or 256
     whole = np.rint(values) if values.dtype.kind == "f" else values
@@ -44,7 +44,7 @@ def as_labels(values: ndarray, path: Path, num_labels: int | None) -> UInt8[ndar
             return labels
     offending = [f"{value:g}" for value in np.unique(values[wrong])[:5].tolist()]
     raise InputError(
-        f"{path} holds the values {', '.join(offending)} …, but labels go from 0 to {limit - 1}; {_remedy(values)}"
+        f"{path} holds the values {', '.join(offending)} …, but labels range from 0 to {limit - 1}; {_remedy(values)}"
     )
 
 
@@ -62,7 +62,7 @@ def pixels_per_label(labels: UInt8[ndarray, "..."], num_labels: int) -> Int64[nd
 
 
 def looks_soft(values: ndarray) -> bool:
-    """Tell whether the values that occur are those of a mask of 0 and 255 with soft edges."""
+    """Return whether the distinct values look like those of a 0/255 mask with soft edges."""
     brightest = values.max(initial=0)
     between = values[(values > 0) & (values < brightest)]
     low, high = MID_GREYS
@@ -77,5 +77,5 @@ def _remedy(values: ndarray) -> str:
     if distinct[0] >= 0 and distinct[-1] <= 1:
         return "it looks like probabilities or soft edges; threshold it at 0.5"
     if len(distinct) == 2 and distinct[0] == 0 and distinct[1] > 255:
-        return f"it holds 0 and {distinct[1]:g} alone; save it with 0 and 1"
+        return f"it holds only 0 and {distinct[1]:g}; save it with 0 and 1"
     return "check the mask and the list of classes"

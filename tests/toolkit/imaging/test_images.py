@@ -548,9 +548,9 @@ def test_a_path_that_does_not_exist_is_named(tmp_path):
 
 def test_a_file_of_another_kind_is_refused_with_the_known_kinds(tmp_path):
     (tmp_path / "a.gif").touch()
-    with pytest.raises(InputError, match=r"a\.gif is of a kind .*\.png, .*\.nii, \.nii\.gz"):
+    with pytest.raises(InputError, match=r"a\.gif is of an unsupported format; .*\.png, .*\.nii, \.nii\.gz"):
         find_images([tmp_path / "a.gif"])
-    with pytest.raises(InputError, match=r"holds no image; files that can be read end with \.png"):
+    with pytest.raises(InputError, match=r"holds no image; supported files end with \.png"):
         find_images([tmp_path])
 
 
@@ -614,7 +614,7 @@ def test_a_mask_of_0_1_and_255_is_not_taken_for_a_binary_one(num_labels, tmp_pat
 
 def test_values_without_a_class_are_named_with_the_file(tmp_path):
     path = save_array(np.arange(54, dtype=np.uint8).reshape(6, 9), tmp_path / "mask.png")
-    with pytest.raises(InputError, match=r"mask\.png holds the values 3, 4, 5, 6, 7 …, but labels go from 0 to 2"):
+    with pytest.raises(InputError, match=r"mask\.png holds the values 3, 4, 5, 6, 7 …, but labels range from 0 to 2"):
         read_labels(path, picture_image(tmp_path), 3)
     np.testing.assert_array_equal(read_labels(path, picture_image(tmp_path), None).ravel(), np.arange(54))
 

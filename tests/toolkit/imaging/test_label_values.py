@@ -43,7 +43,7 @@ def test_a_value_within_a_thousandth_of_a_whole_number_is_rounded(off):
 
 @pytest.mark.parametrize(("off", "text"), [(1.2 * ROUNDING, r"0\.0012, "), (-1.2 * ROUNDING, r"-0\.0012, ")])
 def test_a_value_further_from_a_whole_number_is_refused_and_quoted(off, text):
-    with pytest.raises(InputError, match=rf"m\.nii holds the values {text}.* labels go from 0 to 8"):
+    with pytest.raises(InputError, match=rf"m\.nii holds the values {text}.* labels range from 0 to 8"):
         as_labels(LABELS + off, PATH, 9)
 
 
@@ -52,7 +52,7 @@ def test_a_value_further_from_a_whole_number_is_refused_and_quoted(off, text):
     [
         ([0, 0.25, 0.5, 1], "looks like probabilities or soft edges; threshold it at 0.5"),
         ([0, 40, 128, 255], "looks like 0/255 with soft edges; threshold it, or name the classes"),
-        ([0, 65535], "holds 0 and 65535 alone; save it with 0 and 1"),
+        ([0, 65535], "holds only 0 and 65535; save it with 0 and 1"),
         ([0, 1, 7], "check the mask and the list of classes"),
     ],
 )
