@@ -21,7 +21,7 @@ from results_file import options, publish, table
 from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.files import sha256
 from medseg_trt.imaging.images import Image, Mask, read_image
-from medseg_trt.imaging.segment import segment, steps
+from medseg_trt.imaging.segment import segment, segmentation_stages
 from medseg_trt.inference import to_folder
 from medseg_trt.machine import cores
 from medseg_trt.metrics.intervals import median_of_rounds, speed_interval
@@ -100,7 +100,7 @@ def stages(images: Path, bundle_folder: Path, backend: str) -> dict[str, float]:
             clock = [time.perf_counter()]
             image = read_image(path)
             clock.append(time.perf_counter())
-            do = steps(session.run, image, bundle.preprocessing)
+            do = segmentation_stages(session.run, image, bundle.preprocessing)
             inputs = do.prepare(image.pixels)
             clock.append(time.perf_counter())
             logits = do.run(inputs)

@@ -21,8 +21,6 @@ BASE = (
     "errors",
     "files",
     "progress",
-    "locks",
-    "plain_text",
     "imaging",
     "metrics",
 )  # modules and folders of toolkit that all may use

@@ -32,8 +32,7 @@ from medseg_trt.commands.reproduce import reproduce
 from medseg_trt.commands.samples import samples
 from medseg_trt.commands.train import train
 from medseg_trt.errors import MedsegError, MissingExtraError
-from medseg_trt.plain_text import printable
-from medseg_trt.progress import is_spokesman
+from medseg_trt.progress import is_main_process, printable
 
 SECTIONS: Mapping[str, tuple[click.Command, ...]] = {  # the headings of --help, in the order of work
     "Data": (samples, data),
@@ -120,7 +119,7 @@ def cli() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_Messages())
     logger.handlers = [handler]
-    logger.setLevel(logging.INFO if is_spokesman() else logging.ERROR)
+    logger.setLevel(logging.INFO if is_main_process() else logging.ERROR)
 
 
 for title, commands in SECTIONS.items():

@@ -1,4 +1,9 @@
-"""Write files so that nobody ever sees half of one, and name their content by digest."""
+"""Write files atomically, lock them, read them with limits, and identify their content by digest.
+
+Locks are ``flock``: the system releases them when their process ends, however it ends. ``flock`` belongs to an open
+file, so it works across containers that share a disk, and a reused process number does no harm. Windows has no
+``flock``; it refuses to replace or delete a file that another process has open.
+"""
 
 import errno
 import hashlib
@@ -9,16 +14,20 @@ import shutil
 import stat
 import sys
 import tempfile
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from medseg_trt.errors import ArtefactError
-from medseg_trt.locks import NO_LINKS, is_open_file, lock
+from medseg_trt.errors import ArtefactError, UsageError
+from medseg_trt.progress import LOG
 
 CHUNK_BYTES = 1 << 20
 PARTIAL = ".partial-"  # how the names of temporary files begin
+POLL_S = 0.05
+FOLDER_WAIT_S = 60.0  # merging a table of areas takes milliseconds; after this long its holder hangs
+NO_LINKS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
 MAX_SUFFIX = 16  # characters of a suffix that a temporary file keeps: its name stays shorter than any limit
 
 
@@ -42,7 +51,7 @@ def atomic_file(path: Path) -> Generator[Path, None, None]:
 
     The suffix is kept, so that libraries that look at it choose the right format.
     On an error or an interrupt the temporary file is removed and ``path`` is as it was before.
-    The temporary file is locked meanwhile, so that ``locks.remove_abandoned`` can tell it from a dead process's.
+    The temporary file is locked meanwhile, so that ``remove_abandoned`` can tell it from a dead process's.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, descriptor = _create_temporary(path)
@@ -154,6 +163,74 @@ def open_regular(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
+def lock(descriptor: int, *, wait: bool = False) -> bool:
+    """Lock an open file; return False where another process holds the lock.
+
+    Args:
+        descriptor: of the file.
+        wait: wait for the other process instead.
+
+    Raises:
+        OSError: the file system has no locks.
+    """
+    if sys.platform == "win32":
+        raise OSError("Windows has no flock")
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
+
+
+def is_open_file(descriptor: int, path: Path) -> bool:
+    """Say whether the open file is still the one that is called ``path``."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except FileNotFoundError:
+        return False
+
+
+def remove_abandoned(path: Path) -> bool:
+    """Delete a file that its writer locked and died over; return whether it was deleted.
+
+    A file whose writer lives stays, and so does one whose writer cannot be judged: on a file system without locks, or
+    where the file is a link or may not be opened.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | NO_LINKS)
+    except OSError:
+        return False
+    try:
+        if not (stat.S_ISREG(os.fstat(descriptor).st_mode) and lock(descriptor)):
+            return False
+        path.unlink(missing_ok=True)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Generator[None, None, None]:
+    """Hold the lock on a folder while the block runs; wait for another process that holds it.
+
+    Raises:
+        UsageError: another process has held it for ``FOLDER_WAIT_S``.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _wait_for(descriptor, folder)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _create_temporary(path: Path) -> tuple[Path, int | None]:
     """Create a file beside ``path`` and lock it; return it with the descriptor that holds the lock.
 
@@ -177,3 +254,17 @@ def _create_temporary(path: Path) -> tuple[Path, int | None]:
 
 def _temporary_name(path: Path, suffix: str) -> Path:
     return path.parent / f"{PARTIAL}{secrets.token_hex(8)}{suffix}"
+
+
+def _wait_for(descriptor: int, folder: Path) -> None:
+    deadline = time.monotonic() + FOLDER_WAIT_S
+    while True:
+        try:
+            if lock(descriptor):
+                return
+        except OSError as error:
+            LOG.warning("%s cannot be locked (%s); let no two commands write to it at once", folder, error.strerror)
+            return
+        if time.monotonic() > deadline:
+            raise UsageError(f"{folder} is locked by another process; end it, or choose another folder with -o")
+        time.sleep(POLL_S)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from medseg_trt.errors import InputError, UsageError
-from medseg_trt.imaging.preprocess import of_image, prepare, prepare_labels, restore
+from medseg_trt.imaging.preprocess import for_image, prepare, prepare_labels, restore
 from medseg_trt.imaging.segment import Run, segment
 from medseg_trt.metrics.overlap import ClassScore, MeanScore, mean_scores, scores
 from medseg_trt.metrics.protocols import METRICS, MetricMode
@@ -152,7 +152,7 @@ def _prepared(
     """Yield the name, the network's input and the labels of that size of every slice, in the order of the cases."""
     for case in track(cases, "evaluate"):
         image, truth = read_case(case, num_labels)
-        contract = of_image(preprocessing, image.pixels)
+        contract = for_image(preprocessing, image.pixels)
         for number, (pixels, labels) in enumerate(zip(image.pixels, truth, strict=True)):
             name = case.name if len(truth) == 1 else f"{case.name}, slice {number}"
             spacing = image.spacing_in_plane

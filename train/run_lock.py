@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from medseg_trt.errors import UsageError
-from medseg_trt.locks import NO_LINKS, is_open_file, lock
+from medseg_trt.files import NO_LINKS, is_open_file, lock
 
 LOCK = ".training"  # holds the number of the process; it is gone when the training is
 MAX_LOCK_BYTES = 20  # of a process number and the end of its line

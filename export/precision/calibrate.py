@@ -5,7 +5,6 @@ memory does not grow with their number. Nothing here opens a session: ``observe`
 Source: Wu et al. 2020, "Integer quantization for deep learning inference", §5.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,6 +15,7 @@ from numpy import ndarray
 from medseg_trt.errors import InputError, UsageError
 from medseg_trt.export.graph.interface import INPUT
 from medseg_trt.export.graph.onnx_graph import OnnxGraph
+from medseg_trt.imaging.digest import image_digests
 
 Observe = Callable[[ndarray], Mapping[str, ndarray]]  # (1, 3, H, W) float32 -> named values
 MIN_IMAGES = 4
@@ -118,11 +118,6 @@ def calibrate(observe: Observe, images: Float32[ndarray, "images 3 height width"
         histograms = {name: histogram.with_values(values[name]) for name, histogram in histograms.items()}
     ranges = {name: mean_squared_error(histogram) for name, histogram in histograms.items()}
     return Calibration(ranges=ranges, images=digests)
-
-
-def image_digests(images: Float32[ndarray, "images 3 height width"]) -> tuple[str, ...]:
-    """Return the SHA-256 of every prepared image, by which an image is known that must not be judged on as well."""
-    return tuple(hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest() for image in images)
 
 
 def mean_squared_error(histogram: Histogram) -> Range:

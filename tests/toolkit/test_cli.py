@@ -51,7 +51,7 @@ def test_from_a_folder_of_pictures_to_masks_and_figures(tmp_path):
     [
         (["infer", "images"], 2, "medseg-trt build --ckpt model.pt"),
         (["infer", "nowhere.png", "--bundle", "BUNDLE"], 1, "nowhere.png does not exist"),
-        (["infer", "text.txt", "--bundle", "BUNDLE"], 1, "known are .png"),
+        (["infer", "text.txt", "--bundle", "BUNDLE"], 1, "supported: .png"),
         (["infer", "images", "--bundle", "images"], 5, "is no bundle"),
         (["infer", "images", "--bundle", "BUNDLE", "--backend", "coreml"], 2, "auto, onnxruntime"),
         (["build", "--ckpt", "nowhere.pt"], 5, "Train a model first"),

@@ -157,7 +157,7 @@ def test_nothing_to_do_is_an_error_that_names_every_input(tiny_bundle, tmp_path)
     ran = infer(tiny_bundle, "a.gif", "nowhere.png", cwd=tmp_path)
     assert ran.returncode == 1
     lines = ran.stderr.splitlines()
-    assert lines[0].startswith("medseg-trt: a.gif is of a kind that cannot be read here")
+    assert lines[0].startswith("medseg-trt: a.gif is of an unsupported format")
     assert lines[1:] == [
         "medseg-trt: nowhere.png does not exist",
         "medseg-trt: none of 2 inputs can be used; they are named above",

@@ -35,7 +35,7 @@ from medseg_trt.bundles.bundle import MANIFEST, Bundle, load_bundle
 from medseg_trt.errors import MedsegError, MissingExtraError, require
 from medseg_trt.files import sha256
 from medseg_trt.imaging.images import Image
-from medseg_trt.imaging.preprocess import of_image, prepare
+from medseg_trt.imaging.preprocess import for_image, prepare
 from medseg_trt.imaging.segment import Run
 from medseg_trt.inference.prefetch import Overlap
 from medseg_trt.machine import package_versions, this_machine
@@ -97,7 +97,7 @@ def bench(what: Bench, scratch: Path) -> Measured:
         folder = Path(stack.enter_context(TemporaryDirectory(dir=scratch, prefix=".partial-")))
         cases = measured_cases(what.data, what.split, bundle, folder)
         first = next(cases.read())[1]
-        contract = of_image(bundle.preprocessing, first.pixels)
+        contract = for_image(bundle.preprocessing, first.pixels)
         image = prepare(first.pixels[first.num_slices // 2], contract, first.spacing_in_plane)[np.newaxis]
         here = [each for each in candidates if each.executed]
         sessions, timings = open_candidates(here, image, what.tier.starts, stack)

@@ -5,7 +5,6 @@ The reference's own answers are computed once.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from medseg_trt.building.reference_images import ReferenceImages
 from medseg_trt.errors import AccuracyGateError
 from medseg_trt.export.gate import Verdict, compare
 from medseg_trt.export.verify import labels_of, run_in_batches, verify
+from medseg_trt.imaging.digest import image_digest
 from medseg_trt.imaging.preprocess import resampled_size
 from medseg_trt.imaging.segment import Run
 from medseg_trt.sessions.base import Session
@@ -108,10 +108,10 @@ class Proof:
 
 def _remembering(run: Run) -> Run:
     """Return the network with a memory: every graph is compared with the same answers to the same few images."""
-    answers: dict[bytes, ndarray] = {}
+    answers: dict[str, ndarray] = {}
 
     def answer(batch: ndarray) -> ndarray:
-        key = sha256(batch.tobytes()).digest()
+        key = image_digest(batch)
         if key not in answers:
             answers[key] = run(batch)
         return answers[key]

@@ -4,7 +4,6 @@ They are real where real ones can be had, there is a record of what they were, a
 for judgement.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,9 @@ from numpy import ndarray
 
 from medseg_trt.errors import InputError, UsageError
 from medseg_trt.export.verify import noise
+from medseg_trt.imaging.digest import image_digests
 from medseg_trt.imaging.images import Image, find_images, read_image
-from medseg_trt.imaging.preprocess import of_image, prepare, restore
+from medseg_trt.imaging.preprocess import for_image, prepare, restore
 from medseg_trt.metrics.overlap import confusion
 from medseg_trt.progress import LOG
 from medseg_trt.spec import Preprocessing
@@ -126,13 +126,10 @@ def _noise(checkpoint: Checkpoint) -> ReferenceImages:
     return ReferenceImages(verified=inputs, description="generated noise", judged=judged, calibration=None)
 
 
-def digests(inputs: Inputs) -> list[str]:
-    """Return the SHA-256 of every prepared image."""
-    return [hashlib.sha256(np.ascontiguousarray(each).tobytes()).hexdigest() for each in inputs]
-
-
 def _checked(judged: JudgedImages, calibration: Inputs | None, where: str) -> ReferenceImages:
-    shared = set(digests(judged.inputs)) & set(digests(calibration)) if calibration is not None else set[str]()
+    shared = (
+        set(image_digests(judged.inputs)) & set(image_digests(calibration)) if calibration is not None else set[str]()
+    )
     if shared:
         raise UsageError(
             f"{len(shared)} of the images {where} are also calibration images, so they cannot judge the result; "
@@ -181,7 +178,7 @@ def _spread(
 ) -> Iterator[tuple[str, ndarray, tuple[int, int], tuple[float, float] | None, ndarray | None]]:
     """Yield up to ``each`` slices of every case, without those of one grey: they say nothing, and all look alike."""
     for name, image, labels in cases:
-        contract = of_image(checkpoint.preprocessing, image.pixels)
+        contract = for_image(checkpoint.preprocessing, image.pixels)
         low, high = contract.window
         clipped = (pixels.clip(low, high) for pixels in image.pixels)
         places = [place for place, pixels in enumerate(clipped) if pixels.min() != pixels.max()]

@@ -7,7 +7,7 @@ import click
 from medseg_trt.commands.help import ExampleCommand
 from medseg_trt.commands.options import ANY, FOLDER, output_options, print_result, verify_option
 from medseg_trt.errors import InputError
-from medseg_trt.plain_text import printable
+from medseg_trt.progress import printable
 
 
 @click.command(

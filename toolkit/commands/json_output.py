@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any, TextIO, cast
 
-from medseg_trt.plain_text import unicode_text
+from medseg_trt.progress import unicode_text
 
 STDOUT, STDERR = 1, 2
 

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from medseg_trt.commands.json_output import only_json
-from medseg_trt.plain_text import printable
+from medseg_trt.progress import printable
 
 STDOUT = "medseg_trt.stdout"  # in the context's meta: what ``print_json`` prints with
 FOLDER = click.Path(path_type=Path, file_okay=False)

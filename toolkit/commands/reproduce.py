@@ -7,7 +7,7 @@ import click
 
 from medseg_trt.commands.help import ExampleCommand
 from medseg_trt.commands.options import FILE, FOLDER, output_options, print_json
-from medseg_trt.progress import is_spokesman
+from medseg_trt.progress import is_main_process
 
 
 @click.command(
@@ -51,7 +51,7 @@ def reproduce(
         block=block_file, weights=weights,
     )  # fmt: skip
     path = run_what_is_missing(wanted)
-    if is_spokesman():
+    if is_main_process():
         text = path.read_text(encoding="utf-8")
         if as_json:
             print_json({"table": str(path), **json.loads(text)})

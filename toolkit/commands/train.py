@@ -7,7 +7,7 @@ import click
 
 from medseg_trt.commands.help import ExampleCommand
 from medseg_trt.commands.options import FILE, FOLDER, output_options, print_result
-from medseg_trt.progress import LOG, is_spokesman
+from medseg_trt.progress import LOG, is_main_process
 
 
 @click.command(
@@ -67,7 +67,7 @@ def train(
     LOG.debug("%s", json.dumps(to_dict(chosen), indent=2))
     data = open_dataset(None, data_folder, chosen.data)
     best = run_training(chosen, data, out, block=block_file, weights=weights, resume=resume)
-    if not is_spokesman():
+    if not is_main_process():
         return
     last_row = json.loads((out / "history.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     result = {"checkpoint": str(best), "last": str(out / "last.pt"), "curve": str(out / "curve.png"), "final": last_row}

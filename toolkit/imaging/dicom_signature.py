@@ -1,4 +1,4 @@
-"""Tell DICOM by its first bytes, with or without the preamble that Part 10 asks for.
+"""Recognise DICOM by its first bytes, with or without the preamble that Part 10 requires.
 
 Source: DICOM PS3.10 section 7.1 (preamble) and PS3.5 section 7.1 (data elements).
 """
@@ -8,14 +8,14 @@ import struct
 SIGNATURE_BYTES = 1024  # enough for the preamble, or for the first elements of a file without one
 PREAMBLE_BYTES, MARK = 128, b"DICM"
 FIRST_GROUPS = (0x0002, 0x0008)  # file meta information, identification
-MIN_ELEMENTS = 3  # that must follow one another for a file without a preamble to count as DICOM
+MIN_ELEMENTS = 3  # that a file without a preamble must begin with to count as DICOM
 LONG_VRS = (b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV")  # 4-byte length
 
 
 def starts_like_dicom(block: bytes) -> bool:
-    """Say whether the first ``SIGNATURE_BYTES`` of a file are those of a DICOM file.
+    """Return whether the first ``SIGNATURE_BYTES`` of a file are those of a DICOM file.
 
-    Without a preamble, its first data elements must be in order and of an even length, in one of the three encodings.
+    Without a preamble, the first data elements must be in order and of even length in one of the three encodings.
     """
     if block[PREAMBLE_BYTES : PREAMBLE_BYTES + len(MARK)] == MARK:
         return True

@@ -1,9 +1,9 @@
-"""The values of a mask as labels: whole numbers from 0 on, or 0 and 255 for one class."""
+"""Convert the values of a mask to labels: whole numbers from 0, or 0 and 255 for one class. Count pixels per label."""
 
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
 from numpy import ndarray
 
 from medseg_trt.errors import InputError
@@ -12,22 +12,23 @@ from medseg_trt.errors import InputError
 # below 1e-3 up to label 131. Probabilities and soft edges are further off.
 ROUNDING = 1e-3
 HALF_BRIGHT = 127  # of 255
-MID_GREYS = (32, 223)  # values that an edge between 0 and 255 passes through, and few label maps reach
-MIN_GREYS = 2  # between 0 and the brightest; a single one is a class drawn in grey as often as an edge
+MID_GREYS = (32, 223)  # values that a soft edge between 0 and 255 passes through, and few label maps reach
+CHUNK_PIXELS = 1 << 22  # counted at once: ``bincount`` copies every pixel to an int64, 32 MiB
+MIN_GREYS = 2  # between 0 and the brightest; a single one may as well be a class drawn in grey
 
 
 def as_labels(values: ndarray, path: Path, num_labels: int | None) -> UInt8[ndarray, "slices height width"]:
-    """Return the values of a mask as labels; what is within 1e-3 of a whole number counts as it.
+    """Return the values of a mask as labels; values within 1e-3 of a whole number are rounded.
 
-    With two labels, a mask of 0 and 255 is one of 0 and 1.
+    With two labels, 0 and 255 become 0 and 1.
 
     Args:
-        values: as they were read.
+        values: as read from the file.
         path: the mask, for messages.
-        num_labels: how many labels there are, background included; None allows 0 … 255.
+        num_labels: the number of labels, background included; None allows 0 … 255.
 
     Raises:
-        InputError: a value is no label.
+        InputError: a value is not a label.
     """
     limit = num_labels or 256
     whole = np.rint(values) if values.dtype.kind == "f" else values
@@ -43,12 +44,25 @@ def as_labels(values: ndarray, path: Path, num_labels: int | None) -> UInt8[ndar
             return labels
     offending = [f"{value:g}" for value in np.unique(values[wrong])[:5].tolist()]
     raise InputError(
-        f"{path} holds the values {', '.join(offending)} …, but labels go from 0 to {limit - 1}; {_remedy(values)}"
+        f"{path} holds the values {', '.join(offending)} …, but labels range from 0 to {limit - 1}; {_remedy(values)}"
     )
 
 
+def pixels_per_label(labels: UInt8[ndarray, "..."], num_labels: int) -> Int64[ndarray, " labels"]:
+    """Count the pixels of every label from 0 to ``num_labels`` - 1.
+
+    Args:
+        labels: of a 2-D image or a volume.
+        num_labels: background included; every label is below it.
+    """
+    counts, flat = np.zeros(num_labels, np.int64), labels.ravel()
+    for start in range(0, flat.size, CHUNK_PIXELS):
+        counts += np.bincount(flat[start : start + CHUNK_PIXELS], minlength=num_labels)
+    return counts
+
+
 def looks_soft(values: ndarray) -> bool:
-    """Tell whether the values that occur are those of a mask of 0 and 255 with soft edges."""
+    """Return whether the distinct values look like those of a 0/255 mask with soft edges."""
     brightest = values.max(initial=0)
     between = values[(values > 0) & (values < brightest)]
     low, high = MID_GREYS
@@ -63,5 +77,5 @@ def _remedy(values: ndarray) -> str:
     if distinct[0] >= 0 and distinct[-1] <= 1:
         return "it looks like probabilities or soft edges; threshold it at 0.5"
     if len(distinct) == 2 and distinct[0] == 0 and distinct[1] > 255:
-        return f"it holds 0 and {distinct[1]:g} alone; save it with 0 and 1"
+        return f"it holds only 0 and {distinct[1]:g}; save it with 0 and 1"
     return "check the mask and the list of classes"

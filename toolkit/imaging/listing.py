@@ -1,7 +1,7 @@
-"""List what is to be segmented in the inputs, and everything beside it that is not.
+"""List the images among the inputs, and everything else in their folders.
 
-An image is a file directly in a given folder, or a DICOM series there or one folder below. Whatever else lies there is
-refused, where it was meant as an image and cannot be opened, or left out. Hidden files are neither.
+An image is a file directly in a given folder, or a DICOM series there or one folder below. Other files are refused
+where they should be images but cannot be opened, and left out otherwise. Hidden files are ignored.
 """
 
 import os
@@ -17,21 +17,21 @@ from typing import Any
 from medseg_trt.errors import InputError
 from medseg_trt.imaging.images import DICOM, READERS, Source, kind_of, natural_key, source_of_file, suffix_of
 
-MAX_LOOKED_AT = 10_000  # files and folders below the first level; a disk answers for so many in about a second
-EXAMPLES = 3
-DETACHED_HEADER = ".nhdr"  # beside it lies the file of its voxels
+MAX_SEARCHED = 10_000  # files and folders below the first level; a disk lists so many in about a second
+EXAMPLES = 3  # names in a message
+DETACHED_HEADER = ".nhdr"  # its voxels are in another file
 
 OTHER_KIND = "of another kind"
 IRREGULAR = "neither a file nor a folder"
 DEEPER = "in a sub-folder, which is not searched"
 CLOSED = "a folder that cannot be opened"
-UNSEEN = "in a sub-folder that was not looked into"
+UNSEEN = "in a sub-folder that was not searched"
 DICOM_WITHOUT_IMAGE = "DICOM without an image of its own"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Refused:
-    """An input that cannot be used, and why."""
+    """An unusable input and the reason."""
 
     path: Path
     error: InputError
@@ -39,24 +39,24 @@ class Refused:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LeftOut:
-    """Something in a folder that is not taken for an image."""
+    """A file or folder that is not used as an image."""
 
     folder: Path  # the input
-    path: Path  # what is left out, or the folder that holds it
+    path: Path  # the file or folder, or the folder that holds it
     reason: str  # one of the constants above
     count: int = 1  # files
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Listing:
-    """The images of the inputs, and what is no image."""
+    """The images of the inputs, and everything else in them."""
 
     sources: tuple[Source, ...]
     refused: tuple[Refused, ...]
     left_out: tuple[LeftOut, ...]
 
     def warnings(self) -> list[str]:
-        """Return one line for each input and kind of thing that is left out, with numbers, examples and a remedy."""
+        """Return one line per input and reason, with the number of files left out, examples and a remedy."""
         in_order = sorted(self.left_out, key=lambda item: (str(item.folder), item.reason))
         grouped = groupby(in_order, key=lambda item: (item.folder, item.reason))
         lines = [_warning(folder, reason, list(items)) for (folder, reason), items in grouped]
@@ -65,7 +65,7 @@ class Listing:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Entries:
-    """What lies directly in a folder, hidden names left out."""
+    """The content of one folder without hidden names."""
 
     files: list[Path] = field(default_factory=list[Path])
     folders: list[Path] = field(default_factory=list[Path])
@@ -74,8 +74,8 @@ class _Entries:
 
 
 @dataclass(kw_only=True, slots=True)
-class _Found:
-    """What has been found so far."""
+class _Lists:
+    """The lists that a listing is collected in."""
 
     sources: list[Source] = field(default_factory=list[Source])
     refused: list[Refused] = field(default_factory=list[Refused])
@@ -83,36 +83,36 @@ class _Found:
 
 
 def list_images(inputs: Sequence[Path], ignored: Sequence[Path] = ()) -> Listing:
-    """List the images of files and folders, in the order of ``inputs``; in a folder numbers count as numbers.
+    """List the images of files and folders, in the order of ``inputs``, and in natural order within a folder.
 
-    What is named twice comes once.
+    An image that is given twice is listed once.
 
     Args:
         inputs: files and folders.
-        ignored: folders that are no part of the inputs even where they lie below one, such as that of the masks.
+        ignored: folders to skip where they lie below an input, such as the output folder.
 
     Raises:
         MissingExtraError: there are DICOM files and pydicom is not installed.
     """
     seen = {identity for folder in ignored if (identity := _identity(folder)) is not None}
-    found = _Found()
+    lists = _Lists()
     for path in inputs:
         try:
             if _is_folder(path):
-                _list_folder(path, set(seen), found)
+                _list_folder(path, set(seen), lists)
             else:
-                found.sources.append(source_of_file(path))
+                lists.sources.append(source_of_file(path))
         except InputError as error:
-            found.refused.append(Refused(path=path, error=error))
+            lists.refused.append(Refused(path=path, error=error))
     return Listing(
-        sources=tuple(dict.fromkeys(found.sources)),
-        refused=tuple(found.refused),
-        left_out=tuple(dict.fromkeys(found.left_out)),
+        sources=tuple(dict.fromkeys(lists.sources)),
+        refused=tuple(lists.refused),
+        left_out=tuple(dict.fromkeys(lists.left_out)),
     )
 
 
 def sources_in(folder: Path) -> list[Source]:
-    """Return the images and DICOM series that lie directly in a folder, in natural order; there may be none.
+    """Return the images and DICOM series directly in a folder, in natural order; there may be none.
 
     Raises:
         InputError: the folder cannot be listed.
@@ -120,12 +120,12 @@ def sources_in(folder: Path) -> list[Source]:
     """
     known, _, dicom_files = _by_kind(_entries(folder).files)
     sources = [source_of_file(path) for path in known]
-    sources += _series(folder, dicom_files, lambda _reason, _paths: None)  # the caller names what no source holds
+    sources += _series(folder, dicom_files, lambda _reason, _paths: None)  # the caller reports the rest
     return sorted(sources, key=lambda source: natural_key(source.name))
 
 
 def _is_folder(path: Path) -> bool:
-    """Say whether the input is a folder, or a file that can be read.
+    """Return whether the input is a folder; otherwise it is a readable file.
 
     Raises:
         InputError: it is neither.
@@ -142,12 +142,12 @@ def _is_folder(path: Path) -> bool:
     return False
 
 
-def _list_folder(folder: Path, seen: set[tuple[int, int]], found: _Found) -> None:
+def _list_folder(folder: Path, seen: set[tuple[int, int]], lists: _Lists) -> None:
     entries = _entries(folder)
-    first = len(found.left_out)
+    first = len(lists.left_out)
 
     def leave_out(reason: str, paths: Sequence[Path]) -> None:
-        found.left_out += [LeftOut(folder=folder, path=path, reason=reason) for path in paths]
+        lists.left_out += [LeftOut(folder=folder, path=path, reason=reason) for path in paths]
 
     known, others, dicom_files = _by_kind(entries.files)
     sources = [source_of_file(path) for path in known]
@@ -155,7 +155,7 @@ def _list_folder(folder: Path, seen: set[tuple[int, int]], found: _Found) -> Non
     leave_out(OTHER_KIND, _without_detached(others, known))
     leave_out(IRREGULAR, entries.irregular)
     refused = entries.refused
-    budget = iter(range(MAX_LOOKED_AT))
+    budget = iter(range(MAX_SEARCHED))
     seen.add(_identity(folder) or (0, 0))
     for below in entries.folders:
         if (identity := _identity(below)) in seen or identity is None:
@@ -168,19 +168,19 @@ def _list_folder(folder: Path, seen: set[tuple[int, int]], found: _Found) -> Non
             continue
         known, others, dicom_files = _by_kind(inside.files)
         sources += _series(below, dicom_files, leave_out)
-        refused += [each for each in inside.refused if _may_be_dicom(each.path, bool(dicom_files))]
-        broken = [each for each in inside.refused if suffix_of(each.path) not in (None, DICOM)]
+        refused += [item for item in inside.refused if _may_be_dicom(item.path, bool(dicom_files))]
+        broken = [item for item in inside.refused if suffix_of(item.path) not in (None, DICOM)]
         if count := len(known) + len(broken):
-            found.left_out.append(LeftOut(folder=folder, path=below, reason=DEEPER, count=count))
-        found.left_out += _deeper(folder, inside.folders, seen, budget)
+            lists.left_out.append(LeftOut(folder=folder, path=below, reason=DEEPER, count=count))
+        lists.left_out += _deeper(folder, inside.folders, seen, budget)
     if not sources and not refused:
-        raise InputError(_nothing(folder, found.left_out[first:]))
-    found.sources += sorted(sources, key=lambda source: natural_key(source.name))
-    found.refused += refused
+        raise InputError(_no_image_message(folder, lists.left_out[first:]))
+    lists.sources += sorted(sources, key=lambda source: natural_key(source.name))
+    lists.refused += refused
 
 
 def _entries(folder: Path) -> _Entries:
-    """Sort what lies in a folder.
+    """List a folder, sorted by type.
 
     Raises:
         InputError: the folder cannot be listed.
@@ -210,14 +210,14 @@ def _entries(folder: Path) -> _Entries:
 
 
 def _by_kind(files: Sequence[Path]) -> tuple[list[Path], list[Path], list[Path]]:
-    """Divide files into images but DICOM, files of other kinds, and DICOM."""
+    """Divide files into images other than DICOM, unsupported files, and DICOM."""
     kinds = {path: kind_of(path) for path in files}
     known = [path for path, kind in kinds.items() if kind not in (None, DICOM)]
     return known, [path for path in files if kinds[path] is None], [path for path in files if kinds[path] == DICOM]
 
 
 def _series(folder: Path, dicom_files: Sequence[Path], leave_out: Any) -> list[Source]:
-    """Return the DICOM images of a folder; the reader of DICOM says why it takes a file for none."""
+    """Return the DICOM images of a folder; the DICOM reader logs why a file is not an image."""
     if not dicom_files:
         return []
     series = import_module(READERS[DICOM]).find_series(folder, sorted(dicom_files))
@@ -225,8 +225,8 @@ def _series(folder: Path, dicom_files: Sequence[Path], leave_out: Any) -> list[S
         source_of_file(members[0]) if stem is None else Source(path=folder, files=members, stem=stem)
         for stem, members in series
     ]
-    taken = {path for source in sources for path in source.files}
-    leave_out(DICOM_WITHOUT_IMAGE, [path for path in dicom_files if path not in taken])
+    used = {path for source in sources for path in source.files}
+    leave_out(DICOM_WITHOUT_IMAGE, [path for path in dicom_files if path not in used])
     return sources
 
 
@@ -243,7 +243,7 @@ def _may_be_dicom(path: Path, beside_dicom: bool) -> bool:
 def _deeper(
     folder: Path, below: Sequence[Path], seen: set[tuple[int, int]], budget: Iterator[int]
 ) -> Iterator[LeftOut]:
-    """Yield the folders in a tree that hold images; links are followed, and no folder is visited twice."""
+    """Yield the folders of a tree that hold images; links are followed, and each folder is visited once."""
     waiting = list(reversed(below))
     while waiting:
         path = waiting.pop()
@@ -261,7 +261,7 @@ def _deeper(
             continue
         files = [file for file in entries.files if next(budget, None) is not None]
         count = sum(kind_of(file) is not None for file in files)
-        count += sum(suffix_of(each.path) is not None for each in entries.refused)
+        count += sum(suffix_of(item.path) is not None for item in entries.refused)
         if count:
             yield LeftOut(folder=folder, path=path, reason=DEEPER, count=count)
         if len(files) < len(entries.files):
@@ -274,7 +274,7 @@ def _identity(folder: Path) -> tuple[int, int] | None:
     try:
         status = folder.stat()
     except OSError:
-        return None  # it does not exist, so it is no other folder either
+        return None  # it does not exist, so it equals no other folder
     return status.st_dev, status.st_ino
 
 
@@ -288,9 +288,7 @@ def _why_unusable(path: Path, error: OSError) -> str:
         if not path.is_symlink():
             return f"{path} does not exist"
         target = os.readlink(path)
-        return (
-            f"{path} is a link to {target}, which does not exist; fetch or mount what it leads to, or remove the link"
-        )
+        return f"{path} is a link to {target}, which does not exist; fetch or mount the target, or remove the link"
     return f"{path} cannot be read: {error.strerror}"
 
 
@@ -299,42 +297,40 @@ def _warning(folder: Path, reason: str, items: Sequence[LeftOut]) -> str | None:
     names = [str(item.path.relative_to(folder)) for item in items]
     examples = ", ".join(names[:EXAMPLES]) + (" …" if len(names) > EXAMPLES else "")
     if reason == DICOM_WITHOUT_IMAGE:
-        return None  # the reader has said why
+        return None  # the reader has logged why
     if reason == OTHER_KIND:
         known = ", ".join(READERS)
-        return f"{folder}: {count} file(s) of other kinds are left out ({examples}); known are {known} and DICOM"
+        return f"{folder}: {count} file(s) of other kinds are left out ({examples}); supported: {known} and DICOM"
     if reason == DEEPER:
         return f"{folder}: {_deep_images(items)}"
     if reason == CLOSED:
         return f"{folder}: {count} sub-folder(s) cannot be opened and are left out ({examples}); check the permissions"
     if reason == UNSEEN:
-        return (
-            f"{folder}: more than {MAX_LOOKED_AT} files lie in sub-folders, which were not all looked into ({examples})"
-        )
-    return f"{folder}: {count} thing(s) that are {reason} are left out ({examples})"
+        return f"{folder}: sub-folders hold more than {MAX_SEARCHED} files and were not all searched ({examples})"
+    return f"{folder}: {count} item(s) that are {reason} are left out ({examples})"
 
 
 def _deep_images(items: Sequence[LeftOut]) -> str:
-    """Say how many images lie in sub-folders, and which folders to name for them."""
+    """Return a message with the number of images in sub-folders and the folders to give instead."""
     folders = [item.path for item in items]
     parents = list(dict.fromkeys(folder.parent for folder in folders))
     is_shorter = len(parents) < len(folders) and not {item.folder for item in items} & set(parents)
-    named = parents if is_shorter else folders  # DICOM is looked for one level below, too
+    named = parents if is_shorter else folders  # DICOM is also searched one level below
     commands = " ".join(shlex.quote(str(path)) for path in named[:EXAMPLES]) + (" …" if len(named) > EXAMPLES else "")
     return (
         f"{sum(item.count for item in items)} image file(s) in {len(items)} sub-folder(s) are left out; only DICOM is "
-        f"looked for in sub-folders, one level deep. To use them, name: {commands}"
+        f"searched for in sub-folders, one level deep. To use them, name: {commands}"
     )
 
 
-def _nothing(folder: Path, left_out: Sequence[LeftOut]) -> str:
+def _no_image_message(folder: Path, left_out: Sequence[LeftOut]) -> str:
     deeper = [item for item in left_out if item.reason == DEEPER]
     if deeper:
-        return f"{folder} holds no image itself: {_deep_images(deeper)}"
-    text = f"{folder} holds no image; files that can be read end with {', '.join(READERS)}, or are DICOM"
+        return f"{folder} itself holds no image: {_deep_images(deeper)}"
+    text = f"{folder} holds no image; supported files end with {', '.join(READERS)}, or are DICOM"
     counts = {reason: sum(item.count for item in left_out if item.reason == reason) for reason in _REASONS}
-    there = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
-    return text + (f". It holds: {there}" if there else "")
+    summary = ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
+    return text + (f". It holds: {summary}" if summary else "")
 
 
 _REASONS = (OTHER_KIND, IRREGULAR, CLOSED, UNSEEN, DICOM_WITHOUT_IMAGE)

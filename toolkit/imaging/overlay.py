@@ -1,4 +1,4 @@
-"""Draw what was found: a picture, or the labelled slices of a volume, each class in its colour and named below."""
+"""Draw masks over their images: a 2-D image or the labelled slices of a volume, with the class colours and a legend."""
 
 from math import ceil, isqrt
 from pathlib import Path
@@ -11,46 +11,45 @@ from numpy import ndarray
 from medseg_trt.files import atomic_file
 from medseg_trt.imaging.images import Image, Mask
 
-ALPHA = 0.45  # of a colour on what it covers; contours cover it whole
+ALPHA = 0.45  # of a class colour over the image; contours are opaque
 MAX_SLICES = 12  # of a volume
 TILE_WIDTH = 256  # small slices are enlarged to it
-LONGEST_TILE = 512  # of a montage; a single picture may be four times as long
+LONGEST_TILE = 512  # of a montage; a single 2-D image may be four times as long
 LEGEND_HEIGHT = 22
 
 
 def write_overlay(image: Image, mask: Mask, window: tuple[float, float], path: Path) -> None:
-    """Write a PNG of the image, its classes coloured and named; of a volume, up to 12 evenly spaced labelled slices.
+    """Write a PNG of the image with coloured classes and a legend; for a volume, up to 12 labelled slices.
 
     Args:
-        image: what the mask belongs to.
+        image: the image of the mask.
         mask: its labels.
-        window: the values that become black and white, for example ``Preprocessing.window``.
-        path: the picture to write.
+        window: the values shown as black and white, for example ``Preprocessing.window``.
+        path: the PNG file to write.
     """
     import PIL.Image
 
-    shown = _slices_to_show(mask.labels)
-    tiles = [tile(image, mask, window, index) for index in shown]
+    tiles = [tile(image, mask, window, index) for index in _slices_to_show(mask.labels)]
     columns = isqrt(len(tiles) - 1) + 1
     height, width, _ = tiles[0].shape
     sheet = np.zeros((ceil(len(tiles) / columns) * height, columns * width, 3), np.uint8)
-    for place, drawn in enumerate(tiles):
-        top, left = place // columns * height, place % columns * width
-        sheet[top : top + height, left : left + width] = drawn
-    picture = _with_legend(PIL.Image.fromarray(sheet), mask)
+    for index, tile_pixels in enumerate(tiles):
+        top, left = index // columns * height, index % columns * width
+        sheet[top : top + height, left : left + width] = tile_pixels
+    overlay = _with_legend(PIL.Image.fromarray(sheet), mask)
     with atomic_file(path) as temporary:
-        picture.save(temporary, format="PNG")
+        overlay.save(temporary, format="PNG")
 
 
 def _slices_to_show(labels: ndarray) -> list[int]:
     labelled = np.flatnonzero(labels.any(axis=(1, 2)))
     candidates = labelled if labelled.size else np.arange(len(labels))
-    places = np.linspace(0, len(candidates) - 1, min(len(candidates), MAX_SLICES))
-    return candidates[np.round(places).astype(np.intp)].tolist()
+    positions = np.linspace(0, len(candidates) - 1, min(len(candidates), MAX_SLICES))
+    return candidates[np.round(positions).astype(np.intp)].tolist()
 
 
 def tile(image: Image, mask: Mask, window: tuple[float, float], index: int) -> UInt8[ndarray, "height width 3"]:
-    """Draw one slice with its classes at their true proportions; a pixel of the tile is as high as it is wide."""
+    """Draw one slice with its classes, resampled to square pixels."""
     import PIL.Image
     from PIL import ImageDraw
 
@@ -71,7 +70,7 @@ def tile(image: Image, mask: Mask, window: tuple[float, float], index: int) -> U
 
 
 def _tile_size(image: Image) -> tuple[int, int]:
-    """Return width and height in square pixels."""
+    """Return width and height of the tile in square pixels."""
     between_rows, between_columns = image.spacing_in_plane or (1.0, 1.0)
     width = max(image.size[1], TILE_WIDTH)
     height = width * (image.size[0] * between_rows) / (image.size[1] * between_columns)
@@ -91,27 +90,27 @@ def _contours(labels: ndarray) -> ndarray:
     return edge & (labels > 0)
 
 
-def _with_legend(picture: Any, mask: Mask) -> Any:
-    """Return the picture with the classes that it shows named below."""
+def _with_legend(overlay: Any, mask: Mask) -> Any:
+    """Append a legend of the classes that occur below Pillow's image."""
     import PIL.Image
     from PIL import ImageDraw
 
     font = _font()
     classes = zip(mask.areas(), mask.classes.colors[1:], strict=True)
     entries = [(area.name, color) for area, color in classes if area.pixels] or [("no labels", (0, 0, 0))]
-    places: list[tuple[int, int, str, tuple[int, int, int]]] = []
+    placed_entries: list[tuple[int, int, str, tuple[int, int, int]]] = []
     left, line, widest = 0, 0, 0
     for name, color in entries:
         width = LEGEND_HEIGHT + ceil(font.getlength(name)) + 8
-        if left and left + width > picture.width:
+        if left and left + width > overlay.width:
             left, line = 0, line + 1
-        places.append((left, picture.height + line * LEGEND_HEIGHT, name, color))
+        placed_entries.append((left, overlay.height + line * LEGEND_HEIGHT, name, color))
         left += width
         widest = max(widest, left)
-    sheet = PIL.Image.new("RGB", (max(picture.width, widest), picture.height + (line + 1) * LEGEND_HEIGHT))
-    sheet.paste(picture, (0, 0))
+    sheet = PIL.Image.new("RGB", (max(overlay.width, widest), overlay.height + (line + 1) * LEGEND_HEIGHT))
+    sheet.paste(overlay, (0, 0))
     draw = ImageDraw.Draw(sheet)
-    for left, top, name, color in places:
+    for left, top, name, color in placed_entries:
         draw.rectangle((left + 5, top + 5, left + 16, top + 16), fill=color)
         draw.text((left + LEGEND_HEIGHT, top + 2), name, fill="white", font=font)
     return sheet

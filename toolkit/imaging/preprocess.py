@@ -1,9 +1,8 @@
-"""Turn decoded pixels into the network's input, and its logits into labels: one way for training and inference.
+"""Convert decoded pixels to the network's input, and its logits to labels, alike in training and inference.
 
-Resizing is separable: each axis is a short list of taps (which source pixel, with which weight), worked off one tap at
-a time, so that the same input gives the same bits on every machine. All positions are half-pixel centres: pixel ``i``
-of ``n`` lies at ``(i + 0.5) / n``. The splines of TransUNet's protocol are SciPy's: there pixel ``i`` lies at
-``i / (n - 1)``.
+Resizing is separable: each axis is a short list of taps (source pixel and weight) that are summed one at a time, so
+that the same input gives the same bits on every machine. Positions are half-pixel centres: pixel ``i`` of ``n`` lies at
+``(i + 0.5) / n``. The splines of TransUNet's protocol are SciPy's, where pixel ``i`` lies at ``i / (n - 1)``.
 """
 
 from dataclasses import dataclass, replace
@@ -19,12 +18,12 @@ from medseg_trt.spec import SPLINE_ORDERS, Preprocessing, Resize
 Size = tuple[int, int]  # height, width in pixels
 Spacing = tuple[float, float]  # millimetres between rows, and between columns
 
-BAND_VALUES = 2**17  # logits brought to the source's size at once, so that they stay in a cache
+BAND_VALUES = 2**17  # logits resized to the source's size at once, so that they stay in the cache
 MAX_WIDENED_VALUES = 2**24  # float32: 67 MB
 
 
-def of_image(p: Preprocessing, pixels: Num[ndarray, "slices height width channels"]) -> Preprocessing:
-    """Return the contract for one whole image, whose own window it may ask for."""
+def for_image(p: Preprocessing, pixels: Num[ndarray, "slices height width channels"]) -> Preprocessing:
+    """Return the preprocessing of one whole image; with ``own_window`` its window is the image's range of values."""
     if not p.own_window:
         return p
     low, high = float(pixels.min()), float(pixels.max())
@@ -34,29 +33,29 @@ def of_image(p: Preprocessing, pixels: Num[ndarray, "slices height width channel
 def prepare(
     pixels: Num[ndarray, "height width channels"], p: Preprocessing, spacing_mm: Spacing | None
 ) -> Float32[ndarray, "3 image_height image_width"]:
-    """Return the network's input for one picture or slice; a grey picture is repeated to three channels.
+    """Return the network's input for one slice; a grey slice is repeated to three channels.
 
     Args:
         pixels: raw values with 1 or 3 channels, in the unit of ``p.window``.
-        p: the contract of this image, see ``of_image``.
-        spacing_mm: distance between rows and between columns, where it is known.
+        p: the preprocessing of this image, see ``for_image``.
+        spacing_mm: distance between rows and between columns, where known.
 
     Raises:
         ValueError: the channels are neither 1 nor 3, a pixel is NaN or infinite, or the spacing is not positive.
     """
-    return fit(windowed(pixels, p), p, spacing_mm)
+    return resize_and_normalize(clip_and_scale(pixels, p), p, spacing_mm)
 
 
-def windowed(
+def clip_and_scale(
     pixels: Num[ndarray, "height width channels"], p: Preprocessing
 ) -> Float32[ndarray, "channels height width"]:
-    """Return the first half of ``prepare``: values clipped and scaled to 0 … 1, the channels in the network's order.
+    """Clip values to the window, scale them to 0 … 1 and order the channels: the first half of ``prepare``.
 
     Raises:
         ValueError: the channels are neither 1 nor 3, or a pixel is NaN or infinite.
     """
     if pixels.shape[2] not in (1, 3):
-        raise ValueError(f"the picture has {pixels.shape[2]} channels; 1 or 3 are possible")
+        raise ValueError(f"the image has {pixels.shape[2]} channels; 1 or 3 are supported")
     _require_finite(pixels, "pixels")
     low, high = p.window
     values = np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)
@@ -64,10 +63,10 @@ def windowed(
     return values[::-1] if p.channel_order == "bgr" else values
 
 
-def fit(
+def resize_and_normalize(
     values: Float32[ndarray, "channels height width"], p: Preprocessing, spacing_mm: Spacing | None
 ) -> Float32[ndarray, "3 image_height image_width"]:
-    """Return the second half of ``prepare``: resized, placed and normalised.
+    """Resize, pad or crop, and normalise: the second half of ``prepare``.
 
     Raises:
         ValueError: the spacing is not positive.
@@ -75,25 +74,25 @@ def fit(
     if p.resizes_with_splines:
         canvas = resize(values, p.image_size, p.resize)
     else:
-        placement = _place(values.shape[1:], p, spacing_mm)
-        taps = [axis.canvas_taps(p.resize) for axis in placement]
+        axes = _canvas_axes(values.shape[1:], p, spacing_mm)
+        taps = [axis.canvas_taps(p.resize) for axis in axes]
         canvas = np.zeros((len(values), *p.image_size), np.float32)  # 0 is the window's lower end
-        canvas[:, *(axis.filled for axis in placement)] = _apply(values, taps[0], taps[1])
-    mean, std = (np.array(each, np.float32).reshape(3, 1, 1) for each in (p.mean, p.std))
+        canvas[:, *(axis.filled for axis in axes)] = _apply(values, taps[0], taps[1])
+    mean, std = (np.array(values, np.float32).reshape(3, 1, 1) for values in (p.mean, p.std))
     return (canvas - mean) / std
 
 
 def prepare_labels(
     labels: UInt8[ndarray, "height width"], p: Preprocessing, spacing_mm: Spacing | None
 ) -> UInt8[ndarray, "image_height image_width"]:
-    """Return the labels that belong to ``prepare``'s picture: the nearest source pixel; background where it was padded.
+    """Return the labels of ``prepare``'s output: those of the nearest source pixels, and background in the padding.
 
     Raises:
         ValueError: the spacing is not positive.
     """
     if p.resizes_with_splines:
         return _zoom(labels, p.image_size, order=0)
-    rows, columns = _place(labels.shape, p, spacing_mm)
+    rows, columns = _canvas_axes(labels.shape, p, spacing_mm)
     canvas = np.zeros(p.image_size, np.uint8)
     nearest = np.ix_(rows.canvas_taps("nearest").index[0], columns.canvas_taps("nearest").index[0])
     canvas[rows.filled, columns.filled] = labels[nearest]
@@ -106,22 +105,22 @@ def restore(
     p: Preprocessing,
     spacing_mm: Spacing | None,
 ) -> UInt8[ndarray, "height width"]:
-    """Return the label of every source pixel: logits brought back linearly, then the largest, or ``> 0`` for one logit.
+    """Return the label of every source pixel: logits resized linearly, then the largest, or ``> 0`` for one logit.
 
-    Source pixels that were cropped away become background. Of equal logits, see ``labels_of``. With a spline, labels
-    are found at the network's size and brought back with order 0.
+    Source pixels that were cropped away become background. For equal logits, see ``labels_of``. With a spline, labels
+    are computed at the network's size and resized with order 0.
 
     Raises:
         ValueError: the logits are not of ``p.image_size`` or not finite, or the spacing is not positive.
     """
     if logits.shape[1:] != p.image_size:
-        raise ValueError(f"the logits are {logits.shape[1:]} pixels, but the network's image is {p.image_size}")
+        raise ValueError(f"the logits are {logits.shape[1:]} pixels, but the network's input is {p.image_size}")
     _require_finite(logits, "logits")
     if p.resizes_with_splines:
         return _zoom(labels_of(logits), source_size, order=0)
-    rows, columns = _place(source_size, p, spacing_mm)
+    rows, columns = _canvas_axes(source_size, p, spacing_mm)
     row_taps, column_taps = rows.source_taps(), columns.source_taps()
-    widened = _widened(logits, row_taps, column_taps)
+    widened = _resize_columns(logits, row_taps, column_taps)
     labels = np.empty(source_size, np.uint8)
     band = max(BAND_VALUES // (len(logits) * source_size[1]), 1)
     for start in range(0, source_size[0], band):
@@ -134,28 +133,29 @@ def restore(
 
 
 def resampled_size(source_size: Size, p: Preprocessing, spacing_mm: Spacing | None) -> Size:
-    """Return a picture's size once it is stretched to the network's image, or has the network's pixel spacing.
+    """Return the size of a slice after resampling: the network's size, or that at the network's pixel spacing.
 
     Raises:
         ValueError: the spacing is not positive.
     """
     if p.spacing_mm is None or spacing_mm is None:
         return p.image_size
-    if not all(0 < each < float("inf") for each in spacing_mm):
+    if not all(0 < distance_mm < float("inf") for distance_mm in spacing_mm):
         raise ValueError(f"the spacing {spacing_mm} mm must be positive")
     rows, columns = (
-        max(1, round(pixels * each / p.spacing_mm)) for pixels, each in zip(source_size, spacing_mm, strict=True)
+        max(1, round(pixels * distance_mm / p.spacing_mm))
+        for pixels, distance_mm in zip(source_size, spacing_mm, strict=True)
     )
     return rows, columns
 
 
 def outside_fraction(source_size: Size, p: Preprocessing, spacing_mm: Spacing | None) -> float:
-    """Return the share, 0 … 1, of the source pixels that are cropped away, so that no label can be found for them.
+    """Return the share, 0 … 1, of the source pixels that are cropped away and get no label.
 
     Raises:
         ValueError: the spacing is not positive.
     """
-    rows, columns = _place(source_size, p, spacing_mm)
+    rows, columns = _canvas_axes(source_size, p, spacing_mm)
     return 1.0 - float(rows.inside.mean() * columns.inside.mean())
 
 
@@ -164,13 +164,13 @@ def resize(
 ) -> Float32[ndarray, "*batch new_height new_width"]:
     """Resize the last two axes.
 
-    ``linear`` takes two neighbours and clamps at the edges. ``linear_antialias`` widens that triangle by the factor of
-    a reduction and lets the weights inside the picture sum to one; for an enlargement it is ``linear``. The splines
-    are SciPy's.
+    ``linear`` takes two neighbours and clamps at the edges. ``linear_antialias`` widens that triangle by the reduction
+    factor and normalises the weights inside the image to one; when enlarging it equals ``linear``. The splines are
+    SciPy's.
     Source: PyTorch's ``interpolate`` (``nearest-exact``, ``bilinear``, ``antialias=True``), the tests' oracle.
 
     Raises:
-        MissingExtraError: a spline is wanted, and SciPy is not installed.
+        MissingExtraError: ``method`` is a spline and SciPy is not installed.
     """
     if method in SPLINE_ORDERS:
         planes = np.asarray(array, np.float32).reshape(-1, *array.shape[-2:])
@@ -184,21 +184,21 @@ def resize(
 def golden(
     p: Preprocessing,
 ) -> tuple[Float32[ndarray, "height width 3"], Float32[ndarray, "3 image_height image_width"]]:
-    """Return seeded noise that reaches beyond both ends of the window, and what ``prepare`` makes of it.
+    """Return seeded noise that extends beyond both ends of the window, and ``prepare``'s output for it.
 
     One axis is reduced and the other enlarged; where ``p`` has a spacing, one is cropped and the other padded.
-    The noise comes from the raw bits of PCG64, which NumPy promises never to change.
+    The noise comes from the raw bits of PCG64, which NumPy guarantees to keep.
     """
     size = 5 * p.image_size[0] // 4 + 1, p.image_size[1] // 2 + 3
     noise = np.random.PCG64(0).random_raw(size[0] * size[1] * 3).reshape(*size, 3) / 2.0**64
     low, high = p.window
     pixels = (low + (high - low) * (1.5 * noise - 0.25)).astype(np.float32)
     spacing_mm = None if p.spacing_mm is None else (1.3 * p.spacing_mm, 0.8 * p.spacing_mm)
-    return pixels, prepare(pixels, of_image(p, pixels[np.newaxis]), spacing_mm)
+    return pixels, prepare(pixels, for_image(p, pixels[np.newaxis]), spacing_mm)
 
 
 def _zoom(plane: ndarray, size: Size, order: int) -> ndarray:
-    """Resize one plane as TransUNet does, which leaves one of the right size alone."""
+    """Resize one plane as TransUNet does; one of the right size is returned unchanged."""
     if plane.shape == size:
         return plane
     ndimage = require("scipy.ndimage", "medical")
@@ -208,9 +208,9 @@ def _zoom(plane: ndarray, size: Size, order: int) -> ndarray:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Taps:
-    """What each pixel of a new axis is the weighted sum of."""
+    """The source pixels and weights whose weighted sum is each pixel of a new axis."""
 
-    index: ndarray  # (taps, pixels): a position on the old axis
+    index: ndarray  # (taps, pixels): position on the source axis
     weight: ndarray  # (taps, pixels) float32
 
     def only(self, part: slice) -> "_Taps":
@@ -219,10 +219,10 @@ class _Taps:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Axis:
-    """Where the pixels of one source axis lie on the same axis of the network's image, the canvas."""
+    """How one source axis maps to the same axis of the network's input, the canvas."""
 
     source: int
-    resampled: int  # pixels of the source once it has the canvas's spacing
+    resampled: int  # pixels of the source at the canvas's spacing
     canvas: int
 
     @property
@@ -242,21 +242,21 @@ class _Axis:
         return (centre >= 0) & (centre < self.canvas)
 
     def canvas_taps(self, method: Resize) -> _Taps:
-        """Return the source pixels that make the filled part of the canvas."""
+        """Return the taps from the source axis to the filled part of the canvas."""
         start, stop = self.filled.start - self.offset, self.filled.stop - self.offset
         return _taps(self.source, self.resampled, method, start, stop)
 
     def source_taps(self) -> _Taps:
-        """Return the canvas pixels that make the source's axis; beyond the filled part, its edge is repeated."""
+        """Return the taps from the canvas to the source axis; beyond the filled part, its edge is repeated."""
         taps = _taps(self.resampled, self.source, "linear", 0, self.source)
         index = np.clip(taps.index + self.offset, self.filled.start, self.filled.stop - 1)
         return _Taps(index=index, weight=taps.weight)
 
 
-def _place(source_size: Size, p: Preprocessing, spacing_mm: Spacing | None) -> tuple[_Axis, _Axis]:
+def _canvas_axes(source_size: Size, p: Preprocessing, spacing_mm: Spacing | None) -> tuple[_Axis, _Axis]:
     rows, columns = (
-        _Axis(source=source, resampled=between, canvas=canvas)
-        for source, between, canvas in zip(
+        _Axis(source=source, resampled=resampled, canvas=canvas)
+        for source, resampled, canvas in zip(
             source_size, resampled_size(source_size, p, spacing_mm), p.image_size, strict=True
         )
     )
@@ -264,7 +264,7 @@ def _place(source_size: Size, p: Preprocessing, spacing_mm: Spacing | None) -> t
 
 
 def _taps(source: int, target: int, method: Resize, start: int, stop: int) -> _Taps:
-    """Return the taps of pixels ``start`` to ``stop`` of an axis that goes from ``source`` to ``target`` pixels."""
+    """Return the taps of pixels ``start`` to ``stop`` of an axis resized from ``source`` to ``target`` pixels."""
     centre = (np.arange(start, stop) + 0.5) * source / target  # in source pixels; pixel i reaches from i to i + 1
     if method == "nearest":
         index = np.clip(np.floor(centre), 0, source - 1).astype(np.intp)[np.newaxis]
@@ -281,7 +281,7 @@ def _taps(source: int, target: int, method: Resize, start: int, stop: int) -> _T
 
 
 def _apply(array: ndarray, rows: _Taps, columns: _Taps) -> ndarray:
-    """Resize the last two axes, the one first that leaves less to do for the other."""
+    """Resize the last two axes, in the order that takes fewer operations."""
     height, width = array.shape[-2:]
     row_work, column_work = rows.index.size, columns.index.size
     rows_first = row_work * width + column_work * rows.index.shape[1]
@@ -291,8 +291,8 @@ def _apply(array: ndarray, rows: _Taps, columns: _Taps) -> ndarray:
     return _sum_rows(_sum_columns(array, columns), rows)
 
 
-def _widened(logits: ndarray, rows: _Taps, columns: _Taps) -> ndarray | None:
-    """Return the logits with the source's columns, where that is less to gather than band by band, and fits."""
+def _resize_columns(logits: ndarray, rows: _Taps, columns: _Taps) -> ndarray | None:
+    """Return logits with the source's columns, or None where that gathers more than band by band or is too large."""
     gathered, height = len(logits) * logits.shape[-2] * columns.index.shape[1], rows.index.shape[1]
     return _sum_columns(logits, columns) if logits.shape[-2] <= height and gathered <= MAX_WIDENED_VALUES else None
 
@@ -306,22 +306,22 @@ def _sum_columns(array: ndarray, taps: _Taps) -> ndarray:
 
 
 def _sum(array: ndarray, indices: ndarray, weights: ndarray, axis: int) -> ndarray:
-    """Return the weighted sum of what the rows of ``indices`` take along an axis."""
-    total = np.take(array, indices[0], axis)  # unlike an index in brackets, it leaves the axes in order in memory
+    """Return the weighted sum of the values that the rows of ``indices`` gather along an axis."""
+    total = np.take(array, indices[0], axis)  # unlike fancy indexing, ``take`` keeps the memory order of the axes
     total *= weights[0]
     for index, weight in zip(indices[1:], weights[1:], strict=True):
-        taken = np.take(array, index, axis)
-        taken *= weight
-        total += taken
+        gathered = np.take(array, index, axis)
+        gathered *= weight
+        total += gathered
     return total
 
 
 def labels_of(logits: Num[ndarray, "classes height width"]) -> UInt8[ndarray, "height width"]:
     """Return the label of every pixel: the class of its largest logit; of a single logit, 1 where it is above 0.
 
-    Of equal logits the lowest class wins, as in ``numpy.argmax``, and a single logit of exactly 0 is background. All
-    that makes labels keeps to this: ``restore``, graphs that give masks (``export.masks``), comparisons
-    (``export.verify``) and the CUDA kernel ``logits_to_mask``.
+    Of equal logits the lowest class wins, as in ``numpy.argmax``, and a single logit of exactly 0 is background. The
+    same rule holds in ``restore``, graphs that return masks (``export.graph.masks``), comparisons (``export.verify``)
+    and the CUDA kernel ``logits_to_mask``.
     """
     if len(logits) == 1:
         return (logits[0] > 0).astype(np.uint8)
@@ -329,7 +329,7 @@ def labels_of(logits: Num[ndarray, "classes height width"]) -> UInt8[ndarray, "h
     labels = np.zeros(best.shape, np.uint8)
     for label, plane in enumerate(logits[1:], 1):
         higher = (plane > best).view(np.uint8)
-        np.maximum(labels, higher * np.uint8(label), out=labels)  # labels ascend; faster than to write where it is so
+        np.maximum(labels, higher * np.uint8(label), out=labels)  # labels ascend; faster than a masked write
         np.maximum(best, plane, out=best)
     return labels
 

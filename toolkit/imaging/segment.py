@@ -1,4 +1,4 @@
-"""Run a network over every slice of an image and bring its answer back to the image's own pixels."""
+"""Run a network over every slice of an image and resample its output to the image's own pixels."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from medseg_trt.imaging.images import Image
-from medseg_trt.imaging.preprocess import Size, of_image, prepare, resampled_size, restore
+from medseg_trt.imaging.preprocess import Size, for_image, prepare, resampled_size, restore
 from medseg_trt.progress import track
 from medseg_trt.spec import Preprocessing
 
@@ -17,51 +17,51 @@ PixelRun = Callable[[np.ndarray], np.ndarray]  # raw (batch, height, width, chan
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Steps:
-    """What is done to a batch of an image's slices, one after the other."""
+class SegmentationStages:
+    """The three functions that a batch of slices passes through in turn."""
 
-    prepare: Callable[[np.ndarray], np.ndarray]  # raw pixels (batch, height, width, channels) -> what the network takes
+    prepare: Callable[[np.ndarray], np.ndarray]  # raw pixels (batch, height, width, channels) -> network input
     run: Run
-    finish: Callable[[np.ndarray], np.ndarray]  # the network's answer -> labels uint8 (batch, height, width)
+    finish: Callable[[np.ndarray], np.ndarray]  # network output -> labels uint8 (batch, height, width)
 
 
 def prepared_slices(image: Image, preprocessing: Preprocessing) -> Float32[np.ndarray, "slices 3 height width"]:
     """Return all slices as the network's input."""
-    contract = of_image(preprocessing, image.pixels)
-    return np.stack([prepare(pixels, contract, image.spacing_in_plane) for pixels in image.pixels])
+    image_preprocessing = for_image(preprocessing, image.pixels)
+    return np.stack([prepare(pixels, image_preprocessing, image.spacing_in_plane) for pixels in image.pixels])
 
 
-def steps(
+def segmentation_stages(
     run: Run,
     image: Image,
     preprocessing: Preprocessing,
     masks: MaskRun | None = None,
     pixels_to_masks: PixelRun | None = None,
-) -> Steps:
-    """Return the steps for the slices of one image; see ``segment`` for the arguments.
+) -> SegmentationStages:
+    """Return the stages for the slices of one image; see ``segment`` for the arguments.
 
-    With ``pixels_to_masks``, ``Session.pixel_path``'s, the network prepares the pixels itself, and nothing else is run.
+    With ``pixels_to_masks``, as ``Session.pixel_path`` returns it, the network also prepares and restores the pixels.
     """
     if pixels_to_masks is not None:
-        return Steps(prepare=lambda pixels: pixels, run=pixels_to_masks, finish=lambda labels: labels)
+        return SegmentationStages(prepare=lambda pixels: pixels, run=pixels_to_masks, finish=lambda labels: labels)
     resampled = resampled_size(image.size, preprocessing, image.spacing_in_plane)
-    contract = of_image(preprocessing, image.pixels)
+    image_preprocessing = for_image(preprocessing, image.pixels)
 
-    def prepared(pixels: np.ndarray) -> np.ndarray:
-        return np.stack([prepare(each, contract, image.spacing_in_plane) for each in pixels])
+    def prepare_batch(pixels: np.ndarray) -> np.ndarray:
+        return np.stack([prepare(slice_pixels, image_preprocessing, image.spacing_in_plane) for slice_pixels in pixels])
 
-    def answered(inputs: np.ndarray) -> np.ndarray:
-        answer = run(inputs) if masks is None else masks(inputs, image.size, resampled)
-        if len(answer) != len(inputs):
-            raise ValueError(f"the network gave {len(answer)} answers to {len(inputs)} slices")
-        return answer
+    def run_batch(inputs: np.ndarray) -> np.ndarray:
+        outputs = run(inputs) if masks is None else masks(inputs, image.size, resampled)
+        if len(outputs) != len(inputs):
+            raise ValueError(f"the network returned {len(outputs)} outputs for {len(inputs)} slices")
+        return outputs
 
-    def restored(answer: np.ndarray) -> np.ndarray:
+    def restore_batch(outputs: np.ndarray) -> np.ndarray:
         if masks is not None:
-            return answer
-        return np.stack([restore(each, image.size, preprocessing, image.spacing_in_plane) for each in answer])
+            return outputs
+        return np.stack([restore(logits, image.size, preprocessing, image.spacing_in_plane) for logits in outputs])
 
-    return Steps(prepare=prepared, run=answered, finish=restored)
+    return SegmentationStages(prepare=prepare_batch, run=run_batch, finish=restore_batch)
 
 
 def segment(
@@ -77,17 +77,17 @@ def segment(
 
     Args:
         run: the network, for example ``session.run``.
-        image: what to segment.
-        preprocessing: the contract the network was trained with.
-        batch: how many slices go through the network at once.
-        label: where it is given, progress is shown under this name.
-        masks: a network that makes the labels itself; ``run`` is not called then.
-        pixels_to_masks: a network that prepares the pixels, too; neither of the others is called then.
+        image: the image to segment.
+        preprocessing: the preprocessing that the network was trained with.
+        batch: the number of slices per call of the network.
+        label: shows progress under this name; None shows none.
+        masks: a network that returns labels; it is called instead of ``run``.
+        pixels_to_masks: a network that prepares the pixels and returns labels; it is called instead of the others.
     """
     labels = np.empty(image.pixels.shape[:3], np.uint8)
-    do = steps(run, image, preprocessing, masks, pixels_to_masks)
+    stages = segmentation_stages(run, image, preprocessing, masks, pixels_to_masks)
     starts = range(0, len(labels), batch)
     for start in starts if label is None else track(starts, label):
         part = slice(start, start + batch)
-        labels[part] = do.finish(do.run(do.prepare(image.pixels[part])))
+        labels[part] = stages.finish(stages.run(stages.prepare(image.pixels[part])))
     return labels

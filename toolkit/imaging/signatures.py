@@ -1,6 +1,6 @@
-"""The kind of a file by its first bytes: one table for the kinds that are read, and for common ones that are not.
+"""Identify the format of a file by its first bytes: one table of supported formats and common unsupported ones.
 
-A name proves nothing: a PNG file called ``.jpg`` is a PNG file. Each entry is a pattern that the first bytes match.
+The file name does not count: a PNG file called ``.jpg`` is a PNG file. The first bytes match the pattern of an entry.
 Sources: ISO/IEC 15948 (PNG), ITU-T T.81 (JPEG), TIFF 6.0 and BigTIFF, nifti.nih.gov, teem.sourceforge.net/nrrd, DICOM
 PS3.10 section 7.1, RFC 1952 (gzip), the HDF5 file format 3.0, APPNOTE.TXT (ZIP), RFC 9649 (WebP), itk.org (MetaImage).
 """
@@ -13,45 +13,45 @@ from pathlib import Path
 from medseg_trt.errors import InputError
 
 HEAD_BYTES = 4096  # an HDF5 signature follows a user block of 512, 1024 or 2048 bytes
-INFLATED_HEAD_BYTES = 348  # to the end of the NIfTI-1 mark; not so far that the checksum of a small file is judged here
+INFLATED_HEAD_BYTES = 348  # to the end of the NIfTI-1 mark; reading further could check the checksum of a small file
 GZIP_WINDOW_BITS = 31  # zlib: a gzip stream
 TO_PNG = "convert it to PNG, or to TIFF for several slices"
 TO_NIFTI = "convert it to NIfTI or NRRD, for example with SimpleITK or 3D Slicer"
-UNPACK = "unpack it, and give the files inside"
+UNPACK = "unpack it and give the extracted files"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileKind:
-    """A kind of file, of which the first bytes match a pattern."""
+    """A file format, recognised by a pattern of its first bytes."""
 
     name: str
     pattern: re.Pattern[bytes]
-    suffix: str | None = None  # its key in ``images.READERS``; None where it is not read
-    remedy: str = ""  # of a kind that is not read: what to do with it
+    suffix: str | None = None  # its key in ``images.READERS``; None where unsupported
+    remedy: str = ""  # for an unsupported format: what to do with the file
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Content:
-    """What the first bytes of a file are."""
+    """The format of a file as its first bytes show it."""
 
     kind: FileKind
-    gzipped: bool  # the kind is that of the content inside a gzip stream
+    gzipped: bool  # ``kind`` is the format inside a gzip stream
 
     @property
     def name(self) -> str:
-        """The kind in words."""
+        """The format in words."""
         return f"gzip-compressed {self.kind.name}" if self.gzipped else self.kind.name
 
     @property
     def suffix(self) -> str | None:
-        """The key of its reader in ``images.READERS``; only NIfTI is read inside gzip."""
+        """The key of its reader in ``images.READERS``; inside gzip only NIfTI is supported."""
         if self.gzipped:
             return ".nii.gz" if self.kind.suffix == NIFTI else None
         return self.kind.suffix
 
     @property
     def remedy(self) -> str:
-        """What to do with a kind that is not read."""
+        """What to do with a file of an unsupported format."""
         return self.kind.remedy or "unpack it with gunzip"
 
 
@@ -60,7 +60,7 @@ def _kind(name: str, pattern: bytes, suffix: str | None = None, remedy: str = ""
 
 
 NIFTI = ".nii"
-KINDS = (  # the first match counts; a DICOM file may have any other signature in its preamble
+KINDS = (  # the first match counts; the preamble of a DICOM file may hold any other signature
     _kind("DICOM", rb".{128}DICM", ".dcm"),
     _kind("NIfTI", rb".{344}n\+1\0|.{4}n\+2\0", NIFTI),
     _kind("PNG", rb"\x89PNG\r\n\x1a\n", ".png"),
@@ -93,12 +93,17 @@ KINDS = (  # the first match counts; a DICOM file may have any other signature i
     _kind("7-Zip", rb"7z\xbc\xaf\x27\x1c", remedy=UNPACK),
     _kind("BMP", rb"BM.{8}....(?:[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0)", ".bmp"),  # with the size of its header
 )
-SAME_KIND = {".jpeg": ".jpg", ".tiff": ".tif", ".nhdr": ".nrrd", ".npy.h5": ".h5"}  # two suffixes of one kind
+SAME_KIND = {
+    ".jpeg": ".jpg",
+    ".tiff": ".tif",
+    ".nhdr": ".nrrd",
+    ".npy.h5": ".h5",
+}  # suffixes of one format
 GZIP = _kind("gzip", rb"\x1f\x8b\x08")
 
 
 def identify(path: Path) -> Content | None:
-    """Return the kind of a file by its first bytes, or None where they match no entry of ``KINDS``.
+    """Return the format of a file by its first bytes, or None where they match no entry of ``KINDS``.
 
     Raises:
         OSError: the file cannot be read.
@@ -116,30 +121,30 @@ def identify(path: Path) -> Content | None:
 
 
 def readable(path: Path) -> Content | None:
-    """Return the kind of a file that is read here, or None where its first bytes are of no known kind.
+    """Return the format of a supported file, or None where its first bytes match no format.
 
     Raises:
-        InputError: it cannot be opened, or is of a known kind that is not read; the line names the kind.
+        InputError: it cannot be opened, or is of a known but unsupported format, which the message names.
     """
     try:
         content = identify(path)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     if content is not None and content.suffix is None:
-        raise InputError(f"{path} is a {content.name} file, which is not read here; {content.remedy}")
+        raise InputError(f"{path} is a {content.name} file, which is not supported; {content.remedy}")
     return content
 
 
 def require_kind(path: Path, *suffixes: str) -> FileKind:
-    """Return the kind of a file that is one of those with these keys of ``images.READERS``.
+    """Return the format of a file, which must be one of the formats with these keys of ``images.READERS``.
 
     Raises:
-        InputError: it is of another kind, or of none that is known.
+        InputError: it is of another or of an unknown format.
     """
     content = readable(path)
     if content is None or content.kind.suffix not in suffixes:
         expected = " or ".join(kind.name for kind in KINDS if kind.suffix in suffixes)
-        content_name = "of no kind that is known here" if content is None else f"a {content.name} file"
+        content_name = "of an unknown format" if content is None else f"a {content.name} file"
         raise InputError(
             f"{path} cannot be read: its first bytes are not those of a {expected} file: it is {content_name}; "
             "export it again"

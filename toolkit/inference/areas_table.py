@@ -7,10 +7,9 @@ from io import StringIO
 from pathlib import Path
 
 from medseg_trt.errors import UsageError
-from medseg_trt.files import atomic_file, open_regular
+from medseg_trt.files import atomic_file, folder_lock, open_regular
 from medseg_trt.imaging.images import MASK_SUFFIXES, Mask, output_stem, suffix_of
-from medseg_trt.locks import folder_lock
-from medseg_trt.plain_text import unicode_text
+from medseg_trt.progress import unicode_text
 
 AREAS = "areas.csv"
 HEADER = ("file", "class", "label", "pixels", "mm2", "ml")

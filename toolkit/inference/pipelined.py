@@ -20,7 +20,7 @@ from medseg_trt.bundles.bundle import Bundle
 from medseg_trt.errors import InputError, MedsegError
 from medseg_trt.imaging.images import Image, Mask
 from medseg_trt.imaging.preprocess import outside_fraction
-from medseg_trt.imaging.segment import Steps, steps
+from medseg_trt.imaging.segment import SegmentationStages, segmentation_stages
 from medseg_trt.inference.prefetch import POLL_S, Overlap, StoppedError
 from medseg_trt.progress import LOG, track
 from medseg_trt.sessions.base import Session
@@ -44,7 +44,7 @@ class _Job:
 
     image: Image
     num_parts: int
-    steps: Steps | None  # None: they could not be prepared
+    steps: SegmentationStages | None  # None: they could not be prepared
     errors: list[Exception] = field(default_factory=list[Exception])  # from the first on, nothing more is done for it
 
 
@@ -125,11 +125,11 @@ def _prepared(
         overlap.wait_for(room.is_free)
 
 
-def _steps(image: Image, session: Session, bundle: Bundle) -> Steps:
+def _steps(image: Image, session: Session, bundle: Bundle) -> SegmentationStages:
     _warn_of_what_is_outside(image, bundle)
     masks = session.masks if session.gives_masks else None
     on_device = session.pixel_path(image.pixels, image.spacing_in_plane)
-    return steps(session.run, image, bundle.preprocessing, masks, on_device)
+    return segmentation_stages(session.run, image, bundle.preprocessing, masks, on_device)
 
 
 def _answered(parts: Iterable[_Part | Other]) -> Iterator[_Part | Other]:

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medseg_trt.errors import ArtefactError
-from medseg_trt.files import PARTIAL, open_regular, sha256_of, write_json
+from medseg_trt.files import PARTIAL, open_regular, remove_abandoned, sha256_of, write_json
 from medseg_trt.imaging.images import MASK_SUFFIXES
-from medseg_trt.locks import remove_abandoned
 from medseg_trt.progress import LOG
 from medseg_trt.spec import from_dict, to_dict
 

@@ -14,7 +14,7 @@ from medseg_trt.files import sha256
 from medseg_trt.imaging.images import MASK_SUFFIXES, Image, Mask, Source, read_image, write_mask
 from medseg_trt.imaging.listing import LeftOut, list_images
 from medseg_trt.imaging.overlay import write_overlay
-from medseg_trt.imaging.preprocess import of_image
+from medseg_trt.imaging.preprocess import for_image
 from medseg_trt.inference.areas_table import Row, area_rows, merge_areas
 from medseg_trt.inference.output_folder import name_limit, require_safe
 from medseg_trt.inference.pipelined import Failure, segment_many
@@ -172,7 +172,7 @@ def _write(source: Source, image: Image, mask: Mask, bundle: Bundle, output: Pat
         overlay_sha256 = None
         if overlay:
             path = overlay_path(output, source.stem)
-            write_overlay(image, mask, of_image(bundle.preprocessing, image.pixels).window, path)
+            write_overlay(image, mask, for_image(bundle.preprocessing, image.pixels).window, path)
             overlay_sha256 = sha256(path)
         path = write_mask(mask, output)
         finished = Finished(

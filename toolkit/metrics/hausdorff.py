@@ -22,14 +22,14 @@ def _pooled(there: Distances, back: Distances) -> float:
     return float(np.percentile(np.concatenate([there, back]), PERCENTILE))
 
 
-def _worse_way(there: Distances, back: Distances) -> float:
+def _max_directed(there: Distances, back: Distances) -> float:
     """Take the percentile of each way, and the larger of the two."""
     return float(max(np.percentile(there, PERCENTILE), np.percentile(back, PERCENTILE)))
 
 
 DEFINITIONS: Mapping[str, Callable[[Distances, Distances], float]] = {
     "pooled": _pooled,  # MedPy's ``hd95``, which TransUNet and its followers report
-    "worse-way": _worse_way,  # MONAI's ``compute_hausdorff_distance(percentile=95)``
+    "max_directed": _max_directed,  # MONAI's ``compute_hausdorff_distance(percentile=95)``
 }
 
 
@@ -56,13 +56,13 @@ def hd95(
     spacing = np.ones(truth.ndim) if spacing_mm is None else np.asarray(spacing_mm, np.float64)
     if len(spacing) != truth.ndim:
         raise ValueError(f"{len(spacing)} spacings for {truth.ndim} axes")
-    first, second = (surface(mask) * spacing for mask in (prediction, truth))
+    first, second = (surface_points(mask) * spacing for mask in (prediction, truth))
     if not len(first) or not len(second):
         return None
     return DEFINITIONS[definition](_nearest(first, second), _nearest(second, first))
 
 
-def surface(mask: Bool[ndarray, "..."]) -> Float64[ndarray, "points axes"]:
+def surface_points(mask: Bool[ndarray, "..."]) -> Float64[ndarray, "points axes"]:
     """Return the positions of the surface's pixels, in pixels."""
     box = _bounding_box(mask)
     if box is None:

@@ -2,7 +2,7 @@
 
 With the pixels that are right (tp), wrongly added (fp) and missed (fn), Dice is ``2 tp / (2 tp + fp + fn)`` and IoU is
 ``tp / (tp + fp + fn)``; no constant is added to either. Where a class is in neither of the two, both are 0 / 0: the
-class is "absent", has no figure and enters no mean. HD95 (see ``surface``) exists only where the class is in both; how
+class is "absent", has no figure and enters no mean. HD95 (``hausdorff``) exists only where the class is in both; how
 often it does not is counted beside the mean.
 """
 
@@ -50,7 +50,7 @@ class MeanScore:
     """How well one class was found over several cases.
 
     The means of Dice and IoU run over the ``cases`` whose truth has the class, missed ones included as 0; that of HD95
-    over those of them that are not missed. None where there is none. In some of ``metric_modes`` the means run over
+    over those of them that are not missed. None where there is none. In some of ``protocols`` the means run over
     all cases, and a case may be an image or a batch.
     """
 

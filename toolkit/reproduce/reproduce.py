@@ -13,7 +13,7 @@ from typing import Any
 
 from medseg_trt.errors import InputError, UsageError
 from medseg_trt.files import sha256, write_json
-from medseg_trt.progress import LOG, is_spokesman
+from medseg_trt.progress import LOG, is_main_process
 from medseg_trt.reproduce.paired_runs import Scores, scores_of
 from medseg_trt.reproduce.paper_tables import ARMS, TABLES, Arm
 from medseg_trt.reproduce.reproduced import Reproduced, Tested, write_table
@@ -90,10 +90,10 @@ def reproduce(wanted: Wanted) -> Path:
         LOG.info("run %d of %d: %s", number, len(runs), run.folder.name)
         if not (run.folder / TEST).is_file():
             _train(run, wanted)
-        if is_spokesman():
+        if is_main_process():
             tested.append(_test(run, table.modes))
     path = wanted.out / f"{wanted.table}.json"
-    if is_spokesman():
+    if is_main_process():
         found = Reproduced(
             table=wanted.table, tested=tuple(tested), missing=tuple(missing), is_generated=_is_generated(wanted, places)
         )

@@ -9,6 +9,7 @@ import numpy as np
 
 from medseg_trt.errors import InputError
 from medseg_trt.imaging.images import Source, read_labels
+from medseg_trt.imaging.label_values import pixels_per_label
 from medseg_trt.progress import track
 from medseg_trt.train.datasets.data_report import CaseFacts, DataReport
 from medseg_trt.train.datasets.duplicates import Look, find_copies, look_at
@@ -125,7 +126,7 @@ def _open(root: Path, options: DataOptions) -> tuple[DataFolder, list[str], list
 def _facts(split: str, case: Case, data: DataFolder) -> tuple[CaseFacts, Look]:
     image, labels = read_case(case, len(data.classes.names))
     values = image.pixels
-    counts = np.bincount(labels.ravel(), minlength=len(data.classes.names))
+    counts = pixels_per_label(labels, len(data.classes.names))
     facts = CaseFacts(
         name=case.name, split=split, group=case.group, size=image.size, slices=image.num_slices,
         channels=values.shape[3], numbers=str(values.dtype), low=float(values.min()), high=float(values.max()),

@@ -6,7 +6,6 @@ few bits are candidates; alike they are only if the thumbnails agree as well, si
 device, share their low frequencies.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ import numpy as np
 from jaxtyping import Float32, Num
 from numpy import ndarray
 
+from medseg_trt.imaging.digest import image_digest
 from medseg_trt.imaging.preprocess import resize
 
 THUMBNAIL = 32  # pixels
@@ -30,7 +30,7 @@ BLOCK = 512  # pictures compared with all others at once
 class Look:
     """What is kept of a picture to find its copies."""
 
-    digest: str  # of the pixels, whatever file they lie in
+    digest: str  # of the pixels, with their shape and type, whatever file they lie in
     bits: int
     thumbnail: Float32[ndarray, "32 32"]  # of mean 0 and norm 1; all 0 of a picture of one grey
 
@@ -51,8 +51,7 @@ def look_at(pixels: Num[ndarray, "slices height width channels"], window: tuple[
         pixels: as they were read.
         window: lower and upper end of the values that matter.
     """
-    header = f"{pixels.shape} {pixels.dtype.str} ".encode()
-    digest = hashlib.sha256(header + np.ascontiguousarray(pixels).tobytes()).hexdigest()
+    digest = f"{pixels.shape} {pixels.dtype.str} {image_digest(pixels)}"
     middle = pixels[len(pixels) // 2]
     grey = np.zeros(middle.shape[:2], np.float32)
     for channel in range(middle.shape[2]):  # a mean over the last axis takes five times as long

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from medseg_trt.errors import InputError
-from medseg_trt.imaging.preprocess import fit, of_image, prepare, prepare_labels, windowed
+from medseg_trt.imaging.preprocess import clip_and_scale, for_image, prepare, prepare_labels, resize_and_normalize
 from medseg_trt.progress import LOG, track
 from medseg_trt.spec import Preprocessing
 from medseg_trt.train.datasets.folder import Case, read_case
@@ -36,7 +36,7 @@ class PreparedSlices:
         """Return a slice, augmented or not, as the network takes it."""
         if self.resized_as is None:
             return image, labels
-        return fit(image, self.resized_as, None), prepare_labels(labels, self.resized_as, None)
+        return resize_and_normalize(image, self.resized_as, None), prepare_labels(labels, self.resized_as, None)
 
 
 def mapped_slices(
@@ -73,7 +73,7 @@ def prepare_slices(
     index = 0
     for case in track(cases, "prepare the slices"):
         image, masks = read_case(case, num_labels)
-        contract = of_image(preprocessing, image.pixels)
+        contract = for_image(preprocessing, image.pixels)
         unscaled += _unlike_window(case, image.pixels, contract)
         for pixels, mask in zip(image.pixels, masks, strict=True):
             images[index] = prepare(pixels, contract, image.spacing_in_plane)
@@ -99,10 +99,10 @@ def source_slices(cases: Sequence[Case], preprocessing: Preprocessing, num_label
     index = 0
     for case in track(cases, "prepare the slices"):
         image, masks = read_case(case, num_labels)
-        contract = of_image(preprocessing, image.pixels)
+        contract = for_image(preprocessing, image.pixels)
         unscaled += _unlike_window(case, image.pixels, contract)
         for pixels, mask in zip(image.pixels, masks, strict=True):
-            images[index], labels[index] = windowed(pixels, contract), mask
+            images[index], labels[index] = clip_and_scale(pixels, contract), mask
             holds[index, np.unique(mask)] = True
             index += 1
     _warn_of_unscaled(unscaled)

@@ -7,8 +7,9 @@ import pytest
 
 from medseg_trt.errors import InputError, UsageError
 from medseg_trt.export.graph.trace import INPUT, OnnxGraph
-from medseg_trt.export.precision.calibrate import Range, calibrate, image_digests, observed_graph
+from medseg_trt.export.precision.calibrate import Range, calibrate, observed_graph
 from medseg_trt.export.precision.quantize import activation_codes
+from medseg_trt.imaging.digest import image_digests
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.random((6, 3, 8, 8), dtype=np.float32)

@@ -11,10 +11,10 @@ from medseg_trt.building.reference_images import (
     MAX_JUDGED,
     MAX_VERIFIED,
     JudgedImages,
-    digests,
     reference_images,
 )
 from medseg_trt.errors import InputError, UsageError
+from medseg_trt.imaging.digest import image_digests
 from medseg_trt.imaging.images import read_image
 from medseg_trt.imaging.preprocess import prepare
 from medseg_trt.train.checkpoint import Checkpoint, load_checkpoint
@@ -77,8 +77,8 @@ def test_many_pictures_are_a_few_and_all_different(tmp_path):
         (images.judged.inputs, MAX_JUDGED),
         (images.calibration, MAX_CALIBRATION),
     ):
-        assert len(set(digests(inputs))) == len(inputs) == count
-    assert not set(digests(images.judged.inputs)) & set(digests(images.calibration))
+        assert len(set(image_digests(inputs))) == len(inputs) == count
+    assert not set(image_digests(images.judged.inputs)) & set(image_digests(images.calibration))
     assert len(set(images.judged.cases)) == MAX_JUDGED
 
 

@@ -17,7 +17,7 @@ import pytest
 from medseg_trt.building import variants
 from medseg_trt.building.contract import Contract
 from medseg_trt.building.reference import Proof
-from medseg_trt.building.reference_images import ReferenceImages, digests, reference_images
+from medseg_trt.building.reference_images import ReferenceImages, reference_images
 from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.bundles.manifest import Variant
 from medseg_trt.errors import AccuracyGateError, UsageError
@@ -29,6 +29,7 @@ from medseg_trt.export.precision.calibrate import METHOD
 from medseg_trt.export.precision.half import to_half
 from medseg_trt.export.precision.overflow import LARGEST, rounded_graph
 from medseg_trt.export.precision.quantize import found_precisions, int8_share
+from medseg_trt.imaging.digest import image_digests
 from medseg_trt.sessions.backends import BACKENDS
 from medseg_trt.sessions.onnxruntime import KEEP_CODERS, OnnxRuntimeSession
 from medseg_trt.sessions.open import open_session
@@ -188,9 +189,9 @@ def test_the_record_of_the_calibration_names_its_images_and_none_of_them_is_judg
     for name in ("int8", "vit-int8_block-w8a16_decoder-fp16"):
         record = bundle.content.variants[name].passes["calibration"]
         assert record["method"] == METHOD
-        assert list(record["images"]) == digests(images.calibration)
-        assert not set(record["images"]) & set(digests(images.judged.inputs))
-        assert not set(record["images"]) & set(digests(images.verified))
+        assert tuple(record["images"]) == image_digests(images.calibration)
+        assert not set(record["images"]) & set(image_digests(images.judged.inputs))
+        assert not set(record["images"]) & set(image_digests(images.verified))
     assert "calibration" not in bundle.content.variants["fp16"].passes
 
 

@@ -1,4 +1,4 @@
-"""Labels that a header's slope made 1.00002 are labels; what is further from a whole number is none."""
+"""Values within 1e-3 of a whole number, as a header's slope makes them, are labels; values further off are not."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import pytest
 
 from medseg_trt.errors import InputError
 from medseg_trt.imaging.images import read_image, read_labels
-from medseg_trt.imaging.label_values import ROUNDING, as_labels, looks_soft
+from medseg_trt.imaging.label_values import CHUNK_PIXELS, ROUNDING, as_labels, looks_soft, pixels_per_label
 
 RNG = np.random.default_rng(0)
 LABELS = RNG.integers(0, 9, (6, 5, 4)).astype(np.float64)
@@ -37,13 +37,13 @@ def test_a_slope_of_1_255_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("off", [0.9 * ROUNDING, -0.9 * ROUNDING])
-def test_what_is_within_a_thousandth_is_rounded(off):
+def test_a_value_within_a_thousandth_of_a_whole_number_is_rounded(off):
     np.testing.assert_array_equal(as_labels(LABELS + off, PATH, 9), LABELS)
 
 
 @pytest.mark.parametrize(("off", "text"), [(1.2 * ROUNDING, r"0\.0012, "), (-1.2 * ROUNDING, r"-0\.0012, ")])
-def test_what_is_further_off_is_named_as_it_is(off, text):
-    with pytest.raises(InputError, match=rf"m\.nii holds the values {text}.* labels go from 0 to 8"):
+def test_a_value_further_from_a_whole_number_is_refused_and_quoted(off, text):
+    with pytest.raises(InputError, match=rf"m\.nii holds the values {text}.* labels range from 0 to 8"):
         as_labels(LABELS + off, PATH, 9)
 
 
@@ -52,7 +52,7 @@ def test_what_is_further_off_is_named_as_it_is(off, text):
     [
         ([0, 0.25, 0.5, 1], "looks like probabilities or soft edges; threshold it at 0.5"),
         ([0, 40, 128, 255], "looks like 0/255 with soft edges; threshold it, or name the classes"),
-        ([0, 65535], "holds 0 and 65535 alone; save it with 0 and 1"),
+        ([0, 65535], "holds only 0 and 65535; save it with 0 and 1"),
         ([0, 1, 7], "check the mask and the list of classes"),
     ],
 )
@@ -64,9 +64,27 @@ def test_the_remedy_fits_the_values(values, remedy):
 @pytest.mark.parametrize(
     ("values", "soft"),
     [
-        ([0, 255], False), ([0, 1, 255], False), ([0, 1, 2, 255], False), ([0, 128, 255], False), (range(118), False),
-        (range(256), True), ([0, 3, 60, 126, 130, 250, 255], True), ([0, 12, 99, 240, 254], True),
+        ([0, 255], False),
+        ([0, 1, 255], False),
+        ([0, 1, 2, 255], False),
+        ([0, 128, 255], False),
+        (range(118), False),
+        (range(256), True),
+        ([0, 3, 60, 126, 130, 250, 255], True),
+        ([0, 12, 99, 240, 254], True),
     ],
-)  # fmt: skip
+)
 def test_soft_edges_are_told_from_labels(values, soft):
     assert looks_soft(np.array(values)) == soft
+
+
+@pytest.mark.parametrize("size", [0, 60, CHUNK_PIXELS, CHUNK_PIXELS + 7])
+def test_the_pixels_of_every_label_are_counted_up_to_the_last_chunk(size):
+    labels = np.random.default_rng(size).integers(0, 3, size, dtype=np.uint8)
+    assert pixels_per_label(labels, 5).tolist() == [np.count_nonzero(labels == label) for label in range(5)]
+
+
+def test_labels_of_a_volume_that_is_not_contiguous_are_counted():
+    labels = np.zeros((4, 6, 5), np.uint8)
+    labels[::2, 1, ::2] = 2
+    assert pixels_per_label(labels[::2].swapaxes(0, 2), 3).tolist() == [54, 0, 6]

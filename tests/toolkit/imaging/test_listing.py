@@ -73,19 +73,19 @@ def test_everything_in_a_folder_becomes_something(tmp_path):
         DEEPER: ["more 2", "more/deep 1", "study/ct2 3"],
     }
     assert found.warnings() == [
-        f"{tmp_path}: 6 image file(s) in 3 sub-folder(s) are left out; only DICOM is looked for in sub-folders, one "
+        f"{tmp_path}: 6 image file(s) in 3 sub-folder(s) are left out; only DICOM is searched for in sub-folders, one "
         f"level deep. To use them, name: {tmp_path}/more {tmp_path}/more/deep {tmp_path}/study/ct2",
-        f"{tmp_path}: 2 thing(s) that are neither a file nor a folder are left out (pipe.png, s)",
-        f"{tmp_path}: 2 file(s) of other kinds are left out (b.webp, notes); known are "
+        f"{tmp_path}: 2 item(s) that are neither a file nor a folder are left out (pipe.png, s)",
+        f"{tmp_path}: 2 file(s) of other kinds are left out (b.webp, notes); supported: "
         f"{', '.join(listing.READERS)} and DICOM",
     ]
 
 
 def test_what_is_advised_for_deep_dicom_can_be_typed(tmp_path):
-    """The tree of a patient's disc; for several series their common folder is named, where one level is looked into."""
+    """The tree of a patient's disc; for several series their common folder is named, where one level is searched."""
     for number in (1, 2):
         scan(tmp_path / "DICOM" / "PA 1" / "ST1" / f"SE{number}")
-    with pytest.raises(InputError, match="DICOM holds no image itself: 6 image file") as caught:
+    with pytest.raises(InputError, match="DICOM itself holds no image: 6 image file") as caught:
         find_images([tmp_path / "DICOM"])
     advised = Path(str(caught.value).split("name: ")[1].strip("'"))
     assert advised == tmp_path / "DICOM" / "PA 1" / "ST1"
@@ -108,7 +108,7 @@ def test_a_broken_link_says_what_it_leads_to_and_others_are_still_listed(tmp_pat
     (tmp_path / "b.png").symlink_to("../.git/annex/b")
     broken = (
         f"{tmp_path}/b.png is a link to ../.git/annex/b, which does not exist; "
-        "fetch or mount what it leads to, or remove the link"
+        "fetch or mount the target, or remove the link"
     )
     found = list_images([tmp_path, tmp_path / "b.png", tmp_path / "absent.png", tmp_path / "a.png"])
     assert [source.path.name for source in found.sources] == ["a.png"]
@@ -181,12 +181,10 @@ def test_a_tree_is_looked_through_once_and_not_for_ever(tmp_path, monkeypatch):
     touch(tmp_path, "a.png", *(f"more/{number}/b.png" for number in range(9)))
     (tmp_path / "more" / "0" / "up").symlink_to("../..")  # a ring
     assert len(names(list_images([tmp_path]), tmp_path)[DEEPER]) == 9
-    monkeypatch.setattr(listing, "MAX_LOOKED_AT", 5)
+    monkeypatch.setattr(listing, "MAX_SEARCHED", 5)
     found = list_images([tmp_path])
     assert len(names(found, tmp_path)[UNSEEN]) == 1
-    assert any(
-        "more than 5 files lie in sub-folders, which were not all looked into" in line for line in found.warnings()
-    )
+    assert any("sub-folders hold more than 5 files and were not all searched" in line for line in found.warnings())
 
 
 def test_the_voxels_beside_a_detached_header_belong_to_it(tmp_path):

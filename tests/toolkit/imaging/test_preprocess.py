@@ -189,7 +189,7 @@ def test_without_a_spacing_of_the_picture_or_of_the_contract_it_is_stretched():
 
 @pytest.mark.parametrize("channels", [0, 2, 4])
 def test_other_numbers_of_channels_are_refused(channels):
-    with pytest.raises(ValueError, match=f"the picture has {channels} channels; 1 or 3 are possible"):
+    with pytest.raises(ValueError, match=f"the image has {channels} channels; 1 or 3 are supported"):
         prepare(np.zeros((8, 8, channels), np.uint8), Preprocessing(image_size=(16, 16)), None)
 
 
@@ -319,7 +319,7 @@ def test_equal_logits_go_to_the_lower_label():
 
 
 def test_logits_of_another_size_are_refused():
-    with pytest.raises(ValueError, match=r"the logits are \(16, 32\) pixels, but the network's image is \(32, 16\)"):
+    with pytest.raises(ValueError, match=r"the logits are \(16, 32\) pixels, but the network's input is \(32, 16\)"):
         restore(np.zeros((2, 16, 32), np.float32), (8, 8), Preprocessing(image_size=(32, 16)), None)
 
 

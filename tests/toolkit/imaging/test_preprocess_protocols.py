@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from medseg_trt.imaging.preprocess import fit, golden, prepare, prepare_labels, restore, windowed
+from medseg_trt.imaging.preprocess import clip_and_scale, golden, prepare, prepare_labels, resize_and_normalize, restore
 from medseg_trt.imaging.segment import segment
 from medseg_trt.spec import Preprocessing
 
@@ -117,7 +117,7 @@ def test_turning_and_mirroring_before_the_resize_is_doing_it_afterwards(method, 
 def test_the_halves_of_prepare_are_prepare():
     p = Preprocessing(image_size=(32, 48), window=CT, channel_order="bgr", mean=IMAGENET_MEAN)
     pixels = np.random.default_rng(0).normal(0, 300, (20, 30, 3))
-    np.testing.assert_array_equal(fit(windowed(pixels, p), p, None), prepare(pixels, p, None))
+    np.testing.assert_array_equal(resize_and_normalize(clip_and_scale(pixels, p), p, None), prepare(pixels, p, None))
 
 
 @pytest.mark.parametrize("change", [{"resize": "spline3"}, {"resize": "spline0"}, {"channel_order": "bgr"}])

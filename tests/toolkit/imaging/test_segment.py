@@ -90,7 +90,7 @@ def test_the_spacing_in_the_plane_places_the_slice():
 
 @pytest.mark.parametrize("answered", [0, 1, 3])
 def test_a_network_that_answers_too_little_or_too_much_is_an_error(answered):
-    with pytest.raises(ValueError, match=f"gave {answered} answers to 2 slices"):
+    with pytest.raises(ValueError, match=f"returned {answered} outputs for 2 slices"):
         segment(lambda inputs: np.zeros((answered, 1, 32, 48), np.float32), generated(2), P, batch=2)
 
 

@@ -148,7 +148,7 @@ def break_reading(monkeypatch, victim: str, error: type[Exception]) -> None:
 def break_running(monkeypatch, victim: str, error: type[Exception]) -> None:
     numbers = iter(range(1000))
 
-    def steps(*arguments, real=pipelined.steps):
+    def steps(*arguments, real=pipelined.segmentation_stages):
         found = real(*arguments)
         if next(numbers) != int(victim[4]):
             return found
@@ -158,7 +158,7 @@ def break_running(monkeypatch, victim: str, error: type[Exception]) -> None:
 
         return type(found)(prepare=found.prepare, run=run, finish=found.finish)
 
-    monkeypatch.setattr(pipelined, "steps", steps)
+    monkeypatch.setattr(pipelined, "segmentation_stages", steps)
 
 
 def break_finishing(monkeypatch, victim: str, error: type[Exception]) -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from scipy import ndimage
 
-from medseg_trt.metrics.hausdorff import hd95, surface
+from medseg_trt.metrics.hausdorff import hd95, surface_points
 from medseg_trt.metrics.overlap import mean_scores, scores
 from medseg_trt.spec import Classes
 
@@ -37,14 +37,14 @@ def test_both_definitions_agree_with_distance_transforms(shape, seed):
     worse = max(np.percentile(there, 95), np.percentile(back, 95))
     # Both are square roots of the same few float64 sums: 1e-13 seen.
     assert hd95(prediction, truth, SPACINGS[len(shape)]) == pytest.approx(pooled, abs=1e-9)
-    assert hd95(prediction, truth, SPACINGS[len(shape)], "worse-way") == pytest.approx(worse, abs=1e-9)
+    assert hd95(prediction, truth, SPACINGS[len(shape)], "max_directed") == pytest.approx(worse, abs=1e-9)
 
 
 def test_the_definitions_differ_where_one_outline_has_an_island():
     truth = blobs((40, 50), 0)
     prediction = truth.copy()
     prediction[:6, :6] = True
-    assert abs((hd95(prediction, truth) or 0) - (hd95(prediction, truth, definition="worse-way") or 0)) > 0.1
+    assert abs((hd95(prediction, truth) or 0) - (hd95(prediction, truth, definition="max_directed") or 0)) > 0.1
 
 
 @pytest.mark.parametrize("shape", [(40, 50), (20, 30, 40)])
@@ -57,7 +57,7 @@ def test_pooled_is_what_medpy_gives(shape):
 
 
 @pytest.mark.parametrize("shape", [(40, 50), (20, 30, 40)])
-def test_worse_way_is_what_monai_gives(shape):
+def test_max_directed_is_what_monai_gives(shape):
     with warnings.catch_warnings(action="ignore"):
         metrics = pytest.importorskip("monai.metrics", reason="monai is not installed")
         prediction, truth = blobs(shape, 1), blobs(shape, 2)
@@ -66,14 +66,14 @@ def test_worse_way_is_what_monai_gives(shape):
             include_background=True, percentile=95, spacing=list(SPACINGS[len(shape)]),
         )  # fmt: skip
     # MONAI works in float32, which resolves 1e-6 of distances around 10.
-    assert hd95(prediction, truth, SPACINGS[len(shape)], "worse-way") == pytest.approx(float(expected), abs=1e-5)
+    assert hd95(prediction, truth, SPACINGS[len(shape)], "max_directed") == pytest.approx(float(expected), abs=1e-5)
 
 
 @settings(max_examples=60, deadline=None)
 @given(arrays(bool, array_shapes(min_dims=1, max_dims=3, max_side=6)))
 def test_a_surface_is_the_mask_without_its_erosion(mask):
     border = mask ^ ndimage.binary_erosion(mask, ndimage.generate_binary_structure(mask.ndim, 1))
-    np.testing.assert_array_equal(surface(mask), np.argwhere(border))
+    np.testing.assert_array_equal(surface_points(mask), np.argwhere(border))
 
 
 @settings(max_examples=60, deadline=None)

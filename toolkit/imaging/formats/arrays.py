@@ -18,7 +18,13 @@ import numpy as np
 from numpy import ndarray
 
 from medseg_trt.errors import InputError, require
-from medseg_trt.imaging.formats.limits import MAX_HEADER_BYTES, check_size, naming, read_values, require_finite
+from medseg_trt.imaging.formats.limits import (
+    MAX_HEADER_BYTES,
+    check_size,
+    convert_decoder_errors,
+    read_values,
+    require_finite,
+)
 from medseg_trt.imaging.images import Image
 from medseg_trt.imaging.signatures import require_kind
 
@@ -56,7 +62,9 @@ def read_labels(path: Path, like: Image) -> ndarray:
 
 def _slices_first(path: Path, key: str) -> ndarray:
     read_key = {".npz": _from_npz, ".h5": _from_hdf5}[str(require_kind(path, ".npz", ".h5").suffix)]
-    with naming(path, KeyError, RuntimeError, SyntaxError, TokenError, zipfile.BadZipFile, NotImplementedError):
+    with convert_decoder_errors(
+        path, KeyError, RuntimeError, SyntaxError, TokenError, zipfile.BadZipFile, NotImplementedError
+    ):
         values = read_key(path, key)
     require_finite(path, values)
     if values.dtype.kind == "f":

@@ -17,7 +17,7 @@ from medseg_trt.imaging.formats.dicom_pixels import read_frames
 from medseg_trt.imaging.formats.dicom_series import find_series
 from medseg_trt.imaging.formats.dicom_stack import DEFAULT_THICKNESS_MM, Stack, in_order, stack_of, without_copies
 from medseg_trt.imaging.formats.limits import check_size
-from medseg_trt.imaging.formats.nifti import header_of, turned
+from medseg_trt.imaging.formats.nifti import header_of, reoriented
 from medseg_trt.imaging.images import Image
 from medseg_trt.progress import LOG
 
@@ -88,7 +88,7 @@ def _volume(path: Path, headers: Sequence[Header]) -> Image:
     affine_mm = LPS_TO_RAS @ affine_mm
     stored = _decode(headers, stack).swapaxes(0, 2)  # (slices, rows, columns, …) -> (columns, rows, slices, …)
     header = header_of(path, stored.shape[:3], affine_mm)
-    return turned(path, stored, header, affine_mm, keep=len(stack.planes) == 1)
+    return reoriented(path, stored, header, affine_mm, keep=len(stack.planes) == 1)
 
 
 def _different_planes(path: Path, headers: Sequence[Header]) -> list[Plane]:

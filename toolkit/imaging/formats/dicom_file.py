@@ -17,7 +17,7 @@ import numpy as np
 from medseg_trt.errors import InputError, require
 from medseg_trt.imaging.dicom_signature import LONG_VRS, SIGNATURE_BYTES, starts_like_dicom
 from medseg_trt.imaging.formats.dicom_objects import ATTRIBUTES, kind_of_non_image, sop_class
-from medseg_trt.imaging.formats.limits import check_size, naming
+from medseg_trt.imaging.formats.limits import check_size, convert_decoder_errors
 
 MAX_HEADER_BYTES = 2**25  # of everything before the pixels; enhanced files describe every frame there
 MAX_INFLATED_BYTES = 2**28  # of a file that is deflated as a whole
@@ -136,7 +136,7 @@ def read_header(path: Path) -> Header:
         MissingExtraError: pydicom is not installed.
     """
     pydicom = require("pydicom", "medical")
-    with naming(path, Exception), path.open("rb") as file:
+    with convert_decoder_errors(path, Exception), path.open("rb") as file:
         is_dicom = starts_like_dicom(file.read(SIGNATURE_BYTES))
         file.seek(0)
         limited = Limited(file, MAX_HEADER_BYTES)

@@ -9,7 +9,7 @@ from numpy import ndarray
 
 from medseg_trt.errors import InputError, require
 from medseg_trt.imaging.formats.dicom_file import DEFLATED, Header, Limited, first_item, number_of
-from medseg_trt.imaging.formats.limits import MAX_REASON, naming, require_finite
+from medseg_trt.imaging.formats.limits import MAX_REASON, convert_decoder_errors, require_finite
 
 J2K_START = b"\xff\x4f\xff\x51"  # of every JPEG 2000 codestream; then 2 bytes length, 2 profile, and the sizes
 J2K_SIZES = 8
@@ -42,7 +42,7 @@ def read_frames(header: Header) -> ndarray:
     path, elements = header.path, header.elements
     pydicom = require("pydicom", "medical")
     pixels = require("pydicom.pixels", "medical")
-    with naming(path, Exception):
+    with convert_decoder_errors(path, Exception):
         _require_all_pixels(header)
         _require_decoder(header)
         _require_codestreams_fit(header)

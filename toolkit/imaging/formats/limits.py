@@ -59,7 +59,7 @@ _QUIET = _Quiet()
 
 
 @contextmanager
-def naming(path: Path, *kinds: type[Exception]) -> Generator[None, None, None]:
+def convert_decoder_errors(path: Path, *kinds: type[Exception]) -> Generator[None, None, None]:
     """Turn what a decoder says of a bad file into one line that names the file, and keep its warnings quiet.
 
     Our own errors pass as they are.

@@ -19,7 +19,7 @@ from medseg_trt.imaging.formats.label_grid import labels_on_grid
 from medseg_trt.imaging.formats.limits import (
     MAX_HEADER_BYTES,
     check_size,
-    naming,
+    convert_decoder_errors,
     read_chunks,
     read_values,
     require_finite,
@@ -57,7 +57,7 @@ def read(path: Path) -> Image:
         _complete_qform(path, header)
     if _unit(header) not in MM_PER_UNIT:
         LOG.warning("%s measures in an unknown unit (xyzt_units %d), taken to be mm", path, header["xyzt_units"])
-    return turned(path, stored, header, affine_mm)
+    return reoriented(path, stored, header, affine_mm)
 
 
 def _complete_qform(path: Path, header: Any) -> None:
@@ -76,7 +76,7 @@ def read_labels(path: Path, like: Image) -> ndarray:
     """
     stored, header, affine_mm = load(path)
     require_finite(path, stored)
-    return labels_like(turned(path, stored, header, affine_mm, like.geometry), like)
+    return labels_like(reoriented(path, stored, header, affine_mm, like.geometry), like)
 
 
 def labels_like(mask: Image, like: Image, *, may_be_cropped: bool = False) -> ndarray:
@@ -99,7 +99,7 @@ def stored_axes(path: Path) -> str:
         InputError: the header cannot be read.
     """
     nibabel = require("nibabel", "medical")
-    with naming(path, nibabel.spatialimages.HeaderDataError), _opened(path) as file:
+    with convert_decoder_errors(path, nibabel.spatialimages.HeaderDataError), _opened(path) as file:
         header = _header(path, file.read(nibabel.Nifti2Header.sizeof_hdr))
         if not header["sform_code"] and not header["qform_code"]:
             return ""
@@ -112,7 +112,7 @@ def load(path: Path) -> tuple[ndarray, Any, ndarray]:
     A file of two axes is one slice.
     """
     nibabel = require("nibabel", "medical")
-    with naming(path, nibabel.spatialimages.HeaderDataError), _opened(path) as file:
+    with convert_decoder_errors(path, nibabel.spatialimages.HeaderDataError), _opened(path) as file:
         header = _header(path, file.read(nibabel.Nifti2Header.sizeof_hdr))
         affine_mm = _affine_mm(path, header)
         shape, dtype = (*header.get_data_shape(), 1)[:3], header.get_data_dtype()
@@ -225,7 +225,7 @@ def header_of(path: Path, shape: tuple[int, ...], affine_mm: ndarray) -> Any:
     return header
 
 
-def turned(
+def reoriented(
     path: Path, stored: ndarray, header: Any, affine_mm: ndarray, like: Geometry | None = None, keep: bool = False
 ) -> Image:
     """Make the image of a volume, turned to LPS.
@@ -241,23 +241,25 @@ def turned(
     orientations = require("nibabel.orientations", "medical")
     axes = orientations.io_orientation(affine_mm)
     if keep or (like is None and stored.shape[2] == 1 and axes[2, 0] != SLICES):
-        turn = orientations.ornt_transform(axes, axes)
+        reorientation = orientations.ornt_transform(axes, axes)
     elif like is None:
-        turn = orientations.ornt_transform(axes, orientations.axcodes2ornt("LPS"))
+        reorientation = orientations.ornt_transform(axes, orientations.axcodes2ornt("LPS"))
     else:
-        turn = orientations.ornt_transform(axes, orientations.io_orientation(like.affine_mm))
-    pixels = np.ascontiguousarray(orientations.apply_orientation(stored, turn).swapaxes(0, 2))
+        reorientation = orientations.ornt_transform(axes, orientations.io_orientation(like.affine_mm))
+    pixels = np.ascontiguousarray(orientations.apply_orientation(stored, reorientation).swapaxes(0, 2))
     kept = type(header)()
     kept.set_data_shape(header.get_data_shape())
     for field in GEOMETRY_FIELDS:
         kept[field] = header[field]
-    our_affine_mm = affine_mm @ orientations.inv_ornt_aff(turn, stored.shape[:3])
+    our_affine_mm = affine_mm @ orientations.inv_ornt_aff(reorientation, stored.shape[:3])
     columns, rows, slices = np.linalg.norm(our_affine_mm[:3, :3], axis=0).tolist()
     return Image(
         path=path,
         pixels=pixels.reshape(*pixels.shape[:3], -1),
         spacing_mm=(slices, rows, columns),
-        geometry=Geometry(shape=header.get_data_shape(), header=kept, affine_mm=our_affine_mm, turn=turn),
+        geometry=Geometry(
+            shape=header.get_data_shape(), header=kept, affine_mm=our_affine_mm, reorientation=reorientation
+        ),
     )
 
 
@@ -282,6 +284,6 @@ def write(mask: Mask, geometry: Geometry, path: Path) -> None:
         same_place = lies.get_data_shape() == geometry.shape and all(
             lies[field].tobytes() == geometry.header[field].tobytes() for field in GEOMETRY_FIELDS
         )
-        labels = orientations.apply_orientation(written, geometry.turn).swapaxes(0, 2)
+        labels = orientations.apply_orientation(written, geometry.reorientation).swapaxes(0, 2)
         if not same_place or not np.array_equal(labels, mask.labels):
             raise MedsegError(f"the mask of {mask.path} did not come out the way the image lies; nothing was written")

@@ -17,12 +17,12 @@ from numpy import ndarray
 
 from medseg_trt.errors import ArtefactError, InputError, require
 from medseg_trt.files import inside
-from medseg_trt.imaging.formats import nifti, pictures
+from medseg_trt.imaging.formats import images_2d, nifti
 from medseg_trt.imaging.formats.limits import (
     MAX_HEADER_BYTES,
     MAX_PIXELS,
     check_size,
-    naming,
+    convert_decoder_errors,
     read_values,
     require_finite,
 )
@@ -65,7 +65,7 @@ def read(path: Path) -> Image:
         InputError: it is damaged, too large, of more axes, lies in an unknown space, or its voxels are elsewhere.
         MissingExtraError: pynrrd is not installed.
     """
-    with naming(path, Exception):
+    with convert_decoder_errors(path, Exception):
         values, spatial, affine_mm = _load(path)
         values = np.moveaxis(values, spatial, range(len(spatial))).reshape(
             *(values.shape[axis] for axis in spatial), -1
@@ -74,7 +74,7 @@ def read(path: Path) -> Image:
         if affine_mm is None:
             return Image(path=path, pixels=np.ascontiguousarray(values.swapaxes(0, 1))[np.newaxis])
         kept = nifti.header_of(path, values.shape[:3], affine_mm)
-        return nifti.turned(path, values, kept, affine_mm)
+        return nifti.reoriented(path, values, kept, affine_mm)
 
 
 def read_labels(path: Path, like: Image) -> ndarray:
@@ -85,7 +85,7 @@ def read_labels(path: Path, like: Image) -> ndarray:
     """
     mask = read(path)
     if mask.geometry is None:
-        return pictures.labels_like(path, pictures.grey(path, mask.pixels[0]).squeeze()[np.newaxis], 1, like)
+        return images_2d.labels_like(path, images_2d.grey(path, mask.pixels[0]).squeeze()[np.newaxis], 1, like)
     return nifti.labels_like(mask, like, may_be_cropped=True)  # as 3D Slicer saves segments
 
 

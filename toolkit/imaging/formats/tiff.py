@@ -17,8 +17,7 @@ from numpy import ndarray
 
 from medseg_trt.errors import InputError, MedsegError, require
 from medseg_trt.files import atomic_file
-from medseg_trt.imaging.formats.limits import naming, require_finite
-from medseg_trt.imaging.formats.pictures import (
+from medseg_trt.imaging.formats.images_2d import (
     as_palette,
     as_stored,
     grey,
@@ -29,6 +28,7 @@ from medseg_trt.imaging.formats.pictures import (
     require_mode,
     upright,
 )
+from medseg_trt.imaging.formats.limits import convert_decoder_errors, require_finite
 from medseg_trt.imaging.formats.tiff_layout import Layout, count_directories, find_layout
 from medseg_trt.imaging.images import Image, Mask
 from medseg_trt.imaging.signatures import require_kind
@@ -89,7 +89,7 @@ def _decode(path: Path, indices: bool) -> tuple[ndarray, int]:
     tifffile = require("tifffile", "medical")
     require_kind(path, ".tif")
     directories = count_directories(path)  # tifffile says less of a file that is cut short
-    with naming(path, Exception), tifffile.TiffFile(path, _multifile=False) as file:
+    with convert_decoder_errors(path, Exception), tifffile.TiffFile(path, _multifile=False) as file:
         layout = find_layout(path, file, directories)
         for page in layout.pages:
             _require_segments_fit(path, file, page, DEFLATED)

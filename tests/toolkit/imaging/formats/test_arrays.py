@@ -77,7 +77,7 @@ def test_labels_of_another_size_or_value_are_named(path):
     with pytest.raises(InputError, match=r"label is \(2, 5, 4\), but the image is \(3, 5, 4\)"):
         read_labels(path, read_image(path), 4)
     write(path, image=IMAGE, label=np.where(LABEL == 3, 255, LABEL))
-    with pytest.raises(InputError, match=rf"{path.name} holds the values 255 .*labels go from 0 to 3"):
+    with pytest.raises(InputError, match=rf"{path.name} holds the values 255 .*labels range from 0 to 3"):
         read_labels(path, read_image(path), 4)
 
 

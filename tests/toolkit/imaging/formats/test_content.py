@@ -69,7 +69,7 @@ def test_a_note_says_that_the_content_is_not_what_the_name_says(tmp_path, caplog
         with caplog.at_level(logging.INFO, "medseg_trt"):
             read_image(tmp_path / name)
     for name, said in (("a.jpg", "PNG"), ("b.png", "TIFF"), ("c.nii", "gzip-compressed NIfTI")):
-        assert f"{name} is a {said} file by its content, and is read as one" in caplog.text
+        assert f"{name} is a {said} file by its content and is read as such" in caplog.text
     assert "d.jpeg is" not in caplog.text
     assert "e.tiff is" not in caplog.text
 
@@ -97,7 +97,7 @@ OTHER_KINDS = {
 def test_what_is_not_read_is_named_with_what_to_convert_it_to(kind, name, tmp_path):
     OTHER_KINDS[kind](tmp_path / name)
     with pytest.raises(
-        InputError, match=rf"{name} is a {kind}.* which is not read here; (convert|save|unpack) "
+        InputError, match=rf"{name} is a {kind}.* which is not supported; (convert|save|unpack) "
     ) as caught:
         read_image(tmp_path / name)
     assert "\n" not in str(caught.value)

@@ -48,7 +48,7 @@ def test_files_of_all_kinds_in_a_folder_are_found_with_their_stems(tmp_path):
 def test_a_folder_in_place_of_a_mask_or_with_nothing_in_it_is_refused(tmp_path):
     PIL.Image.fromarray(np.zeros((4, 5), np.uint8)).save(tmp_path / "a.png")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="empty is a folder; a mask is one file"):
+    with pytest.raises(InputError, match="empty is a folder; give one mask file"):
         read_labels(tmp_path / "empty", read_image(tmp_path / "a.png"), 2)
     with pytest.raises(InputError, match="empty holds no image"):
         read_image(tmp_path / "empty")

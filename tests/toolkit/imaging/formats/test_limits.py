@@ -6,7 +6,7 @@ from threading import Event, Thread
 
 import pytest
 
-from medseg_trt.imaging.formats.limits import naming
+from medseg_trt.imaging.formats.limits import convert_decoder_errors
 
 
 def test_a_reader_that_ends_does_not_make_another_one_talk():
@@ -15,7 +15,7 @@ def test_a_reader_that_ends_does_not_make_another_one_talk():
     failed = list[BaseException]()
 
     def first():
-        with naming(Path("a")):
+        with convert_decoder_errors(Path("a")):
             first_is_in.set()
             second_is_in.wait(10)
         first_is_out.set()
@@ -23,7 +23,7 @@ def test_a_reader_that_ends_does_not_make_another_one_talk():
     def second():
         first_is_in.wait(10)
         try:
-            with naming(Path("b")):
+            with convert_decoder_errors(Path("b")):
                 second_is_in.set()
                 first_is_out.wait(10)
                 warnings.warn("John Doe", stacklevel=1)

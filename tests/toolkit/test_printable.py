@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medseg_trt.plain_text import printable, unicode_text
+from medseg_trt.progress import printable, unicode_text
 
 
 @pytest.mark.parametrize(

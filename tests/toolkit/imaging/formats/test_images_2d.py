@@ -7,7 +7,7 @@ import pytest
 from tiny import LESION
 
 from medseg_trt.errors import InputError, MedsegError
-from medseg_trt.imaging.formats import pictures
+from medseg_trt.imaging.formats import images_2d
 from medseg_trt.imaging.images import Mask, read_image, read_labels, write_mask
 
 RNG = np.random.default_rng(0)
@@ -121,8 +121,8 @@ def test_a_jpeg_that_says_it_is_huge_is_not_decoded(tmp_path, monkeypatch):
 def test_a_picture_mask_that_comes_out_wrong_is_not_written(tmp_path, monkeypatch):
     smooth().save(tmp_path / "a.png")
     mask = Mask.of(read_image(tmp_path / "a.png"), np.ones((1, *SIZE), np.uint8), LESION)
-    read_back = pictures._decode
-    monkeypatch.setattr(pictures, "_decode", lambda *args, **how: (read_back(*args, **how)[0] * 0, 1))
+    read_back = images_2d._decode
+    monkeypatch.setattr(images_2d, "_decode", lambda *args, **how: (read_back(*args, **how)[0] * 0, 1))
     with pytest.raises(MedsegError, match="did not come out as it was meant"):
         write_mask(mask, tmp_path / "masks")
     assert list((tmp_path / "masks").iterdir()) == []

@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 from tiny import write_pictures
 
-from medseg_trt import files, locks
+from medseg_trt import files
 from medseg_trt.errors import UsageError
-from medseg_trt.files import atomic_file
+from medseg_trt.files import atomic_file, folder_lock, remove_abandoned
 from medseg_trt.inference.resume import FOLDER, OVERLAYS, remove_leftovers
-from medseg_trt.locks import folder_lock, remove_abandoned
 
 WRITER = """
 import sys, time
@@ -30,7 +29,7 @@ with atomic_file(Path(sys.argv[1])) as temporary:
 HOLDER = """
 import sys, time
 from pathlib import Path
-from medseg_trt.locks import folder_lock
+from medseg_trt.files import folder_lock
 
 with folder_lock(Path(sys.argv[1])):
     print("held", flush=True)
@@ -98,7 +97,6 @@ def no_locks(descriptor: int, *, wait: bool = False) -> bool:
 
 def test_without_locks_files_are_written_and_leftovers_stay(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(files, "lock", no_locks)
-    monkeypatch.setattr(locks, "lock", no_locks)
     (tmp_path / ".partial-1").touch()
     with atomic_file(tmp_path / "a") as temporary:
         temporary.touch()
@@ -128,10 +126,10 @@ def test_a_temporary_file_that_was_removed_before_it_was_locked_is_made_anew(tmp
 def test_a_folder_has_one_holder_who_is_waited_for(tmp_path, monkeypatch):
     with process(HOLDER, tmp_path) as (holder, said):
         assert said == "held"
-        monkeypatch.setattr(locks, "FOLDER_WAIT_S", 0.1)
+        monkeypatch.setattr(files, "FOLDER_WAIT_S", 0.1)
         with pytest.raises(UsageError, match="is locked by another process"), folder_lock(tmp_path):
             pass
-        monkeypatch.setattr(locks, "FOLDER_WAIT_S", 60.0)
+        monkeypatch.setattr(files, "FOLDER_WAIT_S", 60.0)
         monkeypatch.setattr(time, "sleep", lambda _: holder.kill())  # it dies while we wait
         with folder_lock(tmp_path):
             holder.wait()

@@ -17,7 +17,7 @@ from numpy import ndarray
 
 from medseg_trt.errors import InputError, MedsegError
 from medseg_trt.files import atomic_file
-from medseg_trt.imaging.formats.limits import check_size, naming, require_finite
+from medseg_trt.imaging.formats.limits import check_size, convert_decoder_errors, require_finite
 from medseg_trt.imaging.images import Image, Mask
 from medseg_trt.imaging.signatures import require_kind
 
@@ -105,7 +105,7 @@ def opened(path: Path, kind: str) -> Generator[Any, None, None]:
     """
     module, plugin = PLUGINS[kind]
     # By a name, Pillow maps the file, and maps a TIFF that lies on its side with height and width the wrong way round.
-    with naming(path, Exception), path.open("rb") as file:
+    with convert_decoder_errors(path, Exception), path.open("rb") as file:
         if kind in END_MARKS:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 if content.rfind(END_MARKS[kind]) < 0:
