@@ -121,8 +121,8 @@ class LanguageInsert(nn.Module):
     def __init__(self, hidden_size: int, spec: BlockSpec, insert: InsertSpec | None = None) -> None:
         super().__init__()
         insert = insert or InsertSpec()
-        self.goes_round_layers = insert.residual in ("in", "both")
-        self.goes_round_maps = insert.residual in ("out", "both")
+        self.inner_residual = insert.residual in ("in", "both")
+        self.outer_residual = insert.residual in ("out", "both")
         num_layers = 0 if insert.weights == "none" else insert.num_layers
         self.mapper1 = nn.Linear(hidden_size, spec.hidden_size, bias=False)
         layers = [LlamaBlock(spec, insert.parts) for _ in range(num_layers)]
@@ -142,10 +142,10 @@ class LanguageInsert(nn.Module):
         mapped = self.mapper1(tokens)
         layers_type = next((weight.dtype for weight in self.block.parameters()), mapped.dtype)
         answer = self.final_norm(self.block(mapped.to(layers_type)).to(mapped.dtype)).to(tokens.dtype)
-        if self.goes_round_layers:
+        if self.inner_residual:
             answer = answer + mapped
         answer = self.mapper2(answer)
-        return tokens + answer if self.goes_round_maps else answer
+        return tokens + answer if self.outer_residual else answer
 
 
 def build_model(spec: ModelSpec, block: FrozenBlock | Sequence[FrozenBlock] | None = None) -> TransUNet:
