@@ -43,19 +43,36 @@ def transunet(image_size: tuple[int, int], num_classes: int) -> ModelSpec:
 def transunet_small(image_size: tuple[int, int], num_classes: int) -> ModelSpec:
     """A TransUNet that a laptop's CPU trains in minutes."""
     return ModelSpec(
-        architecture="transunet-small", image_size=image_size, num_classes=num_classes, resnet_width=32,
-        resnet_units=(2, 2, 2), hidden_size=192, num_layers=4, num_heads=6, mlp_size=384, dropout=0.1,
-        bridge_channels=128, decoder_channels=(96, 64, 32, 16),
-    )  # fmt: skip
+        architecture="transunet-small",
+        image_size=image_size,
+        num_classes=num_classes,
+        resnet_width=32,
+        resnet_units=(2, 2, 2),
+        hidden_size=192,
+        num_layers=4,
+        num_heads=6,
+        mlp_size=384,
+        dropout=0.1,
+        bridge_channels=128,
+        decoder_channels=(96, 64, 32, 16),
+    )
 
 
 def transunet_tiny(image_size: tuple[int, int], num_classes: int) -> ModelSpec:
     """A TransUNet for tests, which runs in milliseconds."""
     return ModelSpec(
-        architecture="transunet-tiny", image_size=image_size, num_classes=num_classes, resnet_width=32,
-        resnet_units=(1, 1, 1), hidden_size=48, num_layers=2, num_heads=4, mlp_size=64,
-        bridge_channels=32, decoder_channels=(32, 16, 16, 16),
-    )  # fmt: skip
+        architecture="transunet-tiny",
+        image_size=image_size,
+        num_classes=num_classes,
+        resnet_width=32,
+        resnet_units=(1, 1, 1),
+        hidden_size=48,
+        num_layers=2,
+        num_heads=4,
+        mlp_size=64,
+        bridge_channels=32,
+        decoder_channels=(32, 16, 16, 16),
+    )
 
 
 def with_block(preset: Preset, block: BlockSpec) -> Preset:

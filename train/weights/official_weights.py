@@ -95,10 +95,12 @@ def import_official(
                 "imported": {"file": path.name, "sha256": sha256(path)},
                 "block": dict(frozen.provenance) if frozen is not None else None,
                 "versions": {
-                    "medseg-trt": __version__, "torch": str(torch.__version__), "python": platform.python_version()
+                    "medseg-trt": __version__,
+                    "torch": str(torch.__version__),
+                    "python": platform.python_version(),
                 },
             },
-        )  # fmt: skip
+        )
         save_checkpoint(checkpoint, out)
     return load_checkpoint(out)
 
@@ -203,9 +205,7 @@ def _require_same(missing: Sequence[str], unknown: Sequence[str], spec: ModelSpe
         raise ArtefactError(f"{path} is no checkpoint of {spec.architecture}: {'; '.join(parts)}")
 
 
-def _frozen(
-    state: State, spec: ModelSpec, block: Path | None, folder: Path, path: Path
-) -> tuple[FrozenBlock, Path]:  # fmt: skip
+def _frozen(state: State, spec: ModelSpec, block: Path | None, folder: Path, path: Path) -> tuple[FrozenBlock, Path]:
     """Return the frozen layer and the file that it is in: the one that is given, or one made of the checkpoint."""
     assert spec.block is not None
     inside = {
