@@ -22,7 +22,7 @@ from medseg_trt.progress import LOG
 from medseg_trt.spec import PIXELS_PER_TOKEN, BlockSpec, Classes, ModelSpec, Preprocessing
 from medseg_trt.train.block.blocks import FrozenBlock, load_block, save_block
 from medseg_trt.train.block.layer_choice import FINAL_NORM
-from medseg_trt.train.block.layer_readers import block_spec, half_split
+from medseg_trt.train.block.layer_geometry import block_spec, half_split
 from medseg_trt.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from medseg_trt.train.datasets import acdc
 from medseg_trt.train.datasets.mask_classes import LESION

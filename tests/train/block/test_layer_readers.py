@@ -24,7 +24,8 @@ from medseg_trt.errors import ArtefactError, UsageError
 from medseg_trt.spec import BlockSpec
 from medseg_trt.train.block import layer_readers
 from medseg_trt.train.block.blocks import FrozenBlock, build_block, extract, extract_last, save_block
-from medseg_trt.train.block.layer_readers import GGUF_NAMES, META_NAMES, half_split
+from medseg_trt.train.block.layer_geometry import half_split
+from medseg_trt.train.block.layer_readers import GGUF_NAMES, META_NAMES
 
 NUM_LAYERS = 3
 SPEC = BlockSpec(
