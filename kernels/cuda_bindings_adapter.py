@@ -56,9 +56,15 @@ class CudaBindings(Device):
         """Put a launch into its stream, a handle."""
         types = tuple(TYPES[kind] for kind in launch.layout)
         self.call(
-            "cuLaunchKernel", launch.function, *launch.grid, *launch.block, launch.shared_bytes, launch.stream,
-            (launch.arguments, types), 0,
-        )  # fmt: skip
+            "cuLaunchKernel",
+            launch.function,
+            *launch.grid,
+            *launch.block,
+            launch.shared_bytes,
+            launch.stream,
+            (launch.arguments, types),
+            0,
+        )
 
     def synchronize(self, stream: Any) -> None:
         """Wait until everything in a stream is done."""

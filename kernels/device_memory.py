@@ -18,8 +18,12 @@ class DeviceArray:
         """Describe memory at ``address`` of the shape and type of ``like``."""
         self.address, self.shape, self.dtype = address, like.shape, like.dtype
         self.__cuda_array_interface__ = {
-            "shape": like.shape, "typestr": like.dtype.str, "data": (address, False), "strides": None, "version": 3,
-        }  # fmt: skip
+            "shape": like.shape,
+            "typestr": like.dtype.str,
+            "data": (address, False),
+            "strides": None,
+            "version": 3,
+        }
 
 
 class DeviceMemory:

@@ -47,10 +47,27 @@ UNIT_ROUNDOFF = 2.0**-24  # of float32
 ROUNDINGS = 7  # of the mean of a pixel, in units of UNIT_ROUNDOFF; derived above
 SECOND_ORDER = 64  # in units of UNIT_ROUNDOFF**2: more than the 21 products of two of those roundings
 SCALARS = (
-    "batch", "height", "width", "channels", "image_stride", "row_stride", "pixel_stride",
-    "resampled_height", "resampled_width", "image_height", "image_width", "antialias", "low_bits", "high_bits",
-    "scale0_bits", "scale1_bits", "scale2_bits", "bias0_bits", "bias1_bits", "bias2_bits",
-)  # fmt: skip
+    "batch",
+    "height",
+    "width",
+    "channels",
+    "image_stride",
+    "row_stride",
+    "pixel_stride",
+    "resampled_height",
+    "resampled_width",
+    "image_height",
+    "image_width",
+    "antialias",
+    "low_bits",
+    "high_bits",
+    "scale0_bits",
+    "scale1_bits",
+    "scale2_bits",
+    "bias0_bits",
+    "bias1_bits",
+    "bias2_bits",
+)
 
 
 def scalars(
@@ -90,13 +107,22 @@ def scalars(
         for name, value in ((f"scale{c}_bits", 1 / ((high - low) * std)), (f"bias{c}_bits", -mean / std))
     }
     return {
-        "batch": batch, "height": height, "width": width, "channels": channels,
-        "image_stride": image_stride, "row_stride": row_stride, "pixel_stride": pixel_stride,
-        "resampled_height": resampled[0], "resampled_width": resampled[1],
-        "image_height": p.image_size[0], "image_width": p.image_size[1],
-        "antialias": int(p.resize == "linear_antialias"), "low_bits": float_bits(low), "high_bits": float_bits(high),
+        "batch": batch,
+        "height": height,
+        "width": width,
+        "channels": channels,
+        "image_stride": image_stride,
+        "row_stride": row_stride,
+        "pixel_stride": pixel_stride,
+        "resampled_height": resampled[0],
+        "resampled_width": resampled[1],
+        "image_height": p.image_size[0],
+        "image_width": p.image_size[1],
+        "antialias": int(p.resize == "linear_antialias"),
+        "low_bits": float_bits(low),
+        "high_bits": float_bits(high),
         **factors,
-    }  # fmt: skip
+    }
 
 
 def resampled_size(

@@ -31,8 +31,15 @@ from medseg_trt.spec import Preprocessing
 MAX_CLASSES = 256
 TIE = 1e-5  # logits closer than this times the largest magnitude (at least 1) may be taken for each other
 SCALARS = (
-    "batch", "classes", "image_height", "image_width", "resampled_height", "resampled_width", "height", "width",
-)  # fmt: skip
+    "batch",
+    "classes",
+    "image_height",
+    "image_width",
+    "resampled_height",
+    "resampled_width",
+    "height",
+    "width",
+)
 
 
 def scalars(
@@ -56,10 +63,15 @@ def scalars(
     if min(sizes) < 1 or max(sizes) > MAX_PIXELS:
         raise ValueError(f"{source_size} pixels from {resampled}: an axis may have 1 to {MAX_PIXELS}")
     return {
-        "batch": batch, "classes": classes, "image_height": p.image_size[0], "image_width": p.image_size[1],
-        "resampled_height": resampled[0], "resampled_width": resampled[1],
-        "height": source_size[0], "width": source_size[1],
-    }  # fmt: skip
+        "batch": batch,
+        "classes": classes,
+        "image_height": p.image_size[0],
+        "image_width": p.image_size[1],
+        "resampled_height": resampled[0],
+        "resampled_width": resampled[1],
+        "height": source_size[0],
+        "width": source_size[1],
+    }
 
 
 def _reference(_entry: Entry, inputs: Mapping[str, Array], s: Scalars) -> dict[str, Expected]:

@@ -51,9 +51,15 @@ def alias(name: str, needed: str, machine: str) -> bytes:
     hash_table = struct.pack("<4I", 1, 1, 0, 0)
     dynamic_at = hash_at + len(hash_table)
     tags = (
-        (SONAME, 1), (NEEDED, 2 + len(name)), (STRINGS, strings_at), (STRINGS_SIZE, len(strings)),
-        (SYMBOLS, symbols_at), (SYMBOL_SIZE, SYMBOL), (HASH, hash_at), (0, 0),
-    )  # fmt: skip
+        (SONAME, 1),
+        (NEEDED, 2 + len(name)),
+        (STRINGS, strings_at),
+        (STRINGS_SIZE, len(strings)),
+        (SYMBOLS, symbols_at),
+        (SYMBOL_SIZE, SYMBOL),
+        (HASH, hash_at),
+        (0, 0),
+    )
     dynamic = b"".join(struct.pack("<2Q", *tag) for tag in tags)
     size = dynamic_at + len(dynamic)
     image = bytearray(size)

@@ -20,8 +20,12 @@ from medseg_trt.kernels.nodes import NAMESPACE, NODES, VERSION, Attributes, Node
 from medseg_trt.kernels.parser_link import link_parser
 
 TYPES: Mapping[str, str] = {  # ours -> TensorRT's DataType
-    "float16": "HALF", "bfloat16": "BF16", "float32": "FLOAT", "int8": "INT8", "float8_e4m3": "FP8"
-}  # fmt: skip
+    "float16": "HALF",
+    "bfloat16": "BF16",
+    "float32": "FLOAT",
+    "int8": "INT8",
+    "float8_e4m3": "FP8",
+}
 FIELD_TYPES: Mapping[str, type[np.generic]] = {"float32": np.float32, "int32": np.int32}
 
 
@@ -164,9 +168,14 @@ class NodePlugin:
         """Take the one way there is."""
 
     def enqueue(
-        self, input_desc: Sequence[Any], output_desc: Sequence[Any], inputs: Sequence[int], outputs: Sequence[int],
-        workspace: int, stream: int,
-    ) -> None:  # fmt: skip
+        self,
+        input_desc: Sequence[Any],
+        output_desc: Sequence[Any],
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        workspace: int,
+        stream: int,
+    ) -> None:
         """Put the kernel into a stream; the first time it is loaded, which may not happen while a graph is captured."""
         if self._launcher is None:
             self._launcher = self._make_launcher()

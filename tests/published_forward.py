@@ -22,8 +22,11 @@ def published_logits(
     if image.shape[1] == 1:
         image = image.repeat(1, 3, 1, 1)
     x, features = _resnet(state, image)
-    embedded = F.conv2d(x, state["transformer.embeddings.patch_embeddings.weight"],
-                        state["transformer.embeddings.patch_embeddings.bias"])  # fmt: skip
+    embedded = F.conv2d(
+        x,
+        state["transformer.embeddings.patch_embeddings.weight"],
+        state["transformer.embeddings.patch_embeddings.bias"],
+    )
     rows, columns = embedded.shape[2:]
     hidden = embedded.flatten(2).transpose(-1, -2) + state["transformer.embeddings.position_embeddings"]
     layer = 0

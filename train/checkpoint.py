@@ -20,7 +20,7 @@ from medseg_trt.errors import ArtefactError, InputError, MedsegError
 from medseg_trt.files import atomic_file, cache_folder, parse_json, read_limited, sha256
 from medseg_trt.spec import Classes, ModelSpec, Preprocessing, from_dict, to_dict
 from medseg_trt.train.block.blocks import FrozenBlock, load_block
-from medseg_trt.train.block.layer_readers import block_spec
+from medseg_trt.train.block.layer_geometry import block_spec
 from medseg_trt.train.models.model import build_model, frozen_names
 from medseg_trt.train.models.transunet import TransUNet
 from medseg_trt.train.weights.weight_files import is_finite, is_plain, load_pickled, one_line

@@ -45,7 +45,7 @@ def merge_language_projections(model: TransUNet) -> Folding:
     branches = [branch for layer in insert.layers for branch in _branches(layer)]
     model.insert = FoldedInsert(
         insert.mapper1, branches, insert.final_norm, insert.mapper2,
-        goes_round_layers=insert.goes_round_layers, goes_round_maps=insert.goes_round_maps,
+        inner_residual=insert.inner_residual, outer_residual=insert.outer_residual,
     )  # fmt: skip
     return counted(len(branches), NO_LAYER.reason)
 
@@ -85,7 +85,7 @@ def cancel_final_norm(model: TransUNet) -> Folding:
     norm = insert.final_norm
     if not isinstance(norm, RMSNorm):
         return Folding(reason="norm=none: there is no final norm")
-    if insert.goes_round_layers or insert.goes_round_maps:
+    if insert.inner_residual or insert.outer_residual:
         return Folding(reason=f"residual={model.spec.insert.residual}: the sum that follows needs the tokens' scale")
     if model.spec.insert_position != model.spec.num_layers:
         return Folding(reason=f"placement={model.spec.insert.placement}: no LayerNorm follows that undoes the scale")

@@ -141,8 +141,8 @@ class FoldedInsert(nn.Module):
         final_norm: nn.Module,
         mapper2: nn.Linear,
         *,
-        goes_round_layers: bool,
-        goes_round_maps: bool,
+        inner_residual: bool,
+        outer_residual: bool,
     ) -> None:
         super().__init__()
         self.language_width = mapper1.out_features
@@ -152,7 +152,7 @@ class FoldedInsert(nn.Module):
         self.last_branch: Branch | None = None
         self.final_norm = final_norm
         self.mapper2 = mapper2
-        self.goes_round_layers, self.goes_round_maps = goes_round_layers, goes_round_maps
+        self.inner_residual, self.outer_residual = inner_residual, outer_residual
 
     def forward(self, tokens: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch tokens hidden"]:
         """Return the tokens after the detour through the language model."""
@@ -165,9 +165,9 @@ class FoldedInsert(nn.Module):
         for branch in self.branches:
             passing = entering = passing + branch(entering)
         answer = self.final_norm(passing)
-        if self.goes_round_layers:
+        if self.inner_residual:
             answer = answer + mapped
         answer = self.mapper2(answer)
         if self.last_branch is not None:
             answer = answer + self.last_branch(entering)
-        return tokens + answer if self.goes_round_maps else answer
+        return tokens + answer if self.outer_residual else answer

@@ -39,20 +39,25 @@ def node(name: str, inputs: list[str], outputs: list[str], **attributes: Any) ->
 
 
 def model(
-    nodes: list[onnx.NodeProto], inputs: Mapping[str, tuple[int, list[Any]]], outputs: Mapping[str, int],
+    nodes: list[onnx.NodeProto],
+    inputs: Mapping[str, tuple[int, list[Any]]],
+    outputs: Mapping[str, int],
     constants: Mapping[str, tuple[int, np.ndarray]],
-) -> bytes:  # fmt: skip
+) -> bytes:
     called = sorted({each.op_type for each in nodes if each.domain == DOMAIN})
     graph = helper.make_graph(
-        nodes, "g",
+        nodes,
+        "g",
         [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in inputs.items()],
         [helper.make_tensor_value_info(name, kind, None) for name, kind in outputs.items()],
         [helper.make_tensor(name, kind, value.shape, value.ravel()) for name, (kind, value) in constants.items()],
-    )  # fmt: skip
+    )
     made = helper.make_model(
-        graph, functions=[functions.ir.to_proto(functions.function(name)) for name in called], ir_version=11,
+        graph,
+        functions=[functions.ir.to_proto(functions.function(name)) for name in called],
+        ir_version=11,
         opset_imports=[helper.make_opsetid("", functions.OPSET), helper.make_opsetid(DOMAIN, 1)],
-    )  # fmt: skip
+    )
     return made.SerializeToString()
 
 
@@ -65,9 +70,11 @@ def block(dtype: int, *, weight: int = WIDTH, table: int = TensorProto.FLOAT, **
         node("RMSNorm", ["g", "half_w"], ["z"], epsilon=1e-6),
     ]
     constants = {
-        "w": (dtype, np.ones(weight)), "half_w": (dtype, np.ones(WIDTH // 2)),
-        "cos": (table, np.ones((TOKENS, 8))), "sin": (table, np.zeros((TOKENS, 8))),
-    }  # fmt: skip
+        "w": (dtype, np.ones(weight)),
+        "half_w": (dtype, np.ones(WIDTH // 2)),
+        "cos": (table, np.ones((TOKENS, 8))),
+        "sin": (table, np.zeros((TOKENS, 8))),
+    }
     inputs = {name: (dtype, ["batch", TOKENS, WIDTH]) for name in "xr"}
     return model(nodes, inputs, dict.fromkeys("qkvz", dtype), constants)
 
@@ -76,9 +83,11 @@ def int8_block(dtype: int) -> bytes:
     """Return a graph in which every quantised node feeds an INT8 matrix product."""
     nodes: list[onnx.NodeProto] = []
     constants: dict[str, tuple[int, np.ndarray]] = {
-        "w": (dtype, np.ones(WIDTH)), "b": (dtype, np.zeros(WIDTH)),
-        "step": (dtype, np.array(0.03)), "steps": (dtype, np.full(WIDTH, 0.01)),
-    }  # fmt: skip
+        "w": (dtype, np.ones(WIDTH)),
+        "b": (dtype, np.zeros(WIDTH)),
+        "step": (dtype, np.array(0.03)),
+        "steps": (dtype, np.full(WIDTH, 0.01)),
+    }
     calls = {
         "QuantizedAddRMSNorm": (["x", "r", "w"], {"epsilon": 1e-6, "scale": 0.03}, WIDTH),
         "QuantizedRMSNorm": (["x", "w"], {"epsilon": 1e-6, "scale": 0.03}, WIDTH),

@@ -209,14 +209,34 @@ def test_the_manifest_has_every_field_and_the_digests_are_true(built):
     by_place = {(row["target"], row["entry"]): row for row in rows}
     row = by_place["jetpack6", "medseg_logits_to_mask_float16"]
     assert row.keys() == {
-        "name", "entry", "dtype", "target", "arch", "ptx", "ptx_version", "cuda", "sha256", "parameters", "block",
-        "grid", "shared_bytes", "static_shared_bytes", "registers", "spills", "max_width",
-    }  # fmt: skip
+        "name",
+        "entry",
+        "dtype",
+        "target",
+        "arch",
+        "ptx",
+        "ptx_version",
+        "cuda",
+        "sha256",
+        "parameters",
+        "block",
+        "grid",
+        "shared_bytes",
+        "static_shared_bytes",
+        "registers",
+        "spills",
+        "max_width",
+    }
     assert all(each.keys() == {"name", "kind", "dtype", "direction"} for each in row["parameters"])
     assert {key: row[key] for key in ("name", "dtype", "arch", "ptx_version", "cuda", "block", "spills")} == {
-        "name": "logits_to_mask", "dtype": "float16", "arch": "sm_87", "ptx_version": "8.5", "cuda": "12.6",
-        "block": [128, 1, 1], "spills": 0,
-    }  # fmt: skip
+        "name": "logits_to_mask",
+        "dtype": "float16",
+        "arch": "sm_87",
+        "ptx_version": "8.5",
+        "cuda": "12.6",
+        "block": [128, 1, 1],
+        "spills": 0,
+    }
     assert row["parameters"][0] == {"name": "logits", "kind": "pointer", "dtype": "float16", "direction": "in"}
     assert row["parameters"][-1] == {"name": "mask", "kind": "pointer", "dtype": "uint8", "direction": "out"}
     assert row["grid"] == load("logits_to_mask").grid_rule

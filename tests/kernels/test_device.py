@@ -31,11 +31,18 @@ class FakeDriverModule:
         self.calls = []
         self.status = {}
         self.results = {
-            "cuDriverGetVersion": (13000,), "cuCtxGetCurrent": (0x77,), "cuDeviceGetName": (b"GPU\0\0\0",),
-            "cuMemAlloc": (0x1000,), "cuMemAllocHost": (0x2000,), "cuMemGetInfo": (123, 456), "cuStreamCreate": (0x30,),
-            "cuStreamEndCapture": ("graph",), "cuGraphInstantiate": ("executable",),
-            "cuEventCreate": ("event",), "cuEventElapsedTime": (1.25,),
-        }  # fmt: skip
+            "cuDriverGetVersion": (13000,),
+            "cuCtxGetCurrent": (0x77,),
+            "cuDeviceGetName": (b"GPU\0\0\0",),
+            "cuMemAlloc": (0x1000,),
+            "cuMemAllocHost": (0x2000,),
+            "cuMemGetInfo": (123, 456),
+            "cuStreamCreate": (0x30,),
+            "cuStreamEndCapture": ("graph",),
+            "cuGraphInstantiate": ("executable",),
+            "cuEventCreate": ("event",),
+            "cuEventElapsedTime": (1.25,),
+        }
 
     def __getattr__(self, function):
         if not function.startswith("cu"):

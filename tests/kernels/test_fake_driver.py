@@ -21,10 +21,15 @@ ARRAYS = {
 SCALARS = {
     "swiglu_float16": {"rows": 3, "width": 8},
     "rotary_float16_half_table": {
-        "batch": 2, "tokens": 5, "first_position": 7, "num_heads": 3, "num_kv_heads": 1, "head_dim": 16,
+        "batch": 2,
+        "tokens": 5,
+        "first_position": 7,
+        "num_heads": 3,
+        "num_kv_heads": 1,
+        "head_dim": 16,
         "copy_values": 1,
     },
-}  # fmt: skip
+}
 LAUNCH = """
 import json, sys
 from pathlib import Path
@@ -59,9 +64,13 @@ def test_an_adapter_asks_the_driver_for_the_launch_that_is_declared(name, tmp_pa
         kernel = load(entry_name.split("_float")[0])
         entry = kernel.entry(entry_name)
         assert launched == fake.Launched(
-            entry.symbol, kernel.grid(SCALARS[entry_name]), kernel.block, kernel.shared_bytes, 0,
+            entry.symbol,
+            kernel.grid(SCALARS[entry_name]),
+            kernel.block,
+            kernel.shared_bytes,
+            0,
             pack(kernel, entry, ARRAYS[entry_name], SCALARS[entry_name]),
-        )  # fmt: skip
+        )
 
 
 def functions_of(origin: str | None, name: str) -> list[str]:

@@ -47,9 +47,13 @@ def wanted(launcher: Launcher, kernel: Kernel, name: str) -> Entry:
 
 
 def outputs(
-    driver: CudaBindings, launcher: Launcher, kernel: Kernel, entry: Entry, scalars: dict[str, int],
+    driver: CudaBindings,
+    launcher: Launcher,
+    kernel: Kernel,
+    entry: Entry,
+    scalars: dict[str, int],
     inputs: dict[str, Array],
-) -> dict[str, Array]:  # fmt: skip
+) -> dict[str, Array]:
     """Run a function on the device; what it does not write stays 0xCD."""
     shapes = kernel.shapes(scalars, entry)
     with DeviceMemory(driver) as memory:
@@ -137,9 +141,11 @@ def test_a_large_launch_reaches_a_share_of_the_copy_bandwidth(name, driver):
     entry = kernel.entries[0]
     launcher = Launcher(driver)
     rng = np.random.default_rng(0)
-    rows = 1024 if name in ("image_to_tensor", "logits_to_mask") else TRAFFIC // kernel.bytes_moved(
-        CASES[name](entry, 64, 4096, 0, rng)[0], entry
-    ) * 64  # fmt: skip
+    rows = (
+        1024
+        if name in ("image_to_tensor", "logits_to_mask")
+        else TRAFFIC // kernel.bytes_moved(CASES[name](entry, 64, 4096, 0, rng)[0], entry) * 64
+    )
     scalars, inputs = CASES[name](entry, rows, 4096, 1 if name == "logits_to_mask" else 0, rng)
     with DeviceMemory(driver) as memory:
         arrays = {key: memory.upload(values) for key, values in inputs.items()}
@@ -163,9 +169,22 @@ def test_compute_sanitizer_finds_nothing(tool, driver):
         pytest.skip("compute-sanitizer is not installed; it comes with the CUDA toolkit")
     done = subprocess.run(
         [
-            program, "--tool", tool, "--error-exitcode", "99", sys.executable, "-m", "pytest", "-q",
-            "-k", "test_parity and cuda-bindings and 33", Path(__file__),
+            program,
+            "--tool",
+            tool,
+            "--error-exitcode",
+            "99",
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-k",
+            "test_parity and cuda-bindings and 33",
+            Path(__file__),
         ],
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout[-3000:]

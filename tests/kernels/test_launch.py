@@ -27,8 +27,12 @@ class OnDevice:
 
     def __init__(self, shape, typestr, address=0x7000, strides=None, read_only=False):
         self.__cuda_array_interface__ = {
-            "shape": shape, "typestr": typestr, "data": (address, read_only), "strides": strides, "version": 3,
-        }  # fmt: skip
+            "shape": shape,
+            "typestr": typestr,
+            "data": (address, read_only),
+            "strides": strides,
+            "version": 3,
+        }
 
 
 class FakeDriver(Driver):
@@ -243,10 +247,15 @@ class FakeCudaBindings:
         self.fail = fail
         self.calls: list[tuple[Any, ...]] = []
         self.results = {
-            "cuDriverGetVersion": 12060, "cuCtxGetCurrent": context, "cuDeviceGet": "device",
-            "cuDevicePrimaryCtxRetain": "primary", "cuCtxGetDevice": "device", "cuModuleLoadData": "module",
-            "cuModuleGetFunction": "function", "cuDeviceGetName": b"Fake\0",
-        }  # fmt: skip
+            "cuDriverGetVersion": 12060,
+            "cuCtxGetCurrent": context,
+            "cuDeviceGet": "device",
+            "cuDevicePrimaryCtxRetain": "primary",
+            "cuCtxGetDevice": "device",
+            "cuModuleLoadData": "module",
+            "cuModuleGetFunction": "function",
+            "cuDeviceGetName": b"Fake\0",
+        }
 
     def __getattr__(self, function: str):
         def call(*arguments):

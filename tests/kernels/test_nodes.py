@@ -88,12 +88,15 @@ def answers(node: Node, dtype: str, inputs: dict[str, Array]) -> list[Array]:
     attributes: dict[str, Any] = attributes_of(node)
     kinds = {**ONNX_TYPES, "int8": TensorProto.INT8}
     graph = helper.make_graph(
-        [helper.make_node(node.name, [each.name for each in read], [each.name for each in written], domain=NAMESPACE,
-                          **attributes)],
+        [
+            helper.make_node(
+                node.name, [each.name for each in read], [each.name for each in written], domain=NAMESPACE, **attributes
+            )
+        ],
         "one call",
         [helper.make_tensor_value_info(each.name, kinds[each.dtype], inputs[each.name].shape) for each in read],
         [helper.make_tensor_value_info(each.name, kinds[each.dtype], None) for each in written],
-    )  # fmt: skip
+    )
     imports = [helper.make_opsetid("", 23), helper.make_opsetid(NAMESPACE, 1)]
     model = helper.make_model(graph, functions=[declaration(node.name)], opset_imports=imports, ir_version=10)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])

@@ -101,13 +101,15 @@ def test_a_node_of_another_version_is_computed_by_its_body(digests):
         ),
         (
             model(
-                [node("RMSNorm", ["x", "w"], ["y"])], {"x": (TensorProto.FLOAT, [2, 64])}, {"y": TensorProto.FLOAT},
+                [node("RMSNorm", ["x", "w"], ["y"])],
+                {"x": (TensorProto.FLOAT, [2, 64])},
+                {"y": TensorProto.FLOAT},
                 {"w": (TensorProto.FLOAT, np.ones(64))},
             ),
             "medseg.RMSNorm my_RMSNorm has no attribute epsilon",
         ),
     ],
-)  # fmt: skip
+)
 def test_what_no_kernel_can_do_is_refused_in_one_line(graph, line, digests, capfd):
     _, _, parsed = parse(graph, Log())
     assert not parsed
@@ -151,8 +153,9 @@ def test_what_is_serialised_makes_the_same_plugin():
     norm = creator("QuantizedRMSNorm").create_plugin("norm", fields(epsilon=1e-6, scale=0.03), trt.TensorRTPhase.BUILD)
     stored = {each.name: each.data[0] for each in norm.get_fields_to_serialize()}
     assert {name: float_bits(float(value)) for name, value in stored.items()} == {
-        "epsilon": float_bits(1e-6), "scale": float_bits(0.03),
-    }  # fmt: skip
+        "epsilon": float_bits(1e-6),
+        "scale": float_bits(0.03),
+    }
 
 
 def tensor(shape: tuple[int, ...], kind: str, form: str = "LINEAR") -> Any:

@@ -19,8 +19,12 @@ from medseg_trt.kernels.plugin_aot import register_ahead_of_time
 
 DataType = Enum("DataType", "FLOAT HALF BF16 INT8 FP8 INT32")
 ATTRIBUTES: dict[str, int | float] = {
-    "epsilon": 1e-6, "scale": 0.03, "num_heads": 3, "num_kv_heads": 1, "interleaved": 1,
-}  # fmt: skip
+    "epsilon": 1e-6,
+    "scale": 0.03,
+    "num_heads": 3,
+    "num_kv_heads": 1,
+    "interleaved": 1,
+}
 
 
 class ShapeExpr:
@@ -129,15 +133,19 @@ def stand_in(creators: list[Any] | None = None, *, aot: bool = True) -> tuple[Mo
     classes = {each.__name__: each for each in (ShapeExprs, SymInt32, SymIntExprs, TensorDesc, KernelLaunchParams)}
     decorators = {"register": plugins.register, **({"aot_impl": plugins.aot_impl} if aot else {})}
     module.__dict__.update(
-        DataType=DataType, get_plugin_registry=lambda: SimpleNamespace(all_creators=creators or []),
+        DataType=DataType,
+        get_plugin_registry=lambda: SimpleNamespace(all_creators=creators or []),
         plugin=SimpleNamespace(**classes, **decorators),
-    )  # fmt: skip
+    )
     return module, plugins
 
 
 SHAPES: dict[str, list[tuple[int, ...]]] = {
-    "weight": [(60,)], "bias": [(60,)], "cos": [(5, 6)], "sin": [(5, 6)],
-}  # fmt: skip
+    "weight": [(60,)],
+    "bias": [(60,)],
+    "cos": [(5, 6)],
+    "sin": [(5, 6)],
+}
 KINDS = {"float16": DataType.HALF, "bfloat16": DataType.BF16, "float32": DataType.FLOAT, "int8": DataType.INT8}
 
 
@@ -190,8 +198,10 @@ def test_the_abi_of_every_node_is_tensorrts():
     """Inputs' addresses, then integers, then outputs' addresses: TensorRT knows no other order."""
     for node in NODES.values():
         for entry in node.entries({**ATTRIBUTES}).values():
-            places = [0 if each.kind == "pointer" and each.direction == "in" else 1 if each.kind == "int32" else 2
-                      for each in entry.parameters]  # fmt: skip
+            places = [
+                0 if each.kind == "pointer" and each.direction == "in" else 1 if each.kind == "int32" else 2
+                for each in entry.parameters
+            ]
             assert places == sorted(places)
 
 

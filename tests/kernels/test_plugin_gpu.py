@@ -51,8 +51,12 @@ def test_an_engine_with_plugins_computes_what_the_references_say(dtype, driver):
     plan, _ = build(block(getattr(TensorProto, DATA_TYPES[dtype])), (f"SM{driver.capability}",))
     rng = np.random.default_rng(0)
     x, r = (rng.normal(size=(BATCH, TOKENS, WIDTH)).astype(DTYPES[dtype]) for _ in range(2))
-    shapes = {"q": (BATCH, 2, TOKENS, 16), "k": (BATCH, 1, TOKENS, 16), "v": (BATCH, 1, TOKENS, 16),
-              "z": (BATCH, TOKENS, WIDTH // 2)}  # fmt: skip
+    shapes = {
+        "q": (BATCH, 2, TOKENS, 16),
+        "k": (BATCH, 1, TOKENS, 16),
+        "v": (BATCH, 1, TOKENS, 16),
+        "z": (BATCH, TOKENS, WIDTH // 2),
+    }
     found = execute(
         driver, plan, {"x": x, "r": r}, {name: np.zeros(shape, DTYPES[dtype]) for name, shape in shapes.items()}
     )

@@ -33,8 +33,10 @@ def include(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("headers")
     done = subprocess.run(
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, HEADERS],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         pytest.skip(f"no package index has {HEADERS}: {done.stderr.strip().splitlines()[-1]}")
     return folder / "kernel_lens" / "include" / "tensorrt"
@@ -117,11 +119,15 @@ def drive(folder: Path, library: Path, name: str, dtype: str, shapes: list[tuple
 
 
 SHAPES: Mapping[str, list[tuple[int, ...]]] = {
-    "RMSNorm": [(2, 5, 60), (60,)], "AddRMSNorm": [(2, 5, 60), (2, 5, 60), (60,)], "SwiGLU": [(2, 5, 60)],
-    "Rotary": [(2, 5, 60), (5, 6), (5, 6)], "QuantizedRMSNorm": [(7, 60), (60,)],
-    "QuantizedAddRMSNorm": [(7, 60), (7, 60), (60,)], "QuantizedSwiGLU": [(7, 60)],
+    "RMSNorm": [(2, 5, 60), (60,)],
+    "AddRMSNorm": [(2, 5, 60), (2, 5, 60), (60,)],
+    "SwiGLU": [(2, 5, 60)],
+    "Rotary": [(2, 5, 60), (5, 6), (5, 6)],
+    "QuantizedRMSNorm": [(7, 60), (60,)],
+    "QuantizedAddRMSNorm": [(7, 60), (7, 60), (60,)],
+    "QuantizedSwiGLU": [(7, 60)],
     "QuantizedLayerNorm": [(7, 60), (60,), (60,)],
-}  # fmt: skip
+}
 
 
 @pytest.mark.network
@@ -135,9 +141,13 @@ def test_the_library_launches_what_python_launches(name, dtype, harness, library
     scalars = node.launch_scalars(entry, SHAPES[name], ATTRIBUTES)
     (launched,) = drive(harness, library, name, dtype, SHAPES[name])
     assert launched == fake.Launched(
-        entry.symbol, node.kernel.grid(scalars), node.kernel.block, node.kernel.shared_bytes, 7,
+        entry.symbol,
+        node.kernel.grid(scalars),
+        node.kernel.block,
+        node.kernel.shared_bytes,
+        7,
         pack(node.kernel, entry, addresses, scalars),
-    )  # fmt: skip
+    )
     assert all(scalars[f"{key}_bits"] == float_bits(ATTRIBUTES[key]) for key in node.attributes if key == "epsilon")
 
 
@@ -200,10 +210,12 @@ def test_tensorrt_rtx_loads_the_library_and_puts_it_into_a_plan(library, tmp_pat
         helper.make_node("RMSNorm", ["y", "w"], ["z"], domain=NAMESPACE, epsilon=1e-6, **functions.PLUGIN),
     ]
     graph = helper.make_graph(
-        nodes, "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT16, [2, 64])],
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT16, [2, 64])],
         [helper.make_tensor_value_info("z", TensorProto.FLOAT16, None)],
         [helper.make_tensor("w", TensorProto.FLOAT16, [32], np.ones(32))],
-    )  # fmt: skip
+    )
     bodies = [functions.ir.to_proto(functions.function(name)) for name in ("SwiGLU", "RMSNorm")]
     imports = [helper.make_opsetid("", functions.OPSET), helper.make_opsetid(NAMESPACE, 1)]
     onnx.save(helper.make_model(graph, functions=bodies, opset_imports=imports, ir_version=11), tmp_path / "g.onnx")

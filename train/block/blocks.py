@@ -22,7 +22,8 @@ from medseg_trt.files import atomic_file, sha256
 from medseg_trt.progress import LOG
 from medseg_trt.spec import BlockSpec, to_dict
 from medseg_trt.train.block.layer_choice import FINAL_NORM, LayerChoice, LayerNumber
-from medseg_trt.train.block.layer_readers import READERS, block_spec, check_layer
+from medseg_trt.train.block.layer_geometry import block_spec, check_layer
+from medseg_trt.train.block.layer_readers import READERS
 from medseg_trt.train.models.llama import LlamaBlock
 from medseg_trt.train.weights.weight_files import is_finite, open_safetensors
 
@@ -90,11 +91,11 @@ def _extract(source: Path, choice: LayerChoice) -> tuple[FrozenBlock, ...]:
     if suffix == ".safetensors" and _is_block_file(source):
         return _chosen(load_block(source), choice, source)
     LOG.info("read %s of %s", choice, source)
-    found = READERS[suffix](source, choice)
-    LOG.info("left out: %s", ", ".join(found[0].provenance["skipped"]) or "nothing")
+    layers = READERS[suffix](source, choice)
+    LOG.info("left out: %s", ", ".join(layers[0].provenance["skipped"]) or "nothing")
     return tuple(
         _checked(layer.spec, _same_type(layer.tensors, source), {**layer.provenance, "medseg_trt": __version__}, source)
-        for layer in found
+        for layer in layers
     )
 
 
@@ -190,8 +191,8 @@ def load_block(path: Path, digest: str | None = None) -> tuple[FrozenBlock, ...]
     """
     if not path.is_file():
         raise ArtefactError(f"{path} does not exist; make it: medseg-trt block extract SOURCE -o {path}")
-    if digest is not None and (found := sha256(path)) != digest:
-        raise ArtefactError(f"{path} is another block: its SHA-256 is {found[:12]}…, expected {digest[:12]}…")
+    if digest is not None and (actual_digest := sha256(path)) != digest:
+        raise ArtefactError(f"{path} is another block: its SHA-256 is {actual_digest[:12]}…, expected {digest[:12]}…")
     with open_safetensors(path) as file:
         header = _header(file.metadata() or {}, path)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # safe_open is no mapping

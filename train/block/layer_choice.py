@@ -95,8 +95,11 @@ def match(
             _add(found, int(begin[1]), name, key, layout, source)
     for number, tensors in found.items():
         if missing := [name for name, target in layout.names.items() if target not in tensors]:
-            places = {key[begin.end() :]: file for key, file in (elsewhere or {}).items()
-                      if (begin := layout.pattern.match(key)) and int(begin[1]) == number}  # fmt: skip
+            places = {
+                key[begin.end() :]: file
+                for key, file in (elsewhere or {}).items()
+                if (begin := layout.pattern.match(key)) and int(begin[1]) == number
+            }
             raise ArtefactError(f"{source}: layer {number} lacks {_with_places(missing, places)}")
     layers = {number: {name: found[number][name] for name in layout.names.values()} for number in numbers}
     if choice.final_norm:
@@ -121,9 +124,7 @@ def _numbers(choice: LayerChoice, num_layers: Any, source: Path) -> Sequence[int
     return range(last - choice.count + 1, last + 1)
 
 
-def _add(
-    found: Mapping[int, dict[str, str]], number: int, name: str, key: str, layout: Layout, source: Path
-) -> None:  # fmt: skip
+def _add(found: Mapping[int, dict[str, str]], number: int, name: str, key: str, layout: Layout, source: Path) -> None:
     if name not in layout.names:
         raise ArtefactError(f"{source}: {key} is no tensor of a LLaMA layer; this is another architecture")
     tensors, target = found[number], layout.names[name]

@@ -1,6 +1,5 @@
-"""Read LLaMA decoder layers out of a Hugging Face, Meta or GGUF checkpoint; nothing else of it is loaded."""
+"""Read LLaMA decoder layers from a Hugging Face, Meta or GGUF checkpoint; no other tensor is loaded."""
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,20 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from medseg_trt.errors import ArtefactError
 from medseg_trt.files import sha256
-from medseg_trt.spec import BlockSpec, from_dict
+from medseg_trt.spec import BlockSpec
 from medseg_trt.train.block.gguf_file import GgufFile, open_gguf
 from medseg_trt.train.block.hugging_face_folder import open_hugging_face
-from medseg_trt.train.block.layer_choice import FINAL_NORM, LayerChoice, Layout, match
+from medseg_trt.train.block.layer_choice import LayerChoice, Layout, match
+from medseg_trt.train.block.layer_geometry import block_spec, check_layer, half_split, head_dim_of
 from medseg_trt.train.block.meta_file import MetaFile, open_meta, part_paths
-from medseg_trt.train.models.llama import LlamaBlock
 from medseg_trt.train.weights.weight_files import read_json
 
-MAX_SIZE = 1 << 20  # of one axis of a layer; LLaMA-3 405B has 53248
 GGUF_NAMES: Mapping[str, str] = {  # llama.cpp's name -> Hugging Face's
     "attn_norm.weight": "input_layernorm.weight",
     "attn_q.weight": "self_attn.q_proj.weight",
@@ -69,7 +66,7 @@ class Layer:
 def read_gguf(path: Path, choice: LayerChoice) -> tuple[Layer, ...]:
     """Read layers of a GGUF file of the architecture "llama"; quantised tensors become float32.
 
-    llama.cpp stores the rows of q and k for interleaved rotary pairs; they are brought back to the half-split order.
+    llama.cpp stores the rows of q and k for interleaved rotary pairs; they are reordered to half-split.
 
     Raises:
         ArtefactError: the file is damaged, of another architecture, or has no such layer.
@@ -79,8 +76,8 @@ def read_gguf(path: Path, choice: LayerChoice) -> tuple[Layer, ...]:
     if (architecture := meta.get("general.architecture")) != "llama":
         raise ArtefactError(f"{path} is of the architecture {architecture!r}; only 'llama' can be read")
     spec = _gguf_spec(file)
-    found = match(choice, meta.get("llama.block_count"), file.tensors, GGUF_LAYOUT, path)
-    for keys in found.layers.values():
+    selection = match(choice, meta.get("llama.block_count"), file.tensors, GGUF_LAYOUT, path)
+    for keys in selection.layers.values():
         _check(spec, {name: file.tensors[key].shape for name, key in keys.items()}, path)
     files = {path.name: sha256(path)}
     return tuple(
@@ -94,16 +91,16 @@ def read_gguf(path: Path, choice: LayerChoice) -> tuple[Layer, ...]:
                 "license": meta.get("general.license"),
                 "architecture": architecture,
                 "layer": number,
-                "num_layers": found.num_layers,
+                "num_layers": selection.num_layers,
                 "tensor_types": {name: file.tensors[key].type_name for name, key in keys.items()},
-                "skipped": found.skipped,
+                "skipped": selection.skipped,
                 "rope_layout": "half-split",
                 "rope_scaling": "factors"
                 if "rope_freqs.weight" in file.tensors
                 else _scaling(meta.get("llama.rope.scaling.type")),
             },
         )
-        for number, keys in found.layers.items()
+        for number, keys in selection.layers.items()
     )
 
 
@@ -126,28 +123,28 @@ def read_hugging_face(source: Path, choice: LayerChoice) -> tuple[Layer, ...]:
     folder = source if source.is_dir() else source.parent
     config = read_json(folder / "config.json")
     spec = _hugging_face_spec(config, folder / "config.json")
-    opened = open_hugging_face(source)
+    shards = open_hugging_face(source)
     num_layers = config.get("num_hidden_layers")
-    found = match(choice, num_layers, opened.places, HUGGING_FACE_LAYOUT, source, opened.elsewhere)
-    values = opened.read(found.keys)
-    files = opened.files(found.keys)
+    selection = match(choice, num_layers, shards.places, HUGGING_FACE_LAYOUT, source, shards.elsewhere)
+    values = shards.read(selection.keys)
+    files = shards.files(selection.keys)
     digests = {path: sha256(path) for path in (folder / "config.json", *files)}
     model = config.get("_name_or_path")
     layers: list[Layer] = []
-    for number, keys in found.layers.items():
+    for number, keys in selection.layers.items():
         tensors = {name: values[key] for name, key in keys.items()}
         provenance = {
             "format": files[0].suffix.lower().removeprefix("."),
-            "files": {path.name: digests[path] for path in (folder / "config.json", *opened.files(keys.values()))},
+            "files": {path.name: digests[path] for path in (folder / "config.json", *shards.files(keys.values()))},
             "model": model
             if isinstance(model, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", model)
             else None,  # no local paths
             "license": None,
             "architecture": config["model_type"],
             "layer": number,
-            "num_layers": found.num_layers,
+            "num_layers": selection.num_layers,
             "tensor_types": _type_names(tensors),
-            "skipped": found.skipped,
+            "skipped": selection.skipped,
             "rope_layout": "half-split",
             "rope_scaling": _scaling(_rope(config).get("rope_type", _rope(config).get("type"))),
         }
@@ -158,21 +155,21 @@ def read_hugging_face(source: Path, choice: LayerChoice) -> tuple[Layer, ...]:
 def read_meta(source: Path, choice: LayerChoice) -> tuple[Layer, ...]:
     """Read layers of Meta's ``consolidated.NN.pth`` with ``params.json`` beside them; all parts are joined.
 
-    Meta stores the rows of q and k for interleaved rotary pairs; they are brought to the half-split order.
+    Meta stores the rows of q and k for interleaved rotary pairs; they are reordered to half-split.
 
     Raises:
-        ArtefactError: a part is damaged or missing, asks for code to be run, or there is no such layer.
+        ArtefactError: a part is damaged or missing or holds code, or there is no such layer.
     """
     file = open_meta(source)
-    found = match(choice, file.params.get("n_layers"), file.keys(), META_LAYOUT, source)
-    shapes = [{name: file.shape(key) for name, key in keys.items()} for keys in found.layers.values()]
+    selection = match(choice, file.params.get("n_layers"), file.keys(), META_LAYOUT, source)
+    shapes = [{name: file.shape(key) for name, key in keys.items()} for keys in selection.layers.values()]
     spec = _meta_spec(file, shapes[0]["mlp.gate_proj.weight"][0])
     _check_parts(file, shapes[0]["self_attn.q_proj.weight"][0], spec)
     for of_layer in shapes:
         _check(spec, of_layer, source)
     files = {path.name: sha256(path) for path in (file.params_path, *file.parts)}
     layers: list[Layer] = []
-    for number, keys in found.layers.items():
+    for number, keys in selection.layers.items():
         tensors = _half_split_q_and_k({name: file.read(key) for name, key in keys.items()}, spec)
         provenance = {
             "format": "meta",
@@ -181,9 +178,9 @@ def read_meta(source: Path, choice: LayerChoice) -> tuple[Layer, ...]:
             "license": None,
             "architecture": "llama",
             "layer": number,
-            "num_layers": found.num_layers,
+            "num_layers": selection.num_layers,
             "tensor_types": _type_names(tensors),
-            "skipped": found.skipped,
+            "skipped": selection.skipped,
             "rope_layout": "half-split",
             "rope_scaling": "llama3" if file.params.get("use_scaled_rope") else None,
         }
@@ -200,47 +197,10 @@ READERS: Mapping[str, Callable[[Path, LayerChoice], tuple[Layer, ...]]] = {  # b
 }
 
 
-def check_layer(spec: BlockSpec, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Check that these are the tensors of one layer of this geometry, and perhaps the language model's final norm.
-
-    Raises:
-        ValueError: a tensor is missing, unknown, or has another shape.
-    """
-    with torch.device("meta"):
-        wanted = {name: tuple(tensor.shape) for name, tensor in LlamaBlock(spec).state_dict().items()}
-    if FINAL_NORM in shapes:
-        wanted[FINAL_NORM] = (spec.hidden_size,)
-    if different := sorted(wanted.keys() ^ shapes.keys()):
-        raise ValueError(f"{different[0]} is {'missing' if different[0] in wanted else 'no tensor of a LLaMA layer'}")
-    for name, shape in shapes.items():
-        if tuple(shape) != wanted[name]:
-            raise ValueError(f"{name} has the shape {tuple(shape)}, but its geometry asks for {wanted[name]}")
-
-
-def half_split(rows: Tensor, heads: int) -> Tensor:
-    """Reorder a q or k projection's rows: interleaved rotary pairs (llama.cpp, Meta) to half-split (Hugging Face)."""
-    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(rows.shape)
-
-
-def block_spec(values: Mapping[str, Any], source: Path | str) -> BlockSpec:
-    """Make a geometry of values from outside; sizes that no real model has are refused before anything is allocated.
-
-    Raises:
-        ArtefactError: a value is missing, unknown or out of range.
-    """
-    for name in ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim"):
-        if not isinstance(value := values.get(name), int) or not 0 < value <= MAX_SIZE:
-            raise ArtefactError(f"{source}: {name} is {value!r}; it must be a whole number from 1 to {MAX_SIZE}")
-    for name in ("rms_norm_eps", "rope_theta"):
-        if not isinstance(value := values.get(name), int | float) or not 0 < value < math.inf:
-            raise ArtefactError(f"{source}: {name} is {value!r}; it must be a positive number")
-    return from_dict(BlockSpec, dict(values), str(source))
-
-
 def _gguf_spec(file: GgufFile) -> BlockSpec:
     meta = {key.removeprefix("llama."): value for key, value in file.metadata.items()}
     hidden, heads = meta.get("embedding_length"), meta.get("attention.head_count")
-    head_dim = meta.get("attention.key_length", _share(hidden, heads))
+    head_dim = meta.get("attention.key_length", head_dim_of(hidden, heads))
     for key in ("attention.value_length", "rope.dimension_count"):
         if meta.get(key, head_dim) != head_dim:
             raise ArtefactError(
@@ -273,7 +233,7 @@ def _hugging_face_spec(config: Mapping[str, Any], path: Path) -> BlockSpec:
             "intermediate_size": config.get("intermediate_size"),
             "num_heads": heads,
             "num_kv_heads": config.get("num_key_value_heads") or heads,
-            "head_dim": config.get("head_dim") or _share(hidden, heads),
+            "head_dim": config.get("head_dim") or head_dim_of(hidden, heads),
             "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
             "rope_theta": config.get("rope_theta") or _rope(config).get("rope_theta", 10000.0),
         },
@@ -289,7 +249,7 @@ def _meta_spec(file: MetaFile, intermediate_size: int) -> BlockSpec:
             "intermediate_size": intermediate_size,  # params.json has only what it was rounded up from
             "num_heads": params.get("n_heads"),
             "num_kv_heads": params.get("n_kv_heads") or params.get("n_heads"),
-            "head_dim": params.get("head_dim") or _share(params.get("dim"), params.get("n_heads")),
+            "head_dim": params.get("head_dim") or head_dim_of(params.get("dim"), params.get("n_heads")),
             "rms_norm_eps": params.get("norm_eps"),
             "rope_theta": params.get("rope_theta") or 10000.0,
         },
@@ -298,13 +258,13 @@ def _meta_spec(file: MetaFile, intermediate_size: int) -> BlockSpec:
 
 
 def _check_parts(file: MetaFile, query_rows: int, spec: BlockSpec) -> None:
-    """Say which parts are absent where the queries that are there are a whole share of all."""
-    found, wanted = len(file.parts), spec.num_heads * spec.head_dim
-    rows_of_part = query_rows // found
-    if found * rows_of_part < wanted and rows_of_part and wanted % rows_of_part == 0:
+    """Name the first missing part, where the query rows divide into equal parts."""
+    num_parts, wanted_rows = len(file.parts), spec.num_heads * spec.head_dim
+    rows_of_part = query_rows // num_parts
+    if num_parts * rows_of_part < wanted_rows and rows_of_part and wanted_rows % rows_of_part == 0:
         raise ArtefactError(
-            f"{file.params_path.parent} has {found} of {wanted // rows_of_part} parts; "
-            f"consolidated.{found:02}.pth is missing, and every part is needed"
+            f"{file.params_path.parent} has {num_parts} of {wanted_rows // rows_of_part} parts; "
+            f"consolidated.{num_parts:02}.pth is missing, and every part is needed"
         )
 
 
@@ -328,22 +288,16 @@ def _type_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return how the rotary embedding is set up: ``rope_parameters`` since transformers 5, ``rope_scaling`` before."""
+    """Return the rotary settings: ``rope_parameters`` since transformers 5, ``rope_scaling`` before."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     return rope if isinstance(rope, dict) else {}
 
 
 def _scaling(kind: Any) -> str | None:
-    """Return the name of a change to the rotary angles that ``rope_theta`` does not describe, if there is one."""
+    """Return the name of the rotary scaling, which ``rope_theta`` does not describe; None without scaling."""
     return None if kind in (None, "none", "default") else str(kind)
 
 
-def _share(hidden: Any, heads: Any) -> Any:
-    """Return the width of a head where a file does not give it; None where the numbers make no sense."""
-    sensible = isinstance(hidden, int) and isinstance(heads, int) and heads > 0 and hidden % heads == 0
-    return hidden // heads if sensible else None
-
-
 def _shortest(value: Any) -> Any:
-    """Return a float32 as the shortest decimal that means it: 1e-5, not 9.999999747378752e-06."""
+    """Return a float32 as the shortest decimal that rounds to it: 1e-5, not 9.999999747378752e-06."""
     return float(str(np.float32(value))) if isinstance(value, float) else value

@@ -43,19 +43,36 @@ def transunet(image_size: tuple[int, int], num_classes: int) -> ModelSpec:
 def transunet_small(image_size: tuple[int, int], num_classes: int) -> ModelSpec:
     """A TransUNet that a laptop's CPU trains in minutes."""
     return ModelSpec(
-        architecture="transunet-small", image_size=image_size, num_classes=num_classes, resnet_width=32,
-        resnet_units=(2, 2, 2), hidden_size=192, num_layers=4, num_heads=6, mlp_size=384, dropout=0.1,
-        bridge_channels=128, decoder_channels=(96, 64, 32, 16),
-    )  # fmt: skip
+        architecture="transunet-small",
+        image_size=image_size,
+        num_classes=num_classes,
+        resnet_width=32,
+        resnet_units=(2, 2, 2),
+        hidden_size=192,
+        num_layers=4,
+        num_heads=6,
+        mlp_size=384,
+        dropout=0.1,
+        bridge_channels=128,
+        decoder_channels=(96, 64, 32, 16),
+    )
 
 
 def transunet_tiny(image_size: tuple[int, int], num_classes: int) -> ModelSpec:
     """A TransUNet for tests, which runs in milliseconds."""
     return ModelSpec(
-        architecture="transunet-tiny", image_size=image_size, num_classes=num_classes, resnet_width=32,
-        resnet_units=(1, 1, 1), hidden_size=48, num_layers=2, num_heads=4, mlp_size=64,
-        bridge_channels=32, decoder_channels=(32, 16, 16, 16),
-    )  # fmt: skip
+        architecture="transunet-tiny",
+        image_size=image_size,
+        num_classes=num_classes,
+        resnet_width=32,
+        resnet_units=(1, 1, 1),
+        hidden_size=48,
+        num_layers=2,
+        num_heads=4,
+        mlp_size=64,
+        bridge_channels=32,
+        decoder_channels=(32, 16, 16, 16),
+    )
 
 
 def with_block(preset: Preset, block: BlockSpec) -> Preset:
@@ -121,8 +138,8 @@ class LanguageInsert(nn.Module):
     def __init__(self, hidden_size: int, spec: BlockSpec, insert: InsertSpec | None = None) -> None:
         super().__init__()
         insert = insert or InsertSpec()
-        self.goes_round_layers = insert.residual in ("in", "both")
-        self.goes_round_maps = insert.residual in ("out", "both")
+        self.inner_residual = insert.residual in ("in", "both")
+        self.outer_residual = insert.residual in ("out", "both")
         num_layers = 0 if insert.weights == "none" else insert.num_layers
         self.mapper1 = nn.Linear(hidden_size, spec.hidden_size, bias=False)
         layers = [LlamaBlock(spec, insert.parts) for _ in range(num_layers)]
@@ -142,10 +159,10 @@ class LanguageInsert(nn.Module):
         mapped = self.mapper1(tokens)
         layers_type = next((weight.dtype for weight in self.block.parameters()), mapped.dtype)
         answer = self.final_norm(self.block(mapped.to(layers_type)).to(mapped.dtype)).to(tokens.dtype)
-        if self.goes_round_layers:
+        if self.inner_residual:
             answer = answer + mapped
         answer = self.mapper2(answer)
-        return tokens + answer if self.goes_round_maps else answer
+        return tokens + answer if self.outer_residual else answer
 
 
 def build_model(spec: ModelSpec, block: FrozenBlock | Sequence[FrozenBlock] | None = None) -> TransUNet:

@@ -20,10 +20,17 @@ def organs_demo() -> Recipe:
             Step(name="noise", probability=0.5, options={"deviation": 0.2}),
         ),
         train=TrainSpec(
-            epochs=10, batch_size=8, slices_per_epoch=400, balance_classes=True, learning_rate=1e-3, weight_decay=1e-2,
-            min_learning_rate=1e-5, warmup_steps=50, max_gradient_norm=1.0,
+            epochs=10,
+            batch_size=8,
+            slices_per_epoch=400,
+            balance_classes=True,
+            learning_rate=1e-3,
+            weight_decay=1e-2,
+            min_learning_rate=1e-5,
+            warmup_steps=50,
+            max_gradient_norm=1.0,
         ),
-    )  # fmt: skip
+    )
 
 
 def tumours_demo() -> Recipe:
@@ -45,7 +52,14 @@ def tumours_demo() -> Recipe:
             Step(name="noise", probability=0.5, options={"deviation": 0.2}),
         ),
         train=TrainSpec(
-            epochs=10, batch_size=8, slices_per_epoch=400, balance_classes=True, learning_rate=1e-3, weight_decay=1e-2,
-            min_learning_rate=1e-5, warmup_steps=50, max_gradient_norm=1.0,
+            epochs=10,
+            batch_size=8,
+            slices_per_epoch=400,
+            balance_classes=True,
+            learning_rate=1e-3,
+            weight_decay=1e-2,
+            min_learning_rate=1e-5,
+            warmup_steps=50,
+            max_gradient_norm=1.0,
         ),
-    )  # fmt: skip
+    )

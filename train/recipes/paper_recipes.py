@@ -43,13 +43,22 @@ def lesions(dataset: str) -> Recipe:
         input_scale="unext",
         augmentation=(Step(name="rotate90", probability=0.5), Step(name="flip", probability=0.5)),
         train=TrainSpec(
-            epochs=200, batch_size=8, optimizer="adam", learning_rate=1e-4, min_learning_rate=1e-5, weight_decay=1e-4,
-            schedule="cosine", schedule_step="epoch", drop_last=True,
-            validate_with="unext_batch", best="iou", first_of_equals=True,
+            epochs=200,
+            batch_size=8,
+            optimizer="adam",
+            learning_rate=1e-4,
+            min_learning_rate=1e-5,
+            weight_decay=1e-4,
+            schedule="cosine",
+            schedule_step="epoch",
+            drop_last=True,
+            validate_with="unext_batch",
+            best="iou",
+            first_of_equals=True,
         ),
         data=DataOptions(dataset=dataset),
         pretrained="file",
-    )  # fmt: skip
+    )
 
 
 def synapse() -> Recipe:
@@ -66,12 +75,21 @@ def synapse() -> Recipe:
         augmentation=(Step(name="turn_or_rotate", options={"degrees": 20.0}),),
         augment_at="source",
         train=TrainSpec(
-            epochs=150, batch_size=24, optimizer="sgd", learning_rate=0.01, momentum=0.9, weight_decay=1e-4,
-            schedule="poly", schedule_step="after", drop_last=False, best="last", keep_epochs=(100,),
+            epochs=150,
+            batch_size=24,
+            optimizer="sgd",
+            learning_rate=0.01,
+            momentum=0.9,
+            weight_decay=1e-4,
+            schedule="poly",
+            schedule_step="after",
+            drop_last=False,
+            best="last",
+            keep_epochs=(100,),
         ),
         data=DataOptions(dataset="synapse"),
         pretrained="file",
-    )  # fmt: skip
+    )
 
 
 def acdc() -> Recipe:

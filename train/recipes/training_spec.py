@@ -73,8 +73,9 @@ class TrainSpec:
         if self.learning_rate <= 0 or (self.slices_per_epoch is not None and self.slices_per_epoch < 1):
             raise ValueError("learning_rate must be positive, slices_per_epoch 1 or more")
         for what, name, known in (
-            ("autocast", self.autocast, AUTOCASTS), ("frozen_dtype", self.frozen_dtype, FROZEN_DTYPES)
-        ):  # fmt: skip
+            ("autocast", self.autocast, AUTOCASTS),
+            ("frozen_dtype", self.frozen_dtype, FROZEN_DTYPES),
+        ):
             if name not in known:
                 raise ValueError(f"{what} cannot be {name!r}; choose one of: {', '.join(known)}")
         if not 1 <= self.accumulate <= self.batch_size:

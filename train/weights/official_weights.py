@@ -22,7 +22,7 @@ from medseg_trt.progress import LOG
 from medseg_trt.spec import PIXELS_PER_TOKEN, BlockSpec, Classes, ModelSpec, Preprocessing
 from medseg_trt.train.block.blocks import FrozenBlock, load_block, save_block
 from medseg_trt.train.block.layer_choice import FINAL_NORM
-from medseg_trt.train.block.layer_readers import block_spec, half_split
+from medseg_trt.train.block.layer_geometry import block_spec, half_split
 from medseg_trt.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from medseg_trt.train.datasets import acdc
 from medseg_trt.train.datasets.mask_classes import LESION
@@ -95,10 +95,12 @@ def import_official(
                 "imported": {"file": path.name, "sha256": sha256(path)},
                 "block": dict(frozen.provenance) if frozen is not None else None,
                 "versions": {
-                    "medseg-trt": __version__, "torch": str(torch.__version__), "python": platform.python_version()
+                    "medseg-trt": __version__,
+                    "torch": str(torch.__version__),
+                    "python": platform.python_version(),
                 },
             },
-        )  # fmt: skip
+        )
         save_checkpoint(checkpoint, out)
     return load_checkpoint(out)
 
@@ -203,9 +205,7 @@ def _require_same(missing: Sequence[str], unknown: Sequence[str], spec: ModelSpe
         raise ArtefactError(f"{path} is no checkpoint of {spec.architecture}: {'; '.join(parts)}")
 
 
-def _frozen(
-    state: State, spec: ModelSpec, block: Path | None, folder: Path, path: Path
-) -> tuple[FrozenBlock, Path]:  # fmt: skip
+def _frozen(state: State, spec: ModelSpec, block: Path | None, folder: Path, path: Path) -> tuple[FrozenBlock, Path]:
     """Return the frozen layer and the file that it is in: the one that is given, or one made of the checkpoint."""
     assert spec.block is not None
     inside = {

@@ -266,8 +266,11 @@ def _parameter(arguments: tuple[_Value, ...]) -> _Value:
 
 
 CALLS: Mapping[str, Callable[[tuple[_Value, ...]], _Value]] = {
-    ORDERED_DICT: _ordered_dict, TENSOR: _tensor, OLD_TENSOR: _tensor, PARAMETER: _parameter,
-}  # fmt: skip
+    ORDERED_DICT: _ordered_dict,
+    TENSOR: _tensor,
+    OLD_TENSOR: _tensor,
+    PARAMETER: _parameter,
+}
 CONSTANTS = frozenset(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING"))
 VALUES: Mapping[str, _Value] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": _Tuple((), 1)}
 INSTRUCTIONS: Mapping[str, Callable[[PickleJudge, Any], None]] = {  # of those that weights_only carries out

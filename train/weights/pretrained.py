@@ -32,9 +32,17 @@ ENCODER_PARTS = ("resnet.", "patch_embedding.", "position_embedding", "layers.",
 MAX_TOKENS = 1 << 16
 NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 DAMAGE = (  # NumPy reads an array's header as Python
-    OSError, ValueError, EOFError, RuntimeError, NotImplementedError, SyntaxError, TypeError, TokenError,
-    zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
+    OSError,
+    ValueError,
+    EOFError,
+    RuntimeError,
+    NotImplementedError,
+    SyntaxError,
+    TypeError,
+    TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 WHERE = "R50+ViT-B_16.npz of Google, or timm's vit_base_r50_s16_224.orig_in21k as .safetensors"
 SUFFIXES: Mapping[str, tuple[Rule, ...]] = {".npz": tuple(NPZ), ".safetensors": tuple(TIMM)}
 
@@ -71,9 +79,7 @@ def load_encoder(model: TransUNet, path: Path) -> list[str]:
     return unused
 
 
-def _from_npz(
-    model: TransUNet, state: Mapping[str, Tensor], places: Mapping[str, Elsewhere], path: Path
-) -> list[str]:  # fmt: skip
+def _from_npz(model: TransUNet, state: Mapping[str, Tensor], places: Mapping[str, Elsewhere], path: Path) -> list[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             arrays = {name.removesuffix(".npy"): _member(archive, name, path) for name in archive.namelist()}
@@ -107,9 +113,12 @@ def _lazy(file: Any, name: str) -> Array:
 
 
 def _fill(
-    model: TransUNet, state: Mapping[str, Tensor], places: Mapping[str, Elsewhere], arrays: Mapping[str, Array],
+    model: TransUNet,
+    state: Mapping[str, Tensor],
+    places: Mapping[str, Elsewhere],
+    arrays: Mapping[str, Array],
     path: Path,
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """Copy every array to its place, once all of them are known to be there and of the right shape."""
     misfit = f"{path} is no encoder of {model.spec.architecture}"
     if missing := sorted({place.name for place in places.values()} - arrays.keys()):

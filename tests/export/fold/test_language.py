@@ -324,9 +324,9 @@ def test_a_residual_makes_cancelling_the_final_norm_wrong():
     """Were the rule not to look, the networks would differ by far more than a build allows."""
     model = network(variant(InsertSpec(residual="both")))
     changed = with_projections(model)
-    insert_of(changed).goes_round_layers = insert_of(changed).goes_round_maps = False
+    insert_of(changed).inner_residual = insert_of(changed).outer_residual = False
     assert RULES["final_norm"](changed).count == 1
-    insert_of(changed).goes_round_layers = insert_of(changed).goes_round_maps = True
+    insert_of(changed).inner_residual = insert_of(changed).outer_residual = True
     assert error(changed, model) > BUILD_LIMIT
 
 

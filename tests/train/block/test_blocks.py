@@ -66,10 +66,19 @@ def assert_same(found: FrozenBlock, expected: FrozenBlock) -> None:
 
 def test_a_real_model_gives_its_published_geometry(real, llama_gguf):
     """Source: config.json of HuggingFaceTB/SmolLM2-135M-Instruct."""
-    assert real.spec == SMOLLM2_135M == BlockSpec(
-        hidden_size=576, intermediate_size=1536, num_heads=9, num_kv_heads=3, head_dim=64, rms_norm_eps=1e-5,
-        rope_theta=1e5,
-    )  # fmt: skip
+    assert (
+        real.spec
+        == SMOLLM2_135M
+        == BlockSpec(
+            hidden_size=576,
+            intermediate_size=1536,
+            num_heads=9,
+            num_kv_heads=3,
+            head_dim=64,
+            rms_norm_eps=1e-5,
+            rope_theta=1e5,
+        )
+    )
     assert real.num_parameters == 3_540_096
     assert real.num_parameters == sum(parameter.numel() for parameter in build_block(real).parameters())
     described = {name: real.provenance[name] for name in ("layer", "num_layers", "license", "architecture", "format")}
@@ -202,7 +211,9 @@ def test_layers_of_two_geometries_or_none_at_all_are_no_block(tmp_path):
 
 SEVERAL: Mapping[str, tuple[Damage | None, Callable[[dict[str, torch.Tensor]], Any] | None, str]] = {
     "one layer too few": (
-        lambda header: header["provenance"]["layers"].pop(), None, r"2\..* is no tensor of one of its 2",
+        lambda header: header["provenance"]["layers"].pop(),
+        None,
+        r"2\..* is no tensor of one of its 2",
     ),
     "one layer too many": (lambda header: header["provenance"]["layers"].append({}), None, "is missing"),
     "one alone": (lambda header: header["provenance"].update(layers=[{}]), None, "no list of several layers"),
@@ -210,13 +221,17 @@ SEVERAL: Mapping[str, tuple[Damage | None, Callable[[dict[str, torch.Tensor]], A
     "layers and more": (lambda header: header["provenance"].update(layer=3), None, "no list of several layers"),
     "a layer without a number": (None, lambda tensors: tensors.update(x=torch.zeros(1)), "x is no tensor of one of"),
     "a number written otherwise": (
-        None, lambda tensors: tensors.update({"02.mlp.x": torch.zeros(1)}), r"02\.mlp\.x is no tensor of one of its 3",
+        None,
+        lambda tensors: tensors.update({"02.mlp.x": torch.zeros(1)}),
+        r"02\.mlp\.x is no tensor of one of its 3",
     ),
     "a tensor missing": (None, lambda tensors: tensors.pop("1.mlp.up_proj.weight"), "mlp.up_proj.weight is missing"),
     "a final norm of another width": (
-        None, lambda tensors: tensors.update({"2.norm.weight": torch.ones(32)}), r"norm\.weight has the shape \(32,\)",
+        None,
+        lambda tensors: tensors.update({"2.norm.weight": torch.ones(32)}),
+        r"norm\.weight has the shape \(32,\)",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", SEVERAL)
@@ -381,7 +396,7 @@ TENSORS: Mapping[str, tuple[Callable[[Tensors], Tensors], str]] = {
         lambda tensors: tensors | {"input_layernorm.weight": torch.full((64,), torch.inf)},
         "input_layernorm.weight holds values that are not finite",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", TENSORS)

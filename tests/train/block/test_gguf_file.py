@@ -52,9 +52,18 @@ def test_what_the_gguf_package_writes_is_read_back(alignment, tmp_path):
         assert file.tensors[name].shape == tensor.shape
         np.testing.assert_array_equal(file.read(name).numpy(), tensor)
     expected = {
-        "general.architecture": "llama", "u8": 200, "i16": -300, "u32": 70000, "i64": -(2**40), "f32": 0.5, "f64": 1e-5,
-        "yes": True, "text": "Größe", "words": None, "numbers": None,
-    }  # fmt: skip
+        "general.architecture": "llama",
+        "u8": 200,
+        "i16": -300,
+        "u32": 70000,
+        "i64": -(2**40),
+        "f32": 0.5,
+        "f64": 1e-5,
+        "yes": True,
+        "text": "Größe",
+        "words": None,
+        "numbers": None,
+    }
     assert file.metadata.items() >= expected.items()
 
 

@@ -24,7 +24,8 @@ from medseg_trt.errors import ArtefactError, UsageError
 from medseg_trt.spec import BlockSpec
 from medseg_trt.train.block import layer_readers
 from medseg_trt.train.block.blocks import FrozenBlock, build_block, extract, extract_last, save_block
-from medseg_trt.train.block.layer_readers import GGUF_NAMES, META_NAMES, half_split
+from medseg_trt.train.block.layer_geometry import half_split
+from medseg_trt.train.block.layer_readers import GGUF_NAMES, META_NAMES
 
 NUM_LAYERS = 3
 SPEC = BlockSpec(
@@ -147,10 +148,16 @@ def write_meta(folder: Path, model: LlamaForCausalLM, num_parts: int = 1, **para
     """Write a model in Meta's layout; ``params`` are changes of params.json."""
     config = model.config
     known = {
-        "dim": config.hidden_size, "n_layers": NUM_LAYERS, "n_heads": config.num_attention_heads,
-        "n_kv_heads": config.num_key_value_heads, "multiple_of": 32, "ffn_dim_multiplier": 0.5,
-        "norm_eps": config.rms_norm_eps, "rope_theta": SPEC.rope_theta, "vocab_size": -1,
-    }  # fmt: skip
+        "dim": config.hidden_size,
+        "n_layers": NUM_LAYERS,
+        "n_heads": config.num_attention_heads,
+        "n_kv_heads": config.num_key_value_heads,
+        "multiple_of": 32,
+        "ffn_dim_multiplier": 0.5,
+        "norm_eps": config.rms_norm_eps,
+        "rope_theta": SPEC.rope_theta,
+        "vocab_size": -1,
+    }
     (folder / "params.json").write_text(json.dumps(known | params))
     for part in range(num_parts):
         share = {key: meta_share(key, tensor, part, num_parts) for key, tensor in meta_tensors(model).items()}
@@ -643,7 +650,7 @@ BAD_GGUF: Mapping[str, tuple[Callable[[dict[str, np.ndarray]], dict[str, np.ndar
         "does not say how many layers it has",
     ),
     "no eps": (dict, {"changes": {"eps": lambda writer: None}}, "rms_norm_eps is None"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", BAD_GGUF)

@@ -94,9 +94,14 @@ def test_a_layer_computes_what_metas_own_formulas_give(num_parts, tmp_path):
     """
     block = extract(write(tmp_path, make_parts(num_parts)), 1)
     assert block.spec == BlockSpec(
-        hidden_size=WIDTH, intermediate_size=INNER, num_heads=HEADS, num_kv_heads=HEADS, head_dim=HEAD_DIM,
-        rms_norm_eps=3e-5, rope_theta=10000.0,
-    )  # fmt: skip
+        hidden_size=WIDTH,
+        intermediate_size=INNER,
+        num_heads=HEADS,
+        num_kv_heads=HEADS,
+        head_dim=HEAD_DIM,
+        rms_norm_eps=3e-5,
+        rope_theta=10000.0,
+    )
     tokens = torch.randn(1, 7, WIDTH, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         found = build_block(block, rotary=True, causal=True)(tokens)[0].numpy()
@@ -196,7 +201,7 @@ BAD_PARTS: Mapping[str, tuple[Callable[[Parts], object], str]] = {
         lambda parts: parts[0].update(steps=7),  # pyright: ignore[reportCallIssue, reportArgumentType]  # the fault
         "steps is no plain tensor",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", BAD_PARTS)

@@ -39,8 +39,18 @@ def test_every_stage_has_the_published_shape(size):
     with torch.device("meta"):
         model = TransUNet(transunet(size, 9)).eval()
         shapes: dict[str, tuple[int, ...]] = {}
-        for name in ("resnet.root", "resnet.block1", "resnet.block2", "resnet.block3", "encoder_norm", "bridge",
-                     "decoder.0", "decoder.1", "decoder.2", "decoder.3"):  # fmt: skip
+        for name in (
+            "resnet.root",
+            "resnet.block1",
+            "resnet.block2",
+            "resnet.block3",
+            "encoder_norm",
+            "bridge",
+            "decoder.0",
+            "decoder.1",
+            "decoder.2",
+            "decoder.3",
+        ):
 
             def note(_module: nn.Module, _inputs: object, output: torch.Tensor, name: str = name) -> None:
                 shapes[name] = tuple(output.shape)

@@ -83,10 +83,15 @@ VARIANTS: Mapping[str, Variant] = {
     "rotary": variant(rotary=True),
     "causal": variant(causal=True),
     "several": variant(
-        residual="both", norm="pretrained", placement=1, parts="attention", num_layers=2, weights="shuffled",
+        residual="both",
+        norm="pretrained",
+        placement=1,
+        parts="attention",
+        num_layers=2,
+        weights="shuffled",
         causal=True,
     ),
-}  # fmt: skip
+}
 SAME_FUNCTION = {"trained": "published", "small maps": "published"}  # but for what they start from or train
 
 
@@ -304,7 +309,7 @@ FAULTS: Mapping[str, tuple[str, Any]] = {  # a variant, and what is wrong in the
         "shuffled",
         lambda layers: [{**layers[0], "input_layernorm.weight": own_norm("input_layernorm.weight")}],
     ),
-}  # fmt: skip
+}
 
 
 def own_norm(name: str) -> np.ndarray:
@@ -362,8 +367,9 @@ def test_the_inner_residual_is_added_after_the_final_norm():
 def test_permuted_tokens_give_the_permuted_answer_only_without_rotary_and_mask(rotary, causal):
     tokens = torch.randn(2, 16, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     order = torch.randperm(16, generator=torch.Generator().manual_seed(3))
-    for residual, norm, parts in product(("none", "in", "out", "both"), ("ones", "pretrained", "none"),
-                                         ("full", "attention", "mlp")):  # fmt: skip
+    for residual, norm, parts in product(
+        ("none", "in", "out", "both"), ("ones", "pretrained", "none"), ("full", "attention", "mlp")
+    ):
         if parts == "mlp" and (rotary or causal):
             continue  # it has no attention to change, and is refused
         model = make_model(variant(residual=residual, norm=norm, parts=parts, rotary=rotary, causal=causal))
@@ -616,8 +622,14 @@ def pictures(tmp_path_factory) -> Path:
 
 
 def test_a_recipe_chooses_the_variant_and_a_control_needs_no_block(pictures, tmp_path):
-    changes = ("train.epochs=1", "insert.weights=random", "insert.seed=3", "insert.residual=out",
-               "insert.placement=1", "rotary=true")  # fmt: skip
+    changes = (
+        "train.epochs=1",
+        "insert.weights=random",
+        "insert.seed=3",
+        "insert.residual=out",
+        "insert.placement=1",
+        "rotary=true",
+    )
     spec = load_checkpoint(train(tiny_recipe(*changes), open_folder(pictures), tmp_path)).spec
     assert spec.insert == InsertSpec(weights="random", seed=3, residual="out", placement=1)
     assert spec.block == replace(TINY_LLAMA, rotary=True)

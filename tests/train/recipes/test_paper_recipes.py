@@ -28,9 +28,13 @@ ITERATIONS = 13_950
 def rate(spec, step, steps_per_epoch):
     """Return the learning rate of an optimiser step, counted from 0."""
     return learning_rate(
-        scheduled_step(step, steps_per_epoch, spec.schedule_step), spec.epochs * steps_per_epoch,
-        schedule=spec.schedule, peak=spec.learning_rate, floor=spec.min_learning_rate, warmup_steps=spec.warmup_steps,
-    )  # fmt: skip
+        scheduled_step(step, steps_per_epoch, spec.schedule_step),
+        spec.epochs * steps_per_epoch,
+        schedule=spec.schedule,
+        peak=spec.learning_rate,
+        floor=spec.min_learning_rate,
+        warmup_steps=spec.warmup_steps,
+    )
 
 
 @pytest.mark.parametrize("name", LESIONS)

@@ -87,9 +87,13 @@ def test_the_logits_are_those_of_the_published_forward_pass(tmp_path, architectu
     state = official_state(architecture, size)
     path = saved(tmp_path / "official.pth", state, prefix)
     found = import_official(
-        path, tmp_path / "model.pt", contract=CONTRACT, classes=THREE, architecture=architecture,
+        path,
+        tmp_path / "model.pt",
+        contract=CONTRACT,
+        classes=THREE,
+        architecture=architecture,
         image_size=None if size == (32, 32) else size,
-    )  # fmt: skip
+    )
     again = load_checkpoint(tmp_path / "model.pt")
     assert again.spec == found.spec
     assert (again.preprocessing.image_size, again.preprocessing.resize) == (size, "spline3")
@@ -105,10 +109,12 @@ def test_the_logits_are_those_of_the_published_forward_pass(tmp_path, architectu
         ("transformer.llama.layers.0.feed_forward.w1.weight", "transformer.llama.layers.0.feed_forward.w3.weight"),
         ("transformer.llama.layers.0.attention_norm.weight", "transformer.llama.layers.0.ffn_norm.weight"),
         ("decoder.blocks.2.conv2.1.running_mean", "decoder.blocks.2.conv2.1.bias"),
-        ("transformer.embeddings.hybrid_model.body.block1.unit1.gn3.bias",
-         "transformer.embeddings.hybrid_model.body.block1.unit1.gn_proj.bias"),
+        (
+            "transformer.embeddings.hybrid_model.body.block1.unit1.gn3.bias",
+            "transformer.embeddings.hybrid_model.body.block1.unit1.gn_proj.bias",
+        ),
     ],
-)  # fmt: skip
+)
 def test_two_weights_that_were_exchanged_would_be_noticed(tmp_path, first, second):
     state = official_state(LLM)
     exchanged = state | {first: state[second], second: state[first]}
@@ -127,8 +133,9 @@ def test_the_frozen_layer_becomes_a_file_of_its_own_in_16_bits(tmp_path):
     assert found.block_file is not None
     assert found.block_sha256 is not None
     assert {each.name for each in (tmp_path / "out").iterdir()} == {
-        "model.pt", f"block-{found.block_sha256[:16]}.safetensors"
-    }  # fmt: skip
+        "model.pt",
+        f"block-{found.block_sha256[:16]}.safetensors",
+    }
     (block,) = load_block(found.block_file, found.block_sha256)
     assert {tensor.dtype for tensor in block.tensors.values()} == {torch.float16}
     assert block.spec == found.spec.block == MHA
@@ -221,17 +228,23 @@ FORMS = {  # how people save a network, with what may lie beside it
     "DataParallel of a compiled network": renamed("module._orig_mod."),
     "a compiled part": renamed("model.", "_orig_mod."),
     "Lightning": lambda state: {
-        "state_dict": renamed("model.")(state), "epoch": 9, "optimizer_states": [{"state": {}}], "best": torch.ones(()),
+        "state_dict": renamed("model.")(state),
+        "epoch": 9,
+        "optimizer_states": [{"state": {}}],
+        "best": torch.ones(()),
     },
     "PyTorch's tutorial": lambda state: {
-        "epoch": 149, "model_state_dict": state, "optimizer_state_dict": {"state": {}}, "loss": torch.ones(1),
+        "epoch": 149,
+        "model_state_dict": state,
+        "optimizer_state_dict": {"state": {}},
+        "loss": torch.ones(1),
     },
     "net": lambda state: {"net": state, "epoch": 3, "acc": 0.9},
     "model": lambda state: {"model": renamed("module.")(state), "args": {"lr": 0.1}},
     "network.": renamed("network."),
     "state_dict in model": lambda state: {"model": {"state_dict": state}},
     "an epoch among the weights": lambda state: state | {"epoch": 3, "optimizer": {"state": {}}},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -317,8 +330,11 @@ def changed(name, value):
         (without(HEAD), {}, f"has no {HEAD} with 4 axes"),
         (changed(HEAD, lambda old: old[0]), {}, f"has no {HEAD} with 4 axes"),
         (changed(NORM, lambda _: "text"), {}, "is no plain tensor"),
-        (lambda state: state, {"classes": Classes(names=("background", "a", "b", "c"))},
-         r"answers with 3 logit\(s\), but 4 classes need 4"),
+        (
+            lambda state: state,
+            {"classes": Classes(names=("background", "a", "b", "c"))},
+            r"answers with 3 logit\(s\), but 4 classes need 4",
+        ),
         (lambda state: state, {"image_size": (64, 64)}, "trained with 4 tokens, but 64 x 64 pixels have 16"),
         (lambda state: state, {"image_size": (30, 30)}, "multiple of 16"),
         (lambda state: state, {"architecture": LLM}, "holds no language insert"),
@@ -326,7 +342,7 @@ def changed(name, value):
         (lambda state: {}, {}, "holds no named tensors"),
         (lambda state: state | {f"module.{NORM}": state[NORM]}, {}, "holds a tensor twice"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_named_and_nothing_is_written(tmp_path, damage, options, message):
     path = saved(tmp_path / "official.pth", damage(official_state(OURS)))
     wanted = {"contract": CONTRACT, "classes": THREE, "architecture": OURS, **options}
@@ -353,13 +369,25 @@ def test_part_of_a_language_layer_and_one_of_odd_shape_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("classes", "names"),
     [
-        (9, ("background", "aorta", "gallbladder", "kidney_left", "kidney_right", "liver", "pancreas", "spleen",
-             "stomach")),
+        (
+            9,
+            (
+                "background",
+                "aorta",
+                "gallbladder",
+                "kidney_left",
+                "kidney_right",
+                "liver",
+                "pancreas",
+                "spleen",
+                "stomach",
+            ),
+        ),
         (4, ("background", "right ventricle", "myocardium", "left ventricle")),
         (1, ("background", "lesion")),
         (3, ("background", "class 1", "class 2")),
     ],
-)  # fmt: skip
+)
 def test_classes_without_names_are_those_of_the_authors_data_or_numbers(tmp_path, classes, names):
     path = saved(tmp_path / "official.pth", official_state(OURS, classes=classes))
     found = import_official(path, tmp_path / "model.pt", contract=CONTRACT, architecture=OURS)
