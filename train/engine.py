@@ -1,7 +1,7 @@
 """What computes the training steps: the device, the number type, and the processes that torchrun or a cluster started.
 
 One process alone takes the same path. Accelerate finds out where we are, connects the processes and lets them average
-their gradients; what a loss over the whole batch needs besides is in ``whole_batch``. The first process alone reads the
+their gradients; what a loss over the whole batch needs besides is in ``global_batch``. The first process alone reads the
 run so far, validates and writes.
 """
 
@@ -19,9 +19,9 @@ from torch import Tensor, distributed, nn
 
 from medseg_trt.errors import MedsegError
 from medseg_trt.progress import LOG
-from medseg_trt.train.whole_batch import Part, parts_of
+from medseg_trt.train.global_batch import BatchShard, shards_for_rank
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 AUTOCASTS: Mapping[str, torch.dtype | None] = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 PATIENCE = timedelta(hours=12)  # of those who wait for the first process; the launcher ends all when one dies
@@ -56,7 +56,7 @@ class Engine:
         """Return the model, already on the device, such that its gradients are the mean of those of all processes."""
         return self._accelerator.prepare_model(model, device_placement=False)
 
-    def first(self, action: Callable[[], Found]) -> Found | None:
+    def first(self, action: Callable[[], Result]) -> Result | None:
         """Let the first process do something while the others wait; they get None, and leave where it fails.
 
         Raises:
@@ -76,7 +76,7 @@ class Engine:
             raise SystemExit(outcome[0])
         return found
 
-    def first_of_machine(self, action: Callable[[], Found]) -> Found:
+    def first_of_machine(self, action: Callable[[], Result]) -> Result:
         """Let one process of every machine do something, and give its answer, which must be picklable, to all there."""
         if self.processes == 1:
             return action()
@@ -86,9 +86,9 @@ class Engine:
         distributed.all_gather_object(answers, mine)
         return answers[machine]
 
-    def parts(self, size: int, accumulate: int) -> tuple[Part, ...]:
+    def shards(self, size: int, accumulate: int) -> tuple[BatchShard, ...]:
         """Return what this process computes of a batch, one micro-batch after the other."""
-        return parts_of(size, accumulate, self.processes, self.rank)
+        return shards_for_rank(size, accumulate, self.processes, self.rank)
 
     def autocast(self) -> AbstractContextManager[object]:
         """Compute what is inside in the number type of the recipe."""

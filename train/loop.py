@@ -23,6 +23,7 @@ from medseg_trt.train.datasets.prepared import PreparedSlices, mapped_slices, pr
 from medseg_trt.train.engine import Engine
 from medseg_trt.train.epoch_slices import EpochSlices
 from medseg_trt.train.evaluate import evaluate
+from medseg_trt.train.global_batch import BatchShard, assign_shard
 from medseg_trt.train.losses import segmentation_loss
 from medseg_trt.train.models.frozen import keep_frozen_in
 from medseg_trt.train.models.model import runner
@@ -31,7 +32,6 @@ from medseg_trt.train.recipes.training_spec import Recipe, TrainSpec
 from medseg_trt.train.run_lock import run_lock
 from medseg_trt.train.runs import PARTIAL_SLICES, Progress, Row, RunState, begin, join, save, save_progress
 from medseg_trt.train.schedules import learning_rate, scheduled_step
-from medseg_trt.train.whole_batch import Part, compute_part
 
 
 def train(
@@ -177,7 +177,7 @@ def train_epoch(
     batches = _batches(len(dataset), spec, engine)
     losses = list(progress.losses) if progress is not None else []
     left = batches[len(losses) :]
-    share = [list(range(start + part.start, start + part.stop)) for start, parts in left for part in parts]
+    share = [list(range(start + shard.start, start + shard.stop)) for start, shards in left for shard in shards]
     fed = iter(DataLoader(dataset, batch_sampler=share, num_workers=spec.workers))
     if progress is not None:
         engine.set_random_state(progress.random_state)
@@ -199,12 +199,12 @@ def train_epoch(
         done = step + 1
         if keep is not None and spec.save_every_steps and done % spec.save_every_steps == 0 and done < len(batches):
             keep(Progress(epoch=epoch, losses=tuple(losses), random_state=engine.random_state()))
-    compute_part(model, None)
+    assign_shard(model, None)
     return sum(losses) / len(losses)
 
 
-def _batches(count: int, spec: TrainSpec, engine: Engine) -> list[tuple[int, tuple[Part, ...]]]:
-    """Return where each batch of an epoch begins, and this process's parts of it.
+def _batches(count: int, spec: TrainSpec, engine: Engine) -> list[tuple[int, tuple[BatchShard, ...]]]:
+    """Return where each batch of an epoch begins, and this process's shards of it.
 
     A short last batch is left out where ``spec.drop_last`` says so and it is not the only one.
     """
@@ -216,24 +216,24 @@ def _batches(count: int, spec: TrainSpec, engine: Engine) -> list[tuple[int, tup
             f"a batch of {smallest} slice(s) cannot be shared by {engine.processes} processes; start fewer, "
             f"or choose --set train.batch_size={engine.processes}"
         )
-    whole = [(start, engine.parts(size, spec.accumulate)) for start in range(0, count - size + 1, size)]
-    return [*whole, (count - rest, engine.parts(rest, spec.accumulate))] if rest else whole
+    whole = [(start, engine.shards(size, spec.accumulate)) for start in range(0, count - size + 1, size)]
+    return [*whole, (count - rest, engine.shards(rest, spec.accumulate))] if rest else whole
 
 
 def _loss_and_gradients(
-    model: nn.Module, fed: Iterator[tuple[torch.Tensor, torch.Tensor]], parts: tuple[Part, ...], engine: Engine
+    model: nn.Module, fed: Iterator[tuple[torch.Tensor, torch.Tensor]], shards: tuple[BatchShard, ...], engine: Engine
 ) -> float:
     """Compute one batch, micro-batch by micro-batch, and return its loss."""
-    begin, whole_loss = engine.random_state() if len(parts) > 1 else None, 0.0
-    for number, part in enumerate(parts, 1):
+    begin, whole_loss = engine.random_state() if len(shards) > 1 else None, 0.0
+    for number, shard in enumerate(shards, 1):
         images, labels = next(fed)
         if begin is not None:
             engine.set_random_state(begin)  # every micro-batch draws for the whole batch and takes its rows
-        compute_part(model, part)
-        with engine.no_average(model, number < len(parts)):
+        assign_shard(model, shard)
+        with engine.no_average(model, number < len(shards)):
             with engine.autocast():
                 logits = model(images.to(engine.device))
-            loss = segmentation_loss(logits.float(), labels.to(engine.device), part) * part.share
+            loss = segmentation_loss(logits.float(), labels.to(engine.device), shard) * shard.micro_batch_fraction
             engine.backward(loss)
         whole_loss += loss.item()
     return whole_loss

@@ -17,9 +17,9 @@ from medseg_trt.train.block.blocks import random_block
 from medseg_trt.train.checkpoint import trained_weights
 from medseg_trt.train.datasets.prepared import PreparedSlices
 from medseg_trt.train.engine import Engine
+from medseg_trt.train.global_batch import BatchNorm2d, BatchShard, assign_shard
 from medseg_trt.train.loop import make_optimizer, train_epoch
 from medseg_trt.train.models.model import build_model
-from medseg_trt.train.whole_batch import BatchNorm2d, Part, compute_part
 
 CASES: Mapping[str, tuple[int, tuple[str, ...]]] = {  # number of logits, and changes to the recipe
     "several classes": (3, ()),
@@ -61,22 +61,24 @@ def own_statistics() -> Iterator[None]:
 
 @contextmanager
 def own_dice() -> Iterator[None]:
-    def own_sum(part: Part, value: Tensor, real: Callable[[Part, Tensor], Tensor] = Part.sum) -> Tensor:
-        return value if value.shape == (3,) else real(part, value)  # the sums of three classes
+    def own_sum(
+        shard: BatchShard, value: Tensor, real: Callable[[BatchShard, Tensor], Tensor] = BatchShard.sum
+    ) -> Tensor:
+        return value if value.shape == (3,) else real(shard, value)  # the sums of three classes
 
-    with patch.object(Part, "sum", own_sum):
+    with patch.object(BatchShard, "sum", own_sum):
         yield
 
 
 @contextmanager
 def own_masks() -> Iterator[None]:
-    def compute(model: nn.Module, part: Part | None) -> None:
-        compute_part(model, part)
+    def compute(model: nn.Module, shard: BatchShard | None) -> None:
+        assign_shard(model, shard)
         for layer in model.modules():
             if type(layer).__name__ == "Dropout":
-                layer.part = None  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+                layer.shard = None  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
 
-    with patch("medseg_trt.train.loop.compute_part", compute):
+    with patch("medseg_trt.train.loop.assign_shard", compute):
         yield
 
 

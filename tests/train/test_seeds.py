@@ -13,13 +13,13 @@ import torch
 from tiny import tiny_recipe
 from torch import nn
 
-from medseg_trt.train import whole_batch
+from medseg_trt.train import global_batch
 from medseg_trt.train.datasets.prepared import PreparedSlices
 from medseg_trt.train.engine import Engine
 from medseg_trt.train.epoch_slices import EpochSlices
+from medseg_trt.train.global_batch import Dropout
 from medseg_trt.train.loop import make_optimizer, train_epoch
 from medseg_trt.train.runs import Progress
-from medseg_trt.train.whole_batch import Dropout
 
 SLICES, BATCH = 12, 4
 STEPS = SLICES // BATCH
@@ -109,7 +109,7 @@ def test_micro_batches_have_the_rows_of_the_batchs_mask(slices, accumulate):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_processes_have_the_rows_of_the_batchs_mask(slices, accumulate, monkeypatch):
     """The sums over the processes are left out: the masks do not depend on them."""
-    monkeypatch.setattr(whole_batch, "_summed", lambda value: value)
+    monkeypatch.setattr(global_batch, "_all_reduce_sum", lambda value: value)
     shares = []
     for rank in range(2):
         engine = Engine()
