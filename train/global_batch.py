@@ -131,7 +131,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over the processes. All processes compute the same loss, so each gradient is that of the sum of losses."""
+    """The sum over the processes; all of them compute the same loss, so each gradient is that of the sum of losses."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, value: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ from medseg_trt.imaging.segment import Run
 from medseg_trt.progress import LOG, track
 from medseg_trt.train.datasets.folder import DataFolder
 from medseg_trt.train.datasets.prepared import PreparedSlices, mapped_slices, prepare_slices, source_slices
-from medseg_trt.train.engine import Engine
 from medseg_trt.train.epoch_slices import EpochSlices
 from medseg_trt.train.evaluate import evaluate
 from medseg_trt.train.global_batch import BatchShard, assign_shard
@@ -32,6 +31,7 @@ from medseg_trt.train.recipes.training_spec import Recipe, TrainSpec
 from medseg_trt.train.run_lock import run_lock
 from medseg_trt.train.runs import PARTIAL_SLICES, Progress, Row, RunState, begin, join, save, save_progress
 from medseg_trt.train.schedules import learning_rate, scheduled_step
+from medseg_trt.train.training_process import TrainingProcess
 
 
 def train(
@@ -54,40 +54,42 @@ def train(
         ArtefactError: the block or the checkpoint cannot be used.
         MedsegError: the training has diverged.
     """
-    engine = Engine(recipe.train.autocast)
+    process = TrainingProcess(recipe.train.autocast)
     with ExitStack() as held:
-        engine.first(lambda: held.enter_context(run_lock(out)))
-        state = engine.first(lambda: begin(recipe, data, out, block=block, weights=weights, resume=resume))
+        process.run_on_first(lambda: held.enter_context(run_lock(out)))
+        state = process.run_on_first(lambda: begin(recipe, data, out, block=block, weights=weights, resume=resume))
         state = state or join(recipe, data, out, block=block, weights=weights)
         if state.next_epoch > recipe.train.epochs:
             LOG.info("%s is complete; all %d epochs are done", out, recipe.train.epochs)
         else:
-            _train(recipe, data, out, state, engine, held)
+            _train(recipe, data, out, state, process, held)
     return out / "best.pt"
 
 
-def _train(recipe: Recipe, data: DataFolder, out: Path, state: RunState, engine: Engine, held: ExitStack) -> None:
+def _train(
+    recipe: Recipe, data: DataFolder, out: Path, state: RunState, process: TrainingProcess, held: ExitStack
+) -> None:
     checkpoint, spec = state.checkpoint, recipe.train
-    model = checkpoint.model().to(engine.device)
+    model = checkpoint.model().to(process.device)
     keep_frozen_in(model, spec.frozen_dtype)
     optimizer = make_optimizer(model, spec)
     if checkpoint.training is not None:
         optimizer.load_state_dict(checkpoint.training["optimizer"])
-        engine.scaler.load_state_dict(checkpoint.training.get("scaler", {}))
+        process.scaler.load_state_dict(checkpoint.training.get("scaler", {}))
     if not data.splits.get("val", ()) and spec.best != "last":
         LOG.warning("%s has no validation split, so best.pt is simply the latest epoch", data.name)
-    slices = _prepared(recipe, data, state, out, engine, held)
+    slices = _prepared(recipe, data, state, out, process, held)
     LOG.info("train %s on %d slices of %s", recipe.architecture, len(slices.images), data.name)
-    training = _Training(recipe=recipe, data=data, out=out, engine=engine, model=model, optimizer=optimizer)
-    connected, progress = engine.connect(model), state.progress
+    training = _Training(recipe=recipe, data=data, out=out, process=process, model=model, optimizer=optimizer)
+    connected, progress = process.connect(model), state.progress
     for epoch in range(state.next_epoch, spec.epochs + 1):
         began = time.monotonic()
         row: dict[str, Any] = {"epoch": epoch}
         if epoch > 0:
             keep = partial(training.keep, state)
-            row["loss"] = train_epoch(connected, optimizer, slices, recipe, epoch, engine, progress, keep)
+            row["loss"] = train_epoch(connected, optimizer, slices, recipe, epoch, process, progress, keep)
             progress = None
-        state = engine.first(partial(training.finish, state, row, began)) or state
+        state = process.run_on_first(partial(training.finish, state, row, began)) or state
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +99,7 @@ class _Training:
     recipe: Recipe
     data: DataFolder
     out: Path
-    engine: Engine
+    process: TrainingProcess
     model: TransUNet
     optimizer: torch.optim.Optimizer
 
@@ -120,14 +122,14 @@ class _Training:
 
     def keep(self, state: RunState, progress: Progress) -> None:
         """Save what the steps of an epoch have brought."""
-        self.engine.first(lambda: save_progress(state, self.model, self._beside_weights(), progress, self.out))
+        self.process.run_on_first(lambda: save_progress(state, self.model, self._beside_weights(), progress, self.out))
 
     def _beside_weights(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer.state_dict(), "scaler": self.engine.scaler.state_dict()}
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.process.scaler.state_dict()}
 
 
 def _prepared(
-    recipe: Recipe, data: DataFolder, state: RunState, out: Path, engine: Engine, held: ExitStack
+    recipe: Recipe, data: DataFolder, state: RunState, out: Path, process: TrainingProcess, held: ExitStack
 ) -> PreparedSlices:
     """Prepare the slices of the training split once on every machine, in a folder that ``held`` removes."""
     contract = state.checkpoint.preprocessing
@@ -140,7 +142,7 @@ def _prepared(
         keep = source_slices if at_source else prepare_slices
         return folder, keep(data.cases("train"), in_training, len(data.classes.names), folder).slices_of_class
 
-    return mapped_slices(*engine.first_of_machine(prepare), in_training if at_source else None)
+    return mapped_slices(*process.run_once_per_machine(prepare), in_training if at_source else None)
 
 
 def train_epoch(
@@ -149,7 +151,7 @@ def train_epoch(
     slices: PreparedSlices,
     recipe: Recipe,
     epoch: int,
-    engine: Engine | None = None,
+    process: TrainingProcess | None = None,
     progress: Progress | None = None,
     keep: Callable[[Progress], None] | None = None,
 ) -> float:
@@ -158,12 +160,12 @@ def train_epoch(
     All randomness comes from the seed and the epoch's number, so that a resumed run takes the same steps.
 
     Args:
-        model: the network, as ``engine.connect`` returned it.
+        model: the network, as ``process.connect`` returned it.
         optimizer: over everything in it that is not frozen.
         slices: the training split.
         recipe: of the run.
         epoch: from 1.
-        engine: what computes; None is this process alone.
+        process: what computes; None is this process alone.
         progress: where an earlier process stopped in the middle of this epoch.
         keep: called with the progress every ``train.save_every_steps`` steps.
 
@@ -171,16 +173,16 @@ def train_epoch(
         MedsegError: the loss is no longer a number.
         UsageError: there are more processes than slices in a batch.
     """
-    spec, engine = recipe.train, engine or Engine(recipe.train.autocast)
+    spec, process = recipe.train, process or TrainingProcess(recipe.train.autocast)
     torch.manual_seed(spec.seed + epoch)  # of dropout
     dataset = EpochSlices(slices, recipe, epoch)
-    batches = _batches(len(dataset), spec, engine)
+    batches = _batches(len(dataset), spec, process)
     losses = list(progress.losses) if progress is not None else []
     left = batches[len(losses) :]
     share = [list(range(start + shard.start, start + shard.stop)) for start, shards in left for shard in shards]
     fed = iter(DataLoader(dataset, batch_sampler=share, num_workers=spec.workers))
     if progress is not None:
-        engine.set_random_state(progress.random_state)
+        process.set_random_state(progress.random_state)
     model.train()
     for step in track(range(len(losses), len(batches)), f"epoch {epoch} of {spec.epochs}"):
         rate = learning_rate(
@@ -192,18 +194,18 @@ def train_epoch(
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.zero_grad()
-        losses.append(_loss_and_gradients(model, fed, batches[step][1], engine))
+        losses.append(_loss_and_gradients(model, fed, batches[step][1], process))
         if not math.isfinite(losses[-1]):
             raise _diverged(f"the loss of epoch {epoch}, step {step} is {losses[-1]}", spec)
-        engine.step(optimizer, spec.max_gradient_norm)
+        process.step(optimizer, spec.max_gradient_norm)
         done = step + 1
         if keep is not None and spec.save_every_steps and done % spec.save_every_steps == 0 and done < len(batches):
-            keep(Progress(epoch=epoch, losses=tuple(losses), random_state=engine.random_state()))
+            keep(Progress(epoch=epoch, losses=tuple(losses), random_state=process.random_state()))
     assign_shard(model, None)
     return sum(losses) / len(losses)
 
 
-def _batches(count: int, spec: TrainSpec, engine: Engine) -> list[tuple[int, tuple[BatchShard, ...]]]:
+def _batches(count: int, spec: TrainSpec, process: TrainingProcess) -> list[tuple[int, tuple[BatchShard, ...]]]:
     """Return where each batch of an epoch begins, and this process's shards of it.
 
     A short last batch is left out where ``spec.drop_last`` says so and it is not the only one.
@@ -211,30 +213,33 @@ def _batches(count: int, spec: TrainSpec, engine: Engine) -> list[tuple[int, tup
     size = min(spec.batch_size, count)
     rest = 0 if spec.drop_last else count % size
     smallest = rest or size
-    if smallest < engine.processes:
+    if smallest < process.processes:
         raise UsageError(
-            f"a batch of {smallest} slice(s) cannot be shared by {engine.processes} processes; start fewer, "
-            f"or choose --set train.batch_size={engine.processes}"
+            f"a batch of {smallest} slice(s) cannot be shared by {process.processes} processes; start fewer, "
+            f"or choose --set train.batch_size={process.processes}"
         )
-    whole = [(start, engine.shards(size, spec.accumulate)) for start in range(0, count - size + 1, size)]
-    return [*whole, (count - rest, engine.shards(rest, spec.accumulate))] if rest else whole
+    whole = [(start, process.shards(size, spec.accumulate)) for start in range(0, count - size + 1, size)]
+    return [*whole, (count - rest, process.shards(rest, spec.accumulate))] if rest else whole
 
 
 def _loss_and_gradients(
-    model: nn.Module, fed: Iterator[tuple[torch.Tensor, torch.Tensor]], shards: tuple[BatchShard, ...], engine: Engine
+    model: nn.Module,
+    fed: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    shards: tuple[BatchShard, ...],
+    process: TrainingProcess,
 ) -> float:
     """Compute one batch, micro-batch by micro-batch, and return its loss."""
-    begin, whole_loss = engine.random_state() if len(shards) > 1 else None, 0.0
+    begin, whole_loss = process.random_state() if len(shards) > 1 else None, 0.0
     for number, shard in enumerate(shards, 1):
         images, labels = next(fed)
         if begin is not None:
-            engine.set_random_state(begin)  # every micro-batch draws for the whole batch and takes its rows
+            process.set_random_state(begin)  # every micro-batch draws for the whole batch and takes its rows
         assign_shard(model, shard)
-        with engine.no_average(model, number < len(shards)):
-            with engine.autocast():
-                logits = model(images.to(engine.device))
-            loss = segmentation_loss(logits.float(), labels.to(engine.device), shard) * shard.micro_batch_fraction
-            engine.backward(loss)
+        with process.no_average(model, number < len(shards)):
+            with process.autocast():
+                logits = model(images.to(process.device))
+            loss = segmentation_loss(logits.float(), labels.to(process.device), shard) * shard.micro_batch_fraction
+            process.backward(loss)
         whole_loss += loss.item()
     return whole_loss
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from medseg_trt.train.block.blocks import random_block
 from medseg_trt.train.checkpoint import trained_weights
 from medseg_trt.train.datasets.prepared import PreparedSlices
-from medseg_trt.train.engine import Engine
 from medseg_trt.train.global_batch import BatchNorm2d, BatchShard, assign_shard
 from medseg_trt.train.loop import make_optimizer, train_epoch
 from medseg_trt.train.models.model import build_model
+from medseg_trt.train.training_process import TrainingProcess
 
 CASES: Mapping[str, tuple[int, tuple[str, ...]]] = {  # number of logits, and changes to the recipe
     "several classes": (3, ()),
@@ -44,9 +44,9 @@ def take_steps(case: str) -> dict[str, object]:
     recipe = tiny_recipe("train.optimizer=sgd", "train.batch_size=8", "train.learning_rate=0.05", *changes)
     torch.manual_seed(0)
     model = build_model(tiny_spec(num_classes=num_logits), random_block(TINY_LLAMA, seed=0))
-    engine = Engine()
+    process = TrainingProcess()
     optimizer = make_optimizer(model, recipe.train)
-    loss = train_epoch(engine.connect(model), optimizer, slices(max(num_logits, 2)), recipe, 1, engine)
+    loss = train_epoch(process.connect(model), optimizer, slices(max(num_logits, 2)), recipe, 1, process)
     return {"loss": loss, "weights": trained_weights(model)}
 
 
@@ -84,7 +84,7 @@ def own_masks() -> Iterator[None]:
 
 @contextmanager
 def own_gradients() -> Iterator[None]:
-    with patch.object(Engine, "connect", lambda engine, model: model):
+    with patch.object(TrainingProcess, "connect", lambda process, model: model):
         yield
 
 
@@ -97,7 +97,7 @@ def main() -> None:
     for fault in FAULTS:
         with fault():
             found[fault.__name__] = take_steps("several classes")
-    if Engine().rank == 0:
+    if TrainingProcess().rank == 0:
         torch.save(found, sys.argv[1])
 
 

@@ -8,9 +8,9 @@ from torch import nn
 
 from medseg_trt.train import loop
 from medseg_trt.train.block.blocks import random_block
-from medseg_trt.train.engine import Engine
 from medseg_trt.train.global_batch import BatchShard, Dropout, assign_shard, shards_for_rank
 from medseg_trt.train.models.model import build_model
+from medseg_trt.train.training_process import TrainingProcess
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 3, 8])
@@ -66,7 +66,7 @@ def test_dropout_keeps_one_byte_a_value_for_the_way_back():
     assert max(kept) == x.numel()
 
 
-def loss_and_gradients(accumulate, engine):
+def loss_and_gradients(accumulate, process):
     """Return those of one batch of eight lesions, with dropout but with BatchNorm's running statistics."""
     torch.manual_seed(0)
     model = build_model(tiny_spec(num_classes=1), random_block(TINY_LLAMA, seed=0)).train()
@@ -83,25 +83,25 @@ def loss_and_gradients(accumulate, engine):
     shards = shards_for_rank(8, accumulate, 1, 0)
     fed = iter([(images[shard.start : shard.stop], labels[shard.start : shard.stop]) for shard in shards])
     torch.manual_seed(2)
-    loss = loop._loss_and_gradients(model, fed, shards, engine)
+    loss = loop._loss_and_gradients(model, fed, shards, process)
     gradients = [weight.grad.flatten() for weight in model.parameters() if weight.grad is not None]
     return loss, torch.cat(gradients), torch.rand(1)
 
 
 @pytest.mark.parametrize("accumulate", [2, 3, 8])
 def test_micro_batches_add_up_to_the_batch_where_nothing_looks_beyond_a_picture(accumulate, monkeypatch):
-    engine = Engine()
-    loss, gradients, after = loss_and_gradients(1, engine)
-    again, accumulated, after_accumulation = loss_and_gradients(accumulate, engine)
+    process = TrainingProcess()
+    loss, gradients, after = loss_and_gradients(1, process)
+    again, accumulated, after_accumulation = loss_and_gradients(accumulate, process)
     # Sums of float32 in another order: a loss of 1 is off by 4e-8, and gradients of up to 9e-3 by 2e-8, as measured.
     assert again == pytest.approx(loss, abs=1e-6)
     torch.testing.assert_close(accumulated, gradients, rtol=0, atol=2e-7)
     assert torch.equal(after, after_accumulation)  # random numbers go on as they would have
-    monkeypatch.setattr(engine, "set_random_state", lambda state: None)
-    assert (loss_and_gradients(accumulate, engine)[1] - gradients).abs().max() > 1e-4  # other masks are caught
+    monkeypatch.setattr(process, "set_random_state", lambda state: None)
+    assert (loss_and_gradients(accumulate, process)[1] - gradients).abs().max() > 1e-4  # other masks are caught
     monkeypatch.undo()
     monkeypatch.setattr(BatchShard, "micro_batch_fraction", 1.0)
-    assert (loss_and_gradients(accumulate, engine)[1] - gradients).abs().max() > 1e-3  # and a sum for a mean
+    assert (loss_and_gradients(accumulate, process)[1] - gradients).abs().max() > 1e-3  # and a sum for a mean
 
 
 def test_an_epoch_clears_the_shard_of_every_layer():
