@@ -142,7 +142,7 @@ def _copies(facts: Sequence[CaseFacts], hashes: Sequence[ImageHash]) -> Mapping[
     for pair in find_duplicates(hashes, [case.group for case in facts]):
         first, second = facts[pair.first], facts[pair.second]
         where = "in one split" if first.split == second.split else "in two splits"
-        what = "pairs of images hold the same pixels" if pair.is_exact else "pairs of images image_hash alike"
+        what = "pairs of images hold the same pixels" if pair.is_exact else "pairs of images look alike"
         found[f"{what}, {where}"].append(f"{first.name} ({first.split}) and {second.name} ({second.split})")
     return found
 
