@@ -125,7 +125,7 @@ def save(
     if _is_best(row, state.history, spec):
         save_checkpoint(checkpoint, out / "best.pt")
     if row.epoch in spec.keep_epochs:
-        save_checkpoint(checkpoint, out / f"epoch-{row['epoch']}.pt")
+        save_checkpoint(checkpoint, out / f"epoch-{row.epoch}.pt")
     with atomic_file(out / "history.jsonl") as temporary:
         temporary.write_text("".join(row.to_line() for row in history), encoding="utf-8")
     save_checkpoint(replace(checkpoint, training={**training, "epoch": row.epoch}), out / "last.pt")

@@ -13,11 +13,11 @@ from medseg_trt.train.history import HistoryRow, Validation
 UNTRAINED = Validation(dice=0.1, dice_of_class={"liver": 0.1, "spleen": None, "aorta": None})
 TRAINED = Validation(dice=0.5, dice_of_class={"liver": 0.7, "spleen": 0.3, "aorta": None})
 HISTORY = [
-    HistoryRow(epoch=0, validation=UNTRAINED, seconds=1),
-    HistoryRow(epoch=1, loss=1.5, seconds=1),
-    HistoryRow(epoch=2, loss=0.75, validation=TRAINED, seconds=1),
+    HistoryRow(epoch=0, validation=UNTRAINED, seconds=1.0),
+    HistoryRow(epoch=1, loss=1.5, seconds=1.0),
+    HistoryRow(epoch=2, loss=0.75, validation=TRAINED, seconds=1.0),
 ]
-UNVALIDATED = [HistoryRow(epoch=0, seconds=1), HistoryRow(epoch=1, loss=0.5, seconds=1)]
+UNVALIDATED = [HistoryRow(epoch=0, seconds=1.0), HistoryRow(epoch=1, loss=0.5, seconds=1.0)]
 
 
 @pytest.fixture
@@ -67,5 +67,5 @@ def test_the_file_is_a_real_png_at_every_stage_of_a_run(tmp_path, history):
 def test_a_class_name_is_never_read_as_a_formula(tmp_path, drawn):
     name = r"$\no such command$"
     validation = Validation(dice=0.5, dice_of_class={name: 0.5})
-    draw_curve([HistoryRow(epoch=0, validation=validation, seconds=1)], tmp_path / "curve.png")
+    draw_curve([HistoryRow(epoch=0, validation=validation, seconds=1.0)], tmp_path / "curve.png")
     assert drawn[0].axes[1].get_lines()[0].get_label() == r"\$\no such command\$"
