@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from medseg_trt.train.block.blocks import random_block
 from medseg_trt.train.checkpoint import trained_weights
 from medseg_trt.train.datasets.prepared import PreparedSlices
-from medseg_trt.train.engine import Engine
+from medseg_trt.train.global_batch import BatchNorm2d, BatchShard, assign_shard
 from medseg_trt.train.loop import make_optimizer, train_epoch
 from medseg_trt.train.models.model import build_model
-from medseg_trt.train.whole_batch import BatchNorm2d, Part, compute_part
+from medseg_trt.train.training_process import TrainingProcess
 
 CASES: Mapping[str, tuple[int, tuple[str, ...]]] = {  # number of logits, and changes to the recipe
     "several classes": (3, ()),
@@ -44,9 +44,9 @@ def take_steps(case: str) -> dict[str, object]:
     recipe = tiny_recipe("train.optimizer=sgd", "train.batch_size=8", "train.learning_rate=0.05", *changes)
     torch.manual_seed(0)
     model = build_model(tiny_spec(num_classes=num_logits), random_block(TINY_LLAMA, seed=0))
-    engine = Engine()
+    process = TrainingProcess()
     optimizer = make_optimizer(model, recipe.train)
-    loss = train_epoch(engine.connect(model), optimizer, slices(max(num_logits, 2)), recipe, 1, engine)
+    loss = train_epoch(process.connect(model), optimizer, slices(max(num_logits, 2)), recipe, 1, process)
     return {"loss": loss, "weights": trained_weights(model)}
 
 
@@ -61,28 +61,30 @@ def own_statistics() -> Iterator[None]:
 
 @contextmanager
 def own_dice() -> Iterator[None]:
-    def own_sum(part: Part, value: Tensor, real: Callable[[Part, Tensor], Tensor] = Part.sum) -> Tensor:
-        return value if value.shape == (3,) else real(part, value)  # the sums of three classes
+    def own_sum(
+        shard: BatchShard, value: Tensor, real: Callable[[BatchShard, Tensor], Tensor] = BatchShard.sum
+    ) -> Tensor:
+        return value if value.shape == (3,) else real(shard, value)  # the sums of three classes
 
-    with patch.object(Part, "sum", own_sum):
+    with patch.object(BatchShard, "sum", own_sum):
         yield
 
 
 @contextmanager
 def own_masks() -> Iterator[None]:
-    def compute(model: nn.Module, part: Part | None) -> None:
-        compute_part(model, part)
+    def compute(model: nn.Module, shard: BatchShard | None) -> None:
+        assign_shard(model, shard)
         for layer in model.modules():
             if type(layer).__name__ == "Dropout":
-                layer.part = None  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+                layer.shard = None  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
 
-    with patch("medseg_trt.train.loop.compute_part", compute):
+    with patch("medseg_trt.train.loop.assign_shard", compute):
         yield
 
 
 @contextmanager
 def own_gradients() -> Iterator[None]:
-    with patch.object(Engine, "connect", lambda engine, model: model):
+    with patch.object(TrainingProcess, "connect", lambda process, model: model):
         yield
 
 
@@ -95,7 +97,7 @@ def main() -> None:
     for fault in FAULTS:
         with fault():
             found[fault.__name__] = take_steps("several classes")
-    if Engine().rank == 0:
+    if TrainingProcess().rank == 0:
         torch.save(found, sys.argv[1])
 
 

@@ -8,12 +8,16 @@ import PIL.Image
 import pytest
 
 from medseg_trt.train.curve import draw_curve
+from medseg_trt.train.history import HistoryRow, Validation
 
+UNTRAINED = Validation(dice=0.1, dice_of_class={"liver": 0.1, "spleen": None, "aorta": None})
+TRAINED = Validation(dice=0.5, dice_of_class={"liver": 0.7, "spleen": 0.3, "aorta": None})
 HISTORY = [
-    {"epoch": 0, "dice": 0.1, "dice_of_class": {"liver": 0.1, "spleen": None, "aorta": None}},
-    {"epoch": 1, "loss": 1.5},
-    {"epoch": 2, "loss": 0.75, "dice": 0.5, "dice_of_class": {"liver": 0.7, "spleen": 0.3, "aorta": None}},
+    HistoryRow(epoch=0, validation=UNTRAINED, seconds=1.0),
+    HistoryRow(epoch=1, loss=1.5, seconds=1.0),
+    HistoryRow(epoch=2, loss=0.75, validation=TRAINED, seconds=1.0),
 ]
+UNVALIDATED = [HistoryRow(epoch=0, seconds=1.0), HistoryRow(epoch=1, loss=0.5, seconds=1.0)]
 
 
 @pytest.fixture
@@ -49,7 +53,7 @@ def test_loss_and_dice_are_drawn_over_the_epochs_that_have_them(tmp_path, drawn)
     assert dice_axes.get_ylim() == (0, 1)
 
 
-@pytest.mark.parametrize("history", [HISTORY, HISTORY[:1], [{"epoch": 0}, {"epoch": 1, "loss": 0.5}], []])
+@pytest.mark.parametrize("history", [HISTORY, HISTORY[:1], UNVALIDATED, []])
 def test_the_file_is_a_real_png_at_every_stage_of_a_run(tmp_path, history):
     draw_curve(history, tmp_path / "curve.png")
     with PIL.Image.open(tmp_path / "curve.png") as picture:
@@ -62,5 +66,6 @@ def test_the_file_is_a_real_png_at_every_stage_of_a_run(tmp_path, history):
 
 def test_a_class_name_is_never_read_as_a_formula(tmp_path, drawn):
     name = r"$\no such command$"
-    draw_curve([{"epoch": 0, "dice": 0.5, "dice_of_class": {name: 0.5}}], tmp_path / "curve.png")
+    validation = Validation(dice=0.5, dice_of_class={name: 0.5})
+    draw_curve([HistoryRow(epoch=0, validation=validation, seconds=1.0)], tmp_path / "curve.png")
     assert drawn[0].axes[1].get_lines()[0].get_label() == r"\$\no such command\$"

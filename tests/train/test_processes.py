@@ -131,7 +131,7 @@ def test_torchrun_trains_as_one_process_does_and_a_kill_in_the_middle_of_an_epoc
     assert (tmp_path / "died").exists()
     done = torchrun([str(program)], root, tmp_path / "run", block)
     assert done.returncode == 0, done.stderr
-    assert "go on after epoch 1, step 2 of the next" in done.stderr
+    assert "resume after epoch 1, step 2 of the next" in done.stderr
     ours, theirs = (load_checkpoint(tmp_path / name / "last.pt").weights for name in ("run", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert history_of(tmp_path / "run") == whole

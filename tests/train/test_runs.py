@@ -204,7 +204,7 @@ def test_resume_without_a_run_says_so_and_begins_one(source, tmp_path, caplog):
     data, block = source
     caplog.set_level(logging.WARNING, "medseg_trt")
     train(tiny_recipe("train.epochs=0"), data, tmp_path / "run", block=block, resume=True)
-    assert f"{tmp_path / 'run'} holds no run to go on with" in caplog.text
+    assert f"{tmp_path / 'run'} holds no run to resume" in caplog.text
     assert len(history_of(tmp_path / "run")) == 1
 
 

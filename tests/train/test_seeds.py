@@ -13,13 +13,13 @@ import torch
 from tiny import tiny_recipe
 from torch import nn
 
-from medseg_trt.train import whole_batch
+from medseg_trt.train import global_batch
 from medseg_trt.train.datasets.prepared import PreparedSlices
-from medseg_trt.train.engine import Engine
 from medseg_trt.train.epoch_slices import EpochSlices
+from medseg_trt.train.global_batch import Dropout
 from medseg_trt.train.loop import make_optimizer, train_epoch
 from medseg_trt.train.runs import Progress
-from medseg_trt.train.whole_batch import Dropout
+from medseg_trt.train.training_process import TrainingProcess
 
 SLICES, BATCH = 12, 4
 STEPS = SLICES // BATCH
@@ -52,10 +52,10 @@ def recipe_of(seed: int, *changes: str):
     return tiny_recipe(f"train.seed={seed}", f"train.batch_size={BATCH}", "train.epochs=9", *changes)
 
 
-def masks_of(slices, seed=7, epoch=1, *changes, engine=None, progress=None, keep=None) -> list[bytes]:
+def masks_of(slices, seed=7, epoch=1, *changes, process=None, progress=None, keep=None) -> list[bytes]:
     """Train an epoch and return the mask of every forward pass."""
     recipe, model = recipe_of(seed, *changes), Recorder()
-    train_epoch(model, make_optimizer(model, recipe.train), slices, recipe, epoch, engine, progress, keep)
+    train_epoch(model, make_optimizer(model, recipe.train), slices, recipe, epoch, process, progress, keep)
     return [mask.numpy().tobytes() for mask in model.masks]
 
 
@@ -109,13 +109,13 @@ def test_micro_batches_have_the_rows_of_the_batchs_mask(slices, accumulate):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_processes_have_the_rows_of_the_batchs_mask(slices, accumulate, monkeypatch):
     """The sums over the processes are left out: the masks do not depend on them."""
-    monkeypatch.setattr(whole_batch, "_summed", lambda value: value)
+    monkeypatch.setattr(global_batch, "_all_reduce_sum", lambda value: value)
     shares = []
     for rank in range(2):
-        engine = Engine()
-        engine.processes, engine.rank = 2, rank
-        monkeypatch.setattr(engine, "no_average", lambda model, wanted: torch.enable_grad())
-        shares.append(masks_of(slices, 7, 1, f"train.accumulate={accumulate}", engine=engine))
+        process = TrainingProcess()
+        process.processes, process.rank = 2, rank
+        monkeypatch.setattr(process, "no_average", lambda model, wanted: torch.enable_grad())
+        shares.append(masks_of(slices, 7, 1, f"train.accumulate={accumulate}", process=process))
     merged = [share for pair in zip(*shares, strict=True) for share in pair]  # by micro-batch, then by process
     assert b"".join(merged) == b"".join(masks_of(slices))
     assert set(shares[0]).isdisjoint(shares[1])

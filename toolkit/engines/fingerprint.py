@@ -1,7 +1,7 @@
-"""What an engine was built from and for: the side-car beside every ``*.plan``, and whether it fits the machine here.
+"""The fingerprint of an engine, in a metadata file beside every ``*.plan``, and its comparison with this machine.
 
-An engine is machine code for one version of one library and for a few GPUs. Nothing of a plan is ever parsed to find
-out; the side-car says it, and each difference becomes a sentence.
+An engine is machine code for one version of one library and for a few GPUs. A plan is never parsed to find out which:
+the metadata file records it, and each mismatch is reported as a sentence.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,23 +14,23 @@ from medseg_trt.files import parse_json, read_limited, write_json
 from medseg_trt.spec import LIBRARY_NAMES, Hardware, from_dict, to_dict
 
 SCHEMA = 1
-MAX_BYTES = 1 << 20  # of a side-car
+MAX_BYTES = 1 << 20  # of a metadata file
 FOLDER = "engines"  # of a bundle
 FIRST_COMPATIBLE_SM = 80  # of the hardware level "ampere_plus"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineFingerprint:
-    """Everything that decides what an engine is and where it may run."""
+    """What an engine was built from, by and for, which decides where it can run."""
 
     schema: int = SCHEMA
-    plan: str  # file name, beside the side-car
+    plan: str  # file name, in the folder of the metadata file
     sha256: str  # of the plan
     bytes: int
     library: str  # a key of LIBRARY_NAMES
     version: str  # of the library
     targets: tuple[str, ...]  # "sm86", "sm89" …; for the classic library, the GPU it was built on
-    gpu: str | None = None  # that it was built and timed on; None: built without one
+    gpu: str | None = None  # on which it was built and timed; None: built without a GPU
     driver: str | None = None  # of that machine
     cuda: str | None = None  # the CUDA version the library is built for, "13" or "13.0"
     precision: str  # of the variant
@@ -39,10 +39,10 @@ class EngineFingerprint:
     graph_sha256: str
     weights_sha256: str
     plugins: Mapping[str, str] = field(default_factory=dict[str, str])  # name -> digest of the kernels behind it
-    batch: tuple[int, int, int]  # least, most usual and largest batch
-    stripped: bool = False  # without weights: it has to be refitted from the graph before it runs
-    version_compatible: bool = False  # any version of the library with the same major number reads it
-    hardware: Hardware = "none"  # level of hardware compatibility
+    batch: tuple[int, int, int]  # smallest, optimised and largest batch size
+    stripped: bool = False  # without weights, which must be refitted from the graph before it runs
+    version_compatible: bool = False  # every library version with the same major number can load it
+    hardware: Hardware = "none"  # hardware compatibility level
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])  # of the builder
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -62,8 +62,8 @@ class EngineFingerprint:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Here:
-    """What an engine meets on a machine; None where that is not known."""
+class RuntimeEnvironment:
+    """The properties of a machine and a bundle that an engine must match; None: unknown."""
 
     library: str
     version: str | None  # None: not installed
@@ -73,94 +73,105 @@ class Here:
     cuda: str | None = None  # the newest CUDA that the driver runs, "13.0"
     graph_sha256: str | None = None  # of the file in the bundle
     weights_sha256: str | None = None
-    plugins: Mapping[str, str] = field(default_factory=dict[str, str])  # that this version of medseg-trt would register
+    plugins: Mapping[str, str] = field(default_factory=dict[str, str])  # of this version of medseg-trt
 
 
-def side_car(plan: Path) -> Path:
-    """Return where the fingerprint of a plan lies."""
+def metadata_path(plan: Path) -> Path:
+    """Return the path of a plan's metadata file."""
     return plan.with_suffix(".json")
 
 
 def write_fingerprint(fingerprint: EngineFingerprint, folder: Path) -> Path:
-    """Write the side-car of a plan in ``folder`` and return its path."""
-    path = side_car(folder / fingerprint.plan)
+    """Write the metadata file of a plan in ``folder`` and return its path."""
+    path = metadata_path(folder / fingerprint.plan)
     write_json(path, to_dict(fingerprint))
     return path
 
 
 def read_fingerprint(path: Path) -> EngineFingerprint:
-    """Read the side-car of a plan; ``path`` is either of the two. The plan itself is not opened.
+    """Read the metadata file of a plan; ``path`` names either of the two. The plan itself is not opened.
 
     Raises:
-        ArtefactError: there is none, or it is damaged, or it belongs to another plan.
+        ArtefactError: it is missing or damaged, or it belongs to another plan.
     """
-    car = side_car(path)
-    if not car.is_file():
-        raise ArtefactError(f"{car} is missing, so nobody knows what {path.name} is; build the engine again")
-    fingerprint = from_dict(EngineFingerprint, parse_json(car, read_limited(car, MAX_BYTES)), str(car))
-    if side_car(car.with_name(fingerprint.plan)) != car:
-        raise ArtefactError(f"{car} describes {fingerprint.plan}, another plan; build the engine again")
+    metadata = metadata_path(path)
+    if not metadata.is_file():
+        raise ArtefactError(f"{metadata} is missing, so {path.name} cannot be identified; build the engine again")
+    fingerprint = from_dict(EngineFingerprint, parse_json(metadata, read_limited(metadata, MAX_BYTES)), str(metadata))
+    if metadata_path(metadata.with_name(fingerprint.plan)) != metadata:
+        raise ArtefactError(f"{metadata} describes {fingerprint.plan}, another plan; build the engine again")
     return fingerprint
 
 
-def mismatches(fingerprint: EngineFingerprint, here: Here) -> list[str]:
-    """Say in one sentence each what keeps an engine from being used here; an empty list: nothing known does."""
-    return [sentence for check in CHECKS if (sentence := check(fingerprint, here)) is not None]
+def mismatches(fingerprint: EngineFingerprint, environment: RuntimeEnvironment) -> list[str]:
+    """Return one sentence per reason why an engine cannot run in an environment; empty if no reason is known."""
+    return [sentence for check in CHECKS if (sentence := check(fingerprint, environment)) is not None]
 
 
 def rebuild_hint(folder: Path) -> str:
-    """Return the sentence that says how the engines of a bundle are built again."""
+    """Return the sentence that tells how to rebuild the engines of a bundle."""
     return f"Rebuild it from the bundle's own graph: medseg-trt infer --rebuild --bundle {folder} IMAGES"
 
 
-def _library(found: EngineFingerprint, here: Here) -> str | None:
-    name = LIBRARY_NAMES[found.library]
-    if here.library != found.library:
-        return f"{found.plan} is an engine of {name}, which {LIBRARY_NAMES[here.library]} cannot read."
-    if here.version is None:
-        return f"{found.plan} needs {name} {found.version}, which is not installed here."
-    same = here.version == found.version
-    if same or (found.version_compatible and _major(here.version) == _major(found.version)):
+def _library(built: EngineFingerprint, machine: RuntimeEnvironment) -> str | None:
+    name = LIBRARY_NAMES[built.library]
+    if machine.library != built.library:
+        return f"{built.plan} is an engine of {name}, which {LIBRARY_NAMES[machine.library]} cannot read."
+    if machine.version is None:
+        return f"{built.plan} needs {name} {built.version}, which is not installed machine."
+    is_same = machine.version == built.version
+    if is_same or (built.version_compatible and _major(machine.version) == _major(built.version)):
         return None
-    return f"{found.plan} was built by {name} {found.version}; {here.version} is installed here and cannot read it."
+    return f"{built.plan} was built by {name} {built.version}; {machine.version} is installed here and cannot read it."
 
 
-def _gpu(found: EngineFingerprint, here: Here) -> str | None:
-    if here.sm is None:
+def _gpu(built: EngineFingerprint, machine: RuntimeEnvironment) -> str | None:
+    if machine.sm is None:
         return None
-    what = f"this GPU{f', {here.gpu},' if here.gpu else ''} is {here.sm}"
-    if found.hardware == "ampere_plus":
-        known = here.sm.removeprefix("sm").isdecimal() and int(here.sm.removeprefix("sm")) >= FIRST_COMPATIBLE_SM
-        return None if known else f"{found.plan} runs on sm{FIRST_COMPATIBLE_SM} and newer; {what}."
-    if here.sm not in found.targets:
-        return f"{found.plan} was built for {', '.join(found.targets)}; {what}."
-    if found.hardware == "none" and found.gpu is not None and here.gpu not in (None, found.gpu):
-        return f"{found.plan} was tuned on another GPU of the same kind, {found.gpu}; this one is {here.gpu}."
+    this_gpu = f"this GPU{f', {machine.gpu},' if machine.gpu else ''} is {machine.sm}"
+    if built.hardware == "ampere_plus":
+        is_compatible = (
+            machine.sm.removeprefix("sm").isdecimal() and int(machine.sm.removeprefix("sm")) >= FIRST_COMPATIBLE_SM
+        )
+        return None if is_compatible else f"{built.plan} runs on sm{FIRST_COMPATIBLE_SM} and newer; {this_gpu}."
+    if machine.sm not in built.targets:
+        return f"{built.plan} was built for {', '.join(built.targets)}; {this_gpu}."
+    if built.hardware == "none" and built.gpu is not None and machine.gpu not in (None, built.gpu):
+        return f"{built.plan} was tuned on another GPU of the same kind, {built.gpu}; this one is {machine.gpu}."
     return None
 
 
-def _driver(found: EngineFingerprint, here: Here) -> str | None:
-    if here.cuda is None or found.cuda is None or int(_major(here.cuda)) >= int(_major(found.cuda)):
+def _driver(built: EngineFingerprint, machine: RuntimeEnvironment) -> str | None:
+    if machine.cuda is None or built.cuda is None or int(_major(machine.cuda)) >= int(_major(built.cuda)):
         return None
-    driver = f"driver {here.driver}" if here.driver else "driver"
-    return f"{found.plan} needs CUDA {found.cuda}; the {driver} here goes up to CUDA {here.cuda}."
+    driver = f"driver {machine.driver}" if machine.driver else "driver"
+    return f"{built.plan} needs CUDA {built.cuda}; the {driver} goes up to CUDA {machine.cuda}."
 
 
-def _graph(found: EngineFingerprint, here: Here) -> str | None:
-    pairs = ((here.graph_sha256, found.graph_sha256), (here.weights_sha256, found.weights_sha256))
-    if all(there in (None, then) for there, then in pairs):
+def _graph(built: EngineFingerprint, machine: RuntimeEnvironment) -> str | None:
+    pairs = (
+        (machine.graph_sha256, built.graph_sha256),
+        (machine.weights_sha256, built.weights_sha256),
+    )
+    if all(present in (None, recorded) for present, recorded in pairs):
         return None
-    return f"{found.plan} was built from another {found.graph} than the one that lies in the bundle."
+    return f"{built.plan} was built from another {built.graph} than the one in the bundle."
 
 
-def _plugins(found: EngineFingerprint, here: Here) -> str | None:
-    changed = sorted(name for name, digest in found.plugins.items() if here.plugins.get(name) != digest)
+def _plugins(built: EngineFingerprint, machine: RuntimeEnvironment) -> str | None:
+    changed = sorted(name for name, digest in built.plugins.items() if machine.plugins.get(name) != digest)
     if not changed:
         return None
-    return f"{found.plan} was built with other kernels behind its plugins {', '.join(changed)} than this version has."
+    return f"{built.plan} was built with other kernels behind its plugins {', '.join(changed)} than this version has."
 
 
-CHECKS: tuple[Callable[[EngineFingerprint, Here], str | None], ...] = (_library, _gpu, _driver, _graph, _plugins)
+CHECKS: tuple[Callable[[EngineFingerprint, RuntimeEnvironment], str | None], ...] = (
+    _library,
+    _gpu,
+    _driver,
+    _graph,
+    _plugins,
+)
 
 
 def _major(version: str) -> str:

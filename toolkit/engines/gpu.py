@@ -1,4 +1,4 @@
-"""Find the NVIDIA GPU of this machine by asking the driver itself, without any package."""
+"""Find the NVIDIA GPU of this machine through the driver library, without any package."""
 
 import ctypes
 import re
@@ -11,16 +11,16 @@ DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
-    """The first GPU that the driver shows."""
+    """The first GPU that the driver lists."""
 
     name: str
     sm: str  # "sm86"
-    cuda: str  # the newest CUDA that the driver runs, "13.0"
-    driver: str | None  # None: the system does not say
+    cuda: str  # the newest CUDA version that the driver supports, "13.0"
+    driver: str | None  # None: unknown
 
 
 def find_gpu() -> Gpu | None:
-    """Return the first GPU, or None where there is no driver or no device."""
+    """Return the first GPU; None: there is no driver or no device."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -29,7 +29,7 @@ def find_gpu() -> Gpu | None:
     major, minor, name = ctypes.c_int(0), ctypes.c_int(0), ctypes.create_string_buffer(256)
     if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or count.value == 0:
         return None
-    failed = [
+    status_codes = [
         driver.cuDeviceGet(ctypes.byref(device), 0),
         driver.cuDeviceGetName(name, len(name), device),
         driver.cuDriverGetVersion(ctypes.byref(cuda)),
@@ -38,16 +38,18 @@ def find_gpu() -> Gpu | None:
             for number, attribute in zip((major, minor), COMPUTE_CAPABILITY, strict=True)
         ),
     ]
-    if any(failed):
+    if any(status_codes):
         return None
     return Gpu(
-        name=name.value.decode(errors="replace"), sm=f"sm{major.value}{minor.value}",
-        cuda=f"{cuda.value // 1000}.{cuda.value % 1000 // 10}", driver=_driver_version(),
-    )  # fmt: skip
+        name=name.value.decode(errors="replace"),
+        sm=f"sm{major.value}{minor.value}",
+        cuda=f"{cuda.value // 1000}.{cuda.value % 1000 // 10}",
+        driver=_driver_version(),
+    )
 
 
 def _driver_version() -> str | None:
     if not DRIVER_FILE.is_file():
         return None
-    found = re.search(r"\b(\d{3,}\.\d+(?:\.\d+)?)\b", DRIVER_FILE.read_text(errors="replace"))
-    return found[1] if found else None
+    match = re.search(r"\b(\d{3,}\.\d+(?:\.\d+)?)\b", DRIVER_FILE.read_text(errors="replace"))
+    return match[1] if match else None

@@ -1,6 +1,6 @@
-"""Give a bundle with engines the kernels that run beside them, as PTX, so that who infers needs no compiler.
+"""Add kernels as PTX to a bundle with engines, so that inference needs no compiler.
 
-They prepare and label pictures on the GPU, and, where engines were built with plugins, compute their nodes.
+The kernels preprocess images and label pixels on the GPU, and compute the plugin nodes of engines built with plugins.
 """
 
 from pathlib import Path
@@ -13,16 +13,16 @@ from medseg_trt.spec import EngineSpec
 
 FOLDER = "kernels"  # of a bundle
 FOR_PICTURES = ("image_to_tensor", "logits_to_mask")
-PORTABLE = "sm_80"  # its PTX is compiled for every later GPU by the driver
-JETPACK_6 = "jetpack6"  # whose driver reads older PTX only
+PORTABLE = "sm_80"  # the driver compiles its PTX for every later GPU
+JETPACK_6 = "jetpack6"  # its driver reads older PTX only
 ORIN = "sm87"  # the GPU of JetPack 6
 
 
 def add_kernels(folder: Path, spec: EngineSpec) -> tuple[str, ...]:
-    """Compile the kernels into a bundle that is being made; return why not, where a compiler is missing.
+    """Compile the kernels into a bundle that is being built; return a note where the compiler is missing.
 
     Raises:
-        MissingExtraError: a compiler is missing, and engines with plugins cannot do without the kernels.
+        MissingExtraError: the compiler is missing, and engines with plugins need the kernels.
     """
     targets = [PORTABLE, *([JETPACK_6] if ORIN in spec.targets else [])]
     for_plugins = sorted({node.kernel_name for node in NODES.values()}) if spec.plugins else []
@@ -31,6 +31,6 @@ def add_kernels(folder: Path, spec: EngineSpec) -> tuple[str, ...]:
     except MissingExtraError as error:
         if spec.plugins:
             raise
-        LOG.warning("pictures will be prepared and labelled on the CPU: %s", error)
-        return (f"kernels that prepare and label pictures on the GPU: {error}",)
+        LOG.warning("images will be preprocessed and labelled on the CPU: %s", error)
+        return (f"kernels that preprocess and label images on the GPU: {error}",)
     return ()

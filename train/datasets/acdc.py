@@ -16,7 +16,17 @@ from medseg_trt.errors import InputError
 from medseg_trt.imaging.images import natural_key
 from medseg_trt.spec import Classes
 from medseg_trt.train.datasets.folder import Case
-from medseg_trt.train.datasets.layout import Dataset, Found, Layout, below, by_name, files, folders, locator, paired
+from medseg_trt.train.datasets.layout import (
+    Dataset,
+    DatasetScan,
+    Layout,
+    below,
+    by_name,
+    files,
+    folders,
+    locator,
+    paired,
+)
 from medseg_trt.train.datasets.options import DataOptions
 
 CLASSES = Classes(names=("background", "right ventricle", "myocardium", "left ventricle"))
@@ -27,7 +37,7 @@ PATIENT, FRAME, SLICE = r"(patient\d{3})", r"(patient\d{3}_frame\d+)", r"(patien
 MAX_INFO_BYTES = 1 << 16
 
 
-def read_official(base: Path, _options: DataOptions) -> Found:
+def read_official(base: Path, _options: DataOptions) -> DatasetScan:
     """Find the two frames of every patient, which must be those that ``Info.cfg`` names."""
     problems: list[str] = []
     found: list[Case] = []
@@ -42,10 +52,10 @@ def read_official(base: Path, _options: DataOptions) -> Found:
         found += [Case(image=image, mask=mask, group=folder.name) for _, image, mask in pairs]
     official = {part: FRAMES_OF_A_PATIENT * len(numbers) for part, numbers in PATIENTS.items()}
     parts = {part: _of(part, found) for part in PATIENTS}
-    return Found(parts=parts, official=official, classes=CLASSES, problems=tuple(problems))
+    return DatasetScan(parts=parts, official=official, classes=CLASSES, problems=tuple(problems))
 
 
-def read_prepared(base: Path, options: DataOptions) -> Found:
+def read_prepared(base: Path, options: DataOptions) -> DatasetScan:
     """Find the slices of the training patients and the volumes of the others."""
     problems: list[str] = []
     slices = by_name(files(_first(base, SLICES), SLICE), SLICE, problems)
@@ -61,7 +71,7 @@ def read_prepared(base: Path, options: DataOptions) -> Found:
             f"{len(absent)} of the {len(PATIENTS['train'])} training patients have no slice, {absent[0]} for one; "
             "if it is on purpose: --set data.count=any"
         )
-    return Found(
+    return DatasetScan(
         parts={"train": _of("train", of_slices), "val": _of("val", of_volumes), "test": _of("test", of_volumes)},
         official={part: FRAMES_OF_A_PATIENT * len(PATIENTS[part]) for part in ("val", "test")},
         classes=CLASSES, window=SCALED, problems=tuple(problems),

@@ -10,9 +10,9 @@ from collections import defaultdict
 from pathlib import Path
 
 from medseg_trt.imaging.images import output_stem
-from medseg_trt.train.datasets.flat import flat
 from medseg_trt.train.datasets.folder import Case
-from medseg_trt.train.datasets.layout import ALL, Dataset, Found, Layout, below, by_name, files, locator, paired
+from medseg_trt.train.datasets.image_mask_folders import image_mask_layout
+from medseg_trt.train.datasets.layout import ALL, Dataset, DatasetScan, Layout, below, by_name, files, locator, paired
 from medseg_trt.train.datasets.options import DataOptions
 
 WITH_LESION, WITHOUT_LESION = ("benign", "malignant"), ("normal",)
@@ -21,7 +21,7 @@ MASK, FURTHER = r"(.*)_mask", r"(.*)_mask_\d+"
 IMAGE = r"((?:(?!_mask).)*)"
 
 
-def read(base: Path, options: DataOptions) -> Found:
+def read(base: Path, options: DataOptions) -> DatasetScan:
     """Find the pictures of the kinds that are asked for, and their masks."""
     problems: list[str] = []
     cases: list[Case] = []
@@ -38,7 +38,7 @@ def read(base: Path, options: DataOptions) -> Found:
             cases.append(Case(image=image, mask=mask, more_masks=more, is_binary=True))
     several = sum(bool(case.more_masks) for case in cases)
     remarks = [f"{several} picture(s) have several masks, which are merged"] * bool(several)
-    return Found(
+    return DatasetScan(
         parts={ALL: tuple(cases)},
         official={ALL: sum(OFFICIAL[kind] for kind in kinds)},
         problems=tuple(problems),
@@ -55,7 +55,7 @@ DATASET = Dataset(
             locate=locator("benign", "malignant"),
             read=read,
         ),
-        flat(OFFICIAL["benign"] + OFFICIAL["malignant"]),
+        image_mask_layout(OFFICIAL["benign"] + OFFICIAL["malignant"]),
     ),
     choices=("masks", "normals"),
 )

@@ -1,4 +1,4 @@
-"""Look through a whole data set: what is in it, what is wrong with it, and what its figures should be read with."""
+"""Check a whole data set: report its contents, its faults, and what limits the meaning of its figures."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -12,10 +12,10 @@ from medseg_trt.imaging.images import Source, read_labels
 from medseg_trt.imaging.label_values import pixels_per_label
 from medseg_trt.progress import track
 from medseg_trt.train.datasets.data_report import CaseFacts, DataReport
-from medseg_trt.train.datasets.duplicates import Look, find_copies, look_at
+from medseg_trt.train.datasets.duplicates import ImageHash, find_duplicates, hash_image
 from medseg_trt.train.datasets.folder import Case, DataFolder, manifest_sha256, open_folder, read_case, shared_slices
 from medseg_trt.train.datasets.layout import ALL
-from medseg_trt.train.datasets.official import divided, look_into, wrong_counts
+from medseg_trt.train.datasets.official import resolve_dataset, split_dataset, wrong_counts
 from medseg_trt.train.datasets.options import DataOptions
 from medseg_trt.train.datasets.split_manifest import read_split_manifest, with_recorded_splits
 
@@ -34,19 +34,19 @@ def check_data(root: Path, options: DataOptions | None = None) -> DataReport:
     options = options or DataOptions()
     data, problems, remarks = _open(root, options)
     facts: list[CaseFacts] = []
-    looks: list[Look] = []
+    hashes: list[ImageHash] = []
     cases = [(split, case) for split, cases in data.splits.items() for case in cases]
     for split, case in track(cases, "read images and masks"):
         try:
-            found, look = _facts(split, case, data)
+            found, image_hash = _facts(split, case, data)
         except InputError as error:
             problems.append(str(error))
             continue
         facts.append(found)
-        looks.append(look)
+        hashes.append(image_hash)
     problems += [f"the splits share slices: {each}" for each in shared_slices(data.splits)]
     problems += orientation_problems(data)
-    for problem, pairs in _copies(facts, looks).items():
+    for problem, pairs in _copies(facts, hashes).items():
         (problems if problem.endswith("two splits") else remarks).append(_named(problem, pairs))
     problems += _shared_groups(facts, data) + _nothing_to_learn(facts)
     remarks += _remarks(facts, data)
@@ -105,25 +105,25 @@ def _stored_axes(data: DataFolder) -> dict[Path, str]:
 
 
 def _open(root: Path, options: DataOptions) -> tuple[DataFolder, list[str], list[str]]:
-    """Open a data set for all its faults: as it is divided, or, where it cannot be, as it lies."""
-    opened = look_into(None, root, options)
-    if opened is None:
+    """Open a data set and collect its faults; a data set that cannot be divided is opened undivided."""
+    resolved = resolve_dataset(None, root, options)
+    if resolved is None:
         data, problems = open_folder(root), []
         remarks = list(data.remarks)
     else:
-        found = opened.found
-        problems, remarks = [*found.problems, *wrong_counts(opened, options)], list(found.remarks)
+        found = resolved.found
+        problems, remarks = [*found.problems, *wrong_counts(resolved, options)], list(found.remarks)
         try:
-            data = divided(opened, root, options)
+            data = split_dataset(resolved, root, options)
         except InputError as error:
             problems.append(str(error))
-            data = DataFolder(root=root, name=opened.dataset.title, classes=found.classes, splits=found.parts)
+            data = DataFolder(root=root, name=resolved.dataset.title, classes=found.classes, splits=found.parts)
     if options.manifest is not None and options.order != "manifest":
         data = with_recorded_splits(data, read_split_manifest(Path(options.manifest)), options.manifest)
     return data, problems, remarks
 
 
-def _facts(split: str, case: Case, data: DataFolder) -> tuple[CaseFacts, Look]:
+def _facts(split: str, case: Case, data: DataFolder) -> tuple[CaseFacts, ImageHash]:
     image, labels = read_case(case, len(data.classes.names))
     values = image.pixels
     counts = pixels_per_label(labels, len(data.classes.names))
@@ -134,13 +134,13 @@ def _facts(split: str, case: Case, data: DataFolder) -> tuple[CaseFacts, Look]:
         empty_slices=int((labels.reshape(len(labels), -1).max(axis=1) == 0).sum()),
         is_grey_mask=case.is_binary and len(np.unique(read_labels(case.mask, image, None))) > 2,
     )  # fmt: skip
-    return facts, look_at(values, data.window)
+    return facts, hash_image(values, data.window)
 
 
-def _copies(facts: Sequence[CaseFacts], looks: Sequence[Look]) -> Mapping[str, list[str]]:
+def _copies(facts: Sequence[CaseFacts], hashes: Sequence[ImageHash]) -> Mapping[str, list[str]]:
     """Return pairs of names under what is wrong with them."""
     found: defaultdict[str, list[str]] = defaultdict(list)
-    for pair in find_copies(looks, [case.group for case in facts]):
+    for pair in find_duplicates(hashes, [case.group for case in facts]):
         first, second = facts[pair.first], facts[pair.second]
         where = "in one split" if first.split == second.split else "in two splits"
         what = "pairs of images hold the same pixels" if pair.is_exact else "pairs of images look alike"

@@ -6,9 +6,9 @@ with other files, below ``PNG/``, and ``metadata.csv``, which says of which sequ
 
 from pathlib import Path
 
-from medseg_trt.train.datasets.flat import flat
 from medseg_trt.train.datasets.folder import Case
-from medseg_trt.train.datasets.layout import ALL, Dataset, Found, Layout, below, by_name, files, locator, paired
+from medseg_trt.train.datasets.image_mask_folders import image_mask_layout
+from medseg_trt.train.datasets.layout import ALL, Dataset, DatasetScan, Layout, below, by_name, files, locator, paired
 from medseg_trt.train.datasets.options import DataOptions
 from medseg_trt.train.datasets.sequences import sequences
 
@@ -16,7 +16,7 @@ OFFICIAL = 612
 NUMBER = r"(\d+)"
 
 
-def read(base: Path, _options: DataOptions) -> Found:
+def read(base: Path, _options: DataOptions) -> DatasetScan:
     """Find the frames and their masks."""
     problems: list[str] = []
     images = by_name(files(below(base, "original"), NUMBER), NUMBER, problems)
@@ -26,7 +26,7 @@ def read(base: Path, _options: DataOptions) -> Found:
         Case(image=image, mask=mask, is_binary=True, group=group_of.get(name))
         for name, image, mask in paired(images, masks, problems)
     )
-    return Found(parts={ALL: tuple(cases)}, official={ALL: OFFICIAL}, problems=tuple(problems))
+    return DatasetScan(parts={ALL: tuple(cases)}, official={ALL: OFFICIAL}, problems=tuple(problems))
 
 
 def _locate(root: Path) -> Path | None:
@@ -41,6 +41,6 @@ DATASET = Dataset(
     groups="sequence",
     layouts=(
         Layout(what="Original/ and Ground Truth/", locate=_locate, read=read),
-        flat(OFFICIAL),
+        image_mask_layout(OFFICIAL),
     ),
 )

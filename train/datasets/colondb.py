@@ -6,9 +6,9 @@ are left alone. The community's has ``images/1.png`` and ``masks/1.png``. The pa
 
 from pathlib import Path
 
-from medseg_trt.train.datasets.flat import flat
 from medseg_trt.train.datasets.folder import Case
-from medseg_trt.train.datasets.layout import ALL, Dataset, Found, Layout, by_name, files, folders, paired
+from medseg_trt.train.datasets.image_mask_folders import image_mask_layout
+from medseg_trt.train.datasets.layout import ALL, Dataset, DatasetScan, Layout, by_name, files, folders, paired
 from medseg_trt.train.datasets.options import DataOptions
 from medseg_trt.train.datasets.sequences import sequences
 
@@ -17,7 +17,7 @@ OF_THE_CVC = 300
 IMAGE, MASK = r"(\d+)", r"p(\d+)"
 
 
-def read(base: Path, _options: DataOptions) -> Found:
+def read(base: Path, _options: DataOptions) -> DatasetScan:
     """Find the frames and their masks."""
     problems: list[str] = []
     images, masks = (by_name(files(base, pattern), pattern, problems) for pattern in (IMAGE, MASK))
@@ -26,7 +26,7 @@ def read(base: Path, _options: DataOptions) -> Found:
         Case(image=image, mask=mask, is_binary=True, group=group_of.get(name))
         for name, image, mask in paired(images, masks, problems)
     )
-    return Found(parts={ALL: tuple(cases)}, official={ALL: OFFICIAL}, problems=tuple(problems))
+    return DatasetScan(parts={ALL: tuple(cases)}, official={ALL: OFFICIAL}, problems=tuple(problems))
 
 
 def _locate(root: Path) -> Path | None:
@@ -39,7 +39,7 @@ DATASET = Dataset(
     groups="sequence",
     layouts=(
         Layout(what="N.bmp and pN.bmp of the CVC", locate=_locate, read=read),
-        flat(OFFICIAL),
+        image_mask_layout(OFFICIAL),
     ),
     other_counts={OF_THE_CVC: "the CVC's own number, of 15 sequences; 380 is the community's"},
 )

@@ -1,9 +1,9 @@
-"""Find pictures that are copies of one another: the same pixels, or the same picture resized or compressed again.
+"""Find duplicate images: identical pixels, or the same image resized or recompressed.
 
-A picture's look is the 63 lowest frequencies of its 32 x 32 thumbnail, each above or below their median, which neither
-size, nor brightness and contrast, nor JPEG's losses change much (the "pHash" of Zauner 2010). Two looks that differ in
-few bits are candidates; alike they are only if the thumbnails agree as well, since pictures of one kind, taken by one
-device, share their low frequencies.
+An image hash has one bit for each of the 63 lowest frequencies of the image's 32 x 32 thumbnail: above or below their
+median. Size, brightness, contrast and JPEG compression change it little (the "pHash" of Zauner 2010). Two images whose
+hashes differ in few bits are candidates. They are duplicates only if their thumbnails correlate as well, because
+different images of one kind from one device share their low frequencies.
 """
 
 from collections.abc import Sequence
@@ -19,37 +19,39 @@ from medseg_trt.imaging.preprocess import resize
 THUMBNAIL = 32  # pixels
 FREQUENCIES = 8  # along each axis; without the mean, 63 bits
 # Copies of 100 slices and photographs, 90 to 640 pixels wide, at 0.37 to 1.5 times their size and as JPEG of quality 20
-# to 80, differed in up to 8 bits and correlated at 0.9947 and more, those of 256 pixels and more at 0.9985 and more.
-# Different slices of one scan, 8 mm and more apart, came up to 0.9928; of different scans to 0.83.
+# to 80, differed in at most 8 bits and correlated at 0.9947 or more; those of 256 pixels or more at 0.9985 or more.
+# Different slices of one scan, 8 mm or more apart, correlated at up to 0.9928; those of different scans at up to 0.83.
 MAX_BITS = 8
 MIN_CORRELATION = 0.994
-BLOCK = 512  # pictures compared with all others at once
+BLOCK = 512  # images compared with all others at once
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Look:
-    """What is kept of a picture to find its copies."""
+class ImageHash:
+    """The features of an image that identify its duplicates."""
 
-    digest: str  # of the pixels, with their shape and type, whatever file they lie in
+    digest: str  # SHA-256 of the pixels, independent of the file format
     bits: int
-    thumbnail: Float32[ndarray, "32 32"]  # of mean 0 and norm 1; all 0 of a picture of one grey
+    thumbnail: Float32[ndarray, "32 32"]  # mean 0 and norm 1; all 0 for a constant image
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Pair:
-    """Two pictures that are copies, by their places in the sequence that was looked through."""
+class DuplicatePair:
+    """Two duplicate images, by their indices in the sequence that was searched."""
 
     first: int
     second: int
-    is_exact: bool  # the same pixels; else alike
+    is_exact: bool  # True: the same pixels; False: similar
 
 
-def look_at(pixels: Num[ndarray, "slices height width channels"], window: tuple[float, float] | None = None) -> Look:
-    """Return the look of a picture, or of the middle slice of a volume, whose digest is of all slices.
+def hash_image(
+    pixels: Num[ndarray, "slices height width channels"], window: tuple[float, float] | None = None
+) -> ImageHash:
+    """Return the hash of an image; for a volume, of its middle slice, with the digest of all slices.
 
     Args:
-        pixels: as they were read.
-        window: lower and upper end of the values that matter.
+        pixels: as read from the file.
+        window: lower and upper limit that the values are clipped to.
     """
     digest = f"{pixels.shape} {pixels.dtype.str} {image_digest(pixels)}"
     middle = pixels[len(pixels) // 2]
@@ -63,41 +65,42 @@ def look_at(pixels: Num[ndarray, "slices height width channels"], window: tuple[
     norm = float(np.linalg.norm(small))
     low = (COSINES @ small @ COSINES.T).ravel()[1:]
     bits = int.from_bytes(np.packbits(low > np.median(low)).tobytes(), "big")
-    return Look(digest=digest, bits=bits, thumbnail=small / norm if norm > 0 else np.zeros_like(small))
+    return ImageHash(digest=digest, bits=bits, thumbnail=small / norm if norm > 0 else np.zeros_like(small))
 
 
-def find_copies(looks: Sequence[Look], groups: Sequence[str | None]) -> list[Pair]:
-    """Return all pairs of copies; pictures that are merely alike and of one group are none, frames of a film for one.
+def find_duplicates(hashes: Sequence[ImageHash], groups: Sequence[str | None]) -> list[DuplicatePair]:
+    """Return all pairs of duplicates.
 
-    Pictures of one grey, such as slices of nothing but air, are copies of nothing.
+    Similar images of one group, such as frames of a video, are not reported unless their pixels are identical.
+    Constant images, such as slices of air, are never duplicates.
     """
-    bits = np.array([look.bits for look in looks], np.uint64)
-    shown = np.array([look.thumbnail.any() for look in looks], bool)
-    found: list[Pair] = []
-    for start in range(0, len(looks), BLOCK):
+    bits = np.array([image_hash.bits for image_hash in hashes], np.uint64)
+    varied = np.array([image_hash.thumbnail.any() for image_hash in hashes], bool)
+    similar: list[DuplicatePair] = []
+    for start in range(0, len(hashes), BLOCK):
         distance = np.bitwise_count(bits[start : start + BLOCK, np.newaxis] ^ bits)
-        near = (distance <= MAX_BITS) & shown & shown[start : start + BLOCK, np.newaxis]
+        near = (distance <= MAX_BITS) & varied & varied[start : start + BLOCK, np.newaxis]
         for row, column in np.argwhere(near).tolist():
             first, second = start + row, column
             same_group = groups[first] is not None and groups[first] == groups[second]
-            if first >= second or same_group or looks[first].digest == looks[second].digest:
+            if first >= second or same_group or hashes[first].digest == hashes[second].digest:
                 continue
-            if float((looks[first].thumbnail * looks[second].thumbnail).sum()) >= MIN_CORRELATION:
-                found.append(Pair(first=first, second=second, is_exact=False))
-    return [*_exact(looks), *found]
+            if float((hashes[first].thumbnail * hashes[second].thumbnail).sum()) >= MIN_CORRELATION:
+                similar.append(DuplicatePair(first=first, second=second, is_exact=False))
+    return [*_exact(hashes), *similar]
 
 
-def _exact(looks: Sequence[Look]) -> list[Pair]:
+def _exact(hashes: Sequence[ImageHash]) -> list[DuplicatePair]:
     first_of: dict[str, int] = {}
-    shown = [index for index, look in enumerate(looks) if look.thumbnail.any()]
-    pairs = ((first_of.setdefault(looks[index].digest, index), index) for index in shown)
-    return [Pair(first=first, second=second, is_exact=True) for first, second in pairs if first != second]
+    varied = [index for index, image_hash in enumerate(hashes) if image_hash.thumbnail.any()]
+    pairs = ((first_of.setdefault(hashes[index].digest, index), index) for index in varied)
+    return [DuplicatePair(first=first, second=second, is_exact=True) for first, second in pairs if first != second]
 
 
 def _cosines() -> Float32[ndarray, "8 32"]:
     """Return the first rows of the discrete cosine transform of type II."""
-    places = (np.arange(THUMBNAIL) + 0.5) / THUMBNAIL
-    return np.cos(np.pi * np.arange(FREQUENCIES)[:, np.newaxis] * places).astype(np.float32)
+    positions = (np.arange(THUMBNAIL) + 0.5) / THUMBNAIL
+    return np.cos(np.pi * np.arange(FREQUENCIES)[:, np.newaxis] * positions).astype(np.float32)
 
 
 COSINES = _cosines()

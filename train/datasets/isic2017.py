@@ -7,7 +7,7 @@ no photographs; masks end with ``_segmentation``, in the test archive with a cap
 from pathlib import Path
 
 from medseg_trt.train.datasets.folder import Case
-from medseg_trt.train.datasets.layout import Dataset, Found, Layout, below, by_name, files, locator, paired
+from medseg_trt.train.datasets.layout import Dataset, DatasetScan, Layout, below, by_name, files, locator, paired
 from medseg_trt.train.datasets.options import DataOptions
 
 OFFICIAL = {"train": 2000, "val": 150, "test": 600}
@@ -15,7 +15,7 @@ ARCHIVES = {"train": "training", "val": "validation", "test": "test_v2"}
 IMAGE, MASK = r"(ISIC_\d+)", r"(ISIC_\d+)_segmentation"
 
 
-def read(base: Path, _options: DataOptions) -> Found:
+def read(base: Path, _options: DataOptions) -> DatasetScan:
     """Find the photographs and masks of the archives that are there."""
     problems: list[str] = []
     parts: dict[str, tuple[Case, ...]] = {}
@@ -24,7 +24,7 @@ def read(base: Path, _options: DataOptions) -> Found:
         masks = by_name(files(below(base, f"isic-2017_{archive}_part1_groundtruth"), MASK), MASK, problems)
         pairs = paired(images, masks, problems)
         parts[part] = tuple(Case(image=image, mask=mask, is_binary=True) for _, image, mask in pairs)
-    return Found(parts=parts, official=OFFICIAL, problems=tuple(problems))
+    return DatasetScan(parts=parts, official=OFFICIAL, problems=tuple(problems))
 
 
 DATASET = Dataset(

@@ -18,7 +18,7 @@ IGNORED_FOLDERS = ("__MACOSX",)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Found:
+class DatasetScan:
     """What lies in a data set's folder, before it is checked and divided."""
 
     parts: Mapping[str, tuple[Case, ...]]  # "train", "val", "test" where the data set comes divided, else ALL
@@ -35,7 +35,7 @@ class Layout:
 
     what: str  # in words, for people
     locate: Callable[[Path], Path | None]  # from the folder that was named to the one that is read, if it is this one
-    read: Callable[[Path, DataOptions], Found]
+    read: Callable[[Path, DataOptions], DatasetScan]
     is_telling: bool = True  # whether it gives away which data set it is
 
 

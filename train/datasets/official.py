@@ -11,7 +11,7 @@ from medseg_trt.progress import LOG
 from medseg_trt.spec import from_dict
 from medseg_trt.train.datasets import acdc, busi, clinicdb, colondb, isic2017, synapse
 from medseg_trt.train.datasets.folder import Case, DataFolder, open_folder
-from medseg_trt.train.datasets.layout import ALL, Dataset, Found, Layout
+from medseg_trt.train.datasets.layout import ALL, Dataset, DatasetScan, Layout
 from medseg_trt.train.datasets.options import DataOptions
 from medseg_trt.train.datasets.pairs import PARTS
 from medseg_trt.train.datasets.split_manifest import (
@@ -36,12 +36,12 @@ MAX_NAMED = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Opened:
+class ResolvedDataset:
     """A data set in a layout that was recognised."""
 
     name: str  # a key of DATASETS
     layout: Layout
-    found: Found
+    found: DatasetScan
 
     @property
     def dataset(self) -> Dataset:
@@ -62,17 +62,17 @@ def open_dataset(name: str | None, root: Path, options: DataOptions | None = Non
         UsageError: no data set has this name, or an option does not go with it.
     """
     root, options = Path(root), options or DataOptions()
-    opened = look_into(name, root, options)
-    if opened is None:
+    resolved = resolve_dataset(name, root, options)
+    if resolved is None:
         data = open_folder(root)
         for remark in data.remarks:
             LOG.warning("%s: %s", root, remark)
     else:
-        if problems := [*opened.found.problems, *wrong_counts(opened, options)]:
+        if problems := [*resolved.found.problems, *wrong_counts(resolved, options)]:
             more = f" (and {len(problems) - MAX_NAMED} more)" if len(problems) > MAX_NAMED else ""
-            raise InputError(f"{root}, read as {opened.dataset.title}: {'; '.join(problems[:MAX_NAMED])}{more}")
-        data = divided(opened, root, options)
-        for remark in opened.found.remarks:
+            raise InputError(f"{root}, read as {resolved.dataset.title}: {'; '.join(problems[:MAX_NAMED])}{more}")
+        data = split_dataset(resolved, root, options)
+        for remark in resolved.found.remarks:
             LOG.info("%s", remark)
     if options.manifest is not None and options.order != "manifest":
         data = with_recorded_splits(data, read_split_manifest(Path(options.manifest)), options.manifest)
@@ -118,7 +118,7 @@ def recorded_options(provenance: Mapping[str, Any]) -> DataOptions:
     return DataOptions() if recorded is None else from_dict(DataOptions, recorded, "the model's recipe")
 
 
-def look_into(name: str | None, root: Path, options: DataOptions) -> Opened | None:
+def resolve_dataset(name: str | None, root: Path, options: DataOptions) -> ResolvedDataset | None:
     """Read what lies in a folder as one of the table's data sets, faults and all; None: it is anyone's own folder.
 
     Raises:
@@ -144,7 +144,7 @@ def look_into(name: str | None, root: Path, options: DataOptions) -> Opened | No
     dataset = DATASETS[found_name]
     _require_meaning(options, ("order", "split_seed", "group_by", *dataset.choices), dataset.title)
     LOG.info("%s is read as %s: %s", base, dataset.title, layout.what)
-    return Opened(name=found_name, layout=layout, found=layout.read(base, options))
+    return ResolvedDataset(name=found_name, layout=layout, found=layout.read(base, options))
 
 
 def _matches(root: Path, names: Sequence[str], *, only_telling: bool) -> dict[str, tuple[Layout, Path]]:
@@ -158,9 +158,9 @@ def _matches(root: Path, names: Sequence[str], *, only_telling: bool) -> dict[st
     return found
 
 
-def wrong_counts(opened: Opened, options: DataOptions) -> list[str]:
+def wrong_counts(resolved: ResolvedDataset, options: DataOptions) -> list[str]:
     """Say where the number of cases is not the one that ``options.count`` asks for."""
-    parts, official = opened.found.parts, opened.found.official
+    parts, official = resolved.found.parts, resolved.found.official
     total = sum(map(len, parts.values()))
     if not parts.get(ALL) and not parts.get("train"):
         return ["there is no case to train on; is the archive half unzipped?"]
@@ -168,7 +168,7 @@ def wrong_counts(opened: Opened, options: DataOptions) -> list[str]:
         return []
     if isinstance(options.count, int):
         return [f"there are {total} cases, not {options.count}"] * (total != options.count)
-    known = opened.dataset.other_counts.get(total)
+    known = resolved.dataset.other_counts.get(total)
     if known is not None:
         return [f"there are {total} cases, which is {known}; to use them: --set data.count={total}"]
     return [
@@ -179,20 +179,20 @@ def wrong_counts(opened: Opened, options: DataOptions) -> list[str]:
     ]
 
 
-def divided(opened: Opened, root: Path, options: DataOptions) -> DataFolder:
+def split_dataset(resolved: ResolvedDataset, root: Path, options: DataOptions) -> DataFolder:
     """Bring the cases into their order and their splits.
 
     Raises:
         InputError: there are too few cases, their groups are not known, or the order's file is not of these cases.
         UsageError: another split is asked of a data set that comes divided.
     """
-    found, dataset = opened.found, opened.dataset
+    found, dataset = resolved.found, resolved.dataset
     _check_unique(found)
     choices = {name: getattr(options, name) for name in dataset.choices}
-    how: dict[str, object] = {"dataset": opened.name, "order": options.order, **choices}
+    how: dict[str, object] = {"dataset": resolved.name, "order": options.order, **choices}
     if ALL in found.parts:
         cases = _in_order(found.parts[ALL], options)
-        splits = paper_split(cases, options.split_seed, _groups(opened, cases, options))
+        splits = paper_split(cases, options.split_seed, _groups(resolved, cases, options))
         how |= {"split_seed": options.split_seed, "group_by": options.group_by}
     else:
         if options.split_seed != DataOptions().split_seed or options.group_by not in ("none", dataset.groups):
@@ -201,7 +201,7 @@ def divided(opened: Opened, root: Path, options: DataOptions) -> DataFolder:
     LOG.info("%s: %s", dataset.title, ", ".join(f"{len(cases)} {split}" for split, cases in splits.items()))
     return DataFolder(
         root=root, name=dataset.title, classes=found.classes, splits=splits, window=found.window,
-        modality=dataset.modality, layout=opened.layout.what, how=how,
+        modality=dataset.modality, layout=resolved.layout.what, how=how,
     )  # fmt: skip
 
 
@@ -217,11 +217,11 @@ def _in_order(cases: Sequence[Case], options: DataOptions) -> tuple[Case, ...]:
     return tuple(sorted(cases, key=lambda case: place[case.name]))
 
 
-def _groups(opened: Opened, cases: Sequence[Case], options: DataOptions) -> list[str] | None:
+def _groups(resolved: ResolvedDataset, cases: Sequence[Case], options: DataOptions) -> list[str] | None:
     if options.group_by == "none":
         return None
-    if opened.dataset.groups != options.group_by:
-        raise UsageError(f"no {options.group_by} is known of {opened.dataset.title}; leave data.group_by out")
+    if resolved.dataset.groups != options.group_by:
+        raise UsageError(f"no {options.group_by} is known of {resolved.dataset.title}; leave data.group_by out")
     alone = [case.name for case in cases if case.group is None]
     if alone:
         raise InputError(
@@ -231,7 +231,7 @@ def _groups(opened: Opened, cases: Sequence[Case], options: DataOptions) -> list
     return [str(case.group) for case in cases]
 
 
-def _check_unique(found: Found) -> None:
+def _check_unique(found: DatasetScan) -> None:
     counts = Counter(case.name for cases in found.parts.values() for case in cases)
     twice = [name for name, count in counts.items() if count > 1]
     if twice:

@@ -12,7 +12,7 @@ from medseg_trt.imaging.preprocess import clip_and_scale, for_image, prepare, pr
 from medseg_trt.progress import LOG, track
 from medseg_trt.spec import Preprocessing
 from medseg_trt.train.datasets.folder import Case, read_case
-from medseg_trt.train.datasets.ragged import RaggedArrays
+from medseg_trt.train.datasets.variable_size_arrays import VariableSizeArrays
 
 EIGHT_BIT = (0.0, 255.0)
 IMAGES, LABELS = "images.npy", "labels.npy"
@@ -27,8 +27,8 @@ class PreparedSlices:
     source's size they differ in shape, grey slices have one channel, and values are 0 … 1.
     """
 
-    images: np.ndarray | RaggedArrays
-    labels: np.ndarray | RaggedArrays
+    images: np.ndarray | VariableSizeArrays
+    labels: np.ndarray | VariableSizeArrays
     slices_of_class: tuple[np.ndarray, ...]  # for every label that occurs, the slices that hold it
     resized_as: Preprocessing | None = None  # what is still to be done, at the source's size
 
@@ -46,7 +46,7 @@ def mapped_slices(
     if resized_as is None:
         images, labels = (np.load(folder / name, mmap_mode="r") for name in (IMAGES, LABELS))
     else:
-        images, labels = (RaggedArrays.open(folder / name) for name in (SOURCE_IMAGES, SOURCE_LABELS))
+        images, labels = (VariableSizeArrays.open(folder / name) for name in (SOURCE_IMAGES, SOURCE_LABELS))
     return PreparedSlices(
         images=images, labels=labels, slices_of_class=slices_of_class, resized_as=resized_as
     )  # fmt: skip
@@ -92,8 +92,8 @@ def source_slices(cases: Sequence[Case], preprocessing: Preprocessing, num_label
     """
     shapes = _shapes(cases, num_labels)
     _require_room(sum(height * width * (4 * channels + 1) for channels, height, width in shapes), folder)
-    images = RaggedArrays.create(folder / SOURCE_IMAGES, shapes, np.float32)
-    labels = RaggedArrays.create(folder / SOURCE_LABELS, [shape[1:] for shape in shapes], np.uint8)
+    images = VariableSizeArrays.create(folder / SOURCE_IMAGES, shapes, np.float32)
+    labels = VariableSizeArrays.create(folder / SOURCE_LABELS, [shape[1:] for shape in shapes], np.uint8)
     holds = np.zeros((len(shapes), num_labels), bool)
     unscaled: list[str] = []
     index = 0

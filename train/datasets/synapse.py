@@ -15,7 +15,17 @@ from pathlib import Path
 from medseg_trt.errors import InputError
 from medseg_trt.spec import Classes
 from medseg_trt.train.datasets.folder import Case
-from medseg_trt.train.datasets.layout import Dataset, Found, Layout, below, by_name, files, folders, locator, paired
+from medseg_trt.train.datasets.layout import (
+    Dataset,
+    DatasetScan,
+    Layout,
+    below,
+    by_name,
+    files,
+    folders,
+    locator,
+    paired,
+)
 from medseg_trt.train.datasets.options import DataOptions, OrganOrder
 
 TRAIN = ("0005", "0006", "0007", "0009", "0010", "0021", "0023", "0024", "0026", "0027", "0028", "0030", "0031", "0033",
@@ -40,7 +50,7 @@ HOUNSFIELD, SCALED = (-125.0, 275.0), (0.0, 1.0)
 SLICE = r"case(\d{4})_slice\d+"
 
 
-def read_raw(base: Path, options: DataOptions) -> Found:
+def read_raw(base: Path, options: DataOptions) -> DatasetScan:
     """Find the 30 labelled scans, and give their 13 labels the numbers of the eight organs."""
     problems: list[str] = []
     images = by_name(files(below(base, "img"), r"img\d{4}"), r"img(\d{4})", problems)
@@ -55,12 +65,12 @@ def read_raw(base: Path, options: DataOptions) -> Found:
     if unknown := [name for name in found if name not in TRAIN + TEST]:
         problems.append(f"{images[unknown[0]]} is none of the 30 cases of the list, with {len(unknown)} in all")
     official = {"train": len(TRAIN), "test": len(TEST)}
-    return Found(
+    return DatasetScan(
         parts=parts, official=official, classes=Classes(names=names), window=HOUNSFIELD, problems=tuple(problems)
     )
 
 
-def read_prepared(base: Path, options: DataOptions) -> Found:
+def read_prepared(base: Path, options: DataOptions) -> DatasetScan:
     """Find the training slices and the test volumes, in the order of TransUNet's lists where these are there."""
     problems: list[str] = []
     slices = by_name(files(below(base, "train_npz"), SLICE), r"(case\d{4}_slice\d+)", problems)
@@ -80,7 +90,7 @@ def read_prepared(base: Path, options: DataOptions) -> Found:
         parts[part] = tuple(
             Case(image=there[name], mask=there[name], group=name[:8]) for name in names[part] if name in there
         )
-    return Found(
+    return DatasetScan(
         parts=parts,
         official={"train": TRAIN_SLICES, "test": len(TEST)},
         classes=Classes(names=ORGANS[options.organs]),

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from medseg_trt.spec import ModelSpec
-from medseg_trt.train.whole_batch import BatchNorm2d, Dropout
+from medseg_trt.train.global_batch import BatchNorm2d, Dropout
 
 GROUPS = 32  # of every GroupNorm but the one in a bottleneck's shortcut
 NORM_EPS = 1e-6

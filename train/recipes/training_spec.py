@@ -8,10 +8,10 @@ from medseg_trt.metrics.protocols import METRICS
 from medseg_trt.spec import InsertSpec, Preprocessing, Resize
 from medseg_trt.train.augment import SHAPE_CHANGING, Step
 from medseg_trt.train.datasets.options import DataOptions
-from medseg_trt.train.engine import AUTOCASTS
 from medseg_trt.train.models.frozen import FROZEN_DTYPES
 from medseg_trt.train.models.model import MODELS
 from medseg_trt.train.schedules import SCHEDULES, ScheduleStep
+from medseg_trt.train.training_process import AUTOCASTS
 
 InputScale = Literal["own", "unit", "imagenet", "unext"]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -22,7 +22,7 @@ from medseg_trt.engines import build as engines
 from medseg_trt.engines import child as engine_child
 from medseg_trt.engines.build import build_engines, check_engines, rebuild_engines
 from medseg_trt.engines.child import build_in_child
-from medseg_trt.engines.fingerprint import read_fingerprint, side_car, write_fingerprint
+from medseg_trt.engines.fingerprint import metadata_path, read_fingerprint, write_fingerprint
 from medseg_trt.errors import ArtefactError, DeviceError, MedsegError, MissingExtraError, UsageError
 from medseg_trt.export.engine_layers import LayerReport, Outcome
 from medseg_trt.export.graph.gemms import gemms, total_macs
@@ -144,7 +144,7 @@ def test_the_table_says_that_no_engine_has_run(with_engines: WithEngines):
 
 
 def test_a_changed_plan_or_side_car_is_refused_with_the_bundle(copied: Bundle):
-    for name in (copied.content.engines[0].plan, side_car(Path(copied.content.engines[0].plan)).as_posix()):
+    for name in (copied.content.engines[0].plan, metadata_path(Path(copied.content.engines[0].plan)).as_posix()):
         path = copied.folder / name
         content = path.read_bytes()
         path.write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
@@ -387,7 +387,7 @@ def test_one_engine_that_fails_leaves_the_others(with_engines: WithEngines, tmp_
     assert "sm75 multiplies no float32" in line
     unverified = build_engines(folder, variants, set(), SPEC, variants)
     assert unverified.built == ()
-    assert all("no back-end has run its graph" in line for line in unverified.dropped)
+    assert all("no back-end has verified its graph" in line for line in unverified.dropped)
 
 
 def test_a_workspace_that_is_too_small_is_explained(with_engines: WithEngines, tmp_path: Path):

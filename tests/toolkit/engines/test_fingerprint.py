@@ -6,11 +6,11 @@ import pytest
 
 from medseg_trt.engines.fingerprint import (
     EngineFingerprint,
-    Here,
+    RuntimeEnvironment,
+    metadata_path,
     mismatches,
     read_fingerprint,
     rebuild_hint,
-    side_car,
     write_fingerprint,
 )
 from medseg_trt.errors import ArtefactError
@@ -22,7 +22,7 @@ BUILT = EngineFingerprint(
     graph_sha256="a" * 64, weights_sha256="b" * 64,
     plugins={"RMSNorm": "c" * 64}, batch=(1, 1, 8), options={"level": 3},
 )  # fmt: skip
-HERE = Here(
+MACHINE = RuntimeEnvironment(
     library="tensorrt-rtx", version="1.7.1.116", sm="sm86", gpu="NVIDIA A10", driver="580.65", cuda="13.0",
     graph_sha256="a" * 64, weights_sha256="b" * 64, plugins={"RMSNorm": "c" * 64, "SwiGLU": "d" * 64},
 )  # fmt: skip
@@ -30,18 +30,18 @@ HERE = Here(
 
 def test_a_fingerprint_is_read_as_it_was_written(tmp_path: Path):
     path = write_fingerprint(BUILT, tmp_path)
-    assert path == side_car(tmp_path / BUILT.plan)
+    assert path == metadata_path(tmp_path / BUILT.plan)
     assert read_fingerprint(path) == read_fingerprint(tmp_path / BUILT.plan) == BUILT
 
 
 def test_an_engine_fits_where_everything_is_as_it_was_built():
-    assert mismatches(BUILT, HERE) == []
-    unknown = Here(library="tensorrt-rtx", version="1.7.1.116", plugins=HERE.plugins)
+    assert mismatches(BUILT, MACHINE) == []
+    unknown = RuntimeEnvironment(library="tensorrt-rtx", version="1.7.1.116", plugins=MACHINE.plugins)
     assert mismatches(BUILT, unknown) == []  # what is not known is no mismatch
 
 
 @pytest.mark.parametrize(
-    ("here", "words"),
+    ("changes", "words"),
     [
         ({"library": "tensorrt"}, ["TensorRT-RTX", "cannot read"]),
         ({"version": None}, ["1.7.1.116", "not installed"]),
@@ -54,27 +54,27 @@ def test_an_engine_fits_where_everything_is_as_it_was_built():
         ({"plugins": {}}, ["RMSNorm"]),
     ],
 )
-def test_every_difference_is_one_sentence(here, words):
-    (sentence,) = mismatches(BUILT, replace(HERE, **here))
+def test_every_difference_is_one_sentence(changes, words):
+    (sentence,) = mismatches(BUILT, replace(MACHINE, **changes))
     assert all(word in sentence for word in [BUILT.plan, *words])
     assert sentence.endswith(".")
 
 
 def test_several_differences_are_all_named():
-    assert len(mismatches(BUILT, replace(HERE, version="1.6", sm="sm75", cuda="12.4", plugins={}))) == 4
+    assert len(mismatches(BUILT, replace(MACHINE, version="1.6", sm="sm75", cuda="12.4", plugins={}))) == 4
 
 
 def test_compatibility_that_was_asked_for_is_no_mismatch():
     portable = replace(BUILT, version_compatible=True, hardware="ampere_plus")
-    assert mismatches(portable, replace(HERE, version="1.8.0", sm="sm120")) == []
-    assert len(mismatches(portable, replace(HERE, version="2.0", sm="sm75"))) == 2
+    assert mismatches(portable, replace(MACHINE, version="1.8.0", sm="sm120")) == []
+    assert len(mismatches(portable, replace(MACHINE, version="2.0", sm="sm75"))) == 2
 
 
 def test_a_tuned_engine_does_not_run_on_another_gpu_of_its_kind():
     tuned = replace(BUILT, library="tensorrt", gpu="NVIDIA GeForce RTX 3090")
-    here = replace(HERE, library="tensorrt")
-    assert "RTX 3090" in mismatches(tuned, here)[0]
-    assert mismatches(replace(tuned, hardware="same_compute_capability"), here) == []
+    machine = replace(MACHINE, library="tensorrt")
+    assert "RTX 3090" in mismatches(tuned, machine)[0]
+    assert mismatches(replace(tuned, hardware="same_compute_capability"), machine) == []
 
 
 def test_the_hint_names_a_command():
@@ -89,7 +89,7 @@ def test_the_hint_names_a_command():
         {"hardware": "all"},
     ],
 )  # fmt: skip
-def test_a_hostile_side_car_is_refused(tmp_path, fault):
+def test_a_hostile_metadata_file_is_refused(tmp_path, fault):
     path = tmp_path / "fp16-sm86.json"
     path.write_text(json.dumps(to_dict(BUILT) | fault), encoding="utf-8")
     with pytest.raises(ArtefactError):
@@ -97,7 +97,7 @@ def test_a_hostile_side_car_is_refused(tmp_path, fault):
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", "[" * 100_000, "{}", " " * (2 << 20)])
-def test_a_side_car_that_is_none_is_refused(tmp_path, content):
+def test_a_missing_or_malformed_metadata_file_is_refused(tmp_path, content):
     path = tmp_path / "fp16-sm86.json"
     if content is not None:
         path.write_text(content, encoding="utf-8")

@@ -15,7 +15,7 @@ from tiny import write_pictures
 
 from medseg_trt.bundles.bundle import MANIFEST, load_bundle
 from medseg_trt.cli import cli, main
-from medseg_trt.engines.fingerprint import FOLDER, read_fingerprint, side_car
+from medseg_trt.engines.fingerprint import FOLDER, metadata_path, read_fingerprint
 from medseg_trt.errors import ArtefactError, DeviceError, UsageError
 from medseg_trt.files import sha256
 from medseg_trt.kernels import manifest as kernel_manifest
@@ -208,7 +208,7 @@ def test_of_several_engines_the_fitting_one_is_taken(machine, tiny_bundle, tmp_p
 
 @pytest.mark.parametrize("fault", ["no side-car", "unlisted side-car", "of another plan", "swapped digest"])
 def test_a_plan_whose_fingerprint_is_not_its_own_is_refused(machine, engine_bundle, fault):
-    car = side_car(engine_bundle / PLAN)
+    car = metadata_path(engine_bundle / PLAN)
     if fault == "no side-car":
         car.unlink()
     elif fault == "of another plan":

@@ -8,7 +8,7 @@ import pytest
 from official import colour_picture
 
 from medseg_trt.train.datasets import duplicates
-from medseg_trt.train.datasets.duplicates import MIN_CORRELATION, find_copies, look_at
+from medseg_trt.train.datasets.duplicates import MIN_CORRELATION, find_duplicates, hash_image
 
 SIZE = (192, 256)
 
@@ -46,70 +46,77 @@ COPIES = {
 }
 
 
-def look(pixels):
-    return look_at(np.asarray(pixels)[np.newaxis])
+def image_hash(pixels):
+    return hash_image(np.asarray(pixels)[np.newaxis])
 
 
 @pytest.mark.parametrize("make", [textured, lambda seed: colour_picture(seed, SIZE)[0]], ids=["tissue", "discs"])
 @pytest.mark.parametrize("copy", COPIES)
 def test_a_copy_is_found_and_only_the_copy(make, copy):
     originals = [make(seed) for seed in range(12)]
-    looks = [look(pixels) for pixels in (*originals, COPIES[copy](originals[7]))]
-    (pair,) = find_copies(looks, [None] * len(looks))
+    hashes = [image_hash(pixels) for pixels in (*originals, COPIES[copy](originals[7]))]
+    (pair,) = find_duplicates(hashes, [None] * len(hashes))
     assert (pair.first, pair.second, pair.is_exact) == (7, 12, False)
 
 
 def test_the_same_pixels_are_exact_copies_whatever_file_they_lie_in():
-    looks = [look(textured(seed)) for seed in (0, 1, 0, 2, 0)]
-    found = find_copies(looks, [None] * 5)
+    hashes = [image_hash(textured(seed)) for seed in (0, 1, 0, 2, 0)]
+    found = find_duplicates(hashes, [None] * 5)
     assert [(pair.first, pair.second, pair.is_exact) for pair in found] == [(0, 2, True), (0, 4, True)]
 
 
 def test_different_pictures_are_none():
-    looks = [look(textured(seed)) for seed in range(60)] + [look(colour_picture(seed, SIZE)[0]) for seed in range(40)]
-    assert find_copies(looks, [None] * len(looks)) == []
+    hashes = [image_hash(textured(seed)) for seed in range(60)] + [
+        image_hash(colour_picture(seed, SIZE)[0]) for seed in range(40)
+    ]
+    assert find_duplicates(hashes, [None] * len(hashes)) == []
 
 
 def test_low_frequencies_alone_would_take_different_pictures_for_copies(monkeypatch):
-    # Discs before a bar share their lowest frequencies: without the second look, some would be called copies.
-    looks = [look(colour_picture(seed, SIZE)[0]) for seed in range(40)]
+    # Discs before a bar share their lowest frequencies: only the comparison of thumbnails tells them apart.
+    hashes = [image_hash(colour_picture(seed, SIZE)[0]) for seed in range(40)]
     monkeypatch.setattr(duplicates, "MIN_CORRELATION", -1)
-    assert find_copies(looks, [None] * len(looks))
+    assert find_duplicates(hashes, [None] * len(hashes))
 
 
 def test_the_limit_of_the_second_look_has_room_on_the_copies_side():
     agreement = []
     for seed in range(6):
-        original = look(textured(seed)).thumbnail
-        agreement += [float((original * look(copy(textured(seed))).thumbnail).sum()) for copy in COPIES.values()]
+        original = image_hash(textured(seed)).thumbnail
+        agreement += [float((original * image_hash(copy(textured(seed))).thumbnail).sum()) for copy in COPIES.values()]
     assert min(agreement) > MIN_CORRELATION + 0.003
 
 
 def test_frames_of_one_sequence_may_look_alike_but_not_be_the_same():
     pixels = textured(0)
-    looks = [look(pixels), look(resized(pixels, 0.5)), look(pixels)]
-    found = find_copies(looks, ["film"] * 3)
+    hashes = [image_hash(pixels), image_hash(resized(pixels, 0.5)), image_hash(pixels)]
+    found = find_duplicates(hashes, ["film"] * 3)
     assert [(pair.first, pair.second, pair.is_exact) for pair in found] == [(0, 2, True)]
-    assert len(find_copies(looks, ["film", "film 2", "film 3"])) == 3
+    assert len(find_duplicates(hashes, ["film", "film 2", "film 3"])) == 3
 
 
 def test_pictures_of_one_grey_are_copies_of_nothing():
-    looks = [look(np.full((*SIZE, 1), value, np.uint8)) for value in (0, 0, 90)]
-    assert find_copies(looks, [None] * 3) == []
+    hashes = [image_hash(np.full((*SIZE, 1), value, np.uint8)) for value in (0, 0, 90)]
+    assert find_duplicates(hashes, [None] * 3) == []
 
 
 def test_what_lies_outside_the_window_does_not_matter():
     scan = 1.5 * textured(0)[np.newaxis, ..., :1] - 100
     metal = scan.copy()
     metal[0, 20:24, 30:34] = 20_000
-    first, second = (look_at(values.astype(np.float32), (-125.0, 275.0)) for values in (scan, metal))
-    assert find_copies([first, second], [None, None])
-    first, second = (look_at(values.astype(np.float32)) for values in (scan, metal))
-    assert not find_copies([first, second], [None, None])
+    first, second = (hash_image(values.astype(np.float32), (-125.0, 275.0)) for values in (scan, metal))
+    assert find_duplicates([first, second], [None, None])
+    first, second = (hash_image(values.astype(np.float32)) for values in (scan, metal))
+    assert not find_duplicates([first, second], [None, None])
 
 
 def test_all_pairs_are_found_across_blocks(monkeypatch):
     monkeypatch.setattr(duplicates, "BLOCK", 2)
     originals = [textured(seed) for seed in range(4)]
-    looks = [look(pixels) for pixels in (*originals, *(resized(pixels, 0.5) for pixels in originals))]
-    assert [(pair.first, pair.second) for pair in find_copies(looks, [None] * 8)] == [(0, 4), (1, 5), (2, 6), (3, 7)]
+    hashes = [image_hash(pixels) for pixels in (*originals, *(resized(pixels, 0.5) for pixels in originals))]
+    assert [(pair.first, pair.second) for pair in find_duplicates(hashes, [None] * 8)] == [
+        (0, 4),
+        (1, 5),
+        (2, 6),
+        (3, 7),
+    ]

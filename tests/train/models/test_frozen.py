@@ -16,10 +16,10 @@ from medseg_trt.train import loop
 from medseg_trt.train.block.blocks import load_block, random_block
 from medseg_trt.train.checkpoint import FROZEN_PREFIXES, load_checkpoint
 from medseg_trt.train.datasets.prepared import PreparedSlices
-from medseg_trt.train.engine import Engine
 from medseg_trt.train.loop import make_optimizer, train, train_epoch
 from medseg_trt.train.models.frozen import keep_frozen_in
 from medseg_trt.train.models.model import LanguageInsert, build_model
+from medseg_trt.train.training_process import TrainingProcess
 
 BLOCK = random_block(TINY_LLAMA, seed=0, std=0.3)
 
@@ -135,12 +135,12 @@ def test_autocast_computes_steps_in_its_type_and_keeps_weights_and_loss_in_float
 
 def test_gradients_that_overflow_float16_lower_the_scale_and_change_no_weight():
     model, recipe = fresh_model("fp32"), tiny_recipe("train.autocast=fp16", "train.batch_size=4")
-    engine = Engine("fp16")
-    engine.scaler.load_state_dict({**engine.scaler.state_dict(), "scale": 2.0**40})
+    process = TrainingProcess("fp16")
+    process.scaler.load_state_dict({**process.scaler.state_dict(), "scale": 2.0**40})
     before = model.head.weight.clone()
-    train_epoch(model, make_optimizer(model, recipe.train), slices(), recipe, 1, engine)
+    train_epoch(model, make_optimizer(model, recipe.train), slices(), recipe, 1, process)
     assert torch.equal(model.head.weight, before)
-    assert engine.scaler.get_scale() == 2.0**39
+    assert process.scaler.get_scale() == 2.0**39
 
 
 # A kill in the middle of an epoch.
@@ -187,7 +187,7 @@ def test_a_run_killed_within_an_epoch_goes_on_at_the_step_that_was_saved(killed,
     assert history_of(killed / "run") == history_of(killed / "whole")
     assert training_of(killed / "run").keys() == {"optimizer", "scaler", "epoch"}
 
-    monkeypatch.setattr(Engine, "set_random_state", lambda engine, state: None)
+    monkeypatch.setattr(TrainingProcess, "set_random_state", lambda process, state: None)
     train(recipe, data, forgetful, block=block, resume=True)
     others = load_checkpoint(forgetful / "last.pt").weights
     assert not all(torch.equal(ours[key], others[key]) for key in ours)  # other masks of dropout are noticed

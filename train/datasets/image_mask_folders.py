@@ -3,15 +3,15 @@
 from pathlib import Path
 
 from medseg_trt.train.datasets.folder import Case
-from medseg_trt.train.datasets.layout import ALL, Found, Layout, below, by_name, files, locator, paired
+from medseg_trt.train.datasets.layout import ALL, DatasetScan, Layout, below, by_name, files, locator, paired
 from medseg_trt.train.datasets.options import DataOptions
 from medseg_trt.train.datasets.sequences import sequences
 
 
-def flat(official: int) -> Layout:
+def image_mask_layout(official: int) -> Layout:
     """Return the layout of a data set with an official number of pictures."""
 
-    def read(base: Path, _options: DataOptions) -> Found:
+    def read(base: Path, _options: DataOptions) -> DatasetScan:
         problems: list[str] = []
         masks = below(base, "masks/0") or below(base, "masks")
         pairs = paired(
@@ -25,7 +25,7 @@ def flat(official: int) -> Layout:
         ]
         group_of = sequences(base)
         cases = (Case(image=image, mask=mask, is_binary=True, group=group_of.get(name)) for name, image, mask in pairs)
-        return Found(parts={ALL: tuple(cases)}, official={ALL: official}, problems=tuple(problems))
+        return DatasetScan(parts={ALL: tuple(cases)}, official={ALL: official}, problems=tuple(problems))
 
     return Layout(
         what="images/ and masks/ with the same names", locate=locator("images", "masks"), read=read, is_telling=False

@@ -9,7 +9,7 @@ from numpy import ndarray
 DATA, SHAPES = "values.npy", "shapes.npy"
 
 
-class RaggedArrays(Sequence[ndarray]):
+class VariableSizeArrays(Sequence[ndarray]):
     """Read-only arrays by their number; to write one, assign to it.
 
     Args:
@@ -23,7 +23,7 @@ class RaggedArrays(Sequence[ndarray]):
         self._ends = np.cumsum(shapes.prod(axis=1))
 
     @classmethod
-    def create(cls, folder: Path, shapes: Sequence[tuple[int, ...]], dtype: type) -> "RaggedArrays":
+    def create(cls, folder: Path, shapes: Sequence[tuple[int, ...]], dtype: type) -> "VariableSizeArrays":
         """Make the files, with undefined values."""
         folder.mkdir(parents=True)
         sizes = np.array(shapes, np.int64)
@@ -32,7 +32,7 @@ class RaggedArrays(Sequence[ndarray]):
         return cls(np.lib.format.open_memmap(folder / DATA, "w+", dtype, (total,)), sizes)
 
     @classmethod
-    def open(cls, folder: Path) -> "RaggedArrays":
+    def open(cls, folder: Path) -> "VariableSizeArrays":
         """Map the files that ``create`` made."""
         return cls(np.load(folder / DATA, mmap_mode="r"), np.load(folder / SHAPES))
 
