@@ -269,7 +269,7 @@ def test_a_process_that_really_dies_takes_nothing_with_it(tiny_bundle, monkeypat
     class Dying(ChildSession):
         def run(self, batch: np.ndarray) -> np.ndarray:
             if self.backend == "openvino":
-                os.kill(self._process.pid, signal.SIGSEGV)
+                os.kill(self.process_id, signal.SIGSEGV)
             return super().run(batch)
 
         def time(self, batch: np.ndarray, duration_s: float, min_runs: int) -> Sequence[float]:
@@ -289,5 +289,6 @@ def test_a_process_that_really_dies_takes_nothing_with_it(tiny_bundle, monkeypat
     assert ways(found) == [("fp32", "onnxruntime", "fp32")]
     assert found.executions[0].verification["max_abs_error"] <= 1e-4
     assert found.dropped == (
-        "fp32-plain with openvino in fp32: openvino with fp32-plain.onnx was killed by signal 11; it is not used",
+        "fp32-plain with openvino in fp32: openvino with fp32-plain.onnx was killed by signal 11 (SIGSEGV); "
+        "it is not used",
     )
