@@ -94,7 +94,7 @@ def _whole_way(
             was_read = time.perf_counter()
             run, spent = _watched(session.run)
             masks, spent_on_masks = _watched(session.masks)
-            pixels = session.pixel_path(read.pixels, read.spacing_in_plane)
+            pixels = session.device_pipeline(read.pixels, read.spacing_in_plane)
             on_device, spent_there = _watched(pixels) if pixels is not None else (None, [])
             labels = segment(
                 run, read, contract, 1, masks=masks if session.gives_masks else None, pixels_to_masks=on_device

@@ -75,7 +75,7 @@ class TensorRtSession(Session):
             device: where it was.
             backend: a key of ``sessions.backends.BACKENDS``.
             description: for a table.
-            kernels: for ``pixel_path``; None leaves pixels to the CPU.
+            kernels: for ``device_pipeline``; None leaves pixels to the CPU.
             graphs: whether sequences that come again are recorded as CUDA graphs.
             plan: that it was deserialised from.
         """
@@ -131,7 +131,7 @@ class TensorRtSession(Session):
         with self._lane() as lane:
             return lane.watch(prepared, runs)
 
-    def pixel_path(
+    def device_pipeline(
         self, pixels: Num[ndarray, "slices height width channels"], spacing_mm: tuple[float, float] | None
     ) -> PixelRun | None:
         """Return what makes masks of slices like these on the device; None where they are the CPU's affair."""

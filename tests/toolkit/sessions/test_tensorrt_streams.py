@@ -50,7 +50,7 @@ class Opened:
         assert self.gpu.is_clean()
 
     def masks_of(self, slices: np.ndarray, spacing_mm: tuple[float, float] | None = None) -> PixelRun:
-        found = self.session.pixel_path(slices, spacing_mm)
+        found = self.session.device_pipeline(slices, spacing_mm)
         assert found is not None
         return found
 
@@ -226,18 +226,18 @@ def test_what_the_kernels_do_not_know_is_left_to_the_cpu():
     p, _ = FORMS["stretched"]
     nearest = Preprocessing(image_size=SIZE, resize="nearest")
     with Opened(PixelKernels(find_ptx=symbol_as_ptx, preprocessing=p)) as opened:
-        path = opened.session.pixel_path
+        path = opened.session.device_pipeline
         assert path(slices_of(1), None) is not None
         assert path(slices_of(1).astype(np.int16), None) is None
         assert path(slices_of(1).astype(np.float32), None) is None
         assert path(slices_of(1, (1, 20000)), None) is None
     with Opened(PixelKernels(find_ptx=symbol_as_ptx, preprocessing=nearest)) as opened:
-        assert opened.session.pixel_path(slices_of(1), None) is None
+        assert opened.session.device_pipeline(slices_of(1), None) is None
     with Opened() as opened:
-        assert opened.session.pixel_path(slices_of(1), None) is None
+        assert opened.session.device_pipeline(slices_of(1), None) is None
     p, _ = FORMS["spacing"]
     with Opened(PixelKernels(find_ptx=symbol_as_ptx, preprocessing=p)) as opened:
-        assert opened.session.pixel_path(slices_of(1), (0.0, 1.0)) is None
+        assert opened.session.device_pipeline(slices_of(1), (0.0, 1.0)) is None
 
 
 # --- what may fail --------------------------------------------------------------------------------------------------
