@@ -40,7 +40,7 @@ def steps(
 ) -> Steps:
     """Return the steps for the slices of one image; see ``segment`` for the arguments.
 
-    With ``pixels_to_masks``, ``Session.device_pipeline``'s, the network prepares the pixels itself, and nothing else is run.
+    With ``pixels_to_masks``, ``Session.device_pipeline``'s, the network prepares the pixels, and nothing else is run.
     """
     if pixels_to_masks is not None:
         return Steps(prepare=lambda pixels: pixels, run=pixels_to_masks, finish=lambda labels: labels)
