@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 RUNS = 20  # counted, after as many uncounted ones as WARM_UP
 WARM_UP = 3
-TIMEOUT_S = 300
+TIMEOUT_S = 300.0
 PRODUCTS = (
     "Conv",
     "MatMul",
