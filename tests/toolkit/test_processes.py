@@ -99,10 +99,12 @@ def test_an_error_keeps_the_kind_that_the_parent_knows(script):
     ("number", "message"),
     [
         (signal.SIGSEGV, "the child was killed by signal 11 (SIGSEGV); it is not used"),
-        (signal.SIGKILL, "the child was killed by signal 9 (SIGKILL); the machine may have run out of memory; "
-                         "it is not used"),
+        (
+            signal.SIGKILL,
+            "the child was killed by signal 9 (SIGKILL); the machine may have run out of memory; it is not used",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_death_names_the_signal(script, number, message):
     with ChildProcess(script, {"kind": "signal", "signal": number}, "the child") as child:
         with pytest.raises(ArtefactError) as raised:
