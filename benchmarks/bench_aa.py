@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from results_file import options, publish, table
 
-from medseg_trt.bench.measure import in_turn, tier, timed_runs
+from medseg_trt.bench.measure import in_turn, tier
 from medseg_trt.bundles.bundle import Bundle, load_bundle
 from medseg_trt.metrics.intervals import Interval, speed_interval
 from medseg_trt.sessions.open import open_session
+from medseg_trt.timing import timed_runs
 
 SLOWER = 0.03
 

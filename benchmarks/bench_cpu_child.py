@@ -13,6 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from medseg_trt.processes import process_memory
+from medseg_trt.timing import timed_runs
+
 Answer = Callable[[np.ndarray], np.ndarray]
 
 
@@ -89,15 +92,14 @@ def _serve(pipe: Connection, variant: Variant) -> None:
             what, *arguments = pipe.recv()
             if what == "run":
                 logits = [answer(arguments[0][:1])]
-                after_first = after_first or _memory()["RssAnon"]
+                after_first = after_first or process_memory()["anonymous_mb"]
                 logits += [answer(image[np.newaxis]) for image in arguments[0][1:]]
                 pipe.send(("answer", np.concatenate(logits)))
             elif what == "time":
                 pipe.send(("answer", _timed(answer, *arguments)))
             else:
-                found = _memory()
-                pipe.send(("answer", {"anonymous_mb": after_first or found["RssAnon"], "resident_mb": found["VmRSS"],
-                                      "peak_resident_mb": found["VmHWM"]}))  # fmt: skip
+                memory = process_memory()
+                pipe.send(("answer", memory | {"anonymous_mb": after_first or memory["anonymous_mb"]}))
     except EOFError:
         return
     except Exception as error:  # whatever it is belongs into the table, not on the terminal of a child
@@ -105,18 +107,8 @@ def _serve(pipe: Connection, variant: Variant) -> None:
 
 
 def _timed(answer: Answer, image: np.ndarray, seconds: float, min_runs: int) -> list[float]:
-    answer(image)  # what the others have put out of the caches comes back uncounted
-    samples, end = list[float](), time.perf_counter() + seconds
-    while len(samples) < min_runs or time.perf_counter() < end:
-        began = time.perf_counter()
-        answer(image)
-        samples.append(1000 * (time.perf_counter() - began))
-    return samples
-
-
-def _memory() -> dict[str, float]:
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return {name: int(lines[name].split()[0]) * 1024 / 1e6 for name in ("RssAnon", "VmRSS", "VmHWM")}
+    answer(image)  # refills the caches that other variants have displaced, untimed
+    return timed_runs(lambda: answer(image), seconds, min_runs)
 
 
 def _graph(variant: Variant) -> Answer:

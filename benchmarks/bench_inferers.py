@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from results_file import options, publish, table
 
-from medseg_trt.bench.measure import in_turn, tier, timed_runs
+from medseg_trt.bench.measure import in_turn, tier
 from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.errors import MedsegError
 from medseg_trt.imaging.images import read_image
 from medseg_trt.imaging.segment import prepared_slices
 from medseg_trt.metrics.intervals import median_of_rounds, speed_interval
 from medseg_trt.sessions.open import open_session
+from medseg_trt.timing import timed_runs
 from medseg_trt.train.checkpoint import load_checkpoint
 
 SLICES = 4

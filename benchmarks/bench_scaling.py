@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from results_file import options, publish, table
 
-from medseg_trt.bench.measure import in_turn, tier, timed_runs
+from medseg_trt.bench.measure import in_turn, tier
 from medseg_trt.bundles.bundle import Bundle
 from medseg_trt.pipeline import build
 from medseg_trt.sessions.backends import is_installed
 from medseg_trt.sessions.open import open_session
 from medseg_trt.spec import BuildSpec, Classes, Preprocessing
+from medseg_trt.timing import timed_runs
 from medseg_trt.train.block.blocks import random_block, save_block
 from medseg_trt.train.checkpoint import Checkpoint, save_checkpoint, trained_weights
 from medseg_trt.train.models.model import build_model, model_spec

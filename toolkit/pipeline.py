@@ -46,7 +46,7 @@ def build(
     """
     from medseg_trt.building.contract import Contract
     from medseg_trt.building.executions import GRAPH_OF, default_graph, try_executions
-    from medseg_trt.building.reference import Proof
+    from medseg_trt.building.reference import Reference
     from medseg_trt.building.reference_images import reference_images
     from medseg_trt.building.variants import make_variants
     from medseg_trt.bundles.signature import read_private_key, sign
@@ -75,12 +75,12 @@ def build(
         require_linear(loaded.preprocessing)
     images = reference_images(loaded, Path(data) if data is not None else None)
     network, contract = loaded.model(), Contract.of(loaded)
-    proof = Proof(reference=runner(network), contract=contract, images=images, spec=spec)
+    reference = Reference(network=runner(network), contract=contract, images=images, spec=spec)
 
     folded, report = fold(network)
     folding = plain_report(report)
     LOG.info("verify the folded network (%s)", ", ".join(f"{each.count} {rule}" for rule, each in report.items()))
-    proof.exact(runner(folded))
+    reference.check_logits(runner(folded))
     LOG.info("trace the network to ONNX")
     graph, fused = fuse(trace(folded))
     passes = {"folded": folding, "fused": fused}
@@ -90,9 +90,9 @@ def build(
         variants: dict[str, Variant] = {}
         for name in dict.fromkeys(GRAPH_OF.get(name, name) for name in spec.precisions):
             variants |= make_variants(
-                graph, temporary, name, passes, contract=contract, outputs=spec.outputs, proof=proof
+                graph, temporary, name, passes, contract=contract, outputs=spec.outputs, reference=reference
             )
-        tried = try_executions(temporary, variants, spec, proof, (golden, golden_logits))
+        tried = try_executions(temporary, variants, spec, reference, (golden, golden_logits))
         engines = Engines(built=(), dropped=())
         if spec.engines is not None:
             engines = build_engines(temporary, variants, tried.verified, spec.engines, spec.precisions)

@@ -2,13 +2,10 @@
 
 A step is what the back-end made of the graph's nodes; by its name, or by its neighbours where it has lost that, it is
 led back to the part of the network. Looking costs time, so the steps' sum is more than the latency.
-``python -m medseg_trt.bench.layer_times`` is the child.
+``python -P -m medseg_trt.bench.layer_times`` is the child.
 """
 
 import json
-import os
-import subprocess
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from medseg_trt.bench.schema import LayerTime, Missing, PartTime, Profile
-from medseg_trt.errors import require
+from medseg_trt.errors import MedsegError, require
 from medseg_trt.export.graph.interface import INPUT, OUTPUT, size_inputs
+from medseg_trt.processes import ChildProcess, parent
 from medseg_trt.spec import LIBRARY_NAMES
 
 if TYPE_CHECKING:
@@ -31,7 +29,7 @@ if TYPE_CHECKING:
 
 RUNS = 20  # counted, after as many uncounted ones as WARM_UP
 WARM_UP = 3
-TIMEOUT_S = 300
+TIMEOUT_S = 300.0
 PRODUCTS = (
     "Conv",
     "MatMul",
@@ -69,21 +67,23 @@ def profile(
     """
     if backend not in PROFILERS:
         return Missing(reason=f"{backend} says nothing of single steps here")
-    with TemporaryDirectory() as folder:
-        np.save(Path(folder, "image.npy"), image)
-        request = {"path": str(graph.resolve()), "precision": precision, "compute": compute, "folder": folder}
-        command = [sys.executable, "-m", "medseg_trt.bench.layer_times", backend, json.dumps(request)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIMEOUT_S)
-            found = json.loads(Path(folder, "steps.json").read_text(encoding="utf-8"))
-        except subprocess.CalledProcessError as error:
-            last = (error.stderr.strip().splitlines() or [f"exit code {error.returncode}"])[-1]
-            return Missing(reason=f"{backend} did not survive being looked at: {last}")
-        except subprocess.TimeoutExpired:
-            return Missing(reason=f"{backend} took more than {TIMEOUT_S} s to be looked at")
-        except (OSError, ValueError):
-            return Missing(reason=f"{backend} left no profile: {done.stderr.strip()[-200:]}")
-    return summed_up(found["tool"], [Step(**step) for step in found["steps"]], costs)
+    request = {"backend": backend, "path": str(graph.resolve()), "precision": precision, "compute": compute}
+    try:
+        with (
+            TemporaryDirectory() as folder,  # a back-end that leaves files leaves them there
+            ChildProcess(
+                "medseg_trt.bench.layer_times",
+                request,
+                backend,
+                consequence="it has no profile",
+                cwd=Path(folder),
+                timeout_s=TIMEOUT_S,
+            ) as child,
+        ):
+            reply = child.call({}, image)
+    except MedsegError as error:
+        return Missing(reason=f"{backend} could not be profiled: {error}")
+    return summed_up(reply["tool"], [Step(**step) for step in reply["steps"]], costs)
 
 
 def summed_up(tool: str, steps: Sequence[Step], costs: Sequence["NodeCost"]) -> Profile | Missing:
@@ -228,14 +228,14 @@ PROFILERS: Mapping[str, Profiler] = {
 
 
 def main() -> None:
-    """Profile what the command line names, and leave the steps in the folder that it names."""
-    backend, request = sys.argv[1], json.loads(sys.argv[2])
-    folder = Path(request["folder"])
-    image = np.load(folder / "image.npy")
-    os.chdir(folder)  # a back-end that leaves files leaves them there
-    tool, steps = PROFILERS[backend](Path(request["path"]), request["precision"], request["compute"], image, folder)
-    answer = {"tool": tool, "steps": [asdict(step) for step in steps]}
-    (folder / "steps.json").write_text(json.dumps(answer), encoding="utf-8")
+    """Profile the graph that the parent names with the image that it sends, and reply with the steps."""
+    with parent() as (request, connection):
+        announced = connection.receive()
+        assert announced is not None
+        image = connection.receive_array(**announced)
+        profiler = PROFILERS[request["backend"]]
+        tool, steps = profiler(Path(request["path"]), request["precision"], request["compute"], image, Path.cwd())
+        connection.send({"tool": tool, "steps": [asdict(step) for step in steps]})
 
 
 if __name__ == "__main__":

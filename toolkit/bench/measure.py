@@ -14,10 +14,9 @@ from math import ceil
 import numpy as np
 
 from medseg_trt.bench.schema import Latency, Tier
-from medseg_trt.errors import DeviceError, MedsegError
+from medseg_trt.errors import MedsegError
 from medseg_trt.metrics.intervals import coefficient_of_variation, median_of_rounds, tail_latency
 
-Clock = Callable[[], float]  # seconds
 Turn = Callable[[float, int], list[float]]  # for so many seconds, at least so many runs: the milliseconds of each
 
 TIERS: Mapping[str, Tier] = {
@@ -30,7 +29,6 @@ TURN_S = 0.5
 MIN_ROUNDS = 5  # fewer give no interval of a ratio
 HOST_CLOCK = "host clock"
 SETTLE_S = 0.02  # the threads of most back-ends wait in a loop for some milliseconds before they sleep
-MAX_STANDING = 1000  # runs in a row that took no time: then the clock has stopped
 ABSURD_FACTOR, ABSURD_MS = 1000.0, 1000.0  # times the median, and no less than this: no tail is as long as that
 MAX_VARIATION: Mapping[str, float] = {
     # trtexec's limit, for clocks that can be locked.
@@ -59,29 +57,6 @@ def tier(name: str, *, warmup_ms: float | None = None, duration_s: float | None 
         return chosen
     short = chosen.duration_s < TIERS["quick"].duration_s
     return replace(chosen, name="custom", min_runs=TIERS["quick"].min_runs if short else chosen.min_runs)
-
-
-def timed_runs(
-    call: Callable[[], object], duration_s: float, min_runs: int, clock: Clock = time.perf_counter
-) -> list[float]:
-    """Call again and again, for ``duration_s`` and at least ``min_runs`` times; return the milliseconds of each.
-
-    A clock that is set back gives a negative time here; ``latency`` sets it aside.
-
-    Raises:
-        DeviceError: the clock stands still.
-    """
-    taken: list[float] = []
-    spent_ms, standing = 0.0, 0
-    while len(taken) < min_runs or spent_ms < 1000 * duration_s:
-        began = clock()
-        call()
-        taken.append(1000 * (clock() - began))
-        spent_ms += max(taken[-1], 0.0)
-        standing = standing + 1 if taken[-1] == 0 else 0
-        if standing > MAX_STANDING:
-            raise DeviceError("the clock stands still, so nothing can be timed; look at the machine's clock source")
-    return taken
 
 
 def in_turn(

@@ -10,18 +10,18 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, Any, ClassVar
+from typing import Any, ClassVar
 
 from jaxtyping import Float32
 from numpy import ndarray
 
-from medseg_trt.bench.measure import timed_runs
 from medseg_trt.imaging.images import Mask, find_images, read_image, write_mask
 from medseg_trt.imaging.segment import Run, segment
-from medseg_trt.sessions import subprocess_session
+from medseg_trt.processes import Connection
 from medseg_trt.sessions.base import Session
-from medseg_trt.sessions.subprocess_session import ChildSession, open_network, read_array, serve
+from medseg_trt.sessions.subprocess_session import HANDLERS, ChildSession, Reply, open_network, serve
 from medseg_trt.spec import Classes, Preprocessing, from_dict, to_dict
+from medseg_trt.timing import timed_runs
 
 STAGES = ("read", "prepare and restore", "run", "write")
 
@@ -47,11 +47,6 @@ class MeasuredSession(ChildSession):
         self.open_ms = 1000 * (time.perf_counter() - began)  # from the start of the process until it is loaded
         self._opened = {"path": str(path), "precision": precision, "compute": compute}
 
-    @property
-    def process_id(self) -> int:
-        """The child's."""
-        return self._process.pid
-
     def __enter__(self) -> "MeasuredSession":
         return self
 
@@ -59,8 +54,8 @@ class MeasuredSession(ChildSession):
         self, batch: Float32[ndarray, "batch 3 height width"], duration_s: float, min_runs: int
     ) -> list[float] | None:
         """Return the milliseconds of the network alone by the device's clock, or None, see ``Session``."""
-        self._ask({"do": "time_on_device", "duration_s": duration_s, "min_runs": min_runs}, batch)
-        return self._answer()["samples_ms"]
+        request = {"do": "time_on_device", "duration_s": duration_s, "min_runs": min_runs}
+        return self._child.call(request, batch)["samples_ms"]
 
     def whole_way(self, way: WholeWay, duration_s: float, min_runs: int) -> tuple[list[float], dict[str, list[float]]]:
         """Go from the image's file to the mask's again and again; return milliseconds, and those of every stage."""
@@ -68,9 +63,8 @@ class MeasuredSession(ChildSession):
             "do": "whole_way", "image": str(way.image), "preprocessing": to_dict(way.preprocessing),
             "classes": to_dict(way.classes), "output": str(way.output), "duration_s": duration_s, "min_runs": min_runs,
         }  # fmt: skip
-        self._ask(request)
-        answer = self._answer()
-        return answer["samples_ms"], answer["stages_ms"]
+        reply = self._child.call(request)
+        return reply["samples_ms"], reply["stages_ms"]
 
     def throughput(
         self, batch: Float32[ndarray, "batch 3 height width"], streams: int, threads: int | None, duration_s: float
@@ -81,22 +75,14 @@ class MeasuredSession(ChildSession):
         """
         request = {"do": "throughput", "backend": self.backend, "opened": self._opened, "streams": streams,
                    "threads": threads, "duration_s": duration_s}  # fmt: skip
-        self._ask(request, batch)
-        answer = self._answer()
-        return answer["batches"], answer["seconds"]
-
-
-def _time(
-    session: Session, requests: IO[bytes], shape: Sequence[int], dtype: str, duration_s: float, min_runs: int
-) -> tuple[dict[str, Any]]:
-    batch = read_array(requests, shape, dtype)
-    return ({"samples_ms": timed_runs(lambda: session.run(batch), duration_s, min_runs)},)
+        reply = self._child.call(request, batch)
+        return reply["batches"], reply["seconds"]
 
 
 def _whole_way(
-    session: Session, _requests: IO[bytes], image: str, preprocessing: Mapping[str, Any], classes: Mapping[str, Any],
+    session: Session, _connection: Connection, image: str, preprocessing: Mapping[str, Any], classes: Mapping[str, Any],
     output: str, duration_s: float, min_runs: int,
-) -> tuple[dict[str, Any]]:  # fmt: skip
+) -> Reply:  # fmt: skip
     (source,) = find_images([Path(image)])
     contract, names = from_dict(Preprocessing, preprocessing, "request"), from_dict(Classes, classes, "request")
     stages: dict[str, list[float]] = {stage: [] for stage in STAGES}
@@ -108,7 +94,7 @@ def _whole_way(
             was_read = time.perf_counter()
             run, spent = _watched(session.run)
             masks, spent_on_masks = _watched(session.masks)
-            pixels = session.pixel_path(read.pixels, read.spacing_in_plane)
+            pixels = session.device_pipeline(read.pixels, read.spacing_in_plane)
             on_device, spent_there = _watched(pixels) if pixels is not None else (None, [])
             labels = segment(
                 run, read, contract, 1, masks=masks if session.gives_masks else None, pixels_to_masks=on_device
@@ -121,7 +107,7 @@ def _whole_way(
                 stages[stage].append(1000 * seconds)
 
         samples = timed_runs(go, duration_s, min_runs)
-    return ({"samples_ms": samples, "stages_ms": stages},)
+    return {"samples_ms": samples, "stages_ms": stages}, None
 
 
 def _watched(function: Callable[..., ndarray]) -> tuple[Callable[..., ndarray], list[float]]:
@@ -138,10 +124,10 @@ def _watched(function: Callable[..., ndarray]) -> tuple[Callable[..., ndarray], 
 
 
 def _throughput(
-    session: Session, requests: IO[bytes], shape: Sequence[int], dtype: str, backend: str, opened: Mapping[str, str],
+    session: Session, connection: Connection, shape: Sequence[int], dtype: str, backend: str, opened: Mapping[str, str],
     streams: int, threads: int | None, duration_s: float,
-) -> tuple[dict[str, Any]]:  # fmt: skip
-    batch = read_array(requests, shape, dtype)
+) -> Reply:  # fmt: skip
+    batch = connection.receive_array(shape, dtype)
     with ExitStack() as stack:
         runs: list[Run] = [session.run]
         if streams > 1 and threads is None:
@@ -162,7 +148,7 @@ def _throughput(
 
         counts = list(pool.map(keep_running, runs))
         seconds = time.perf_counter() - began
-    return ({"batches": sum(counts), "seconds": seconds},)
+    return {"batches": sum(counts), "seconds": seconds}, None
 
 
 def _opened(backend: str, opened: Mapping[str, str], threads: int | None) -> Session:
@@ -170,17 +156,19 @@ def _opened(backend: str, opened: Mapping[str, str], threads: int | None) -> Ses
 
 
 def _time_on_device(
-    session: Session, requests: IO[bytes], shape: Sequence[int], dtype: str, duration_s: float, min_runs: int
-) -> tuple[dict[str, Any]]:
-    batch = read_array(requests, shape, dtype)
-    return ({"samples_ms": session.time_on_device(batch, duration_s, min_runs)},)
+    session: Session, connection: Connection, shape: Sequence[int], dtype: str, duration_s: float, min_runs: int
+) -> Reply:
+    batch = connection.receive_array(shape, dtype)
+    return {"samples_ms": session.time_on_device(batch, duration_s, min_runs)}, None
 
 
-ANSWERS = {
-    **subprocess_session.ANSWERS, "time": _time, "time_on_device": _time_on_device, "whole_way": _whole_way,
+CALLS: Mapping[str, Callable[..., Reply]] = {
+    **HANDLERS,
+    "time_on_device": _time_on_device,
+    "whole_way": _whole_way,
     "throughput": _throughput,
-}  # fmt: skip
+}
 
 
 if __name__ == "__main__":
-    serve(ANSWERS)
+    serve(CALLS)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
-from medseg_trt.building.reference import Proof
+from medseg_trt.building.reference import Reference
 from medseg_trt.bundles.manifest import Execution, Variant
 from medseg_trt.errors import AccuracyGateError, ArtefactError, DeviceError, MedsegError, UsageError
 from medseg_trt.progress import LOG
@@ -33,7 +33,7 @@ STAND_IN = "onnxruntime"  # runs every flavour; judges a graph whose own back-en
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Tried:
+class ExecutionTrials:
     """What came of all ways to run the variants."""
 
     executions: tuple[Execution, ...]  # the best first
@@ -46,15 +46,19 @@ class Tried:
 
 
 def try_executions(
-    folder: Path, variants: Mapping[str, Variant], spec: BuildSpec, proof: Proof, golden: tuple[ndarray, ndarray]
-) -> Tried:
+    folder: Path,
+    variants: Mapping[str, Variant],
+    spec: BuildSpec,
+    reference: Reference,
+    golden: tuple[ndarray, ndarray],
+) -> ExecutionTrials:
     """Run every variant with every back-end that can read its flavour; compare, then time.
 
     Args:
         folder: where the graphs are.
         variants: the graphs by name.
         spec: what was asked for.
-        proof: what the answers are compared with.
+        reference: what the answers are compared with.
         golden: the golden input, and PyTorch's logits for it.
 
     Raises:
@@ -73,7 +77,7 @@ def try_executions(
         for backend, compute in _ways(variant, wanted, _computes(variant, spec.precisions)):
             what = _what(name, backend, compute)
             try:
-                found.append(_try(folder, name, variant, backend, compute, proof, golden))
+                found.append(_try(folder, name, variant, backend, compute, reference, golden))
             except DeviceError as error:  # this machine cannot; that is no fault of the graph
                 dropped.append(f"{what}: {error}")
             except (AccuracyGateError, ArtefactError) as error:
@@ -91,7 +95,7 @@ def try_executions(
             raise error
     if not timed:
         raise DeviceError(f"nothing here can run what was built: {'; '.join(dropped)}")
-    return Tried(executions=_ranked(timed, variants), dropped=tuple(dropped))
+    return ExecutionTrials(executions=_ranked(timed, variants), dropped=tuple(dropped))
 
 
 def default_graph(executions: Sequence[Execution], variants: Mapping[str, Variant]) -> str | None:
@@ -129,32 +133,38 @@ def _computes(variant: Variant, precisions: Sequence[str]) -> list[str]:
 
 
 def _try(
-    folder: Path, name: str, variant: Variant, backend: str, compute: str, proof: Proof, golden: tuple[ndarray, ndarray]
+    folder: Path,
+    name: str,
+    variant: Variant,
+    backend: str,
+    compute: str,
+    reference: Reference,
+    golden: tuple[ndarray, ndarray],
 ) -> Execution:
     here = is_installed(backend)
     runner = backend if here else STAND_IN
     with _child(folder, variant, runner, compute if here else "fp32") as session:
-        verification = prove(session, variant, compute, proof)
-        check_masks(session, proof.contract.preprocessing, golden[0])
+        verification = verify_session(session, variant, compute, reference)
+        check_masks(session, reference.contract.preprocessing, golden[0])
         error = float(np.abs(session.run(golden[0]) - golden[1]).max())
     return Execution(
         variant=name, backend=backend, compute=compute, executed=here,
-        golden_error=GOLDEN_MARGIN[_is_exact(variant, compute)] * max(error, proof.spec.max_abs_error),
+        golden_error=GOLDEN_MARGIN[_is_exact(variant, compute)] * max(error, reference.spec.max_abs_error),
         verification={"by": session.description, **verification},
     )  # fmt: skip
 
 
-def prove(session: Session, variant: Variant, compute: str, proof: Proof) -> dict[str, Any]:
+def verify_session(session: Session, variant: Variant, compute: str, reference: Reference) -> dict[str, Any]:
     """Compare a session with PyTorch: all of its logits where nothing was rounded, else its masks.
 
     Raises:
         AccuracyGateError: it is not allowed to differ so much.
     """
-    LOG.info("verify %s against PyTorch on %s", session.description, proof.images.description)
-    masks = proof.own_masks(session) if session.gives_masks else None
+    LOG.info("verify %s against PyTorch on %s", session.description, reference.images.description)
+    masks = reference.in_graph_masks(session) if session.gives_masks else None
     if _is_exact(variant, compute):
-        return proof.exact(session.run) | ({} if masks is None else proof.exact_masks(masks))
-    verdict, figures = proof.verdict(session.run, masks)
+        return reference.check_logits(session.run) | ({} if masks is None else reference.check_masks_of_graph(masks))
+    verdict, figures = reference.verdict(session.run, masks)
     if not verdict.holds:
         raise AccuracyGateError(f"{session.description} draws other masks than PyTorch: {verdict}")
     return figures

@@ -23,10 +23,10 @@ from medseg_trt.spec import BuildSpec, to_dict
 
 
 @dataclass(kw_only=True)
-class Proof:
+class Reference:
     """The reference, its contract, what it is shown, and the limits."""
 
-    reference: Run
+    network: Run
     contract: Contract
     images: ReferenceImages
     spec: BuildSpec
@@ -35,11 +35,11 @@ class Proof:
     _remembering: Run = field(init=False)
 
     def __post_init__(self) -> None:
-        self._logits = run_in_batches(self.reference, self.images.judged.inputs, 1)
+        self._logits = run_in_batches(self.network, self.images.judged.inputs, 1)
         self._masks = self._masks_of(self._logits)
-        self._remembering = _remembering(self.reference)
+        self._remembering = _remembering(self.network)
 
-    def exact(self, run: Run) -> dict[str, Any]:
+    def check_logits(self, run: Run) -> dict[str, Any]:
         """Compare the logits, image by image, batch by batch, row by row.
 
         Raises:
@@ -48,7 +48,7 @@ class Proof:
         limits = {"max_abs_error": self.spec.max_abs_error, "min_agreement": self.spec.min_agreement}
         return to_dict(verify(run, self._remembering, self.images.verified, self.images.description, **limits))
 
-    def exact_masks(self, masks: Sequence[ndarray]) -> dict[str, Any]:
+    def check_masks_of_graph(self, masks: Sequence[ndarray]) -> dict[str, Any]:
         """Compare the masks that a graph made itself of the judged images with PyTorch's, pixel by pixel.
 
         Raises:
@@ -62,7 +62,7 @@ class Proof:
             )
         return {"own_masks_agreement": agreement}
 
-    def own_masks(self, session: Session) -> list[ndarray]:
+    def in_graph_masks(self, session: Session) -> list[ndarray]:
         """Return the masks of the judged images that a graph with ``--outputs mask`` makes."""
         judged, preprocessing = self.images.judged, self.contract.preprocessing
         sizes = [

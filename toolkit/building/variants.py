@@ -15,7 +15,7 @@ from numpy import ndarray
 
 from medseg_trt.building.activation_observer import observer
 from medseg_trt.building.contract import Contract
-from medseg_trt.building.reference import Proof
+from medseg_trt.building.reference import Reference
 from medseg_trt.bundles.manifest import Variant
 from medseg_trt.errors import AccuracyGateError, UsageError
 from medseg_trt.export.gate import Relaxed, Verdict, relax
@@ -51,7 +51,7 @@ KEEPS_CASTS = "onnxruntime"  # OpenVINO drops a cast to 16 bits and back, and wi
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Written:
+class GraphTarget:
     """A way to write a precision down."""
 
     flavour: str  # of export.flavours
@@ -59,10 +59,10 @@ class Written:
     backend: str  # that it is meant for, and is judged with where that is installed
 
 
-WRITTEN: Mapping[str, Written] = {
-    "canonical": Written(flavour="canonical", form="int8", backend="onnxruntime"),
-    "plain": Written(flavour="plain", form="uint8", backend="openvino"),
-    "uint8": Written(flavour="canonical", form="uint8_outputs", backend="onnxruntime"),
+GRAPH_TARGETS: Mapping[str, GraphTarget] = {
+    "canonical": GraphTarget(flavour="canonical", form="int8", backend="onnxruntime"),
+    "plain": GraphTarget(flavour="plain", form="uint8", backend="openvino"),
+    "uint8": GraphTarget(flavour="canonical", form="uint8_outputs", backend="onnxruntime"),
 }
 ONLY_INTEGERS = "uint8"  # says nothing new of a precision without integer activations
 
@@ -89,7 +89,7 @@ def make_variants(
     *,
     contract: Contract,
     outputs: str,
-    proof: Proof,
+    reference: Reference,
 ) -> dict[str, Variant]:
     """Write the graphs of one precision into the folder and return them by name.
 
@@ -100,18 +100,18 @@ def make_variants(
         passes: what was done to the graph so far.
         contract: of the network; it decides how a graph makes masks, whatever images there are.
         outputs: ``BuildSpec.outputs``.
-        proof: what masks are compared with; its images calibrate.
+        reference: what masks are compared with; its images calibrate.
 
     Raises:
         UsageError: an unknown precision, or no images to calibrate on.
         AccuracyGateError: the masks do not stay right, whatever is left in float.
     """
-    prepared = _prepare(graph, name, contract.model, proof)
+    prepared = _prepare(graph, name, contract.model, reference)
     is_for_cpus = prepared.calibration is not None and "+" not in name  # no CPU multiplies codes into 16-bit floats
-    forms = [key for key in WRITTEN if key != ONLY_INTEGERS or is_for_cpus]
+    forms = [key for key in GRAPH_TARGETS if key != ONLY_INTEGERS or is_for_cpus]
     if any(FP8 in steps(scheme) for scheme in prepared.precision.values()):
         forms = ["canonical"]  # ONNX before opset 19, which the others are written in, has no such numbers
-    relaxed = _relaxed(prepared, name, forms, proof) if set(prepared.precision.values()) != {FLOAT} else None
+    relaxed = _relaxed(prepared, name, forms, reference) if set(prepared.precision.values()) != {FLOAT} else None
     kept = _names(prepared.graph, relaxed.kept_float) if relaxed else frozenset[str]()
     graphs = {key: _written(prepared, key, kept) for key in forms}
     share = int8_share(graphs["canonical"])
@@ -131,16 +131,16 @@ def make_variants(
         file.removesuffix(".onnx"): Variant(
             precision=name, flavour=key, graph=file, weights=f"weights-{stem}.bin",
             passes=done | {
-                "policy": policy_digest(prepared.precision, WRITTEN[key].form, WRITTEN[key].flavour, groups)
+                "policy": policy_digest(prepared.precision, GRAPH_TARGETS[key].form, GRAPH_TARGETS[key].flavour, groups)
             },
         )
         for file, key in files.items()
     }  # fmt: skip
 
 
-def _prepare(graph: OnnxGraph, name: str, model: ModelSpec, proof: Proof) -> _Prepared:
+def _prepare(graph: OnnxGraph, name: str, model: ModelSpec, reference: Reference) -> _Prepared:
     """Calibrate and smooth where integers need it, and look for numbers that 16 bits cannot hold."""
-    precision, images = parse_precision(name), proof.images.calibration
+    precision, images = parse_precision(name), reference.images.calibration
     notes: dict[str, Any] = {"parts": precision}
     calibration, kept = None, tuple[str, ...]()
     if needs_calibration(precision):
@@ -167,7 +167,7 @@ def _prepare(graph: OnnxGraph, name: str, model: ModelSpec, proof: Proof) -> _Pr
     if halves:
         chosen = [gemm.name for gemm in gemms(graph) if gemm.part in halves]
         with observer(graph, observed_values(graph, chosen)) as observe:
-            found = too_large(graph, chosen, observe, proof.images.verified)
+            found = too_large(graph, chosen, observe, reference.images.verified)
         unsafe = frozenset(each.gemm for each in found)
         notes |= {"too_large_for_16_bits": [to_dict(each) for each in found]}
     return _Prepared(
@@ -177,7 +177,7 @@ def _prepare(graph: OnnxGraph, name: str, model: ModelSpec, proof: Proof) -> _Pr
 
 
 def _written(prepared: _Prepared, key: str, kept: frozenset[str]) -> OnnxGraph:
-    written = WRITTEN[key]
+    written = GRAPH_TARGETS[key]
     quantised = quantise(
         prepared.graph, prepared.precision, prepared.calibration, form=written.form,
         keep_float=kept | prepared.keep_float, keep_wide=prepared.keep_wide,
@@ -185,25 +185,27 @@ def _written(prepared: _Prepared, key: str, kept: frozenset[str]) -> OnnxGraph:
     return derive(written.flavour, quantised, prepared.model.image_size, prepared.model.num_classes)
 
 
-def _relaxed(prepared: _Prepared, name: str, forms: Sequence[str], proof: Proof) -> Relaxed:
+def _relaxed(prepared: _Prepared, name: str, forms: Sequence[str], reference: Reference) -> Relaxed:
     """Find the groups of layers that must stay in float for the gate to hold."""
     key = next(
-        key for key in ("plain", ONLY_INTEGERS, "canonical") if key in forms and is_installed(WRITTEN[key].backend)
+        key
+        for key in ("plain", ONLY_INTEGERS, "canonical")
+        if key in forms and is_installed(GRAPH_TARGETS[key].backend)
     )
     groups = groups_of(prepared.graph)
     rounded = {group: names for group, names in groups.items() if _is_rounded(prepared, names)}
 
     def answers(kept: frozenset[str]) -> ndarray:
-        return _answers(prepared, key, kept, proof.images.judged.inputs)
+        return _answers(prepared, key, kept, reference.images.judged.inputs)
 
     def judge(kept: frozenset[str]) -> Verdict:
-        verdict, _ = proof.verdict_of(answers(_names(prepared.graph, kept)))
+        verdict, _ = reference.verdict_of(answers(_names(prepared.graph, kept)))
         LOG.info("%s%s: %s", name, f" without {', '.join(sorted(kept))}" if kept else "", verdict)
         return verdict
 
     def error_alone(group: str) -> float:
         others = frozenset(gemm for other, names in rounded.items() if other != group for gemm in names)
-        return proof.error_of(answers(others))
+        return reference.error_of(answers(others))
 
     def may_keep(kept: frozenset[str]) -> bool:
         if steps(name)[0] != INT8:
@@ -222,7 +224,7 @@ def _relaxed(prepared: _Prepared, name: str, forms: Sequence[str], proof: Proof)
 
 def _answers(prepared: _Prepared, key: str, kept: frozenset[str], images: ndarray) -> ndarray:
     """Return the logits of images; 16-bit numbers are rounded for real, which a CPU would not do."""
-    graph, backend = _written(prepared, key, kept), WRITTEN[key].backend
+    graph, backend = _written(prepared, key, kept), GRAPH_TARGETS[key].backend
     if any(TYPES.keys() & steps(scheme) for scheme in prepared.precision.values()):
         graph, backend = rounded_graph(graph), KEEPS_CASTS
     with TemporaryDirectory() as folder:

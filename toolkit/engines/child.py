@@ -1,6 +1,6 @@
 """Build an engine in a process of its own: a builder that dies takes nothing with it, and its memory is free again.
 
-The child is ``python -m medseg_trt.engines.child``; it answers in lines of JSON on stdout.
+The child is ``python -P -m medseg_trt.engines.child``; ``medseg_trt.processes`` describes the messages.
 
 The builder numbers and sorts by addresses and by which thread comes first, so that it would write another plan every
 time. Therefore the child keeps to one core and to fixed addresses, its allocator to fixed rules, and it stands in a
@@ -11,20 +11,17 @@ Source: personality(2), mallopt(3) and glibc's manual, "Memory Allocation Tunabl
 
 import contextlib
 import ctypes
-import json
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, Any
+from typing import Any
 
-from medseg_trt import errors
-from medseg_trt.errors import ArtefactError, MedsegError
 from medseg_trt.export.tensorrt.build import Built, build_engine
+from medseg_trt.processes import ChildProcess, Connection, Progress, parent, process_memory
 from medseg_trt.progress import track
 from medseg_trt.spec import EngineSpec, from_dict, to_dict
 
@@ -37,7 +34,6 @@ ALLOCATOR = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0:glibc.malloc.trim
 # that wakes up does. A builder takes seconds, and another core stays for everybody else.
 POLICIES = ((os.SCHED_FIFO, 1), (os.SCHED_BATCH, 0)) if sys.platform == "linux" else ()
 SHELL_STATE = ("PWD", "OLDPWD", "SHLVL", "_")  # where and how deep a shell stands
-STATUS = Path("/proc/self/status")  # Linux
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,41 +51,33 @@ def build_in_child(graph: Path, plan: Path, spec: EngineSpec, cache: Path | None
 
     Raises:
         MedsegError: as in ``build_engine``.
-        ArtefactError: the child died; the message says by which signal.
+        ArtefactError: the child died; the message names the signal.
     """
     request = {
         "graph": f"graph/{graph.name}", "plan": f"plan/{plan.name}", "spec": to_dict(spec),
         "cache": str(cache.resolve()) if cache else None,
     }  # fmt: skip
-    command = [sys.executable, "-P", "-m", "medseg_trt.engines.child", json.dumps(request)]
     began = time.perf_counter()
     with (
         TemporaryDirectory() as folder,
-        subprocess.Popen(
-            command, cwd=_links(Path(folder), graph=graph, plan=plan), env=_environment(), stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        ) as process,
-    ):  # fmt: skip
-        assert process.stdout is not None
-        last: dict[str, Any] = {}
-        try:
-            steps = _steps(process.stdout, last)
-            total = next(steps, 0)
-            for _ in track(steps, f"build {plan.name}", total):
-                pass
-        except BaseException:
-            process.kill()
-            raise
-    if "error" in last:
-        raise getattr(errors, last["kind"])(last["error"])
-    if "built" not in last:
-        code = process.returncode
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        hint = "; the machine may have run out of memory" if code == -9 else ""
-        raise ArtefactError(f"the builder of {plan.name} {how}{hint}; no engine was written")
-    built = from_dict(Built, last["built"], "the builder")
-    took = {name: last[name] for name in ("peak_resident_mb", "processor_s")}
-    return Answer(built=built, wall_s=time.perf_counter() - began, **took)
+        ChildProcess(
+            "medseg_trt.engines.child",
+            request,
+            f"the builder of {plan.name}",
+            consequence="no engine was written",
+            cwd=_links(Path(folder), graph=graph, plan=plan),
+            environment=_environment(),
+        ) as child,
+    ):
+        steps = _outermost_steps(child.progress())
+        total = next(steps, 0)
+        for _ in track(steps, f"build {plan.name}", total):
+            pass
+        reply = child.receive()
+        child.finish()
+    built = from_dict(Built, reply["built"], "the builder")
+    usage = {name: reply[name] for name in ("peak_resident_mb", "processor_s")}
+    return Answer(built=built, wall_s=time.perf_counter() - began, **usage)
 
 
 def _links(folder: Path, **files: Path) -> Path:
@@ -104,18 +92,15 @@ def _environment() -> dict[str, str]:
     return {**kept, "PYTHONHASHSEED": "0", "GLIBC_TUNABLES": ALLOCATOR}
 
 
-def _steps(pipe: IO[bytes], last: dict[str, Any]) -> Iterator[int]:
-    """Yield the number of steps of the outermost phase, then each step that is done; leave the outcome in ``last``."""
+def _outermost_steps(reports: Iterable[Progress]) -> Iterator[int]:
+    """Yield the number of steps of the outermost phase, then each step that is done."""
     outermost = None
-    for line in pipe:
-        message = json.loads(line)
-        if "phase" not in message:
-            last.update(message)
-        elif outermost is None:
-            outermost = message["phase"]
-            yield message["of"]
-        elif message["phase"] == outermost:
-            yield message["done"]
+    for report in reports:
+        if outermost is None:
+            outermost = report.phase
+            yield report.total
+        elif report.phase == outermost:
+            yield report.done
 
 
 def _settle() -> None:
@@ -134,34 +119,16 @@ def _settle() -> None:
         os.execv(sys.executable, sys.orig_argv)
 
 
-def _serve(request: dict[str, Any], answers: IO[bytes]) -> None:
-    def say(message: dict[str, Any]) -> None:
-        answers.write(json.dumps(message).encode() + b"\n")
-        answers.flush()
-
+def _serve(request: Mapping[str, Any], connection: Connection) -> None:
     spec = from_dict(EngineSpec, request["spec"], "the request")
     cache = Path(request["cache"]) if request["cache"] else None
-    try:
-        built = build_engine(Path(request["graph"]), Path(request["plan"]), spec, _reporter(say), cache)
-    except MedsegError as error:
-        say({"error": str(error), "kind": type(error).__name__})
-    else:
-        took = {"peak_resident_mb": _peak_resident_mb(), "processor_s": time.process_time()}
-        say({"built": to_dict(built), **took})
-
-
-def _peak_resident_mb() -> float:
-    """Return the most memory that this process had; getrusage would count what the parent had when it forked."""
-    lines = STATUS.read_text().splitlines() if STATUS.is_file() else []
-    return next((int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM:")), 0.0)
-
-
-def _reporter(say: Callable[[dict[str, Any]], None]) -> Callable[[str, int, int], None]:
-    return lambda phase, done, of: say({"phase": phase, "done": done, "of": of})
+    built = build_engine(Path(request["graph"]), Path(request["plan"]), spec, connection.send_progress, cache)
+    peak_resident_mb = process_memory().get("peak_resident_mb", 0.0)
+    usage = {"peak_resident_mb": peak_resident_mb, "processor_s": time.process_time()}
+    connection.send({"built": to_dict(built), **usage})
 
 
 if __name__ == "__main__":
     _settle()
-    own = os.fdopen(os.dup(1), "wb")  # a library that prints must not print into the answers
-    os.dup2(2, 1)
-    _serve(json.loads(sys.argv[1]), own)
+    with parent() as (opening, end):
+        _serve(opening, end)

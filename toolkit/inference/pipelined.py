@@ -128,7 +128,7 @@ def _prepared(
 def _steps(image: Image, session: Session, bundle: Bundle) -> SegmentationStages:
     _warn_of_what_is_outside(image, bundle)
     masks = session.masks if session.gives_masks else None
-    on_device = session.pixel_path(image.pixels, image.spacing_in_plane)
+    on_device = session.device_pipeline(image.pixels, image.spacing_in_plane)
     return segmentation_stages(session.run, image, bundle.preprocessing, masks, on_device)
 
 

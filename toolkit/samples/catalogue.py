@@ -21,6 +21,7 @@ from typing import Literal
 
 from medseg_trt.errors import ArtefactError, InputError, MedsegError, UsageError, require
 from medseg_trt.files import atomic_folder, cache_folder, sha256, write_json
+from medseg_trt.processes import python_command
 from medseg_trt.progress import LOG
 from medseg_trt.samples.cells import CELLS_MEMBERS, unpack_cells
 from medseg_trt.samples.organs import ORGANS_MEMBERS, unpack_organs
@@ -195,7 +196,7 @@ def run_pip(arguments: Sequence[str], wanted: str, modules: Path | None) -> None
         raise DownloadError(f"pip is needed to fetch {wanted}. Install it: {sys.executable} -m ensurepip")
     detailed = LOG.isEnabledFor(logging.DEBUG) and LOG.hasHandlers()
     quiet = [] if detailed else ["--quiet"]
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *quiet, *arguments]
+    command = [*python_command("pip"), "--disable-pip-version-check", *quiet, *arguments]
     paths = [str(modules)] if modules is not None else []
     paths += [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
     environment = os.environ | ({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})

@@ -38,7 +38,7 @@ class Session(ABC):
         """
         raise UsageError(f"{self.description} gives logits alone; build with --outputs mask")
 
-    def pixel_path(
+    def device_pipeline(
         self, pixels: Num[ndarray, "slices height width channels"], spacing_mm: tuple[float, float] | None
     ) -> PixelRun | None:
         """Return what makes masks of slices like these, (batch, height, width, channels), all on the device.

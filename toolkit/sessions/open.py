@@ -46,7 +46,7 @@ def open_session(
     try:
         _check_golden(session, bundle, execution)
         check_masks(session, bundle.preprocessing, bundle.golden()[0])
-        _check_pixel_path(session, bundle)
+        _check_device_pipeline(session, bundle)
     except BaseException:
         session.close()
         raise
@@ -160,11 +160,11 @@ def _trust(bundle: Bundle) -> str:
     )
 
 
-def _check_pixel_path(session: Session, bundle: Bundle) -> None:
+def _check_device_pipeline(session: Session, bundle: Bundle) -> None:
     """See that pixels that are prepared and labelled on the device give the masks that they give on the CPU."""
     pixels = np.frombuffer(np.random.default_rng(0).bytes(PROBE_SIZE[0] * PROBE_SIZE[1] * 3), np.uint8)
     pixels = pixels.reshape(1, *PROBE_SIZE, 3)
-    on_device = session.pixel_path(pixels, None)
+    on_device = session.device_pipeline(pixels, None)
     if on_device is None:
         return
     logits = session.run(prepare(pixels[0], bundle.preprocessing, None)[np.newaxis])

@@ -37,11 +37,11 @@ from medseg_trt.sessions.backends import BACKENDS
 from medseg_trt.sessions.base import Session
 from medseg_trt.sessions.tensorrt_cache import cache_file, load_kernels, save_kernels
 from medseg_trt.sessions.tensorrt_engine import Engine, EngineError
-from medseg_trt.sessions.tensorrt_stream import Job, Lane
-from medseg_trt.sessions.tensorrt_stream_pool import Lanes
+from medseg_trt.sessions.tensorrt_stream import InferenceRequest, InferenceStream
+from medseg_trt.sessions.tensorrt_stream_pool import StreamPool
 from medseg_trt.spec import LIBRARY_NAMES, Preprocessing
 
-MOST_LANES = 2  # one computes while the other's thread prepares; each takes the engine's working memory once more
+MAX_STREAMS = 2  # one computes while the other's thread prepares; each takes the engine's working memory once more
 RUNS_BETWEEN_LOOKS = 10  # at how long they have taken in all
 WARM_UPS = 2  # the first run compiles and loads, the second records
 
@@ -75,7 +75,7 @@ class TensorRtSession(Session):
             device: where it was.
             backend: a key of ``sessions.backends.BACKENDS``.
             description: for a table.
-            kernels: for ``pixel_path``; None leaves pixels to the CPU.
+            kernels: for ``device_pipeline``; None leaves pixels to the CPU.
             graphs: whether sequences that come again are recorded as CUDA graphs.
             plan: that it was deserialised from.
         """
@@ -83,7 +83,7 @@ class TensorRtSession(Session):
         self.backend, self.device, self.description = backend, f"GPU {device.name}", description
         self._engine, self._device, self._kernels = engine, device, kernels
         launcher = Launcher(device, kernels.find_ptx) if kernels else Launcher(device)
-        self._lanes = Lanes(lambda: Lane(engine, device, launcher, graphs=graphs), MOST_LANES)
+        self._streams = StreamPool(lambda: InferenceStream(engine, device, launcher, graphs=graphs), MAX_STREAMS)
 
     def run(self, batch: Float32[ndarray, "batch 3 height width"]) -> Float32[ndarray, "batch classes height width"]:
         """Return the logits of a batch of prepared images, of any number: it is cut up, or filled up, as needed.
@@ -97,7 +97,7 @@ class TensorRtSession(Session):
             raise ValueError(f"the batch is {batch.shape}, but the network takes {source.shape}")
         answer = np.empty((len(batch), *target.shape), np.float32)
         prepared = np.ascontiguousarray(batch, source.dtype)
-        self._pass(prepared, answer, lambda images: Job(images=images))
+        self._pass(prepared, answer, lambda images: InferenceRequest(images=images))
         return answer
 
     def time_on_device(
@@ -111,10 +111,10 @@ class TensorRtSession(Session):
         most, prepared = self._engine.most, np.ascontiguousarray(batch, self._engine.input.dtype)
         pieces = [prepared[start : start + most] for start in range(0, len(prepared), most)]
         taken = list[float]()
-        with self._lane() as lane:
+        with self._stream_in_use() as stream:
             while len(taken) < min_runs or sum(taken) < 1000 * duration_s:
                 runs = max(min_runs - len(taken), RUNS_BETWEEN_LOOKS)
-                taken += [sum(each) for each in zip(*(lane.time(piece, runs) for piece in pieces), strict=True)]
+                taken += [sum(each) for each in zip(*(stream.time(piece, runs) for piece in pieces), strict=True)]
         return taken
 
     def layer_times(self, image: Float32[ndarray, "batch 3 height width"], runs: int) -> dict[str, list[float]]:
@@ -128,10 +128,10 @@ class TensorRtSession(Session):
             DeviceError: as ``run`` does.
         """
         prepared = np.ascontiguousarray(image, self._engine.input.dtype)
-        with self._lane() as lane:
-            return lane.watch(prepared, runs)
+        with self._stream_in_use() as stream:
+            return stream.watch(prepared, runs)
 
-    def pixel_path(
+    def device_pipeline(
         self, pixels: Num[ndarray, "slices height width channels"], spacing_mm: tuple[float, float] | None
     ) -> PixelRun | None:
         """Return what makes masks of slices like these on the device; None where they are the CPU's affair."""
@@ -142,21 +142,21 @@ class TensorRtSession(Session):
             return None
         height, width, channels = pixels.shape[1:]
 
-        def job(images: int) -> Job:
-            return Job(
+        def request(images: int) -> InferenceRequest:
+            return InferenceRequest(
                 images=images,
                 to_tensor=tuple(tensor_scalars(p, (images, height, width, channels), spacing_mm).items()),
                 to_mask=tuple(mask_scalars(p, images, classes, (height, width), spacing_mm).items()),
             )
 
         try:
-            job(1)
+            request(1)
         except ValueError:  # a resizing or a size that the kernels do not know
             return None
 
         def masks(slices: UInt8[ndarray, "batch height width channels"]) -> UInt8[ndarray, "batch height width"]:
             answer = np.empty(slices.shape[:3], np.uint8)
-            self._pass(np.ascontiguousarray(slices), answer, job)
+            self._pass(np.ascontiguousarray(slices), answer, request)
             return answer
 
         return masks
@@ -170,23 +170,23 @@ class TensorRtSession(Session):
     def close(self) -> None:
         """Wait for the threads that are in it, and free everything."""
         self._device.activate()
-        self._lanes.close()
+        self._streams.close()
         self._engine.close()
 
-    def _pass(self, source: ndarray, answer: ndarray, job: Callable[[int], Job]) -> None:
+    def _pass(self, source: ndarray, answer: ndarray, request: Callable[[int], InferenceRequest]) -> None:
         """Send a batch through the network in pieces that the engine takes."""
-        with self._lane() as lane:
+        with self._stream_in_use() as stream:
             for start in range(0, len(source), self._engine.most):
                 part = slice(start, min(start + self._engine.most, len(source)))
-                answer[part] = lane.run(job(part.stop - part.start), source[part])
+                answer[part] = stream.run(request(part.stop - part.start), source[part])
 
     @contextmanager
-    def _lane(self) -> Generator[Lane, None, None]:
-        """Yield a lane that is nobody else's, with the device's context; its errors are one line."""
+    def _stream_in_use(self) -> Generator[InferenceStream, None, None]:
+        """Yield a stream that is nobody else's, with the device's context; its errors are one line."""
         with device_errors(self._device, self.description):
             self._device.activate()
-            with self._lanes.one() as lane:
-                yield lane
+            with self._streams.one() as stream:
+                yield stream
 
 
 @contextmanager

@@ -1,9 +1,9 @@
-"""A lane: a CUDA stream with everything that one thread at a time needs to run a network in it.
+"""A CUDA stream with everything that one thread at a time needs to run a network in it.
 
 What goes up and comes down passes pinned memory, so that all copies, our two kernels and the network are one sequence
 in one stream, with one wait at its end. A sequence that comes a second time is recorded as a CUDA graph. A graph keeps
 every address and the state of its execution context; so it has a context of its own that nobody touches again, and
-it is dropped when a buffer moves. All contexts of a lane work in the same memory: they never run at the same time.
+it is dropped when a buffer moves. All contexts of a stream work in the same memory: they never run at the same time.
 Source: NVIDIA, "TensorRT Best Practices" (CUDA graphs).
 """
 
@@ -24,14 +24,14 @@ from medseg_trt.kernels.launch import CudaError, Launcher
 from medseg_trt.progress import LOG
 from medseg_trt.sessions.tensorrt_engine import Context, Engine, EngineError
 
-MOST_GRAPHS = 8  # of a lane; each has a context, and pictures come in many sizes
+MOST_GRAPHS = 8  # of a stream; each has a context, and images come in many sizes
 UNTIMED = 2  # runs: the first settles a shape, the second is recorded
 Scalars = tuple[tuple[str, int], ...]  # of a kernel, by name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """One pass through the network. Equal jobs are the same sequence of calls."""
+class InferenceRequest:
+    """One pass through the network. Equal requests are the same sequence of calls."""
 
     images: int
     to_tensor: Scalars | None = None  # of image_to_tensor; None: what goes up is prepared already
@@ -64,14 +64,14 @@ class Buffer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recorded:
-    """A job as a CUDA graph."""
+    """A request as a CUDA graph."""
 
     graph: Any
     context: Context  # that it was recorded from, and lives as long
 
 
-class Lane:
-    """A stream, its buffers, its context and its graphs; used by one thread at a time."""
+class InferenceStream:
+    """A CUDA stream, its buffers, its context and its graphs; used by one thread at a time."""
 
     def __init__(self, engine: Engine, device: Device, launcher: Launcher, *, graphs: bool = True) -> None:
         """Allocate what the engine's largest batch needs.
@@ -82,8 +82,8 @@ class Lane:
         """
         self._engine, self._device, self._launcher = engine, device, launcher
         self._wants_graphs = graphs
-        self._recorded: OrderedDict[Job, Recorded] = OrderedDict()
-        self._seen: set[Job] = set()
+        self._recorded: OrderedDict[InferenceRequest, Recorded] = OrderedDict()
+        self._seen: set[InferenceRequest] = set()
         self._activations, self._tensor, self._logits, self._pixels, self._mask = self._buffers = tuple(
             Buffer(device.allocate, device.free) for _ in range(5)
         )
@@ -102,24 +102,24 @@ class Lane:
             self.close()
             raise
 
-    def run(self, job: Job, source: ndarray) -> ndarray:
-        """Do a job and return a copy of what comes down: logits, or masks.
+    def run(self, request: InferenceRequest, source: ndarray) -> ndarray:
+        """Execute a request and return a copy of its output: logits, or masks.
 
         Args:
-            job: what to do; at most as many images as the engine takes at once.
+            request: what to do; at most as many images as the engine takes at once.
             source: contiguous; prepared images of the engine's type, or pixels.
 
         Raises:
             CudaError: the device reports an error.
             EngineError: the engine does.
         """
-        assert source.nbytes == self._up_bytes(job)
-        self._reserve(job)
+        assert source.nbytes == self._up_bytes(request)
+        self._reserve(request)
         _host(self._upward)[: source.nbytes] = source.reshape(-1).view(np.uint8)
-        self._start(job)
+        self._start(request)
         self._device.synchronize(self._stream)
-        answer = self._answer(job)
-        self._record_if_seen(job)
+        answer = self._answer(request)
+        self._record_if_seen(request)
         return answer
 
     def time(self, source: ndarray, runs: int) -> list[float]:
@@ -132,15 +132,15 @@ class Lane:
         Raises:
             CudaError, EngineError: as ``run`` does.
         """
-        self.run(Job(images=len(source)), source)
-        job, taken = Job(images=len(source), alone=True), list[float]()
+        self.run(InferenceRequest(images=len(source)), source)
+        request, taken = InferenceRequest(images=len(source), alone=True), list[float]()
         marks = [self._device.new_event(), self._device.new_event()]
         try:
             for _ in range(UNTIMED + runs):
-                self._start(job, *marks)
+                self._start(request, *marks)
                 self._device.synchronize(self._stream)
                 taken.append(self._device.elapsed_ms(*marks))
-                self._record_if_seen(job)
+                self._record_if_seen(request)
         finally:
             for mark in marks:
                 with suppress(CudaError):
@@ -152,12 +152,13 @@ class Lane:
 
         It is done in a context of its own, since layers that are watched wait for one another.
         """
-        self.run(Job(images=len(source)), source)
-        job, context = Job(images=len(source), alone=True), self._engine.context(self._activations.address)
+        self.run(InferenceRequest(images=len(source)), source)
+        request = InferenceRequest(images=len(source), alone=True)
+        context = self._engine.context(self._activations.address)
         taken = context.watch()
-        self._prepare(job, context)
+        self._prepare(request, context)
         for _ in range(UNTIMED + runs):
-            self._put(job, context)
+            self._put(request, context)
             self._device.synchronize(self._stream)
         return {name: found[UNTIMED:] for name, found in taken.items()}
 
@@ -173,72 +174,72 @@ class Lane:
         with suppress(CudaError):
             self._device.free_stream(self._stream)
 
-    def _start(self, job: Job, before: Any = None, after: Any = None) -> None:
-        """Put a job into the stream, between two marks if there are any."""
+    def _start(self, request: InferenceRequest, before: Any = None, after: Any = None) -> None:
+        """Put a request into the stream, between two marks if there are any."""
         assert self._context is not None
-        recorded = self._recorded.get(job)
+        recorded = self._recorded.get(request)
         if recorded is None:
-            self._prepare(job, self._context)
+            self._prepare(request, self._context)
         if before is not None:
             self._device.record_event(before, self._stream)
         if recorded is None:
-            self._put(job, self._context)
+            self._put(request, self._context)
         else:
-            self._recorded.move_to_end(job)
+            self._recorded.move_to_end(request)
             self._device.launch_graph(recorded.graph, self._stream)
         if after is not None:
             self._device.record_event(after, self._stream)
 
-    def _record_if_seen(self, job: Job) -> None:
-        """Record a job that was done a second time."""
-        if self._wants_graphs and job not in self._recorded:
-            if job in self._seen:
-                self._record(job)
-            self._seen.add(job)
+    def _record_if_seen(self, request: InferenceRequest) -> None:
+        """Record a request that was done a second time."""
+        if self._wants_graphs and request not in self._recorded:
+            if request in self._seen:
+                self._record(request)
+            self._seen.add(request)
 
-    def _up_bytes(self, job: Job) -> int:
-        if job.to_tensor is None:
-            return job.images * self._engine.input.nbytes
-        return job.images * dict(job.to_tensor)["image_stride"]
+    def _up_bytes(self, request: InferenceRequest) -> int:
+        if request.to_tensor is None:
+            return request.images * self._engine.input.nbytes
+        return request.images * dict(request.to_tensor)["image_stride"]
 
-    def _down(self, job: Job) -> tuple[tuple[int, ...], np.dtype[Any]]:
-        if job.to_mask is None:
-            return (job.images, *self._engine.output.shape), self._engine.output.dtype
-        size = dict(job.to_mask)
-        return (job.images, size["height"], size["width"]), np.dtype(np.uint8)
+    def _down(self, request: InferenceRequest) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        if request.to_mask is None:
+            return (request.images, *self._engine.output.shape), self._engine.output.dtype
+        size = dict(request.to_mask)
+        return (request.images, size["height"], size["width"]), np.dtype(np.uint8)
 
-    def _down_bytes(self, job: Job) -> int:
-        shape, dtype = self._down(job)
+    def _down_bytes(self, request: InferenceRequest) -> int:
+        shape, dtype = self._down(request)
         return int(np.prod(shape)) * dtype.itemsize
 
-    def _reserve(self, job: Job) -> None:
-        up, down = self._up_bytes(job), self._down_bytes(job)
+    def _reserve(self, request: InferenceRequest) -> None:
+        up, down = self._up_bytes(request), self._down_bytes(request)
         needed = [(self._upward, up), (self._downward, down)]
-        needed += [(self._pixels, up)] if job.to_tensor is not None else []
-        needed += [(self._mask, down)] if job.to_mask is not None else []
+        needed += [(self._pixels, up)] if request.to_tensor is not None else []
+        needed += [(self._mask, down)] if request.to_mask is not None else []
         if any(nbytes > buffer.nbytes for buffer, nbytes in needed):
             self._forget_graphs()  # they hold the old addresses
             for buffer, nbytes in needed:
                 buffer.reserve(nbytes)
 
-    def _prepare(self, job: Job, context: Context) -> None:
-        batch = max(job.images, self._engine.least)
+    def _prepare(self, request: InferenceRequest, context: Context) -> None:
+        batch = max(request.images, self._engine.least)
         context.prepare(batch, self._tensor.address, self._logits.address)
 
-    def _put(self, job: Job, context: Context) -> None:
-        """Put a job into the stream: up, prepare, the network, label, down."""
-        if job.alone:
+    def _put(self, request: InferenceRequest, context: Context) -> None:
+        """Put a request into the stream: up, prepare, the network, label, down."""
+        if request.alone:
             context.enqueue(self._stream)
             return
-        target = self._tensor if job.to_tensor is None else self._pixels
-        self._device.upload(target.address, self._upward.address, self._up_bytes(job), self._stream)
-        if job.to_tensor is not None:
-            self._launch("image_to_tensor", self._engine.input.dtype, job.to_tensor, self._pixels, self._tensor)
+        target = self._tensor if request.to_tensor is None else self._pixels
+        self._device.upload(target.address, self._upward.address, self._up_bytes(request), self._stream)
+        if request.to_tensor is not None:
+            self._launch("image_to_tensor", self._engine.input.dtype, request.to_tensor, self._pixels, self._tensor)
         context.enqueue(self._stream)
-        if job.to_mask is not None:
-            self._launch("logits_to_mask", self._engine.output.dtype, job.to_mask, self._logits, self._mask)
-        source = self._logits if job.to_mask is None else self._mask
-        self._device.download(self._downward.address, source.address, self._down_bytes(job), self._stream)
+        if request.to_mask is not None:
+            self._launch("logits_to_mask", self._engine.output.dtype, request.to_mask, self._logits, self._mask)
+        source = self._logits if request.to_mask is None else self._mask
+        self._device.download(self._downward.address, source.address, self._down_bytes(request), self._stream)
 
     def _launch(self, name: str, dtype: np.dtype[Any], scalars: Scalars, source: Buffer, target: Buffer) -> None:
         kernel = load(name)
@@ -247,36 +248,36 @@ class Lane:
         arrays = {first: source.address, last: target.address}
         self._launcher.launch(kernel, entry, arrays, dict(scalars), self._stream)
 
-    def _answer(self, job: Job) -> ndarray:
-        shape, dtype = self._down(job)
-        return _host(self._downward)[: self._down_bytes(job)].view(dtype).reshape(shape).copy()
+    def _answer(self, request: InferenceRequest) -> ndarray:
+        shape, dtype = self._down(request)
+        return _host(self._downward)[: self._down_bytes(request)].view(dtype).reshape(shape).copy()
 
-    def _record(self, job: Job) -> None:
-        """Record a job whose answer has been read. Where that fails, every job is put into the stream anew."""
+    def _record(self, request: InferenceRequest) -> None:
+        """Record a request whose output has been read. Where that fails, every request is enqueued call by call."""
         try:
-            self._keep(job, self._capture(job))
+            self._keep(request, self._capture(request))
         except (CudaError, EngineError, DeviceError) as error:
             self._wants_graphs = False
             LOG.warning("CUDA graphs are not used, every call is made anew: %s", error)
 
-    def _capture(self, job: Job) -> Recorded:
+    def _capture(self, request: InferenceRequest) -> Recorded:
         context = self._engine.context(self._activations.address)
-        self._prepare(job, context)
-        self._put(job, context)  # TensorRT settles a new shape in its first run, which cannot be recorded
+        self._prepare(request, context)
+        self._put(request, context)  # TensorRT settles a new shape in its first run, which cannot be recorded
         self._device.synchronize(self._stream)
         if not context.is_capturable(self._stream):
             raise EngineError("TensorRT says that the engine cannot be recorded")
         self._device.begin_capture(self._stream)
         try:
-            self._put(job, context)
+            self._put(request, context)
         except BaseException:
             with suppress(CudaError):  # the stream has to leave the mode all the same
                 self._device.free_graph(self._device.end_capture(self._stream))
             raise
         return Recorded(graph=self._device.end_capture(self._stream), context=context)
 
-    def _keep(self, job: Job, recorded: Recorded) -> None:
-        self._recorded[job] = recorded
+    def _keep(self, request: InferenceRequest, recorded: Recorded) -> None:
+        self._recorded[request] = recorded
         if len(self._recorded) > MOST_GRAPHS:
             _, oldest = self._recorded.popitem(last=False)
             self._device.free_graph(oldest.graph)

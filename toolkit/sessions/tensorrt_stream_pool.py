@@ -1,4 +1,4 @@
-"""Share lanes among threads: each is used by one thread at a time, and made when it is first needed."""
+"""Share streams among threads: each is used by one thread at a time, and made when it is first needed."""
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -6,40 +6,40 @@ from threading import Condition
 
 from medseg_trt.kernels.device import DeviceMemoryError
 from medseg_trt.progress import LOG
-from medseg_trt.sessions.tensorrt_stream import Lane
+from medseg_trt.sessions.tensorrt_stream import InferenceStream
 
 
-class Lanes:
-    """At most ``most`` lanes; a thread that finds none free waits."""
+class StreamPool:
+    """At most ``most`` streams; a thread that finds none free waits."""
 
-    def __init__(self, make: Callable[[], Lane], most: int) -> None:
+    def __init__(self, make: Callable[[], InferenceStream], most: int) -> None:
         self._make, self._most = make, most
-        self._free: list[Lane] = []
+        self._free: list[InferenceStream] = []
         self._made = 0
         self._closed = False
         self._changed = Condition()
 
     @contextmanager
-    def one(self) -> Generator[Lane, None, None]:
-        """Yield a lane that is nobody else's. After an error it is thrown away, and the next thread gets a new one.
+    def one(self) -> Generator[InferenceStream, None, None]:
+        """Yield a stream for this thread alone. After an error it is closed, and the next thread gets a new one.
 
         Raises:
-            ValueError: the lanes are closed.
-            CudaError, EngineError: not even one lane could be made.
+            ValueError: the streams are closed.
+            CudaError, EngineError: not even one stream could be made.
         """
-        lane = self._take()
+        stream = self._take()
         try:
-            yield lane
-        except DeviceMemoryError:  # asked for too much; the lane is as it was
-            self._give(lane)
+            yield stream
+        except DeviceMemoryError:  # asked for too much; the stream is as it was
+            self._give(stream)
             raise
         except BaseException:  # nobody knows what is still on its way in the stream
-            self._drop(lane)
+            self._drop(stream)
             raise
-        self._give(lane)
+        self._give(stream)
 
     def close(self) -> None:
-        """Wait until no lane is in use, and close all of them."""
+        """Wait until no stream is in use, and close all of them."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -48,7 +48,7 @@ class Lanes:
                 self._free.pop().close()
                 self._made -= 1
 
-    def _take(self) -> Lane:
+    def _take(self) -> InferenceStream:
         with self._changed:
             while True:
                 self._changed.wait_for(lambda: self._closed or self._free or self._made < self._most)
@@ -57,7 +57,7 @@ class Lanes:
                 if self._free:
                     return self._free.pop()
                 try:
-                    lane = self._make()
+                    stream = self._make()
                 except DeviceMemoryError as error:
                     if not self._made:
                         raise
@@ -65,16 +65,16 @@ class Lanes:
                     LOG.info("the GPU has no memory for another stream (%s); threads take turns", error)
                 else:
                     self._made += 1
-                    return lane
+                    return stream
 
-    def _give(self, lane: Lane) -> None:
+    def _give(self, stream: InferenceStream) -> None:
         with self._changed:
-            self._free.append(lane)
+            self._free.append(stream)
             self._changed.notify()
 
-    def _drop(self, lane: Lane) -> None:
+    def _drop(self, stream: InferenceStream) -> None:
         try:
-            lane.close()
+            stream.close()
         finally:  # whatever happened to it, it is no longer waited for
             with self._changed:
                 self._made -= 1

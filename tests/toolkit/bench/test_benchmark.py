@@ -158,7 +158,10 @@ def test_a_process_that_is_killed_in_the_middle_is_an_explained_failure(tiny_bun
     monkeypatch.setattr(timings, "MIN_THROUGHPUT_S", 0.01)
     report = measured_report(of(tiny_bundle, data, profile=False), tmp_path)
     reference, row = report.rows
-    assert row.failure == "onnxruntime with fp32.onnx was killed by signal 9; it is not used"
+    assert row.failure == (
+        "onnxruntime with fp32.onnx was killed by signal 9 (SIGKILL); the machine may have run out of memory; "
+        "it is not used"
+    )
     assert isinstance(row.latency["model"], Latency)  # what was measured before is kept
     assert row.latency["end-to-end"] == Missing(reason=row.failure)
     assert row.accuracy.mean_dice is not None

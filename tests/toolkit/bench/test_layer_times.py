@@ -76,7 +76,7 @@ def test_the_runs_of_the_warm_up_are_not_in_a_trace():
 def test_a_back_end_that_dies_while_it_is_looked_at_is_a_reason(tmp_path):
     found = profile(tmp_path / "none.onnx", "onnxruntime", "fp32", "fp32", np.zeros((1, 3, 8, 8), np.float32), COSTS)
     assert isinstance(found, Missing)
-    assert found.reason.startswith("onnxruntime did not survive being looked at: ")
+    assert found.reason.startswith("onnxruntime could not be profiled: ")
     assert "none.onnx" in found.reason
 
 

@@ -9,7 +9,6 @@ import pytest
 
 from medseg_trt.bench import measure
 from medseg_trt.bench.measure import (
-    MAX_STANDING,
     MIN_ROUNDS,
     SETTLE_S,
     TIERS,
@@ -19,11 +18,11 @@ from medseg_trt.bench.measure import (
     in_turn,
     max_variation,
     tier,
-    timed_runs,
 )
 from medseg_trt.bench.schema import Tier
 from medseg_trt.errors import ArtefactError, DeviceError
 from medseg_trt.metrics.intervals import speed_interval
+from medseg_trt.timing import MAX_STANDING, timed_runs
 
 TICK_S = 2**-10  # a power of two, so that the clock never rounds
 SHORT = Tier(name="short", warmup_ms=0.0, warmup_runs=3, duration_s=0.5, min_runs=10, starts=1)

@@ -11,8 +11,8 @@ import pytest
 
 from medseg_trt.building import executions
 from medseg_trt.building.contract import Contract
-from medseg_trt.building.executions import Tried, try_executions
-from medseg_trt.building.reference import Proof
+from medseg_trt.building.executions import ExecutionTrials, try_executions
+from medseg_trt.building.reference import Reference
 from medseg_trt.building.reference_images import JudgedImages, ReferenceImages
 from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.bundles.manifest import Variant
@@ -101,14 +101,14 @@ def graphs(*names: str) -> dict[str, Variant]:
     }  # fmt: skip
 
 
-def tried(variants: dict[str, Variant], **spec) -> Tried:
+def tried(variants: dict[str, Variant], **spec) -> ExecutionTrials:
     judged = JudgedImages(inputs=IMAGES, sizes=(SIZE,) * 6, spacings=(None,) * 6, cases=tuple("abcdef"), truths=None)
     images = ReferenceImages(verified=IMAGES, description="generated noise", judged=judged, calibration=None)
-    proof = Proof(reference=network, contract=CONTRACT, images=images, spec=BuildSpec(**spec))
-    return try_executions(Path("bundle"), variants, BuildSpec(**spec), proof, (GOLDEN, network(GOLDEN)))
+    reference = Reference(network=network, contract=CONTRACT, images=images, spec=BuildSpec(**spec))
+    return try_executions(Path("bundle"), variants, BuildSpec(**spec), reference, (GOLDEN, network(GOLDEN)))
 
 
-def ways(tried: Tried) -> list[tuple[str, str, str]]:
+def ways(tried: ExecutionTrials) -> list[tuple[str, str, str]]:
     return [(each.variant, each.backend, each.compute) for each in tried.executions]
 
 
@@ -269,7 +269,7 @@ def test_a_process_that_really_dies_takes_nothing_with_it(tiny_bundle, monkeypat
     class Dying(ChildSession):
         def run(self, batch: np.ndarray) -> np.ndarray:
             if self.backend == "openvino":
-                os.kill(self._process.pid, signal.SIGSEGV)
+                os.kill(self.process_id, signal.SIGSEGV)
             return super().run(batch)
 
         def time(self, batch: np.ndarray, duration_s: float, min_runs: int) -> Sequence[float]:
@@ -282,12 +282,19 @@ def test_a_process_that_really_dies_takes_nothing_with_it(tiny_bundle, monkeypat
     contract = Contract(model=bundle.content.model, preprocessing=bundle.preprocessing, classes=bundle.classes)
     images = ReferenceImages(verified=image, description="generated noise", judged=judged, calibration=None)
     spec = BuildSpec()
-    proof = Proof(reference=lambda batch: np.repeat(logits, len(batch), 0), contract=contract, images=images, spec=spec)
+    reference = Reference(
+        network=lambda batch: np.repeat(logits, len(batch), 0), contract=contract, images=images, spec=spec
+    )
     with monkeypatch.context() as patch:
-        patch.setattr(Proof, "exact", lambda proof, run: {"max_abs_error": float(np.abs(run(image) - logits).max())})
-        found = try_executions(tiny_bundle, bundle.content.variants, spec, proof, (image, logits))
+        patch.setattr(
+            Reference,
+            "check_logits",
+            lambda reference, run: {"max_abs_error": float(np.abs(run(image) - logits).max())},
+        )
+        found = try_executions(tiny_bundle, bundle.content.variants, spec, reference, (image, logits))
     assert ways(found) == [("fp32", "onnxruntime", "fp32")]
     assert found.executions[0].verification["max_abs_error"] <= 1e-4
     assert found.dropped == (
-        "fp32-plain with openvino in fp32: openvino with fp32-plain.onnx was killed by signal 11; it is not used",
+        "fp32-plain with openvino in fp32: openvino with fp32-plain.onnx was killed by signal 11 (SIGSEGV); "
+        "it is not used",
     )

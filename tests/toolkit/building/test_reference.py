@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from medseg_trt.building.contract import Contract
-from medseg_trt.building.reference import Proof
+from medseg_trt.building.reference import Reference
 from medseg_trt.building.reference_images import JudgedImages, ReferenceImages
 from medseg_trt.errors import AccuracyGateError
 from medseg_trt.imaging.preprocess import Size, restore
@@ -18,7 +18,7 @@ def network(batch: np.ndarray) -> np.ndarray:
     return np.stack([batch[:, 0] + batch[:, 1], batch[:, 1] - batch[:, 2], 0.5 * batch[:, 2]], axis=1)
 
 
-def proof_of(reference=network, max_dice_drop: float = 0.005, max_abs_error: float = 1e-4) -> Proof:
+def reference_of(reference=network, max_dice_drop: float = 0.005, max_abs_error: float = 1e-4) -> Reference:
     judged = JudgedImages(
         inputs=IMAGES, sizes=((20, 12),) * 6, spacings=(None,) * 6, cases=tuple("abcdef"), truths=None
     )
@@ -29,7 +29,7 @@ def proof_of(reference=network, max_dice_drop: float = 0.005, max_abs_error: flo
     )
     images = ReferenceImages(verified=IMAGES[:4], description="generated noise", judged=judged, calibration=None)
     spec = BuildSpec(max_dice_drop=max_dice_drop, max_abs_error=max_abs_error)
-    return Proof(reference=reference, contract=contract, images=images, spec=spec)
+    return Reference(network=reference, contract=contract, images=images, spec=spec)
 
 
 def test_the_reference_is_asked_once_for_every_judged_image():
@@ -39,19 +39,19 @@ def test_the_reference_is_asked_once_for_every_judged_image():
         calls.append(len(batch))
         return network(batch)
 
-    proof = proof_of(counted)
+    reference = reference_of(counted)
     for _ in range(3):
-        proof.verdict(network)
+        reference.verdict(network)
     assert calls == [1] * 6
     for _ in range(3):
-        proof.exact(network)
+        reference.check_logits(network)
     assert calls == [1] * (6 + 4)  # and once for every verified one
 
 
 def test_the_same_network_is_exact_and_loses_nothing():
-    proof = proof_of()
-    assert proof.exact(network)["max_abs_error"] == 0
-    verdict, figures = proof.verdict(network)
+    reference = reference_of()
+    assert reference.check_logits(network)["max_abs_error"] == 0
+    verdict, figures = reference.verdict(network)
     assert verdict.holds
     assert (verdict.drop, figures["max_abs_error"], figures["agreement"]) == (0, 0, 1)
     assert figures["sqnr_db"] is None  # there is no noise to compare with
@@ -61,15 +61,17 @@ def test_the_same_network_is_exact_and_loses_nothing():
 
 def test_an_error_that_flips_no_pixel_is_found_in_the_logits():
     with pytest.raises(AccuracyGateError, match=r"logits differ by 0\.001"):
-        proof_of().exact(lambda batch: network(batch) + np.float32(1e-3))
-    assert proof_of(max_abs_error=2e-3).exact(lambda batch: network(batch) + np.float32(1e-3))["agreement"] == 1
+        reference_of().check_logits(lambda batch: network(batch) + np.float32(1e-3))
+    assert (
+        reference_of(max_abs_error=2e-3).check_logits(lambda batch: network(batch) + np.float32(1e-3))["agreement"] == 1
+    )
 
 
 def test_other_masks_do_not_hold_and_the_figures_say_how_far():
     def turned(batch: np.ndarray) -> np.ndarray:
         return network(batch)[:, ::-1].copy()
 
-    verdict, figures = proof_of().verdict(turned)
+    verdict, figures = reference_of().verdict(turned)
     assert not verdict.holds
     assert verdict.limit == 0.005
     assert figures["agreement"] < 0.7
@@ -81,10 +83,10 @@ def test_a_larger_drop_may_be_allowed():
     def shaken(batch: np.ndarray) -> np.ndarray:
         return network(batch) + np.random.default_rng(1).normal(0, 0.05, (1, 3, *SIZE)).astype(np.float32)
 
-    verdict, _ = proof_of().verdict(shaken)
+    verdict, _ = reference_of().verdict(shaken)
     assert 0.005 < verdict.high < 0.2
     assert not verdict.holds
-    assert proof_of(max_dice_drop=0.2).verdict(shaken)[0].holds
+    assert reference_of(max_dice_drop=0.2).verdict(shaken)[0].holds
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -92,17 +94,19 @@ def test_logits_that_are_not_finite_make_no_masks(value):
     logits = network(IMAGES)
     logits[3, 1, 2, 2] = value
     with pytest.raises(AccuracyGateError, match="not finite"):
-        proof_of().verdict_of(logits)
+        reference_of().verdict_of(logits)
 
 
 def test_the_noise_is_relative_to_the_signal():
-    proof = proof_of()
+    reference = reference_of()
     logits = network(IMAGES).astype(np.float64)
     noise = np.random.default_rng(2).normal(0, 0.01, logits.shape)
     expected = np.square(noise).sum() / np.square(logits).sum()
     found = (logits + noise).astype(np.float32)
-    assert proof.error_of(found) == pytest.approx(expected, rel=1e-4)  # the sum is rounded to float32: 1e-7 of 1 / 0.01
-    assert proof.verdict_of(found)[1]["sqnr_db"] == pytest.approx(-10 * np.log10(expected), rel=1e-4)
+    assert reference.error_of(found) == pytest.approx(
+        expected, rel=1e-4
+    )  # the sum is rounded to float32: 1e-7 of 1 / 0.01
+    assert reference.verdict_of(found)[1]["sqnr_db"] == pytest.approx(-10 * np.log10(expected), rel=1e-4)
 
 
 def test_masks_are_compared_at_the_images_own_size(monkeypatch):
@@ -114,7 +118,7 @@ def test_masks_are_compared_at_the_images_own_size(monkeypatch):
         return masks
 
     monkeypatch.setattr(JudgedImages, "masks", watched)
-    proof_of().verdict(network)
+    reference_of().verdict(network)
     assert seen == [(20, 12)] * 12
 
 
@@ -139,13 +143,13 @@ class Masking(Session):
 
 
 def test_masks_that_the_graph_makes_itself_are_compared_with_pytorchs():
-    proof = proof_of()
-    assert proof.exact_masks(proof.own_masks(Masking())) == {"own_masks_agreement": 1}
+    reference = reference_of()
+    assert reference.check_masks_of_graph(reference.in_graph_masks(Masking())) == {"own_masks_agreement": 1}
     with pytest.raises(AccuracyGateError, match=r"agree with PyTorch's on 95\.00 % of the pixels only"):
-        proof.exact_masks(proof.own_masks(Masking(fault=1)))  # one row of twenty
+        reference.check_masks_of_graph(reference.in_graph_masks(Masking(fault=1)))  # one row of twenty
 
 
 def test_the_gate_judges_the_graphs_own_masks_where_it_makes_some():
-    proof = proof_of()
-    assert proof.verdict(network, proof.own_masks(Masking()))[0].holds
-    assert not proof.verdict(network, proof.own_masks(Masking(fault=1)))[0].holds
+    reference = reference_of()
+    assert reference.verdict(network, reference.in_graph_masks(Masking()))[0].holds
+    assert not reference.verdict(network, reference.in_graph_masks(Masking(fault=1)))[0].holds

@@ -16,7 +16,7 @@ import pytest
 
 from medseg_trt.building import variants
 from medseg_trt.building.contract import Contract
-from medseg_trt.building.reference import Proof
+from medseg_trt.building.reference import Reference
 from medseg_trt.building.reference_images import ReferenceImages, reference_images
 from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.bundles.manifest import Variant
@@ -81,13 +81,15 @@ def made(
     folder.mkdir(exist_ok=True)
     truth = run(graph, folder / "float", images.judged.inputs)
 
-    def reference(batch: np.ndarray) -> np.ndarray:
+    def float_network(batch: np.ndarray) -> np.ndarray:
         return np.concatenate([truth[(images.judged.inputs == image).all((1, 2, 3))][:1] for image in batch])
 
     (folder / "graphs").mkdir()
-    proof = Proof(reference=reference, contract=contract, images=images, spec=BuildSpec(max_dice_drop=0.05))
+    reference = Reference(network=float_network, contract=contract, images=images, spec=BuildSpec(max_dice_drop=0.05))
     passes, target = {"folded": "as before"}, folder / "graphs"
-    written = variants.make_variants(graph, target, name, passes, contract=contract, outputs="logits", proof=proof)
+    written = variants.make_variants(
+        graph, target, name, passes, contract=contract, outputs="logits", reference=reference
+    )
     return written, target
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ import onnx_ir as ir
 import pytest
 from click.testing import CliRunner, Result
 
+from medseg_trt import processes
 from medseg_trt.bundles.bundle import MANIFEST, Bundle, load_bundle
 from medseg_trt.bundles.manifest import BuiltEngine, FileEntry
 from medseg_trt.bundles.signature import signature_of
@@ -403,10 +405,9 @@ def test_a_damaged_graph_is_refused(with_engines: WithEngines, tmp_path: Path):
 
 
 def test_a_builder_that_is_killed_is_one_line(monkeypatch, tmp_path: Path):
-    real = engine_child.subprocess.Popen
     kill = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
-    monkeypatch.setattr(engine_child.subprocess, "Popen", lambda command, **options: real(kill, **options))
-    with pytest.raises(ArtefactError, match="killed by signal 9; the machine may have run out of memory"):
+    monkeypatch.setattr(processes, "python_command", lambda *_: kill)
+    with pytest.raises(ArtefactError, match=r"killed by signal 9 \(SIGKILL\); the machine may have run out of memory"):
         build_in_child(tmp_path / "a.onnx", tmp_path / "a.plan", SPEC, None)
 
 
@@ -518,7 +519,7 @@ def test_inspect_opens_no_library(with_engines: WithEngines):
         "print(sorted({'tensorrt_rtx', 'tensorrt', 'torch', 'onnx'} & sys.modules.keys()))"
     )
     command = [sys.executable, "-c", program, str(with_engines.plan("fp16"))]
-    done = engine_child.subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 

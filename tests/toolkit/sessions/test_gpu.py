@@ -118,7 +118,7 @@ def test_pixels_become_the_same_masks_on_the_device(on_gpu):
     bundle = load_bundle(on_gpu.bundle)
     pixels = np.random.default_rng(0).integers(0, 256, (3, 173, 219, 3), np.uint8)  # generated
     with open_session(bundle, on_gpu.library, precision="fp32") as session:
-        masks = session.pixel_path(pixels, None)
+        masks = session.device_pipeline(pixels, None)
         assert masks is not None, session.description
         prepared = np.stack([prepare(each, bundle.preprocessing, None) for each in pixels])
         expected = [restore(each, (173, 219), bundle.preprocessing, None) for each in session.run(prepared)]

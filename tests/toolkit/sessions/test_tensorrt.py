@@ -70,7 +70,7 @@ def test_without_kernels_in_the_bundle_pixels_are_the_cpus_affair_and_the_descri
         assert session.description.endswith(
             "pictures prepared and labelled on the CPU (the bundle has no kernels for it)"
         )
-        assert session.pixel_path(np.zeros((1, 8, 8, 3), np.uint8), None) is None
+        assert session.device_pipeline(np.zeros((1, 8, 8, 3), np.uint8), None) is None
     machine.gpu.capability = 75
 
 

@@ -15,7 +15,7 @@ from medseg_trt.kernels.device import DeviceMemoryError
 from medseg_trt.sessions import tensorrt_stream
 from medseg_trt.sessions.tensorrt import PixelKernels, TensorRtSession
 from medseg_trt.sessions.tensorrt_engine import Engine, EngineError
-from medseg_trt.sessions.tensorrt_stream import MOST_GRAPHS, Buffer, Lane
+from medseg_trt.sessions.tensorrt_stream import MOST_GRAPHS, Buffer, InferenceStream
 from medseg_trt.spec import LIBRARY_NAMES, Preprocessing
 
 SIZE = (16, 32)
@@ -50,7 +50,7 @@ class Opened:
         assert self.gpu.is_clean()
 
     def masks_of(self, slices: np.ndarray, spacing_mm: tuple[float, float] | None = None) -> PixelRun:
-        found = self.session.pixel_path(slices, spacing_mm)
+        found = self.session.device_pipeline(slices, spacing_mm)
         assert found is not None
         return found
 
@@ -226,18 +226,18 @@ def test_what_the_kernels_do_not_know_is_left_to_the_cpu():
     p, _ = FORMS["stretched"]
     nearest = Preprocessing(image_size=SIZE, resize="nearest")
     with Opened(PixelKernels(find_ptx=symbol_as_ptx, preprocessing=p)) as opened:
-        path = opened.session.pixel_path
+        path = opened.session.device_pipeline
         assert path(slices_of(1), None) is not None
         assert path(slices_of(1).astype(np.int16), None) is None
         assert path(slices_of(1).astype(np.float32), None) is None
         assert path(slices_of(1, (1, 20000)), None) is None
     with Opened(PixelKernels(find_ptx=symbol_as_ptx, preprocessing=nearest)) as opened:
-        assert opened.session.pixel_path(slices_of(1), None) is None
+        assert opened.session.device_pipeline(slices_of(1), None) is None
     with Opened() as opened:
-        assert opened.session.pixel_path(slices_of(1), None) is None
+        assert opened.session.device_pipeline(slices_of(1), None) is None
     p, _ = FORMS["spacing"]
     with Opened(PixelKernels(find_ptx=symbol_as_ptx, preprocessing=p)) as opened:
-        assert opened.session.pixel_path(slices_of(1), (0.0, 1.0)) is None
+        assert opened.session.device_pipeline(slices_of(1), (0.0, 1.0)) is None
 
 
 # --- what may fail --------------------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ def test_out_of_memory_is_one_line_wherever_it_strikes_and_nothing_is_lost(which
         opened.calls_of(2)
 
 
-def test_a_picture_that_is_too_large_leaves_the_lane_as_it_was():
+def test_an_image_that_is_too_large_leaves_the_stream_unchanged():
     p, _ = FORMS["stretched"]
     with Opened(PixelKernels(find_ptx=symbol_as_ptx, preprocessing=p)) as opened:
         opened.calls_of(1)
@@ -319,7 +319,7 @@ def test_a_kernel_that_cannot_be_loaded_has_its_name():
 # --- threads ---------------------------------------------------------------------------------------------------------
 
 
-def test_threads_share_two_lanes_and_get_their_own_answers():
+def test_threads_share_two_streams_and_get_their_own_outputs():
     with Opened() as opened:
         barrier = threading.Barrier(6)
 
@@ -355,7 +355,7 @@ def test_two_threads_run_at_the_same_time_and_a_third_waits():
                 np.testing.assert_allclose(future.result(20), network(images_of(1, seed)), atol=1e-6)
 
 
-def test_where_memory_is_for_one_lane_threads_take_turns():
+def test_threads_share_one_stream_where_memory_suffices_for_one():
     with Opened() as opened:
         opened.calls_of(4)
         opened.gpu.limit = sum(map(len, opened.gpu.memory.values())) + 100
@@ -431,7 +431,7 @@ def _same_context(real):
 
 
 def keeps_graphs_of_moved_buffers(monkeypatch):
-    monkeypatch.setattr(Lane, "_forget_graphs", lambda lane: None)
+    monkeypatch.setattr(InferenceStream, "_forget_graphs", lambda stream: None)
 
 
 def reads_before_the_end(monkeypatch):
@@ -439,13 +439,13 @@ def reads_before_the_end(monkeypatch):
 
 
 def records_without_settling(monkeypatch):
-    real = Lane._capture
+    real = InferenceStream._capture
 
-    def capture(lane, job):
-        monkeypatch.setattr(lane, "_device", NoWait(lane._device))
-        return real(lane, job)
+    def capture(stream, request):
+        monkeypatch.setattr(stream, "_device", NoWait(stream._device))
+        return real(stream, request)
 
-    monkeypatch.setattr(Lane, "_capture", capture)
+    monkeypatch.setattr(InferenceStream, "_capture", capture)
 
 
 class NoWait:
@@ -461,8 +461,12 @@ def moves_without_freeing(monkeypatch):
 
 
 def counts_images_too_few(monkeypatch):
-    real = Lane._prepare
-    monkeypatch.setattr(Lane, "_prepare", lambda lane, job, context: real(lane, tensorrt_stream.Job(images=1), context))
+    real = InferenceStream._prepare
+    monkeypatch.setattr(
+        InferenceStream,
+        "_prepare",
+        lambda stream, request, context: real(stream, tensorrt_stream.InferenceRequest(images=1), context),
+    )
 
 
 @pytest.mark.parametrize(
