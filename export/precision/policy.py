@@ -12,7 +12,7 @@ from pathlib import Path
 MODULES = (
     "precision/calibrate",
     "precision/sensitive_layers",
-    "graph/flavours",
+    "graph/dialects",
     "graph/gemms",
     "graph/modules",
     "precision/half",
@@ -29,7 +29,7 @@ def policy_digest(parts: Mapping[str, str], form: str, flavour: str, kept_float:
     Args:
         parts: the scheme of every part, as ``quantize.parse_precision`` returns it.
         form: a key of ``quantize.FORMS``.
-        flavour: a key of ``flavours.FLAVOURS``.
+        flavour: a key of ``dialects.DIALECTS``.
         kept_float: groups of layers that the gate gave back to float.
     """
     choices = {"parts": dict(parts), "form": form, "flavour": flavour, "kept_float": sorted(kept_float)}

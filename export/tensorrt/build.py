@@ -104,7 +104,7 @@ def cuda_of(name: str) -> str | None:
     return None
 
 
-def flavour_for(library: str, trt_version: str) -> str:
+def dialect_for(library: str, trt_version: str) -> str:
     """Return which flavour of a graph a version of a library reads."""
     if library == "tensorrt" and tuple(map(int, trt_version.split(".")[:2])) < CANONICAL_SINCE:
         return "plain"

@@ -19,7 +19,7 @@ from medseg_trt.building.reference import Proof
 from medseg_trt.bundles.manifest import Variant
 from medseg_trt.errors import AccuracyGateError, UsageError
 from medseg_trt.export.gate import Relaxed, Verdict, relax
-from medseg_trt.export.graph.flavours import derive
+from medseg_trt.export.graph.dialects import derive
 from medseg_trt.export.graph.gemms import gemms
 from medseg_trt.export.graph.masks import with_masks
 from medseg_trt.export.graph.modules import groups_of
@@ -54,7 +54,7 @@ KEEPS_CASTS = "onnxruntime"  # OpenVINO drops a cast to 16 bits and back, and wi
 class Written:
     """A way to write a precision down."""
 
-    flavour: str  # of export.flavours
+    flavour: str  # of export.graph.dialects
     form: str  # of export.quantize
     backend: str  # that it is meant for, and is judged with where that is installed
 

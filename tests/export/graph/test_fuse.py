@@ -15,7 +15,7 @@ from tiny import make_checkpoint
 
 from medseg_trt.errors import MedsegError
 from medseg_trt.export.fold.fold import fold
-from medseg_trt.export.graph.flavours import FLAVOURS, derive, plain
+from medseg_trt.export.graph.dialects import DIALECTS, derive, plain
 from medseg_trt.export.graph.functions import BODIES, DOMAIN, PLUGIN, check_functions, function
 from medseg_trt.export.graph.fuse import RULES, fuse
 from medseg_trt.export.graph.trace import OnnxGraph, check, trace
@@ -27,7 +27,7 @@ SIZE = (32, 48)
 IMAGES = np.random.default_rng(0).random((3, 3, *SIZE), dtype=np.float32)
 # Logits of order 1 in float32: a fused node adds up in another order than the traced ones. 1e-7 seen.
 TOLERANCE = 1e-5
-OPSETS = FLAVOURS["canonical"].opsets
+OPSETS = DIALECTS["canonical"].opsets
 
 
 def run(graph: OnnxGraph, **feeds: np.ndarray) -> np.ndarray:
@@ -95,7 +95,7 @@ def test_the_published_network_turns_nothing(tmp_path):
     assert counts == {"add_rms_norms": 1, "rms_norms": 0, "rotary_embeddings": 0, "swiglus": 1, "attentions": 3}
     with torch.inference_mode():
         expected = network(torch.from_numpy(IMAGES)).numpy()
-    for flavour in FLAVOURS:
+    for flavour in DIALECTS:
         assert distance(run(derive(flavour, graph, SIZE, 3)), expected) < TOLERANCE
 
 

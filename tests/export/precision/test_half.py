@@ -6,7 +6,7 @@ import torch
 from tiny import make_checkpoint
 
 from medseg_trt.export.fold.fold import fold
-from medseg_trt.export.graph.flavours import derive
+from medseg_trt.export.graph.dialects import derive
 from medseg_trt.export.graph.fuse import fuse
 from medseg_trt.export.graph.gemms import gemms
 from medseg_trt.export.graph.save import save_flavours

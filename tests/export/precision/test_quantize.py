@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from medseg_trt.errors import UsageError
 from medseg_trt.export.fold.fold import fold
-from medseg_trt.export.graph.flavours import FLAVOURS, plain
+from medseg_trt.export.graph.dialects import DIALECTS, plain
 from medseg_trt.export.graph.fuse import fuse
 from medseg_trt.export.graph.gemms import PART_NAMES, gemms, total_macs
 from medseg_trt.export.graph.save import save_flavours
@@ -119,7 +119,7 @@ def test_int8_stays_close_and_is_int8(graph, calibration, exact, form, tmp_path)
     assert int8_share(quantised) == pytest.approx(
         sum(gemm.macs for gemm in gemms(graph)) / total_macs(graph)
     )  # no product was lost on the way
-    check(quantised, SIZE, 3, opsets=FLAVOURS["canonical"].opsets)
+    check(quantised, SIZE, 3, opsets=DIALECTS["canonical"].opsets)
 
 
 def test_fp8_stays_close_and_is_in_the_transformers_alone(graph, calibration, exact, tmp_path):
@@ -128,7 +128,7 @@ def test_fp8_stays_close_and_is_in_the_transformers_alone(graph, calibration, ex
     by_part = {gemm.part: found[gemm.name] for gemm in gemms(quantised)}
     assert by_part == {"resnet": "fp32", "vit": "fp8", "block": "fp8", "decoder": "fp32"}
     assert sqnr_db(exact, logits(quantised, tmp_path)) > MIN_SQNR_DB_FP8
-    check(quantised, SIZE, 3, opsets=FLAVOURS["canonical"].opsets)
+    check(quantised, SIZE, 3, opsets=DIALECTS["canonical"].opsets)
 
 
 def test_weights_in_fp8_are_off_by_half_a_step_of_three_bits_at_most(graph):

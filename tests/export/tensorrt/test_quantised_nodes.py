@@ -10,7 +10,7 @@ import pytest
 from tiny import make_checkpoint, picture
 
 from medseg_trt.export.fold.fold import fold
-from medseg_trt.export.graph.flavours import FLAVOURS
+from medseg_trt.export.graph.dialects import DIALECTS
 from medseg_trt.export.graph.functions import DOMAIN
 from medseg_trt.export.graph.fuse import fuse
 from medseg_trt.export.graph.save import save_flavours
@@ -65,7 +65,7 @@ def test_every_norm_before_an_int8_product_writes_the_int8(int8, tmp_path):
     made = {name: after[name] for name in after if name.startswith("Quantized")}
     assert made.keys() >= {"QuantizedAddRMSNorm", "QuantizedSwiGLU", "QuantizedLayerNorm"}
     assert sum(made.values()) == count == before["QuantizeLinear"] - after["QuantizeLinear"]
-    check(joined, SIZE, 3, opsets=FLAVOURS["canonical"].opsets)
+    check(joined, SIZE, 3, opsets=DIALECTS["canonical"].opsets)
     answers = []
     for name, each in {"before": int8, "after": joined}.items():
         (tmp_path / name).mkdir()

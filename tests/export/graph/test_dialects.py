@@ -18,7 +18,7 @@ from tiny import make_checkpoint
 
 from medseg_trt.errors import MedsegError
 from medseg_trt.export.fold.fold import fold
-from medseg_trt.export.graph.flavours import FLAVOURS, derive, plain
+from medseg_trt.export.graph.dialects import DIALECTS, derive, plain
 from medseg_trt.export.graph.functions import DOMAIN, function
 from medseg_trt.export.graph.fuse import fuse
 from medseg_trt.export.graph.trace import KEPT_METADATA, OnnxGraph, trace
@@ -88,7 +88,7 @@ def test_every_flavour_answers_as_the_traced_graph(traced, canonical):
     for batch in (1, 3):
         images = RNG.random((batch, 3, *SIZE), dtype=np.float32)
         expected = run(traced, pixel_values=images)
-        for name in FLAVOURS:
+        for name in DIALECTS:
             assert distance(run(derive(name, canonical, SIZE, 3), pixel_values=images), expected) < TOLERANCE
 
 
@@ -117,14 +117,14 @@ def test_every_new_node_knows_its_module(flat, canonical):
     assert {node.metadata_props[KEPT_METADATA] for node in flat.model.graph} <= known
 
 
-@pytest.mark.parametrize("flavour", list(FLAVOURS))
+@pytest.mark.parametrize("flavour", list(DIALECTS))
 def test_another_operator_set_than_the_flavours_is_refused(monkeypatch, canonical, flavour):
     def broken(graph):
-        model = FLAVOURS[flavour].derive(graph).model.clone()
+        model = DIALECTS[flavour].derive(graph).model.clone()
         model.opset_imports[""] = 17
         return OnnxGraph(model=model)
 
-    monkeypatch.setitem(FLAVOURS, "broken", replace(FLAVOURS[flavour], derive=broken))
+    monkeypatch.setitem(DIALECTS, "broken", replace(DIALECTS[flavour], derive=broken))
     with pytest.raises(MedsegError, match="operator sets"):
         derive("broken", canonical, SIZE, 3)
 

@@ -25,7 +25,7 @@ LARGEST_FOLDED = 64  # elements: the arithmetic on shapes, never a weight
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Flavour:
+class Dialect:
     """How a flavour is made from the canonical graph, and what it may consist of."""
 
     derive: Callable[[OnnxGraph], OnnxGraph]
@@ -56,9 +56,9 @@ def plain(graph: OnnxGraph) -> OnnxGraph:
     return OnnxGraph(model=model)
 
 
-FLAVOURS: Mapping[str, Flavour] = {
-    "canonical": Flavour(derive=lambda graph: graph, opsets=({"": OPSET}, {"": OPSET, DOMAIN: VERSION})),
-    "plain": Flavour(derive=plain, opsets=tuple({"": version} for version in PLAIN_OPSETS)),
+DIALECTS: Mapping[str, Dialect] = {
+    "canonical": Dialect(derive=lambda graph: graph, opsets=({"": OPSET}, {"": OPSET, DOMAIN: VERSION})),
+    "plain": Dialect(derive=plain, opsets=tuple({"": version} for version in PLAIN_OPSETS)),
 }
 
 
@@ -66,7 +66,7 @@ def derive(flavour: str, graph: OnnxGraph, image_size: tuple[int, int], num_clas
     """Return a canonical graph in another flavour, checked.
 
     Args:
-        flavour: a key of ``FLAVOURS``.
+        flavour: a key of ``DIALECTS``.
         graph: the canonical one.
         image_size: height and width in pixels.
         num_classes: channels of the logits.
@@ -75,8 +75,8 @@ def derive(flavour: str, graph: OnnxGraph, image_size: tuple[int, int], num_clas
         MedsegError: the outcome has a doubled name, an unknown shape, an operator set that is not the flavour's, or a
             function that hides a matrix product.
     """
-    derived = FLAVOURS[flavour].derive(graph)
-    check(derived, image_size, num_classes, opsets=FLAVOURS[flavour].opsets)
+    derived = DIALECTS[flavour].derive(graph)
+    check(derived, image_size, num_classes, opsets=DIALECTS[flavour].opsets)
     check_functions(derived.model)
     return derived
 
