@@ -24,7 +24,7 @@ PAGE_BYTES, LINE_BYTES = 4096, 64  # a tensor of a page or more begins on a page
 Digest = tuple[str, ir.DataType, tuple[int, ...]]
 
 
-def save_flavours(graphs: Mapping[str, OnnxGraph], folder: Path, weights_name: str) -> None:
+def save_graphs(graphs: Mapping[str, OnnxGraph], folder: Path, weights_name: str) -> None:
     """Write the graphs, and beside them the weights that they share; ONNX's own checker reads all of it again.
 
     Args:

@@ -23,7 +23,7 @@ from medseg_trt.export.graph.dialects import derive
 from medseg_trt.export.graph.gemms import gemms
 from medseg_trt.export.graph.masks import with_masks
 from medseg_trt.export.graph.modules import groups_of
-from medseg_trt.export.graph.save import save_flavours
+from medseg_trt.export.graph.save import save_graphs
 from medseg_trt.export.graph.trace import OnnxGraph
 from medseg_trt.export.precision.calibrate import Calibration, calibrate
 from medseg_trt.export.precision.half import TYPES
@@ -124,7 +124,7 @@ def make_variants(
     files = {f"{stem}.onnx" if key == "canonical" else f"{stem}-{key}.onnx": key for key in forms}
     if outputs == "mask":
         graphs = {key: with_masks(each, contract.preprocessing) for key, each in graphs.items()}
-    save_flavours({file: graphs[key] for file, key in files.items()}, folder, f"weights-{stem}.bin")
+    save_graphs({file: graphs[key] for file, key in files.items()}, folder, f"weights-{stem}.bin")
     done = {**passes, **prepared.notes, "int8_share": share, "gate": to_dict(relaxed) if relaxed else None}
     groups = relaxed.kept_float if relaxed else ()
     return {
@@ -226,7 +226,7 @@ def _answers(prepared: _Prepared, key: str, kept: frozenset[str], images: ndarra
     if any(TYPES.keys() & steps(scheme) for scheme in prepared.precision.values()):
         graph, backend = rounded_graph(graph), KEEPS_CASTS
     with TemporaryDirectory() as folder:
-        save_flavours({"tried.onnx": graph}, Path(folder), "weights.bin")
+        save_graphs({"tried.onnx": graph}, Path(folder), "weights.bin")
         with ChildSession(Path(folder, "tried.onnx"), prepared.name, backend, None, FLOAT) as session:
             return np.concatenate([session.run(image[np.newaxis]) for image in images])
 

@@ -9,7 +9,7 @@ from medseg_trt.export.fold.fold import fold
 from medseg_trt.export.graph.dialects import derive
 from medseg_trt.export.graph.fuse import fuse
 from medseg_trt.export.graph.gemms import gemms
-from medseg_trt.export.graph.save import save_flavours
+from medseg_trt.export.graph.save import save_graphs
 from medseg_trt.export.graph.trace import OnnxGraph, trace
 from medseg_trt.export.precision.half import FLOAT, TYPES, to_half
 from medseg_trt.export.precision.overflow import HEADROOM, LARGEST, observed_values, rounded_graph, too_large
@@ -37,7 +37,7 @@ def everything(graph) -> OnnxGraph:
 
 
 def run(graph: OnnxGraph, folder, images=IMAGES, optimise=True) -> np.ndarray:
-    save_flavours({"graph.onnx": graph}, folder, "weights.bin")
+    save_graphs({"graph.onnx": graph}, folder, "weights.bin")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if not optimise:

@@ -17,7 +17,7 @@ from medseg_trt.export.fold.fold import fold
 from medseg_trt.export.graph.dialects import DIALECTS, plain
 from medseg_trt.export.graph.fuse import fuse
 from medseg_trt.export.graph.gemms import PART_NAMES, gemms, total_macs
-from medseg_trt.export.graph.save import save_flavours
+from medseg_trt.export.graph.save import save_graphs
 from medseg_trt.export.graph.trace import INPUT, OnnxGraph, check, trace
 from medseg_trt.export.precision.calibrate import Calibration, calibrate, observed_graph
 from medseg_trt.export.precision.quantize import (
@@ -68,7 +68,7 @@ def exact(graph, tmp_path_factory) -> np.ndarray:
 
 def opened(graph: OnnxGraph, folder, optimised=None) -> onnxruntime.InferenceSession:
     """Open a graph as it is written, or optimised by ONNX Runtime and then written to ``optimised``."""
-    save_flavours({"graph.onnx": graph}, folder, "weights.bin")
+    save_graphs({"graph.onnx": graph}, folder, "weights.bin")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if optimised is None:
@@ -173,8 +173,8 @@ def test_a_value_is_rounded_once_and_biases_are_not(graph, calibration, form):
 
 def test_all_forms_hold_the_same_weight_bytes(graph, calibration, tmp_path):
     forms = {f"{form}.onnx": quantise(graph, INT8, calibration, form=form) for form in FORMS}
-    save_flavours({"int8.onnx": forms["int8.onnx"]}, tmp_path, "one.bin")
-    save_flavours({f"all-{name}": graph for name, graph in forms.items()}, tmp_path, "all.bin")
+    save_graphs({"int8.onnx": forms["int8.onnx"]}, tmp_path, "one.bin")
+    save_graphs({f"all-{name}": graph for name, graph in forms.items()}, tmp_path, "all.bin")
     assert (tmp_path / "all.bin").read_bytes() == (tmp_path / "one.bin").read_bytes()
     floats = sum(value.const_value.nbytes for value in graph.model.graph.initializers.values() if value.const_value)
     assert (tmp_path / "all.bin").stat().st_size < 0.5 * floats
@@ -220,7 +220,7 @@ def test_onnx_runtime_computes_every_gemm_but_the_last_in_integers(graph, calibr
 
 def test_openvino_computes_every_gemm_in_integers(graph, calibration, exact, tmp_path):
     openvino = pytest.importorskip("openvino")
-    save_flavours({"plain.onnx": plain(quantise(graph, INT8, calibration, form="uint8"))}, tmp_path, "weights.bin")
+    save_graphs({"plain.onnx": plain(quantise(graph, INT8, calibration, form="uint8"))}, tmp_path, "weights.bin")
     core = openvino.Core()
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
     compiled = core.compile_model(core.read_model(tmp_path / "plain.onnx"), "CPU", settings)
@@ -237,7 +237,7 @@ def test_openvino_computes_every_gemm_in_integers(graph, calibration, exact, tmp
 
 def test_tensorrt_rtx_builds_the_symmetric_form(graph, calibration, tmp_path):
     trt = pytest.importorskip("tensorrt_rtx")
-    save_flavours({"int8.onnx": plain(quantise(graph, INT8, calibration, form="int8"))}, tmp_path, "weights.bin")
+    save_graphs({"int8.onnx": plain(quantise(graph, INT8, calibration, form="int8"))}, tmp_path, "weights.bin")
     builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, trt.Logger(trt.Logger.ERROR))

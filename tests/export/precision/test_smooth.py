@@ -7,7 +7,7 @@ import pytest
 
 from medseg_trt.export.graph.functions import PLUGIN, attach
 from medseg_trt.export.graph.gemms import gemms
-from medseg_trt.export.graph.save import save_flavours
+from medseg_trt.export.graph.save import save_graphs
 from medseg_trt.export.graph.trace import INPUT, KEPT_METADATA, OPSET, OnnxGraph
 from medseg_trt.export.precision import smooth as smooth_module
 from medseg_trt.export.precision.calibrate import calibrate, observed_graph
@@ -92,7 +92,7 @@ def graph() -> OnnxGraph:
 
 def observe(graph: OnnxGraph, folder):
     folder.mkdir()
-    save_flavours({"graph.onnx": graph}, folder, "weights.bin")
+    save_graphs({"graph.onnx": graph}, folder, "weights.bin")
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(folder / "graph.onnx", options, providers=["CPUExecutionProvider"])

@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 
 from medseg_trt.export.graph.gemms import Gemm, gemms, total_macs
-from medseg_trt.export.graph.save import save_flavours
+from medseg_trt.export.graph.save import save_graphs
 from medseg_trt.export.graph.trace import KEPT_METADATA, OPSET, OnnxGraph
 from medseg_trt.export.precision.quantize import found_precisions
 from medseg_trt.export.precision.weight_only import SHRINKS, block_size, per_block, per_channel, to_w4a16, to_w8a16
@@ -56,7 +56,7 @@ def graph() -> OnnxGraph:
 
 
 def run(graph: OnnxGraph, folder, name="graph") -> np.ndarray:
-    save_flavours({f"{name}.onnx": graph}, folder, f"{name}.bin")
+    save_graphs({f"{name}.onnx": graph}, folder, f"{name}.bin")
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(folder / f"{name}.onnx", options, providers=["CPUExecutionProvider"])

@@ -23,7 +23,7 @@ from medseg_trt.bundles.manifest import Variant
 from medseg_trt.errors import AccuracyGateError, UsageError
 from medseg_trt.export.graph.gemms import gemms, total_macs
 from medseg_trt.export.graph.modules import groups_of
-from medseg_trt.export.graph.save import save_flavours
+from medseg_trt.export.graph.save import save_graphs
 from medseg_trt.export.graph.trace import OnnxGraph
 from medseg_trt.export.precision.calibrate import METHOD
 from medseg_trt.export.precision.half import to_half
@@ -65,7 +65,7 @@ def graph(built) -> OnnxGraph:
 def run(graph: OnnxGraph, folder: Path, batch: np.ndarray) -> np.ndarray:
     """Return the logits, without any optimisation of ONNX Runtime."""
     folder.mkdir()
-    save_flavours({"graph.onnx": graph}, folder, "weights.bin")
+    save_graphs({"graph.onnx": graph}, folder, "weights.bin")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -343,7 +343,7 @@ def test_an_overflow_that_onnx_runtime_hides_is_caught(
     with pytest.raises(AccuracyGateError, match="not finite: a number is too large for its type"):
         made(overflowing, "fp16", images, contract, tmp_path / "made")
     half = to_half(overflowing, [gemm.name for gemm in gemms(overflowing)])
-    save_flavours({"half.onnx": half}, tmp_path, "weights.bin")
+    save_graphs({"half.onnx": half}, tmp_path, "weights.bin")
     with import_module(BACKENDS["onnxruntime"].module).open_graph(tmp_path / "half.onnx", "fp16", 1, "fp32") as session:
         assert np.isfinite(session.run(images.verified)).all()
     assert not np.isfinite(run(rounded_graph(half), tmp_path / "rounded", images.verified)).all()
