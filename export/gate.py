@@ -51,7 +51,7 @@ class Verdict:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Relaxed:
+class FloatFallback:
     """What it took to make the gate hold."""
 
     verdict: Verdict
@@ -92,19 +92,19 @@ def compare(reference: Counts, candidate: Counts, cases: Sequence[str], limit: f
     )  # fmt: skip
 
 
-def relax(
+def fall_back_to_float(
     judge: Callable[[frozenset[str]], Verdict],
     error_alone: Callable[[str], float],
     groups: Iterable[str],
-    may_keep: Callable[[frozenset[str]], bool],
-) -> Relaxed:
+    within_budget: Callable[[frozenset[str]], bool],
+) -> FloatFallback:
     """Give the worst groups of layers back to float, one at a time, until the gate holds or no more may go.
 
     Args:
         judge: build the network with these groups in float, and compare it.
         error_alone: how far the answer is off when one group alone is quantised; only asked for where the gate fails.
         groups: the names of the groups.
-        may_keep: whether so many groups in float still leave a network that deserves its name.
+        within_budget: whether so many groups in float still leave a network that deserves its name.
 
     Returns:
         What was reached; its verdict may not hold.
@@ -112,16 +112,16 @@ def relax(
     kept: tuple[str, ...] = ()
     verdict = judge(frozenset())
     if verdict.holds:
-        return Relaxed(verdict=verdict, kept_float=(), costs=(), ranks=())
+        return FloatFallback(verdict=verdict, kept_float=(), costs=(), ranks=())
     ranks = sorted(((group, error_alone(group)) for group in groups), key=lambda each: -each[1])
     costs: list[float] = []
     for group, _ in ranks:
-        if verdict.holds or not may_keep(frozenset((*kept, group))):
+        if verdict.holds or not within_budget(frozenset((*kept, group))):
             break
         costs.append(verdict.high)
         kept = (*kept, group)
         verdict = judge(frozenset(kept))
-    return Relaxed(verdict=verdict, kept_float=kept, costs=tuple(costs), ranks=tuple(ranks))
+    return FloatFallback(verdict=verdict, kept_float=kept, costs=tuple(costs), ranks=tuple(ranks))
 
 
 def _scores(

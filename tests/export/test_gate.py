@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from numpy import ndarray
 
-from medseg_trt.export.gate import MIN_CASES, Verdict, compare, relax
+from medseg_trt.export.gate import MIN_CASES, Verdict, compare, fall_back_to_float
 from medseg_trt.metrics.overlap import mean_scores, scores
 from medseg_trt.spec import Classes
 
@@ -107,7 +107,7 @@ def judge(kept: frozenset[str]) -> Verdict:
 
 
 def test_the_worst_groups_go_back_to_float_until_the_gate_holds():
-    relaxed = relax(judge, ERRORS.__getitem__, ERRORS, lambda kept: True)
+    relaxed = fall_back_to_float(judge, ERRORS.__getitem__, ERRORS, lambda kept: True)
     assert relaxed.verdict.holds
     assert relaxed.kept_float == ("worse", "bad")
     assert relaxed.costs == pytest.approx((0.801, 0.301))
@@ -118,11 +118,11 @@ def test_nothing_is_ranked_where_the_gate_holds_at_once():
     def never(group: str) -> float:
         raise AssertionError
 
-    relaxed = relax(lambda kept: verdict_of(np.zeros(5)), never, ERRORS, lambda kept: True)
+    relaxed = fall_back_to_float(lambda kept: verdict_of(np.zeros(5)), never, ERRORS, lambda kept: True)
     assert (relaxed.kept_float, relaxed.ranks) == ((), ())
 
 
 def test_it_stops_before_too_much_is_float_and_says_that_it_does_not_hold():
-    relaxed = relax(judge, ERRORS.__getitem__, ERRORS, lambda kept: len(kept) < 2)
+    relaxed = fall_back_to_float(judge, ERRORS.__getitem__, ERRORS, lambda kept: len(kept) < 2)
     assert relaxed.kept_float == ("worse",)
     assert not relaxed.verdict.holds

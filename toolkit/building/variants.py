@@ -18,7 +18,7 @@ from medseg_trt.building.contract import Contract
 from medseg_trt.building.reference import Proof
 from medseg_trt.bundles.manifest import Variant
 from medseg_trt.errors import AccuracyGateError, UsageError
-from medseg_trt.export.gate import Relaxed, Verdict, relax
+from medseg_trt.export.gate import FloatFallback, Verdict, fall_back_to_float
 from medseg_trt.export.graph.dialects import derive
 from medseg_trt.export.graph.gemms import gemms
 from medseg_trt.export.graph.masks import with_masks
@@ -185,7 +185,7 @@ def _written(prepared: _Prepared, key: str, kept: frozenset[str]) -> OnnxGraph:
     return derive(written.flavour, quantised, prepared.model.image_size, prepared.model.num_classes)
 
 
-def _relaxed(prepared: _Prepared, name: str, forms: Sequence[str], proof: Proof) -> Relaxed:
+def _relaxed(prepared: _Prepared, name: str, forms: Sequence[str], proof: Proof) -> FloatFallback:
     """Find the groups of layers that must stay in float for the gate to hold."""
     key = next(
         key for key in ("plain", ONLY_INTEGERS, "canonical") if key in forms and is_installed(WRITTEN[key].backend)
@@ -205,12 +205,12 @@ def _relaxed(prepared: _Prepared, name: str, forms: Sequence[str], proof: Proof)
         others = frozenset(gemm for other, names in rounded.items() if other != group for gemm in names)
         return proof.error_of(answers(others))
 
-    def may_keep(kept: frozenset[str]) -> bool:
+    def within_budget(kept: frozenset[str]) -> bool:
         if steps(name)[0] != INT8:
             return len(kept) < len(rounded)
         return int8_share(_written(prepared, key, _names(prepared.graph, kept))) >= MIN_INT8_SHARE
 
-    relaxed = relax(judge, error_alone, rounded, may_keep)
+    relaxed = fall_back_to_float(judge, error_alone, rounded, within_budget)
     if not relaxed.verdict.holds:
         kept = f", even with {', '.join(relaxed.kept_float)} in float" if relaxed.kept_float else ""
         raise AccuracyGateError(
