@@ -25,7 +25,7 @@ MODULES = (  # those first that cause most error for their work
 MAX_SHARE = 0.05  # of the network's MACs; a small image's last stages are a quarter of the work
 
 
-def delicate(graph: OnnxGraph, rounded: Collection[str]) -> tuple[str, ...]:
+def sensitive_layers(graph: OnnxGraph, rounded: Collection[str]) -> tuple[str, ...]:
     """Return those of the GEMMs to be rounded that should stay in float.
 
     Args:

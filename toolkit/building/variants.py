@@ -37,7 +37,7 @@ from medseg_trt.export.precision.quantize import (
     steps,
     values_to_calibrate,
 )
-from medseg_trt.export.precision.sensitive_layers import delicate
+from medseg_trt.export.precision.sensitive_layers import sensitive_layers
 from medseg_trt.export.precision.smooth import smooth, smoothable
 from medseg_trt.progress import LOG
 from medseg_trt.sessions.backends import is_installed
@@ -151,7 +151,7 @@ def _prepare(graph: OnnxGraph, name: str, model: ModelSpec, proof: Proof) -> _Pr
             )
         LOG.info("calibrate %s on %d images", name, len(images))
         named = [gemm.name for gemm in gemms(graph) if INT8 in steps(precision[gemm.part])]
-        kept = delicate(graph, named)
+        kept = sensitive_layers(graph, named)
         rounded = [name for name in named if name not in kept]
         with observer(graph, smoothable(graph, rounded)) as observe:
             graph, smoothings = smooth(graph, rounded, observe, images)

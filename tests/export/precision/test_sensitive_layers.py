@@ -9,7 +9,7 @@ from medseg_trt.export.graph.gemms import gemms, total_macs
 from medseg_trt.export.graph.modules import module_of
 from medseg_trt.export.graph.trace import OnnxGraph, trace
 from medseg_trt.export.precision import sensitive_layers as module
-from medseg_trt.export.precision.sensitive_layers import MODULES, delicate
+from medseg_trt.export.precision.sensitive_layers import MODULES, sensitive_layers
 from medseg_trt.train.block.blocks import random_block
 from medseg_trt.train.models.model import TINY_LLAMA, build_model
 
@@ -24,7 +24,7 @@ def found(graph: OnnxGraph, rounded=None) -> list[str]:
     """Return the modules of what stays in float."""
     nodes = {node.name: node for node in graph.model.graph}
     names = [gemm.name for gemm in gemms(graph)] if rounded is None else rounded
-    return [module_of(nodes[name]) for name in delicate(graph, names)]
+    return [module_of(nodes[name]) for name in sensitive_layers(graph, names)]
 
 
 def test_every_named_module_is_in_the_network_and_stays_where_there_is_room(graph, monkeypatch):
@@ -39,14 +39,14 @@ def test_every_named_module_is_in_the_network_and_stays_where_there_is_room(grap
 
 def test_they_come_in_their_order_until_the_share_is_used_up(graph, monkeypatch):
     macs = {gemm.name: gemm.macs for gemm in gemms(graph)}
-    usual = sum(macs[name] for name in delicate(graph, [*macs]))
+    usual = sum(macs[name] for name in sensitive_layers(graph, [*macs]))
     assert usual <= module.MAX_SHARE * total_macs(graph)
     monkeypatch.setattr(module, "MAX_SHARE", 1.0)
-    every = delicate(graph, [*macs])
+    every = sensitive_layers(graph, [*macs])
     for count in range(len(every) + 1):
         share = sum(macs[name] for name in every[:count]) / total_macs(graph)
         monkeypatch.setattr(module, "MAX_SHARE", share * (1 + 1e-9))
-        kept = delicate(graph, [*macs])
+        kept = sensitive_layers(graph, [*macs])
         assert kept == every[: len(kept)]  # a module is kept whole or not at all
         assert sum(macs[name] for name in kept) <= (1 + 1e-9) * share * total_macs(graph)
 
