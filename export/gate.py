@@ -21,7 +21,7 @@ Counts = Int64[ndarray, "images classes 3"]  # pixels: right, in the mask, in th
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Verdict:
+class GateVerdict:
     """How much worse a network's masks are than the reference's, on the same images."""
 
     metric: str  # "Dice", or "agreement with PyTorch in Dice" where nobody has drawn masks
@@ -54,7 +54,7 @@ class Verdict:
 class FloatFallback:
     """What it took to make the gate hold."""
 
-    verdict: Verdict
+    verdict: GateVerdict
     kept_float: tuple[str, ...]  # groups of layers that went back to float, the first one first
     costs: tuple[float, ...]  # the drop's upper end before each of them went back
     ranks: tuple[tuple[str, float], ...]  # every group with the error it causes alone, the worst first
@@ -62,7 +62,9 @@ class FloatFallback:
     __pydantic_config__ = {"extra": "forbid"}
 
 
-def compare(reference: Counts, candidate: Counts, cases: Sequence[str], limit: float, metric: str = "Dice") -> Verdict:
+def compare(
+    reference: Counts, candidate: Counts, cases: Sequence[str], limit: float, metric: str = "Dice"
+) -> GateVerdict:
     """Compare the masks of two networks.
 
     Args:
@@ -86,14 +88,14 @@ def compare(reference: Counts, candidate: Counts, cases: Sequence[str], limit: f
     scores = _scores((reference, candidate), times, numbers, by_case)
     drops = scores[:, 0] - scores[:, 1]
     low, high = bounds(drops[1:], count)
-    return Verdict(
+    return GateVerdict(
         metric=metric, images=len(units), unit="cases" if by_case else "slices", reference=float(scores[0, 0]),
         candidate=float(scores[0, 1]), drop=float(drops[0]), low=low, high=high, limit=limit,
     )  # fmt: skip
 
 
 def fall_back_to_float(
-    judge: Callable[[frozenset[str]], Verdict],
+    judge: Callable[[frozenset[str]], GateVerdict],
     error_alone: Callable[[str], float],
     groups: Iterable[str],
     within_budget: Callable[[frozenset[str]], bool],

@@ -18,7 +18,7 @@ from medseg_trt.building.contract import Contract
 from medseg_trt.building.reference import Proof
 from medseg_trt.bundles.manifest import Variant
 from medseg_trt.errors import AccuracyGateError, UsageError
-from medseg_trt.export.gate import FloatFallback, Verdict, fall_back_to_float
+from medseg_trt.export.gate import FloatFallback, GateVerdict, fall_back_to_float
 from medseg_trt.export.graph.dialects import derive
 from medseg_trt.export.graph.gemms import gemms
 from medseg_trt.export.graph.masks import with_masks
@@ -196,7 +196,7 @@ def _relaxed(prepared: _Prepared, name: str, forms: Sequence[str], proof: Proof)
     def answers(kept: frozenset[str]) -> ndarray:
         return _answers(prepared, key, kept, proof.images.judged.inputs)
 
-    def judge(kept: frozenset[str]) -> Verdict:
+    def judge(kept: frozenset[str]) -> GateVerdict:
         verdict, _ = proof.verdict_of(answers(_names(prepared.graph, kept)))
         LOG.info("%s%s: %s", name, f" without {', '.join(sorted(kept))}" if kept else "", verdict)
         return verdict
