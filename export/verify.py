@@ -36,7 +36,7 @@ class Verification:
     __pydantic_config__ = {"extra": "forbid"}
 
 
-def verify(
+def verify_logits(
     run: Run, reference: Run, inputs: Inputs, images: str, *, max_abs_error: float, min_agreement: float
 ) -> Verification:
     """Show both networks the same images and return how far they are apart.

@@ -15,7 +15,7 @@ from medseg_trt.building.contract import Contract
 from medseg_trt.building.reference_images import ReferenceImages
 from medseg_trt.errors import AccuracyGateError
 from medseg_trt.export.gate import GateVerdict, compare
-from medseg_trt.export.verify import labels_of, run_in_batches, verify
+from medseg_trt.export.verify import labels_of, run_in_batches, verify_logits
 from medseg_trt.imaging.preprocess import resampled_size
 from medseg_trt.imaging.segment import Run
 from medseg_trt.sessions.base import Session
@@ -46,7 +46,7 @@ class Proof:
             AccuracyGateError: they differ by more than a float32 computation in another order does.
         """
         limits = {"max_abs_error": self.spec.max_abs_error, "min_agreement": self.spec.min_agreement}
-        return to_dict(verify(run, self._remembering, self.images.verified, self.images.description, **limits))
+        return to_dict(verify_logits(run, self._remembering, self.images.verified, self.images.description, **limits))
 
     def exact_masks(self, masks: Sequence[ndarray]) -> dict[str, Any]:
         """Compare the masks that a graph made itself of the judged images with PyTorch's, pixel by pixel.
