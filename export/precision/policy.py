@@ -28,7 +28,7 @@ def policy_digest(parts: Mapping[str, str], form: str, flavour: str, kept_float:
 
     Args:
         parts: the scheme of every part, as ``quantize.parse_precision`` returns it.
-        form: a key of ``quantize.FORMS``.
+        form: a key of ``quantize.QUANT_FORMATS``.
         flavour: a key of ``dialects.DIALECTS``.
         kept_float: groups of layers that the gate gave back to float.
     """

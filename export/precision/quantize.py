@@ -35,7 +35,7 @@ class Scheme:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Form:
+class QuantFormat:
     """How codes are written for a kind of back-end. The weights of INT8 are the same bytes in all of them."""
 
     codes: type[Any]  # of activations: symmetric np.int8 or ml_dtypes.float8_e4m3fn, or asymmetric np.uint8
@@ -60,12 +60,14 @@ SCHEMES: Mapping[str, Scheme | None] = {  # in the order in which a mix is appli
 }
 # Codes for GEMMs, and fp16 for what they leave in float.
 CODED_AND_HALF = ("int8+fp16", "fp8+fp16", "w8a16+fp16", "w4a16+fp16")
-FORMS: Mapping[str, Form] = {
-    "int8": Form(codes=np.int8),  # TensorRT takes no other
-    "uint8": Form(codes=np.uint8),  # OpenVINO: 2026.4 computes symmetric codes of concatenated maps wrongly
-    "uint8_outputs": Form(codes=np.uint8, rounds_outputs=True),  # ONNX Runtime: no integer convolution without it
+QUANT_FORMATS: Mapping[str, QuantFormat] = {
+    "int8": QuantFormat(codes=np.int8),  # TensorRT takes no other
+    "uint8": QuantFormat(codes=np.uint8),  # OpenVINO: 2026.4 computes symmetric codes of concatenated maps wrongly
+    "uint8_outputs": QuantFormat(
+        codes=np.uint8, rounds_outputs=True
+    ),  # ONNX Runtime: no integer convolution without it
 }
-FP8_FORM = Form(codes=ml_dtypes.float8_e4m3fn, coder=per_channel_fp8)
+FP8_FORMAT = QuantFormat(codes=ml_dtypes.float8_e4m3fn, coder=per_channel_fp8)
 STORED_AS: Mapping[ir.DataType, str] = {  # the type of a stored weight; int8 where activations are codes too
     ir.DataType.FLOAT: "fp32",
     ir.DataType.INT8: "w8a16",
@@ -137,7 +139,7 @@ def quantise(
         graph: traced, folded and fused.
         precision: the scheme of every part, as ``parse_precision`` returns it.
         calibration: of this graph, with the ranges of ``values_to_calibrate``.
-        form: a key of ``FORMS``.
+        form: a key of ``QUANT_FORMATS``.
         keep_float: names of GEMMs that are not coded, or that stay as they are where no codes are asked for.
         keep_wide: names of GEMMs that do not get 16-bit floats.
 
@@ -168,7 +170,7 @@ def to_int8(graph: OnnxGraph, names: Collection[str], calibration: Calibration, 
     Raises:
         UsageError: the calibration is of another graph.
     """
-    return _to_codes(graph, names, calibration, FORMS[form])
+    return _to_codes(graph, names, calibration, QUANT_FORMATS[form])
 
 
 def to_fp8(graph: OnnxGraph, names: Collection[str], calibration: Calibration, form: str = "int8") -> OnnxGraph:
@@ -180,10 +182,10 @@ def to_fp8(graph: OnnxGraph, names: Collection[str], calibration: Calibration, f
     Raises:
         UsageError: the calibration is of another graph.
     """
-    return _to_codes(graph, names, calibration, FP8_FORM)
+    return _to_codes(graph, names, calibration, FP8_FORMAT)
 
 
-def _to_codes(graph: OnnxGraph, names: Collection[str], calibration: Calibration, form: Form) -> OnnxGraph:
+def _to_codes(graph: OnnxGraph, names: Collection[str], calibration: Calibration, form: QuantFormat) -> OnnxGraph:
     chosen = [gemm for gemm in gemms(graph) if gemm.name in names]
     coded = with_coded_weights(graph, dict.fromkeys(names, form.coder))
     nodes = {node.name: node for node in coded.model.graph}
@@ -225,7 +227,7 @@ class _Rounding:
 
     graph: ir.Graph
     calibration: Calibration
-    codes: type[Any]  # of ``Form``
+    codes: type[Any]  # of ``QuantFormat``
     done: dict[str, ir.Value]
 
     def rounded(self, value: ir.Value) -> ir.Value:

@@ -179,7 +179,7 @@ def _prepare(graph: OnnxGraph, name: str, model: ModelSpec, proof: Proof) -> _Pr
 def _written(prepared: _Prepared, key: str, kept: frozenset[str]) -> OnnxGraph:
     written = WRITTEN[key]
     quantised = quantise(
-        prepared.graph, prepared.precision, prepared.calibration, form=written.form,
+        prepared.graph, prepared.precision, prepared.calibration, quant_format=written.form,
         keep_float=kept | prepared.keep_float, keep_wide=prepared.keep_wide,
     )  # fmt: skip
     return derive(written.flavour, quantised, prepared.model.image_size, prepared.model.num_classes)

@@ -18,7 +18,7 @@ from onnx_text import graph_of, outputs_of
 from medseg_trt.export.graph.gemms import Gemm, gemms
 from medseg_trt.export.graph.interface import INPUT
 from medseg_trt.export.precision.calibrate import Calibration, Range
-from medseg_trt.export.precision.quantize import FORMS, activation_codes, to_fp8, to_int8
+from medseg_trt.export.precision.quantize import QUANT_FORMATS, activation_codes, to_fp8, to_int8
 from medseg_trt.export.precision.weight_only import SHRINKS, per_block, per_channel, per_channel_fp8
 
 FLOAT32 = 2.0**-24  # half an ulp, relative
@@ -89,7 +89,7 @@ SHAPES = {"weight": (3, 5)}
 TEXT = f"g (float[1,40,3] {INPUT}) => (float[1,40,5] y) {{ x = Identity ({INPUT}) y = MatMul (x, weight) }}"
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", QUANT_FORMATS)
 @pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (-0.3, 2.2), (0.0, 5.0), (-4.0, 0.0), (-2.5, 252.5)])
 def test_a_graph_rounds_its_activation_as_the_affine_quantiser_does(form, low, high):
     rng = np.random.default_rng(0)
@@ -103,7 +103,7 @@ def test_a_graph_rounds_its_activation_as_the_affine_quantiser_does(form, low, h
     quantised.model.graph.outputs.append(rounded)
     x = np.linspace(1.3 * low - 0.1, 1.3 * high + 0.1, 120, dtype=np.float32).reshape(1, 40, 3)  # and beyond both ends
     found = outputs_of(quantised, {INPUT: x})[str(rounded.name)].ravel()
-    if FORMS[form].codes is np.int8:
+    if QUANT_FORMATS[form].codes is np.int8:
         step, zero, first, last = Fraction(bound) / 127, 0, -128, 127
     else:
         step = (Fraction(high) - Fraction(low)) / 255

@@ -21,7 +21,7 @@ from medseg_trt.export.graph.save import save_graphs
 from medseg_trt.export.graph.trace import INPUT, OnnxGraph, check, trace
 from medseg_trt.export.precision.calibrate import Calibration, calibrate, observed_graph
 from medseg_trt.export.precision.quantize import (
-    FORMS,
+    QUANT_FORMATS,
     SCHEMES,
     activation_codes,
     found_precisions,
@@ -110,9 +110,9 @@ def test_every_product_of_the_network_is_counted(graph, folded):
     assert 0 < sum(gemm.macs for gemm in found) < total_macs(graph)  # the rest is attention's
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", QUANT_FORMATS)
 def test_int8_stays_close_and_is_int8(graph, calibration, exact, form, tmp_path):
-    quantised = quantise(graph, INT8, calibration, form=form)
+    quantised = quantise(graph, INT8, calibration, quant_format=form)
     assert sqnr_db(exact, logits(quantised, tmp_path)) > MIN_SQNR_DB[form]
     assert set(found_precisions(quantised).values()) == {"int8"}
     assert int8_share(quantised) > 0.8
@@ -149,9 +149,9 @@ def test_convolutions_in_fp8_are_refused(text):
         parse_precision(text)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", QUANT_FORMATS)
 def test_a_value_is_rounded_once_and_biases_are_not(graph, calibration, form):
-    quantised = quantise(graph, INT8, calibration, form=form).model.graph
+    quantised = quantise(graph, INT8, calibration, quant_format=form).model.graph
     rounded = [node.inputs[0] for node in quantised if node.op_type == "QuantizeLinear"]
     assert len({value.name for value in rounded if value is not None}) == len(rounded)
     activations = {gemm.activation for gemm in gemms(graph)}
@@ -172,7 +172,7 @@ def test_a_value_is_rounded_once_and_biases_are_not(graph, calibration, form):
 
 
 def test_all_forms_hold_the_same_weight_bytes(graph, calibration, tmp_path):
-    forms = {f"{form}.onnx": quantise(graph, INT8, calibration, form=form) for form in FORMS}
+    forms = {f"{form}.onnx": quantise(graph, INT8, calibration, quant_format=form) for form in QUANT_FORMATS}
     save_graphs({"int8.onnx": forms["int8.onnx"]}, tmp_path, "one.bin")
     save_graphs({f"all-{name}": graph for name, graph in forms.items()}, tmp_path, "all.bin")
     assert (tmp_path / "all.bin").read_bytes() == (tmp_path / "one.bin").read_bytes()
@@ -189,7 +189,7 @@ def test_the_arithmetic_is_that_of_a_float64_oracle(graph, calibration, form, tm
         folder = tmp_path / gemm.op_type
         folder.mkdir()
         seen = {INPUT: IMAGES} | outputs(opened(observed_graph(quantised, watched), folder), IMAGES)
-        codes = FORMS[form].codes
+        codes = QUANT_FORMATS[form].codes
         scale, zero = activation_codes(calibration.ranges[gemm.activation], codes)
         info = np.iinfo(codes)
         # ONNX divides in float32; a quotient within 1e-4 of a tie may go either way.
@@ -209,7 +209,7 @@ def test_the_arithmetic_is_that_of_a_float64_oracle(graph, calibration, form, tm
 
 
 def test_onnx_runtime_computes_every_gemm_but_the_last_in_integers(graph, calibration, exact, tmp_path):
-    quantised = quantise(graph, INT8, calibration, form="uint8_outputs")
+    quantised = quantise(graph, INT8, calibration, quant_format="uint8_outputs")
     session = opened(quantised, tmp_path, tmp_path / "optimised.onnx")
     kinds = Counter(node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node)
     wanted = Counter(gemm.op_type for gemm in gemms(graph))
@@ -220,7 +220,9 @@ def test_onnx_runtime_computes_every_gemm_but_the_last_in_integers(graph, calibr
 
 def test_openvino_computes_every_gemm_in_integers(graph, calibration, exact, tmp_path):
     openvino = pytest.importorskip("openvino")
-    save_graphs({"plain.onnx": plain(quantise(graph, INT8, calibration, form="uint8"))}, tmp_path, "weights.bin")
+    save_graphs(
+        {"plain.onnx": plain(quantise(graph, INT8, calibration, quant_format="uint8"))}, tmp_path, "weights.bin"
+    )
     core = openvino.Core()
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
     compiled = core.compile_model(core.read_model(tmp_path / "plain.onnx"), "CPU", settings)
@@ -237,7 +239,7 @@ def test_openvino_computes_every_gemm_in_integers(graph, calibration, exact, tmp
 
 def test_tensorrt_rtx_builds_the_symmetric_form(graph, calibration, tmp_path):
     trt = pytest.importorskip("tensorrt_rtx")
-    save_graphs({"int8.onnx": plain(quantise(graph, INT8, calibration, form="int8"))}, tmp_path, "weights.bin")
+    save_graphs({"int8.onnx": plain(quantise(graph, INT8, calibration, quant_format="int8"))}, tmp_path, "weights.bin")
     builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, trt.Logger(trt.Logger.ERROR))
@@ -260,11 +262,11 @@ def scaled(calibration: Calibration, name: str, factor: float) -> Calibration:
 
 def stale_scale(graph: OnnxGraph, calibration: Calibration) -> OnnxGraph:
     last = gemms(graph)[-1].activation
-    return quantise(graph, INT8, scaled(calibration, last, 0.2), form="uint8")
+    return quantise(graph, INT8, scaled(calibration, last, 0.2), quant_format="uint8")
 
 
 def dropped_zero_point(graph: OnnxGraph, calibration: Calibration) -> OnnxGraph:
-    broken = quantise(graph, INT8, calibration, form="uint8")
+    broken = quantise(graph, INT8, calibration, quant_format="uint8")
     first = next(gemm.activation for gemm in gemms(graph) if gemm.part == "block")
     value = broken.model.graph.initializers[f"{first}_zero_point"]
     value.const_value = ir.tensor(np.zeros((), np.uint8), name=value.name)
@@ -272,7 +274,7 @@ def dropped_zero_point(graph: OnnxGraph, calibration: Calibration) -> OnnxGraph:
 
 
 def transposed_weight(graph: OnnxGraph, calibration: Calibration) -> OnnxGraph:
-    broken = quantise(graph, INT8, calibration, form="uint8")
+    broken = quantise(graph, INT8, calibration, quant_format="uint8")
     square = next(g for g in reversed(gemms(broken)) if g.op_type == "MatMul" and len({*g.weight_shape}) == 1)
     value = broken.model.graph.initializers[square.weight]
     assert value.const_value is not None
@@ -281,7 +283,7 @@ def transposed_weight(graph: OnnxGraph, calibration: Calibration) -> OnnxGraph:
 
 
 def wrong_channel_axis(graph: OnnxGraph, calibration: Calibration) -> OnnxGraph:
-    broken = quantise(graph, INT8, calibration, form="uint8")
+    broken = quantise(graph, INT8, calibration, quant_format="uint8")
     square = next(g for g in reversed(gemms(broken)) if g.op_type == "Conv" and g.weight_shape[0] == g.weight_shape[1])
     (node,) = (use.node for use in broken.model.graph.initializers[square.weight].uses())
     node.attributes["axis"] = ir.AttrInt64("axis", 1)
@@ -306,7 +308,7 @@ def test_gemms_that_are_kept_stay_float_and_the_share_says_so(graph, calibration
 def test_parts_can_have_precisions_of_their_own(graph, calibration, exact, tmp_path):
     wanted = parse_precision("vit=int8, block=w8a16,decoder=fp16")
     assert wanted == {"resnet": "fp32", "vit": "int8", "block": "w8a16", "decoder": "fp16"}
-    mixed = quantise(graph, wanted, calibration, form="uint8")
+    mixed = quantise(graph, wanted, calibration, quant_format="uint8")
     found = found_precisions(mixed)
     assert {(gemm.part, found[gemm.name]) for gemm in gemms(mixed)} == set(wanted.items())
     assert sqnr_db(exact, logits(mixed, tmp_path)) > MIN_SQNR_DB["uint8"]
