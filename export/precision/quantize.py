@@ -199,7 +199,7 @@ def _to_codes(graph: OnnxGraph, names: Collection[str], calibration: Calibration
     return coded
 
 
-def found_precisions(graph: OnnxGraph) -> dict[str, str]:
+def gemm_precisions(graph: OnnxGraph) -> dict[str, str]:
     """Return the scheme that every GEMM of a graph is in, by its name, as its inputs say."""
     nodes = {node.name: node for node in graph.model.graph}
     return {gemm.name: _found(nodes[gemm.name]) for gemm in gemms(graph)}
@@ -207,7 +207,7 @@ def found_precisions(graph: OnnxGraph) -> dict[str, str]:
 
 def int8_share(graph: OnnxGraph) -> float:
     """Return the share, 0 … 1, of all multiply-accumulates that INT8 GEMMs do."""
-    found = found_precisions(graph)
+    found = gemm_precisions(graph)
     return sum(gemm.macs for gemm in gemms(graph) if found[gemm.name] == "int8") / total_macs(graph)
 
 

@@ -14,7 +14,7 @@ from medseg_trt.export.engine_layers import CUSTOM, Layer, LayerReport, Outcome
 from medseg_trt.export.graph.gemms import PART_NAMES, Gemm, gemms, macs_of
 from medseg_trt.export.graph.onnx_graph import KEPT_METADATA, OnnxGraph
 from medseg_trt.export.graph.parts import part_of
-from medseg_trt.export.precision.quantize import found_precisions
+from medseg_trt.export.precision.quantize import gemm_precisions
 from medseg_trt.export.tensorrt.builder_log import parse_layers
 
 STORED = ("int8", "fp8", "w8a16", "w4a16")  # precisions whose weights are codes
@@ -55,7 +55,7 @@ def layer_report(text: str, graph: OnnxGraph) -> LayerReport:
     read, unread = parse_layers(text, {name: macs_of(node) for name, node in nodes.items()})
     layers = tuple(_with_parts(read, nodes))
     engine = _Engine(
-        nodes=nodes, gemms={gemm.name: gemm for gemm in gemms(graph)}, precisions=found_precisions(graph), layers=layers
+        nodes=nodes, gemms={gemm.name: gemm for gemm in gemms(graph)}, precisions=gemm_precisions(graph), layers=layers
     )
     outcomes = [_outcome(name, list(ask(engine))) for name, ask in EXPECTATIONS.items()] if layers else []
     return LayerReport(layers=layers, outcomes=tuple(outcomes), unread=unread)

@@ -24,7 +24,7 @@ from medseg_trt.export.precision.quantize import (
     QUANT_FORMATS,
     SCHEMES,
     activation_codes,
-    found_precisions,
+    gemm_precisions,
     int8_share,
     needs_calibration,
     parse_precision,
@@ -114,7 +114,7 @@ def test_every_product_of_the_network_is_counted(graph, folded):
 def test_int8_stays_close_and_is_int8(graph, calibration, exact, form, tmp_path):
     quantised = quantise(graph, INT8, calibration, quant_format=form)
     assert sqnr_db(exact, logits(quantised, tmp_path)) > MIN_SQNR_DB[form]
-    assert set(found_precisions(quantised).values()) == {"int8"}
+    assert set(gemm_precisions(quantised).values()) == {"int8"}
     assert int8_share(quantised) > 0.8
     assert int8_share(quantised) == pytest.approx(
         sum(gemm.macs for gemm in gemms(graph)) / total_macs(graph)
@@ -124,7 +124,7 @@ def test_int8_stays_close_and_is_int8(graph, calibration, exact, form, tmp_path)
 
 def test_fp8_stays_close_and_is_in_the_transformers_alone(graph, calibration, exact, tmp_path):
     quantised = quantise(graph, FP8, calibration)
-    found = found_precisions(quantised)
+    found = gemm_precisions(quantised)
     by_part = {gemm.part: found[gemm.name] for gemm in gemms(quantised)}
     assert by_part == {"resnet": "fp32", "vit": "fp8", "block": "fp8", "decoder": "fp32"}
     assert sqnr_db(exact, logits(quantised, tmp_path)) > MIN_SQNR_DB_FP8
@@ -298,7 +298,7 @@ def test_the_tolerance_catches(graph, calibration, exact, fault, tmp_path):
 def test_gemms_that_are_kept_stay_float_and_the_share_says_so(graph, calibration, exact, tmp_path):
     largest = max(gemms(graph), key=lambda gemm: gemm.macs)
     mixed = quantise(graph, INT8, calibration, keep_float=[largest.name])
-    found = found_precisions(mixed)
+    found = gemm_precisions(mixed)
     assert {name for name, precision in found.items() if precision != "int8"} == {largest.name}
     lost = int8_share(quantise(graph, INT8, calibration)) - int8_share(mixed)
     assert lost == pytest.approx(largest.macs / total_macs(graph))
@@ -309,7 +309,7 @@ def test_parts_can_have_precisions_of_their_own(graph, calibration, exact, tmp_p
     wanted = parse_precision("vit=int8, block=w8a16,decoder=fp16")
     assert wanted == {"resnet": "fp32", "vit": "int8", "block": "w8a16", "decoder": "fp16"}
     mixed = quantise(graph, wanted, calibration, quant_format="uint8")
-    found = found_precisions(mixed)
+    found = gemm_precisions(mixed)
     assert {(gemm.part, found[gemm.name]) for gemm in gemms(mixed)} == set(wanted.items())
     assert sqnr_db(exact, logits(mixed, tmp_path)) > MIN_SQNR_DB["uint8"]
 
@@ -335,7 +335,7 @@ def test_what_keeps_its_float_numbers_gets_16_bits_and_what_keeps_its_wide_ones_
     """Of ``int8+fp16``, a layer that must not be coded is in fp16, and one that fp16 does not hold still has codes."""
     first, second, *_ = [gemm.name for gemm in gemms(graph) if gemm.part == "vit"]
     mixed = quantise(graph, parse_precision("int8+fp16"), calibration, keep_float=[first], keep_wide=[second])
-    found = found_precisions(mixed)
+    found = gemm_precisions(mixed)
     assert (found[first], found[second]) == ("fp16", "int8")
     nodes = {node.name: node for node in mixed.model.graph}
     assert nodes[first].outputs[0].dtype == ir.DataType.FLOAT16

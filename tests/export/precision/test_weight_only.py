@@ -10,7 +10,7 @@ import pytest
 from medseg_trt.export.graph.gemms import Gemm, gemms, total_macs
 from medseg_trt.export.graph.save import save_graphs
 from medseg_trt.export.graph.trace import KEPT_METADATA, OPSET, OnnxGraph
-from medseg_trt.export.precision.quantize import found_precisions
+from medseg_trt.export.precision.quantize import gemm_precisions
 from medseg_trt.export.precision.weight_only import SHRINKS, block_size, per_block, per_channel, to_w4a16, to_w8a16
 
 RNG = np.random.default_rng(0)
@@ -158,7 +158,7 @@ def test_onnx_runtime_decodes_as_the_float64_oracle(graph, convert, tmp_path):
 def test_the_graph_says_what_it_holds_and_shares_what_is_shared(graph, caplog):
     with caplog.at_level(logging.INFO, "medseg_trt"):
         coded = to_w4a16(graph, names(graph))
-    assert found_precisions(coded) == {
+    assert gemm_precisions(coded) == {
         "node_a": "w4a16", "node_twin": "w4a16", "node_c": "w4a16", "node_d": "w8a16", "node_y": "w8a16",
     }  # fmt: skip
     assert [record.getMessage().split()[0] for record in caplog.records] == ["node_d", "node_y"]
@@ -171,7 +171,7 @@ def test_the_graph_says_what_it_holds_and_shares_what_is_shared(graph, caplog):
 
 def test_only_the_named_gemms_change_and_a_shared_weight_stays_for_the_others(graph, tmp_path):
     coded = to_w8a16(graph, ["node_a"])
-    assert {name for name, found in found_precisions(coded).items() if found != "fp32"} == {"node_a"}
+    assert {name for name, found in gemm_precisions(coded).items() if found != "fp32"} == {"node_a"}
     assert "wide" in coded.model.graph.initializers
     error = np.abs(run(coded, tmp_path) - run(graph, tmp_path, "float")).max()
     assert 0 < error < 0.05 * np.abs(run(graph, tmp_path, "again")).max()

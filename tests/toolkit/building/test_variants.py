@@ -28,7 +28,7 @@ from medseg_trt.export.graph.trace import OnnxGraph
 from medseg_trt.export.precision.calibrate import METHOD
 from medseg_trt.export.precision.half import to_half
 from medseg_trt.export.precision.overflow import LARGEST, rounded_graph
-from medseg_trt.export.precision.quantize import found_precisions, int8_share
+from medseg_trt.export.precision.quantize import gemm_precisions, int8_share
 from medseg_trt.sessions.backends import BACKENDS
 from medseg_trt.sessions.onnxruntime import KEEP_CODERS, OnnxRuntimeSession
 from medseg_trt.sessions.open import open_session
@@ -215,7 +215,7 @@ def test_every_part_is_in_the_precision_that_was_asked_for(bundle):
         graph = OnnxGraph(model=ir.load(bundle.folder / f"{stem}.onnx"))
         found: dict[str, set[str]] = {}
         for gemm in gemms(graph):
-            found.setdefault(gemm.part, set()).add(found_precisions(graph)[gemm.name])
+            found.setdefault(gemm.part, set()).add(gemm_precisions(graph)[gemm.name])
         assert found == expected
 
 
@@ -295,7 +295,7 @@ def test_a_layer_that_eight_bits_ruin_goes_back_to_float_and_the_record_says_so(
     assert gate["ranks"][0][1] > 10 * gate["ranks"][1][1]  # alone it is worse than anything else
     assert gate["costs"][0] > 0.05 >= gate["verdict"]["high"]
     assert len(gate["costs"]) == 1
-    precisions = found_precisions(OnnxGraph(model=ir.load(folder / "int8.onnx")))
+    precisions = gemm_precisions(OnnxGraph(model=ir.load(folder / "int8.onnx")))
     kept = set(groups_of(planted)["decoder.3"])
     assert {name for name, precision in precisions.items() if precision == "fp32"} == kept
     assert 0.3 <= found["int8"].passes["int8_share"] == pytest.approx(1 - share_of(planted, kept), abs=0.01)
@@ -331,7 +331,7 @@ def test_numbers_that_float16_cannot_hold_stay_in_float32(overflowing, images, c
     recorded = found["fp16"].passes["too_large_for_16_bits"]
     assert {each["gemm"] for each in recorded} == names
     assert all(each["largest"] == pytest.approx(8 * LARGEST["fp16"], rel=0.2) for each in recorded[:1])
-    precisions = found_precisions(OnnxGraph(model=ir.load(folder / "fp16.onnx")))
+    precisions = gemm_precisions(OnnxGraph(model=ir.load(folder / "fp16.onnx")))
     assert {name for name, precision in precisions.items() if precision == "fp32"} == names
     assert found["fp16"].passes["gate"]["kept_float"] == ()
 
