@@ -20,7 +20,13 @@ from medseg_trt.export.graph.gemms import PART_NAMES, gemms, stored_weight, tota
 from medseg_trt.export.graph.onnx_graph import KEPT_METADATA, OnnxGraph, add_constant
 from medseg_trt.export.precision.calibrate import Calibration, Range
 from medseg_trt.export.precision.half import TYPES
-from medseg_trt.export.precision.weight_only import FP8_MAX, Coder, per_channel, per_channel_fp8, with_coded_weights
+from medseg_trt.export.precision.weight_only import (
+    FP8_MAX,
+    WeightQuantiser,
+    per_channel,
+    per_channel_fp8,
+    with_quantised_weights,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +45,7 @@ class QuantFormat:
     """How codes are written for a kind of back-end. The weights of INT8 are the same bytes in all of them."""
 
     codes: type[Any]  # of activations: symmetric np.int8 or ml_dtypes.float8_e4m3fn, or asymmetric np.uint8
-    coder: Coder = per_channel  # of weights
+    coder: WeightQuantiser = per_channel  # of weights
     rounds_outputs: bool = False  # of convolutions too, after a ReLU that follows
 
 
@@ -58,8 +64,8 @@ SCHEMES: Mapping[str, Scheme | None] = {  # in the order in which a mix is appli
     "fp16": Scheme(function="medseg_trt.export.precision.half:to_half", options={"dtype": "fp16"}),
     "bf16": Scheme(function="medseg_trt.export.precision.half:to_half", options={"dtype": "bf16"}),
 }
-# Codes for GEMMs, and fp16 for what they leave in float.
-CODED_AND_HALF = ("int8+fp16", "fp8+fp16", "w8a16+fp16", "w4a16+fp16")
+# QuantisedWeight for GEMMs, and fp16 for what they leave in float.
+QUANTISED_AND_HALF = ("int8+fp16", "fp8+fp16", "w8a16+fp16", "w4a16+fp16")
 QUANT_FORMATS: Mapping[str, QuantFormat] = {
     "int8": QuantFormat(codes=np.int8),  # TensorRT takes no other
     "uint8": QuantFormat(codes=np.uint8),  # OpenVINO: 2026.4 computes symmetric codes of concatenated maps wrongly
@@ -87,7 +93,7 @@ def parse_precision(text: str) -> dict[str, str]:
     Raises:
         UsageError: an unknown part or scheme, or a part named twice.
     """
-    known = (*SCHEMES, *CODED_AND_HALF)
+    known = (*SCHEMES, *QUANTISED_AND_HALF)
     if "=" not in text:
         first, *others = steps(_known(text, known, "precision"))
         scheme, other = SCHEMES[first], others[0] if others else "fp32"
@@ -187,7 +193,7 @@ def to_fp8(graph: OnnxGraph, names: Collection[str], calibration: Calibration, f
 
 def _to_codes(graph: OnnxGraph, names: Collection[str], calibration: Calibration, form: QuantFormat) -> OnnxGraph:
     chosen = [gemm for gemm in gemms(graph) if gemm.name in names]
-    coded = with_coded_weights(graph, dict.fromkeys(names, form.coder))
+    coded = with_quantised_weights(graph, dict.fromkeys(names, form.coder))
     nodes = {node.name: node for node in coded.model.graph}
     rounding = _Rounding(graph=coded.model.graph, calibration=calibration, codes=form.codes, done={})
     for gemm in chosen:
@@ -211,7 +217,7 @@ def int8_share(graph: OnnxGraph) -> float:
     return sum(gemm.macs for gemm in gemms(graph) if found[gemm.name] == "int8") / total_macs(graph)
 
 
-def activation_codes(limits: Range, codes: type[Any]) -> tuple[np.float32, np.ndarray]:
+def quantisation_parameters(limits: Range, codes: type[Any]) -> tuple[np.float32, np.ndarray]:
     """Return the scale of a range, and the code of zero in the type of the codes."""
     if codes is ml_dtypes.float8_e4m3fn:
         return np.float32(limits.bound / FP8_MAX or 1.0), np.array(0, codes)
@@ -247,7 +253,7 @@ class _Rounding:
             node.replace_input_with(index, rounded)
 
     def _insert(self, value: ir.Value, limits: Range) -> ir.Value:
-        scale, zero = activation_codes(limits, self.codes)
+        scale, zero = quantisation_parameters(limits, self.codes)
         parameters = [
             add_constant(self.graph, f"{value.name}_scale", np.asarray(scale)),
             add_constant(self.graph, f"{value.name}_zero_point", zero),

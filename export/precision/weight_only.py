@@ -29,7 +29,7 @@ CHUNK_COLUMNS = 512  # of a matrix that are searched at once, to bound memory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Codes:
+class QuantisedWeight:
     """A weight as integers and their scales."""
 
     codes: ndarray  # int8, ml_dtypes.int4 or float8_e4m3fn, in the weight's shape
@@ -46,12 +46,12 @@ class Codes:
         return self.codes.astype(np.float64) * scales.reshape(shape)
 
 
-Coder = Callable[[ndarray, Gemm], Codes]
+WeightQuantiser = Callable[[ndarray, Gemm], QuantisedWeight]
 
 
 def to_w8a16(graph: OnnxGraph, names: Collection[str]) -> OnnxGraph:
     """Return a copy in which the named GEMMs hold their weights in eight bits."""
-    return with_coded_weights(graph, dict.fromkeys(names, per_channel))
+    return with_quantised_weights(graph, dict.fromkeys(names, per_channel))
 
 
 def to_w4a16(graph: OnnxGraph, names: Collection[str]) -> OnnxGraph:
@@ -63,26 +63,26 @@ def to_w4a16(graph: OnnxGraph, names: Collection[str]) -> OnnxGraph:
     for gemm in chosen:
         if not block_size(gemm):
             LOG.info("%s takes 8 bits instead of 4: its %s has no blocks", gemm.name, list(gemm.weight_shape))
-    return with_coded_weights(graph, {gemm.name: per_block if block_size(gemm) else per_channel for gemm in chosen})
+    return with_quantised_weights(graph, {gemm.name: per_block if block_size(gemm) else per_channel for gemm in chosen})
 
 
-def per_channel(weight: ndarray, gemm: Gemm) -> Codes:
+def per_channel(weight: ndarray, gemm: Gemm) -> QuantisedWeight:
     """Round a weight to -127 … 127, half to even, with one scale per output channel; a channel of zeros has scale 1."""
     scales = _channel_scales(weight, gemm, INT8_MAX)
     quotients = weight / scales
     np.rint(quotients, out=quotients)
     np.clip(quotients, -INT8_MAX, INT8_MAX, out=quotients)
-    return Codes(codes=quotients.astype(np.int8), scales=scales.reshape(-1), axis=gemm.output_axis)
+    return QuantisedWeight(codes=quotients.astype(np.int8), scales=scales.reshape(-1), axis=gemm.output_axis)
 
 
-def per_channel_fp8(weight: ndarray, gemm: Gemm) -> Codes:
+def per_channel_fp8(weight: ndarray, gemm: Gemm) -> QuantisedWeight:
     """Round a weight to e4m3, with one scale per output channel; a channel of zeros has scale 1."""
     scales = _channel_scales(weight, gemm, FP8_MAX)
     codes = (weight / scales).clip(-FP8_MAX, FP8_MAX).astype(ml_dtypes.float8_e4m3fn)
-    return Codes(codes=codes, scales=scales.reshape(-1), axis=gemm.output_axis)
+    return QuantisedWeight(codes=codes, scales=scales.reshape(-1), axis=gemm.output_axis)
 
 
-def per_block(weight: ndarray, gemm: Gemm) -> Codes:
+def per_block(weight: ndarray, gemm: Gemm) -> QuantisedWeight:
     """Round a matrix to four bits; every block takes the scale, of those in SHRINKS, with the least squared error."""
     axis, size = gemm.input_axis, block_size(gemm)
     summed_first = np.moveaxis(weight, axis, 0)  # (inputs, outputs)
@@ -94,7 +94,9 @@ def per_block(weight: ndarray, gemm: Gemm) -> Codes:
         chosen, rounded = _least_error(blocks)
         scales[:, part] = chosen
         codes[:, part] = rounded.reshape(len(summed_first), -1).astype(ml_dtypes.int4)
-    return Codes(codes=np.moveaxis(codes, 0, axis), scales=np.moveaxis(scales, 0, axis), axis=axis, block_size=size)
+    return QuantisedWeight(
+        codes=np.moveaxis(codes, 0, axis), scales=np.moveaxis(scales, 0, axis), axis=axis, block_size=size
+    )
 
 
 def block_size(gemm: Gemm) -> int:
@@ -104,14 +106,14 @@ def block_size(gemm: Gemm) -> int:
     return next((size for size in BLOCK_SIZES if gemm.weight_shape[gemm.input_axis] % size == 0), 0)
 
 
-def with_coded_weights(graph: OnnxGraph, coders: Mapping[str, Coder]) -> OnnxGraph:
+def with_quantised_weights(graph: OnnxGraph, coders: Mapping[str, WeightQuantiser]) -> OnnxGraph:
     """Return a copy in which the named GEMMs read their weights through DequantizeLinear.
 
     GEMMs that share a weight share its codes; a float weight that nothing reads any more is dropped.
     """
     model = graph.model.clone()
     nodes = {node.name: node for node in model.graph}
-    decoded: dict[tuple[str, int, Coder], ir.Value] = {}
+    decoded: dict[tuple[str, int, WeightQuantiser], ir.Value] = {}
     for gemm in gemms(graph):
         if gemm.name not in coders:
             continue
@@ -135,7 +137,7 @@ def _channel_scales(weight: ndarray, gemm: Gemm, largest_code: int) -> ndarray:
     return np.where(largest > NOTHING, largest / np.float32(largest_code), np.float32(1)).astype(np.float32)
 
 
-def _decode(graph: ir.Graph, reader: ir.Node, weight: ir.Value, codes: Codes) -> ir.Value:
+def _decode(graph: ir.Graph, reader: ir.Node, weight: ir.Value, codes: QuantisedWeight) -> ir.Value:
     """Put the codes and their DequantizeLinear before ``reader`` and return the decoded weight."""
     bits = CODE_NAMES[codes.codes.dtype]
     inputs = [

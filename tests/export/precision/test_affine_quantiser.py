@@ -18,7 +18,7 @@ from onnx_text import graph_of, outputs_of
 from medseg_trt.export.graph.gemms import Gemm, gemms
 from medseg_trt.export.graph.interface import INPUT
 from medseg_trt.export.precision.calibrate import Calibration, Range
-from medseg_trt.export.precision.quantize import QUANT_FORMATS, activation_codes, to_fp8, to_int8
+from medseg_trt.export.precision.quantize import QUANT_FORMATS, quantisation_parameters, to_fp8, to_int8
 from medseg_trt.export.precision.weight_only import SHRINKS, per_block, per_channel, per_channel_fp8
 
 FLOAT32 = 2.0**-24  # half an ulp, relative
@@ -36,7 +36,7 @@ def half_even(value: Fraction) -> int:
 @settings(derandomize=True, deadline=None, max_examples=200)
 @given(bound=LIMITS)
 def test_symmetric_codes_reach_127_at_the_bound(bound):
-    scale, zero = activation_codes(Range(low=-bound, high=bound / 3, bound=bound), np.int8)
+    scale, zero = quantisation_parameters(Range(low=-bound, high=bound / 3, bound=bound), np.int8)
     assert zero == 0
     assert zero.dtype == np.int8
     assert abs(float(scale) * 127 / bound - 1) <= FLOAT32
@@ -46,7 +46,7 @@ def test_symmetric_codes_reach_127_at_the_bound(bound):
 @settings(derandomize=True, deadline=None, max_examples=200)
 @given(bound=LIMITS)
 def test_e4m3_reaches_its_largest_number_at_the_bound(bound):
-    scale, zero = activation_codes(Range(low=0.0, high=bound, bound=bound), ml_dtypes.float8_e4m3fn)
+    scale, zero = quantisation_parameters(Range(low=0.0, high=bound, bound=bound), ml_dtypes.float8_e4m3fn)
     assert float(zero) == 0
     assert abs(float(scale) * 448 / bound - 1) <= FLOAT32
 
@@ -55,7 +55,7 @@ def test_e4m3_reaches_its_largest_number_at_the_bound(bound):
 @given(low=LIMITS, high=LIMITS, only=st.sampled_from(("both", "positive", "negative")))
 def test_asymmetric_codes_reach_0_and_255_at_the_ends_and_zero_is_the_nearest_code(low, high, only):
     low, high = 0.0 if only == "positive" else -low, 0.0 if only == "negative" else high
-    scale, zero = activation_codes(Range(low=low, high=high, bound=max(-low, high)), np.uint8)
+    scale, zero = quantisation_parameters(Range(low=low, high=high, bound=max(-low, high)), np.uint8)
     step = (Fraction(high) - Fraction(low)) / 255
     assert zero.dtype == np.uint8
     assert abs(Fraction(float(scale)) / step - 1) <= FLOAT32 * (1 + 2.0**-20)
@@ -73,13 +73,13 @@ def test_asymmetric_codes_reach_0_and_255_at_the_ends_and_zero_is_the_nearest_co
 
 @pytest.mark.parametrize(("low", "code"), [(-0.5, 0), (-1.5, 2), (-2.5, 2), (-2.75, 3), (-2.25, 2), (-254.5, 254)])
 def test_a_zero_point_between_two_codes_is_the_even_one(low, code):
-    scale, zero = activation_codes(Range(low=low, high=255 + low, bound=255.0), np.uint8)
+    scale, zero = quantisation_parameters(Range(low=low, high=255 + low, bound=255.0), np.uint8)
     assert (float(scale), int(zero)) == (1.0, code)
 
 
 @pytest.mark.parametrize("codes", [np.int8, np.uint8, ml_dtypes.float8_e4m3fn])
 def test_a_range_of_nothing_has_a_scale_of_one(codes):
-    scale, zero = activation_codes(Range(low=0.0, high=0.0, bound=0.0), codes)
+    scale, zero = quantisation_parameters(Range(low=0.0, high=0.0, bound=0.0), codes)
     assert (float(scale), float(zero)) == (1.0, 0.0)
 
 

@@ -23,11 +23,11 @@ from medseg_trt.export.precision.calibrate import Calibration, calibrate, observ
 from medseg_trt.export.precision.quantize import (
     QUANT_FORMATS,
     SCHEMES,
-    activation_codes,
     gemm_precisions,
     int8_share,
     needs_calibration,
     parse_precision,
+    quantisation_parameters,
     quantise,
     to_int8,
     values_to_calibrate,
@@ -190,7 +190,7 @@ def test_the_arithmetic_is_that_of_a_float64_oracle(graph, calibration, form, tm
         folder.mkdir()
         seen = {INPUT: IMAGES} | outputs(opened(observed_graph(quantised, watched), folder), IMAGES)
         codes = QUANT_FORMATS[form].codes
-        scale, zero = activation_codes(calibration.ranges[gemm.activation], codes)
+        scale, zero = quantisation_parameters(calibration.ranges[gemm.activation], codes)
         info = np.iinfo(codes)
         # ONNX divides in float32; a quotient within 1e-4 of a tie may go either way.
         quotient = seen[gemm.activation].astype(np.float64) / float(scale)
