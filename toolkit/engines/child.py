@@ -24,7 +24,7 @@ from typing import IO, Any
 
 from medseg_trt import errors
 from medseg_trt.errors import ArtefactError, MedsegError
-from medseg_trt.export.tensorrt.build import Built, build_engine
+from medseg_trt.export.tensorrt.build import BuilderOutput, build_engine
 from medseg_trt.progress import track
 from medseg_trt.spec import EngineSpec, from_dict, to_dict
 
@@ -44,7 +44,7 @@ STATUS = Path("/proc/self/status")  # Linux
 class Answer:
     """What a child made, and what it took."""
 
-    built: Built
+    built: BuilderOutput
     peak_resident_mb: float  # of the child; 0 where the system does not say
     wall_s: float  # from its start to its end
     processor_s: float  # that it used
@@ -87,7 +87,7 @@ def build_in_child(graph: Path, plan: Path, spec: EngineSpec, cache: Path | None
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         hint = "; the machine may have run out of memory" if code == -9 else ""
         raise ArtefactError(f"the builder of {plan.name} {how}{hint}; no engine was written")
-    built = from_dict(Built, last["built"], "the builder")
+    built = from_dict(BuilderOutput, last["built"], "the builder")
     took = {name: last[name] for name in ("peak_resident_mb", "processor_s")}
     return Answer(built=built, wall_s=time.perf_counter() - began, **took)
 
