@@ -13,7 +13,7 @@ LAYERS_SUFFIX = ".layers.json"  # of the report beside a plan
 PRODUCTS = ("gemm", "correlation", "convolution", "deconvolution")  # types of layers that multiply matrices
 PRODUCT_WORDS = ("Fc", "Conv", "gemm", "mha")  # parts of the names of kernels that were generated and do
 CUSTOM = "custom_layer"  # a plugin
-CODES = ("Int8", "Int4", "FP8")  # what products decode before or after they multiply
+QUANTISED_DTYPES = ("Int8", "Int4", "FP8")  # what products decode before or after they multiply
 COUNTERS = ("Int32", "Int64")  # sizes, which come with a free batch
 MOVES = frozenset({"Move", "Tran", "Resh", "Repl", "Slic", "Cast", "Copy", "Reformat", "Conc"})  # words of kernels
 
@@ -21,7 +21,7 @@ _WORD = re.compile(r"[A-Z][a-z0-9]*|[a-z0-9]+")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Tensor:
+class EngineTensor:
     """What a layer reads or writes; -1 is a free size."""
 
     dtype: str  # the builder's word: Float, Half, Int8 …
@@ -34,15 +34,15 @@ class Tensor:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Layer:
+class EngineLayer:
     """One kernel of an engine."""
 
     name: str
     kind: str  # the builder's word: gemm, correlation, kgen, custom_layer …
     kernel: str
-    inputs: tuple[Tensor, ...]
-    constants: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
+    inputs: tuple[EngineTensor, ...]
+    constants: tuple[EngineTensor, ...]
+    outputs: tuple[EngineTensor, ...]
     nodes: tuple[str, ...]  # of the ONNX graph, that it computes or a share of
     bytes: int  # read and written for one image, if nothing stays in a cache
     macs: int = 0  # multiply-accumulates of one image, of the nodes that it multiplies for
@@ -62,7 +62,7 @@ class Layer:
     @property
     def decodes_weights(self) -> bool:
         """Whether it writes stored integers as floats into memory, where they are read again."""
-        from_codes = any(tensor.dtype in CODES for tensor in self.constants)
+        from_codes = any(tensor.dtype in QUANTISED_DTYPES for tensor in self.constants)
         to_floats = all(tensor.dtype in ("Float", "Half", "BFloat16") for tensor in self.outputs)
         return not self.inputs and from_codes and to_floats and not self.is_product
 
@@ -72,11 +72,11 @@ class Layer:
         read = [tensor.dtype for tensor in self.inputs] or [tensor.dtype for tensor in self.outputs]
         weight = max(self.constants, key=lambda tensor: tensor.elements, default=None)
         if not self.is_product or weight is None or weight.elements == 1:
-            kinds = (*COUNTERS, *CODES) if self.is_product else COUNTERS
+            kinds = (*COUNTERS, *QUANTISED_DTYPES) if self.is_product else COUNTERS
             return next((dtype for dtype in read if dtype not in kinds), read[0] if read else "–")
-        if weight.dtype not in CODES:
+        if weight.dtype not in QUANTISED_DTYPES:
             return weight.dtype
-        return next((dtype for dtype in read if dtype not in CODES), weight.dtype)
+        return next((dtype for dtype in read if dtype not in QUANTISED_DTYPES), weight.dtype)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,7 +102,7 @@ class LayerReport:
     """The layers of an engine, and what was expected of them."""
 
     schema: int = SCHEMA
-    layers: tuple[Layer, ...]
+    layers: tuple[EngineLayer, ...]
     outcomes: tuple[Outcome, ...]
     unread: int  # lines of the builder's list in a form that is not known
 
