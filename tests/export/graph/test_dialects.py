@@ -20,7 +20,7 @@ from medseg_trt.errors import MedsegError
 from medseg_trt.export.fold.fold import fold
 from medseg_trt.export.graph.dialects import DIALECTS, derive, plain
 from medseg_trt.export.graph.functions import DOMAIN, function
-from medseg_trt.export.graph.fuse import fuse
+from medseg_trt.export.graph.fusions.fuse import fuse
 from medseg_trt.export.graph.trace import KEPT_METADATA, OnnxGraph, trace
 from medseg_trt.train.checkpoint import load_checkpoint
 from medseg_trt.train.models.llama import LlamaBlock

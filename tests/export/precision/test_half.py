@@ -7,7 +7,7 @@ from tiny import make_checkpoint
 
 from medseg_trt.export.fold.fold import fold
 from medseg_trt.export.graph.dialects import derive
-from medseg_trt.export.graph.fuse import fuse
+from medseg_trt.export.graph.fusions.fuse import fuse
 from medseg_trt.export.graph.gemms import gemms
 from medseg_trt.export.graph.save import save_graphs
 from medseg_trt.export.graph.trace import OnnxGraph, trace

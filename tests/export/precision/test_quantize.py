@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from medseg_trt.errors import UsageError
 from medseg_trt.export.fold.fold import fold
 from medseg_trt.export.graph.dialects import DIALECTS, plain
-from medseg_trt.export.graph.fuse import fuse
+from medseg_trt.export.graph.fusions.fuse import fuse
 from medseg_trt.export.graph.gemms import PART_NAMES, gemms, total_macs
 from medseg_trt.export.graph.save import save_graphs
 from medseg_trt.export.graph.trace import INPUT, OnnxGraph, check, trace

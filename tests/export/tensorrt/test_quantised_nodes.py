@@ -12,7 +12,7 @@ from tiny import make_checkpoint, picture
 from medseg_trt.export.fold.fold import fold
 from medseg_trt.export.graph.dialects import DIALECTS
 from medseg_trt.export.graph.functions import DOMAIN
-from medseg_trt.export.graph.fuse import fuse
+from medseg_trt.export.graph.fusions.fuse import fuse
 from medseg_trt.export.graph.save import save_graphs
 from medseg_trt.export.graph.trace import INPUT, OnnxGraph, check, trace
 from medseg_trt.export.precision.calibrate import calibrate, observed_graph
