@@ -34,7 +34,7 @@ from medseg_trt.export.precision.quantize import (
     needs_calibration,
     parse_precision,
     quantise,
-    steps,
+    scheme_components,
     values_to_calibrate,
 )
 from medseg_trt.export.precision.sensitive_layers import sensitive_layers
@@ -109,13 +109,13 @@ def make_variants(
     prepared = _prepare(graph, name, contract.model, proof)
     is_for_cpus = prepared.calibration is not None and "+" not in name  # no CPU multiplies codes into 16-bit floats
     forms = [key for key in WRITTEN if key != ONLY_INTEGERS or is_for_cpus]
-    if any(FP8 in steps(scheme) for scheme in prepared.precision.values()):
+    if any(FP8 in scheme_components(scheme) for scheme in prepared.precision.values()):
         forms = ["canonical"]  # ONNX before opset 19, which the others are written in, has no such numbers
     relaxed = _relaxed(prepared, name, forms, proof) if set(prepared.precision.values()) != {FLOAT} else None
     kept = _names(prepared.graph, relaxed.kept_float) if relaxed else frozenset[str]()
     graphs = {key: _written(prepared, key, kept) for key in forms}
     share = int8_share(graphs["canonical"])
-    if steps(name)[0] == INT8 and share < MIN_INT8_SHARE:
+    if scheme_components(name)[0] == INT8 and share < MIN_INT8_SHARE:
         raise AccuracyGateError(
             f"only {100 * share:.0f} % of the MACs would be in int8, less than {100 * MIN_INT8_SHARE:.0f} %; "
             "name the parts that shall be: --precision vit=int8,block=int8"
@@ -150,7 +150,7 @@ def _prepare(graph: OnnxGraph, name: str, model: ModelSpec, proof: Proof) -> _Pr
                 "give a folder with a train and a val split: --data DIR"
             )
         LOG.info("calibrate %s on %d images", name, len(images))
-        named = [gemm.name for gemm in gemms(graph) if INT8 in steps(precision[gemm.part])]
+        named = [gemm.name for gemm in gemms(graph) if INT8 in scheme_components(precision[gemm.part])]
         kept = sensitive_layers(graph, named)
         rounded = [name for name in named if name not in kept]
         with observer(graph, smoothable(graph, rounded)) as observe:
@@ -162,7 +162,7 @@ def _prepare(graph: OnnxGraph, name: str, model: ModelSpec, proof: Proof) -> _Pr
             "left_in_float": list(kept), "smoothed": [to_dict(each) for each in smoothings],
             "calibration": to_dict(calibration),
         }  # fmt: skip
-    halves = {part for part, scheme in precision.items() if TYPES.keys() & steps(scheme)}
+    halves = {part for part, scheme in precision.items() if TYPES.keys() & scheme_components(scheme)}
     unsafe: frozenset[str] = frozenset()
     if halves:
         chosen = [gemm.name for gemm in gemms(graph) if gemm.part in halves]
@@ -206,7 +206,7 @@ def _relaxed(prepared: _Prepared, name: str, forms: Sequence[str], proof: Proof)
         return proof.error_of(answers(others))
 
     def within_budget(kept: frozenset[str]) -> bool:
-        if steps(name)[0] != INT8:
+        if scheme_components(name)[0] != INT8:
             return len(kept) < len(rounded)
         return int8_share(_written(prepared, key, _names(prepared.graph, kept))) >= MIN_INT8_SHARE
 
@@ -223,7 +223,7 @@ def _relaxed(prepared: _Prepared, name: str, forms: Sequence[str], proof: Proof)
 def _answers(prepared: _Prepared, key: str, kept: frozenset[str], images: ndarray) -> ndarray:
     """Return the logits of images; 16-bit numbers are rounded for real, which a CPU would not do."""
     graph, backend = _written(prepared, key, kept), WRITTEN[key].backend
-    if any(TYPES.keys() & steps(scheme) for scheme in prepared.precision.values()):
+    if any(TYPES.keys() & scheme_components(scheme) for scheme in prepared.precision.values()):
         graph, backend = rounded_graph(graph), KEEPS_CASTS
     with TemporaryDirectory() as folder:
         save_graphs({"tried.onnx": graph}, Path(folder), "weights.bin")
@@ -237,6 +237,6 @@ def _names(graph: OnnxGraph, groups: Sequence[str] | frozenset[str]) -> frozense
 
 
 def _is_rounded(prepared: _Prepared, names: Sequence[str]) -> bool:
-    first = {gemm.name: steps(prepared.precision[gemm.part])[0] for gemm in gemms(prepared.graph)}
+    first = {gemm.name: scheme_components(prepared.precision[gemm.part])[0] for gemm in gemms(prepared.graph)}
     kept = {FLOAT: frozenset(first), **dict.fromkeys(TYPES, prepared.keep_wide)}
     return any(name not in kept.get(first[name], prepared.keep_float) for name in names)

@@ -103,7 +103,7 @@ def test_a_graph_rounds_its_activation_as_the_affine_quantiser_does(form, low, h
     quantised.model.graph.outputs.append(rounded)
     x = np.linspace(1.3 * low - 0.1, 1.3 * high + 0.1, 120, dtype=np.float32).reshape(1, 40, 3)  # and beyond both ends
     found = outputs_of(quantised, {INPUT: x})[str(rounded.name)].ravel()
-    if QUANT_FORMATS[form].codes is np.int8:
+    if QUANT_FORMATS[form].activation_type is np.int8:
         step, zero, first, last = Fraction(bound) / 127, 0, -128, 127
     else:
         step = (Fraction(high) - Fraction(low)) / 255

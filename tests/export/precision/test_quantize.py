@@ -189,7 +189,7 @@ def test_the_arithmetic_is_that_of_a_float64_oracle(graph, calibration, form, tm
         folder = tmp_path / gemm.op_type
         folder.mkdir()
         seen = {INPUT: IMAGES} | outputs(opened(observed_graph(quantised, watched), folder), IMAGES)
-        codes = QUANT_FORMATS[form].codes
+        codes = QUANT_FORMATS[form].activation_type
         scale, zero = quantisation_parameters(calibration.ranges[gemm.activation], codes)
         info = np.iinfo(codes)
         # ONNX divides in float32; a quotient within 1e-4 of a tie may go either way.
