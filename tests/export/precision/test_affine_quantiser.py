@@ -148,7 +148,7 @@ def test_every_channel_of_a_weight_uses_its_whole_range(coder, largest, seed):
     found = coder(weight, GEMM)
     exact = np.abs(weight.astype(np.float64)).max(axis=0) / largest
     np.testing.assert_allclose(found.scales, exact, rtol=FLOAT32)
-    assert (np.abs(found.codes.astype(np.float64)).max(axis=0) == largest).all()
+    assert (np.abs(found.values.astype(np.float64)).max(axis=0) == largest).all()
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -158,10 +158,10 @@ def test_eight_bit_weights_are_rounded_half_to_even(seed):
     for row, column in np.ndindex(*weight.shape):
         quotient = Fraction(float(weight[row, column])) / Fraction(float(found.scales[column]))
         if abs(abs(quotient - int(quotient)) - Fraction(1, 2)) > Fraction(1, 10**4):
-            assert int(found.codes[row, column]) == half_even(quotient)
+            assert int(found.values[row, column]) == half_even(quotient)
     halves = np.zeros((64, 6), np.float32)
     halves[:6] = np.array([[127.0, 0.5, 1.5, -0.5, -1.5, 2.5]]).T
-    np.testing.assert_array_equal(per_channel(halves, GEMM).codes[:6, 0], [127, 0, 2, 0, -2, 2])
+    np.testing.assert_array_equal(per_channel(halves, GEMM).values[:6, 0], [127, 0, 2, 0, -2, 2])
 
 
 def best_of_16_codes(block: np.ndarray) -> tuple[float, int]:
@@ -189,8 +189,8 @@ def test_four_bits_use_all_sixteen_codes_for_the_least_error(name):
     gemm = replace(GEMM, weight_shape=(32, 1))
     block = BLOCKS[name].astype(np.float32)
     found = per_block(block[:, np.newaxis], gemm)
-    error = float(np.square(found.decoded().ravel() - block.astype(np.float64)).sum())
+    error = float(np.square(found.dequantised().ravel() - block.astype(np.float64)).sum())
     least, smallest = best_of_16_codes(block.astype(np.float64))
     assert error <= least * (1 + 1e-5)  # the search is in float32; without the code -8 it is 2 % worse or more
     if name in ("negative", "many at the lower end"):
-        assert smallest == int(found.codes.astype(int).min()) == -8
+        assert smallest == int(found.values.astype(int).min()) == -8

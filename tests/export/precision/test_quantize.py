@@ -136,8 +136,8 @@ def test_weights_in_fp8_are_off_by_half_a_step_of_three_bits_at_most(graph):
     weight = np.random.default_rng(0).standard_normal(gemm.weight_shape).astype(np.float32)
     weight[:, 0] = 0
     found = per_channel_fp8(weight, gemm)
-    codes, smallest = found.codes.astype(np.float32), found.scales * 2.0**-10  # half of e4m3's smallest step, 2^-9
-    error = np.abs(found.decoded() - weight)
+    codes, smallest = found.values.astype(np.float32), found.scales * 2.0**-10  # half of e4m3's smallest step, 2^-9
+    error = np.abs(found.dequantised() - weight)
     assert (error <= np.maximum(np.abs(weight) * 2.0**-4, smallest) * (1 + 1e-6)).all()
     assert (np.abs(codes).max(axis=0)[1:] == FP8_MAX).all()  # a channel uses the whole range, and nothing overflows
     assert (codes[:, 0] == 0).all()

@@ -93,10 +93,10 @@ def test_eight_bits_are_the_nearest_codes_of_the_largest_weight_of_every_channel
     found = per_channel(WEIGHTS[name], gemm(name, axis))
     others = tuple(each for each in range(weight.ndim) if each != axis)
     steps = np.abs(weight).max(axis=others, keepdims=True) / 127
-    assert found.codes.dtype == np.int8
-    assert np.abs(found.codes.astype(int)).max(axis=others).tolist() == [127] * weight.shape[axis]
+    assert found.values.dtype == np.int8
+    assert np.abs(found.values.astype(int)).max(axis=others).tolist() == [127] * weight.shape[axis]
     # Half a step, and what float32 does to a quotient of up to 127.
-    assert (np.abs(found.decoded() - weight) <= steps * (0.5 + 127 * 2**-22)).all()
+    assert (np.abs(found.dequantised() - weight) <= steps * (0.5 + 127 * 2**-22)).all()
 
 
 def test_ties_go_to_the_even_code_and_a_channel_of_zeros_stays_zero():
@@ -104,22 +104,22 @@ def test_ties_go_to_the_even_code_and_a_channel_of_zeros_stays_zero():
     weight[:, 0] = np.resize([127, 0.5, 1.5, -2.5, -0.5], 256)
     weight[:, 1] = 1e-42  # a subnormal number, whose scale would be zero
     found = per_channel(weight, gemm("wide"))
-    assert found.codes[:5, 0].tolist() == [127, 0, 2, -2, 0]
+    assert found.values[:5, 0].tolist() == [127, 0, 2, -2, 0]
     assert found.scales.tolist() == [1.0] * 96
-    assert not found.codes[:, 1:].any()
+    assert not found.values[:, 1:].any()
     blocks = per_block(weight, gemm("wide"))
     assert np.isfinite(blocks.scales).all()
-    assert not blocks.decoded()[:, 1:].any()
+    assert not blocks.dequantised()[:, 1:].any()
 
 
 def test_four_bits_are_better_than_rounding_to_the_nearest_of_the_whole_range():
     weight = WEIGHTS["wide"].astype(np.float64)
     found = per_block(WEIGHTS["wide"], gemm("wide"))
-    assert found.codes.dtype == ml_dtypes.int4
+    assert found.values.dtype == ml_dtypes.int4
     assert found.scales.shape == (2, 96)
     step = np.abs(weight.reshape(2, 128, 96)).max(axis=1, keepdims=True) / 7
     nearest = (np.rint(weight.reshape(2, 128, 96) / step) * step).reshape(256, 96)
-    error, plain = (np.square(tried - weight).sum() for tried in (found.decoded(), nearest))
+    error, plain = (np.square(tried - weight).sum() for tried in (found.dequantised(), nearest))
     # A sample of 128 normal numbers reaches 2.7 sigma; clipping it pays: 0.86 seen.
     assert error < 0.93 * plain
     best_shrink = found.scales / (step[:, 0] if step.ndim == 3 else step)
@@ -135,7 +135,7 @@ def test_blocks_of_a_transposed_matrix_lie_along_its_second_axis():
     transposed = replace(gemm("wide"), op_type="Gemm", weight_shape=(96, 256), output_axis=0)
     found = per_block(np.ascontiguousarray(WEIGHTS["wide"].T), transposed)
     assert (found.axis, found.scales.shape) == (1, (96, 2))
-    np.testing.assert_array_equal(found.decoded().T, per_block(WEIGHTS["wide"], gemm("wide")).decoded())
+    np.testing.assert_array_equal(found.dequantised().T, per_block(WEIGHTS["wide"], gemm("wide")).dequantised())
 
 
 @pytest.mark.parametrize("convert", [to_w8a16, to_w4a16])
@@ -145,7 +145,7 @@ def test_onnx_runtime_decodes_as_the_float64_oracle(graph, convert, tmp_path):
     if convert is to_w4a16:
         coders |= dict.fromkeys(("wide", "odd"), per_block)
     decoded = {
-        name: coders[name](WEIGHTS[name], gemm(name, 0 if name == "kernel" else 1)).decoded() for name in WEIGHTS
+        name: coders[name](WEIGHTS[name], gemm(name, 0 if name == "kernel" else 1)).dequantised() for name in WEIGHTS
     }
     twice = 2 * (X.astype(np.float64) @ decoded["wide"])
     image = (twice @ decoded["odd"] @ decoded["short"]).reshape(1, 2, 8, 16)
