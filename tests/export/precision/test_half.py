@@ -73,9 +73,9 @@ def test_no_value_is_cast_down_and_up_again_for_nothing(everything):
         assert producer is None or producer.op_type != "Cast", f"{node.name} follows {producer.name}"
 
 
-@pytest.mark.parametrize("flavour", ["canonical", "plain"])
-def test_every_flavour_answers_as_pytorch_does_but_for_rounding(everything, reference, tmp_path, flavour):
-    logits = run(derive(flavour, everything, (32, 32), 3), tmp_path)
+@pytest.mark.parametrize("dialect", ["canonical", "plain"])
+def test_every_dialect_answers_as_pytorch_does_but_for_rounding(everything, reference, tmp_path, dialect):
+    logits = run(derive(dialect, everything, (32, 32), 3), tmp_path)
     expected = runner(reference)(IMAGES)
     # Half a unit in the 11th bit is 4.9e-4; through some 30 products in a row it may grow, as a random walk, to 3e-3
     # of the largest logit. The faults below are ten times as large.

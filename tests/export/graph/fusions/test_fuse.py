@@ -102,8 +102,8 @@ def test_the_published_network_turns_nothing(tmp_path):
     assert counts == {"add_rms_norms": 1, "rms_norms": 0, "rotary_embeddings": 0, "swiglus": 1, "attentions": 3}
     with torch.inference_mode():
         expected = network(torch.from_numpy(IMAGES)).numpy()
-    for flavour in DIALECTS:
-        assert distance(run(derive(flavour, graph, SIZE, 3)), expected) < TOLERANCE
+    for dialect in DIALECTS:
+        assert distance(run(derive(dialect, graph, SIZE, 3)), expected) < TOLERANCE
 
 
 def test_every_rule_that_fuses_nothing_gives_its_reason(tmp_path):
@@ -339,7 +339,7 @@ def test_the_norm_is_rounded_before_it_is_scaled_and_takes_the_variance_of_the_r
     graph = OnnxGraph(model=ir.from_proto(model))
     for value, old in zip(graph.model.graph.outputs, inputs.values(), strict=False):
         value.shape = ir.Shape(old.shape)
-    # The definition of RMSNormalization, as the plain flavour spells it: ONNX's reference computes it in float16.
+    # The definition of RMSNormalization, as the plain dialect decomposes it: ONNX's reference computes it in float16.
     answer = ReferenceEvaluator(ir.to_proto(plain(graph).model)).run(None, inputs)
     y, total = (np.asarray(each) for each in answer)
     assert total.dtype == y.dtype == np.float16
