@@ -26,7 +26,7 @@ from medseg_trt.bundles.manifest import BuiltEngine
 from medseg_trt.engines.child import build_in_child
 from medseg_trt.engines.fingerprint import read_fingerprint
 from medseg_trt.export.engine_layers import CUSTOM
-from medseg_trt.export.gate import Verdict
+from medseg_trt.export.gate import GateVerdict
 from medseg_trt.files import cache_folder
 from medseg_trt.inspection.engine import read_report, shares
 
@@ -138,7 +138,7 @@ def _small_rows(checkpoint: Path, data: Path) -> list[SmallRow]:
             for engine in bundle.content.engines:
                 variant, plan = bundle.content.variants[engine.variant], bundle.folder / engine.plan
                 layers = read_report(plan).layers
-                verdict = Verdict(**variant.passes["gate"]["verdict"])
+                verdict = GateVerdict(**variant.passes["gate"]["verdict"])
                 rows.append(
                     SmallRow(
                         precision=variant.precision, plugins=engine.spec.plugins, plan_mb=plan.stat().st_size / 1e6,

@@ -53,7 +53,7 @@ def build(
     from medseg_trt.engines.build import Engines, build_engines, check_engines
     from medseg_trt.engines.kernels import add_kernels
     from medseg_trt.export.fold.fold import fold, plain_report
-    from medseg_trt.export.graph.fuse import fuse
+    from medseg_trt.export.graph.fusions.fuse import fuse
     from medseg_trt.export.graph.masks import require_linear
     from medseg_trt.export.graph.trace import trace
     from medseg_trt.export.precision.quantize import parse_precision
@@ -83,7 +83,10 @@ def build(
     reference.check_logits(runner(folded))
     LOG.info("trace the network to ONNX")
     graph, fused = fuse(trace(folded))
-    passes = {"folded": folding, "fused": fused}
+    for rule, result in fused.items():
+        if result.reason:
+            LOG.debug("fusion %s: %s", rule, result.reason)
+    passes = {"folded": folding, "fused": {rule: result.count for rule, result in fused.items()}}
     golden = golden_input(loaded.preprocessing)
     golden_logits = runner(network)(golden)
     with atomic_folder(folder) as temporary:

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from medseg_trt.export.fold.fold_rule import FoldResult, constant, counted, places, stacked
 from medseg_trt.export.fold.language import (
     cancel_final_norm,
     fold_mapper1,
@@ -23,14 +24,13 @@ from medseg_trt.export.fold.language import (
     tabulate_rotary,
 )  # fmt: skip
 from medseg_trt.export.fold.layers import Attend
-from medseg_trt.export.fold.rule import Folding, constant, counted, places, stacked
 from medseg_trt.spec import to_dict
 from medseg_trt.train.models.transunet import Attention, ConvNormReLU, StdConv2d, TransUNet
 
 GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")  # of a Conv2d
 
 
-def fold(model: TransUNet) -> tuple[TransUNet, dict[str, Folding]]:
+def fold(model: TransUNet) -> tuple[TransUNet, dict[str, FoldResult]]:
     """Apply every rule of ``RULES`` to a copy of ``model``, in evaluation mode.
 
     The copy shares the tensors that no rule replaces, so that a large frozen block is not in memory twice.
@@ -44,12 +44,12 @@ def fold(model: TransUNet) -> tuple[TransUNet, dict[str, Folding]]:
         return folded, {name: rule(folded) for name, rule in RULES.items()}
 
 
-def plain_report(report: Mapping[str, Folding]) -> dict[str, dict[str, Any]]:
+def plain_report(report: Mapping[str, FoldResult]) -> dict[str, dict[str, Any]]:
     """Return what each rule did as plain data that JSON can hold: ``{"count": 1, "reason": ""}``."""
     return {name: to_dict(folding) for name, folding in report.items()}
 
 
-def fold_standardisation(model: nn.Module) -> Folding:
+def fold_standardisation(model: nn.Module) -> FoldResult:
     """Replace every StdConv2d by a plain convolution with the standardised kernel."""
     found = places(model, StdConv2d)
     for parent, name, layer in found:
@@ -57,7 +57,7 @@ def fold_standardisation(model: nn.Module) -> Folding:
     return counted(len(found), "no convolution is standardised")
 
 
-def fold_batch_norm(model: nn.Module) -> Folding:
+def fold_batch_norm(model: nn.Module) -> FoldResult:
     """Scale the kernel before every BatchNorm, and turn the rest of the BatchNorm into the convolution's bias."""
     found = places(model, ConvNormReLU)
     for parent, name, layer in found:
@@ -71,7 +71,7 @@ def fold_batch_norm(model: nn.Module) -> Folding:
     return counted(len(found), "no convolution is followed by a BatchNorm")
 
 
-def merge_transformer_projections(model: nn.Module) -> Folding:
+def merge_transformer_projections(model: nn.Module) -> FoldResult:
     """Project query, key and value of every transformer layer in one product."""
     found = places(model, Attention)
     for parent, name, layer in found:
@@ -84,7 +84,7 @@ def merge_transformer_projections(model: nn.Module) -> Folding:
     return counted(len(found), "the network has no transformer layer")
 
 
-RULES: Mapping[str, Callable[[TransUNet], Folding]] = {  # in this order: each finds what those before it left
+RULES: Mapping[str, Callable[[TransUNet], FoldResult]] = {  # in this order: each finds what those before it left
     "standardised_convolutions": fold_standardisation,
     "batch_norms": fold_batch_norm,
     "transformer_projections": merge_transformer_projections,

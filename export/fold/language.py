@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from medseg_trt.export.fold.fold_rule import FoldResult, constant, counted, linear, places, stacked
 from medseg_trt.export.fold.layers import (
     Attend,
     Branch,
@@ -25,19 +26,18 @@ from medseg_trt.export.fold.layers import (
     SwiGLU,
     WeightedRMSNorm,
 )  # fmt: skip
-from medseg_trt.export.fold.rule import Folding, constant, counted, linear, places, stacked
 from medseg_trt.train.models.llama import LlamaBlock, RMSNorm, rotary_angles
 from medseg_trt.train.models.model import LanguageInsert
 from medseg_trt.train.models.transunet import TransUNet
 
-NO_BLOCK = Folding(reason="the network has no language block")
-NO_LAYER = Folding(reason="weights=none: there is no language layer between the maps")
+NO_BLOCK = FoldResult(reason="the network has no language block")
+NO_LAYER = FoldResult(reason="weights=none: there is no language layer between the maps")
 # Of a LayerNorm's eps, as a share of the variance beside it: it changes the answer by half as much, and logits of
 # order 1 by less than a tenth of the 1e-4 that a build allows. As published, with the maps as drawn, it is 3e-6.
 MAX_EPS_SHARE = 2e-5
 
 
-def merge_language_projections(model: TransUNet) -> Folding:
+def merge_language_projections(model: TransUNet) -> FoldResult:
     """Project query, key and value in one product, and gate and up in one; the other rules here build on it."""
     insert = model.insert
     if not isinstance(insert, LanguageInsert):
@@ -50,7 +50,7 @@ def merge_language_projections(model: TransUNet) -> Folding:
     return counted(len(branches), NO_LAYER.reason)
 
 
-def fold_mapper1(model: TransUNet) -> Folding:
+def fold_mapper1(model: TransUNet) -> FoldResult:
     """Project the first branch's input straight from the tokens, in one product with ``mapper1``."""
     insert = model.insert
     if not isinstance(insert, FoldedInsert):
@@ -69,10 +69,10 @@ def fold_mapper1(model: TransUNet) -> Folding:
     insert.mapper1 = linear(torch.cat([mapper1, *rows]))
     insert.inverse_rms = InverseRMS(norm.eps)
     first.norm, first.project_in = nn.Identity(), nn.Identity()
-    return Folding(count=1)
+    return FoldResult(count=1)
 
 
-def cancel_final_norm(model: TransUNet) -> Folding:
+def cancel_final_norm(model: TransUNet) -> FoldResult:
     """Drop the RMSNorm before ``mapper2`` where ``encoder_norm`` undoes its division; its weight goes into ``mapper2``.
 
     ``LayerNorm(r y)`` with ``eps`` is ``LayerNorm(y)`` with ``eps / r**2 = eps * (mean square + RMSNorm's eps)``, which
@@ -84,14 +84,14 @@ def cancel_final_norm(model: TransUNet) -> Folding:
         return NO_BLOCK
     norm = insert.final_norm
     if not isinstance(norm, RMSNorm):
-        return Folding(reason="norm=none: there is no final norm")
+        return FoldResult(reason="norm=none: there is no final norm")
     if insert.inner_residual or insert.outer_residual:
-        return Folding(reason=f"residual={model.spec.insert.residual}: the sum that follows needs the tokens' scale")
+        return FoldResult(reason=f"residual={model.spec.insert.residual}: the sum that follows needs the tokens' scale")
     if model.spec.insert_position != model.spec.num_layers:
-        return Folding(reason=f"placement={model.spec.insert.placement}: no LayerNorm follows that undoes the scale")
+        return FoldResult(reason=f"placement={model.spec.insert.placement}: no LayerNorm follows that undoes the scale")
     mapper2 = insert.mapper2.weight.double() * norm.weight.double()
     if (share := _eps_share(mapper2, follower.eps)) > MAX_EPS_SHARE:
-        return Folding(
+        return FoldResult(
             reason=f"the eps of encoder_norm is {share:.0e} of the variance that mapper2 gives it; "
             f"exact to rounding up to {MAX_EPS_SHARE:.0e}"
         )
@@ -99,10 +99,10 @@ def cancel_final_norm(model: TransUNet) -> Folding:
     insert.final_norm = nn.Identity()
     model.encoder_norm = nn.LayerNorm(list(follower.normalized_shape), follower.eps * norm.eps, device="meta")
     model.encoder_norm.weight, model.encoder_norm.bias = follower.weight, follower.bias
-    return Folding(count=1)
+    return FoldResult(count=1)
 
 
-def fold_mapper2(model: TransUNet) -> Folding:
+def fold_mapper2(model: TransUNet) -> FoldResult:
     """Let the last branch answer in the network's width: ``mapper2`` times its last matrix becomes one."""
     insert = model.insert
     if not isinstance(insert, FoldedInsert):
@@ -110,7 +110,7 @@ def fold_mapper2(model: TransUNet) -> Folding:
     if not len(insert.branches):
         return NO_LAYER
     if not isinstance(insert.final_norm, nn.Identity):
-        return Folding(reason="the final norm stands between the last layer and mapper2")
+        return FoldResult(reason="the final norm stands between the last layer and mapper2")
     if not _narrows(insert):
         return _no_saving(insert)
     last, mapper2 = insert.branches[-1], insert.mapper2.weight
@@ -118,10 +118,10 @@ def fold_mapper2(model: TransUNet) -> Folding:
     last.project_out = linear(constant(mapper2.double() @ last.project_out.weight.double(), mapper2))
     insert.branches = insert.branches[:-1]
     insert.last_branch = last
-    return Folding(count=1)
+    return FoldResult(count=1)
 
 
-def tabulate_rotary(model: TransUNet) -> Folding:
+def tabulate_rotary(model: TransUNet) -> FoldResult:
     """Compute the rotary embedding's cosines and sines once, for as many tokens as the image has."""
     _, num_tokens, _ = model.position_embedding.shape
     found = places(model, Rotary)
@@ -130,7 +130,7 @@ def tabulate_rotary(model: TransUNet) -> Folding:
     return counted(len(found), "rotary=false: queries and keys are not turned")
 
 
-def merge_norm_weights(model: TransUNet) -> Folding:
+def merge_norm_weights(model: TransUNet) -> FoldResult:
     """Put every RMSNorm's weight inside, so that it is traced to one node and not to four."""
     found = places(model, RMSNorm)
     for parent, name, layer in found:
@@ -158,8 +158,8 @@ def _narrows(insert: FoldedInsert) -> bool:
     return insert.mapper1.in_features < insert.language_width
 
 
-def _no_saving(insert: FoldedInsert) -> Folding:
-    return Folding(
+def _no_saving(insert: FoldedInsert) -> FoldResult:
+    return FoldResult(
         reason=f"the network is {insert.mapper1.in_features} wide and the language block {insert.language_width}: "
         "the folded matrix would not be smaller"
     )

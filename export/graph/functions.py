@@ -1,7 +1,7 @@
-"""The nodes of domain ``medseg`` and what they mean, spelled out in standard operators for whoever has no kernel.
+"""The operators of domain ``medseg``, defined as ONNX functions of standard operators.
 
-A back-end with a plugin of that name, namespace and version runs its own kernel; every other one inlines the body. No
-body holds a matrix product or a convolution, because a quantiser does not look inside functions.
+A back-end with a plugin of that name, namespace and version runs its kernel; other back-ends inline the body. No body
+contains a matrix product or a convolution, because quantisers do not look inside functions.
 
 Source: ONNX, "Functions" in IR.md; TensorRT, ``plugin_namespace`` and ``plugin_version``.
 """
@@ -15,12 +15,30 @@ from medseg_trt.errors import MedsegError
 from medseg_trt.export.graph.onnx_graph import KEPT_METADATA, OPSET
 
 DOMAIN, VERSION = "medseg", 1
-PLUGIN: Mapping[str, str] = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}  # without them the body wins
-PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "Attention", "Einsum", "MatMulInteger", "ConvInteger",
-                      "QLinearMatMul", "QLinearConv", "LSTM", "GRU", "RNN"})  # fmt: skip
+PLUGIN: Mapping[str, str] = {
+    "plugin_namespace": DOMAIN,
+    "plugin_version": str(VERSION),
+}  # without them TensorRT uses the body
+PRODUCTS = frozenset(
+    [
+        "MatMul",
+        "Gemm",
+        "Conv",
+        "ConvTranspose",
+        "Attention",
+        "Einsum",
+        "LSTM",
+        "GRU",
+        "RNN",
+        "MatMulInteger",
+        "ConvInteger",
+        "QLinearMatMul",
+        "QLinearConv",
+    ]
+)
 
 BODIES: Mapping[str, str] = {
-    # Divided by the root mean square in float32, rounded to the type of x, then scaled: LLaMA's order of rounding.
+    # Divided by the root mean square in float32, rounded to the type of x, then scaled, as LLaMA does.
     "RMSNorm": """
         RMSNorm <epsilon, plugin_namespace, plugin_version> (x, weight) => (y) {
             y = RMSNormalization <axis = -1, stash_type = 1, epsilon: float = @epsilon> (x, weight)
@@ -33,8 +51,8 @@ BODIES: Mapping[str, str] = {
         }""",
     # qkv (batch, tokens, (num_heads + 2 num_kv_heads) head_dim), cos and sin (tokens, head_dim / 2) ->
     # q (batch, num_heads, tokens, head_dim), k and v (batch, num_kv_heads, tokens, head_dim), as Attention takes them.
-    # Column i of a head turns together with column i + head_dim / 2; interleaved pairs have no body. Angles are float32
-    # and so is the rotation, whatever qkv is; the result is rounded once.
+    # Column i of a head is rotated with column i + head_dim / 2; interleaved pairs have no body. Angles and rotation
+    # are float32 for any type of qkv; the result is rounded once.
     "Rotary": """
         Rotary <num_heads, num_kv_heads, interleaved, plugin_namespace, plugin_version> (qkv, cos, sin) => (q, k, v) {
             one = Constant <value_ints = [1]> ()
@@ -71,7 +89,7 @@ BODIES: Mapping[str, str] = {
             silu = Mul (gate, opening)
             y = Mul (silu, up)
         }""",
-    # The same, quantised as QuantizeLinear does it: int8, one scale, no zero point. The kernels round but once.
+    # The same with the output quantised as by QuantizeLinear: int8, one scale, no zero point. Kernels round only once.
     "QuantizedRMSNorm": """
         QuantizedRMSNorm <epsilon, scale, plugin_namespace, plugin_version> (x, weight) => (y) {
             float_y = RMSNormalization <axis = -1, stash_type = 1, epsilon: float = @epsilon> (x, weight)
@@ -128,19 +146,24 @@ def call(
     Args:
         name: a key of ``BODIES``.
         inputs: in the order of the body.
-        outputs: the values that the node replaces: it makes new ones with their names, types and shapes.
-        attributes: those that are not in ``PLUGIN``.
-        like: a node that it replaces and whose module it is reported under.
+        outputs: the values that the outputs replace; the outputs get their names, types and shapes.
+        attributes: without those of ``PLUGIN``.
+        like: a replaced node, whose module the node keeps.
     """
     values = [ir.Value(name=old.name, type=old.type, shape=old.shape) for old in outputs]
     return ir.node(
-        name, inputs, {**attributes, **PLUGIN}, domain=DOMAIN, outputs=values, name=f"{name}_{outputs[0].name}",
+        name,
+        inputs,
+        {**attributes, **PLUGIN},
+        domain=DOMAIN,
+        outputs=values,
+        name=f"{name}_{outputs[0].name}",
         metadata_props={key: value for key, value in like.metadata_props.items() if key == KEPT_METADATA},
-    )  # fmt: skip
+    )
 
 
 def attach(model: ir.Model) -> None:
-    """Give the model the functions that its nodes call, and no others of domain ``medseg``."""
+    """Add the functions that the nodes of a model call, and remove all others of domain ``medseg``."""
     used = {node.op_type for node in model.graph if node.domain == DOMAIN}
     for identifier in [identifier for identifier in model.functions if identifier[0] == DOMAIN]:
         del model.functions[identifier]
@@ -152,11 +175,11 @@ def attach(model: ir.Model) -> None:
 
 
 def check_functions(model: ir.Model) -> None:
-    """Check that every ``medseg`` node can be run with a plugin and without, and hides nothing from a quantiser.
+    """Check that every ``medseg`` node runs with and without a plugin, and that no function contains a product.
 
     Raises:
-        MedsegError: a matrix product or convolution inside a function, a call without a function, or a node that no
-            plugin would be found for.
+        MedsegError: a function contains a matrix product or convolution, a node has no function, or a node does not
+            name its plugin.
     """
     problems = list[str]()
     for identifier, body in model.functions.items():

@@ -1,7 +1,7 @@
-"""List the matrix products of a graph: which weights they hold, in which part of the network, at which cost.
+"""List the matrix products of a graph, with their weights, parts of the network and costs.
 
-A *GEMM* is a MatMul, Gemm or Conv whose second input is a constant, stored as it is or behind Cast and DequantizeLinear
-nodes; these are what a quantiser works on. The products of attention have no constant; they count in the total alone.
+A *GEMM* is a MatMul, Gemm or Conv whose second input is a constant, stored directly or behind Cast and DequantizeLinear
+nodes. Only GEMMs are quantised. The products of attention have no constant; they are part of the total only.
 MACs are multiply-accumulate operations of one image: every free dimension counts as 1.
 """
 
@@ -25,21 +25,21 @@ class Gemm:
     name: str  # of the node
     part: str  # of the network: resnet, vit, block or decoder
     op_type: str  # MatMul, Gemm or Conv
-    activation: str  # the value it multiplies
-    output: str  # the value it makes
+    activation: str  # the input value
+    output: str  # the output value
     weight: str  # the initializer
     weight_shape: tuple[int, ...]
-    output_axis: int  # of the weight: the axis of output channels
+    output_axis: int  # axis of the weight that holds the output channels
     macs: int  # of one image
 
     @property
     def input_axis(self) -> int:
-        """The axis of the weight over which products are summed; of a kernel, that of its input channels."""
+        """The axis of the weight over which products are summed; for a convolution, that of the input channels."""
         return 1 - self.output_axis
 
     @property
     def channel_axis(self) -> int:
-        """The axis of the activation that meets ``input_axis``."""
+        """The axis of the activation that corresponds to ``input_axis``."""
         return 1 if self.op_type == "Conv" else -1
 
 
@@ -54,7 +54,7 @@ def total_macs(graph: OnnxGraph) -> int:
 
 
 def stored_weight(value: ir.Value | None) -> ir.Value | None:
-    """Return the initializer that a value is or is decoded from, or None."""
+    """Return the initializer that a value is, or is dequantised or cast from; else None."""
     while value is not None and not value.is_initializer():
         producer = value.producer()
         value = producer.inputs[0] if producer is not None and producer.op_type in STORED_BEHIND else None
@@ -73,10 +73,16 @@ def _gemms(graph: ir.Graph) -> Iterator[Gemm]:
             continue  # a batch of matrices has no axis of output channels
         namespace = node.metadata_props.get(KEPT_METADATA, "")
         yield Gemm(
-            name=_name(node), part=part_of(namespace), op_type=node.op_type, activation=_name(activation),
-            output=_name(node.outputs[0]), weight=_name(weight), weight_shape=shape, output_axis=_output_axis(node),
+            name=_name(node),
+            part=part_of(namespace),
+            op_type=node.op_type,
+            activation=_name(activation),
+            output=_name(node.outputs[0]),
+            weight=_name(weight),
+            weight_shape=shape,
+            output_axis=_output_axis(node),
             macs=macs_of(node),
-        )  # fmt: skip
+        )
 
 
 def _output_axis(node: ir.Node) -> int:
@@ -86,7 +92,7 @@ def _output_axis(node: ir.Node) -> int:
 
 
 def macs_of(node: ir.Node) -> int:
-    """Return the multiply-accumulates of a node for one image, 0 where it multiplies no matrices."""
+    """Return the multiply-accumulates of a node for one image, 0 where it is no matrix product."""
     if node.domain or node.op_type not in ("MatMul", "Gemm", "Conv", "Attention"):
         return 0
     first, second = (shape_of(value) for value in node.inputs[:2])
@@ -97,17 +103,20 @@ def macs_of(node: ir.Node) -> int:
         return outputs * first[0 if node.attributes.get_int("transA", 0) else 1]
     if node.op_type == "MatMul":
         return outputs * first[-1]
-    queries, keys = prod(first), second[-2]  # every element of the queries meets every key; so do the answer's
+    queries, keys = (
+        prod(first),
+        second[-2],
+    )  # every query and output element has one product per key
     return (queries + outputs) * keys
 
 
 def shape_of(value: ir.Value | None) -> tuple[int, ...]:
     """Return the shape of a value for one image: every free dimension is 1."""
     assert value is not None  # these inputs are not optional
-    assert value.shape is not None  # ``trace.check`` holds it
+    assert value.shape is not None  # ``trace.check`` requires it
     return tuple(size if isinstance(size, int) else 1 for size in value.shape)
 
 
 def _name(named: ir.Node | ir.Value) -> str:
-    assert named.name is not None  # ``trace.check`` holds it
+    assert named.name is not None  # ``trace.check`` requires it
     return named.name

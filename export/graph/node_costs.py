@@ -1,4 +1,4 @@
-"""Say what every node of a graph costs: multiply-accumulates, and the bytes that its product must move at least."""
+"""Compute the cost of every node: multiply-accumulates, and the least number of bytes that a product moves."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,31 +13,33 @@ from medseg_trt.export.graph.trace import KEPT_METADATA, OnnxGraph
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NodeCost:
-    """What a node costs for one image."""
+    """The cost of a node for one image."""
 
-    names: tuple[str, ...]  # of the node and of the values it makes
+    names: tuple[str, ...]  # of the node and of its outputs
     part: str  # of the network: resnet, vit, block or decoder
-    macs: int  # 0 where it multiplies no matrices
-    bytes: int  # of its weight as stored, its input and its output, each once; 0 where it multiplies no matrices
+    macs: int  # 0 where it is no matrix product
+    bytes: int  # of its stored weight, input and output, each moved once; 0 where it multiplies no matrices
 
 
 def node_costs(graph: OnnxGraph) -> tuple[NodeCost, ...]:
     """Return the costs of all nodes that come from the network's modules, in the graph's order.
 
-    What lies between the products is taken to be fused with them, so it moves nothing. The sum is therefore less than
-    what any back-end really moves.
+    Nodes between the products count as fused with them and move no bytes, so the sum is a lower bound for every
+    back-end.
     """
     return tuple(
         NodeCost(
-            names=tuple(str(each) for each in (node.name, *(value.name for value in node.outputs)) if each),
-            part=part_of(namespace), macs=macs_of(node), bytes=_moved(node) if macs_of(node) else 0,
+            names=tuple(str(name) for name in (node.name, *(value.name for value in node.outputs)) if name),
+            part=part_of(namespace),
+            macs=macs_of(node),
+            bytes=_moved_bytes(node) if macs_of(node) else 0,
         )
         for node in graph.model.graph
         if (namespace := node.metadata_props.get(KEPT_METADATA, ""))
-    )  # fmt: skip
+    )
 
 
-def _moved(node: ir.Node) -> int:
+def _moved_bytes(node: ir.Node) -> int:
     values: Sequence[ir.Value | None] = [*node.inputs[:3], *node.outputs[:1]]
     return sum(_bytes(stored_weight(value) or value) for value in values if value is not None)
 

@@ -1,7 +1,7 @@
-"""Measure what range every activation takes on real images, and choose how much of it eight bits should cover.
+"""Measure the range of every activation on real images, and choose the part of it that eight bits cover.
 
-The images are shown one at a time, twice: the first pass finds the extremes, the second counts a histogram, so that
-memory does not grow with their number. Nothing here opens a session: ``observe`` is a function from a batch to values.
+Each image is run twice: the first pass finds the extremes, the second fills a histogram, so that memory does not depend
+on the number of images. This module opens no session: ``observe`` is a function from a batch to values.
 Source: Wu et al. 2020, "Integer quantization for deep learning inference", §5.
 """
 
@@ -19,67 +19,67 @@ from medseg_trt.imaging.digest import image_digests
 
 Observe = Callable[[ndarray], Mapping[str, ndarray]]  # (1, 3, H, W) float32 -> named values
 MIN_IMAGES = 4
-METHOD = "mse"  # in the record of a bundle: the range with the least mean squared error
+METHOD = "mse"  # in the manifest: the range with the least mean squared error
 NUM_BINS = 4096  # even, so that zero lies between two bins
-LEVELS = 255  # steps between the lowest and the highest 8-bit code, of the asymmetric form; 254 of the symmetric
-CANDIDATES = np.linspace(0.1, 1.0, 91)  # shares of the largest value that are tried
+LEVELS = 255  # quantisation steps of the asymmetric format; the symmetric format has 254
+CANDIDATES = np.linspace(0.1, 1.0, 91)  # shares of the largest value, compared by their error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Range:
-    """The range of a value that eight bits cover; what lies outside is clipped."""
+    """The range of a value that eight bits cover; values outside are clipped."""
 
-    low: float  # of the asymmetric form, at most 0
-    high: float  # of the asymmetric form, at least 0
-    bound: float  # of the symmetric form: -bound … bound
+    low: float  # of the asymmetric format, at most 0
+    high: float  # of the asymmetric format, at least 0
+    bound: float  # of the symmetric format: -bound … bound
 
     __pydantic_config__ = {"extra": "forbid"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Calibration:
-    """The ranges of a graph's activations, and what they were measured on."""
+    """The ranges of a graph's activations, and the images on which they were measured."""
 
     ranges: Mapping[str, Range]  # by the name of the value
     method: str = METHOD
-    images: tuple[str, ...]  # SHA-256 of each prepared image's bytes, in the order shown
+    images: tuple[str, ...]  # SHA-256 of each prepared image's bytes, in order
 
     __pydantic_config__ = {"extra": "forbid"}
 
     @property
     def num_images(self) -> int:
-        """How many images were shown."""
+        """The number of images."""
         return len(self.images)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Histogram:
-    """How often a value fell into each of NUM_BINS equal bins over -limit … limit; exact zeros are kept apart."""
+    """Counts of values in NUM_BINS equal bins over -limit … limit; exact zeros are counted separately."""
 
     counts: ndarray  # (NUM_BINS,) float64
     zeros: int
-    low: float  # the lowest and highest number seen
+    low: float  # the lowest and highest observed value
     high: float
 
     @property
     def limit(self) -> float:
-        """The largest magnitude seen."""
+        """The largest observed magnitude."""
         return max(-self.low, self.high)
 
     @property
     def centres(self) -> ndarray:
-        """The middle of every bin."""
+        """The centre of every bin."""
         return (np.arange(NUM_BINS) + 0.5) * (2 * self.limit / NUM_BINS) - self.limit
 
     def with_values(self, values: ndarray) -> "Histogram":
-        """Return a histogram that also counts ``values``, none of which lies outside ``low`` … ``high``."""
+        """Return a histogram that also counts ``values``, all of which lie in ``low`` … ``high``."""
         nonzero = values[values != 0]
         counts = np.histogram(nonzero, NUM_BINS, (-self.limit, self.limit))[0] if nonzero.size else 0
         return replace(self, counts=self.counts + counts, zeros=self.zeros + values.size - nonzero.size)
 
 
 def observed_graph(graph: OnnxGraph, names: Iterable[str]) -> OnnxGraph:
-    """Return a copy whose outputs are also the named values; ``calibrate`` takes the graph's input from the images."""
+    """Return a copy with the named values as further outputs; ``calibrate`` reads the graph's input from the images."""
     model = graph.model.clone()
     known = {value.name: value for node in model.graph for value in node.outputs}
     outputs = {value.name for value in model.graph.outputs}
@@ -94,7 +94,7 @@ def calibrate(observe: Observe, images: Float32[ndarray, "images 3 height width"
 
     Args:
         observe: runs an ``observed_graph`` and returns its outputs by name.
-        images: prepared images that stand for what the network will see; none of those that it is judged on.
+        images: prepared, representative images; none that the accuracy gate uses.
         names: values of the graph, such as the inputs of its GEMMs.
 
     Raises:
@@ -121,10 +121,10 @@ def calibrate(observe: Observe, images: Float32[ndarray, "images 3 height width"
 
 
 def mean_squared_error(histogram: Histogram) -> Range:
-    """Balance the rounding inside against the clipping outside, by their expected squares."""
+    """Return the range with the least sum of expected squared rounding and clipping errors."""
     bound = _best(lambda share: _error(histogram, -share * histogram.limit, share * histogram.limit, LEVELS - 1))
     low = high = 1.0
-    for _ in range(2):  # one side at a time; the second round corrects the first for what the other side became
+    for _ in range(2):  # one side at a time; the second pass repeats the first with the other side known
         high = _best(lambda share: _error(histogram, low * histogram.low, share * histogram.high, LEVELS))  # noqa: B023
         low = _best(lambda share: _error(histogram, share * histogram.low, high * histogram.high, LEVELS))  # noqa: B023
     return _within(histogram, low * histogram.low, high * histogram.high, bound * histogram.limit)
@@ -154,7 +154,7 @@ def _check_images(images: ndarray, digests: Sequence[str]) -> None:
 
 
 def _within(histogram: Histogram, low: float, high: float, bound: float) -> Range:
-    """Return a range no wider than what was seen."""
+    """Return a range within the observed values."""
     return Range(low=max(low, histogram.low), high=min(high, histogram.high), bound=min(bound, histogram.limit))
 
 
@@ -163,9 +163,9 @@ def _best(error: Callable[[float], float]) -> float:
 
 
 def _error(histogram: Histogram, low: float, high: float, levels: int) -> float:
-    """Return the expected squared error, summed: a step's square over 12 inside, the distance to the end outside.
+    """Return the summed expected squared error: step² / 12 inside the range, the squared clipped distance outside.
 
-    Exact zeros cost nothing: zero is a code of both forms.
+    Exact zeros have no error: both formats represent zero.
     """
     centres = histogram.centres
     clipped = np.where(centres > high, centres - high, np.where(centres < low, low - centres, 0.0))

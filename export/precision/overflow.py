@@ -1,7 +1,7 @@
-"""Find out what 16-bit floats would do to a network, on a machine that computes them in float32.
+"""Emulate fp16 rounding and check activations for overflow, on a machine that computes in float32.
 
-A CPU back-end widens 16-bit values and so hides an overflow that a GPU has. Here every 16-bit value is rounded for
-real; what lies between two of them stays float32, as in a tensor core, which multiplies 16-bit numbers and adds in
+A CPU back-end computes 16-bit values in float32, which hides overflows that occur on a GPU. Here every 16-bit value is
+rounded; computation between them stays in float32, as in a tensor core, which multiplies 16-bit values and adds in
 float32.
 """
 
@@ -17,29 +17,29 @@ from medseg_trt.export.precision.calibrate import Observe
 from medseg_trt.export.precision.half import FLOAT, TYPES
 
 LARGEST: Mapping[str, float] = {"fp16": 65504.0, "bf16": float(np.finfo(np.float32).max)}
-HEADROOM = 4.0  # another image may be brighter than those that were looked at
+HEADROOM = 4.0  # other images may have larger activations than the observed ones
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TooLarge:
-    """A GEMM whose numbers come near the end of a 16-bit type."""
+    """A GEMM whose values come near the largest number of a 16-bit type."""
 
     gemm: str
-    largest: float  # magnitude of what it read or made, over all images that were looked at
+    largest: float  # magnitude of its inputs and outputs over all observed images
 
     __pydantic_config__ = {"extra": "forbid"}
 
 
 def observed_values(graph: OnnxGraph, names: Collection[str]) -> list[str]:
-    """Return the values that the named GEMMs read and make."""
-    found = [value for gemm in gemms(graph) if gemm.name in names for value in (gemm.activation, gemm.output)]
-    return list(dict.fromkeys(found))
+    """Return the names of the activations and outputs of the named GEMMs."""
+    chosen = [gemm for gemm in gemms(graph) if gemm.name in names]
+    return list(dict.fromkeys(value for gemm in chosen for value in (gemm.activation, gemm.output)))
 
 
 def too_large(
     graph: OnnxGraph, names: Collection[str], observe: Observe, images: np.ndarray, *, dtype: str = "fp16"
 ) -> tuple[TooLarge, ...]:
-    """Return the named GEMMs that would not be safe in 16 bits, the worst first.
+    """Return the named GEMMs whose values may overflow in 16 bits, the largest first.
 
     Args:
         graph: float32.
@@ -50,21 +50,22 @@ def too_large(
     """
     largest = dict.fromkeys(observed_values(graph, names), 0.0)
     for image in images:
-        found = observe(image[np.newaxis])
-        largest = {name: max(value, float(np.abs(found[name]).max())) for name, value in largest.items()}
+        values = observe(image[np.newaxis])
+        largest = {name: max(value, float(np.abs(values[name]).max())) for name, value in largest.items()}
     limit = LARGEST[dtype] / HEADROOM
-    worst = [
+    candidates = [
         TooLarge(gemm=gemm.name, largest=max(largest[gemm.activation], largest[gemm.output]))
         for gemm in gemms(graph)
         if gemm.name in names
     ]
-    return tuple(sorted((each for each in worst if not each.largest <= limit), key=lambda each: -each.largest))
+    unsafe = [gemm for gemm in candidates if not gemm.largest <= limit]  # NaN is unsafe
+    return tuple(sorted(unsafe, key=lambda gemm: -gemm.largest))
 
 
 def rounded_graph(graph: OnnxGraph) -> OnnxGraph:
-    """Return a float32 copy of a graph with 16-bit values, in which each of them is rounded to its 16 bits.
+    """Return a float32 copy of a graph in which every 16-bit value is rounded to its 16 bits.
 
-    An overflow becomes an infinity here, whatever the back-end does with 16-bit arithmetic.
+    An overflow becomes infinity with every back-end.
     """
     model = graph.model.clone()
     halves = frozenset(TYPES.values())
@@ -80,20 +81,19 @@ def rounded_graph(graph: OnnxGraph) -> OnnxGraph:
 
 
 def _round(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
-    """Put a cast to 16 bits, unless the node is one, and one back to 32 between a value and its readers."""
-    half, readers, place = value.dtype, list(value.uses()), node
+    """Insert a cast to 16 bits, unless the node is one, and a cast back to 32 between a value and its readers."""
+    half, readers, previous = value.dtype, list(value.uses()), node
     assert half is not None
     last = value
-    steps = [("wide", FLOAT)] if node.op_type == "Cast" else [("rounded", half), ("wide", FLOAT)]
+    casts = [("wide", FLOAT)] if node.op_type == "Cast" else [("rounded", half), ("wide", FLOAT)]
     if node.op_type != "Cast":
         value.type = ir.TensorType(FLOAT)
-    for suffix, dtype in steps:
+    for suffix, dtype in casts:
         output = ir.Value(name=f"{value.name}_{suffix}", shape=value.shape, type=ir.TensorType(dtype))
-        cast = ir.node(
-            "Cast", [last], {"to": int(dtype)}, outputs=[output], name=f"Cast_{output.name}",
-            metadata_props={KEPT_METADATA: node.metadata_props.get(KEPT_METADATA, "")},
-        )  # fmt: skip
-        graph.insert_after(place, cast)
-        place, last = cast, cast.outputs[0]
+        metadata = {KEPT_METADATA: node.metadata_props.get(KEPT_METADATA, "")}
+        name, attributes = f"Cast_{output.name}", {"to": int(dtype)}
+        cast = ir.node("Cast", [last], attributes, outputs=[output], name=name, metadata_props=metadata)
+        graph.insert_after(previous, cast)
+        previous, last = cast, cast.outputs[0]
     for reader, index in readers:
         reader.replace_input_with(index, last)

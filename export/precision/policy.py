@@ -1,39 +1,31 @@
-"""Name the way in which a network was rounded, so that a figure of one network can be set beside a proof on another.
+"""Identify how a network was rounded, so that evidence from one network can be matched with another network.
 
-Two graphs with the same policy went through the same code with the same choices: a gate that held for one of them says
-that this code, not merely code of this name, draws the right masks on a real network.
+Graphs with the same digest were rounded with the same settings, by the same version of the rounding code.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-MODULES = (
-    "precision/calibrate",
-    "precision/sensitive_layers",
-    "graph/flavours",
-    "graph/gemms",
-    "graph/modules",
-    "precision/half",
-    "graph/parts",
-    "precision/quantize",
-    "precision/smooth",
-    "precision/weight_only",
-)  # decide it
+# Increase it with every change that makes the same settings round differently: in this package, or in the GEMMs,
+# parts, layers and dialects of ``export.graph``.
+POLICY_VERSION = 1
 
 
-def policy_digest(parts: Mapping[str, str], form: str, flavour: str, kept_float: Sequence[str]) -> str:
-    """Return the SHA-256 of everything that decides which number is rounded, and how.
+def policy_digest(parts: Mapping[str, str], quant_format: str, dialect: str, kept_float: Sequence[str]) -> str:
+    """Return the SHA-256 of the settings that decide which values are rounded and how, and of ``POLICY_VERSION``.
 
     Args:
         parts: the scheme of every part, as ``quantize.parse_precision`` returns it.
-        form: a key of ``quantize.FORMS``.
-        flavour: a key of ``flavours.FLAVOURS``.
-        kept_float: groups of layers that the gate gave back to float.
+        quant_format: a key of ``quantize.QUANT_FORMATS``.
+        dialect: a key of ``dialects.DIALECTS``.
+        kept_float: groups of layers that the accuracy gate returned to float, in any order.
     """
-    choices = {"parts": dict(parts), "form": form, "flavour": flavour, "kept_float": sorted(kept_float)}
-    content = hashlib.sha256(json.dumps(choices, sort_keys=True).encode())
-    for module in MODULES:
-        content.update((Path(__file__).parents[1] / f"{module}.py").read_bytes())
-    return content.hexdigest()
+    settings = {
+        "version": POLICY_VERSION,
+        "parts": dict(parts),
+        "quant_format": quant_format,
+        "dialect": dialect,
+        "kept_float": sorted(kept_float),
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -1,9 +1,10 @@
-"""Name the few layers whose rounding to eight bits costs most for the time that it saves; they stay in float.
+"""Select the layers that cause the largest error in eight bits for the time that this saves; they stay in float.
 
-The first ones see the image itself: their kernels have a mean of zero, and what they take of neighbouring pixels are
-differences no larger than a step of the codes. The last ones add up few products, over which no noise evens out, and
-nothing comes after them. In the full-size network of ``benchmarks/bench_cpu.py`` they hold 5 % of the MACs and cause
-more than half of the squared error of the logits, and the outermost of them are no slower in bfloat16.
+The first layers read the image itself: their kernels have a mean of zero, so that they compute differences of
+neighbouring pixels, which are no larger than a quantisation step. The last layers sum few products, so that rounding
+errors do not average out, and no layer follows them. In the full-size network of ``benchmarks/bench_cpu.py`` these
+layers have 5 % of the MACs and cause more than half of the squared error of the logits, and the outermost of them are
+no slower in bfloat16.
 """
 
 from collections.abc import Collection
@@ -12,7 +13,7 @@ from medseg_trt.export.graph.gemms import gemms, total_macs
 from medseg_trt.export.graph.modules import module_of
 from medseg_trt.export.graph.trace import OnnxGraph
 
-MODULES = (  # those first that cause most error for their work
+MODULES = (  # in descending order of error per MAC
     "resnet.root.0",
     "head",
     "resnet.block1",
@@ -22,25 +23,27 @@ MODULES = (  # those first that cause most error for their work
     "decoder.3.conv1",
     "decoder.0.conv2",
 )
-MAX_SHARE = 0.05  # of the network's MACs; a small image's last stages are a quarter of the work
+MAX_SHARE = 0.05  # of the network's MACs; for small images, the last stages alone have a quarter of them
 
 
-def delicate(graph: OnnxGraph, rounded: Collection[str]) -> tuple[str, ...]:
-    """Return those of the GEMMs to be rounded that should stay in float.
+def sensitive_layers(graph: OnnxGraph, rounded: Collection[str], max_share: float = MAX_SHARE) -> tuple[str, ...]:
+    """Return those of the GEMMs to be quantised that should stay in float.
 
     Args:
         graph: traced, folded and fused.
-        rounded: names of the GEMMs that are to multiply eight-bit codes.
+        rounded: names of the GEMMs to be quantised.
+        max_share: limit for the share of the returned GEMMs in the network's MACs, 0 … 1.
     """
     nodes = {node.name: node for node in graph.model.graph}
-    kept, left = list[str](), MAX_SHARE * total_macs(graph)
+    kept, remaining_macs = list[str](), max_share * total_macs(graph)
     for module in MODULES:
-        inside = [
-            gemm for gemm in gemms(graph)
+        of_module = [
+            gemm
+            for gemm in gemms(graph)
             if gemm.name in rounded and f"{module_of(nodes[gemm.name])}.".startswith(f"{module}.")
-        ]  # fmt: skip
-        left -= sum(gemm.macs for gemm in inside)
-        if left < 0:
+        ]
+        remaining_macs -= sum(gemm.macs for gemm in of_module)
+        if remaining_macs < 0:
             break
-        kept += [gemm.name for gemm in inside]
+        kept += [gemm.name for gemm in of_module]
     return tuple(kept)

@@ -70,7 +70,7 @@ EXPLAINED: Mapping[str, str] = {  # what the builder says -> what it means
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Built:
+class BuilderOutput:
     """What the builder made beside the plan."""
 
     version: str  # of the library
@@ -104,7 +104,7 @@ def cuda_of(name: str) -> str | None:
     return None
 
 
-def flavour_for(library: str, trt_version: str) -> str:
+def dialect_for(library: str, trt_version: str) -> str:
     """Return which flavour of a graph a version of a library reads."""
     if library == "tensorrt" and tuple(map(int, trt_version.split(".")[:2])) < CANONICAL_SINCE:
         return "plain"
@@ -145,7 +145,9 @@ def check_engine_spec(spec: EngineSpec, trt: ModuleType, here: str | None) -> No
             raise UsageError(f"{name} has no {option.replace('_', ' ')} option: {reason}")
 
 
-def build_engine(graph: Path, plan: Path, spec: EngineSpec, on_progress: OnProgress, cache: Path | None) -> Built:
+def build_engine(
+    graph: Path, plan: Path, spec: EngineSpec, on_progress: OnProgress, cache: Path | None
+) -> BuilderOutput:
     """Build one engine and write its plan, whole or not at all.
 
     Args:
@@ -185,7 +187,7 @@ def build_engine(graph: Path, plan: Path, spec: EngineSpec, on_progress: OnProgr
     with atomic_file(plan) as temporary, temporary.open("wb") as file:
         file.write(memoryview(serialized))
     used = {name: digest for name, digest in registered.items() if name in source.functions}
-    return Built(
+    return BuilderOutput(
         version=trt.__version__, seconds=seconds, layers=_layers(log.messages), repairs=source.repairs, plugins=used,
         command=shell_command(graph, plan, spec, source),
     )  # fmt: skip

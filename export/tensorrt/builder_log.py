@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from medseg_trt.export.engine_layers import Layer, Tensor
+from medseg_trt.export.engine_layers import EngineLayer, EngineTensor
 
 BYTES: Mapping[str, float] = {
     "Float": 4, "Half": 2, "BFloat16": 2, "Int8": 1, "UInt8": 1, "FP8": 1, "Bool": 1, "Int4": 0.5, "FP4": 0.5,
@@ -21,7 +21,7 @@ _TENSOR = re.compile(r"Dimensions: \[(?P<shape>[-\d,]*)\].*?Datatype: (?P<dtype>
 _NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 
 
-def parse_layers(text: str, macs: Mapping[str, int]) -> tuple[tuple[Layer, ...], int]:
+def parse_layers(text: str, macs: Mapping[str, int]) -> tuple[tuple[EngineLayer, ...], int]:
     """Return the layers of the builder's list, without those that only synchronise, and how many lines were not read.
 
     Args:
@@ -34,14 +34,14 @@ def parse_layers(text: str, macs: Mapping[str, int]) -> tuple[tuple[Layer, ...],
     return tuple(_with_macs(layers, macs)), sum(layer is None for layer in read)
 
 
-def _layer(line: str) -> Layer | None:
+def _layer(line: str) -> EngineLayer | None:
     fields = _fields(line)
     if not {"Name", "LayerType", "Inputs", "Outputs"} <= fields.keys():
         return None
     inputs, constants, outputs = (_tensors(fields.get(key, "")) for key in ("Inputs", "Constants", "Outputs"))
     nodes = dict.fromkeys(_node_name(text) for text in _NODE.findall(fields.get("Metadata", "")))
     size = sum(tensor.elements * BYTES.get(tensor.dtype, 0) for tensor in (*inputs, *constants, *outputs))
-    return Layer(
+    return EngineLayer(
         name=fields["Name"], kind=fields["LayerType"], kernel=fields.get("TacticName", ""), inputs=inputs,
         constants=constants, outputs=outputs, nodes=tuple(nodes), bytes=int(size),
     )  # fmt: skip
@@ -60,9 +60,9 @@ def _fields(line: str) -> dict[str, str]:
     return fields
 
 
-def _tensors(text: str) -> tuple[Tensor, ...]:
+def _tensors(text: str) -> tuple[EngineTensor, ...]:
     return tuple(
-        Tensor(dtype=match["dtype"], shape=tuple(int(size) for size in match["shape"].split(",") if size))
+        EngineTensor(dtype=match["dtype"], shape=tuple(int(size) for size in match["shape"].split(",") if size))
         for match in _TENSOR.finditer(text)
     )
 
@@ -73,7 +73,7 @@ def _node_name(text: str) -> str:
     return re.sub(r" \(\w+\)$", "", outer)
 
 
-def _with_macs(layers: Sequence[Layer], macs: Mapping[str, int]) -> Iterable[Layer]:
+def _with_macs(layers: Sequence[EngineLayer], macs: Mapping[str, int]) -> Iterable[EngineLayer]:
     sharers: dict[str, int] = {}
     for layer in layers:
         for node in layer.nodes if layer.is_product else ():

@@ -10,11 +10,11 @@ from functools import partial
 
 import onnx_ir as ir
 
-from medseg_trt.export.engine_layers import CUSTOM, Layer, LayerReport, Outcome
+from medseg_trt.export.engine_layers import CUSTOM, EngineLayer, LayerReport, Outcome
 from medseg_trt.export.graph.gemms import PART_NAMES, Gemm, gemms, macs_of
 from medseg_trt.export.graph.onnx_graph import KEPT_METADATA, OnnxGraph
 from medseg_trt.export.graph.parts import part_of
-from medseg_trt.export.precision.quantize import found_precisions
+from medseg_trt.export.precision.quantize import gemm_precisions
 from medseg_trt.export.tensorrt.builder_log import parse_layers
 
 STORED = ("int8", "fp8", "w8a16", "w4a16")  # precisions whose weights are codes
@@ -29,9 +29,9 @@ class _Engine:
     nodes: Mapping[str, ir.Node]
     gemms: Mapping[str, Gemm]
     precisions: Mapping[str, str]  # of the GEMMs
-    layers: Sequence[Layer]
+    layers: Sequence[EngineLayer]
 
-    def products_of(self, node: str) -> list[Layer]:
+    def products_of(self, node: str) -> list[EngineLayer]:
         return [layer for layer in self.layers if node in layer.nodes and layer.is_product]
 
     def label(self, node: ir.Node) -> str:
@@ -55,13 +55,13 @@ def layer_report(text: str, graph: OnnxGraph) -> LayerReport:
     read, unread = parse_layers(text, {name: macs_of(node) for name, node in nodes.items()})
     layers = tuple(_with_parts(read, nodes))
     engine = _Engine(
-        nodes=nodes, gemms={gemm.name: gemm for gemm in gemms(graph)}, precisions=found_precisions(graph), layers=layers
+        nodes=nodes, gemms={gemm.name: gemm for gemm in gemms(graph)}, precisions=gemm_precisions(graph), layers=layers
     )
     outcomes = [_outcome(name, list(ask(engine))) for name, ask in EXPECTATIONS.items()] if layers else []
     return LayerReport(layers=layers, outcomes=tuple(outcomes), unread=unread)
 
 
-def _with_parts(layers: Sequence[Layer], nodes: Mapping[str, ir.Node]) -> Iterator[Layer]:
+def _with_parts(layers: Sequence[EngineLayer], nodes: Mapping[str, ir.Node]) -> Iterator[EngineLayer]:
     part = PART_NAMES[0]
     for layer in layers:
         found = [_part(nodes[name]) for name in layer.nodes if name in nodes]

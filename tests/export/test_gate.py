@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from numpy import ndarray
 
-from medseg_trt.export.gate import MIN_CASES, Verdict, compare, relax
+from medseg_trt.export.gate import MIN_CASES, GateVerdict, compare, fall_back_to_float
 from medseg_trt.metrics.overlap import mean_scores, scores
 from medseg_trt.spec import Classes
 
@@ -13,7 +13,7 @@ def counts_of(dice) -> ndarray:
     return np.stack([right, np.full_like(right, 10_000), np.full_like(right, 10_000)], axis=-1)[:, None]
 
 
-def verdict_of(drops, limit=0.005, cases=None) -> Verdict:
+def verdict_of(drops, limit=0.005, cases=None) -> GateVerdict:
     drops = np.asarray(drops, np.float64)
     return compare(counts_of(np.full(len(drops), 0.9)), counts_of(0.9 - drops), cases or ["one"] * len(drops), limit)
 
@@ -102,12 +102,12 @@ def test_scores_that_cannot_be_paired_are_refused():
 ERRORS = {"harmless": 0.001, "bad": 0.3, "worse": 0.5}
 
 
-def judge(kept: frozenset[str]) -> Verdict:
+def judge(kept: frozenset[str]) -> GateVerdict:
     return verdict_of(np.full(10, sum(error for name, error in ERRORS.items() if name not in kept)), limit=0.01)
 
 
 def test_the_worst_groups_go_back_to_float_until_the_gate_holds():
-    relaxed = relax(judge, ERRORS.__getitem__, ERRORS, lambda kept: True)
+    relaxed = fall_back_to_float(judge, ERRORS.__getitem__, ERRORS, lambda kept: True)
     assert relaxed.verdict.holds
     assert relaxed.kept_float == ("worse", "bad")
     assert relaxed.costs == pytest.approx((0.801, 0.301))
@@ -118,11 +118,11 @@ def test_nothing_is_ranked_where_the_gate_holds_at_once():
     def never(group: str) -> float:
         raise AssertionError
 
-    relaxed = relax(lambda kept: verdict_of(np.zeros(5)), never, ERRORS, lambda kept: True)
+    relaxed = fall_back_to_float(lambda kept: verdict_of(np.zeros(5)), never, ERRORS, lambda kept: True)
     assert (relaxed.kept_float, relaxed.ranks) == ((), ())
 
 
 def test_it_stops_before_too_much_is_float_and_says_that_it_does_not_hold():
-    relaxed = relax(judge, ERRORS.__getitem__, ERRORS, lambda kept: len(kept) < 2)
+    relaxed = fall_back_to_float(judge, ERRORS.__getitem__, ERRORS, lambda kept: len(kept) < 2)
     assert relaxed.kept_float == ("worse",)
     assert not relaxed.verdict.holds

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from medseg_trt.errors import AccuracyGateError
-from medseg_trt.export.verify import BATCH_SIZES, labels_of, noise, verify
+from medseg_trt.export.verify import BATCH_SIZES, labels_of, noise, verify_logits
 
 LIMITS = {"max_abs_error": 1e-4, "min_agreement": 0.9999}
 IMAGES = np.random.default_rng(0).random((6, 3, 16, 16), dtype=np.float32)
@@ -62,13 +62,13 @@ def wrong_in_batches_of_three(batch: np.ndarray) -> np.ndarray:
 
 
 def test_the_same_network_is_found_to_be_the_same():
-    found = verify(network, network, IMAGES, "generated", **LIMITS)
+    found = verify_logits(network, network, IMAGES, "generated", **LIMITS)
     assert (found.max_abs_error, found.agreement, found.max_row_error) == (0, 1, 0)
     assert (found.num_images, found.batch_sizes) == (len(IMAGES), BATCH_SIZES)
 
 
 def test_an_error_below_the_limit_passes_and_is_measured():
-    found = verify(lambda batch: network(batch) + np.float32(3e-5), network, IMAGES, "generated", **LIMITS)
+    found = verify_logits(lambda batch: network(batch) + np.float32(3e-5), network, IMAGES, "generated", **LIMITS)
     assert found.max_abs_error == pytest.approx(3e-5, rel=0.02)  # float32 of order 1 resolves 1e-7
 
 
@@ -88,22 +88,24 @@ def test_an_error_below_the_limit_passes_and_is_measured():
 )
 def test_verification_catches(fault, what):
     with pytest.raises(AccuracyGateError, match=what):
-        verify(fault, network, IMAGES, "generated", **LIMITS)
+        verify_logits(fault, network, IMAGES, "generated", **LIMITS)
 
 
 @pytest.mark.parametrize("fault", [normalised_over_the_batch, row_knows_its_place, rows_are_mixed, forgets_itself()])
 def test_dependence_between_rows_is_caught_for_its_own_sake(fault):
     """Each is within a limit of 0.1 for the logits, where only the rows among themselves tell."""
-    found = verify(fault, network, IMAGES, "generated", max_abs_error=10.0, min_agreement=0.0)
+    found = verify_logits(fault, network, IMAGES, "generated", max_abs_error=10.0, min_agreement=0.0)
     assert found.max_row_error > 5e-4
-    assert verify(network, network, IMAGES, "generated", max_abs_error=10.0, min_agreement=0.0).max_row_error == 0
+    assert (
+        verify_logits(network, network, IMAGES, "generated", max_abs_error=10.0, min_agreement=0.0).max_row_error == 0
+    )
 
 
 def test_labels_are_compared_when_logits_are_within_the_limit():
     flat = lambda batch: np.zeros((len(batch), 2, 16, 16), np.float32)  # noqa: E731
     tilted = lambda batch: flat(batch) + np.array([0, 1e-5], np.float32)[None, :, None, None]  # noqa: E731
     with pytest.raises(AccuracyGateError, match="equal labels is 0,"):
-        verify(tilted, flat, IMAGES, "generated", **LIMITS)
+        verify_logits(tilted, flat, IMAGES, "generated", **LIMITS)
 
 
 def test_fewer_images_than_a_batch_are_repeated():
@@ -113,7 +115,7 @@ def test_fewer_images_than_a_batch_are_repeated():
         seen.append(len(batch))
         return network(batch)
 
-    found = verify(spy, network, IMAGES[:1], "generated", **LIMITS)
+    found = verify_logits(spy, network, IMAGES[:1], "generated", **LIMITS)
     assert found.num_images == 1
     assert set(seen) == set(BATCH_SIZES)
 

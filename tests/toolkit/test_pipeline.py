@@ -76,8 +76,8 @@ def test_a_bundle_that_does_not_agree_is_not_written_and_the_old_one_stays(tiny_
         content = np.fromfile(folder / weights_name, np.float32)
         (content * np.float32(1.01)).tofile(folder / weights_name)
 
-    save = variants_module.save_flavours
-    monkeypatch.setattr(variants_module, "save_flavours", wrong_weights)
+    save = variants_module.save_graphs
+    monkeypatch.setattr(variants_module, "save_graphs", wrong_weights)
     with pytest.raises(AccuracyGateError, match="logits differ"):
         build(checkpoint, None, out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before

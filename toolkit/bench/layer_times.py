@@ -24,7 +24,7 @@ from medseg_trt.processes import ChildProcess, parent
 from medseg_trt.spec import LIBRARY_NAMES
 
 if TYPE_CHECKING:
-    from medseg_trt.export.engine_layers import Layer
+    from medseg_trt.export.engine_layers import EngineLayer
     from medseg_trt.export.graph.node_costs import NodeCost
 
 RUNS = 20  # counted, after as many uncounted ones as WARM_UP
@@ -212,7 +212,7 @@ def _engine(
     return f"{LIBRARY_NAMES[library]} IProfiler", steps
 
 
-def _step(name: str, ms: float, layer: "Layer | None") -> Step:
+def _step(name: str, ms: float, layer: "EngineLayer | None") -> Step:
     if layer is None:
         return Step(name=name, kind="unknown", kernel="unknown", ms=ms, bytes=None)
     kind = "MatMul" if layer.is_product else layer.kind

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from numpy import ndarray
 
 from medseg_trt.errors import require
-from medseg_trt.export.graph.save import save_flavours
+from medseg_trt.export.graph.save import save_graphs
 from medseg_trt.export.graph.trace import INPUT, OnnxGraph
 from medseg_trt.export.precision.calibrate import Observe, observed_graph
 
@@ -19,7 +19,7 @@ def observer(graph: OnnxGraph, names: Sequence[str]) -> Iterator[Observe]:
     runtime = require("onnxruntime", "cpu")
     inside = [name for name in names if name != INPUT]
     with TemporaryDirectory() as folder:
-        save_flavours({"observed.onnx": observed_graph(graph, inside)}, Path(folder), "weights.bin")
+        save_graphs({"observed.onnx": observed_graph(graph, inside)}, Path(folder), "weights.bin")
         options = runtime.SessionOptions()
         options.log_severity_level = 3
         session = runtime.InferenceSession(

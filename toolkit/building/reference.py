@@ -13,8 +13,8 @@ from numpy import ndarray
 from medseg_trt.building.contract import Contract
 from medseg_trt.building.reference_images import ReferenceImages
 from medseg_trt.errors import AccuracyGateError
-from medseg_trt.export.gate import Verdict, compare
-from medseg_trt.export.verify import labels_of, run_in_batches, verify
+from medseg_trt.export.gate import GateVerdict, compare
+from medseg_trt.export.verify import labels_of, run_in_batches, verify_logits
 from medseg_trt.imaging.digest import image_digest
 from medseg_trt.imaging.preprocess import resampled_size
 from medseg_trt.imaging.segment import Run
@@ -46,7 +46,7 @@ class Reference:
             AccuracyGateError: they differ by more than a float32 computation in another order does.
         """
         limits = {"max_abs_error": self.spec.max_abs_error, "min_agreement": self.spec.min_agreement}
-        return to_dict(verify(run, self._remembering, self.images.verified, self.images.description, **limits))
+        return to_dict(verify_logits(run, self._remembering, self.images.verified, self.images.description, **limits))
 
     def check_masks_of_graph(self, masks: Sequence[ndarray]) -> dict[str, Any]:
         """Compare the masks that a graph made itself of the judged images with PyTorch's, pixel by pixel.
@@ -74,11 +74,11 @@ class Reference:
             for image, size, resampled in zip(judged.inputs, judged.sizes, sizes, strict=True)
         ]
 
-    def verdict(self, run: Run, masks: Sequence[ndarray] | None = None) -> tuple[Verdict, dict[str, Any]]:
+    def verdict(self, run: Run, masks: Sequence[ndarray] | None = None) -> tuple[GateVerdict, dict[str, Any]]:
         """Judge the masks of a network, its own or those of its logits, and also say how far its logits are off."""
         return self.verdict_of(run_in_batches(run, self.images.judged.inputs, 1), masks)
 
-    def verdict_of(self, logits: ndarray, masks: Sequence[ndarray] | None = None) -> tuple[Verdict, dict[str, Any]]:
+    def verdict_of(self, logits: ndarray, masks: Sequence[ndarray] | None = None) -> tuple[GateVerdict, dict[str, Any]]:
         """Judge masks of the judged images, or those that these logits make; logits that are not finite make none."""
         judged = self.images.judged
         if not np.isfinite(logits).all():

@@ -18,12 +18,12 @@ from medseg_trt.building.contract import Contract
 from medseg_trt.building.reference import Reference
 from medseg_trt.bundles.manifest import Variant
 from medseg_trt.errors import AccuracyGateError, UsageError
-from medseg_trt.export.gate import Relaxed, Verdict, relax
-from medseg_trt.export.graph.flavours import derive
+from medseg_trt.export.gate import FloatFallback, GateVerdict, fall_back_to_float
+from medseg_trt.export.graph.dialects import derive
 from medseg_trt.export.graph.gemms import gemms
 from medseg_trt.export.graph.masks import with_masks
 from medseg_trt.export.graph.modules import groups_of
-from medseg_trt.export.graph.save import save_flavours
+from medseg_trt.export.graph.save import save_graphs
 from medseg_trt.export.graph.trace import OnnxGraph
 from medseg_trt.export.precision.calibrate import Calibration, calibrate
 from medseg_trt.export.precision.half import TYPES
@@ -34,10 +34,10 @@ from medseg_trt.export.precision.quantize import (
     needs_calibration,
     parse_precision,
     quantise,
-    steps,
+    scheme_components,
     values_to_calibrate,
 )
-from medseg_trt.export.precision.sensitive_layers import delicate
+from medseg_trt.export.precision.sensitive_layers import sensitive_layers
 from medseg_trt.export.precision.smooth import smooth, smoothable
 from medseg_trt.progress import LOG
 from medseg_trt.sessions.backends import is_installed
@@ -54,7 +54,7 @@ KEEPS_CASTS = "onnxruntime"  # OpenVINO drops a cast to 16 bits and back, and wi
 class GraphTarget:
     """A way to write a precision down."""
 
-    flavour: str  # of export.flavours
+    flavour: str  # of export.graph.dialects
     form: str  # of export.quantize
     backend: str  # that it is meant for, and is judged with where that is installed
 
@@ -109,13 +109,13 @@ def make_variants(
     prepared = _prepare(graph, name, contract.model, reference)
     is_for_cpus = prepared.calibration is not None and "+" not in name  # no CPU multiplies codes into 16-bit floats
     forms = [key for key in GRAPH_TARGETS if key != ONLY_INTEGERS or is_for_cpus]
-    if any(FP8 in steps(scheme) for scheme in prepared.precision.values()):
+    if any(FP8 in scheme_components(scheme) for scheme in prepared.precision.values()):
         forms = ["canonical"]  # ONNX before opset 19, which the others are written in, has no such numbers
     relaxed = _relaxed(prepared, name, forms, reference) if set(prepared.precision.values()) != {FLOAT} else None
     kept = _names(prepared.graph, relaxed.kept_float) if relaxed else frozenset[str]()
     graphs = {key: _written(prepared, key, kept) for key in forms}
     share = int8_share(graphs["canonical"])
-    if steps(name)[0] == INT8 and share < MIN_INT8_SHARE:
+    if scheme_components(name)[0] == INT8 and share < MIN_INT8_SHARE:
         raise AccuracyGateError(
             f"only {100 * share:.0f} % of the MACs would be in int8, less than {100 * MIN_INT8_SHARE:.0f} %; "
             "name the parts that shall be: --precision vit=int8,block=int8"
@@ -124,7 +124,7 @@ def make_variants(
     files = {f"{stem}.onnx" if key == "canonical" else f"{stem}-{key}.onnx": key for key in forms}
     if outputs == "mask":
         graphs = {key: with_masks(each, contract.preprocessing) for key, each in graphs.items()}
-    save_flavours({file: graphs[key] for file, key in files.items()}, folder, f"weights-{stem}.bin")
+    save_graphs({file: graphs[key] for file, key in files.items()}, folder, f"weights-{stem}.bin")
     done = {**passes, **prepared.notes, "int8_share": share, "gate": to_dict(relaxed) if relaxed else None}
     groups = relaxed.kept_float if relaxed else ()
     return {
@@ -150,8 +150,8 @@ def _prepare(graph: OnnxGraph, name: str, model: ModelSpec, reference: Reference
                 "give a folder with a train and a val split: --data DIR"
             )
         LOG.info("calibrate %s on %d images", name, len(images))
-        named = [gemm.name for gemm in gemms(graph) if INT8 in steps(precision[gemm.part])]
-        kept = delicate(graph, named)
+        named = [gemm.name for gemm in gemms(graph) if INT8 in scheme_components(precision[gemm.part])]
+        kept = sensitive_layers(graph, named)
         rounded = [name for name in named if name not in kept]
         with observer(graph, smoothable(graph, rounded)) as observe:
             graph, smoothings = smooth(graph, rounded, observe, images)
@@ -162,7 +162,7 @@ def _prepare(graph: OnnxGraph, name: str, model: ModelSpec, reference: Reference
             "left_in_float": list(kept), "smoothed": [to_dict(each) for each in smoothings],
             "calibration": to_dict(calibration),
         }  # fmt: skip
-    halves = {part for part, scheme in precision.items() if TYPES.keys() & steps(scheme)}
+    halves = {part for part, scheme in precision.items() if TYPES.keys() & scheme_components(scheme)}
     unsafe: frozenset[str] = frozenset()
     if halves:
         chosen = [gemm.name for gemm in gemms(graph) if gemm.part in halves]
@@ -179,13 +179,13 @@ def _prepare(graph: OnnxGraph, name: str, model: ModelSpec, reference: Reference
 def _written(prepared: _Prepared, key: str, kept: frozenset[str]) -> OnnxGraph:
     written = GRAPH_TARGETS[key]
     quantised = quantise(
-        prepared.graph, prepared.precision, prepared.calibration, form=written.form,
+        prepared.graph, prepared.precision, prepared.calibration, quant_format=written.form,
         keep_float=kept | prepared.keep_float, keep_wide=prepared.keep_wide,
     )  # fmt: skip
     return derive(written.flavour, quantised, prepared.model.image_size, prepared.model.num_classes)
 
 
-def _relaxed(prepared: _Prepared, name: str, forms: Sequence[str], reference: Reference) -> Relaxed:
+def _relaxed(prepared: _Prepared, name: str, forms: Sequence[str], reference: Reference) -> FloatFallback:
     """Find the groups of layers that must stay in float for the gate to hold."""
     key = next(
         key
@@ -198,7 +198,7 @@ def _relaxed(prepared: _Prepared, name: str, forms: Sequence[str], reference: Re
     def answers(kept: frozenset[str]) -> ndarray:
         return _answers(prepared, key, kept, reference.images.judged.inputs)
 
-    def judge(kept: frozenset[str]) -> Verdict:
+    def judge(kept: frozenset[str]) -> GateVerdict:
         verdict, _ = reference.verdict_of(answers(_names(prepared.graph, kept)))
         LOG.info("%s%s: %s", name, f" without {', '.join(sorted(kept))}" if kept else "", verdict)
         return verdict
@@ -207,12 +207,12 @@ def _relaxed(prepared: _Prepared, name: str, forms: Sequence[str], reference: Re
         others = frozenset(gemm for other, names in rounded.items() if other != group for gemm in names)
         return reference.error_of(answers(others))
 
-    def may_keep(kept: frozenset[str]) -> bool:
-        if steps(name)[0] != INT8:
+    def within_budget(kept: frozenset[str]) -> bool:
+        if scheme_components(name)[0] != INT8:
             return len(kept) < len(rounded)
         return int8_share(_written(prepared, key, _names(prepared.graph, kept))) >= MIN_INT8_SHARE
 
-    relaxed = relax(judge, error_alone, rounded, may_keep)
+    relaxed = fall_back_to_float(judge, error_alone, rounded, within_budget)
     if not relaxed.verdict.holds:
         kept = f", even with {', '.join(relaxed.kept_float)} in float" if relaxed.kept_float else ""
         raise AccuracyGateError(
@@ -225,10 +225,10 @@ def _relaxed(prepared: _Prepared, name: str, forms: Sequence[str], reference: Re
 def _answers(prepared: _Prepared, key: str, kept: frozenset[str], images: ndarray) -> ndarray:
     """Return the logits of images; 16-bit numbers are rounded for real, which a CPU would not do."""
     graph, backend = _written(prepared, key, kept), GRAPH_TARGETS[key].backend
-    if any(TYPES.keys() & steps(scheme) for scheme in prepared.precision.values()):
+    if any(TYPES.keys() & scheme_components(scheme) for scheme in prepared.precision.values()):
         graph, backend = rounded_graph(graph), KEEPS_CASTS
     with TemporaryDirectory() as folder:
-        save_flavours({"tried.onnx": graph}, Path(folder), "weights.bin")
+        save_graphs({"tried.onnx": graph}, Path(folder), "weights.bin")
         with ChildSession(Path(folder, "tried.onnx"), prepared.name, backend, None, FLOAT) as session:
             return np.concatenate([session.run(image[np.newaxis]) for image in images])
 
@@ -239,6 +239,6 @@ def _names(graph: OnnxGraph, groups: Sequence[str] | frozenset[str]) -> frozense
 
 
 def _is_rounded(prepared: _Prepared, names: Sequence[str]) -> bool:
-    first = {gemm.name: steps(prepared.precision[gemm.part])[0] for gemm in gemms(prepared.graph)}
+    first = {gemm.name: scheme_components(prepared.precision[gemm.part])[0] for gemm in gemms(prepared.graph)}
     kept = {FLOAT: frozenset(first), **dict.fromkeys(TYPES, prepared.keep_wide)}
     return any(name not in kept.get(first[name], prepared.keep_float) for name in names)

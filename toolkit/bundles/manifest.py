@@ -24,7 +24,7 @@ class Variant:
     """One graph of the bundle: the network in one precision and one flavour."""
 
     precision: str
-    flavour: str  # a key of export.graph.flavours.FLAVOURS
+    flavour: str  # a key of export.graph.dialects.DIALECTS
     graph: str  # file names in the bundle
     weights: str
     passes: Mapping[str, Any]  # what folding, fusing and quantising did, and why not more

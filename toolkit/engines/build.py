@@ -24,7 +24,7 @@ from medseg_trt.engines.fingerprint import (
 from medseg_trt.engines.gpu import Gpu, find_gpu
 from medseg_trt.errors import MedsegError, MissingExtraError, UsageError
 from medseg_trt.export.engine_layers import LAYERS_SUFFIX
-from medseg_trt.export.tensorrt.build import LIBRARIES, check_engine_spec, cuda_of, flavour_for, require_library
+from medseg_trt.export.tensorrt.build import LIBRARIES, check_engine_spec, cuda_of, dialect_for, require_library
 from medseg_trt.files import cache_folder, inside, sha256, write_json
 from medseg_trt.progress import LOG
 from medseg_trt.spec import LIBRARY_NAMES, EngineSpec, to_dict
@@ -97,7 +97,7 @@ def build_engines(
         MedsegError: all engines failed; if only some failed, they are dropped with their reasons.
     """
     trt_version = require_library(spec.library).__version__
-    flavour = flavour_for(spec.library, trt_version)
+    flavour = dialect_for(spec.library, trt_version)
     dropped = [f"{name} engine: {EXECUTION_HINTS[name]}" for name in precisions if name in EXECUTION_HINTS]
     built: list[BuiltEngine] = []
     errors: list[MedsegError] = []

@@ -20,7 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from medseg_trt.export.tensorrt.build import Built, build_engine
+from medseg_trt.export.tensorrt.build import BuilderOutput, build_engine
 from medseg_trt.processes import ChildProcess, Connection, Progress, parent, process_memory
 from medseg_trt.progress import track
 from medseg_trt.spec import EngineSpec, from_dict, to_dict
@@ -40,7 +40,7 @@ SHELL_STATE = ("PWD", "OLDPWD", "SHLVL", "_")  # where and how deep a shell stan
 class Answer:
     """What a child made, and what it took."""
 
-    built: Built
+    built: BuilderOutput
     peak_resident_mb: float  # of the child; 0 where the system does not say
     wall_s: float  # from its start to its end
     processor_s: float  # that it used
@@ -75,7 +75,7 @@ def build_in_child(graph: Path, plan: Path, spec: EngineSpec, cache: Path | None
             pass
         reply = child.receive()
         child.finish()
-    built = from_dict(Built, reply["built"], "the builder")
+    built = from_dict(BuilderOutput, reply["built"], "the builder")
     usage = {name: reply[name] for name in ("peak_resident_mb", "processor_s")}
     return Answer(built=built, wall_s=time.perf_counter() - began, **usage)
 

@@ -40,7 +40,7 @@ def segmentation_stages(
 ) -> SegmentationStages:
     """Return the stages for the slices of one image; see ``segment`` for the arguments.
 
-    With ``pixels_to_masks``, as ``Session.device_pipeline`` returns it, the network also prepares and restores the pixels.
+    With ``pixels_to_masks``, from ``Session.device_pipeline``, the network also prepares and restores the pixels.
     """
     if pixels_to_masks is not None:
         return SegmentationStages(prepare=lambda pixels: pixels, run=pixels_to_masks, finish=lambda labels: labels)

@@ -8,7 +8,7 @@ from typing import Any
 
 from medseg_trt.engines.fingerprint import EngineFingerprint, read_fingerprint
 from medseg_trt.errors import ArtefactError
-from medseg_trt.export.engine_layers import LAYERS_SUFFIX, Layer, LayerReport
+from medseg_trt.export.engine_layers import LAYERS_SUFFIX, EngineLayer, LayerReport
 from medseg_trt.files import parse_json, read_limited, sha256
 from medseg_trt.spec import from_dict, to_dict
 
@@ -68,7 +68,7 @@ def read_report(plan: Path) -> LayerReport:
     return from_dict(LayerReport, parse_json(path, read_limited(path, MAX_BYTES)), str(path))
 
 
-def shares(layers: Iterable[Layer]) -> dict[str, float]:
+def shares(layers: Iterable[EngineLayer]) -> dict[str, float]:
     """Return the share, 0 … 1, of the multiply-accumulates that each type does, the largest first."""
     macs = Counter[str]()
     for layer in layers:
@@ -84,7 +84,7 @@ def _state(plan: Path, fingerprint: EngineFingerprint) -> str:
     return "intact" if same else "damaged: it is not the plan that its fingerprint describes"
 
 
-def _row(layer: Layer) -> list[str]:
+def _row(layer: EngineLayer) -> list[str]:
     more = f" +{len(layer.nodes) - 1}" if len(layer.nodes) > 1 else ""
     types = " → ".join(
         " ".join(dict.fromkeys(tensor.dtype for tensor in side)) for side in (layer.inputs, layer.outputs) if side

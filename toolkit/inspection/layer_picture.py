@@ -10,7 +10,7 @@ from math import log10
 from xml.sax.saxutils import escape, quoteattr
 
 from medseg_trt.engines.fingerprint import EngineFingerprint
-from medseg_trt.export.engine_layers import CUSTOM, Layer, LayerReport
+from medseg_trt.export.engine_layers import CUSTOM, EngineLayer, LayerReport
 from medseg_trt.inspection.engine import shares
 from medseg_trt.spec import LIBRARY_NAMES
 
@@ -49,7 +49,7 @@ def draw_layers(report: LayerReport, fingerprint: EngineFingerprint) -> str:
     )
 
 
-def _legend(layers: Sequence[Layer]) -> list[str]:
+def _legend(layers: Sequence[EngineLayer]) -> list[str]:
     """Say which colour is which type, and how much of the multiply-accumulates is done in it."""
     part_of_macs, x, lines = shares(layers), 10, list[str]()
     for dtype in dict.fromkeys([*part_of_macs, *(layer.dtype for layer in layers)]):
@@ -62,7 +62,7 @@ def _legend(layers: Sequence[Layer]) -> list[str]:
     return lines
 
 
-def _row(layers: Sequence[Layer], label: str, top: int) -> list[str]:
+def _row(layers: Sequence[EngineLayer], label: str, top: int) -> list[str]:
     lines = [f'<text x="10" y="{top + HIGHEST}">{escape(label)}</text>'] if label else []
     for place, layer in enumerate(layers):
         height = _height(layer)
@@ -75,12 +75,12 @@ def _row(layers: Sequence[Layer], label: str, top: int) -> list[str]:
     return lines
 
 
-def _height(layer: Layer) -> int:
+def _height(layer: EngineLayer) -> int:
     power = log10(max(layer.macs or layer.bytes, 1))
     share = (power - LEAST_WORK) / (MOST_WORK - LEAST_WORK)
     return round(HIGHEST * min(max(share, 0.08), 1))
 
 
-def _told(layer: Layer) -> str:
+def _told(layer: EngineLayer) -> str:
     work = f"{layer.macs / 1e6:.2f} MMAC, " if layer.macs else ""
     return f"{layer.name} ({layer.kind}, {layer.dtype}), {work}{layer.bytes / 1e3:.1f} kB, {', '.join(layer.nodes)}"

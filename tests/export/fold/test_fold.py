@@ -9,7 +9,7 @@ from torch import nn
 
 from medseg_trt.export.fold import fold as fold_module
 from medseg_trt.export.fold.fold import RULES, fold, plain_report
-from medseg_trt.export.fold.rule import Folding
+from medseg_trt.export.fold.fold_rule import FoldResult
 from medseg_trt.train.checkpoint import load_checkpoint
 from medseg_trt.train.models.transunet import Attention, ConvNormReLU, StdConv2d, TransUNet
 
@@ -53,7 +53,7 @@ def test_the_report_is_plain_data(model):
 @pytest.mark.parametrize(("count", "reason"), [(0, ""), (1, "there is none"), (-1, "fewer than none")])
 def test_a_rule_either_changes_places_or_says_why_not(count, reason):
     with pytest.raises(ValueError, match="cannot give"):
-        Folding(count=count, reason=reason)
+        FoldResult(count=count, reason=reason)
 
 
 @pytest.mark.parametrize("rule", OWN_RULES)
@@ -73,35 +73,35 @@ def test_folding_leaves_the_network_as_it_was_and_shares_what_it_does_not_replac
     assert kept > {"insert.branches.0.project_out.weight", "layers.0.fc1.weight", "patch_embedding.weight"}
 
 
-def without_eps(model: nn.Module) -> Folding:
+def without_eps(model: nn.Module) -> FoldResult:
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.eps = 0.1
     return fold_module.fold_batch_norm(model)
 
 
-def without_running_mean(model: nn.Module) -> Folding:
+def without_running_mean(model: nn.Module) -> FoldResult:
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None:
             layer.running_mean.zero_()
     return fold_module.fold_batch_norm(model)
 
 
-def without_the_kernel_mean(model: nn.Module) -> Folding:
+def without_the_kernel_mean(model: nn.Module) -> FoldResult:
     """Scale the kernels and leave their mean in; GroupNorm does not undo that, as it would undo a wrong scale."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StdConv2d, "standardised", lambda layer: layer.weight / layer.weight.std((1, 2, 3), keepdim=True))
         return fold_module.fold_standardisation(model)
 
 
-def with_a_bias_forgotten(model: nn.Module) -> Folding:
+def with_a_bias_forgotten(model: nn.Module) -> FoldResult:
     for layer in model.modules():
         if isinstance(layer, Attention):
             nn.init.zeros_(layer.value.bias)
     return fold_module.merge_transformer_projections(model)
 
 
-def with_a_transposed_query(model: nn.Module) -> Folding:
+def with_a_transposed_query(model: nn.Module) -> FoldResult:
     for layer in model.modules():
         if isinstance(layer, Attention):
             layer.query.weight = nn.Parameter(layer.query.weight.T.clone())

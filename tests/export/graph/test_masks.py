@@ -10,7 +10,7 @@ import pytest
 from medseg_trt.errors import UsageError
 from medseg_trt.export.graph import masks
 from medseg_trt.export.graph.masks import with_masks
-from medseg_trt.export.graph.save import save_flavours
+from medseg_trt.export.graph.save import save_graphs
 from medseg_trt.export.graph.trace import INPUT, OPSET, OUTPUT, OnnxGraph
 from medseg_trt.imaging.preprocess import resampled_size, restore
 from medseg_trt.sessions.backends import BACKENDS
@@ -53,7 +53,7 @@ def network(num_classes: int) -> OnnxGraph:
 
 
 def opened(graph: OnnxGraph, backend: str, folder: Path) -> Session:
-    save_flavours({"graph.onnx": graph}, folder, "weights.bin")
+    save_graphs({"graph.onnx": graph}, folder, "weights.bin")
     return import_module(BACKENDS[backend].module).open_graph(folder / "graph.onnx", "fp32", 1, "fp32")
 
 

@@ -4,7 +4,7 @@ import pytest
 from tiny import tiny_spec
 
 from medseg_trt.export.fold.fold import fold
-from medseg_trt.export.graph.fuse import fuse
+from medseg_trt.export.graph.fusions.fuse import fuse
 from medseg_trt.export.graph.gemms import gemms
 from medseg_trt.export.graph.modules import groups_of
 from medseg_trt.export.graph.trace import INPUT, OPSET, OUTPUT, OnnxGraph, trace

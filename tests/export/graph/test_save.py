@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from medseg_trt.errors import MedsegError
-from medseg_trt.export.graph.save import PAGE_BYTES, save_flavours
+from medseg_trt.export.graph.save import PAGE_BYTES, save_graphs
 from medseg_trt.export.graph.trace import OnnxGraph
 
 WIDTH = 64
@@ -59,7 +59,7 @@ def external(path) -> dict[str, dict[str, str]]:
 def saved(tmp_path):
     """Return the folder of two graphs; the second calls the same weights by other names, in another order."""
     first, second = WEIGHTS[:3], [copy.copy() for copy in WEIGHTS[2::-1]]
-    save_flavours({"a.onnx": chain(first), "b.onnx": chain(second, names="w{}")}, tmp_path, "weights.bin")
+    save_graphs({"a.onnx": chain(first), "b.onnx": chain(second, names="w{}")}, tmp_path, "weights.bin")
     return tmp_path
 
 
@@ -88,7 +88,7 @@ def test_equal_bytes_of_another_type_or_shape_are_other_tensors(tmp_path):
     graphs = {"a.onnx": chain([codes]), "b.onnx": chain([codes])}
     value = ir.val("ints", const_value=ir.tensor(codes.view(np.int32), name="ints"))
     graphs["b.onnx"].model.graph.register_initializer(value)
-    save_flavours(graphs, tmp_path, "weights.bin")
+    save_graphs(graphs, tmp_path, "weights.bin")
     assert (tmp_path / "weights.bin").stat().st_size == 2 * codes.nbytes
 
 
@@ -97,7 +97,7 @@ def test_every_type_of_weight_comes_back_as_it_was(tmp_path, dtype):
     values = RNG.integers(-7, 8, (WIDTH, WIDTH)).astype(dtype)
     graph = chain(WEIGHTS[:1])
     graph.model.graph.register_initializer(ir.val("codes", const_value=ir.tensor(values, name="codes")))
-    save_flavours({"a.onnx": graph}, tmp_path, "weights.bin")
+    save_graphs({"a.onnx": graph}, tmp_path, "weights.bin")
     tensor = ir.load(tmp_path / "a.onnx").graph.initializers["codes"].const_value
     assert tensor is not None
     assert tensor.dtype == ir.DataType.from_numpy(np.dtype(dtype))
@@ -109,7 +109,7 @@ def test_a_tensor_of_pytorch_is_the_same_tensor(tmp_path):
     example = (torch.ones(2, WIDTH // 2),)
     program = torch.onnx.export(Scaled(weight).eval(), example, dynamo=True, opset_version=18, verbose=False)
     assert program is not None
-    save_flavours({"a.onnx": OnnxGraph(model=program.model), "b.onnx": holding(weight.copy())}, tmp_path, "weights.bin")
+    save_graphs({"a.onnx": OnnxGraph(model=program.model), "b.onnx": holding(weight.copy())}, tmp_path, "weights.bin")
     assert (tmp_path / "weights.bin").stat().st_size == weight.size * 4
     tensor = ir.load(tmp_path / "a.onnx").graph.initializers["weight"].const_value
     assert tensor is not None
@@ -120,7 +120,7 @@ def test_the_bytes_depend_on_the_graphs_alone(saved, tmp_path):
     again = tmp_path / "again"
     again.mkdir()
     graphs = {name: OnnxGraph(model=ir.load(saved / name)) for name in ("a.onnx", "b.onnx")}
-    save_flavours(graphs, again, "weights.bin")  # read from another folder, the small tensors too
+    save_graphs(graphs, again, "weights.bin")  # read from another folder, the small tensors too
     for name in ("a.onnx", "b.onnx", "weights.bin"):
         assert (again / name).read_bytes() == (saved / name).read_bytes()
 
@@ -132,7 +132,7 @@ def test_the_weights_are_never_in_memory_twice(tmp_path):
         value = ir.val(f"big{index}", const_value=ir.tensor(weight, name=f"big{index}"))
         graph.model.graph.register_initializer(value)
     tracemalloc.start()
-    save_flavours({"a.onnx": graph}, tmp_path, "weights.bin")
+    save_graphs({"a.onnx": graph}, tmp_path, "weights.bin")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2 * weights[0].nbytes  # one tensor's bytes are hashed as a copy; eight would be 32 MiB
@@ -142,17 +142,17 @@ def test_a_graph_that_onnx_refuses_is_reported(tmp_path):
     graph = chain(WEIGHTS[:1])
     next(iter(graph.model.graph)).op_type = "NoSuchOperator"
     with pytest.raises(MedsegError, match=r"ONNX refuses a\.onnx"):
-        save_flavours({"a.onnx": graph}, tmp_path, "weights.bin")
+        save_graphs({"a.onnx": graph}, tmp_path, "weights.bin")
 
 
 @pytest.mark.parametrize(("name", "weights"), [("../a.onnx", "weights.bin"), ("a.onnx", "sub/weights.bin")])
 def test_a_path_is_no_file_name(tmp_path, name, weights):
     with pytest.raises(MedsegError, match="plain file name"):
-        save_flavours({name: chain(WEIGHTS[:1])}, tmp_path, weights)
+        save_graphs({name: chain(WEIGHTS[:1])}, tmp_path, weights)
 
 
 def test_weights_that_are_there_already_are_not_overwritten(saved):
     before = (saved / "weights.bin").read_bytes()
     with pytest.raises(MedsegError, match="exists"):
-        save_flavours({"c.onnx": chain(WEIGHTS)}, saved, "weights.bin")
+        save_graphs({"c.onnx": chain(WEIGHTS)}, saved, "weights.bin")
     assert (saved / "weights.bin").read_bytes() == before

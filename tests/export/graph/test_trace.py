@@ -11,7 +11,7 @@ from tiny import make_checkpoint
 from medseg_trt.errors import MedsegError
 from medseg_trt.export.fold.fold import fold
 from medseg_trt.export.graph import trace as trace_module
-from medseg_trt.export.graph.save import save_flavours
+from medseg_trt.export.graph.save import save_graphs
 from medseg_trt.export.graph.trace import OPSET, OnnxGraph, check, trace
 from medseg_trt.train.checkpoint import load_checkpoint
 from medseg_trt.train.models.model import LanguageInsert
@@ -28,7 +28,7 @@ def folded(tmp_path_factory):
 def saved(folded, tmp_path_factory):
     """Return the folder with the written graph."""
     folder = tmp_path_factory.mktemp("graph")
-    save_flavours({"fp32.onnx": trace(folded)}, folder, "weights.bin")
+    save_graphs({"fp32.onnx": trace(folded)}, folder, "weights.bin")
     return folder
 
 
@@ -134,7 +134,7 @@ def test_a_graph_that_onnx_refuses_is_not_kept(graph, tmp_path):
     (matmul, *_) = (node for node in graph.model.graph if node.op_type == "MatMul")
     matmul.op_type = "NoSuchOperator"
     with pytest.raises(MedsegError, match="ONNX refuses"):
-        save_flavours({"broken.onnx": graph}, tmp_path, "weights.bin")
+        save_graphs({"broken.onnx": graph}, tmp_path, "weights.bin")
 
 
 def test_rotary_embedding_and_causal_mask_are_traced_where_they_are_switched_on(tmp_path):
@@ -143,7 +143,7 @@ def test_rotary_embedding_and_causal_mask_are_traced_where_they_are_switched_on(
     plain = fold(model)[0]
     attention = model.insert.layers[0].self_attn
     attention.spec = replace(attention.spec, rotary=True, causal=True)
-    save_flavours({"model.onnx": trace(fold(model)[0])}, tmp_path, "weights.bin")
+    save_graphs({"model.onnx": trace(fold(model)[0])}, tmp_path, "weights.bin")
     images = np.random.default_rng(0).random((2, 3, 32, 32), dtype=np.float32)
     with torch.inference_mode():
         expected, without = (network(torch.from_numpy(images)).numpy() for network in (model, plain))

@@ -18,7 +18,7 @@ from onnx_text import graph_of, outputs_of
 from medseg_trt.export.graph.gemms import Gemm, gemms
 from medseg_trt.export.graph.interface import INPUT
 from medseg_trt.export.precision.calibrate import Calibration, Range
-from medseg_trt.export.precision.quantize import FORMS, activation_codes, to_fp8, to_int8
+from medseg_trt.export.precision.quantize import QUANT_FORMATS, quantisation_parameters, to_fp8, to_int8
 from medseg_trt.export.precision.weight_only import SHRINKS, per_block, per_channel, per_channel_fp8
 
 FLOAT32 = 2.0**-24  # half an ulp, relative
@@ -36,7 +36,7 @@ def half_even(value: Fraction) -> int:
 @settings(derandomize=True, deadline=None, max_examples=200)
 @given(bound=LIMITS)
 def test_symmetric_codes_reach_127_at_the_bound(bound):
-    scale, zero = activation_codes(Range(low=-bound, high=bound / 3, bound=bound), np.int8)
+    scale, zero = quantisation_parameters(Range(low=-bound, high=bound / 3, bound=bound), np.int8)
     assert zero == 0
     assert zero.dtype == np.int8
     assert abs(float(scale) * 127 / bound - 1) <= FLOAT32
@@ -46,7 +46,7 @@ def test_symmetric_codes_reach_127_at_the_bound(bound):
 @settings(derandomize=True, deadline=None, max_examples=200)
 @given(bound=LIMITS)
 def test_e4m3_reaches_its_largest_number_at_the_bound(bound):
-    scale, zero = activation_codes(Range(low=0.0, high=bound, bound=bound), ml_dtypes.float8_e4m3fn)
+    scale, zero = quantisation_parameters(Range(low=0.0, high=bound, bound=bound), ml_dtypes.float8_e4m3fn)
     assert float(zero) == 0
     assert abs(float(scale) * 448 / bound - 1) <= FLOAT32
 
@@ -55,7 +55,7 @@ def test_e4m3_reaches_its_largest_number_at_the_bound(bound):
 @given(low=LIMITS, high=LIMITS, only=st.sampled_from(("both", "positive", "negative")))
 def test_asymmetric_codes_reach_0_and_255_at_the_ends_and_zero_is_the_nearest_code(low, high, only):
     low, high = 0.0 if only == "positive" else -low, 0.0 if only == "negative" else high
-    scale, zero = activation_codes(Range(low=low, high=high, bound=max(-low, high)), np.uint8)
+    scale, zero = quantisation_parameters(Range(low=low, high=high, bound=max(-low, high)), np.uint8)
     step = (Fraction(high) - Fraction(low)) / 255
     assert zero.dtype == np.uint8
     assert abs(Fraction(float(scale)) / step - 1) <= FLOAT32 * (1 + 2.0**-20)
@@ -73,13 +73,13 @@ def test_asymmetric_codes_reach_0_and_255_at_the_ends_and_zero_is_the_nearest_co
 
 @pytest.mark.parametrize(("low", "code"), [(-0.5, 0), (-1.5, 2), (-2.5, 2), (-2.75, 3), (-2.25, 2), (-254.5, 254)])
 def test_a_zero_point_between_two_codes_is_the_even_one(low, code):
-    scale, zero = activation_codes(Range(low=low, high=255 + low, bound=255.0), np.uint8)
+    scale, zero = quantisation_parameters(Range(low=low, high=255 + low, bound=255.0), np.uint8)
     assert (float(scale), int(zero)) == (1.0, code)
 
 
 @pytest.mark.parametrize("codes", [np.int8, np.uint8, ml_dtypes.float8_e4m3fn])
 def test_a_range_of_nothing_has_a_scale_of_one(codes):
-    scale, zero = activation_codes(Range(low=0.0, high=0.0, bound=0.0), codes)
+    scale, zero = quantisation_parameters(Range(low=0.0, high=0.0, bound=0.0), codes)
     assert (float(scale), float(zero)) == (1.0, 0.0)
 
 
@@ -89,7 +89,7 @@ SHAPES = {"weight": (3, 5)}
 TEXT = f"g (float[1,40,3] {INPUT}) => (float[1,40,5] y) {{ x = Identity ({INPUT}) y = MatMul (x, weight) }}"
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", QUANT_FORMATS)
 @pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (-0.3, 2.2), (0.0, 5.0), (-4.0, 0.0), (-2.5, 252.5)])
 def test_a_graph_rounds_its_activation_as_the_affine_quantiser_does(form, low, high):
     rng = np.random.default_rng(0)
@@ -103,7 +103,7 @@ def test_a_graph_rounds_its_activation_as_the_affine_quantiser_does(form, low, h
     quantised.model.graph.outputs.append(rounded)
     x = np.linspace(1.3 * low - 0.1, 1.3 * high + 0.1, 120, dtype=np.float32).reshape(1, 40, 3)  # and beyond both ends
     found = outputs_of(quantised, {INPUT: x})[str(rounded.name)].ravel()
-    if FORMS[form].codes is np.int8:
+    if QUANT_FORMATS[form].activation_type is np.int8:
         step, zero, first, last = Fraction(bound) / 127, 0, -128, 127
     else:
         step = (Fraction(high) - Fraction(low)) / 255
@@ -148,7 +148,7 @@ def test_every_channel_of_a_weight_uses_its_whole_range(coder, largest, seed):
     found = coder(weight, GEMM)
     exact = np.abs(weight.astype(np.float64)).max(axis=0) / largest
     np.testing.assert_allclose(found.scales, exact, rtol=FLOAT32)
-    assert (np.abs(found.codes.astype(np.float64)).max(axis=0) == largest).all()
+    assert (np.abs(found.values.astype(np.float64)).max(axis=0) == largest).all()
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -158,10 +158,10 @@ def test_eight_bit_weights_are_rounded_half_to_even(seed):
     for row, column in np.ndindex(*weight.shape):
         quotient = Fraction(float(weight[row, column])) / Fraction(float(found.scales[column]))
         if abs(abs(quotient - int(quotient)) - Fraction(1, 2)) > Fraction(1, 10**4):
-            assert int(found.codes[row, column]) == half_even(quotient)
+            assert int(found.values[row, column]) == half_even(quotient)
     halves = np.zeros((64, 6), np.float32)
     halves[:6] = np.array([[127.0, 0.5, 1.5, -0.5, -1.5, 2.5]]).T
-    np.testing.assert_array_equal(per_channel(halves, GEMM).codes[:6, 0], [127, 0, 2, 0, -2, 2])
+    np.testing.assert_array_equal(per_channel(halves, GEMM).values[:6, 0], [127, 0, 2, 0, -2, 2])
 
 
 def best_of_16_codes(block: np.ndarray) -> tuple[float, int]:
@@ -189,8 +189,8 @@ def test_four_bits_use_all_sixteen_codes_for_the_least_error(name):
     gemm = replace(GEMM, weight_shape=(32, 1))
     block = BLOCKS[name].astype(np.float32)
     found = per_block(block[:, np.newaxis], gemm)
-    error = float(np.square(found.decoded().ravel() - block.astype(np.float64)).sum())
+    error = float(np.square(found.dequantised().ravel() - block.astype(np.float64)).sum())
     least, smallest = best_of_16_codes(block.astype(np.float64))
     assert error <= least * (1 + 1e-5)  # the search is in float32; without the code -8 it is 2 % worse or more
     if name in ("negative", "many at the lower end"):
-        assert smallest == int(found.codes.astype(int).min()) == -8
+        assert smallest == int(found.values.astype(int).min()) == -8

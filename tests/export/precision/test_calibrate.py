@@ -8,7 +8,7 @@ import pytest
 from medseg_trt.errors import InputError, UsageError
 from medseg_trt.export.graph.trace import INPUT, OnnxGraph
 from medseg_trt.export.precision.calibrate import Range, calibrate, observed_graph
-from medseg_trt.export.precision.quantize import activation_codes
+from medseg_trt.export.precision.quantize import quantisation_parameters
 from medseg_trt.imaging.digest import image_digests
 
 RNG = np.random.default_rng(0)
@@ -37,7 +37,7 @@ def whole_range(values: np.ndarray) -> Range:
 
 def error_of(values: np.ndarray, limits: Range, codes: type) -> float:
     """Return the mean squared error of rounding, in float64, by the definition of QuantizeLinear."""
-    scale, zero = activation_codes(limits, codes)
+    scale, zero = quantisation_parameters(limits, codes)
     info, exact = np.iinfo(codes), values.astype(np.float64)
     rounded = (np.rint(exact / scale) + zero).clip(info.min, info.max)
     return float(np.square((rounded - float(zero)) * scale - exact).mean())
@@ -65,7 +65,7 @@ def test_ranges_hold_zero_and_lie_within_what_was_seen():
 def test_a_value_that_is_always_zero_has_an_empty_range_and_a_scale_of_one():
     found = range_of(np.zeros_like(NORMAL))
     assert found == Range(low=0.0, high=0.0, bound=0.0)
-    assert activation_codes(found, np.int8)[0] == activation_codes(found, np.uint8)[0] == 1
+    assert quantisation_parameters(found, np.int8)[0] == quantisation_parameters(found, np.uint8)[0] == 1
 
 
 def test_images_are_shown_one_at_a_time_and_recorded_by_their_digest():

@@ -6,10 +6,10 @@ import torch
 from tiny import make_checkpoint
 
 from medseg_trt.export.fold.fold import fold
-from medseg_trt.export.graph.flavours import derive
-from medseg_trt.export.graph.fuse import fuse
+from medseg_trt.export.graph.dialects import derive
+from medseg_trt.export.graph.fusions.fuse import fuse
 from medseg_trt.export.graph.gemms import gemms
-from medseg_trt.export.graph.save import save_flavours
+from medseg_trt.export.graph.save import save_graphs
 from medseg_trt.export.graph.trace import OnnxGraph, trace
 from medseg_trt.export.precision.half import FLOAT, TYPES, to_half
 from medseg_trt.export.precision.overflow import HEADROOM, LARGEST, observed_values, rounded_graph, too_large
@@ -37,7 +37,7 @@ def everything(graph) -> OnnxGraph:
 
 
 def run(graph: OnnxGraph, folder, images=IMAGES, optimise=True) -> np.ndarray:
-    save_flavours({"graph.onnx": graph}, folder, "weights.bin")
+    save_graphs({"graph.onnx": graph}, folder, "weights.bin")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if not optimise:
@@ -73,9 +73,9 @@ def test_no_value_is_cast_down_and_up_again_for_nothing(everything):
         assert producer is None or producer.op_type != "Cast", f"{node.name} follows {producer.name}"
 
 
-@pytest.mark.parametrize("flavour", ["canonical", "plain"])
-def test_every_flavour_answers_as_pytorch_does_but_for_rounding(everything, reference, tmp_path, flavour):
-    logits = run(derive(flavour, everything, (32, 32), 3), tmp_path)
+@pytest.mark.parametrize("dialect", ["canonical", "plain"])
+def test_every_dialect_answers_as_pytorch_does_but_for_rounding(everything, reference, tmp_path, dialect):
+    logits = run(derive(dialect, everything, (32, 32), 3), tmp_path)
     expected = runner(reference)(IMAGES)
     # Half a unit in the 11th bit is 4.9e-4; through some 30 products in a row it may grow, as a random walk, to 3e-3
     # of the largest logit. The faults below are ten times as large.

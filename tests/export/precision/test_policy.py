@@ -1,17 +1,23 @@
-"""The name of a way to round changes with everything that decides it, and with nothing else."""
+"""The digest of a rounding policy changes with each of its settings and with its version, and with nothing else."""
 
-import shutil
-from pathlib import Path
+import hashlib
 
 import pytest
 
 from medseg_trt.export.precision import policy
-from medseg_trt.export.precision.policy import MODULES, policy_digest
+from medseg_trt.export.precision.policy import policy_digest
 
 INT8 = {"resnet": "int8", "vit": "int8", "block": "int8", "decoder": "int8"}
+SETTINGS = (INT8, "uint8", "plain", ("root",))
+# Bundles and results hold digests: the text below is what a digest of version 1 is made of.
+VERSION_1 = (
+    '{"dialect": "plain", "kept_float": ["root"], '
+    '"parts": {"block": "int8", "decoder": "int8", "resnet": "int8", "vit": "int8"}, '
+    '"quant_format": "uint8", "version": 1}'
+)
 
 
-def test_the_same_choices_have_the_same_name_in_any_order():
+def test_the_digest_does_not_depend_on_the_order():
     first = policy_digest(INT8, "uint8", "plain", ("head", "root"))
     assert first == policy_digest(dict(reversed(INT8.items())), "uint8", "plain", ["root", "head"])
 
@@ -25,19 +31,16 @@ def test_the_same_choices_have_the_same_name_in_any_order():
         (INT8, "uint8", "plain", ("head",)),
     ],
 )
-def test_another_choice_has_another_name(other):
+def test_every_setting_changes_the_digest(other):
     assert policy_digest(INT8, "uint8", "plain", ()) != policy_digest(*other)
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_other_code_has_another_name(tmp_path, monkeypatch, module):
-    for name in MODULES:
-        copy = tmp_path / f"{name}.py"
-        copy.parent.mkdir(exist_ok=True)
-        shutil.copy(Path(policy.__file__).parents[1] / f"{name}.py", copy)
-    before = policy_digest(INT8, "uint8", "plain", ())
-    monkeypatch.setattr(policy, "__file__", str(tmp_path / "precision" / "policy.py"))
-    assert policy_digest(INT8, "uint8", "plain", ()) == before
-    with (tmp_path / f"{module}.py").open("a") as file:
-        file.write("# another line")
-    assert policy_digest(INT8, "uint8", "plain", ()) != before
+def test_the_version_changes_the_digest(monkeypatch):
+    before = policy_digest(*SETTINGS)
+    monkeypatch.setattr(policy, "POLICY_VERSION", policy.POLICY_VERSION + 1)
+    assert policy_digest(*SETTINGS) != before
+
+
+def test_the_digest_of_a_version_stays_the_same(monkeypatch):
+    monkeypatch.setattr(policy, "POLICY_VERSION", 1)
+    assert policy_digest(*SETTINGS) == hashlib.sha256(VERSION_1.encode()).hexdigest()

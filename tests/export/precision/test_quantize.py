@@ -14,20 +14,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from medseg_trt.errors import UsageError
 from medseg_trt.export.fold.fold import fold
-from medseg_trt.export.graph.flavours import FLAVOURS, plain
-from medseg_trt.export.graph.fuse import fuse
+from medseg_trt.export.graph.dialects import DIALECTS, plain
+from medseg_trt.export.graph.fusions.fuse import fuse
 from medseg_trt.export.graph.gemms import PART_NAMES, gemms, total_macs
-from medseg_trt.export.graph.save import save_flavours
+from medseg_trt.export.graph.save import save_graphs
 from medseg_trt.export.graph.trace import INPUT, OnnxGraph, check, trace
 from medseg_trt.export.precision.calibrate import Calibration, calibrate, observed_graph
 from medseg_trt.export.precision.quantize import (
-    FORMS,
+    QUANT_FORMATS,
     SCHEMES,
-    activation_codes,
-    found_precisions,
+    gemm_precisions,
     int8_share,
     needs_calibration,
     parse_precision,
+    quantisation_parameters,
     quantise,
     to_int8,
     values_to_calibrate,
@@ -68,7 +68,7 @@ def exact(graph, tmp_path_factory) -> np.ndarray:
 
 def opened(graph: OnnxGraph, folder, optimised=None) -> onnxruntime.InferenceSession:
     """Open a graph as it is written, or optimised by ONNX Runtime and then written to ``optimised``."""
-    save_flavours({"graph.onnx": graph}, folder, "weights.bin")
+    save_graphs({"graph.onnx": graph}, folder, "weights.bin")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if optimised is None:
@@ -110,25 +110,25 @@ def test_every_product_of_the_network_is_counted(graph, folded):
     assert 0 < sum(gemm.macs for gemm in found) < total_macs(graph)  # the rest is attention's
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", QUANT_FORMATS)
 def test_int8_stays_close_and_is_int8(graph, calibration, exact, form, tmp_path):
-    quantised = quantise(graph, INT8, calibration, form=form)
+    quantised = quantise(graph, INT8, calibration, quant_format=form)
     assert sqnr_db(exact, logits(quantised, tmp_path)) > MIN_SQNR_DB[form]
-    assert set(found_precisions(quantised).values()) == {"int8"}
+    assert set(gemm_precisions(quantised).values()) == {"int8"}
     assert int8_share(quantised) > 0.8
     assert int8_share(quantised) == pytest.approx(
         sum(gemm.macs for gemm in gemms(graph)) / total_macs(graph)
     )  # no product was lost on the way
-    check(quantised, SIZE, 3, opsets=FLAVOURS["canonical"].opsets)
+    check(quantised, SIZE, 3, opsets=DIALECTS["canonical"].opsets)
 
 
 def test_fp8_stays_close_and_is_in_the_transformers_alone(graph, calibration, exact, tmp_path):
     quantised = quantise(graph, FP8, calibration)
-    found = found_precisions(quantised)
+    found = gemm_precisions(quantised)
     by_part = {gemm.part: found[gemm.name] for gemm in gemms(quantised)}
     assert by_part == {"resnet": "fp32", "vit": "fp8", "block": "fp8", "decoder": "fp32"}
     assert sqnr_db(exact, logits(quantised, tmp_path)) > MIN_SQNR_DB_FP8
-    check(quantised, SIZE, 3, opsets=FLAVOURS["canonical"].opsets)
+    check(quantised, SIZE, 3, opsets=DIALECTS["canonical"].opsets)
 
 
 def test_weights_in_fp8_are_off_by_half_a_step_of_three_bits_at_most(graph):
@@ -136,8 +136,8 @@ def test_weights_in_fp8_are_off_by_half_a_step_of_three_bits_at_most(graph):
     weight = np.random.default_rng(0).standard_normal(gemm.weight_shape).astype(np.float32)
     weight[:, 0] = 0
     found = per_channel_fp8(weight, gemm)
-    codes, smallest = found.codes.astype(np.float32), found.scales * 2.0**-10  # half of e4m3's smallest step, 2^-9
-    error = np.abs(found.decoded() - weight)
+    codes, smallest = found.values.astype(np.float32), found.scales * 2.0**-10  # half of e4m3's smallest step, 2^-9
+    error = np.abs(found.dequantised() - weight)
     assert (error <= np.maximum(np.abs(weight) * 2.0**-4, smallest) * (1 + 1e-6)).all()
     assert (np.abs(codes).max(axis=0)[1:] == FP8_MAX).all()  # a channel uses the whole range, and nothing overflows
     assert (codes[:, 0] == 0).all()
@@ -149,9 +149,9 @@ def test_convolutions_in_fp8_are_refused(text):
         parse_precision(text)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", QUANT_FORMATS)
 def test_a_value_is_rounded_once_and_biases_are_not(graph, calibration, form):
-    quantised = quantise(graph, INT8, calibration, form=form).model.graph
+    quantised = quantise(graph, INT8, calibration, quant_format=form).model.graph
     rounded = [node.inputs[0] for node in quantised if node.op_type == "QuantizeLinear"]
     assert len({value.name for value in rounded if value is not None}) == len(rounded)
     activations = {gemm.activation for gemm in gemms(graph)}
@@ -172,9 +172,9 @@ def test_a_value_is_rounded_once_and_biases_are_not(graph, calibration, form):
 
 
 def test_all_forms_hold_the_same_weight_bytes(graph, calibration, tmp_path):
-    forms = {f"{form}.onnx": quantise(graph, INT8, calibration, form=form) for form in FORMS}
-    save_flavours({"int8.onnx": forms["int8.onnx"]}, tmp_path, "one.bin")
-    save_flavours({f"all-{name}": graph for name, graph in forms.items()}, tmp_path, "all.bin")
+    forms = {f"{form}.onnx": quantise(graph, INT8, calibration, quant_format=form) for form in QUANT_FORMATS}
+    save_graphs({"int8.onnx": forms["int8.onnx"]}, tmp_path, "one.bin")
+    save_graphs({f"all-{name}": graph for name, graph in forms.items()}, tmp_path, "all.bin")
     assert (tmp_path / "all.bin").read_bytes() == (tmp_path / "one.bin").read_bytes()
     floats = sum(value.const_value.nbytes for value in graph.model.graph.initializers.values() if value.const_value)
     assert (tmp_path / "all.bin").stat().st_size < 0.5 * floats
@@ -189,8 +189,8 @@ def test_the_arithmetic_is_that_of_a_float64_oracle(graph, calibration, form, tm
         folder = tmp_path / gemm.op_type
         folder.mkdir()
         seen = {INPUT: IMAGES} | outputs(opened(observed_graph(quantised, watched), folder), IMAGES)
-        codes = FORMS[form].codes
-        scale, zero = activation_codes(calibration.ranges[gemm.activation], codes)
+        codes = QUANT_FORMATS[form].activation_type
+        scale, zero = quantisation_parameters(calibration.ranges[gemm.activation], codes)
         info = np.iinfo(codes)
         # ONNX divides in float32; a quotient within 1e-4 of a tie may go either way.
         quotient = seen[gemm.activation].astype(np.float64) / float(scale)
@@ -209,7 +209,7 @@ def test_the_arithmetic_is_that_of_a_float64_oracle(graph, calibration, form, tm
 
 
 def test_onnx_runtime_computes_every_gemm_but_the_last_in_integers(graph, calibration, exact, tmp_path):
-    quantised = quantise(graph, INT8, calibration, form="uint8_outputs")
+    quantised = quantise(graph, INT8, calibration, quant_format="uint8_outputs")
     session = opened(quantised, tmp_path, tmp_path / "optimised.onnx")
     kinds = Counter(node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node)
     wanted = Counter(gemm.op_type for gemm in gemms(graph))
@@ -220,7 +220,9 @@ def test_onnx_runtime_computes_every_gemm_but_the_last_in_integers(graph, calibr
 
 def test_openvino_computes_every_gemm_in_integers(graph, calibration, exact, tmp_path):
     openvino = pytest.importorskip("openvino")
-    save_flavours({"plain.onnx": plain(quantise(graph, INT8, calibration, form="uint8"))}, tmp_path, "weights.bin")
+    save_graphs(
+        {"plain.onnx": plain(quantise(graph, INT8, calibration, quant_format="uint8"))}, tmp_path, "weights.bin"
+    )
     core = openvino.Core()
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
     compiled = core.compile_model(core.read_model(tmp_path / "plain.onnx"), "CPU", settings)
@@ -237,7 +239,7 @@ def test_openvino_computes_every_gemm_in_integers(graph, calibration, exact, tmp
 
 def test_tensorrt_rtx_builds_the_symmetric_form(graph, calibration, tmp_path):
     trt = pytest.importorskip("tensorrt_rtx")
-    save_flavours({"int8.onnx": plain(quantise(graph, INT8, calibration, form="int8"))}, tmp_path, "weights.bin")
+    save_graphs({"int8.onnx": plain(quantise(graph, INT8, calibration, quant_format="int8"))}, tmp_path, "weights.bin")
     builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, trt.Logger(trt.Logger.ERROR))
@@ -260,11 +262,11 @@ def scaled(calibration: Calibration, name: str, factor: float) -> Calibration:
 
 def stale_scale(graph: OnnxGraph, calibration: Calibration) -> OnnxGraph:
     last = gemms(graph)[-1].activation
-    return quantise(graph, INT8, scaled(calibration, last, 0.2), form="uint8")
+    return quantise(graph, INT8, scaled(calibration, last, 0.2), quant_format="uint8")
 
 
 def dropped_zero_point(graph: OnnxGraph, calibration: Calibration) -> OnnxGraph:
-    broken = quantise(graph, INT8, calibration, form="uint8")
+    broken = quantise(graph, INT8, calibration, quant_format="uint8")
     first = next(gemm.activation for gemm in gemms(graph) if gemm.part == "block")
     value = broken.model.graph.initializers[f"{first}_zero_point"]
     value.const_value = ir.tensor(np.zeros((), np.uint8), name=value.name)
@@ -272,7 +274,7 @@ def dropped_zero_point(graph: OnnxGraph, calibration: Calibration) -> OnnxGraph:
 
 
 def transposed_weight(graph: OnnxGraph, calibration: Calibration) -> OnnxGraph:
-    broken = quantise(graph, INT8, calibration, form="uint8")
+    broken = quantise(graph, INT8, calibration, quant_format="uint8")
     square = next(g for g in reversed(gemms(broken)) if g.op_type == "MatMul" and len({*g.weight_shape}) == 1)
     value = broken.model.graph.initializers[square.weight]
     assert value.const_value is not None
@@ -281,7 +283,7 @@ def transposed_weight(graph: OnnxGraph, calibration: Calibration) -> OnnxGraph:
 
 
 def wrong_channel_axis(graph: OnnxGraph, calibration: Calibration) -> OnnxGraph:
-    broken = quantise(graph, INT8, calibration, form="uint8")
+    broken = quantise(graph, INT8, calibration, quant_format="uint8")
     square = next(g for g in reversed(gemms(broken)) if g.op_type == "Conv" and g.weight_shape[0] == g.weight_shape[1])
     (node,) = (use.node for use in broken.model.graph.initializers[square.weight].uses())
     node.attributes["axis"] = ir.AttrInt64("axis", 1)
@@ -296,7 +298,7 @@ def test_the_tolerance_catches(graph, calibration, exact, fault, tmp_path):
 def test_gemms_that_are_kept_stay_float_and_the_share_says_so(graph, calibration, exact, tmp_path):
     largest = max(gemms(graph), key=lambda gemm: gemm.macs)
     mixed = quantise(graph, INT8, calibration, keep_float=[largest.name])
-    found = found_precisions(mixed)
+    found = gemm_precisions(mixed)
     assert {name for name, precision in found.items() if precision != "int8"} == {largest.name}
     lost = int8_share(quantise(graph, INT8, calibration)) - int8_share(mixed)
     assert lost == pytest.approx(largest.macs / total_macs(graph))
@@ -306,8 +308,8 @@ def test_gemms_that_are_kept_stay_float_and_the_share_says_so(graph, calibration
 def test_parts_can_have_precisions_of_their_own(graph, calibration, exact, tmp_path):
     wanted = parse_precision("vit=int8, block=w8a16,decoder=fp16")
     assert wanted == {"resnet": "fp32", "vit": "int8", "block": "w8a16", "decoder": "fp16"}
-    mixed = quantise(graph, wanted, calibration, form="uint8")
-    found = found_precisions(mixed)
+    mixed = quantise(graph, wanted, calibration, quant_format="uint8")
+    found = gemm_precisions(mixed)
     assert {(gemm.part, found[gemm.name]) for gemm in gemms(mixed)} == set(wanted.items())
     assert sqnr_db(exact, logits(mixed, tmp_path)) > MIN_SQNR_DB["uint8"]
 
@@ -333,7 +335,7 @@ def test_what_keeps_its_float_numbers_gets_16_bits_and_what_keeps_its_wide_ones_
     """Of ``int8+fp16``, a layer that must not be coded is in fp16, and one that fp16 does not hold still has codes."""
     first, second, *_ = [gemm.name for gemm in gemms(graph) if gemm.part == "vit"]
     mixed = quantise(graph, parse_precision("int8+fp16"), calibration, keep_float=[first], keep_wide=[second])
-    found = found_precisions(mixed)
+    found = gemm_precisions(mixed)
     assert (found[first], found[second]) == ("fp16", "int8")
     nodes = {node.name: node for node in mixed.model.graph}
     assert nodes[first].outputs[0].dtype == ir.DataType.FLOAT16

@@ -7,9 +7,8 @@ import pytest
 
 from medseg_trt.export.graph.functions import PLUGIN, attach
 from medseg_trt.export.graph.gemms import gemms
-from medseg_trt.export.graph.save import save_flavours
+from medseg_trt.export.graph.save import save_graphs
 from medseg_trt.export.graph.trace import INPUT, KEPT_METADATA, OPSET, OnnxGraph
-from medseg_trt.export.precision import smooth as smooth_module
 from medseg_trt.export.precision.calibrate import calibrate, observed_graph
 from medseg_trt.export.precision.quantize import parse_precision, quantise, values_to_calibrate
 from medseg_trt.export.precision.smooth import Smoothing, smooth, smoothable
@@ -92,7 +91,7 @@ def graph() -> OnnxGraph:
 
 def observe(graph: OnnxGraph, folder):
     folder.mkdir()
-    save_flavours({"graph.onnx": graph}, folder, "weights.bin")
+    save_graphs({"graph.onnx": graph}, folder, "weights.bin")
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(folder / "graph.onnx", options, providers=["CPUExecutionProvider"])
@@ -135,11 +134,11 @@ def test_the_function_stays_the_same_and_the_original_too(graph, smoothed, tmp_p
     assert len(smoothed[0].model.graph.initializers) == len(CONSTANTS)  # no constant is kept twice
 
 
-def test_every_place_with_outliers_rounds_better(smoothed):
+def test_every_activation_with_outliers_has_a_smaller_error(smoothed):
     assert smoothed[1].keys() == PLACES
-    for found in smoothed[1].values():
-        assert found.alpha is not None
-        assert found.error_after < 0.5 * found.error_before  # thirty times as large costs up to five bits
+    for smoothing in smoothed[1].values():
+        assert smoothing.alpha is not None
+        assert smoothing.error_after < 0.5 * smoothing.error_before  # thirty times as large costs up to five bits
 
 
 def test_int8_of_the_whole_network_is_better(graph, smoothed, tmp_path):
@@ -154,28 +153,30 @@ def test_int8_of_the_whole_network_is_better(graph, smoothed, tmp_path):
     assert errors["smooth"] < 0.5 * errors["plain"]
 
 
-def test_a_place_that_gains_too_little_is_left_alone(graph, monkeypatch, tmp_path):
-    monkeypatch.setattr(smooth_module, "MIN_GAIN", 1e-3)  # no place rounds a thousand times better
+def test_an_activation_that_gains_too_little_does_not_change(graph, tmp_path):
     watched = observe(observed_graph(graph, smoothable(graph, names(graph))), tmp_path / "observed")
-    copy, found = smooth(graph, names(graph), watched, IMAGES)
-    assert {each.value for each in found} == PLACES
-    assert all(each.alpha is None and each.error_after == each.error_before > 0 for each in found)
+    # No activation has a thousandth of its error afterwards.
+    copy, smoothings = smooth(graph, names(graph), watched, IMAGES, max_error_share=1e-3)
+    assert {smoothing.value for smoothing in smoothings} == PLACES
+    assert all(
+        smoothing.alpha is None and smoothing.error_after == smoothing.error_before > 0 for smoothing in smoothings
+    )
     assert copy.model.graph.initializers.keys() == graph.model.graph.initializers.keys()
 
 
-def test_a_constant_that_others_read_keeps_its_values_for_them(graph, tmp_path):
+def test_a_shared_constant_does_not_change_for_its_other_readers(graph, tmp_path):
     shared = OnnxGraph(model=graph.model.clone())
     norms = [node for node in shared.model.graph if node.op_type in ("LayerNormalization", "RMSNormalization")]
     norms[1].replace_input_with(1, norms[0].inputs[1])
     exact = answers(shared, tmp_path / "before")
     watched = observe(observed_graph(shared, ["layer"]), tmp_path / "observed")
-    copy, (found,) = smooth(shared, ["node_f", "node_g"], watched, IMAGES)
-    assert found.alpha is not None
+    copy, (smoothing,) = smooth(shared, ["node_f", "node_g"], watched, IMAGES)
+    assert smoothing.alpha is not None
     assert np.abs(answers(copy, tmp_path / "after") - exact).max() <= 1e-5 * np.abs(exact).max()
 
 
 @pytest.mark.parametrize("constant", ["layer_bias", "first", "down", "kernel2", "group_weight"])
-def test_a_scale_that_was_forgotten_in_one_place_is_seen(graph, smoothed, constant, tmp_path):
+def test_a_constant_without_its_factor_is_detected(graph, smoothed, constant, tmp_path):
     broken = OnnxGraph(model=smoothed[0].model.clone())
     value = broken.model.graph.initializers[f"{constant}_smooth"]
     value.const_value = ir.tensor(CONSTANTS[constant], name=value.name)

@@ -1,7 +1,7 @@
-"""Smoothing keeps the function of every graph, whoever else reads what lies between a maker and its GEMMs.
+"""Smoothing keeps the function of every graph, whatever else reads a value between a producer and its GEMMs.
 
-Each graph is a maker, none to two ReLUs and one or two GEMMs; then another reader is put at every point in turn: an
-operator, the graph's own output, or a GEMM that stays float. What it reads must be what it was.
+Each graph is a producer, zero to two ReLUs and one or two GEMMs. A further reader is added at every point: an operator,
+the graph's own output, or a GEMM that stays float. The values that it reads must not change.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,6 @@ from onnx_text import graph_of, largest_change, outputs_of
 
 from medseg_trt.export.graph.gemms import gemms
 from medseg_trt.export.graph.trace import INPUT, OnnxGraph
-from medseg_trt.export.precision import smooth as smooth_module
 from medseg_trt.export.precision.calibrate import observed_graph
 from medseg_trt.export.precision.smooth import Smoothing, smooth, smoothable
 
@@ -129,28 +128,26 @@ def text_graph(
 
 
 def smoothed(graph: OnnxGraph, names: list[str]) -> tuple[OnnxGraph, tuple[Smoothing, ...]]:
+    """Smooth every candidate, whatever it gains."""
     watched = observed_graph(graph, smoothable(graph, names))
-    return smooth(graph, names, lambda batch: outputs_of(watched, {INPUT: batch}), IMAGES)
-
-
-@pytest.fixture(autouse=True)
-def every_place_is_changed(monkeypatch) -> None:
-    monkeypatch.setattr(smooth_module, "MIN_GAIN", np.inf)
+    return smooth(graph, names, lambda batch: outputs_of(watched, {INPUT: batch}), IMAGES, max_error_share=np.inf)
 
 
 @pytest.mark.parametrize("maker_name", MAKERS)
-def test_whoever_else_reads_keeps_what_it_read(maker_name):
+def test_other_readers_read_the_same_values(maker_name):
     maker = MAKERS[maker_name]
     for _, relus, gemm_count, point, reader in [case for case in CASES if case[0] == maker_name]:
         where = f"{maker_name}, {relus} ReLUs, {gemm_count} GEMMs, {reader} reads point {point}"
         graph, names = written(maker, relus, gemm_count, point, reader)
         assert len(names) == gemm_count, where
-        copy, found = smoothed(graph, names)
-        before, after = (outputs_of(one, {INPUT: IMAGES[:1]}) for one in (graph, copy))
+        copy, smoothings = smoothed(graph, names)
+        before, after = (outputs_of(variant, {INPUT: IMAGES[:1]}) for variant in (graph, copy))
         assert largest_change(before, after) < SAME, where
-        assert len(found) == (reader == "nothing"), where  # and where nobody else reads, the place is there
-        assert all(each.alpha is not None for each in found), where
-        assert (copy.model.graph.initializers.keys() != graph.model.graph.initializers.keys()) == bool(found), where
+        assert len(smoothings) == (reader == "nothing"), where  # without another reader there is one candidate
+        assert all(smoothing.alpha is not None for smoothing in smoothings), where
+        assert (copy.model.graph.initializers.keys() != graph.model.graph.initializers.keys()) == bool(smoothings), (
+            where
+        )
 
 
 OTHER_GRAPHS: Mapping[str, tuple[str, Mapping[str, tuple[int, ...]], list[str]]] = {
@@ -220,12 +217,12 @@ INTEGERS = {
 
 
 @pytest.mark.parametrize("name", OTHER_GRAPHS)
-def test_what_is_shared_keeps_its_values_for_the_others(name):
+def test_shared_constants_and_values_do_not_change_for_other_readers(name):
     lines, shapes, outputs = OTHER_GRAPHS[name]
     integers = {key: value for key, value in INTEGERS.items() if key in lines}
     graph = text_graph(lines, random_constants(shapes) | integers, outputs)
     names = [gemm.name for gemm in gemms(graph) if gemm.output.startswith("answer")]
     assert names
     copy, _ = smoothed(graph, names)
-    before, after = (outputs_of(one, {INPUT: IMAGES[:1]}) for one in (graph, copy))
+    before, after = (outputs_of(variant, {INPUT: IMAGES[:1]}) for variant in (graph, copy))
     assert largest_change(before, after) < SAME

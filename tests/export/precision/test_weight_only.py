@@ -8,9 +8,9 @@ import onnxruntime
 import pytest
 
 from medseg_trt.export.graph.gemms import Gemm, gemms, total_macs
-from medseg_trt.export.graph.save import save_flavours
+from medseg_trt.export.graph.save import save_graphs
 from medseg_trt.export.graph.trace import KEPT_METADATA, OPSET, OnnxGraph
-from medseg_trt.export.precision.quantize import found_precisions
+from medseg_trt.export.precision.quantize import gemm_precisions
 from medseg_trt.export.precision.weight_only import SHRINKS, block_size, per_block, per_channel, to_w4a16, to_w8a16
 
 RNG = np.random.default_rng(0)
@@ -56,7 +56,7 @@ def graph() -> OnnxGraph:
 
 
 def run(graph: OnnxGraph, folder, name="graph") -> np.ndarray:
-    save_flavours({f"{name}.onnx": graph}, folder, f"{name}.bin")
+    save_graphs({f"{name}.onnx": graph}, folder, f"{name}.bin")
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(folder / f"{name}.onnx", options, providers=["CPUExecutionProvider"])
@@ -93,10 +93,10 @@ def test_eight_bits_are_the_nearest_codes_of_the_largest_weight_of_every_channel
     found = per_channel(WEIGHTS[name], gemm(name, axis))
     others = tuple(each for each in range(weight.ndim) if each != axis)
     steps = np.abs(weight).max(axis=others, keepdims=True) / 127
-    assert found.codes.dtype == np.int8
-    assert np.abs(found.codes.astype(int)).max(axis=others).tolist() == [127] * weight.shape[axis]
+    assert found.values.dtype == np.int8
+    assert np.abs(found.values.astype(int)).max(axis=others).tolist() == [127] * weight.shape[axis]
     # Half a step, and what float32 does to a quotient of up to 127.
-    assert (np.abs(found.decoded() - weight) <= steps * (0.5 + 127 * 2**-22)).all()
+    assert (np.abs(found.dequantised() - weight) <= steps * (0.5 + 127 * 2**-22)).all()
 
 
 def test_ties_go_to_the_even_code_and_a_channel_of_zeros_stays_zero():
@@ -104,22 +104,22 @@ def test_ties_go_to_the_even_code_and_a_channel_of_zeros_stays_zero():
     weight[:, 0] = np.resize([127, 0.5, 1.5, -2.5, -0.5], 256)
     weight[:, 1] = 1e-42  # a subnormal number, whose scale would be zero
     found = per_channel(weight, gemm("wide"))
-    assert found.codes[:5, 0].tolist() == [127, 0, 2, -2, 0]
+    assert found.values[:5, 0].tolist() == [127, 0, 2, -2, 0]
     assert found.scales.tolist() == [1.0] * 96
-    assert not found.codes[:, 1:].any()
+    assert not found.values[:, 1:].any()
     blocks = per_block(weight, gemm("wide"))
     assert np.isfinite(blocks.scales).all()
-    assert not blocks.decoded()[:, 1:].any()
+    assert not blocks.dequantised()[:, 1:].any()
 
 
 def test_four_bits_are_better_than_rounding_to_the_nearest_of_the_whole_range():
     weight = WEIGHTS["wide"].astype(np.float64)
     found = per_block(WEIGHTS["wide"], gemm("wide"))
-    assert found.codes.dtype == ml_dtypes.int4
+    assert found.values.dtype == ml_dtypes.int4
     assert found.scales.shape == (2, 96)
     step = np.abs(weight.reshape(2, 128, 96)).max(axis=1, keepdims=True) / 7
     nearest = (np.rint(weight.reshape(2, 128, 96) / step) * step).reshape(256, 96)
-    error, plain = (np.square(tried - weight).sum() for tried in (found.decoded(), nearest))
+    error, plain = (np.square(tried - weight).sum() for tried in (found.dequantised(), nearest))
     # A sample of 128 normal numbers reaches 2.7 sigma; clipping it pays: 0.86 seen.
     assert error < 0.93 * plain
     best_shrink = found.scales / (step[:, 0] if step.ndim == 3 else step)
@@ -135,7 +135,7 @@ def test_blocks_of_a_transposed_matrix_lie_along_its_second_axis():
     transposed = replace(gemm("wide"), op_type="Gemm", weight_shape=(96, 256), output_axis=0)
     found = per_block(np.ascontiguousarray(WEIGHTS["wide"].T), transposed)
     assert (found.axis, found.scales.shape) == (1, (96, 2))
-    np.testing.assert_array_equal(found.decoded().T, per_block(WEIGHTS["wide"], gemm("wide")).decoded())
+    np.testing.assert_array_equal(found.dequantised().T, per_block(WEIGHTS["wide"], gemm("wide")).dequantised())
 
 
 @pytest.mark.parametrize("convert", [to_w8a16, to_w4a16])
@@ -145,7 +145,7 @@ def test_onnx_runtime_decodes_as_the_float64_oracle(graph, convert, tmp_path):
     if convert is to_w4a16:
         coders |= dict.fromkeys(("wide", "odd"), per_block)
     decoded = {
-        name: coders[name](WEIGHTS[name], gemm(name, 0 if name == "kernel" else 1)).decoded() for name in WEIGHTS
+        name: coders[name](WEIGHTS[name], gemm(name, 0 if name == "kernel" else 1)).dequantised() for name in WEIGHTS
     }
     twice = 2 * (X.astype(np.float64) @ decoded["wide"])
     image = (twice @ decoded["odd"] @ decoded["short"]).reshape(1, 2, 8, 16)
@@ -158,7 +158,7 @@ def test_onnx_runtime_decodes_as_the_float64_oracle(graph, convert, tmp_path):
 def test_the_graph_says_what_it_holds_and_shares_what_is_shared(graph, caplog):
     with caplog.at_level(logging.INFO, "medseg_trt"):
         coded = to_w4a16(graph, names(graph))
-    assert found_precisions(coded) == {
+    assert gemm_precisions(coded) == {
         "node_a": "w4a16", "node_twin": "w4a16", "node_c": "w4a16", "node_d": "w8a16", "node_y": "w8a16",
     }  # fmt: skip
     assert [record.getMessage().split()[0] for record in caplog.records] == ["node_d", "node_y"]
@@ -171,7 +171,7 @@ def test_the_graph_says_what_it_holds_and_shares_what_is_shared(graph, caplog):
 
 def test_only_the_named_gemms_change_and_a_shared_weight_stays_for_the_others(graph, tmp_path):
     coded = to_w8a16(graph, ["node_a"])
-    assert {name for name, found in found_precisions(coded).items() if found != "fp32"} == {"node_a"}
+    assert {name for name, found in gemm_precisions(coded).items() if found != "fp32"} == {"node_a"}
     assert "wide" in coded.model.graph.initializers
     error = np.abs(run(coded, tmp_path) - run(graph, tmp_path, "float")).max()
     assert 0 < error < 0.05 * np.abs(run(graph, tmp_path, "again")).max()

@@ -2,7 +2,7 @@ from math import prod
 
 import pytest
 
-from medseg_trt.export.engine_layers import Layer, words
+from medseg_trt.export.engine_layers import EngineLayer, words
 from medseg_trt.export.tensorrt.builder_log import parse_layers
 
 TENSOR = (
@@ -30,7 +30,7 @@ GEMM = line(
 )  # fmt: skip
 
 
-def read(*lines: str, macs: dict[str, int] | None = None) -> tuple[tuple[Layer, ...], int]:
+def read(*lines: str, macs: dict[str, int] | None = None) -> tuple[tuple[EngineLayer, ...], int]:
     return parse_layers("Layers:\n" + "\n".join(lines) + SUFFIX, macs or {})
 
 

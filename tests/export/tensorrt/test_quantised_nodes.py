@@ -10,10 +10,10 @@ import pytest
 from tiny import make_checkpoint, picture
 
 from medseg_trt.export.fold.fold import fold
-from medseg_trt.export.graph.flavours import FLAVOURS
+from medseg_trt.export.graph.dialects import DIALECTS
 from medseg_trt.export.graph.functions import DOMAIN
-from medseg_trt.export.graph.fuse import fuse
-from medseg_trt.export.graph.save import save_flavours
+from medseg_trt.export.graph.fusions.fuse import fuse
+from medseg_trt.export.graph.save import save_graphs
 from medseg_trt.export.graph.trace import INPUT, OnnxGraph, check, trace
 from medseg_trt.export.precision.calibrate import calibrate, observed_graph
 from medseg_trt.export.precision.quantize import parse_precision, quantise, values_to_calibrate
@@ -37,7 +37,7 @@ def graph(tmp_path_factory) -> OnnxGraph:
 
 
 def opened(graph: OnnxGraph, folder) -> onnxruntime.InferenceSession:
-    save_flavours({"graph.onnx": graph}, folder, "weights.bin")
+    save_graphs({"graph.onnx": graph}, folder, "weights.bin")
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return onnxruntime.InferenceSession(folder / "graph.onnx", options, providers=["CPUExecutionProvider"])
@@ -65,7 +65,7 @@ def test_every_norm_before_an_int8_product_writes_the_int8(int8, tmp_path):
     made = {name: after[name] for name in after if name.startswith("Quantized")}
     assert made.keys() >= {"QuantizedAddRMSNorm", "QuantizedSwiGLU", "QuantizedLayerNorm"}
     assert sum(made.values()) == count == before["QuantizeLinear"] - after["QuantizeLinear"]
-    check(joined, SIZE, 3, opsets=FLAVOURS["canonical"].opsets)
+    check(joined, SIZE, 3, opsets=DIALECTS["canonical"].opsets)
     answers = []
     for name, each in {"before": int8, "after": joined}.items():
         (tmp_path / name).mkdir()

@@ -22,7 +22,7 @@ from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.cli import cli
 from medseg_trt.engines.fingerprint import FOLDER
 from medseg_trt.engines.gpu import Gpu
-from medseg_trt.export.engine_layers import LAYERS_SUFFIX, Layer, LayerReport
+from medseg_trt.export.engine_layers import LAYERS_SUFFIX, EngineLayer, LayerReport
 from medseg_trt.export.graph.gemms import gemms
 from medseg_trt.export.graph.node_costs import node_costs
 from medseg_trt.export.graph.onnx_graph import OnnxGraph
@@ -125,7 +125,7 @@ def test_the_command_ends_well_where_an_engine_cannot_run(engine_bundle, tmp_pat
 def test_the_layers_of_an_engine_are_timed_by_the_library_and_led_back_to_the_graph(machine, engine_bundle, tmp_path):
     graph = OnnxGraph(model=ir.load(engine_bundle / "fp32.onnx"))
     product = next(gemm for gemm in gemms(graph) if gemm.part == "block")
-    layer = Layer(
+    layer = EngineLayer(
         name="__myl_Fc_myl0_1", kind="kgen", kernel="a kernel", inputs=(), constants=(), outputs=(),
         nodes=(product.name,), bytes=1000,
     )  # fmt: skip

@@ -23,12 +23,12 @@ from medseg_trt.bundles.manifest import Variant
 from medseg_trt.errors import AccuracyGateError, UsageError
 from medseg_trt.export.graph.gemms import gemms, total_macs
 from medseg_trt.export.graph.modules import groups_of
-from medseg_trt.export.graph.save import save_flavours
+from medseg_trt.export.graph.save import save_graphs
 from medseg_trt.export.graph.trace import OnnxGraph
 from medseg_trt.export.precision.calibrate import METHOD
 from medseg_trt.export.precision.half import to_half
 from medseg_trt.export.precision.overflow import LARGEST, rounded_graph
-from medseg_trt.export.precision.quantize import found_precisions, int8_share
+from medseg_trt.export.precision.quantize import gemm_precisions, int8_share
 from medseg_trt.imaging.digest import image_digests
 from medseg_trt.sessions.backends import BACKENDS
 from medseg_trt.sessions.onnxruntime import KEEP_CODERS, OnnxRuntimeSession
@@ -66,7 +66,7 @@ def graph(built) -> OnnxGraph:
 def run(graph: OnnxGraph, folder: Path, batch: np.ndarray) -> np.ndarray:
     """Return the logits, without any optimisation of ONNX Runtime."""
     folder.mkdir()
-    save_flavours({"graph.onnx": graph}, folder, "weights.bin")
+    save_graphs({"graph.onnx": graph}, folder, "weights.bin")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -218,7 +218,7 @@ def test_every_part_is_in_the_precision_that_was_asked_for(bundle):
         graph = OnnxGraph(model=ir.load(bundle.folder / f"{stem}.onnx"))
         found: dict[str, set[str]] = {}
         for gemm in gemms(graph):
-            found.setdefault(gemm.part, set()).add(found_precisions(graph)[gemm.name])
+            found.setdefault(gemm.part, set()).add(gemm_precisions(graph)[gemm.name])
         assert found == expected
 
 
@@ -298,7 +298,7 @@ def test_a_layer_that_eight_bits_ruin_goes_back_to_float_and_the_record_says_so(
     assert gate["ranks"][0][1] > 10 * gate["ranks"][1][1]  # alone it is worse than anything else
     assert gate["costs"][0] > 0.05 >= gate["verdict"]["high"]
     assert len(gate["costs"]) == 1
-    precisions = found_precisions(OnnxGraph(model=ir.load(folder / "int8.onnx")))
+    precisions = gemm_precisions(OnnxGraph(model=ir.load(folder / "int8.onnx")))
     kept = set(groups_of(planted)["decoder.3"])
     assert {name for name, precision in precisions.items() if precision == "fp32"} == kept
     assert 0.3 <= found["int8"].passes["int8_share"] == pytest.approx(1 - share_of(planted, kept), abs=0.01)
@@ -334,7 +334,7 @@ def test_numbers_that_float16_cannot_hold_stay_in_float32(overflowing, images, c
     recorded = found["fp16"].passes["too_large_for_16_bits"]
     assert {each["gemm"] for each in recorded} == names
     assert all(each["largest"] == pytest.approx(8 * LARGEST["fp16"], rel=0.2) for each in recorded[:1])
-    precisions = found_precisions(OnnxGraph(model=ir.load(folder / "fp16.onnx")))
+    precisions = gemm_precisions(OnnxGraph(model=ir.load(folder / "fp16.onnx")))
     assert {name for name, precision in precisions.items() if precision == "fp32"} == names
     assert found["fp16"].passes["gate"]["kept_float"] == ()
 
@@ -346,7 +346,7 @@ def test_an_overflow_that_onnx_runtime_hides_is_caught(
     with pytest.raises(AccuracyGateError, match="not finite: a number is too large for its type"):
         made(overflowing, "fp16", images, contract, tmp_path / "made")
     half = to_half(overflowing, [gemm.name for gemm in gemms(overflowing)])
-    save_flavours({"half.onnx": half}, tmp_path, "weights.bin")
+    save_graphs({"half.onnx": half}, tmp_path, "weights.bin")
     with import_module(BACKENDS["onnxruntime"].module).open_graph(tmp_path / "half.onnx", "fp16", 1, "fp32") as session:
         assert np.isfinite(session.run(images.verified)).all()
     assert not np.isfinite(run(rounded_graph(half), tmp_path / "rounded", images.verified)).all()

@@ -29,7 +29,7 @@ from medseg_trt.errors import ArtefactError, DeviceError, MedsegError, MissingEx
 from medseg_trt.export.engine_layers import LayerReport, Outcome
 from medseg_trt.export.graph.gemms import gemms, total_macs
 from medseg_trt.export.graph.onnx_graph import OnnxGraph
-from medseg_trt.export.tensorrt.build import LIBRARIES, check_engine_spec, flavour_for, require_library, shell_command
+from medseg_trt.export.tensorrt.build import LIBRARIES, check_engine_spec, dialect_for, require_library, shell_command
 from medseg_trt.export.tensorrt.expectations import layer_report
 from medseg_trt.export.tensorrt.graph import JOINED, EngineGraph, engine_graph
 from medseg_trt.export.tensorrt.qkv_order import order_before_split
@@ -473,7 +473,7 @@ def test_the_classic_library_builds_for_the_gpu_that_is_here():
     ],
 )  # fmt: skip
 def test_older_parsers_get_the_plain_graph(library, version, flavour):
-    assert flavour_for(library, version) == flavour
+    assert dialect_for(library, version) == flavour
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

@@ -8,7 +8,7 @@ import pytest
 from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.errors import ArtefactError, DeviceError
 from medseg_trt.export.graph.masks import with_masks
-from medseg_trt.export.graph.save import save_flavours
+from medseg_trt.export.graph.save import save_graphs
 from medseg_trt.export.graph.trace import INPUT, OPSET, OUTPUT, OnnxGraph
 from medseg_trt.sessions.open import open_session
 from medseg_trt.sessions.subprocess_session import ChildSession
@@ -39,7 +39,7 @@ def test_a_child_makes_masks_where_the_graph_does(tmp_path):
     node = ir.node("Neg", [image], outputs=[logits])
     network = ir.Graph([image], [logits], nodes=[node], opset_imports={"": OPSET}, name="network")
     graph = with_masks(OnnxGraph(model=ir.Model(network, ir_version=10)), Preprocessing(image_size=(16, 16)))
-    save_flavours({"graph.onnx": graph}, tmp_path, "weights.bin")
+    save_graphs({"graph.onnx": graph}, tmp_path, "weights.bin")
     images = np.random.default_rng(0).random((2, 3, 8, 8), dtype=np.float32)
     with open_child(tmp_path / "graph.onnx") as child:
         assert child.gives_masks

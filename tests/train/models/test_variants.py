@@ -16,7 +16,7 @@ from tiny import SIZE, TWO_ORGANS, tiny_recipe, write_block, write_pictures
 
 from medseg_trt.errors import UsageError
 from medseg_trt.export.fold.fold import fold
-from medseg_trt.export.graph.save import save_flavours
+from medseg_trt.export.graph.save import save_graphs
 from medseg_trt.export.graph.trace import trace
 from medseg_trt.spec import BlockSpec, InsertSpec, ModelSpec, Preprocessing, from_dict, to_dict
 from medseg_trt.train.block.blocks import FrozenBlock, extract_last, random_block, save_block
@@ -572,7 +572,7 @@ def test_random_weights_have_the_spread_that_the_spec_says():
 )
 def test_onnx_runtime_agrees_with_pytorch(chosen, tmp_path):
     model = make_model(chosen)
-    save_flavours({"model.onnx": trace(fold(model)[0])}, tmp_path, "weights.bin")
+    save_graphs({"model.onnx": trace(fold(model)[0])}, tmp_path, "weights.bin")
     images = np.random.default_rng(0).random((2, 3, *SIZE), dtype=np.float32)
     published = make_model(VARIANTS["published"])
     with torch.inference_mode():

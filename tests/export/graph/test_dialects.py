@@ -1,4 +1,4 @@
-"""The plain flavour, on the real folded tiny network and operator by operator, in ONNX Runtime and in OpenVINO."""
+"""The plain dialect, on the real folded tiny network and operator by operator, in ONNX Runtime and in OpenVINO."""
 
 import subprocess
 import sys
@@ -18,9 +18,9 @@ from tiny import make_checkpoint
 
 from medseg_trt.errors import MedsegError
 from medseg_trt.export.fold.fold import fold
-from medseg_trt.export.graph.flavours import FLAVOURS, derive, plain
+from medseg_trt.export.graph.dialects import DIALECTS, derive, plain
 from medseg_trt.export.graph.functions import DOMAIN, function
-from medseg_trt.export.graph.fuse import fuse
+from medseg_trt.export.graph.fusions.fuse import fuse
 from medseg_trt.export.graph.trace import KEPT_METADATA, OnnxGraph, trace
 from medseg_trt.train.checkpoint import load_checkpoint
 from medseg_trt.train.models.llama import LlamaBlock
@@ -84,11 +84,11 @@ def flat(canonical):
     return derive("plain", canonical, SIZE, 3)
 
 
-def test_every_flavour_answers_as_the_traced_graph(traced, canonical):
+def test_every_dialect_answers_as_the_traced_graph(traced, canonical):
     for batch in (1, 3):
         images = RNG.random((batch, 3, *SIZE), dtype=np.float32)
         expected = run(traced, pixel_values=images)
-        for name in FLAVOURS:
+        for name in DIALECTS:
             assert distance(run(derive(name, canonical, SIZE, 3), pixel_values=images), expected) < TOLERANCE
 
 
@@ -103,7 +103,7 @@ def test_openvino_answers_as_the_traced_graph_and_fuses_the_forms_again(traced, 
     assert not layers.keys() & {"Softmax", "MatMul", "Gelu", "ReduceMean", "Swish", "Math", "GroupNormalization"}
 
 
-def test_the_plain_flavour_is_of_the_lowest_operator_set(flat, canonical):
+def test_the_plain_dialect_is_of_the_lowest_operator_set(flat, canonical):
     assert flat.model.opset_imports == {"": 18}
     assert not flat.model.functions
     assert {node.domain for node in flat.model.graph} == {""}
@@ -117,14 +117,14 @@ def test_every_new_node_knows_its_module(flat, canonical):
     assert {node.metadata_props[KEPT_METADATA] for node in flat.model.graph} <= known
 
 
-@pytest.mark.parametrize("flavour", list(FLAVOURS))
-def test_another_operator_set_than_the_flavours_is_refused(monkeypatch, canonical, flavour):
+@pytest.mark.parametrize("dialect", list(DIALECTS))
+def test_another_operator_set_than_the_dialects_is_refused(monkeypatch, canonical, dialect):
     def broken(graph):
-        model = FLAVOURS[flavour].derive(graph).model.clone()
+        model = DIALECTS[dialect].derive(graph).model.clone()
         model.opset_imports[""] = 17
         return OnnxGraph(model=model)
 
-    monkeypatch.setitem(FLAVOURS, "broken", replace(FLAVOURS[flavour], derive=broken))
+    monkeypatch.setitem(DIALECTS, "broken", replace(DIALECTS[dialect], derive=broken))
     with pytest.raises(MedsegError, match="operator sets"):
         derive("broken", canonical, SIZE, 3)
 
@@ -155,7 +155,7 @@ def attention(heads: int, kv_heads: int):
 
 
 CHANNELS = {"x": normal(2, 6, 5, 4, scale=0.01), "scale": normal(6), "bias": normal(6)}
-SPELLED = {
+DECOMPOSED = {
     "groups": ("GroupNormalization", CHANNELS, {"num_groups": 3, "epsilon": 1e-4}),
     "a group per channel": ("GroupNormalization", CHANNELS, {"num_groups": 6, "epsilon": 1e-4}),
     "rms norm": ("RMSNormalization", {"x": normal(2, 3, 8, scale=0.01), "scale": normal(8)}, {"epsilon": 1e-4}),
@@ -167,13 +167,13 @@ SPELLED = {
 
 
 def both(case: str) -> tuple[OnnxGraph, OnnxGraph, dict[str, np.ndarray]]:
-    op_type, inputs, attributes = SPELLED[case]
+    op_type, inputs, attributes = DECOMPOSED[case]
     constants = {name for name in inputs if name in ("scale", "bias")}
     graph = small(op_type, inputs, constants=constants, **attributes)
     return graph, plain(graph), {name: array for name, array in inputs.items() if name not in constants}
 
 
-@pytest.mark.parametrize("case", list(SPELLED))
+@pytest.mark.parametrize("case", list(DECOMPOSED))
 def test_what_is_spelled_out_computes_the_same(case):
     graph, spelled, feeds = both(case)
     assert spelled.model.opset_imports == {"": 18}

@@ -15,9 +15,10 @@ from tiny import make_checkpoint
 
 from medseg_trt.errors import MedsegError
 from medseg_trt.export.fold.fold import fold
-from medseg_trt.export.graph.flavours import FLAVOURS, derive, plain
+from medseg_trt.export.graph.dialects import DIALECTS, derive, plain
 from medseg_trt.export.graph.functions import BODIES, DOMAIN, PLUGIN, check_functions, function
-from medseg_trt.export.graph.fuse import RULES, fuse
+from medseg_trt.export.graph.fusions.fuse import RULES, fuse
+from medseg_trt.export.graph.fusions.fusion_result import FusionResult
 from medseg_trt.export.graph.trace import OnnxGraph, check, trace
 from medseg_trt.train.checkpoint import load_checkpoint
 from medseg_trt.train.models.llama import LlamaBlock
@@ -27,7 +28,7 @@ SIZE = (32, 48)
 IMAGES = np.random.default_rng(0).random((3, 3, *SIZE), dtype=np.float32)
 # Logits of order 1 in float32: a fused node adds up in another order than the traced ones. 1e-7 seen.
 TOLERANCE = 1e-5
-OPSETS = FLAVOURS["canonical"].opsets
+OPSETS = DIALECTS["canonical"].opsets
 
 
 def run(graph: OnnxGraph, **feeds: np.ndarray) -> np.ndarray:
@@ -42,6 +43,10 @@ def run(graph: OnnxGraph, **feeds: np.ndarray) -> np.ndarray:
 
 def distance(first: np.ndarray, second: np.ndarray) -> float:
     return float(np.abs(first - second).max())
+
+
+def counts_of(results: dict[str, FusionResult]) -> dict[str, int]:
+    return {rule: result.count for rule, result in results.items()}
 
 
 def calls(graph: OnnxGraph, name: str) -> list[ir.Node]:
@@ -83,7 +88,8 @@ def expected(traced):
 
 
 def test_every_rule_finds_what_the_network_holds(traced):
-    graph, counts = fuse(traced)
+    graph, results = fuse(traced)
+    counts = counts_of(results)
     assert list(counts) == list(RULES)
     assert counts == {"add_rms_norms": 1, "rms_norms": 0, "rotary_embeddings": 1, "swiglus": 1, "attentions": 3}
     assert not graph.num_nodes.keys() & {"RMSNormalization", "Sigmoid", "Neg", "ConstantOfShape", "Shape"}
@@ -91,12 +97,36 @@ def test_every_rule_finds_what_the_network_holds(traced):
 
 def test_the_published_network_turns_nothing(tmp_path):
     network = folded(tmp_path, rotary=False)
-    graph, counts = fuse(trace(network))
+    graph, results = fuse(trace(network))
+    counts = counts_of(results)
     assert counts == {"add_rms_norms": 1, "rms_norms": 0, "rotary_embeddings": 0, "swiglus": 1, "attentions": 3}
     with torch.inference_mode():
         expected = network(torch.from_numpy(IMAGES)).numpy()
-    for flavour in FLAVOURS:
-        assert distance(run(derive(flavour, graph, SIZE, 3)), expected) < TOLERANCE
+    for dialect in DIALECTS:
+        assert distance(run(derive(dialect, graph, SIZE, 3)), expected) < TOLERANCE
+
+
+def test_every_rule_that_fuses_nothing_gives_its_reason(tmp_path):
+    _, results = fuse(trace(folded(tmp_path, rotary=False)))
+    assert {rule: result.reason for rule, result in results.items() if not result.count} == {
+        "rms_norms": "no RMSNormalization over the last axis with one weight per column is left",
+        "rotary_embeddings": "of the 3 Attention nodes, none has queries and keys that are rotated as Rotary does",
+    }
+    empty = ir.Model(ir.Graph([], [], nodes=[], opset_imports={"": 23}, name="empty"), ir_version=10)
+    _, results = fuse(OnnxGraph(model=empty))
+    assert {rule: result.reason for rule, result in results.items()} == {
+        "add_rms_norms": "the graph has no RMSNormalization over the last axis with one weight per column",
+        "rms_norms": "no RMSNormalization over the last axis with one weight per column is left",
+        "rotary_embeddings": "the graph has no Attention",
+        "swiglus": "the graph has no silu(gate) * up whose gate and up are the two halves of one tensor",
+        "attentions": "the graph has no Attention",
+    }
+
+
+@pytest.mark.parametrize(("count", "reason"), [(0, ""), (1, "a reason"), (-1, "")])
+def test_a_result_has_either_a_count_or_a_reason(count, reason):
+    with pytest.raises(ValueError, match="cannot give"):
+        FusionResult(count=count, reason=reason)
 
 
 def test_the_fused_network_answers_as_the_traced_one(network, fused, expected):
@@ -210,8 +240,9 @@ def change_one_angle(graph):
 def test_what_differs_in_any_part_is_not_fused(traced, edit, rule):
     other = edited(traced)
     edit(other)
-    fused_other, counts = fuse(other)
-    assert counts[rule] == 0
+    fused_other, results = fuse(other)
+    assert results[rule].count == 0
+    assert results[rule].reason
     if edit is not norm_another_axis:  # no runtime takes a scale of another shape
         assert distance(run(fused_other), run(other)) < TOLERANCE
 
@@ -308,7 +339,7 @@ def test_the_norm_is_rounded_before_it_is_scaled_and_takes_the_variance_of_the_r
     graph = OnnxGraph(model=ir.from_proto(model))
     for value, old in zip(graph.model.graph.outputs, inputs.values(), strict=False):
         value.shape = ir.Shape(old.shape)
-    # The definition of RMSNormalization, as the plain flavour spells it: ONNX's reference computes it in float16.
+    # The definition of RMSNormalization, as the plain dialect decomposes it: ONNX's reference computes it in float16.
     answer = ReferenceEvaluator(ir.to_proto(plain(graph).model)).run(None, inputs)
     y, total = (np.asarray(each) for each in answer)
     assert total.dtype == y.dtype == np.float16

@@ -10,7 +10,7 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Folding:
+class FoldResult:
     """How many places a rule changed, or why it changed none."""
 
     count: int = 0
@@ -21,9 +21,9 @@ class Folding:
             raise ValueError(f"a rule that changed {self.count} places cannot give {self.reason!r} as its reason")
 
 
-def counted(count: int, reason: str) -> Folding:
+def counted(count: int, reason: str) -> FoldResult:
     """Return how many places were changed; ``reason`` says why there are none, where there are none."""
-    return Folding(count=count) if count else Folding(reason=reason)
+    return FoldResult(count=count) if count else FoldResult(reason=reason)
 
 
 def places(model: nn.Module, kind: type[Layer]) -> list[tuple[nn.Module, str, Layer]]:

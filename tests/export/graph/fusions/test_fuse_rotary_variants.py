@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from onnx_text import graph_of, largest_change, outputs_of
 
-from medseg_trt.export.graph.fuse import fuse
+from medseg_trt.export.graph.fusions.fuse import fuse
 
 SAME = 2e-6  # a rotation and an attention in float32: 1.2e-7 measured, ONNX Runtime on an x86 CPU
 BATCH, TOKENS, HEADS, KV_HEADS, HEAD_DIM = 2, 3, 4, 2, 6
@@ -147,6 +147,6 @@ def test_a_rotation_is_fused_only_in_the_form_that_the_node_computes(name):
     size = ",".join(map(str, SHAPE))
     graph = graph_of(f"g (float[{size}] qkv) => ({outputs}) {{ {lines} }}", {**CONSTANTS, **values})
     feeds = {"qkv": np.random.default_rng(1).normal(size=SHAPE).astype(np.float32)}
-    copy, counts = fuse(graph)
+    copy, results = fuse(graph)
     assert largest_change(outputs_of(graph, feeds), outputs_of(copy, feeds)) < SAME
-    assert counts["rotary_embeddings"] == fused
+    assert results["rotary_embeddings"].count == fused
