@@ -28,7 +28,7 @@ from medseg_trt.engines.fingerprint import read_fingerprint
 from medseg_trt.export.engine_layers import CUSTOM
 from medseg_trt.export.gate import Verdict
 from medseg_trt.files import cache_folder
-from medseg_trt.inspection.engine import read_report, shares
+from medseg_trt.inspection.engine import read_layer_report, shares
 
 TARGETS = "sm86,sm89,sm120"
 PRECISIONS = {  # by their name in the table
@@ -119,7 +119,7 @@ def _measure(bundle: Bundle, engine: BuiltEngine) -> Row:
         second = Path(folder, first.name)
         build_in_child(bundle.folder / variant.graph, second, engine.spec, None)
         differing = _differing_bytes(first, second)
-    report, names = read_report(first), {text: name for name, text in PRECISIONS.items()}
+    report, names = read_layer_report(first), {text: name for name, text in PRECISIONS.items()}
     return Row(
         precision=names[variant.precision], plan_mb=first.stat().st_size / 1e6, wall_s=engine.wall_s,
         processor_s=engine.processor_s, peak_resident_mb=engine.peak_resident_mb, differing_bytes=differing,
@@ -137,7 +137,7 @@ def _small_rows(checkpoint: Path, data: Path) -> list[SmallRow]:
             bundle = load_bundle(output)
             for engine in bundle.content.engines:
                 variant, plan = bundle.content.variants[engine.variant], bundle.folder / engine.plan
-                layers = read_report(plan).layers
+                layers = read_layer_report(plan).layers
                 verdict = Verdict(**variant.passes["gate"]["verdict"])
                 rows.append(
                     SmallRow(

@@ -199,7 +199,7 @@ def _engine(
     library: str, path: Path, precision: str, compute: str, image: np.ndarray, folder: Path
 ) -> tuple[str, list[Step]]:
     """Time the layers of the engine of a bundle; the names are the builder's, and its report knows their nodes."""
-    from medseg_trt.inspection.engine import read_report
+    from medseg_trt.inspection.engine import read_layer_report
     from medseg_trt.sessions.subprocess_session import open_network
     from medseg_trt.sessions.tensorrt import TensorRtSession
 
@@ -207,7 +207,7 @@ def _engine(
         assert isinstance(session, TensorRtSession)
         assert session.plan is not None
         taken = session.layer_times(image, RUNS)
-        known = {layer.name: layer for layer in read_report(session.plan).layers}
+        known = {layer.name: layer for layer in read_layer_report(session.plan).layers}
     steps = [_step(name, float(np.median(found)), known.get(name)) for name, found in taken.items()]
     return f"{LIBRARY_NAMES[library]} IProfiler", steps
 

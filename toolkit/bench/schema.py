@@ -417,7 +417,7 @@ class Report:
         return next(row for row in self.rows if row.name == name)
 
 
-def read_report(path: Path) -> Report:
+def read_bench_report(path: Path) -> Report:
     """Read what ``bench`` wrote: a ``report.json``, or the folder that it lies in.
 
     Raises:

@@ -14,7 +14,7 @@ from tiny import write_pictures, write_volumes
 
 from medseg_trt.bench import benchmark, candidates, peaks, timings
 from medseg_trt.bench.benchmark import ENDED, Bench, bench
-from medseg_trt.bench.schema import SCOPES, Latency, Missing, Profile, Roofline, Speedup, Verdict, read_report
+from medseg_trt.bench.schema import SCOPES, Latency, Missing, Profile, Roofline, Speedup, Verdict, read_bench_report
 from medseg_trt.bench.summary import summary
 from medseg_trt.bench.timed_session import MeasuredSession
 from medseg_trt.cli import cli, main
@@ -80,7 +80,7 @@ def test_everything_is_measured_in_processes_of_their_own(tiny_bundle, data, tmp
         path for path in tmp_path.iterdir() if path.name != "report.json"
     ]  # masks were written here, and removed
     write_json(tmp_path / "report.json", to_dict(report))
-    assert read_report(tmp_path) == report
+    assert read_bench_report(tmp_path) == report
 
 
 @pytest.mark.usefixtures("measured_here")
@@ -142,7 +142,7 @@ def test_a_wrong_network_ends_the_command_with_3_after_the_report_was_written(ti
     assert str(ran.exception) == (
         f"other masks than the reference's: onnxruntime fp32; see {tmp_path / 'report' / 'index.html'}"
     )
-    assert not read_report(tmp_path / "report").summary.holds
+    assert not read_bench_report(tmp_path / "report").summary.holds
     assert "does not hold" in (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
 
 
