@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from results_file import options, publish, table
 
-from medseg_trt.bench.measure import in_turn, tier, timed_runs
+from medseg_trt.bench.measure import interleaved_rounds, tier, timed_runs
 from medseg_trt.bundles.bundle import Bundle, load_bundle
 from medseg_trt.metrics.intervals import Interval, speed_interval
 from medseg_trt.sessions.open import open_session
@@ -35,8 +35,8 @@ def compare(bundle: Bundle, backend: str, duration_s: float, slower: float) -> I
 
         calls = {"first": lambda: first.run(batch), "second": waiting if slower else lambda: second.run(batch)}
         turns = {name: lambda seconds, runs, call=call: timed_runs(call, seconds, runs) for name, call in calls.items()}
-        taken = in_turn(turns, tier("quick", duration_s=duration_s))
-    return speed_interval(taken["first"].rounds_ms, taken["second"].rounds_ms, in_turn=True)
+        taken = interleaved_rounds(turns, tier("quick", duration_s=duration_s))
+    return speed_interval(taken["first"].rounds_ms, taken["second"].rounds_ms, interleaved=True)
 
 
 def to_markdown(result: Any) -> str:

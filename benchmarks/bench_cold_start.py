@@ -84,7 +84,7 @@ def main() -> None:
                     taken[name].append([seconds])
     first, rows = next(iter(taken.values())), []
     for name, seconds in taken.items():
-        speed = speed_interval(first, seconds, in_turn=True)
+        speed = speed_interval(first, seconds, interleaved=True)
         rows.append({
             "name": name, "typical_s": median_of_rounds(seconds), "min_s": float(np.min(seconds)),
             "seconds": [each[0] for each in seconds], "speed": speed.estimate, "low": speed.low, "high": speed.high,

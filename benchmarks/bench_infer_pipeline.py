@@ -182,7 +182,7 @@ def main() -> None:
 def figures(runs: list[Run], simple: list[Run]) -> dict[str, Any]:
     """Sum up the runs of one way, against the simple loop's of the same rounds."""
     seconds, simple_seconds = ([[each[0]] for each in taken] for taken in (runs, simple))
-    speed = speed_interval(simple_seconds, seconds, in_turn=True)
+    speed = speed_interval(simple_seconds, seconds, interleaved=True)
     return {
         "typical_s": median_of_rounds(seconds), "seconds": [each[0] for each in runs], "speed": speed.estimate,
         "low": speed.low, "high": speed.high, "peak_mb": max(each[1] for each in runs),

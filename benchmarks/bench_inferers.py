@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from results_file import options, publish, table
 
-from medseg_trt.bench.measure import in_turn, tier, timed_runs
+from medseg_trt.bench.measure import interleaved_rounds, tier, timed_runs
 from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.errors import MedsegError
 from medseg_trt.imaging.images import read_image
@@ -114,12 +114,11 @@ def main() -> None:
             name: lambda seconds, runs, run=run: timed_runs(lambda: run(batch), seconds, runs)
             for name, run in ways.items()
         }
-        taken = {
-            name: found.rounds_ms for name, found in in_turn(turns, tier("quick", duration_s=chosen.duration_s)).items()
-        }
+        round_times = interleaved_rounds(turns, tier("quick", duration_s=chosen.duration_s))
+        taken = {name: times.rounds_ms for name, times in round_times.items()}
     rows = []
     for name, rounds in taken.items():
-        speed = speed_interval(taken["PyTorch"], rounds, in_turn=True)
+        speed = speed_interval(taken["PyTorch"], rounds, interleaved=True)
         samples = [each for steps in rounds for each in steps]
         rows.append({
             "name": name, "median_ms": median_of_rounds(rounds), "p90_ms": float(np.percentile(samples, 90)),

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from results_file import options, publish, table
 
-from medseg_trt.bench.measure import in_turn, tier, timed_runs
+from medseg_trt.bench.measure import interleaved_rounds, tier, timed_runs
 from medseg_trt.bundles.bundle import Bundle
 from medseg_trt.pipeline import build
 from medseg_trt.sessions.backends import is_installed
@@ -53,7 +53,7 @@ def time_batches(bundle: Bundle, backend: str, batches: list[int], duration_s: f
             )
             for batch in batches
         }
-        taken = in_turn(turns, tier("quick", duration_s=duration_s))
+        taken = interleaved_rounds(turns, tier("quick", duration_s=duration_s))
     return {
         int(batch): [each / int(batch) for steps in found.rounds_ms for each in steps] for batch, found in taken.items()
     }

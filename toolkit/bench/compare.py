@@ -121,7 +121,7 @@ def _speed(before: Report, after: Report, old: Row, new: Row, scope: Scope) -> S
         return Missing(reason=f"the batches are {before.batch} and {after.batch} images; measure with the same --batch")
     return SpeedChange(
         before_ms=first.median_ms, after_ms=second.median_ms,
-        latency=speed_interval(first.rounds_ms, second.rounds_ms, in_turn=False),
+        latency=speed_interval(first.rounds_ms, second.rounds_ms, interleaved=False),
         against_reference=_against_reference(before, after, old, new, scope),
     )  # fmt: skip
 
@@ -139,7 +139,7 @@ def _against_reference(before: Report, after: Report, old: Row, new: Row, scope:
             return Missing(reason="the reference was not timed")
         pairs = zip(slow.rounds_ms, fast.rounds_ms, strict=False)  # a network that failed has fewer rounds
         ratios.append([[float(np.median(above) / np.median(below))] for above, below in pairs])
-    return speed_interval(ratios[1], ratios[0], in_turn=False)
+    return speed_interval(ratios[1], ratios[0], interleaved=False)
 
 
 def _dice(before: Report, after: Report, old: Row, new: Row) -> DiceChange | Missing:

@@ -18,7 +18,7 @@ from medseg_trt.errors import DeviceError, MedsegError
 from medseg_trt.metrics.intervals import coefficient_of_variation, median_of_rounds, tail_latency
 
 Clock = Callable[[], float]  # seconds
-Turn = Callable[[float, int], list[float]]  # for so many seconds, at least so many runs: the milliseconds of each
+TimedRuns = Callable[[float, int], list[float]]  # for so many seconds, at least so many runs: the milliseconds of each
 
 TIERS: Mapping[str, Tier] = {
     "quick": Tier(name="quick", warmup_ms=200.0, warmup_runs=10, duration_s=3.0, min_runs=10, starts=1),
@@ -42,7 +42,7 @@ MAX_VARIATION: Mapping[str, float] = {
 
 
 @dataclass(kw_only=True)
-class Taken:
+class RoundTimes:
     """What was measured of a row so far."""
 
     rounds_ms: list[list[float]] = field(default_factory=list[list[float]])
@@ -84,12 +84,12 @@ def timed_runs(
     return taken
 
 
-def in_turn(
-    rows: Mapping[str, Turn],
+def interleaved_rounds(
+    rows: Mapping[str, TimedRuns],
     tier: Tier,
     settle: Callable[[float], None] = time.sleep,
-    found: dict[str, Taken] | None = None,
-) -> dict[str, Taken]:
+    found: dict[str, RoundTimes] | None = None,
+) -> dict[str, RoundTimes]:
     """Warm every row up, then let all of them have a turn, round by round.
 
     A row that fails keeps what it has; the others go on.
@@ -101,7 +101,7 @@ def in_turn(
         found: where the times are put as they come, so that the caller has them after an interrupt, too.
     """
     found = {} if found is None else found
-    found |= {name: Taken() for name in rows}
+    found |= {name: RoundTimes() for name in rows}
 
     def turn(name: str, seconds: float, runs: int) -> list[float]:
         if found[name].failure is not None:
@@ -124,7 +124,7 @@ def in_turn(
     return found
 
 
-def latency(taken: Taken, device: str, timer: str = HOST_CLOCK) -> Latency | None:
+def latency(taken: RoundTimes, device: str, timer: str = HOST_CLOCK) -> Latency | None:
     """Sum up single times; None where there are none.
 
     The median is ``median_of_rounds``. Percentiles are interpolated linearly between the sorted times. Times that no
@@ -154,7 +154,7 @@ def max_variation(device: str) -> float:
     return MAX_VARIATION["CPU" if device.upper().startswith("CPU") else "CUDA"]
 
 
-def complaints(found: Latency, device: str, scope: str) -> list[str]:
+def timing_warnings(found: Latency, device: str, scope: str) -> list[str]:
     """Return what a reader has to know before he believes the times."""
     said: list[str] = []
     if not found.stable:

@@ -13,7 +13,7 @@ from numpy import ndarray
 from medseg_trt.bench.candidates import Candidate
 from medseg_trt.bench.claims import objection
 from medseg_trt.bench.energy import Meter, energy, open_meter
-from medseg_trt.bench.measure import HOST_CLOCK, Taken, complaints, in_turn, latency
+from medseg_trt.bench.measure import HOST_CLOCK, RoundTimes, interleaved_rounds, latency, timing_warnings
 from medseg_trt.bench.schema import (
     Energy,
     Latency,
@@ -119,7 +119,7 @@ def time_all(
     scopes: dict[str, Scope] = {
         name: "model" if _on_cpu(session) else "model+transfers" for name, session in sessions.items()
     }
-    _time_in_turn(
+    _time_interleaved(
         sessions, timings, scopes, lambda name, seconds, runs: sessions[name].time(batch, seconds, runs), tier
     )
     for name in sessions:
@@ -153,8 +153,8 @@ def speedups(reference: Timings, row: Timings) -> dict[Scope, Speedup | Missing]
 
 
 def _speedup(theirs: Latency, ours: Latency) -> Speedup | Missing:
-    in_turn = len(theirs.rounds_ms) == len(ours.rounds_ms)  # a row whose clock jumped for a whole round has fewer
-    speed = speed_interval(theirs.rounds_ms, ours.rounds_ms, in_turn=in_turn)
+    interleaved = len(theirs.rounds_ms) == len(ours.rounds_ms)  # a clock jump can remove a whole round
+    speed = speed_interval(theirs.rounds_ms, ours.rounds_ms, interleaved=interleaved)
     refused = objection(theirs, ours, speed)
     if refused is not None or speed.confidence is None:
         return Missing(reason=f"no factor is claimed: {refused}")
@@ -180,7 +180,7 @@ def _time_whole_way(
             stages[name].setdefault(stage, []).extend(taken)
         return samples
 
-    _time_in_turn(alive, timings, dict.fromkeys(alive, "end-to-end"), turn, tier)
+    _time_interleaved(alive, timings, dict.fromkeys(alive, "end-to-end"), turn, tier)
     for name in alive:
         timings[name].stages_ms = {stage: median(samples) for stage, samples in stages[name].items() if samples}
 
@@ -198,12 +198,12 @@ def _time_on_devices(
             untold.add(name)
         return samples or []
 
-    _time_in_turn(alive, timings, dict.fromkeys(alive, "model"), turn, tier, CUDA_EVENTS)
+    _time_interleaved(alive, timings, dict.fromkeys(alive, "model"), turn, tier, CUDA_EVENTS)
     for name in untold:
         timings[name].latency["model"] = Missing(reason=NO_DEVICE_TIME)
 
 
-def _time_in_turn(
+def _time_interleaved(
     sessions: Mapping[str, MeasuredSession],
     timings: Mapping[str, Timings],
     scopes: Mapping[str, Scope],
@@ -212,9 +212,9 @@ def _time_in_turn(
     timer: str = HOST_CLOCK,
 ) -> None:
     """Give every row its turns and sum up what they took, even where an interrupt ends them."""
-    taken: dict[str, Taken] = {}
+    taken: dict[str, RoundTimes] = {}
     try:
-        in_turn({name: partial(turn, name) for name in sessions}, tier, found=taken)
+        interleaved_rounds({name: partial(turn, name) for name in sessions}, tier, found=taken)
     finally:
         _keep_whole_rounds(taken)
         for name, each in taken.items():
@@ -222,10 +222,10 @@ def _time_in_turn(
             found = latency(each, device, timer)
             row.failure = row.failure or each.failure
             row.latency[scope] = found or Missing(reason=each.failure or (NO_TIME if each.rounds_ms else NOT_REACHED))
-            row.warnings += complaints(found, device, scope) if found is not None else []
+            row.warnings += timing_warnings(found, device, scope) if found is not None else []
 
 
-def _keep_whole_rounds(taken: Mapping[str, Taken]) -> None:
+def _keep_whole_rounds(taken: Mapping[str, RoundTimes]) -> None:
     """Drop the round that an interrupt cut short, where others are complete, so that rounds stay pairs."""
     alive = [each for each in taken.values() if each.failure is None]
     whole = min((len(each.rounds_ms) for each in alive), default=0)

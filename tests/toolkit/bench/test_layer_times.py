@@ -9,7 +9,7 @@ import pytest
 
 from medseg_trt.bench import layer_times, peaks
 from medseg_trt.bench.layer_times import WARM_UP, Step, profile, steps_of_trace, summed_up
-from medseg_trt.bench.measure import Taken, latency
+from medseg_trt.bench.measure import RoundTimes, latency
 from medseg_trt.bench.schema import Missing, Peak, Profile
 from medseg_trt.errors import DeviceError
 from medseg_trt.export.graph.node_costs import NodeCost
@@ -108,7 +108,7 @@ def test_openvino_tells_its_steps(tiny_bundle):
 
 def test_a_network_is_put_under_the_lower_of_both_roofs():
     peak = Peak(arithmetic="fp32", gmacs_per_s=100.0, gemm="", gbytes_per_s=10.0, copy="")
-    alone = latency(Taken(rounds_ms=[[2.0] * 10]), "CPU")
+    alone = latency(RoundTimes(rounds_ms=[[2.0] * 10]), "CPU")
     assert alone is not None
     memory_bound = peaks.roofline(alone, 40_000_000, 10_000_000, peak)
     assert (memory_bound.intensity, memory_bound.reached_gmacs_per_s, memory_bound.roof_gmacs_per_s) == (4, 20, 40)
