@@ -10,8 +10,8 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from numpy import ndarray
 
+from medseg_trt.bench.accuracy import AGREEMENT, NetworkScores, SliceImages, compare_all, differences, verdict
 from medseg_trt.bench.candidates import Candidate, bundle_candidates, checkpoint_candidate
-from medseg_trt.bench.compared import AGREEMENT, Compared, Pictures, compare_all, differences, verdict
 from medseg_trt.bench.layer_times import profile
 from medseg_trt.bench.measured_cases import MeasuredCases, measured_cases, one_image_file
 from medseg_trt.bench.peaks import peaks, roofline
@@ -70,7 +70,7 @@ class Measured:
     """The report, and the pictures of its worst slices, by row, in the order of ``Row.worst``."""
 
     report: Report
-    pictures: Mapping[str, tuple[Pictures, ...]]
+    pictures: Mapping[str, tuple[SliceImages, ...]]
     window: tuple[float, float]  # the values that are drawn black and white
     ended_early: bool  # by an interrupt; the report holds what was measured before
 
@@ -185,7 +185,7 @@ def _reference_words(what: Bench) -> str:
     return "the bundle's own float32 network, which was compared with PyTorch at the build; no checkpoint was given"
 
 
-def _verdicts(candidates: Sequence[Candidate], compared: Compared, limit: float) -> dict[str, Verdict | Missing]:
+def _verdicts(candidates: Sequence[Candidate], compared: NetworkScores, limit: float) -> dict[str, Verdict | Missing]:
     reference, metric = compared.networks[candidates[0].name], "Dice" if compared.labelled else AGREEMENT
     return {
         each.name: verdict(reference, compared.networks[each.name], limit, each.allowed, metric)
@@ -256,7 +256,7 @@ def _inside_one(
 def _row(
     candidate: Candidate,
     reference: Candidate,
-    compared: Compared,
+    compared: NetworkScores,
     verdicts: Mapping[str, Verdict | Missing],
     timings: Mapping[str, Timings],
     devices: Mapping[str, tuple[str, str]],

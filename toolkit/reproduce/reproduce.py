@@ -16,7 +16,7 @@ from medseg_trt.files import sha256, write_json
 from medseg_trt.progress import LOG, is_spokesman
 from medseg_trt.reproduce.paired_runs import Scores, scores_of
 from medseg_trt.reproduce.paper_tables import ARMS, TABLES, Arm
-from medseg_trt.reproduce.reproduced import Reproduced, Tested, write_table
+from medseg_trt.reproduce.results import ReproducedTable, Tested, write_table
 from medseg_trt.spec import from_dict
 from medseg_trt.train.datasets.folder import DataFolder
 from medseg_trt.train.datasets.official import DATASETS, open_dataset
@@ -94,7 +94,7 @@ def reproduce(wanted: Wanted) -> Path:
             tested.append(_test(run, table.modes))
     path = wanted.out / f"{wanted.table}.json"
     if is_spokesman():
-        found = Reproduced(
+        found = ReproducedTable(
             table=wanted.table, tested=tuple(tested), missing=tuple(missing), is_generated=_is_generated(wanted, places)
         )
         write_table(found, path)

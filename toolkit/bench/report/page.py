@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
-from medseg_trt.bench.compared import Pictures
+from medseg_trt.bench.accuracy import SliceImages
 from medseg_trt.bench.report.figures import figures, series
 from medseg_trt.bench.report.worst_pictures import LOST_AND_FOUND, tiles
 from medseg_trt.bench.schema import Missing, Profile, Report, Start
@@ -21,7 +21,7 @@ TOP_STEPS = 12
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def html_page(report: Report, pictures: Mapping[str, Sequence[Pictures]], window: tuple[float, float]) -> str:
+def html_page(report: Report, pictures: Mapping[str, Sequence[SliceImages]], window: tuple[float, float]) -> str:
     """Return the page: one file, with everything in it, for light, dark and paper.
 
     Raises:

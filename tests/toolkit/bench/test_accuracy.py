@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from medseg_trt.bench.compared import AGREEMENT, compare_all, differences, verdict
+from medseg_trt.bench.accuracy import AGREEMENT, compare_all, differences, verdict
 from medseg_trt.bench.schema import Accuracy, Agreement, Missing, Verdict
 from medseg_trt.errors import ArtefactError, InputError
 from medseg_trt.imaging.images import Image

@@ -28,7 +28,7 @@ class Tested:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Reproduced:
+class ReproducedTable:
     """All runs of a table."""
 
     table: str  # a key of TABLES
@@ -56,7 +56,7 @@ class Line:
         return self.gain.sentence(lower_is_better=self.figure in LOWER_IS_BETTER)
 
 
-def lines_of(found: Reproduced) -> list[Line]:
+def lines_of(found: ReproducedTable) -> list[Line]:
     """Return every figure of the table's data sets, in every way of counting."""
     table = TABLES[found.table]
     return [
@@ -85,7 +85,7 @@ def _line(
     )  # fmt: skip
 
 
-def write_table(found: Reproduced, path: Path) -> None:
+def write_table(found: ReproducedTable, path: Path) -> None:
     """Write ``path``, a JSON file, and the same as Markdown beside it."""
     lines = lines_of(found)
     write_json(path, to_dict(found, lines))
@@ -93,7 +93,7 @@ def write_table(found: Reproduced, path: Path) -> None:
         temporary.write_text(to_markdown(found, lines), encoding="utf-8")
 
 
-def to_dict(found: Reproduced, lines: Sequence[Line]) -> dict[str, Any]:
+def to_dict(found: ReproducedTable, lines: Sequence[Line]) -> dict[str, Any]:
     """Return plain data that JSON can hold."""
     return {
         "schema": SCHEMA,
@@ -108,7 +108,7 @@ def to_dict(found: Reproduced, lines: Sequence[Line]) -> dict[str, Any]:
     }
 
 
-def to_markdown(found: Reproduced, lines: Sequence[Line]) -> str:
+def to_markdown(found: ReproducedTable, lines: Sequence[Line]) -> str:
     """Return the table and what it says."""
     table = TABLES[found.table]
     text = [f"# {table.title}", ""]
@@ -139,7 +139,7 @@ def to_markdown(found: Reproduced, lines: Sequence[Line]) -> str:
     return "\n".join(text) + "\n"
 
 
-def _runs_of(found: Reproduced, dataset: str) -> str:
+def _runs_of(found: ReproducedTable, dataset: str) -> str:
     tested = [each for each in found.tested if each.dataset == dataset]
     splits, seeds = ({getattr(each, name) for each in tested} for name in ("split", "seed"))
     cases = ", ".join(f"{count} {split}" for split, count in tested[0].cases.items())

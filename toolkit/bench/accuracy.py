@@ -37,7 +37,7 @@ AGREEMENT = "agreement with the reference in Dice"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Pictures:
+class SliceImages:
     """What a worst slice looks like."""
 
     pixels: ndarray  # (height, width, channels), raw
@@ -47,12 +47,12 @@ class Pictures:
 
 
 @dataclass(kw_only=True)
-class Found:
+class AccuracyRecord:
     """What is known of one network so far."""
 
     cases: list[CaseAccuracy] = field(default_factory=list[CaseAccuracy])
     slices: list[SliceCounts] = field(default_factory=list[SliceCounts])
-    worst: list[tuple[WorstCase, Pictures]] = field(default_factory=list[tuple[WorstCase, Pictures]])
+    worst: list[tuple[WorstCase, SliceImages]] = field(default_factory=list[tuple[WorstCase, SliceImages]])
     failure: str | None = None
     max_abs_error: float = 0.0
     same_labels: int = 0
@@ -71,10 +71,10 @@ class Found:
 
 
 @dataclass(kw_only=True)
-class Compared:
+class NetworkScores:
     """The networks by name, the reference first, and what HD95 is measured in."""
 
-    networks: dict[str, Found]
+    networks: dict[str, AccuracyRecord]
     labelled: bool
     units: set[str] = field(default_factory=set[str])
 
@@ -106,7 +106,7 @@ def compare_all(
     preprocessing: Preprocessing,
     classes: Classes,
     on_case: Callable[[str, Image], None],
-) -> Compared:
+) -> NetworkScores:
     """Show every case to every network; one that fails is shown no more.
 
     Args:
@@ -120,7 +120,7 @@ def compare_all(
         MedsegError: the reference fails.
     """
     reference_name = next(iter(runs))
-    compared = Compared(networks={name: Found() for name in runs}, labelled=True)
+    compared = NetworkScores(networks={name: AccuracyRecord() for name in runs}, labelled=True)
     for case, image, truth in cases:
         on_case(case, image)
         compared.labelled = truth is not None
@@ -183,7 +183,9 @@ def differences(reference: Accuracy, candidate: Accuracy, verdict: Verdict) -> t
     return tuple(found)
 
 
-def verdict(reference: Found, candidate: Found, limit: float, allowed: float, metric: str) -> Verdict | Missing:
+def verdict(
+    reference: AccuracyRecord, candidate: AccuracyRecord, limit: float, allowed: float, metric: str
+) -> Verdict | Missing:
     """Judge a network's masks: Dice must surely not fall by more than ``limit``, nor too many pixels change.
 
     It is the gate of ``build``, on these images: a class that a mask finds where there is none counts, too.
@@ -207,7 +209,7 @@ def verdict(reference: Found, candidate: Found, limit: float, allowed: float, me
     )  # fmt: skip
 
 
-def _add_agreement(found: Found, logits: ndarray, reference: ndarray) -> None:
+def _add_agreement(found: AccuracyRecord, logits: ndarray, reference: ndarray) -> None:
     found.max_abs_error = max(found.max_abs_error, float(np.abs(logits - reference).max()))
     same = labels_of(logits) == labels_of(reference)
     found.same_labels += int(same.sum())
@@ -216,7 +218,9 @@ def _add_agreement(found: Found, logits: ndarray, reference: ndarray) -> None:
     found.power += float(np.square(reference, dtype=np.float64).sum())
 
 
-def _add_scores(found: Found, case: str, image: Image, labels: ndarray, truth: ndarray, classes: Classes) -> None:
+def _add_scores(
+    found: AccuracyRecord, case: str, image: Image, labels: ndarray, truth: ndarray, classes: Classes
+) -> None:
     spacing = image.spacing_mm or PIXELS
     if len(labels) == 1:  # a picture: its surface is its outline
         scored = scores(labels[0], truth[0], classes, spacing[1:])
@@ -231,7 +235,7 @@ def _add_scores(found: Found, case: str, image: Image, labels: ndarray, truth: n
 
 
 def _add_worst(
-    found: Found, reference: Found, case: str, image: Image, truth: ndarray | None, reference_labels: ndarray,
+    found: AccuracyRecord, reference: AccuracyRecord, case: str, image: Image, truth: ndarray | None, reference_labels: ndarray,
     labels: ndarray,
 ) -> None:  # fmt: skip
     """Keep the slices that lost most; of those that lost the same, those with the most changed pixels."""
@@ -245,7 +249,7 @@ def _add_worst(
             case=case, slice=index, reference_dice=reference_score, candidate_dice=score,
             difference=(score or 0.0) - (reference_score or 0.0), changed_pixels=changed,
         )  # fmt: skip
-        pictures = Pictures(
+        pictures = SliceImages(
             pixels=image.pixels[index].copy(), truth=None if truth is None else truth[index].copy(),
             reference=reference_labels[index].copy(), candidate=labels[index].copy(),
         )  # fmt: skip
