@@ -42,16 +42,28 @@ def compare(bundle: Bundle, backend: str, duration_s: float, slower: float) -> I
 def to_markdown(result: Any) -> str:
     """Return the results as a page."""
     rows = [
-        (each["what"], str(each["comparisons"]), str(each["faster"]), str(each["slower"]), f"{each['median']:.4f}",
-         f"{each['median_width']:.4f}")
+        (
+            each["what"],
+            str(each["comparisons"]),
+            str(each["faster"]),
+            str(each["slower"]),
+            f"{each['median']:.4f}",
+            f"{each['median_width']:.4f}",
+        )
         for each in result["rows"]
-    ]  # fmt: skip
+    ]
     header = ("second network", "comparisons", "said faster", "said slower", "median ratio", "median width")
-    return "\n".join([
-        "# The same network against itself", "",
-        f"{result['network']}; {result['duration_s']:g} s a row, {result['rounds']} rounds. "
-        "Of 90 % intervals one in twenty may miss on either side.", "", *table(header, rows), "",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            "# The same network against itself",
+            "",
+            f"{result['network']}; {result['duration_s']:g} s a row, {result['rounds']} rounds. "
+            "Of 90 % intervals one in twenty may miss on either side.",
+            "",
+            *table(header, rows),
+            "",
+        ]
+    )
 
 
 def main() -> None:
@@ -67,13 +79,17 @@ def main() -> None:
     for what, slower in (("the same", 0.0), (f"{SLOWER:.0%} slower", SLOWER)):
         found = [compare(bundle, chosen.backend, chosen.duration_s, slower) for _ in range(chosen.comparisons)]
         rounds = found[0].units
-        rows.append({
-            "what": what, "comparisons": len(found), "faster": sum(each.low > 1 for each in found),
-            "slower": sum(each.high < 1 for each in found),
-            "median": float(np.median([each.estimate for each in found])),
-            "median_width": float(np.median([each.high - each.low for each in found])),
-            "intervals": [[each.low, each.estimate, each.high] for each in found],
-        })  # fmt: skip
+        rows.append(
+            {
+                "what": what,
+                "comparisons": len(found),
+                "faster": sum(each.low > 1 for each in found),
+                "slower": sum(each.high < 1 for each in found),
+                "median": float(np.median([each.estimate for each in found])),
+                "median_width": float(np.median([each.high - each.low for each in found])),
+                "intervals": [[each.low, each.estimate, each.high] for each in found],
+            }
+        )
     with open_session(bundle, chosen.backend) as session:
         network = session.description
     result = {"network": network, "duration_s": chosen.duration_s, "rounds": rounds, "rows": rows}

@@ -61,10 +61,16 @@ def optimum_way(bundle: Path) -> Run:
 def to_markdown(result: Any) -> str:
     """Return the results as a page."""
     rows = [
-        (each["name"], f"{each['median_ms']:.1f}", f"{each['speed']:.2f}x", f"{each['low']:.2f} … {each['high']:.2f}",
-         str(each["runs"]), f"{each['max_abs_error']:.1e}")
+        (
+            each["name"],
+            f"{each['median_ms']:.1f}",
+            f"{each['speed']:.2f}x",
+            f"{each['low']:.2f} … {each['high']:.2f}",
+            str(each["runs"]),
+            f"{each['max_abs_error']:.1e}",
+        )
         for each in result["rows"]
-    ]  # fmt: skip
+    ]
     header = ("way", f"ms for {SLICES} slices", "speed", "90 % interval", "runs", "max abs error")
     missing = [f"Not measured: {name}: {reason}" for name, reason in result["missing"].items()]
     lines = ["# Other ways to run the network", "", f"{result['images']}; the network alone, fp32.", ""]
@@ -120,11 +126,18 @@ def main() -> None:
     for name, rounds in taken.items():
         speed = speed_interval(taken["PyTorch"], rounds, interleaved=True)
         samples = [each for steps in rounds for each in steps]
-        rows.append({
-            "name": name, "median_ms": median_of_rounds(rounds), "p90_ms": float(np.percentile(samples, 90)),
-            "runs": len(samples), "speed": speed.estimate, "low": speed.low, "high": speed.high,
-            "max_abs_error": errors[name],
-        })  # fmt: skip
+        rows.append(
+            {
+                "name": name,
+                "median_ms": median_of_rounds(rounds),
+                "p90_ms": float(np.percentile(samples, 90)),
+                "runs": len(samples),
+                "speed": speed.estimate,
+                "low": speed.low,
+                "high": speed.high,
+                "max_abs_error": errors[name],
+            }
+        )
     images = f"{SLICES} slices of {chosen.volume.name}, {bundle.preprocessing.image_size[0]} pixels wide"
     publish("inferers", {"images": images, "rows": rows, "missing": missing}, to_markdown, chosen)
 

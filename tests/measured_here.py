@@ -52,9 +52,11 @@ def measure_here(patch: pytest.MonkeyPatch) -> None:
 
     def steps(_path, backend, _precision, _compute, _image, costs):
         named = [cost for cost in costs if cost.macs]
-        return summed_up(f"{backend}, made up", [
-            Step(name=cost.names[0], kind="Conv", kernel="made up", ms=0.5, bytes=cost.bytes) for cost in named
-        ], costs)  # fmt: skip
+        return summed_up(
+            f"{backend}, made up",
+            [Step(name=cost.names[0], kind="Conv", kernel="made up", ms=0.5, bytes=cost.bytes) for cost in named],
+            costs,
+        )
 
     peak = Peak(arithmetic="", gmacs_per_s=50.0, gemm="made up", gbytes_per_s=20.0, copy="made up")
     patch.setattr(timings, "MeasuredSession", MeasuredHere)

@@ -65,9 +65,10 @@ class AccuracyRecord:
         if not self.all_labels:
             return Missing(reason=self.failure or "no image was shown")
         return Agreement(
-            max_abs_error=self.max_abs_error, labels=self.same_labels / self.all_labels,
+            max_abs_error=self.max_abs_error,
+            labels=self.same_labels / self.all_labels,
             sqnr_db=10 * float(np.log10(self.power / self.noise)) if self.noise and self.power else None,
-        )  # fmt: skip
+        )
 
 
 @dataclass(kw_only=True)
@@ -94,10 +95,15 @@ class NetworkScores:
         ]
         means = mean_scores([case.scores for case in cases])
         return Accuracy(
-            metric="Dice" if self.labelled else AGREEMENT, mean_dice=_mean(each.dice for each in means),
-            mean_iou=_mean(each.iou for each in means), mean_hd95=_mean(each.hd95 for each in means), hd95_unit=unit,
-            means=means, cases=tuple(cases), slices=tuple(found.slices),
-        )  # fmt: skip
+            metric="Dice" if self.labelled else AGREEMENT,
+            mean_dice=_mean(each.dice for each in means),
+            mean_iou=_mean(each.iou for each in means),
+            mean_hd95=_mean(each.hd95 for each in means),
+            hd95_unit=unit,
+            means=means,
+            cases=tuple(cases),
+            slices=tuple(found.slices),
+        )
 
 
 def compare_all(
@@ -164,11 +170,18 @@ def differences(reference: Accuracy, candidate: Accuracy, verdict: Verdict) -> t
     names = [each.name for each in reference.means]
     found = [
         Difference(
-            metric="Dice", class_name=None, unit=verdict.unit, pairs=verdict.pairs,
-            reference=verdict.reference, candidate=verdict.candidate, difference=-verdict.drop,
-            low=-verdict.drop_high, high=-verdict.drop_low, confidence=verdict.confidence,
+            metric="Dice",
+            class_name=None,
+            unit=verdict.unit,
+            pairs=verdict.pairs,
+            reference=verdict.reference,
+            candidate=verdict.candidate,
+            difference=-verdict.drop,
+            low=-verdict.drop_high,
+            high=-verdict.drop_low,
+            confidence=verdict.confidence,
         )
-    ]  # fmt: skip
+    ]
     for metric, attribute in (("Dice", "dice"), ("IoU", "iou"), ("HD95", "hd95")):
         units: Unit = "cases" if by_case or metric == "HD95" else "slices"
         pair = [_table(each, attribute, units) for each in (reference, candidate)]
@@ -202,11 +215,18 @@ def verdict(
             f"and {100 * allowed:.2f} % may; {words}"
         )
     return Verdict(
-        holds=gate.holds and disagreement <= allowed, reference=gate.reference, candidate=gate.candidate,
-        drop=gate.drop, drop_low=gate.low, drop_high=gate.high, limit=limit, confidence=CONFIDENCE,
-        unit="cases" if gate.unit == "cases" else "slices", pairs=len({each.case for each in reference.slices})
-        if gate.unit == "cases" else gate.images, words=words,
-    )  # fmt: skip
+        holds=gate.holds and disagreement <= allowed,
+        reference=gate.reference,
+        candidate=gate.candidate,
+        drop=gate.drop,
+        drop_low=gate.low,
+        drop_high=gate.high,
+        limit=limit,
+        confidence=CONFIDENCE,
+        unit="cases" if gate.unit == "cases" else "slices",
+        pairs=len({each.case for each in reference.slices}) if gate.unit == "cases" else gate.images,
+        words=words,
+    )
 
 
 def _add_agreement(found: AccuracyRecord, logits: ndarray, reference: ndarray) -> None:
@@ -222,7 +242,7 @@ def _add_scores(
     found: AccuracyRecord, case: str, image: Image, labels: ndarray, truth: ndarray, classes: Classes
 ) -> None:
     spacing = image.spacing_mm or PIXELS
-    if len(labels) == 1:  # a picture: its surface is its outline
+    if len(labels) == 1:  # a 2-D image: its surface is its outline
         scored = scores(labels[0], truth[0], classes, spacing[1:])
     else:
         scored = scores(labels, truth, classes, spacing)
@@ -235,9 +255,14 @@ def _add_scores(
 
 
 def _add_worst(
-    found: AccuracyRecord, reference: AccuracyRecord, case: str, image: Image, truth: ndarray | None, reference_labels: ndarray,
+    found: AccuracyRecord,
+    reference: AccuracyRecord,
+    case: str,
+    image: Image,
+    truth: ndarray | None,
+    reference_labels: ndarray,
     labels: ndarray,
-) -> None:  # fmt: skip
+) -> None:
     """Keep the slices that lost most; of those that lost the same, those with the most changed pixels."""
     ours, theirs = (each.slices[-len(labels) :] for each in (found, reference))
     for index, (mine, its) in enumerate(zip(ours, theirs, strict=True)):
@@ -246,14 +271,20 @@ def _add_worst(
             continue
         score, reference_score = _slice_dice(mine, its)
         entry = WorstCase(
-            case=case, slice=index, reference_dice=reference_score, candidate_dice=score,
-            difference=(score or 0.0) - (reference_score or 0.0), changed_pixels=changed,
-        )  # fmt: skip
-        pictures = SliceImages(
-            pixels=image.pixels[index].copy(), truth=None if truth is None else truth[index].copy(),
-            reference=reference_labels[index].copy(), candidate=labels[index].copy(),
-        )  # fmt: skip
-        found.worst.append((entry, pictures))
+            case=case,
+            slice=index,
+            reference_dice=reference_score,
+            candidate_dice=score,
+            difference=(score or 0.0) - (reference_score or 0.0),
+            changed_pixels=changed,
+        )
+        images = SliceImages(
+            pixels=image.pixels[index].copy(),
+            truth=None if truth is None else truth[index].copy(),
+            reference=reference_labels[index].copy(),
+            candidate=labels[index].copy(),
+        )
+        found.worst.append((entry, images))
     found.worst.sort(key=lambda each: (each[0].difference, -each[0].changed_pixels))
     del found.worst[WORST:]
 
@@ -291,10 +322,17 @@ def _difference(
     metric: str, name: str | None, unit: Unit, before: ndarray, after: ndarray, interval: Interval
 ) -> Difference:
     return Difference(
-        metric=metric, class_name=name, unit=unit, pairs=interval.units,  # pyright: ignore[reportArgumentType]  # one of three
-        reference=_mean_of_means(before), candidate=_mean_of_means(after), difference=interval.estimate,
-        low=interval.low, high=interval.high, confidence=interval.confidence,
-    )  # fmt: skip
+        metric=metric,
+        class_name=name,
+        unit=unit,
+        pairs=interval.units,  # pyright: ignore[reportArgumentType]  # one of three
+        reference=_mean_of_means(before),
+        candidate=_mean_of_means(after),
+        difference=interval.estimate,
+        low=interval.low,
+        high=interval.high,
+        confidence=interval.confidence,
+    )
 
 
 def _mean_of_means(values: ndarray) -> float:

@@ -109,16 +109,20 @@ def bench(what: Bench, scratch: Path) -> Measured:
         runs: dict[str, Run] = {name: session.run for name, session in sessions.items()}
         overlap = stack.enter_context(Overlap())  # a case is decoded while the one before goes through the networks
         compared = compare_all(
-            runs, track(overlap.ahead(cases.read()), "compare", total=len(cases.cases)), bundle.preprocessing,
-            bundle.classes, lambda name, image: read.append((name, replace(image, pixels=image.pixels[:, :1, :1]))),
-        )  # fmt: skip
+            runs,
+            track(overlap.ahead(cases.read()), "compare", total=len(cases.cases)),
+            bundle.preprocessing,
+            bundle.classes,
+            lambda name, image: read.append((name, replace(image, pixels=image.pixels[:, :1, :1]))),
+        )
         verdicts = _verdicts(candidates, compared, limit)
         for name, found in compared.networks.items():
             timings[name].failure = timings[name].failure or found.failure
         fit = {
-            name: session for name, session in sessions.items()
+            name: session
+            for name, session in sessions.items()
             if timings[name].failure is None and (name == reference or _holds(verdicts[name]))
-        }  # fmt: skip
+        }
         batch = np.resize(image, (what.batch, *image.shape[1:]))
         way, timed = _whole_way(bundle, cases, first, folder)
         images = cases.images(read, timed)  # while noise is still on the disk
@@ -131,11 +135,21 @@ def bench(what: Bench, scratch: Path) -> Measured:
     warnings += [ENDED] if ended else []
     rows = [_row(each, candidates[0], compared, verdicts, timings, devices, inside) for each in candidates]
     report = Report(
-        created=datetime.now(UTC).isoformat(timespec="seconds"), commands=what.commands, tier=what.tier,
-        batch=what.batch, reference=_reference_words(what), images=images, classes=bundle.classes,
-        machine=machine, versions=package_versions(), digests=digests, peaks=inside.peaks, rows=tuple(rows),
-        summary=summary(rows, what.tier, compared.labelled), warnings=tuple(warnings),
-    )  # fmt: skip
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        commands=what.commands,
+        tier=what.tier,
+        batch=what.batch,
+        reference=_reference_words(what),
+        images=images,
+        classes=bundle.classes,
+        machine=machine,
+        versions=package_versions(),
+        digests=digests,
+        peaks=inside.peaks,
+        rows=tuple(rows),
+        summary=summary(rows, what.tier, compared.labelled),
+        warnings=tuple(warnings),
+    )
     pictures = {name: tuple(each for _, each in found.worst) for name, found in compared.networks.items()}
     return Measured(report=report, pictures=pictures, window=bundle.preprocessing.window, ended_early=ended)
 
@@ -278,21 +292,36 @@ def _row(
     device, description = devices.get(name, ("none", candidate.backend))
     speed = speedups(timings[reference.name], row) if candidate is not reference and row.latency else {}
     return Row(
-        name=name, role=candidate.role, backend=candidate.backend, device=device, description=description,
-        executed=candidate.executed, statement=candidate.statement, precision=candidate.precision,
-        compute=candidate.compute, flavour=candidate.flavour, size_mb=candidate.size_mb, failure=row.failure,
-        warnings=tuple(row.warnings), start=row.start,
+        name=name,
+        role=candidate.role,
+        backend=candidate.backend,
+        device=device,
+        description=description,
+        executed=candidate.executed,
+        statement=candidate.statement,
+        precision=candidate.precision,
+        compute=candidate.compute,
+        flavour=candidate.flavour,
+        size_mb=candidate.size_mb,
+        failure=row.failure,
+        warnings=tuple(row.warnings),
+        start=row.start,
         latency={scope: row.latency.get(scope, nothing) for scope in SCOPES},
-        speedup={scope: speed.get(scope, nothing if candidate is not reference else REFERENCE_VERDICT)
-                 for scope in SCOPES},
-        stages_ms=row.stages_ms, throughput=row.throughput or nothing, memory=row.memory or nothing,
+        speedup={
+            scope: speed.get(scope, nothing if candidate is not reference else REFERENCE_VERDICT) for scope in SCOPES
+        },
+        stages_ms=row.stages_ms,
+        throughput=row.throughput or nothing,
+        memory=row.memory or nothing,
         energy=row.energy or nothing,
-        agreement=compared.networks[name].agreement() if known else not_run, accuracy=accuracy,
-        differences=paired, verdict=judged,
+        agreement=compared.networks[name].agreement() if known else not_run,
+        accuracy=accuracy,
+        differences=paired,
+        verdict=judged,
         worst=tuple(entry for entry, _ in compared.networks[name].worst) if known else (),
         profile=inside.profiles.get(name, Missing(reason=_no_profile(candidate, nothing))),
         roofline=inside.rooflines.get(name, Missing(reason=_no_profile(candidate, nothing))),
-    )  # fmt: skip
+    )
 
 
 def _why_not_timed(row: Timings, judged: Verdict | Missing, not_run: Missing, known: bool) -> Missing:

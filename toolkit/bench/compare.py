@@ -120,10 +120,11 @@ def _speed(before: Report, after: Report, old: Row, new: Row, scope: Scope) -> S
     if before.batch != after.batch:
         return Missing(reason=f"the batches are {before.batch} and {after.batch} images; measure with the same --batch")
     return SpeedChange(
-        before_ms=first.median_ms, after_ms=second.median_ms,
+        before_ms=first.median_ms,
+        after_ms=second.median_ms,
         latency=speed_interval(first.rounds_ms, second.rounds_ms, interleaved=False),
         against_reference=_against_reference(before, after, old, new, scope),
-    )  # fmt: skip
+    )
 
 
 def _against_reference(before: Report, after: Report, old: Row, new: Row, scope: Scope) -> Interval | Missing:
@@ -213,9 +214,11 @@ def _speed_cells(found: SpeedChange | Missing) -> Sequence[str]:
     speed = found.judged
     star = "" if speed is found.latency else " *"
     return (
-        f"{found.before_ms:.2f}", f"{found.after_ms:.2f}", f"{speed.estimate:.3f}{star}",
+        f"{found.before_ms:.2f}",
+        f"{found.after_ms:.2f}",
+        f"{speed.estimate:.3f}{star}",
         f"{speed.low:.3f} … {speed.high:.3f}",
-    )  # fmt: skip
+    )
 
 
 def _dice_cells(found: DiceChange | Missing) -> Sequence[str]:
@@ -223,6 +226,8 @@ def _dice_cells(found: DiceChange | Missing) -> Sequence[str]:
         return "–", "–", "–", "–"
     change = found.change
     return (
-        f"{found.before:.4f}", f"{found.after:.4f}", f"{change.estimate:+.4f}",
+        f"{found.before:.4f}",
+        f"{found.after:.4f}",
+        f"{change.estimate:+.4f}",
         f"{change.low:+.4f} … {change.high:+.4f}",
-    )  # fmt: skip
+    )

@@ -141,12 +141,23 @@ def latency(taken: RoundTimes, device: str, timer: str = HOST_CLOCK) -> Latency 
     rounds = [steps for steps in rounds if steps]
     variation = coefficient_of_variation(samples)
     return Latency(
-        rounds_ms=tuple(map(tuple, rounds)), runs=len(samples), mean_ms=float(np.mean(samples)),
-        min_ms=min(samples), max_ms=max(samples), median_ms=median_of_rounds(rounds), p90_ms=p90, p95_ms=p95,
-        p99_ms=p99, p90_estimate_ms=tail_latency(samples, 90), p99_estimate_ms=tail_latency(samples, 99),
-        variation=variation, stable=variation <= max_variation(device), warmup_runs=taken.warmup_runs, timer=timer,
+        rounds_ms=tuple(map(tuple, rounds)),
+        runs=len(samples),
+        mean_ms=float(np.mean(samples)),
+        min_ms=min(samples),
+        max_ms=max(samples),
+        median_ms=median_of_rounds(rounds),
+        p90_ms=p90,
+        p95_ms=p95,
+        p99_ms=p99,
+        p90_estimate_ms=tail_latency(samples, 90),
+        p99_estimate_ms=tail_latency(samples, 99),
+        variation=variation,
+        stable=variation <= max_variation(device),
+        warmup_runs=taken.warmup_runs,
+        timer=timer,
         set_aside_ms=tuple(step for steps in taken.rounds_ms for step in steps if not 0 < step <= longest),
-    )  # fmt: skip
+    )
 
 
 def max_variation(device: str) -> float:

@@ -26,9 +26,11 @@ def summary(rows: Sequence[Row], tier: Tier, labelled: bool) -> Summary:
     if tier.name != "certify":
         lines.append(_tier_words(tier))
     return Summary(
-        holds=holds, headline=_headline(fastest[1] if fastest else None, reference, ran, good), lines=tuple(lines),
+        holds=holds,
+        headline=_headline(fastest[1] if fastest else None, reference, ran, good),
+        lines=tuple(lines),
         fastest=fastest[1].name if fastest else None,
-    )  # fmt: skip
+    )
 
 
 def _headline(fastest: Row | None, reference: Row, ran: Sequence[Row], good: Sequence[Row]) -> str:

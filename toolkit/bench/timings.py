@@ -89,10 +89,14 @@ def open_candidates(
         total, load, first = min(opened)
         timings[candidate.name] = Timings(
             start=Start(
-                starts=starts, import_ms=total - load - first, load_ms=load, first_ms=first, to_first_mask_ms=total,
+                starts=starts,
+                import_ms=total - load - first,
+                load_ms=load,
+                first_ms=first,
+                to_first_mask_ms=total,
                 file_cache=FILE_CACHE,
             )
-        )  # fmt: skip
+        )
     return sessions, timings
 
 
@@ -244,10 +248,14 @@ def _throughput(session: MeasuredSession, batch: ndarray, tier: Tier, batches: S
         count, spent = session.throughput(np.resize(batch, (size, *batch.shape[1:])), streams, threads, seconds)
         found.append(
             Throughput(
-                batch=size, streams=streams, threads=threads, images_per_s=size * count / spent, images=size * count,
+                batch=size,
+                streams=streams,
+                threads=threads,
+                images_per_s=size * count / spent,
+                images=size * count,
                 seconds=spent,
             )
-        )  # fmt: skip
+        )
     return tuple(found)
 
 
@@ -273,9 +281,11 @@ def _memory_of(session: MeasuredSession, loaded: Mapping[str, float]) -> Memory 
     if not loaded or not now:
         return Missing(reason="this system does not say what a process takes: there is no /proc")
     return Memory(
-        loaded_mb=loaded["resident_mb"], peak_mb=now["peak_resident_mb"], anonymous_mb=now["anonymous_mb"],
+        loaded_mb=loaded["resident_mb"],
+        peak_mb=now["peak_resident_mb"],
+        anonymous_mb=now["anonymous_mb"],
         device_mb=_device_memory(session),
-    )  # fmt: skip
+    )
 
 
 def _device_memory(session: MeasuredSession) -> float | Missing:

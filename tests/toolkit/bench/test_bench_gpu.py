@@ -126,9 +126,15 @@ def test_the_layers_of_an_engine_are_timed_by_the_library_and_led_back_to_the_gr
     graph = OnnxGraph(model=ir.load(engine_bundle / "fp32.onnx"))
     product = next(gemm for gemm in gemms(graph) if gemm.part == "block")
     layer = Layer(
-        name="__myl_Fc_myl0_1", kind="kgen", kernel="a kernel", inputs=(), constants=(), outputs=(),
-        nodes=(product.name,), bytes=1000,
-    )  # fmt: skip
+        name="__myl_Fc_myl0_1",
+        kind="kgen",
+        kernel="a kernel",
+        inputs=(),
+        constants=(),
+        outputs=(),
+        nodes=(product.name,),
+        bytes=1000,
+    )
     report = LayerReport(layers=(layer,), outcomes=(), unread=0)
     write_json(engine_bundle / FOLDER / f"fp32-rtx{LAYERS_SUFFIX}", to_dict(report))
     rehash(engine_bundle)

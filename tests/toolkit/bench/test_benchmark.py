@@ -87,8 +87,9 @@ def test_everything_is_measured_in_processes_of_their_own(tiny_bundle, data, tmp
 def test_without_a_checkpoint_the_bundles_own_float_network_is_the_reference(tiny_bundle, data, tmp_path):
     report = measured_report(of(tiny_bundle, data, checkpoint=None, backends=("openvino", "onnxruntime")), tmp_path)
     assert [(row.name, row.role) for row in report.rows] == [
-        ("onnxruntime fp32", "reference"), ("openvino fp32", "variant"),
-    ]  # fmt: skip
+        ("onnxruntime fp32", "reference"),
+        ("openvino fp32", "variant"),
+    ]
     assert report.reference.startswith("the bundle's own float32 network")
     assert "no checkpoint was given" in report.reference
 
@@ -135,8 +136,19 @@ def test_a_network_that_gives_other_masks_is_not_timed(tiny_bundle, data, tmp_pa
 @pytest.mark.usefixtures("measured_here")
 def test_a_wrong_network_ends_the_command_with_3_after_the_report_was_written(tiny_bundle, data, tmp_path, monkeypatch):
     monkeypatch.setattr(MeasuredHere, "run", turned(MeasuredHere.run, []))
-    command = ["bench", "--bundle", tiny_bundle, "--ckpt", tiny_bundle.parent / "model" / "model.pt", "--data", data,
-               "--duration-s", "0", "-o", tmp_path / "report"]  # fmt: skip
+    command = [
+        "bench",
+        "--bundle",
+        tiny_bundle,
+        "--ckpt",
+        tiny_bundle.parent / "model" / "model.pt",
+        "--data",
+        data,
+        "--duration-s",
+        "0",
+        "-o",
+        tmp_path / "report",
+    ]
     ran = CliRunner().invoke(cli, [*map(str, command)])
     assert isinstance(ran.exception, AccuracyGateError)
     assert str(ran.exception) == (

@@ -113,9 +113,24 @@ def test_the_terminal_and_the_report_name_what_is_unstable(tiny_bundle, tmp_path
         return (session._milliseconds * np.exp(rng.normal(0, spread, runs))).tolist()
 
     monkeypatch.setattr(timings.MeasuredSession, "time", time)
-    command = ["bench", "--bundle", tiny_bundle, "--ckpt", tiny_bundle.parent / "model" / "model.pt", "--tier", "quick",
-               "--data", write_volumes(tmp_path / "data"), "-o", tmp_path / "report", "--max-dice-drop", "1",
-               "--backends", "onnxruntime", "--no-profile"]  # fmt: skip
+    command = [
+        "bench",
+        "--bundle",
+        tiny_bundle,
+        "--ckpt",
+        tiny_bundle.parent / "model" / "model.pt",
+        "--tier",
+        "quick",
+        "--data",
+        write_volumes(tmp_path / "data"),
+        "-o",
+        tmp_path / "report",
+        "--max-dice-drop",
+        "1",
+        "--backends",
+        "onnxruntime",
+        "--no-profile",
+    ]
     ran = click.testing.CliRunner().invoke(cli, [*map(str, command)])
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["schema"] == 3

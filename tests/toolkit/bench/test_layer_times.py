@@ -36,11 +36,15 @@ def test_steps_are_led_back_to_the_longest_name_they_begin_with():
     found = summed_up("tool", steps, COSTS)
     assert isinstance(found, Profile)
     assert [(layer.name, layer.part, layer.macs) for layer in found.layers] == [
-        ("node_conv_1/WithoutBiases", "decoder", 300), ("conv_nchwc", "resnet", 100), ("Reorder", "other", None),
-    ]  # fmt: skip
+        ("node_conv_1/WithoutBiases", "decoder", 300),
+        ("conv_nchwc", "resnet", 100),
+        ("Reorder", "other", None),
+    ]
     assert [(part.part, part.ms, part.share, part.macs) for part in found.parts] == [
-        ("decoder", 2.0, 0.5, 300), ("resnet", 1.0, 0.25, 100), ("other", 1.0, 0.25, 0),
-    ]  # fmt: skip
+        ("decoder", 2.0, 0.5, 300),
+        ("resnet", 1.0, 0.25, 100),
+        ("other", 1.0, 0.25, 0),
+    ]
     assert found.total_ms == 4
 
 
@@ -60,8 +64,14 @@ def test_without_a_step_that_took_time_there_is_no_profile():
 
 
 def event(name: str, index: str, microseconds: int) -> dict:
-    arguments = {"node_index": index, "op_name": "Conv", "provider": "CPU", "parameter_size": "1",
-                 "activation_size": "2", "output_size": "4"}  # fmt: skip
+    arguments = {
+        "node_index": index,
+        "op_name": "Conv",
+        "provider": "CPU",
+        "parameter_size": "1",
+        "activation_size": "2",
+        "output_size": "4",
+    }
     return {"cat": "Node", "name": name, "dur": microseconds, "args": arguments}
 
 
@@ -144,8 +154,9 @@ def test_the_peak_is_that_of_the_fastest_back_end(monkeypatch):
     found = peaks.peaks(ways, width=32, rows=8)
     assert isinstance(found, tuple)
     assert [(peak.arithmetic, peak.gmacs_per_s) for peak in found] == [
-        ("fp32", 4 * 3 * 8 * 32**2 / 2.0 / 1e6), ("int8", 4 * 3 * 8 * 32**2 / 4.0 / 1e6),
-    ]  # fmt: skip
+        ("fp32", 4 * 3 * 8 * 32**2 / 2.0 / 1e6),
+        ("int8", 4 * 3 * 8 * 32**2 / 4.0 / 1e6),
+    ]
     assert "openvino fp32" in found[0].gemm
     assert all(peak.gbytes_per_s > 0 for peak in found)
     assert peaks.peaks([("onnxruntime", "bf16")], width=32, rows=8) == Missing(

@@ -71,8 +71,9 @@ def test_networks_have_their_turns_after_each_has_warmed_up(machine):
     turns = ["".join(part) for part in _runs_of_one(machine.log[9:])]
     assert [turn[0] for turn in turns] == [*"abc"] * MIN_ROUNDS
     assert {name: [len(taken) for taken in each.rounds_ms] for name, each in found.items()} == {
-        name: [len(turn) - 1 for turn in turns if turn[0] == name] for name in "abc"  # the first of a turn is uncounted
-    }  # fmt: skip
+        name: [len(turn) - 1 for turn in turns if turn[0] == name]
+        for name in "abc"  # the first of a turn is uncounted
+    }
     medians = [latency(found[name], "CPU").median_ms for name in "abc"]
     assert medians == pytest.approx([1000 * ticks * TICK_S for ticks in (2, 3, 5)], rel=1e-12)  # a mean of logarithms
     assert machine.settled == [SETTLE_S] * (3 * MIN_ROUNDS)
@@ -196,8 +197,13 @@ def test_unstable_times_are_called_so(device, spread, stable):
     found = latency(RoundTimes(rounds_ms=[samples]), device)
     assert found.stable is stable
     said = timing_warnings(found, device, "model")
-    assert said == ([] if stable else [f"model: unstable, times vary by {100 * found.variation:.1f} %, "
-                                       f"more than {100 * max_variation(device):g} %"])  # fmt: skip
+    assert said == (
+        []
+        if stable
+        else [
+            f"model: unstable, times vary by {100 * found.variation:.1f} %, more than {100 * max_variation(device):g} %"
+        ]
+    )
 
 
 def test_few_runs_are_called_so():

@@ -36,9 +36,14 @@ def html_page(report: Report, pictures: Mapping[str, Sequence[SliceImages]], win
     legend = [*zip(report.classes.names[1:], report.classes.colors[1:], strict=True), *LOST_AND_FOUND]
     css = files(PAGES).joinpath("report.css").read_text(encoding="utf-8")
     return _render(
-        "report.html", report, figures=_safe(drawn), css=_safe({"css": css})["css"], worst=worst, legend=legend,
+        "report.html",
+        report,
+        figures=_safe(drawn),
+        css=_safe({"css": css})["css"],
+        worst=worst,
+        legend=legend,
         top=TOP_STEPS,
-    )  # fmt: skip
+    )
 
 
 def markdown_page(report: Report) -> str:
@@ -109,22 +114,29 @@ def _render(template: str, report: Report, **more: Any) -> str:
     markup = template.endswith(".html")
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(lambda name: files(PAGES).joinpath(name).read_text(encoding="utf-8")),
-        autoescape=markup, undefined=jinja2.StrictUndefined, keep_trailing_newline=True,
-    )  # fmt: skip
+        autoescape=markup,
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+    )
     environment.filters["cell"] = lambda text: str(text).replace("|", "\\|")
     data = to_dict(report)
     printer = Figures(data=data, markup=markup)
     context = {
-        "report": data, "n": printer.n, "notes": printer.notes, "colors": series(report),
-        "places": {row.name: place for place, row in enumerate(report.rows)}, "warned": warned(report),
+        "report": data,
+        "n": printer.n,
+        "notes": printer.notes,
+        "colors": series(report),
+        "places": {row.name: place for place, row in enumerate(report.rows)},
+        "warned": warned(report),
         "stages": next((list(row.stages_ms) for row in report.rows if row.stages_ms), []),
         "unit": next((row["accuracy"]["hd95_unit"] for row in data["rows"] if "hd95_unit" in row["accuracy"]), None),
         "scored": [row for row in data["rows"] if "means" in row["accuracy"]],
         "classes": [each["name"] for each in data["rows"][0]["accuracy"].get("means", ())],
         "profiled": [data["rows"][place] for place, row in enumerate(report.rows) if isinstance(row.profile, Profile)],
-        "ways": _ways(report), "change": _change,
+        "ways": _ways(report),
+        "change": _change,
         "cache": next((row.start.file_cache for row in report.rows if isinstance(row.start, Start)), ""),
-    }  # fmt: skip
+    }
     return environment.get_template(template).render(**context, **more)
 
 
