@@ -8,8 +8,9 @@ import pytest
 
 from medseg_trt.bench import benchmark, timings
 from medseg_trt.bench.layer_times import Step, summed_up
-from medseg_trt.bench.schema import Peak, Tier
+from medseg_trt.bench.profile_schema import Peak
 from medseg_trt.bench.timed_session import STAGES, MeasuredSession
+from medseg_trt.bench.timing_schema import Tier
 from medseg_trt.sessions.base import Session
 from medseg_trt.sessions.subprocess_session import open_network
 

@@ -9,17 +9,17 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy import ndarray
 
-from medseg_trt.bench.schema import (
+from medseg_trt.bench.accuracy_schema import (
     Accuracy,
     Agreement,
     CaseAccuracy,
     Difference,
-    Missing,
     SliceCounts,
     Unit,
     Verdict,
     WorstCase,
 )
+from medseg_trt.bench.missing import Missing
 from medseg_trt.errors import InputError, MedsegError
 from medseg_trt.export.gate import compare
 from medseg_trt.export.verify import labels_of

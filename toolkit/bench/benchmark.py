@@ -11,25 +11,17 @@ import numpy as np
 from numpy import ndarray
 
 from medseg_trt.bench.accuracy import AGREEMENT, NetworkScores, SliceImages, compare_all, differences, verdict
+from medseg_trt.bench.accuracy_schema import Accuracy, Verdict
 from medseg_trt.bench.candidates import Candidate, bundle_candidates, checkpoint_candidate
 from medseg_trt.bench.layer_times import profile
 from medseg_trt.bench.measured_cases import MeasuredCases, measured_cases, one_image_file
+from medseg_trt.bench.missing import Missing
 from medseg_trt.bench.peaks import peaks, roofline
-from medseg_trt.bench.schema import (
-    SCOPES,
-    Accuracy,
-    Latency,
-    Missing,
-    Peak,
-    Profile,
-    Report,
-    Roofline,
-    Row,
-    Tier,
-    Verdict,
-)
+from medseg_trt.bench.profile_schema import Peak, Profile, Roofline
+from medseg_trt.bench.schema import Report, Row
 from medseg_trt.bench.summary import summary
 from medseg_trt.bench.timed_session import WholeWay
+from medseg_trt.bench.timing_schema import SCOPES, Latency, Tier
 from medseg_trt.bench.timings import BATCHES, Timings, open_candidates, speedups, time_all
 from medseg_trt.bundles.bundle import MANIFEST, Bundle, load_bundle
 from medseg_trt.errors import MedsegError, MissingExtraError, require

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from medseg_trt.bench.accuracy_schema import Accuracy
 from medseg_trt.bench.limits import Gate, Judged
-from medseg_trt.bench.schema import SCOPES, Accuracy, Latency, Missing, Report, Row, Scope
+from medseg_trt.bench.missing import Missing
+from medseg_trt.bench.schema import Report, Row
+from medseg_trt.bench.timing_schema import SCOPES, Latency, Scope
 from medseg_trt.errors import InputError, UsageError
 from medseg_trt.export.gate import compare as compare_counts
 from medseg_trt.metrics.intervals import Interval, speed_interval

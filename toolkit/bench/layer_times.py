@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from medseg_trt.bench.schema import LayerTime, Missing, PartTime, Profile
+from medseg_trt.bench.missing import Missing
+from medseg_trt.bench.profile_schema import LayerTime, PartTime, Profile
 from medseg_trt.errors import require
 from medseg_trt.export.graph.interface import INPUT, OUTPUT, size_inputs
 from medseg_trt.spec import LIBRARY_NAMES

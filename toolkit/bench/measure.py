@@ -13,7 +13,7 @@ from math import ceil
 
 import numpy as np
 
-from medseg_trt.bench.schema import Latency, Tier
+from medseg_trt.bench.timing_schema import Latency, Tier
 from medseg_trt.errors import DeviceError, MedsegError
 from medseg_trt.metrics.intervals import coefficient_of_variation, median_of_rounds, tail_latency
 

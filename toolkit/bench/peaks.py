@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from medseg_trt.bench.schema import Latency, Missing, Peak, Roofline
+from medseg_trt.bench.missing import Missing
+from medseg_trt.bench.profile_schema import Peak, Roofline
+from medseg_trt.bench.timing_schema import Latency
 from medseg_trt.errors import MedsegError, require
 from medseg_trt.machine import cores
 from medseg_trt.sessions.subprocess_session import ChildSession

@@ -2,7 +2,10 @@
 
 from collections.abc import Sequence
 
-from medseg_trt.bench.schema import Latency, Missing, Row, Speedup, Summary, Tier, Verdict
+from medseg_trt.bench.accuracy_schema import Verdict
+from medseg_trt.bench.missing import Missing
+from medseg_trt.bench.schema import Row, Summary
+from medseg_trt.bench.timing_schema import Latency, Speedup, Tier
 from medseg_trt.metrics.intervals import CONFIDENCE
 
 SHOWN = 0.00005  # what four decimals can show

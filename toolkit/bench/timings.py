@@ -14,18 +14,9 @@ from medseg_trt.bench.candidates import Candidate
 from medseg_trt.bench.claims import objection
 from medseg_trt.bench.energy import Meter, energy, open_meter
 from medseg_trt.bench.measure import HOST_CLOCK, RoundTimes, interleaved_rounds, latency, timing_warnings
-from medseg_trt.bench.schema import (
-    Energy,
-    Latency,
-    Memory,
-    Missing,
-    Scope,
-    Speedup,
-    Start,
-    Throughput,
-    Tier,
-)
+from medseg_trt.bench.missing import Missing
 from medseg_trt.bench.timed_session import MeasuredSession, WholeWay
+from medseg_trt.bench.timing_schema import Energy, Latency, Memory, Scope, Speedup, Start, Throughput, Tier
 from medseg_trt.errors import MedsegError
 from medseg_trt.machine import cores
 from medseg_trt.metrics.intervals import speed_interval

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from medseg_trt.bench.accuracy import AGREEMENT, compare_all, differences, verdict
-from medseg_trt.bench.schema import Accuracy, Agreement, Missing, Verdict
+from medseg_trt.bench.accuracy_schema import Accuracy, Agreement, Verdict
+from medseg_trt.bench.missing import Missing
 from medseg_trt.errors import ArtefactError, InputError
 from medseg_trt.imaging.images import Image
 from medseg_trt.metrics.intervals import MIN_UNITS

@@ -16,7 +16,10 @@ from medseg_trt.bench import candidates
 from medseg_trt.bench.benchmark import NO_PEAK_OF_GPUS, Bench, bench
 from medseg_trt.bench.layer_times import PROFILERS, summed_up
 from medseg_trt.bench.measure import HOST_CLOCK
-from medseg_trt.bench.schema import Latency, Missing, Profile, Row, Speedup
+from medseg_trt.bench.missing import Missing
+from medseg_trt.bench.profile_schema import Profile
+from medseg_trt.bench.schema import Row
+from medseg_trt.bench.timing_schema import Latency, Speedup
 from medseg_trt.bench.timings import CUDA_EVENTS, NO_DEVICE_TIME
 from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.cli import cli

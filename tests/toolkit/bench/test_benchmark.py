@@ -13,10 +13,14 @@ from measured_here import SHORT, MeasuredHere
 from tiny import write_pictures, write_volumes
 
 from medseg_trt.bench import benchmark, candidates, peaks, timings
+from medseg_trt.bench.accuracy_schema import Verdict
 from medseg_trt.bench.benchmark import ENDED, Bench, bench
-from medseg_trt.bench.schema import SCOPES, Latency, Missing, Profile, Roofline, Speedup, Verdict, read_bench_report
+from medseg_trt.bench.missing import Missing
+from medseg_trt.bench.profile_schema import Profile, Roofline
+from medseg_trt.bench.schema import read_bench_report
 from medseg_trt.bench.summary import summary
 from medseg_trt.bench.timed_session import MeasuredSession
+from medseg_trt.bench.timing_schema import SCOPES, Latency, Speedup
 from medseg_trt.cli import cli, main
 from medseg_trt.errors import AccuracyGateError, MedsegError, MissingExtraError, UsageError
 from medseg_trt.files import write_json

@@ -10,7 +10,8 @@ from tiny import write_volumes
 
 from medseg_trt.bench import claims, measure, timings
 from medseg_trt.bench.measure import RoundTimes
-from medseg_trt.bench.schema import Missing, Speedup, Start
+from medseg_trt.bench.missing import Missing
+from medseg_trt.bench.timing_schema import Speedup, Start
 from medseg_trt.bench.timings import Timings, speedups
 from medseg_trt.cli import cli
 

@@ -9,24 +9,12 @@ import pytest
 from click.testing import CliRunner
 
 from medseg_trt import cli
+from medseg_trt.bench.accuracy_schema import Accuracy, SliceCounts, Verdict
 from medseg_trt.bench.compare import DiceChange, SpeedChange, compare_reports, judge
 from medseg_trt.bench.limits import Gate, judge_report, parse_gate, require
-from medseg_trt.bench.schema import (
-    SCOPES,
-    Accuracy,
-    CaseFile,
-    Images,
-    Latency,
-    Missing,
-    Report,
-    Row,
-    Scope,
-    SliceCounts,
-    Speedup,
-    Summary,
-    Tier,
-    Verdict,
-)
+from medseg_trt.bench.missing import Missing
+from medseg_trt.bench.schema import CaseFile, Images, Report, Row, Summary
+from medseg_trt.bench.timing_schema import SCOPES, Latency, Scope, Speedup, Tier
 from medseg_trt.errors import AccuracyGateError, InputError, MedsegError, SpeedGateError, UsageError
 from medseg_trt.files import write_json
 from medseg_trt.machine import Machine

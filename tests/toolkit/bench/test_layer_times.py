@@ -10,7 +10,8 @@ import pytest
 from medseg_trt.bench import layer_times, peaks
 from medseg_trt.bench.layer_times import WARM_UP, Step, profile, steps_of_trace, summed_up
 from medseg_trt.bench.measure import RoundTimes, latency
-from medseg_trt.bench.schema import Missing, Peak, Profile
+from medseg_trt.bench.missing import Missing
+from medseg_trt.bench.profile_schema import Peak, Profile
 from medseg_trt.errors import DeviceError
 from medseg_trt.export.graph.node_costs import NodeCost
 from medseg_trt.sessions.subprocess_session import ChildSession

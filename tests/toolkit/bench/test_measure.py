@@ -21,7 +21,7 @@ from medseg_trt.bench.measure import (
     timed_runs,
     timing_warnings,
 )
-from medseg_trt.bench.schema import Tier
+from medseg_trt.bench.timing_schema import Tier
 from medseg_trt.errors import ArtefactError, DeviceError
 from medseg_trt.metrics.intervals import speed_interval
 

@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from medseg_trt.bench.schema import REPORT, SCHEMA, Latency, read_bench_report
+from medseg_trt.bench.schema import REPORT, SCHEMA, read_bench_report
+from medseg_trt.bench.timing_schema import Latency
 from medseg_trt.errors import ArtefactError, InputError
 from medseg_trt.files import write_json
 from medseg_trt.spec import to_dict

@@ -12,7 +12,10 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
-from medseg_trt.bench.schema import Accuracy, Latency, Profile, Report, Roofline, Row, Verdict
+from medseg_trt.bench.accuracy_schema import Accuracy, Verdict
+from medseg_trt.bench.profile_schema import Profile, Roofline
+from medseg_trt.bench.schema import Report, Row
+from medseg_trt.bench.timing_schema import Latency
 from medseg_trt.errors import require
 
 INK, MUTED, GRID = "#010101", "#020202", "#030303"

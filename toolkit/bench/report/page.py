@@ -10,9 +10,12 @@ from importlib.resources import files
 from typing import Any
 
 from medseg_trt.bench.accuracy import SliceImages
+from medseg_trt.bench.missing import Missing
+from medseg_trt.bench.profile_schema import Profile
 from medseg_trt.bench.report.figures import figures, series
 from medseg_trt.bench.report.worst_pictures import LOST_AND_FOUND, tiles
-from medseg_trt.bench.schema import Missing, Profile, Report, Start
+from medseg_trt.bench.schema import Report
+from medseg_trt.bench.timing_schema import Start
 from medseg_trt.errors import require
 from medseg_trt.spec import to_dict
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from medseg_trt.bench.missing import Missing
 from medseg_trt.bench.report import page as report_page
 from medseg_trt.bench.report.figures import VARIABLES
 from medseg_trt.bench.report.page import Figures, formatted
 from medseg_trt.bench.report.write import HEADER, cells, table, write_report
-from medseg_trt.bench.schema import Missing
 from medseg_trt.spec import to_dict
 
 OUR_WORDS = (
