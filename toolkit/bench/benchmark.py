@@ -72,7 +72,7 @@ def bench(what: Bench, scratch: Path) -> Measured:
 
     Args:
         what: the networks and images.
-        scratch: a folder on the disk that masks are written to while the whole way is timed.
+        scratch: a folder on the disk that masks are written to during the end-to-end timing.
 
     An interrupt while networks are timed ends the measurement, and what is there already becomes the report.
 
@@ -116,7 +116,7 @@ def bench(what: Bench, scratch: Path) -> Measured:
             if timings[name].failure is None and (name == reference or _holds(verdicts[name]))
         }
         batch = np.resize(image, (what.batch, *image.shape[1:]))
-        way, timed = _whole_way(bundle, cases, first, folder)
+        way, timed = _end_to_end_case(bundle, cases, first, folder)
         images = cases.images(read, timed)  # while noise is still on the disk
         ended = _ends_early(lambda: time_all(fit, timings, batch, way, what.tier, what.throughput_batches))
         devices = {name: (session.device, session.description) for name, session in sessions.items()}
@@ -204,7 +204,9 @@ def _holds(found: Verdict | Missing) -> bool:
     return isinstance(found, Verdict) and found.holds
 
 
-def _whole_way(bundle: Bundle, cases: MeasuredCases, image: Image, folder: Path) -> tuple[WholeWay | Missing, str]:
+def _end_to_end_case(
+    bundle: Bundle, cases: MeasuredCases, image: Image, folder: Path
+) -> tuple[WholeWay | Missing, str]:
     try:
         path, timed = one_image_file(image, folder, cases.cases[0].image)
     except MissingExtraError as error:

@@ -120,7 +120,7 @@ def time_all(
     for name in sessions:
         timings[name].latency.setdefault("model+transfers", Missing(reason=ON_CPU))
     _time_on_devices(sessions, timings, batch, tier)
-    _time_whole_way(sessions, timings, way, tier)
+    _time_end_to_end(sessions, timings, way, tier)
     for name, session in sessions.items():
         row = timings[name]
         if row.failure is not None:
@@ -158,7 +158,7 @@ def _speedup(theirs: Latency, ours: Latency) -> Speedup | Missing:
     )
 
 
-def _time_whole_way(
+def _time_end_to_end(
     sessions: Mapping[str, MeasuredSession], timings: Mapping[str, Timings], way: WholeWay | Missing, tier: Tier
 ) -> None:
     alive = {name: session for name, session in sessions.items() if timings[name].failure is None}
