@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from results_file import options, publish, table
 
-from medseg_trt.bench.measure import in_turn, tier
+from medseg_trt.bench.measure import interleaved_rounds, tier
 from medseg_trt.bundles.bundle import Bundle, load_bundle
 from medseg_trt.metrics.intervals import Interval, speed_interval
 from medseg_trt.sessions.open import open_session
@@ -36,23 +36,35 @@ def compare(bundle: Bundle, backend: str, duration_s: float, slower: float) -> I
 
         calls = {"first": lambda: first.run(batch), "second": waiting if slower else lambda: second.run(batch)}
         turns = {name: lambda seconds, runs, call=call: timed_runs(call, seconds, runs) for name, call in calls.items()}
-        taken = in_turn(turns, tier("quick", duration_s=duration_s))
-    return speed_interval(taken["first"].rounds_ms, taken["second"].rounds_ms, in_turn=True)
+        taken = interleaved_rounds(turns, tier("quick", duration_s=duration_s))
+    return speed_interval(taken["first"].rounds_ms, taken["second"].rounds_ms, interleaved=True)
 
 
 def to_markdown(result: Any) -> str:
     """Return the results as a page."""
     rows = [
-        (each["what"], str(each["comparisons"]), str(each["faster"]), str(each["slower"]), f"{each['median']:.4f}",
-         f"{each['median_width']:.4f}")
+        (
+            each["what"],
+            str(each["comparisons"]),
+            str(each["faster"]),
+            str(each["slower"]),
+            f"{each['median']:.4f}",
+            f"{each['median_width']:.4f}",
+        )
         for each in result["rows"]
-    ]  # fmt: skip
+    ]
     header = ("second network", "comparisons", "said faster", "said slower", "median ratio", "median width")
-    return "\n".join([
-        "# The same network against itself", "",
-        f"{result['network']}; {result['duration_s']:g} s a row, {result['rounds']} rounds. "
-        "Of 90 % intervals one in twenty may miss on either side.", "", *table(header, rows), "",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            "# The same network against itself",
+            "",
+            f"{result['network']}; {result['duration_s']:g} s a row, {result['rounds']} rounds. "
+            "Of 90 % intervals one in twenty may miss on either side.",
+            "",
+            *table(header, rows),
+            "",
+        ]
+    )
 
 
 def main() -> None:
@@ -68,13 +80,17 @@ def main() -> None:
     for what, slower in (("the same", 0.0), (f"{SLOWER:.0%} slower", SLOWER)):
         found = [compare(bundle, chosen.backend, chosen.duration_s, slower) for _ in range(chosen.comparisons)]
         rounds = found[0].units
-        rows.append({
-            "what": what, "comparisons": len(found), "faster": sum(each.low > 1 for each in found),
-            "slower": sum(each.high < 1 for each in found),
-            "median": float(np.median([each.estimate for each in found])),
-            "median_width": float(np.median([each.high - each.low for each in found])),
-            "intervals": [[each.low, each.estimate, each.high] for each in found],
-        })  # fmt: skip
+        rows.append(
+            {
+                "what": what,
+                "comparisons": len(found),
+                "faster": sum(each.low > 1 for each in found),
+                "slower": sum(each.high < 1 for each in found),
+                "median": float(np.median([each.estimate for each in found])),
+                "median_width": float(np.median([each.high - each.low for each in found])),
+                "intervals": [[each.low, each.estimate, each.high] for each in found],
+            }
+        )
     with open_session(bundle, chosen.backend) as session:
         network = session.description
     result = {"network": network, "duration_s": chosen.duration_s, "rounds": rounds, "rows": rows}

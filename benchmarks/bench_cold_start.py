@@ -50,10 +50,16 @@ def seconds_of(command: list[str]) -> float:
 def to_markdown(result: Any) -> str:
     """Return the results as a page."""
     rows = [
-        (each["name"], f"{each['typical_s']:.2f}", f"{each['min_s']:.2f}", f"{each['speed']:.2f}x",
-         f"{each['low']:.2f} … {each['high']:.2f}", str(len(each["seconds"])))
+        (
+            each["name"],
+            f"{each['typical_s']:.2f}",
+            f"{each['min_s']:.2f}",
+            f"{each['speed']:.2f}x",
+            f"{each['low']:.2f} … {each['high']:.2f}",
+            str(len(each["seconds"])),
+        )
         for each in result["rows"]
-    ]  # fmt: skip
+    ]
     header = ("from typing to the first mask", "s", "least s", "speed", "90 % interval", "runs")
     return "\n".join(
         ["# Cold start", "", f"One image, {result['image']}; the first row is 1.", "", *table(header, rows), ""]
@@ -84,11 +90,18 @@ def main() -> None:
                     taken[name].append([seconds])
     first, rows = next(iter(taken.values())), []
     for name, seconds in taken.items():
-        speed = speed_interval(first, seconds, in_turn=True)
-        rows.append({
-            "name": name, "typical_s": median_of_rounds(seconds), "min_s": float(np.min(seconds)),
-            "seconds": [each[0] for each in seconds], "speed": speed.estimate, "low": speed.low, "high": speed.high,
-        })  # fmt: skip
+        speed = speed_interval(first, seconds, interleaved=True)
+        rows.append(
+            {
+                "name": name,
+                "typical_s": median_of_rounds(seconds),
+                "min_s": float(np.min(seconds)),
+                "seconds": [each[0] for each in seconds],
+                "speed": speed.estimate,
+                "low": speed.low,
+                "high": speed.high,
+            }
+        )
     publish("cold_start", {"image": chosen.image.name, "rows": rows}, to_markdown, chosen)
 
 

@@ -46,8 +46,10 @@ def peers(found: Artefacts) -> list[Variant]:
         ("openvino-nncf-int8-fp32", "openvino", int8, "fp32", "llm-transunet"),
         ("openvino-nncf-int8-bf16", "openvino", int8, "bf16", "llm-transunet"),
     ]
-    return [Variant(name=name, group="peer", opener=opener, path=path, compute=compute, reference=reference)
-            for name, opener, path, compute, reference in rows]  # fmt: skip
+    return [
+        Variant(name=name, group="peer", opener=opener, path=path, compute=compute, reference=reference)
+        for name, opener, path, compute, reference in rows
+    ]
 
 
 def ours(found: Artefacts, name: str) -> list[Variant]:
@@ -57,11 +59,16 @@ def ours(found: Artefacts, name: str) -> list[Variant]:
     for execution in bundle.content.executions:
         graph = bundle.variant(execution)
         label = f"medseg-trt-{execution.backend}-{execution.variant}"
-        variants.append(Variant(
-            name=label if execution.compute == "fp32" else f"{label}-{execution.compute}", group="ours",
-            opener=execution.backend, path=bundle.folder / graph.graph, compute=execution.compute,
-            precision=graph.precision,
-        ))  # fmt: skip
+        variants.append(
+            Variant(
+                name=label if execution.compute == "fp32" else f"{label}-{execution.compute}",
+                group="ours",
+                opener=execution.backend,
+                path=bundle.folder / graph.graph,
+                compute=execution.compute,
+                precision=graph.precision,
+            )
+        )
     return variants
 
 
@@ -119,8 +126,16 @@ def memory_of_infer(found: Artefacts, images: Mapping[str, np.ndarray]) -> list[
         memory = child.memory()
         child.close()
         limit = 1.5 * weights + 250
-        rows.append({"precision": precision, "weights_mb": weights, "limit_mb": limit, **memory, **error,
-                     "holds": memory["anonymous_mb"] <= limit})  # fmt: skip
+        rows.append(
+            {
+                "precision": precision,
+                "weights_mb": weights,
+                "limit_mb": limit,
+                **memory,
+                **error,
+                "holds": memory["anonymous_mb"] <= limit,
+            }
+        )
     return rows
 
 
@@ -135,9 +150,13 @@ def proven_on(found: Artefacts, best: Variant) -> list[str]:
     return [
         name
         for name, proof in json.loads(results.read_text())["networks"].items()
-        if wanted in {(each["backend"], each["compute"], proof["policies"][each["variant"]])
-                      for each in proof["executions"] if each["executed"]}
-    ]  # fmt: skip
+        if wanted
+        in {
+            (each["backend"], each["compute"], proof["policies"][each["variant"]])
+            for each in proof["executions"]
+            if each["executed"]
+        }
+    ]
 
 
 def row(variant: Variant, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,23 +164,34 @@ def row(variant: Variant, found: Mapping[str, Any]) -> dict[str, Any]:
     taken = np.concatenate(found["rounds"][variant.name])
     memory = found["memory"][variant.name]
     return {
-        "name": variant.name, "group": variant.group, "median_ms": float(np.median(taken)),
-        "p90_ms": float(np.percentile(taken, 90)), "runs": len(taken), "peak_rss_mb": memory["peak_resident_mb"],
-        "anonymous_mb": memory["anonymous_mb"], **found["errors"].get(variant.name, {}),
+        "name": variant.name,
+        "group": variant.group,
+        "median_ms": float(np.median(taken)),
+        "p90_ms": float(np.percentile(taken, 90)),
+        "runs": len(taken),
+        "peak_rss_mb": memory["peak_resident_mb"],
+        "anonymous_mb": memory["anonymous_mb"],
+        **found["errors"].get(variant.name, {}),
         "round_medians_ms": [float(np.median(each)) for each in found["rounds"][variant.name]],
-    }  # fmt: skip
+    }
 
 
 def to_markdown(result: Mapping[str, Any]) -> str:
     """Return the results as a page."""
     lines = ["# Full-size LLM-TransUNet on a CPU, batch 1, 256 x 256", ""]
     cells = [
-        (each["name"], each["group"], f"{each['median_ms']:.1f}", f"{each['p90_ms']:.1f}",
-         f"{each['sqnr_db']:.1f}" if "sqnr_db" in each else "–",
-         f"{each['max_abs_error']:.1e}" if "max_abs_error" in each else "–",
-         f"{each['anonymous_mb']:.0f}", f"{each['peak_rss_mb']:.0f}")
+        (
+            each["name"],
+            each["group"],
+            f"{each['median_ms']:.1f}",
+            f"{each['p90_ms']:.1f}",
+            f"{each['sqnr_db']:.1f}" if "sqnr_db" in each else "–",
+            f"{each['max_abs_error']:.1e}" if "max_abs_error" in each else "–",
+            f"{each['anonymous_mb']:.0f}",
+            f"{each['peak_rss_mb']:.0f}",
+        )
         for each in result["rows"]
-    ]  # fmt: skip
+    ]
     lines += [*table(HEADER, cells), "", "```json"]
     lines += [json.dumps({key: value for key, value in result.items() if key not in HEAD}, indent=1)]
     return "\n".join([*lines, "```", ""])
@@ -180,9 +210,11 @@ def main() -> None:
     measured = measure(variants, images, chosen.rounds)
     rows = [row(each, measured) for each in variants]
     judged = verdict(
-        measured["rounds"], {each.name: each.group for each in variants},
-        {name: error["sqnr_db"] for name, error in measured["errors"].items()}, _processor_flags(),
-    )  # fmt: skip
+        measured["rounds"],
+        {each.name: each.group for each in variants},
+        {name: error["sqnr_db"] for name, error in measured["errors"].items()},
+        _processor_flags(),
+    )
     best = next(each for each in variants if each.name == judged["ours"])
     graph = found.bundle("default") / "fp32.onnx"
     figures = in_own_process(graph_figures, graph, found.bundle("stored") / "w4a16.onnx")
@@ -193,15 +225,19 @@ def main() -> None:
         "rows": rows,
         "verdict": judged,
         "masks_proven_on": proven_on(found, best),
-        "limit": {"int8_gmac_per_s": rate, "gmac": figures["gmac"], "limit_ms": 1000 * figures["gmac"] / rate,
-                  "share_reached": 1000 * figures["gmac"] / rate / best_ms},
+        "limit": {
+            "int8_gmac_per_s": rate,
+            "gmac": figures["gmac"],
+            "limit_ms": 1000 * figures["gmac"] / rate,
+            "share_reached": 1000 * figures["gmac"] / rate / best_ms,
+        },
         "profile": in_own_process(profile, best.path, graph, best.compute, images["judged"][:1]),
         "graph": figures,
         "folded_max_abs_error": in_own_process(folding_error, found),
         "int8_all_flavours_mb": sum(file.stat().st_size for file in int8_files) / 1e6,
         "infer": memory_of_infer(found, images),
         "builds": [found.build_figures(name) for name in BUNDLES],
-    }  # fmt: skip
+    }
     publish("bench_cpu", result, to_markdown, chosen)
     if judged["judged"] and not judged["holds"]:
         raise SystemExit(f"not fast enough: {'; '.join(judged['reasons'])}")

@@ -75,8 +75,12 @@ def artefacts(*, fresh_bundles: bool = False) -> Artefacts:
         shutil.rmtree(bundles)
     if not networks.exists():
         with _only(networks) as partial:
-            for step in (bench_cpu_peers.write_networks, bench_cpu_peers.write_unfolded, bench_cpu_peers.write_nncf,
-                         bench_cpu_peers.write_gemm):  # fmt: skip
+            for step in (
+                bench_cpu_peers.write_networks,
+                bench_cpu_peers.write_unfolded,
+                bench_cpu_peers.write_nncf,
+                bench_cpu_peers.write_gemm,
+            ):
                 in_own_process(step, partial)
     found = Artefacts(networks=networks, bundles=bundles)
     if not bundles.exists():
@@ -127,9 +131,22 @@ def _build(found: Artefacts, precisions: str, output: Path) -> dict[str, Any]:
 
     The weights are random and the truth is PyTorch's own mask, so the gate judges nothing here and is left open.
     """
-    command = [sys.executable, "-m", "medseg_trt", "build", "--ckpt", str(found.checkpoint("llm-transunet")),
-               "--data", str(found.networks / "scans"), "--precision", precisions, "--max-dice-drop", "1",
-               "-o", str(output)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "medseg_trt",
+        "build",
+        "--ckpt",
+        str(found.checkpoint("llm-transunet")),
+        "--data",
+        str(found.networks / "scans"),
+        "--precision",
+        precisions,
+        "--max-dice-drop",
+        "1",
+        "-o",
+        str(output),
+    ]
     load = os.getloadavg()[0]
     began, peak = time.perf_counter(), 0
     with subprocess.Popen(command) as process:
@@ -138,15 +155,23 @@ def _build(found: Artefacts, precisions: str, output: Path) -> dict[str, Any]:
             time.sleep(SECONDS_BETWEEN_LOOKS)
     if process.returncode:
         raise SystemExit(f"the build failed with exit code {process.returncode}: {' '.join(command)}")
-    return {"precisions": precisions, "seconds": time.perf_counter() - began, "peak_resident_mb": peak / 1e6,
-            "load_average_before": load, "medseg_trt": medseg_trt.__version__}  # fmt: skip
+    return {
+        "precisions": precisions,
+        "seconds": time.perf_counter() - began,
+        "peak_resident_mb": peak / 1e6,
+        "load_average_before": load,
+        "medseg_trt": medseg_trt.__version__,
+    }
 
 
 def _family(pid: int) -> Sequence[int]:
     """Return a process and all that come from it."""
     try:
-        children = [int(word) for task in Path(f"/proc/{pid}/task").iterdir()
-                    for word in (task / "children").read_text().split()]  # fmt: skip
+        children = [
+            int(word)
+            for task in Path(f"/proc/{pid}/task").iterdir()
+            for word in (task / "children").read_text().split()
+        ]
     except OSError:  # it is gone
         return []
     return [pid, *(member for child in children for member in _family(child))]

@@ -62,8 +62,11 @@ def verdict(
         return min(good or names, key=medians.__getitem__)
 
     ours, peer = fastest("ours", MIN_SQNR_DB), fastest("peer", -np.inf)
-    against = {"pytorch-eager-fp32": "pytorch-eager-fp32", "fastest peer": peer,
-               "pytorch-eager-fp32-transunet": "pytorch-eager-fp32-transunet"}  # fmt: skip
+    against = {
+        "pytorch-eager-fp32": "pytorch-eager-fp32",
+        "fastest peer": peer,
+        "pytorch-eager-fp32-transunet": "pytorch-eager-fp32-transunet",
+    }
     found: dict[str, Any] = {"ours": ours, "fastest_peer": peer}
     reasons = list[str]()
     for what, limit in LIMITS.items():

@@ -21,8 +21,11 @@ def graph_figures(float_graph: Path, four_bit_graph: Path) -> dict[str, float]:
     stored: dict[str, int] = {}
     for node in coded.model.graph:
         if part_of(node.metadata_props.get(KEPT_METADATA, "")) == "block":
-            stored |= {str(value.name): value.const_value.nbytes for value in node.inputs
-                       if value is not None and value.const_value is not None}  # fmt: skip
+            stored |= {
+                str(value.name): value.const_value.nbytes
+                for value in node.inputs
+                if value is not None and value.const_value is not None
+            }
     weights = [value.const_value for value in graph.model.graph.initializers.values() if value.const_value is not None]
     return {
         "gmac": total_macs(graph) / 1e9,
@@ -63,9 +66,10 @@ def profile(path: Path, float_graph: Path, compute: str, image: np.ndarray) -> l
     model = core.read_model(str(path))
     model.reshape({"pixel_values": list(image.shape)})
     compiled = core.compile_model(
-        model, "CPU",
+        model,
+        "CPU",
         {"INFERENCE_PRECISION_HINT": TYPES[compute], "PERFORMANCE_HINT": "LATENCY", "PERF_COUNT": True},
-    )  # fmt: skip
+    )
     request = compiled.create_infer_request()
     for _ in range(PROFILED_RUNS):
         request.infer([image])
@@ -75,8 +79,17 @@ def profile(path: Path, float_graph: Path, compute: str, image: np.ndarray) -> l
             key = (_part(node.node_name, parts), node.node_type, node.exec_type)
             times[key].append(node.real_time.total_seconds() * 1000)
     total = sum(map(sum, times.values()))
-    rows = [{"part": part, "kind": kind, "kernel": kernel, "nodes": len(found), "ms": sum(found),
-             "share": sum(found) / total} for (part, kind, kernel), found in times.items()]  # fmt: skip
+    rows = [
+        {
+            "part": part,
+            "kind": kind,
+            "kernel": kernel,
+            "nodes": len(found),
+            "ms": sum(found),
+            "share": sum(found) / total,
+        }
+        for (part, kind, kernel), found in times.items()
+    ]
     return sorted(rows, key=lambda found: -found["ms"])
 
 

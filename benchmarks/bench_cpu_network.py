@@ -66,10 +66,14 @@ def write_checkpoint(architecture: str, path: Path, folder: Path) -> Checkpoint:
     model = build_model(spec, block)
     initialise(model, torch.from_numpy(images))
     checkpoint = Checkpoint(
-        weights=trained_weights(model), spec=spec, preprocessing=PREPROCESSING,
-        classes=Classes(names=("background", "organ")), block_file=block_file, block_sha256=digest,
+        weights=trained_weights(model),
+        spec=spec,
+        preprocessing=PREPROCESSING,
+        classes=Classes(names=("background", "organ")),
+        block_file=block_file,
+        block_sha256=digest,
         provenance={"weights": f"random, seed {SEED}"},
-    )  # fmt: skip
+    )
     save_checkpoint(checkpoint, path)
     if block_file is not None:
         block_file.unlink()

@@ -47,10 +47,16 @@ def write_unfolded(folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            model, (torch.zeros(1, 3, *model.spec.image_size),), str(folder / "peers" / "unfolded.onnx"), dynamo=True,
-            opset_version=OPSET, input_names=["pixel_values"], output_names=["logits"], external_data=True,
+            model,
+            (torch.zeros(1, 3, *model.spec.image_size),),
+            str(folder / "peers" / "unfolded.onnx"),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["pixel_values"],
+            output_names=["logits"],
+            external_data=True,
             verbose=False,
-        )  # fmt: skip
+        )
 
 
 def write_nncf(folder: Path) -> None:
@@ -62,9 +68,11 @@ def write_nncf(folder: Path) -> None:
         images = file["calibration"]
     model = openvino.Core().read_model(str(folder / "peers" / "unfolded.onnx"))
     rounded = nncf.quantize(
-        model, nncf.Dataset([image[np.newaxis] for image in images]), model_type=nncf.ModelType.TRANSFORMER,
+        model,
+        nncf.Dataset([image[np.newaxis] for image in images]),
+        model_type=nncf.ModelType.TRANSFORMER,
         subset_size=len(images),
-    )  # fmt: skip
+    )
     openvino.save_model(rounded, str(folder / "peers" / "int8.xml"), compress_to_fp16=False)
 
 
@@ -78,11 +86,12 @@ def write_gemm(folder: Path) -> None:
     shape = [1, GEMM_TOKENS, GEMM_WIDTH]
     for layer in range(GEMM_LAYERS):
         arrays = {
-            f"scale{layer}": np.array(4 / 255, np.float32), f"zero{layer}": np.array(128, np.uint8),
+            f"scale{layer}": np.array(4 / 255, np.float32),
+            f"zero{layer}": np.array(128, np.uint8),
             f"weight{layer}": random.integers(-127, 128, (GEMM_WIDTH, GEMM_WIDTH), np.int8),
             f"weight_scale{layer}": np.full(GEMM_WIDTH, GEMM_WIDTH**-0.5 / 73, np.float32),
             f"weight_zero{layer}": np.zeros(GEMM_WIDTH, np.int8),
-        }  # fmt: skip
+        }
         constants += [numpy_helper.from_array(array, name) for name, array in arrays.items()]
         scale, zero, weight, weight_scale, weight_zero = arrays
         answer = "logits" if layer == GEMM_LAYERS - 1 else f"product{layer}"
@@ -94,7 +103,10 @@ def write_gemm(folder: Path) -> None:
         ]
         value = answer
     graph = helper.make_graph(
-        nodes, "gemm", [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape)], constants,
-    )  # fmt: skip
+        nodes,
+        "gemm",
+        [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape)],
+        constants,
+    )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)]), folder / "gemm.onnx")

@@ -28,7 +28,7 @@ from medseg_trt.engines.fingerprint import read_fingerprint
 from medseg_trt.export.engine_layers import CUSTOM
 from medseg_trt.export.gate import GateVerdict
 from medseg_trt.files import cache_folder
-from medseg_trt.inspection.engine import read_report, shares
+from medseg_trt.inspection.engine import read_layer_report, shares
 
 TARGETS = "sm86,sm89,sm120"
 PRECISIONS = {  # by their name in the table
@@ -86,11 +86,14 @@ def main() -> int:
     small = _small_rows(chosen.trained, chosen.data) if chosen.trained else []
     first = bundle.content.engines[0].plan
     result = {
-        "library": f"TensorRT-RTX {read_fingerprint(bundle.folder / first).version}", "targets": TARGETS,
-        "executed": False, "precisions": PRECISIONS, "rows": [asdict(row) for row in rows],
+        "library": f"TensorRT-RTX {read_fingerprint(bundle.folder / first).version}",
+        "targets": TARGETS,
+        "executed": False,
+        "precisions": PRECISIONS,
+        "rows": [asdict(row) for row in rows],
         "limits": {"plan_mb": LIMITS_MB, "wall_s": LIMIT_S, "peak_resident_mb": LIMIT_RESIDENT_MB},
         "small": [asdict(row) for row in small],
-    }  # fmt: skip
+    }
     publish("engines", result, to_markdown, chosen)
     return 0 if all(_holds(row) for row in rows) else 1
 
@@ -107,8 +110,24 @@ def _build(output: Path) -> None:
 
 def _run_build(checkpoint: Path, data: Path, output: Path, precisions: Iterable[str], *more: str) -> None:
     words = [word for text in precisions for word in ("--precision", text)]
-    command = [sys.executable, "-m", "medseg_trt", "build", "--ckpt", checkpoint, "--data", data, *words,
-               "--backend", "tensorrt-rtx", "--target", TARGETS, *more, "-o", output]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "medseg_trt",
+        "build",
+        "--ckpt",
+        checkpoint,
+        "--data",
+        data,
+        *words,
+        "--backend",
+        "tensorrt-rtx",
+        "--target",
+        TARGETS,
+        *more,
+        "-o",
+        output,
+    ]
     subprocess.run(list(map(str, command)), check=True)
 
 
@@ -119,13 +138,18 @@ def _measure(bundle: Bundle, engine: BuiltEngine) -> Row:
         second = Path(folder, first.name)
         build_in_child(bundle.folder / variant.graph, second, engine.spec, None)
         differing = _differing_bytes(first, second)
-    report, names = read_report(first), {text: name for name, text in PRECISIONS.items()}
+    report, names = read_layer_report(first), {text: name for name, text in PRECISIONS.items()}
     return Row(
-        precision=names[variant.precision], plan_mb=first.stat().st_size / 1e6, wall_s=engine.wall_s,
-        processor_s=engine.processor_s, peak_resident_mb=engine.peak_resident_mb, differing_bytes=differing,
-        kernels=len(report.layers), shares=shares(report.layers),
+        precision=names[variant.precision],
+        plan_mb=first.stat().st_size / 1e6,
+        wall_s=engine.wall_s,
+        processor_s=engine.processor_s,
+        peak_resident_mb=engine.peak_resident_mb,
+        differing_bytes=differing,
+        kernels=len(report.layers),
+        shares=shares(report.layers),
         outcomes=[asdict(each) | {"holds": each.holds} for each in report.outcomes],
-    )  # fmt: skip
+    )
 
 
 def _small_rows(checkpoint: Path, data: Path) -> list[SmallRow]:
@@ -137,15 +161,19 @@ def _small_rows(checkpoint: Path, data: Path) -> list[SmallRow]:
             bundle = load_bundle(output)
             for engine in bundle.content.engines:
                 variant, plan = bundle.content.variants[engine.variant], bundle.folder / engine.plan
-                layers = read_report(plan).layers
+                layers = read_layer_report(plan).layers
                 verdict = GateVerdict(**variant.passes["gate"]["verdict"])
                 rows.append(
                     SmallRow(
-                        precision=variant.precision, plugins=engine.spec.plugins, plan_mb=plan.stat().st_size / 1e6,
-                        kernels=len(layers), custom=sum(layer.kind == CUSTOM for layer in layers),
-                        unmet=list(engine.unmet), verdict=str(verdict),
+                        precision=variant.precision,
+                        plugins=engine.spec.plugins,
+                        plan_mb=plan.stat().st_size / 1e6,
+                        kernels=len(layers),
+                        custom=sum(layer.kind == CUSTOM for layer in layers),
+                        unmet=list(engine.unmet),
+                        verdict=str(verdict),
                     )
-                )  # fmt: skip
+                )
     return rows
 
 
@@ -168,14 +196,31 @@ def _holds(row: Row) -> bool:
 def to_markdown(result: Mapping[str, Any]) -> str:
     """Return the page, but for the line on the machine."""
     rows, limits = result["rows"], result["limits"]
-    header = ["engine", "plan MB", "limit MB", "wall s", "processor s", "peak MB", "bytes that differ from a second",
-              "kernels", "MACs"]  # fmt: skip
+    header = [
+        "engine",
+        "plan MB",
+        "limit MB",
+        "wall s",
+        "processor s",
+        "peak MB",
+        "bytes that differ from a second",
+        "kernels",
+        "MACs",
+    ]
     cells = [
-        [row["precision"], f"{row['plan_mb']:.1f}", str(limits["plan_mb"][row["precision"]]), f"{row['wall_s']:.1f}",
-         f"{row['processor_s']:.1f}", f"{row['peak_resident_mb']:.0f}", f"{row['differing_bytes']:,}",
-         str(row["kernels"]), ", ".join(f"{100 * share:.1f} % {dtype}" for dtype, share in row["shares"].items())]
+        [
+            row["precision"],
+            f"{row['plan_mb']:.1f}",
+            str(limits["plan_mb"][row["precision"]]),
+            f"{row['wall_s']:.1f}",
+            f"{row['processor_s']:.1f}",
+            f"{row['peak_resident_mb']:.0f}",
+            f"{row['differing_bytes']:,}",
+            str(row["kernels"]),
+            ", ".join(f"{100 * share:.1f} % {dtype}" for dtype, share in row["shares"].items()),
+        ]
         for row in rows
-    ]  # fmt: skip
+    ]
     expected = [
         [outcomes[0]["name"], *(f"{each['asked'] - len(each['failed'])} of {each['asked']}" for each in outcomes)]
         for outcomes in zip(*(row["outcomes"] for row in rows), strict=True)
@@ -206,17 +251,34 @@ def _small_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if not rows:
         return []
     cells = [
-        [row["precision"], "on" if row["plugins"] else "off", f"{row['plan_mb']:.1f}", str(row["kernels"]),
-         str(row["custom"]), "; ".join(row["unmet"]) or "–", row["verdict"]]
+        [
+            row["precision"],
+            "on" if row["plugins"] else "off",
+            f"{row['plan_mb']:.1f}",
+            str(row["kernels"]),
+            str(row["custom"]),
+            "; ".join(row["unmet"]) or "–",
+            row["verdict"],
+        ]
         for row in rows
-    ]  # fmt: skip
+    ]
     return [
         "## A small network that was trained, with plugins and without",
         "",
-        *table(["engine", "plugins", "plan MB", "kernels", "plugins among them", "expected in vain",
-                "masks of its graph, on a CPU"], cells),
+        *table(
+            [
+                "engine",
+                "plugins",
+                "plan MB",
+                "kernels",
+                "plugins among them",
+                "expected in vain",
+                "masks of its graph, on a CPU",
+            ],
+            cells,
+        ),
         "",
-    ]  # fmt: skip
+    ]
 
 
 if __name__ == "__main__":

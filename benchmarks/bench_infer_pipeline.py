@@ -117,22 +117,39 @@ def stages(images: Path, bundle_folder: Path, backend: str) -> dict[str, float]:
 def to_markdown(result: Any) -> str:
     """Return the results as a page."""
     rows = [
-        (f"{each['what']}: {way}", f"{found['typical_s']:.2f}", f"{found['speed']:.2f}x",
-         f"{found['low']:.2f} … {found['high']:.2f}", str(len(found["seconds"])), f"{found['peak_mb']:.0f}",
-         "yes" if found["same_masks"] else "no")
-        for each in result["rows"] for way, found in each["ways"].items()
-    ]  # fmt: skip
+        (
+            f"{each['what']}: {way}",
+            f"{found['typical_s']:.2f}",
+            f"{found['speed']:.2f}x",
+            f"{found['low']:.2f} … {found['high']:.2f}",
+            str(len(found["seconds"])),
+            f"{found['peak_mb']:.0f}",
+            "yes" if found["same_masks"] else "no",
+        )
+        for each in result["rows"]
+        for way, found in each["ways"].items()
+    ]
     header = ("images", "s", "speed", "90 % interval", "rounds", "peak MB", "same masks")
     spent = result["stages_ms"]
-    return "\n".join([
-        "# infer: the simple loop and the overlapping one", "", result["network"] + ".", "",
-        *table(header, rows), "",
-        "The ways had their turn in every round; masks are compared byte for byte with the simple loop's.", "",
-        "One picture in the simple loop, of which the network alone uses more than one core:", "",
-        *table(("step", "ms"), [(name, f"{ms:.1f}") for name, ms in spent.items()]), "",
-        f"If the network kept {result['machine']['cores']} cores busy and everything else one, and nothing were lost, "
-        f"overlapping would be {result['bound']:.2f} times as fast and no more.", "",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            "# infer: the simple loop and the overlapping one",
+            "",
+            result["network"] + ".",
+            "",
+            *table(header, rows),
+            "",
+            "Every round measures every variant; masks are compared byte for byte with the simple loop's.",
+            "",
+            "One picture in the simple loop, of which the network alone uses more than one core:",
+            "",
+            *table(("step", "ms"), [(name, f"{ms:.1f}") for name, ms in spent.items()]),
+            "",
+            f"If the network used {result['machine']['cores']} cores, everything else one, and nothing was lost, "
+            f"overlapping would be {result['bound']:.2f} times as fast and no more.",
+            "",
+        ]
+    )
 
 
 def bound(picture_ms: float, run_ms: float, cores: int) -> float:
@@ -182,12 +199,16 @@ def main() -> None:
 def figures(runs: list[Run], simple: list[Run]) -> dict[str, Any]:
     """Sum up the runs of one way, against the simple loop's of the same rounds."""
     seconds, simple_seconds = ([[each[0]] for each in taken] for taken in (runs, simple))
-    speed = speed_interval(simple_seconds, seconds, in_turn=True)
+    speed = speed_interval(simple_seconds, seconds, interleaved=True)
     return {
-        "typical_s": median_of_rounds(seconds), "seconds": [each[0] for each in runs], "speed": speed.estimate,
-        "low": speed.low, "high": speed.high, "peak_mb": max(each[1] for each in runs),
+        "typical_s": median_of_rounds(seconds),
+        "seconds": [each[0] for each in runs],
+        "speed": speed.estimate,
+        "low": speed.low,
+        "high": speed.high,
+        "peak_mb": max(each[1] for each in runs),
         "same_masks": all(each[2] == simple[0][2] for each in runs),
-    }  # fmt: skip
+    }
 
 
 def _fail(path: Path, error: Exception) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from results_file import options, publish, table
 
-from medseg_trt.bench.measure import in_turn, tier
+from medseg_trt.bench.measure import interleaved_rounds, tier
 from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.errors import MedsegError
 from medseg_trt.imaging.images import read_image
@@ -62,10 +62,16 @@ def optimum_way(bundle: Path) -> Run:
 def to_markdown(result: Any) -> str:
     """Return the results as a page."""
     rows = [
-        (each["name"], f"{each['median_ms']:.1f}", f"{each['speed']:.2f}x", f"{each['low']:.2f} … {each['high']:.2f}",
-         str(each["runs"]), f"{each['max_abs_error']:.1e}")
+        (
+            each["name"],
+            f"{each['median_ms']:.1f}",
+            f"{each['speed']:.2f}x",
+            f"{each['low']:.2f} … {each['high']:.2f}",
+            str(each["runs"]),
+            f"{each['max_abs_error']:.1e}",
+        )
         for each in result["rows"]
-    ]  # fmt: skip
+    ]
     header = ("way", f"ms for {SLICES} slices", "speed", "90 % interval", "runs", "max abs error")
     missing = [f"Not measured: {name}: {reason}" for name, reason in result["missing"].items()]
     lines = ["# Other ways to run the network", "", f"{result['images']}; the network alone, fp32.", ""]
@@ -115,18 +121,24 @@ def main() -> None:
             name: lambda seconds, runs, run=run: timed_runs(lambda: run(batch), seconds, runs)
             for name, run in ways.items()
         }
-        taken = {
-            name: found.rounds_ms for name, found in in_turn(turns, tier("quick", duration_s=chosen.duration_s)).items()
-        }
+        round_times = interleaved_rounds(turns, tier("quick", duration_s=chosen.duration_s))
+        taken = {name: times.rounds_ms for name, times in round_times.items()}
     rows = []
     for name, rounds in taken.items():
-        speed = speed_interval(taken["PyTorch"], rounds, in_turn=True)
+        speed = speed_interval(taken["PyTorch"], rounds, interleaved=True)
         samples = [each for steps in rounds for each in steps]
-        rows.append({
-            "name": name, "median_ms": median_of_rounds(rounds), "p90_ms": float(np.percentile(samples, 90)),
-            "runs": len(samples), "speed": speed.estimate, "low": speed.low, "high": speed.high,
-            "max_abs_error": errors[name],
-        })  # fmt: skip
+        rows.append(
+            {
+                "name": name,
+                "median_ms": median_of_rounds(rounds),
+                "p90_ms": float(np.percentile(samples, 90)),
+                "runs": len(samples),
+                "speed": speed.estimate,
+                "low": speed.low,
+                "high": speed.high,
+                "max_abs_error": errors[name],
+            }
+        )
     images = f"{SLICES} slices of {chosen.volume.name}, {bundle.preprocessing.image_size[0]} pixels wide"
     publish("inferers", {"images": images, "rows": rows, "missing": missing}, to_markdown, chosen)
 

@@ -41,10 +41,18 @@ def scalars_of(kernel: Kernel, entry: Entry, times: int) -> dict[str, int]:
     if kernel.name == "logits_to_mask":
         return logits_to_mask.scalars(PREPROCESSING, times, 9, (512, 512))
     every = {
-        "rows": ROWS * times, "width": WIDTH, "epsilon_bits": float_bits(1e-6), "scale_bits": float_bits(0.03),
-        "batch": times, "tokens": ROWS, "first_position": 0, "num_heads": WIDTH // HEAD_DIM,
-        "num_kv_heads": 8, "head_dim": HEAD_DIM, "copy_values": 1,
-    }  # fmt: skip
+        "rows": ROWS * times,
+        "width": WIDTH,
+        "epsilon_bits": float_bits(1e-6),
+        "scale_bits": float_bits(0.03),
+        "batch": times,
+        "tokens": ROWS,
+        "first_position": 0,
+        "num_heads": WIDTH // HEAD_DIM,
+        "num_kv_heads": 8,
+        "head_dim": HEAD_DIM,
+        "copy_values": 1,
+    }
     return {each.name: every[each.name] for each in entry.parameters if each.kind == "int32"}
 
 
@@ -91,10 +99,16 @@ def measure(driver: CudaBindings, launcher: Launcher, kernel: Kernel, entry: Ent
         ours = milliseconds(driver, lambda: launcher.launch(kernel, entry, arrays, scalars), runs=RUNS, repeats=REPEATS)
         copy = milliseconds(driver, lambda: memory.copy(source, target), runs=RUNS, repeats=REPEATS)
     return {
-        "kernel": kernel.name, "entry": entry.name, "scalars": scalars, "bytes": moved, "executed": True,
-        "median_ms": float(np.median(ours)), "p95_ms": float(np.percentile(ours, 95)),
-        "copy_median_ms": float(np.median(copy)), "share_of_copy": float(np.median(copy) / np.median(ours)),
-    }  # fmt: skip
+        "kernel": kernel.name,
+        "entry": entry.name,
+        "scalars": scalars,
+        "bytes": moved,
+        "executed": True,
+        "median_ms": float(np.median(ours)),
+        "p95_ms": float(np.percentile(ours, 95)),
+        "copy_median_ms": float(np.median(copy)),
+        "share_of_copy": float(np.median(copy) / np.median(ours)),
+    }
 
 
 def machine(driver: CudaBindings) -> dict[str, Any]:
@@ -104,9 +118,13 @@ def machine(driver: CudaBindings) -> dict[str, Any]:
         ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"], capture_output=True, text=True, check=False
     )
     return {
-        "gpu": asked.stdout.strip(), "sm": driver.capability, "cuda": list(driver.cuda),
-        "platform": platform.platform(), "compiler": version("nvidia-cuda-nvrtc"), "medseg-trt": version("medseg-trt"),
-    }  # fmt: skip
+        "gpu": asked.stdout.strip(),
+        "sm": driver.capability,
+        "cuda": list(driver.cuda),
+        "platform": platform.platform(),
+        "compiler": version("nvidia-cuda-nvrtc"),
+        "medseg-trt": version("medseg-trt"),
+    }
 
 
 def main() -> int:

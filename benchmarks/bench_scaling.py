@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from results_file import options, publish, table
 
-from medseg_trt.bench.measure import in_turn, tier
+from medseg_trt.bench.measure import interleaved_rounds, tier
 from medseg_trt.bundles.bundle import Bundle
 from medseg_trt.pipeline import build
 from medseg_trt.sessions.backends import is_installed
@@ -36,10 +36,14 @@ def random_bundle(architecture: str, size: int, folder: Path) -> Bundle:
         digest = save_block(block, file)
     torch.manual_seed(0)
     checkpoint = Checkpoint(
-        weights=trained_weights(build_model(spec, block)), spec=spec,
-        preprocessing=Preprocessing(image_size=(size, size)), classes=CLASSES,
-        block_file=file, block_sha256=digest, provenance={},
-    )  # fmt: skip
+        weights=trained_weights(build_model(spec, block)),
+        spec=spec,
+        preprocessing=Preprocessing(image_size=(size, size)),
+        classes=CLASSES,
+        block_file=file,
+        block_sha256=digest,
+        provenance={},
+    )
     save_checkpoint(checkpoint, folder / "model.pt")
     return build(folder / "model.pt", BuildSpec(), folder / "model.medseg")
 
@@ -54,7 +58,7 @@ def time_batches(bundle: Bundle, backend: str, batches: list[int], duration_s: f
             )
             for batch in batches
         }
-        taken = in_turn(turns, tier("quick", duration_s=duration_s))
+        taken = interleaved_rounds(turns, tier("quick", duration_s=duration_s))
     return {
         int(batch): [each / int(batch) for steps in found.rounds_ms for each in steps] for batch, found in taken.items()
     }
@@ -64,15 +68,22 @@ def to_markdown(result: Any) -> str:
     """Return the results as a page."""
     batches = sorted({int(batch) for each in result["rows"] for batch in each["ms_per_image"]})
     rows = [
-        (f"{each['size']} x {each['size']}, {each['backend']}",
-         *(f"{each['ms_per_image'][str(batch)]['median']:.1f}" for batch in batches))
+        (
+            f"{each['size']} x {each['size']}, {each['backend']}",
+            *(f"{each['ms_per_image'][str(batch)]['median']:.1f}" for batch in batches),
+        )
         for each in result["rows"]
-    ]  # fmt: skip
-    return "\n".join([
-        "# Scaling with image size and batch", "",
-        f"{result['architecture']}, random weights, fp32; median milliseconds of an image, the network alone.", "",
-        *table(("image, back-end", *(f"batch {batch}" for batch in batches)), rows), "",
-    ])  # fmt: skip
+    ]
+    return "\n".join(
+        [
+            "# Scaling with image size and batch",
+            "",
+            f"{result['architecture']}, random weights, fp32; median milliseconds of an image, the network alone.",
+            "",
+            *table(("image, back-end", *(f"batch {batch}" for batch in batches)), rows),
+            "",
+        ]
+    )
 
 
 def main() -> None:

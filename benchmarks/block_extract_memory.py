@@ -68,10 +68,14 @@ def write_safetensors(model: Model, folder: Path) -> Path:
     """Write a Hugging Face folder of one file."""
     spec, layer = model.spec, last_layer(model)
     config = {
-        "model_type": "llama", "hidden_size": spec.hidden_size, "intermediate_size": spec.intermediate_size,
-        "num_hidden_layers": model.num_layers, "num_attention_heads": spec.num_heads,
-        "num_key_value_heads": spec.num_kv_heads, "rms_norm_eps": spec.rms_norm_eps,
-    }  # fmt: skip
+        "model_type": "llama",
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": spec.intermediate_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": spec.num_heads,
+        "num_key_value_heads": spec.num_kv_heads,
+        "rms_norm_eps": spec.rms_norm_eps,
+    }
     write_json(folder / "config.json", config)
     shapes = model.shapes(
         {name: name for name in layer},
@@ -96,9 +100,13 @@ def write_meta(model: Model, folder: Path, num_parts: int = 1) -> Path:
     """Write Meta's layout, model-parallel where there are several parts."""
     spec, layer = model.spec, dict(last_layer(model))
     params = {
-        "dim": spec.hidden_size, "n_layers": model.num_layers, "n_heads": spec.num_heads, "multiple_of": 256,
-        "norm_eps": spec.rms_norm_eps, "vocab_size": -1,
-    }  # fmt: skip
+        "dim": spec.hidden_size,
+        "n_layers": model.num_layers,
+        "n_heads": spec.num_heads,
+        "multiple_of": 256,
+        "norm_eps": spec.rms_norm_eps,
+        "vocab_size": -1,
+    }
     write_json(folder / "params.json", params)
     for name, heads in (("self_attn.q_proj.weight", spec.num_heads), ("self_attn.k_proj.weight", spec.num_kv_heads)):
         layer[name] = interleaved(layer[name], heads)
@@ -242,8 +250,13 @@ def measure(model: Model, layouts: Mapping[str, Callable[[Model, Path], Path]]) 
         baseline, run = runs
         added = run["peak_bytes"] - baseline["peak_bytes"]
         limit = int(LIMIT_OF_LAYER * (run["layer_bytes_stored"] + run["block_bytes"])) + LIMIT_CONSTANT
-        yield {"layout": layout, **run, "baseline_bytes": baseline["peak_bytes"], "added_bytes": added,
-               "limit_bytes": limit}  # fmt: skip
+        yield {
+            "layout": layout,
+            **run,
+            "baseline_bytes": baseline["peak_bytes"],
+            "added_bytes": added,
+            "limit_bytes": limit,
+        }
 
 
 def to_markdown(result: Mapping[str, Any]) -> str:
@@ -280,8 +293,11 @@ def main() -> None:
     model = Model(spec=spec, num_layers=chosen.layers, vocabulary=32000)
     rows = []
     for row in measure(model, {name: LAYOUTS[name] for name in chosen.layouts}):
-        print(f"{row['layout']}: {row['added_bytes'] / MIB:.0f} MiB above {row['baseline_bytes'] / MIB:.0f} MiB, "
-              f"limit {row['limit_bytes'] / MIB:.0f} MiB, {row['seconds']} s", file=sys.stderr)  # fmt: skip
+        print(
+            f"{row['layout']}: {row['added_bytes'] / MIB:.0f} MiB above {row['baseline_bytes'] / MIB:.0f} MiB, "
+            f"limit {row['limit_bytes'] / MIB:.0f} MiB, {row['seconds']} s",
+            file=sys.stderr,
+        )
         rows.append(row)
     result = {"num_layers": chosen.layers, "hidden_size": chosen.width, "rows": rows}
     publish("block_extract_memory", result, to_markdown, chosen)

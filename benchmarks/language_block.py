@@ -76,12 +76,16 @@ def score(run: Path, data: DataFolder, key: tuple[str, str, int]) -> list[Scored
     name, arm, seed = key
     return [
         Scored(
-            data=name, arm=arm, seed=seed, split=split, epoch=checkpoint.provenance["epoch"],
+            data=name,
+            arm=arm,
+            seed=seed,
+            split=split,
+            epoch=checkpoint.provenance["epoch"],
             dice=scores_of(evaluate(network, data.cases(split), checkpoint.preprocessing, data.classes), "dice"),
             about=data.split_notes.get(split, ""),
         )
         for split in SPLITS
-    ]  # fmt: skip
+    ]
 
 
 def row(data: str, split: str, scored: Sequence[Scored]) -> dict[str, Any]:
@@ -98,13 +102,11 @@ def row(data: str, split: str, scored: Sequence[Scored]) -> dict[str, Any]:
         "about": here[0].about,
         "cases": list(here[0].dice.names),
         "runs": {arm: {seed: each.dice.mean for seed, each in sorted(of_arm[arm].items())} for arm in ARMS},
-        "mean_and_deviation": {
-            arm: mean_and_deviation([each.dice for each in of_arm[arm].values()]) for arm in ARMS
-        },
+        "mean_and_deviation": {arm: mean_and_deviation([each.dice for each in of_arm[arm].values()]) for arm in ARMS},
         "paired_seeds": seeds,
         "gain": asdict(found) if found is not None else None,
         "verdict": found.sentence() if found is not None else "No seed is complete with both networks.",
-    }  # fmt: skip
+    }
 
 
 def to_markdown(result: Mapping[str, Any]) -> str:
@@ -175,9 +177,12 @@ def main() -> None:
     names = [name for name in DATA if any(each.data == name for each in scored)]
     rows = [row(name, split, scored) for name in names for split in SPLITS]
     result = {
-        "caveat": CAVEAT, "trained": sorted(trained), "rows": rows, "runs": [asdict(each) for each in scored],
+        "caveat": CAVEAT,
+        "trained": sorted(trained),
+        "rows": rows,
+        "runs": [asdict(each) for each in scored],
         "incomplete": incomplete,
-    }  # fmt: skip
+    }
     publish("language_block", result, to_markdown, chosen)
 
 

@@ -33,10 +33,16 @@ def cold_start(result: Mapping[str, Any]) -> list[str]:
 def engines(result: Mapping[str, Any]) -> list[str]:
     """Make the table of the full-size network's engines: size, build time and fused layers."""
     rows = [
-        (each["precision"], f"{each['plan_mb']:.0f}", f"{each['wall_s']:.1f}", f"{each['peak_resident_mb'] / 1000:.1f}",
-         f"{each['kernels']}", *(_count(each["outcomes"], name) for name in SHOWN_OUTCOMES))
+        (
+            each["precision"],
+            f"{each['plan_mb']:.0f}",
+            f"{each['wall_s']:.1f}",
+            f"{each['peak_resident_mb'] / 1000:.1f}",
+            f"{each['kernels']}",
+            *(_count(each["outcomes"], name) for name in SHOWN_OUTCOMES),
+        )
         for each in result["rows"]
-    ]  # fmt: skip
+    ]
     return table(("engine", "plan MB", "build s", "GB", "kernels", "attention fused", "INT8 GEMMs in Int8"), rows)
 
 
@@ -50,12 +56,18 @@ def organs_demo(report: Mapping[str, Any]) -> list[str]:
     rows = []
     for row in report["rows"]:
         latency, speed, agreement = row["latency"]["model"], row["speedup"]["model"], row["agreement"]
-        rows.append((
-            row["name"], _figure(latency, "median_ms", "{:.2f}"), _figure(latency, "p90_ms", "{:.2f}"),
-            _figure(latency, "runs", "{}"), _figure(speed, "ratio", "{:.2f}x"),
-            _figure(agreement, "max_abs_error", "{:.1e}"), _figure(agreement, "labels", "{:.3%}"),
-            f"{row['size_mb']:.1f}",
-        ))  # fmt: skip
+        rows.append(
+            (
+                row["name"],
+                _figure(latency, "median_ms", "{:.2f}"),
+                _figure(latency, "p90_ms", "{:.2f}"),
+                _figure(latency, "runs", "{}"),
+                _figure(speed, "ratio", "{:.2f}x"),
+                _figure(agreement, "max_abs_error", "{:.1e}"),
+                _figure(agreement, "labels", "{:.3%}"),
+                f"{row['size_mb']:.1f}",
+            )
+        )
     header = ("network", "median ms", "p90 ms", "runs", "speed", "max abs error", "agreement", "size MB")
     return table(header, rows)
 

@@ -50,8 +50,10 @@ def publish(
     measured = {
         "script": script(),
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": asdict(this_machine()), "versions": package_versions(), **result,
-    }  # fmt: skip
+        "machine": asdict(this_machine()),
+        "versions": package_versions(),
+        **result,
+    }
     page = f"{to_markdown(measured)}\n{where(measured)}\n"
     write_json(chosen.output / f"{name}.json", measured)
     with atomic_file(chosen.output / f"{name}.md") as temporary:

@@ -47,9 +47,13 @@ def take_steps(name: str, block: Path, image_size: int, batch_size: int) -> dict
     imported = peak_bytes()
     size = (image_size, image_size)
     spec = TrainSpec(
-        epochs=1, batch_size=batch_size, optimizer="adam", learning_rate=1e-4,
-        frozen_dtype=frozen_dtype, autocast=autocast,
-    )  # fmt: skip
+        epochs=1,
+        batch_size=batch_size,
+        optimizer="adam",
+        learning_rate=1e-4,
+        frozen_dtype=frozen_dtype,
+        autocast=autocast,
+    )
     recipe = Recipe(architecture=architecture, preprocessing=Preprocessing(image_size=size), train=spec)
     described = model_spec(architecture, size, 9)
     model = build_model(described, load_block(block) if described.block is not None else None)
@@ -79,9 +83,14 @@ def take_steps(name: str, block: Path, image_size: int, batch_size: int) -> dict
         "optimizer_bytes": sum(value.nbytes for value in state),
     }
     return {
-        "name": name, **parts, "imported_bytes": imported, "built_bytes": built, "peak_bytes": peak_bytes(),
-        "seconds_a_step": round(seconds, 1), "loss": loss,
-    }  # fmt: skip
+        "name": name,
+        **parts,
+        "imported_bytes": imported,
+        "built_bytes": built,
+        "peak_bytes": peak_bytes(),
+        "seconds_a_step": round(seconds, 1),
+        "loss": loss,
+    }
 
 
 def peak_bytes() -> int:

@@ -8,8 +8,9 @@ import pytest
 
 from medseg_trt.bench import benchmark, timings
 from medseg_trt.bench.layer_times import Step, summed_up
-from medseg_trt.bench.schema import Peak, Tier
+from medseg_trt.bench.profile_schema import Peak
 from medseg_trt.bench.timed_session import STAGES, MeasuredSession
+from medseg_trt.bench.timing_schema import Tier
 from medseg_trt.sessions.base import Session
 from medseg_trt.sessions.subprocess_session import open_network
 
@@ -52,9 +53,11 @@ def measure_here(patch: pytest.MonkeyPatch) -> None:
 
     def steps(_path, backend, _precision, _compute, _image, costs):
         named = [cost for cost in costs if cost.macs]
-        return summed_up(f"{backend}, made up", [
-            Step(name=cost.names[0], kind="Conv", kernel="made up", ms=0.5, bytes=cost.bytes) for cost in named
-        ], costs)  # fmt: skip
+        return summed_up(
+            f"{backend}, made up",
+            [Step(name=cost.names[0], kind="Conv", kernel="made up", ms=0.5, bytes=cost.bytes) for cost in named],
+            costs,
+        )
 
     peak = Peak(arithmetic="", gmacs_per_s=50.0, gemm="made up", gbytes_per_s=20.0, copy="made up")
     patch.setattr(timings, "MeasuredSession", MeasuredHere)

@@ -9,21 +9,33 @@ import pytest
 
 FIGURES = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "bench_cpu_figures.py"))
 GROUPS = {
-    "pytorch-eager-fp32": "peer", "pytorch-eager-fp32-transunet": "peer", "openvino-nncf-int8-bf16": "peer",
-    "mine-int8": "ours", "mine-fp32": "ours", "int8-gemm": "limit",
-}  # fmt: skip
+    "pytorch-eager-fp32": "peer",
+    "pytorch-eager-fp32-transunet": "peer",
+    "openvino-nncf-int8-bf16": "peer",
+    "mine-int8": "ours",
+    "mine-fp32": "ours",
+    "int8-gemm": "limit",
+}
 SQNR = {**dict.fromkeys(GROUPS, 60.0), "openvino-nncf-int8-bf16": 25.0, "mine-int8": 26.0}
 VNNI = ("avx2", "avx512_vnni")
 
 
 def rounds(**changed: float) -> dict[str, list[list[float]]]:
     """Return five rounds of three runs each, with a drift that hits all alike."""
-    milliseconds = {"pytorch-eager-fp32": 1000.0, "pytorch-eager-fp32-transunet": 450.0,
-                    "openvino-nncf-int8-bf16": 130.0, "mine-int8": 100.0, "mine-fp32": 400.0, "int8-gemm": 1.0,
-                    **{name.replace("_", "-"): value for name, value in changed.items()}}  # fmt: skip
+    milliseconds = {
+        "pytorch-eager-fp32": 1000.0,
+        "pytorch-eager-fp32-transunet": 450.0,
+        "openvino-nncf-int8-bf16": 130.0,
+        "mine-int8": 100.0,
+        "mine-fp32": 400.0,
+        "int8-gemm": 1.0,
+        **{name.replace("_", "-"): value for name, value in changed.items()},
+    }
     drifts = (1.0, 1.1, 0.9, 1.3, 1.0)
-    return {name: [[drift * value, drift * value, 5 * drift * value] for drift in drifts]
-            for name, value in milliseconds.items()}  # fmt: skip
+    return {
+        name: [[drift * value, drift * value, 5 * drift * value] for drift in drifts]
+        for name, value in milliseconds.items()
+    }
 
 
 def test_sqnr_of_a_known_error() -> None:

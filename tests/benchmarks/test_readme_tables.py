@@ -100,8 +100,13 @@ def test_no_readme_is_written_where_one_has_a_fault(readme, tmp_path):
 
 def test_the_demos_table_is_made_from_a_report_of_bench(tmp_path):
     missing = {"reason": "generated"}
-    row = {"name": "PyTorch", "size_mb": 27.2, "latency": {"model": {"median_ms": 76.8, "p90_ms": 86.81, "runs": 101}},
-           "speedup": {"model": missing}, "agreement": {"max_abs_error": 1e-5, "labels": 1.0}}  # fmt: skip
+    row = {
+        "name": "PyTorch",
+        "size_mb": 27.2,
+        "latency": {"model": {"median_ms": 76.8, "p90_ms": 86.81, "runs": 101}},
+        "speedup": {"model": missing},
+        "agreement": {"max_abs_error": 1e-5, "labels": 1.0},
+    }
     failed = {**row, "name": "int8", "latency": {"model": missing}, "agreement": missing}
     report = {**RESULT, "created": RESULT["measured"], "rows": [row, failed]}
     del report["measured"]

@@ -10,26 +10,18 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from numpy import ndarray
 
+from medseg_trt.bench.accuracy import AGREEMENT, NetworkScores, SliceImages, compare_all, differences, verdict
+from medseg_trt.bench.accuracy_schema import Accuracy, Verdict
 from medseg_trt.bench.candidates import Candidate, bundle_candidates, checkpoint_candidate
-from medseg_trt.bench.compared import AGREEMENT, Compared, Pictures, compare_all, differences, verdict
 from medseg_trt.bench.layer_times import profile
 from medseg_trt.bench.measured_cases import MeasuredCases, measured_cases, one_image_file
+from medseg_trt.bench.missing import Missing
 from medseg_trt.bench.peaks import peaks, roofline
-from medseg_trt.bench.schema import (
-    SCOPES,
-    Accuracy,
-    Latency,
-    Missing,
-    Peak,
-    Profile,
-    Report,
-    Roofline,
-    Row,
-    Tier,
-    Verdict,
-)
+from medseg_trt.bench.profile_schema import Peak, Profile, Roofline
+from medseg_trt.bench.schema import Report, Row
 from medseg_trt.bench.summary import summary
 from medseg_trt.bench.timed_session import WholeWay
+from medseg_trt.bench.timing_schema import SCOPES, Latency, Tier
 from medseg_trt.bench.timings import BATCHES, Timings, open_candidates, speedups, time_all
 from medseg_trt.bundles.bundle import MANIFEST, Bundle, load_bundle
 from medseg_trt.errors import MedsegError, MissingExtraError, require
@@ -70,7 +62,7 @@ class Measured:
     """The report, and the pictures of its worst slices, by row, in the order of ``Row.worst``."""
 
     report: Report
-    pictures: Mapping[str, tuple[Pictures, ...]]
+    pictures: Mapping[str, tuple[SliceImages, ...]]
     window: tuple[float, float]  # the values that are drawn black and white
     ended_early: bool  # by an interrupt; the report holds what was measured before
 
@@ -80,7 +72,7 @@ def bench(what: Bench, scratch: Path) -> Measured:
 
     Args:
         what: the networks and images.
-        scratch: a folder on the disk that masks are written to while the whole way is timed.
+        scratch: a folder on the disk that masks are written to during the end-to-end timing.
 
     An interrupt while networks are timed ends the measurement, and what is there already becomes the report.
 
@@ -109,18 +101,22 @@ def bench(what: Bench, scratch: Path) -> Measured:
         runs: dict[str, Run] = {name: session.run for name, session in sessions.items()}
         overlap = stack.enter_context(Overlap())  # a case is decoded while the one before goes through the networks
         compared = compare_all(
-            runs, track(overlap.ahead(cases.read()), "compare", total=len(cases.cases)), bundle.preprocessing,
-            bundle.classes, lambda name, image: read.append((name, replace(image, pixels=image.pixels[:, :1, :1]))),
-        )  # fmt: skip
+            runs,
+            track(overlap.ahead(cases.read()), "compare", total=len(cases.cases)),
+            bundle.preprocessing,
+            bundle.classes,
+            lambda name, image: read.append((name, replace(image, pixels=image.pixels[:, :1, :1]))),
+        )
         verdicts = _verdicts(candidates, compared, limit)
         for name, found in compared.networks.items():
             timings[name].failure = timings[name].failure or found.failure
         fit = {
-            name: session for name, session in sessions.items()
+            name: session
+            for name, session in sessions.items()
             if timings[name].failure is None and (name == reference or _holds(verdicts[name]))
-        }  # fmt: skip
+        }
         batch = np.resize(image, (what.batch, *image.shape[1:]))
-        way, timed = _whole_way(bundle, cases, first, folder)
+        way, timed = _end_to_end_case(bundle, cases, first, folder)
         images = cases.images(read, timed)  # while noise is still on the disk
         ended = _ends_early(lambda: time_all(fit, timings, batch, way, what.tier, what.throughput_batches))
         devices = {name: (session.device, session.description) for name, session in sessions.items()}
@@ -131,11 +127,21 @@ def bench(what: Bench, scratch: Path) -> Measured:
     warnings += [ENDED] if ended else []
     rows = [_row(each, candidates[0], compared, verdicts, timings, devices, inside) for each in candidates]
     report = Report(
-        created=datetime.now(UTC).isoformat(timespec="seconds"), commands=what.commands, tier=what.tier,
-        batch=what.batch, reference=_reference_words(what), images=images, classes=bundle.classes,
-        machine=machine, versions=package_versions(), digests=digests, peaks=inside.peaks, rows=tuple(rows),
-        summary=summary(rows, what.tier, compared.labelled), warnings=tuple(warnings),
-    )  # fmt: skip
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        commands=what.commands,
+        tier=what.tier,
+        batch=what.batch,
+        reference=_reference_words(what),
+        images=images,
+        classes=bundle.classes,
+        machine=machine,
+        versions=package_versions(),
+        digests=digests,
+        peaks=inside.peaks,
+        rows=tuple(rows),
+        summary=summary(rows, what.tier, compared.labelled),
+        warnings=tuple(warnings),
+    )
     pictures = {name: tuple(each for _, each in found.worst) for name, found in compared.networks.items()}
     return Measured(report=report, pictures=pictures, window=bundle.preprocessing.window, ended_early=ended)
 
@@ -185,7 +191,7 @@ def _reference_words(what: Bench) -> str:
     return "the bundle's own float32 network, which was compared with PyTorch at the build; no checkpoint was given"
 
 
-def _verdicts(candidates: Sequence[Candidate], compared: Compared, limit: float) -> dict[str, Verdict | Missing]:
+def _verdicts(candidates: Sequence[Candidate], compared: NetworkScores, limit: float) -> dict[str, Verdict | Missing]:
     reference, metric = compared.networks[candidates[0].name], "Dice" if compared.labelled else AGREEMENT
     return {
         each.name: verdict(reference, compared.networks[each.name], limit, each.allowed, metric)
@@ -198,7 +204,9 @@ def _holds(found: Verdict | Missing) -> bool:
     return isinstance(found, Verdict) and found.holds
 
 
-def _whole_way(bundle: Bundle, cases: MeasuredCases, image: Image, folder: Path) -> tuple[WholeWay | Missing, str]:
+def _end_to_end_case(
+    bundle: Bundle, cases: MeasuredCases, image: Image, folder: Path
+) -> tuple[WholeWay | Missing, str]:
     try:
         path, timed = one_image_file(image, folder, cases.cases[0].image)
     except MissingExtraError as error:
@@ -256,7 +264,7 @@ def _inside_one(
 def _row(
     candidate: Candidate,
     reference: Candidate,
-    compared: Compared,
+    compared: NetworkScores,
     verdicts: Mapping[str, Verdict | Missing],
     timings: Mapping[str, Timings],
     devices: Mapping[str, tuple[str, str]],
@@ -278,21 +286,36 @@ def _row(
     device, description = devices.get(name, ("none", candidate.backend))
     speed = speedups(timings[reference.name], row) if candidate is not reference and row.latency else {}
     return Row(
-        name=name, role=candidate.role, backend=candidate.backend, device=device, description=description,
-        executed=candidate.executed, statement=candidate.statement, precision=candidate.precision,
-        compute=candidate.compute, flavour=candidate.flavour, size_mb=candidate.size_mb, failure=row.failure,
-        warnings=tuple(row.warnings), start=row.start,
+        name=name,
+        role=candidate.role,
+        backend=candidate.backend,
+        device=device,
+        description=description,
+        executed=candidate.executed,
+        statement=candidate.statement,
+        precision=candidate.precision,
+        compute=candidate.compute,
+        flavour=candidate.flavour,
+        size_mb=candidate.size_mb,
+        failure=row.failure,
+        warnings=tuple(row.warnings),
+        start=row.start,
         latency={scope: row.latency.get(scope, nothing) for scope in SCOPES},
-        speedup={scope: speed.get(scope, nothing if candidate is not reference else REFERENCE_VERDICT)
-                 for scope in SCOPES},
-        stages_ms=row.stages_ms, throughput=row.throughput or nothing, memory=row.memory or nothing,
+        speedup={
+            scope: speed.get(scope, nothing if candidate is not reference else REFERENCE_VERDICT) for scope in SCOPES
+        },
+        stages_ms=row.stages_ms,
+        throughput=row.throughput or nothing,
+        memory=row.memory or nothing,
         energy=row.energy or nothing,
-        agreement=compared.networks[name].agreement() if known else not_run, accuracy=accuracy,
-        differences=paired, verdict=judged,
+        agreement=compared.networks[name].agreement() if known else not_run,
+        accuracy=accuracy,
+        differences=paired,
+        verdict=judged,
         worst=tuple(entry for entry, _ in compared.networks[name].worst) if known else (),
         profile=inside.profiles.get(name, Missing(reason=_no_profile(candidate, nothing))),
         roofline=inside.rooflines.get(name, Missing(reason=_no_profile(candidate, nothing))),
-    )  # fmt: skip
+    )
 
 
 def _why_not_timed(row: Timings, judged: Verdict | Missing, not_run: Missing, known: bool) -> Missing:

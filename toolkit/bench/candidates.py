@@ -61,10 +61,19 @@ def precision_label(precision: str, compute: str) -> str:
 def checkpoint_candidate(checkpoint: Path, block: Path | None) -> Candidate:
     """Return the PyTorch network itself, the reference."""
     return Candidate(
-        name="pytorch fp32", role="reference", backend="pytorch", path=checkpoint, graph=None, precision=EXACT,
-        compute=EXACT, flavour="eager", files=(checkpoint, *([block] if block else [])), executed=True,
-        statement="the checkpoint itself, run here by PyTorch in float32", allowed=EXACT_DISAGREEMENT,
-    )  # fmt: skip
+        name="pytorch fp32",
+        role="reference",
+        backend="pytorch",
+        path=checkpoint,
+        graph=None,
+        precision=EXACT,
+        compute=EXACT,
+        flavour="eager",
+        files=(checkpoint, *([block] if block else [])),
+        executed=True,
+        statement="the checkpoint itself, run here by PyTorch in float32",
+        allowed=EXACT_DISAGREEMENT,
+    )
 
 
 def bundle_candidates(bundle: Bundle, backends: Sequence[str], with_reference: bool) -> list[Candidate]:
@@ -100,9 +109,10 @@ def bundle_candidates(bundle: Bundle, backends: Sequence[str], with_reference: b
 
 def _reference(bundle: Bundle, chosen: Sequence[Execution]) -> Execution:
     exact = [
-        each for each in (*chosen, *bundle.content.executions)
+        each
+        for each in (*chosen, *bundle.content.executions)
         if precision_label(bundle.variant(each).precision, each.compute) == EXACT
-    ]  # fmt: skip
+    ]
     if not exact:
         raise UsageError(
             f"{bundle.folder} holds no fp32 network to compare with; give the checkpoint it was built from: --ckpt FILE"
@@ -154,25 +164,40 @@ def _engine(bundle: Bundle, execution: Execution, gpu: Gpu | None) -> Candidate:
     judged = execution.verification.get("by", "another back-end")
     plan = bundle.folder / FOLDER / chosen.plan
     return Candidate(
-        name=f"{library} {variant.precision}", role="variant", backend=library, path=bundle.folder,
-        graph=bundle.folder / variant.graph, precision=variant.precision, compute=execution.compute,
-        flavour=variant.flavour, files=(plan,), executed=not obstacle,
+        name=f"{library} {variant.precision}",
+        role="variant",
+        backend=library,
+        path=bundle.folder,
+        graph=bundle.folder / variant.graph,
+        precision=variant.precision,
+        compute=execution.compute,
+        flavour=variant.flavour,
+        files=(plan,),
+        executed=not obstacle,
         statement=f"{built}, not executed: {obstacle} Its graph's masks were judged with {judged}, a simulation"
-        if obstacle else f"{built}, run here",
+        if obstacle
+        else f"{built}, run here",
         allowed=_allowed(execution),
-    )  # fmt: skip
+    )
 
 
 def _graph_on_gpu(bundle: Bundle, execution: Execution, gpu: Gpu | None) -> Candidate:
     variant, package = bundle.variant(execution), BACKENDS[execution.backend].package
     runs, graph = gpu is not None, bundle.folder / variant.graph
     return Candidate(
-        name=f"{execution.backend} {variant.precision}", role="variant", backend=execution.backend, path=graph,
-        graph=graph, precision=variant.precision, compute=execution.compute, flavour=variant.flavour,
-        files=(graph, bundle.folder / variant.weights), executed=runs,
+        name=f"{execution.backend} {variant.precision}",
+        role="variant",
+        backend=execution.backend,
+        path=graph,
+        graph=graph,
+        precision=variant.precision,
+        compute=execution.compute,
+        flavour=variant.flavour,
+        files=(graph, bundle.folder / variant.weights),
+        executed=runs,
         statement=f"run here by {package}" if runs else "not executed: no NVIDIA GPU is here",
         allowed=_allowed(execution),
-    )  # fmt: skip
+    )
 
 
 def _allowed(execution: Execution) -> float:
@@ -187,13 +212,19 @@ def _candidate(bundle: Bundle, execution: Execution, role: Literal["reference", 
     floats = "" if label == execution.compute or execution.compute == EXACT else f", {execution.compute} floats"
     exact = variant.precision == execution.compute == EXACT
     return Candidate(
-        name=f"{execution.backend} {label}{floats}", role=role, backend=execution.backend,
-        path=bundle.folder / variant.graph, graph=bundle.folder / variant.graph, precision=variant.precision,
+        name=f"{execution.backend} {label}{floats}",
+        role=role,
+        backend=execution.backend,
+        path=bundle.folder / variant.graph,
+        graph=bundle.folder / variant.graph,
+        precision=variant.precision,
         compute=execution.compute,
-        flavour=variant.flavour, files=(bundle.folder / variant.graph, bundle.folder / variant.weights),
-        executed=is_here, statement=_statement(execution, is_here),
+        flavour=variant.flavour,
+        files=(bundle.folder / variant.graph, bundle.folder / variant.weights),
+        executed=is_here,
+        statement=_statement(execution, is_here),
         allowed=EXACT_DISAGREEMENT if exact else _allowed(execution),
-    )  # fmt: skip
+    )
 
 
 def _statement(execution: Execution, is_here: bool) -> str:

@@ -1,6 +1,6 @@
 """Decide whether times are good enough to claim that one network is so many times as fast as another."""
 
-from medseg_trt.bench.schema import Latency
+from medseg_trt.bench.timing_schema import Latency
 from medseg_trt.metrics.intervals import MIN_UNITS, Interval
 
 # The standard deviation of single times, as a share of their mean. Exponential waiting times, which know no typical

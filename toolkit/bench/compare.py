@@ -9,8 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from medseg_trt.bench.accuracy_schema import Accuracy
 from medseg_trt.bench.limits import Gate, Judged
-from medseg_trt.bench.schema import SCOPES, Accuracy, Latency, Missing, Report, Row, Scope
+from medseg_trt.bench.missing import Missing
+from medseg_trt.bench.schema import Report, Row
+from medseg_trt.bench.timing_schema import SCOPES, Latency, Scope
 from medseg_trt.errors import InputError, UsageError
 from medseg_trt.export.gate import compare as compare_counts
 from medseg_trt.metrics.intervals import Interval, speed_interval
@@ -120,10 +123,11 @@ def _speed(before: Report, after: Report, old: Row, new: Row, scope: Scope) -> S
     if before.batch != after.batch:
         return Missing(reason=f"the batches are {before.batch} and {after.batch} images; measure with the same --batch")
     return SpeedChange(
-        before_ms=first.median_ms, after_ms=second.median_ms,
-        latency=speed_interval(first.rounds_ms, second.rounds_ms, in_turn=False),
+        before_ms=first.median_ms,
+        after_ms=second.median_ms,
+        latency=speed_interval(first.rounds_ms, second.rounds_ms, interleaved=False),
         against_reference=_against_reference(before, after, old, new, scope),
-    )  # fmt: skip
+    )
 
 
 def _against_reference(before: Report, after: Report, old: Row, new: Row, scope: Scope) -> Interval | Missing:
@@ -139,7 +143,7 @@ def _against_reference(before: Report, after: Report, old: Row, new: Row, scope:
             return Missing(reason="the reference was not timed")
         pairs = zip(slow.rounds_ms, fast.rounds_ms, strict=False)  # a network that failed has fewer rounds
         ratios.append([[float(np.median(above) / np.median(below))] for above, below in pairs])
-    return speed_interval(ratios[1], ratios[0], in_turn=False)
+    return speed_interval(ratios[1], ratios[0], interleaved=False)
 
 
 def _dice(before: Report, after: Report, old: Row, new: Row) -> DiceChange | Missing:
@@ -213,9 +217,11 @@ def _speed_cells(found: SpeedChange | Missing) -> Sequence[str]:
     speed = found.judged
     star = "" if speed is found.latency else " *"
     return (
-        f"{found.before_ms:.2f}", f"{found.after_ms:.2f}", f"{speed.estimate:.3f}{star}",
+        f"{found.before_ms:.2f}",
+        f"{found.after_ms:.2f}",
+        f"{speed.estimate:.3f}{star}",
         f"{speed.low:.3f} … {speed.high:.3f}",
-    )  # fmt: skip
+    )
 
 
 def _dice_cells(found: DiceChange | Missing) -> Sequence[str]:
@@ -223,6 +229,8 @@ def _dice_cells(found: DiceChange | Missing) -> Sequence[str]:
         return "–", "–", "–", "–"
     change = found.change
     return (
-        f"{found.before:.4f}", f"{found.after:.4f}", f"{change.estimate:+.4f}",
+        f"{found.before:.4f}",
+        f"{found.after:.4f}",
+        f"{change.estimate:+.4f}",
         f"{change.low:+.4f} … {change.high:+.4f}",
-    )  # fmt: skip
+    )

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medseg_trt.bench.schema import Energy, Missing
+from medseg_trt.bench.missing import Missing
+from medseg_trt.bench.timing_schema import Energy
 
 POWERCAP = Path("/sys/class/powercap")
 NVML = "libnvidia-ml.so.1"

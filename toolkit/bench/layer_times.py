@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from medseg_trt.bench.schema import LayerTime, Missing, PartTime, Profile
+from medseg_trt.bench.missing import Missing
+from medseg_trt.bench.profile_schema import LayerTime, PartTime, Profile
 from medseg_trt.errors import MedsegError, require
 from medseg_trt.export.graph.interface import INPUT, OUTPUT, size_inputs
 from medseg_trt.processes import ChildProcess, parent
@@ -199,7 +200,7 @@ def _engine(
     library: str, path: Path, precision: str, compute: str, image: np.ndarray, folder: Path
 ) -> tuple[str, list[Step]]:
     """Time the layers of the engine of a bundle; the names are the builder's, and its report knows their nodes."""
-    from medseg_trt.inspection.engine import read_report
+    from medseg_trt.inspection.engine import read_layer_report
     from medseg_trt.sessions.subprocess_session import open_network
     from medseg_trt.sessions.tensorrt import TensorRtSession
 
@@ -207,7 +208,7 @@ def _engine(
         assert isinstance(session, TensorRtSession)
         assert session.plan is not None
         taken = session.layer_times(image, RUNS)
-        known = {layer.name: layer for layer in read_report(session.plan).layers}
+        known = {layer.name: layer for layer in read_layer_report(session.plan).layers}
     steps = [_step(name, float(np.median(found)), known.get(name)) for name, found in taken.items()]
     return f"{LIBRARY_NAMES[library]} IProfiler", steps
 

@@ -8,7 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
-from medseg_trt.bench.schema import Missing, Report, Row, Speedup, Verdict
+from medseg_trt.bench.accuracy_schema import Verdict
+from medseg_trt.bench.missing import Missing
+from medseg_trt.bench.schema import Report, Row
+from medseg_trt.bench.timing_schema import Speedup
 from medseg_trt.errors import AccuracyGateError, SpeedGateError, UsageError
 from medseg_trt.metrics.intervals import Interval
 

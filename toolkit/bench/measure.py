@@ -13,11 +13,11 @@ from math import ceil
 
 import numpy as np
 
-from medseg_trt.bench.schema import Latency, Tier
+from medseg_trt.bench.timing_schema import Latency, Tier
 from medseg_trt.errors import MedsegError
 from medseg_trt.metrics.intervals import coefficient_of_variation, median_of_rounds, tail_latency
 
-Turn = Callable[[float, int], list[float]]  # for so many seconds, at least so many runs: the milliseconds of each
+TimedRuns = Callable[[float, int], list[float]]  # for so many seconds, at least so many runs: the milliseconds of each
 
 TIERS: Mapping[str, Tier] = {
     "quick": Tier(name="quick", warmup_ms=200.0, warmup_runs=10, duration_s=3.0, min_runs=10, starts=1),
@@ -40,7 +40,7 @@ MAX_VARIATION: Mapping[str, float] = {
 
 
 @dataclass(kw_only=True)
-class Taken:
+class RoundTimes:
     """What was measured of a row so far."""
 
     rounds_ms: list[list[float]] = field(default_factory=list[list[float]])
@@ -59,12 +59,12 @@ def tier(name: str, *, warmup_ms: float | None = None, duration_s: float | None 
     return replace(chosen, name="custom", min_runs=TIERS["quick"].min_runs if short else chosen.min_runs)
 
 
-def in_turn(
-    rows: Mapping[str, Turn],
+def interleaved_rounds(
+    rows: Mapping[str, TimedRuns],
     tier: Tier,
     settle: Callable[[float], None] = time.sleep,
-    found: dict[str, Taken] | None = None,
-) -> dict[str, Taken]:
+    found: dict[str, RoundTimes] | None = None,
+) -> dict[str, RoundTimes]:
     """Warm every row up, then let all of them have a turn, round by round.
 
     A row that fails keeps what it has; the others go on.
@@ -76,7 +76,7 @@ def in_turn(
         found: where the times are put as they come, so that the caller has them after an interrupt, too.
     """
     found = {} if found is None else found
-    found |= {name: Taken() for name in rows}
+    found |= {name: RoundTimes() for name in rows}
 
     def turn(name: str, seconds: float, runs: int) -> list[float]:
         if found[name].failure is not None:
@@ -99,7 +99,7 @@ def in_turn(
     return found
 
 
-def latency(taken: Taken, device: str, timer: str = HOST_CLOCK) -> Latency | None:
+def latency(taken: RoundTimes, device: str, timer: str = HOST_CLOCK) -> Latency | None:
     """Sum up single times; None where there are none.
 
     The median is ``median_of_rounds``. Percentiles are interpolated linearly between the sorted times. Times that no
@@ -116,12 +116,23 @@ def latency(taken: Taken, device: str, timer: str = HOST_CLOCK) -> Latency | Non
     rounds = [steps for steps in rounds if steps]
     variation = coefficient_of_variation(samples)
     return Latency(
-        rounds_ms=tuple(map(tuple, rounds)), runs=len(samples), mean_ms=float(np.mean(samples)),
-        min_ms=min(samples), max_ms=max(samples), median_ms=median_of_rounds(rounds), p90_ms=p90, p95_ms=p95,
-        p99_ms=p99, p90_estimate_ms=tail_latency(samples, 90), p99_estimate_ms=tail_latency(samples, 99),
-        variation=variation, stable=variation <= max_variation(device), warmup_runs=taken.warmup_runs, timer=timer,
+        rounds_ms=tuple(map(tuple, rounds)),
+        runs=len(samples),
+        mean_ms=float(np.mean(samples)),
+        min_ms=min(samples),
+        max_ms=max(samples),
+        median_ms=median_of_rounds(rounds),
+        p90_ms=p90,
+        p95_ms=p95,
+        p99_ms=p99,
+        p90_estimate_ms=tail_latency(samples, 90),
+        p99_estimate_ms=tail_latency(samples, 99),
+        variation=variation,
+        stable=variation <= max_variation(device),
+        warmup_runs=taken.warmup_runs,
+        timer=timer,
         set_aside_ms=tuple(step for steps in taken.rounds_ms for step in steps if not 0 < step <= longest),
-    )  # fmt: skip
+    )
 
 
 def max_variation(device: str) -> float:
@@ -129,7 +140,7 @@ def max_variation(device: str) -> float:
     return MAX_VARIATION["CPU" if device.upper().startswith("CPU") else "CUDA"]
 
 
-def complaints(found: Latency, device: str, scope: str) -> list[str]:
+def timing_warnings(found: Latency, device: str, scope: str) -> list[str]:
     """Return what a reader has to know before he believes the times."""
     said: list[str] = []
     if not found.stable:

@@ -48,16 +48,24 @@ class MeasuredCases:
         by_name = {case.name: case for case in self.cases}
         entries = tuple(
             CaseFile(
-                case=name, slices=image.num_slices, height=image.size[0], width=image.size[1],
+                case=name,
+                slices=image.num_slices,
+                height=image.size[0],
+                width=image.size[1],
                 sha256=_digest(by_name[name].image),
             )
             for name, image in read
-        )  # fmt: skip
+        )
         slices = sum(entry.slices for entry in entries)
         return Images(
-            description=f"{slices} slices {self.what}", timed=timed, data=self.data, split=self.split,
-            labelled=self.labelled, slices=slices, cases=entries,
-        )  # fmt: skip
+            description=f"{slices} slices {self.what}",
+            timed=timed,
+            data=self.data,
+            split=self.split,
+            labelled=self.labelled,
+            slices=slices,
+            cases=entries,
+        )
 
 
 def measured_cases(data: Path | None, split: str, bundle: Bundle, scratch: Path) -> MeasuredCases:
@@ -78,13 +86,20 @@ def measured_cases(data: Path | None, split: str, bundle: Bundle, scratch: Path)
     if data is None:
         noise = _noise(scratch, bundle.preprocessing.image_size)
         cases = tuple(Case(image=source, mask=source) for source in find_images([noise]))
-        return MeasuredCases(cases=cases, data="noise", split="none", what="of generated noise", labelled=False,
-                             num_labels=num_labels)  # fmt: skip
+        return MeasuredCases(
+            cases=cases, data="noise", split="none", what="of generated noise", labelled=False, num_labels=num_labels
+        )
     if not is_labelled(data):
         sources = find_images([data / "images" if (data / "images").is_dir() else data])
         cases = tuple(Case(image=source, mask=source) for source in sources)
-        return MeasuredCases(cases=cases, data=data.resolve().name, split="none", labelled=False,
-                             what=f"of {data.resolve().name}, without masks", num_labels=num_labels)  # fmt: skip
+        return MeasuredCases(
+            cases=cases,
+            data=data.resolve().name,
+            split="none",
+            labelled=False,
+            what=f"of {data.resolve().name}, without masks",
+            num_labels=num_labels,
+        )
     folder = open_recorded(data, bundle.content.source["provenance"])
     if folder.classes.names != names:
         raise UsageError(
@@ -94,8 +109,14 @@ def measured_cases(data: Path | None, split: str, bundle: Bundle, scratch: Path)
     cases = folder.cases(split)
     if not cases:
         raise InputError(f"the split {split!r} of {data} is empty; it has: {', '.join(folder.splits)}")
-    return MeasuredCases(cases=cases, data=folder.name, split=split, what=f"of {folder.name}, split {split}",
-                         labelled=True, num_labels=num_labels)  # fmt: skip
+    return MeasuredCases(
+        cases=cases,
+        data=folder.name,
+        split=split,
+        what=f"of {folder.name}, split {split}",
+        labelled=True,
+        num_labels=num_labels,
+    )
 
 
 def one_image_file(image: Image, scratch: Path, source: Source | Path) -> tuple[Path, str]:

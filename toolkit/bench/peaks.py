@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from medseg_trt.bench.schema import Latency, Missing, Peak, Roofline
+from medseg_trt.bench.missing import Missing
+from medseg_trt.bench.profile_schema import Peak, Roofline
+from medseg_trt.bench.timing_schema import Latency
 from medseg_trt.errors import MedsegError, require
 from medseg_trt.machine import cores
 from medseg_trt.sessions.subprocess_session import ChildSession
@@ -58,9 +60,14 @@ def roofline(latency: Latency, macs: int, moved: int, peak: Peak) -> Roofline:
     intensity = macs / moved
     reached, roof = macs / latency.median_ms / 1e6, min(peak.gmacs_per_s, intensity * peak.gbytes_per_s)
     return Roofline(
-        arithmetic=peak.arithmetic, macs=macs, bytes=moved, intensity=intensity, reached_gmacs_per_s=reached,
-        roof_gmacs_per_s=roof, share=reached / roof,
-    )  # fmt: skip
+        arithmetic=peak.arithmetic,
+        macs=macs,
+        bytes=moved,
+        intensity=intensity,
+        reached_gmacs_per_s=reached,
+        roof_gmacs_per_s=roof,
+        share=reached / roof,
+    )
 
 
 def _gemm_rate(backend: str, arithmetic: str, width: int, rows: int) -> tuple[float, str]:
@@ -90,11 +97,12 @@ def write_products(path: Path, arithmetic: str, width: int, rows: int) -> None:
         answer = "logits" if layer == LAYERS - 1 else f"product{layer}"
         if arithmetic == "int8":
             arrays = {
-                f"scale{layer}": np.array(4 / 255, np.float32), f"zero{layer}": np.array(128, np.uint8),
+                f"scale{layer}": np.array(4 / 255, np.float32),
+                f"zero{layer}": np.array(128, np.uint8),
                 f"weight{layer}": random.integers(-127, 128, (width, width), np.int8),
                 f"weight_scale{layer}": np.full(width, width**-0.5 / 73, np.float32),
                 f"weight_zero{layer}": np.zeros(width, np.int8),
-            }  # fmt: skip
+            }
             scale, zero, weight, weight_scale, weight_zero = arrays
             nodes += [
                 helper.make_node("QuantizeLinear", [value, scale, zero], [f"codes{layer}"]),
@@ -109,9 +117,12 @@ def write_products(path: Path, arithmetic: str, width: int, rows: int) -> None:
         value = answer
     shape = [1, CHANNELS, rows, width]
     graph = helper.make_graph(
-        nodes, "products", [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape)], constants,
-    )  # fmt: skip
+        nodes,
+        "products",
+        [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape)],
+        constants,
+    )
     save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10), path)
 
 

@@ -2,7 +2,10 @@
 
 from collections.abc import Sequence
 
-from medseg_trt.bench.schema import Latency, Missing, Row, Speedup, Summary, Tier, Verdict
+from medseg_trt.bench.accuracy_schema import Verdict
+from medseg_trt.bench.missing import Missing
+from medseg_trt.bench.schema import Row, Summary
+from medseg_trt.bench.timing_schema import Latency, Speedup, Tier
 from medseg_trt.metrics.intervals import CONFIDENCE
 
 SHOWN = 0.00005  # what four decimals can show
@@ -26,9 +29,11 @@ def summary(rows: Sequence[Row], tier: Tier, labelled: bool) -> Summary:
     if tier.name != "certify":
         lines.append(_tier_words(tier))
     return Summary(
-        holds=holds, headline=_headline(fastest[1] if fastest else None, reference, ran, good), lines=tuple(lines),
+        holds=holds,
+        headline=_headline(fastest[1] if fastest else None, reference, ran, good),
+        lines=tuple(lines),
         fastest=fastest[1].name if fastest else None,
-    )  # fmt: skip
+    )
 
 
 def _headline(fastest: Row | None, reference: Row, ran: Sequence[Row], good: Sequence[Row]) -> str:

@@ -13,19 +13,10 @@ from numpy import ndarray
 from medseg_trt.bench.candidates import Candidate
 from medseg_trt.bench.claims import objection
 from medseg_trt.bench.energy import Meter, energy, open_meter
-from medseg_trt.bench.measure import HOST_CLOCK, Taken, complaints, in_turn, latency
-from medseg_trt.bench.schema import (
-    Energy,
-    Latency,
-    Memory,
-    Missing,
-    Scope,
-    Speedup,
-    Start,
-    Throughput,
-    Tier,
-)
+from medseg_trt.bench.measure import HOST_CLOCK, RoundTimes, interleaved_rounds, latency, timing_warnings
+from medseg_trt.bench.missing import Missing
 from medseg_trt.bench.timed_session import MeasuredSession, WholeWay
+from medseg_trt.bench.timing_schema import Energy, Latency, Memory, Scope, Speedup, Start, Throughput, Tier
 from medseg_trt.errors import MedsegError
 from medseg_trt.machine import cores
 from medseg_trt.metrics.intervals import speed_interval
@@ -89,10 +80,14 @@ def open_candidates(
         total, load, first = min(opened)
         timings[candidate.name] = Timings(
             start=Start(
-                starts=starts, import_ms=total - load - first, load_ms=load, first_ms=first, to_first_mask_ms=total,
+                starts=starts,
+                import_ms=total - load - first,
+                load_ms=load,
+                first_ms=first,
+                to_first_mask_ms=total,
                 file_cache=FILE_CACHE,
             )
-        )  # fmt: skip
+        )
     return sessions, timings
 
 
@@ -119,13 +114,13 @@ def time_all(
     scopes: dict[str, Scope] = {
         name: "model" if _on_cpu(session) else "model+transfers" for name, session in sessions.items()
     }
-    _time_in_turn(
+    _time_interleaved(
         sessions, timings, scopes, lambda name, seconds, runs: sessions[name].time(batch, seconds, runs), tier
     )
     for name in sessions:
         timings[name].latency.setdefault("model+transfers", Missing(reason=ON_CPU))
     _time_on_devices(sessions, timings, batch, tier)
-    _time_whole_way(sessions, timings, way, tier)
+    _time_end_to_end(sessions, timings, way, tier)
     for name, session in sessions.items():
         row = timings[name]
         if row.failure is not None:
@@ -153,8 +148,8 @@ def speedups(reference: Timings, row: Timings) -> dict[Scope, Speedup | Missing]
 
 
 def _speedup(theirs: Latency, ours: Latency) -> Speedup | Missing:
-    in_turn = len(theirs.rounds_ms) == len(ours.rounds_ms)  # a row whose clock jumped for a whole round has fewer
-    speed = speed_interval(theirs.rounds_ms, ours.rounds_ms, in_turn=in_turn)
+    interleaved = len(theirs.rounds_ms) == len(ours.rounds_ms)  # a clock jump can remove a whole round
+    speed = speed_interval(theirs.rounds_ms, ours.rounds_ms, interleaved=interleaved)
     refused = objection(theirs, ours, speed)
     if refused is not None or speed.confidence is None:
         return Missing(reason=f"no factor is claimed: {refused}")
@@ -163,7 +158,7 @@ def _speedup(theirs: Latency, ours: Latency) -> Speedup | Missing:
     )
 
 
-def _time_whole_way(
+def _time_end_to_end(
     sessions: Mapping[str, MeasuredSession], timings: Mapping[str, Timings], way: WholeWay | Missing, tier: Tier
 ) -> None:
     alive = {name: session for name, session in sessions.items() if timings[name].failure is None}
@@ -180,7 +175,7 @@ def _time_whole_way(
             stages[name].setdefault(stage, []).extend(taken)
         return samples
 
-    _time_in_turn(alive, timings, dict.fromkeys(alive, "end-to-end"), turn, tier)
+    _time_interleaved(alive, timings, dict.fromkeys(alive, "end-to-end"), turn, tier)
     for name in alive:
         timings[name].stages_ms = {stage: median(samples) for stage, samples in stages[name].items() if samples}
 
@@ -198,12 +193,12 @@ def _time_on_devices(
             untold.add(name)
         return samples or []
 
-    _time_in_turn(alive, timings, dict.fromkeys(alive, "model"), turn, tier, CUDA_EVENTS)
+    _time_interleaved(alive, timings, dict.fromkeys(alive, "model"), turn, tier, CUDA_EVENTS)
     for name in untold:
         timings[name].latency["model"] = Missing(reason=NO_DEVICE_TIME)
 
 
-def _time_in_turn(
+def _time_interleaved(
     sessions: Mapping[str, MeasuredSession],
     timings: Mapping[str, Timings],
     scopes: Mapping[str, Scope],
@@ -212,9 +207,9 @@ def _time_in_turn(
     timer: str = HOST_CLOCK,
 ) -> None:
     """Give every row its turns and sum up what they took, even where an interrupt ends them."""
-    taken: dict[str, Taken] = {}
+    taken: dict[str, RoundTimes] = {}
     try:
-        in_turn({name: partial(turn, name) for name in sessions}, tier, found=taken)
+        interleaved_rounds({name: partial(turn, name) for name in sessions}, tier, found=taken)
     finally:
         _keep_whole_rounds(taken)
         for name, each in taken.items():
@@ -222,10 +217,10 @@ def _time_in_turn(
             found = latency(each, device, timer)
             row.failure = row.failure or each.failure
             row.latency[scope] = found or Missing(reason=each.failure or (NO_TIME if each.rounds_ms else NOT_REACHED))
-            row.warnings += complaints(found, device, scope) if found is not None else []
+            row.warnings += timing_warnings(found, device, scope) if found is not None else []
 
 
-def _keep_whole_rounds(taken: Mapping[str, Taken]) -> None:
+def _keep_whole_rounds(taken: Mapping[str, RoundTimes]) -> None:
     """Drop the round that an interrupt cut short, where others are complete, so that rounds stay pairs."""
     alive = [each for each in taken.values() if each.failure is None]
     whole = min((len(each.rounds_ms) for each in alive), default=0)
@@ -244,10 +239,14 @@ def _throughput(session: MeasuredSession, batch: ndarray, tier: Tier, batches: S
         count, spent = session.throughput(np.resize(batch, (size, *batch.shape[1:])), streams, threads, seconds)
         found.append(
             Throughput(
-                batch=size, streams=streams, threads=threads, images_per_s=size * count / spent, images=size * count,
+                batch=size,
+                streams=streams,
+                threads=threads,
+                images_per_s=size * count / spent,
+                images=size * count,
                 seconds=spent,
             )
-        )  # fmt: skip
+        )
     return tuple(found)
 
 
@@ -273,9 +272,11 @@ def _memory_of(session: MeasuredSession, loaded: Mapping[str, float]) -> Memory 
     if not loaded or not now:
         return Missing(reason="this system does not say what a process takes: there is no /proc")
     return Memory(
-        loaded_mb=loaded["resident_mb"], peak_mb=now["peak_resident_mb"], anonymous_mb=now["anonymous_mb"],
+        loaded_mb=loaded["resident_mb"],
+        peak_mb=now["peak_resident_mb"],
+        anonymous_mb=now["anonymous_mb"],
         device_mb=_device_memory(session),
-    )  # fmt: skip
+    )
 
 
 def _device_memory(session: MeasuredSession) -> float | Missing:

@@ -69,9 +69,9 @@ def bench(
     index.html, report.md and report.json. index.html shows the slices with the lowest scores: it contains image data.
     """
     from medseg_trt.bench import benchmark, measure
+    from medseg_trt.bench.accuracy_schema import Verdict
     from medseg_trt.bench.limits import Gate, judge_report, parse_gate, require
     from medseg_trt.bench.report.write import HEADER, cells, write_report
-    from medseg_trt.bench.schema import Verdict
     from medseg_trt.bundles.bundle import find_bundle
     from medseg_trt.spec import to_dict
 

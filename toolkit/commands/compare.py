@@ -27,11 +27,11 @@ def compare(before: Path, after: Path, gate: str | None, as_json: bool) -> None:
     """
     from medseg_trt.bench.compare import HEADER, cells, compare_reports, judge
     from medseg_trt.bench.limits import Gate, parse_gate, require
-    from medseg_trt.bench.schema import read_report
+    from medseg_trt.bench.schema import read_bench_report
     from medseg_trt.spec import to_dict
 
     limits = parse_gate(gate) if gate is not None else Gate()
-    comparison = compare_reports(read_report(before), read_report(after))
+    comparison = compare_reports(read_bench_report(before), read_bench_report(after))
     judged = judge(comparison, limits)
     if as_json:
         verdicts = [{**to_dict(each), "holds": each.holds} for each in judged]

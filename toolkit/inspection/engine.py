@@ -52,11 +52,11 @@ def inspect_engine(plan: Path) -> InspectedEngine:
     """
     fingerprint = read_fingerprint(plan)
     return InspectedEngine(
-        path=plan, fingerprint=fingerprint, state=_state(plan, fingerprint), report=read_report(plan)
+        path=plan, fingerprint=fingerprint, state=_state(plan, fingerprint), report=read_layer_report(plan)
     )
 
 
-def read_report(plan: Path) -> LayerReport:
+def read_layer_report(plan: Path) -> LayerReport:
     """Read the report of the layers of a plan.
 
     Raises:

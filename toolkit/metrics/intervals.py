@@ -115,7 +115,7 @@ def change_interval(
     return _interval(differences, confidence, np.random.default_rng(0))
 
 
-def speed_interval(slower: Rounds, faster: Rounds, *, in_turn: bool, confidence: float = CONFIDENCE) -> Interval:
+def speed_interval(slower: Rounds, faster: Rounds, *, interleaved: bool, confidence: float = CONFIDENCE) -> Interval:
     """Bound how many times faster one network is than another: the ratio of their ``median_of_rounds``.
 
     With as many rounds on both sides, it is also the geometric mean of the rounds' ratios. Where the two had their turn
@@ -126,14 +126,14 @@ def speed_interval(slower: Rounds, faster: Rounds, *, in_turn: bool, confidence:
     Args:
         slower: latencies above the fraction bar, by round.
         faster: those below it.
-        in_turn: whether ``slower[i]`` and ``faster[i]`` were taken in the same round.
+        interleaved: whether ``slower[i]`` and ``faster[i]`` were taken in the same round.
         confidence: of the interval, 0 … 1.
 
     Raises:
         ValueError: a latency is not a positive number, there is none, or those taken in turn are not as many rounds.
     """
     above, below = _logs_of_medians(slower), _logs_of_medians(faster)
-    if in_turn:
+    if interleaved:
         if len(above) != len(below):
             raise ValueError(f"{len(above)} and {len(below)} rounds were not taken in turn")
         found = change_interval(below, above, confidence)

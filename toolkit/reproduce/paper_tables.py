@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Figure = Literal["dice", "iou", "hd95"]
-Arm = Literal["transunet", "llm-transunet"]
-ARMS: tuple[Arm, Arm] = ("transunet", "llm-transunet")
+Configuration = Literal["transunet", "llm-transunet"]
+CONFIGURATIONS: tuple[Configuration, Configuration] = ("transunet", "llm-transunet")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,15 +21,15 @@ class PaperTable:
     title: str
     modes: tuple[str, str]  # keys of METRICS
     figures: tuple[Figure, ...]
-    paper: Mapping[str, Mapping[Arm, Mapping[Figure, float]]]  # by data set, a key of DATASETS
+    paper: Mapping[str, Mapping[Configuration, Mapping[Figure, float]]]  # by data set, a key of DATASETS
 
 
-def _lesions(*figures: float) -> Mapping[Arm, Mapping[Figure, float]]:
+def _lesions(*figures: float) -> Mapping[Configuration, Mapping[Figure, float]]:
     iou, dice, llm_iou, llm_dice = figures
     return {"transunet": {"iou": iou, "dice": dice}, "llm-transunet": {"iou": llm_iou, "dice": llm_dice}}
 
 
-def _organs(*figures: float) -> Mapping[Arm, Mapping[Figure, float]]:
+def _organs(*figures: float) -> Mapping[Configuration, Mapping[Figure, float]]:
     dice, hd95, llm_dice, llm_hd95 = figures
     return {"transunet": {"dice": dice, "hd95": hd95}, "llm-transunet": {"dice": llm_dice, "hd95": llm_hd95}}
 

@@ -15,8 +15,8 @@ from medseg_trt.errors import InputError, UsageError
 from medseg_trt.files import sha256, write_json
 from medseg_trt.progress import LOG, is_main_process
 from medseg_trt.reproduce.paired_runs import Scores, scores_of
-from medseg_trt.reproduce.paper_tables import ARMS, TABLES, Arm
-from medseg_trt.reproduce.reproduced import Reproduced, Tested, write_table
+from medseg_trt.reproduce.paper_tables import CONFIGURATIONS, TABLES, Configuration
+from medseg_trt.reproduce.results import ReproducedTable, Tested, write_table
 from medseg_trt.spec import from_dict
 from medseg_trt.train.datasets.folder import DataFolder
 from medseg_trt.train.datasets.official import DATASETS, open_dataset
@@ -34,7 +34,7 @@ class Run:
     """One training and its test."""
 
     dataset: str
-    arm: Arm
+    configuration: Configuration
     recipe: Recipe
     data: DataFolder
     folder: Path
@@ -94,7 +94,7 @@ def reproduce(wanted: Wanted) -> Path:
             tested.append(_test(run, table.modes))
     path = wanted.out / f"{wanted.table}.json"
     if is_main_process():
-        found = Reproduced(
+        found = ReproducedTable(
             table=wanted.table, tested=tuple(tested), missing=tuple(missing), is_generated=_is_generated(wanted, places)
         )
         write_table(found, path)
@@ -118,7 +118,7 @@ def _plan(name: str, place: Path, wanted: Wanted) -> list[Run]:
     """Return the runs of a data set, the two architectures in turn, once its data have been found to be sound."""
     chosen = recipe(name, wanted.changes)
     small = chosen.architecture.removeprefix("llm-")
-    architectures: Mapping[Arm, str] = {"transunet": small, "llm-transunet": f"llm-{small}"}
+    architectures: Mapping[Configuration, str] = {"transunet": small, "llm-transunet": f"llm-{small}"}
     first = open_dataset(name, place, chosen.data)
     is_divided = "split_seed" not in first.how
     first_split = chosen.data.split_seed
@@ -128,10 +128,20 @@ def _plan(name: str, place: Path, wanted: Wanted) -> list[Run]:
         title = "official" if split is None else f"split{split}"
         common = (*wanted.changes, f"data.dataset={name}", *(() if split is None else (f"data.split_seed={split}",)))
         data = first if split in (None, first_split) else open_dataset(name, place, recipe(name, common).data)
-        for seed, arm in product(range(FIRST_SEED, FIRST_SEED + wanted.seeds), ARMS):
-            own = recipe(name, (*common, f"architecture={architectures[arm]}", f"train.seed={seed}"))
-            folder = wanted.out / f"{name}-{architectures[arm]}-{title}-seed{seed}"
-            runs.append(Run(dataset=name, arm=arm, recipe=own, data=data, folder=folder, split=title, seed=seed))
+        for seed, configuration in product(range(FIRST_SEED, FIRST_SEED + wanted.seeds), CONFIGURATIONS):
+            own = recipe(name, (*common, f"architecture={architectures[configuration]}", f"train.seed={seed}"))
+            folder = wanted.out / f"{name}-{architectures[configuration]}-{title}-seed{seed}"
+            runs.append(
+                Run(
+                    dataset=name,
+                    configuration=configuration,
+                    recipe=own,
+                    data=data,
+                    folder=folder,
+                    split=title,
+                    seed=seed,
+                )
+            )
     return runs
 
 
@@ -156,7 +166,9 @@ def _test(run: Run, modes: Sequence[str]) -> Tested:
         for mode, figures in stored["modes"].items()
     }
     cases = {split: len(found) for split, found in run.data.splits.items()}
-    return Tested(dataset=run.dataset, arm=run.arm, split=run.split, seed=run.seed, cases=cases, scores=scores)
+    return Tested(
+        dataset=run.dataset, configuration=run.configuration, split=run.split, seed=run.seed, cases=cases, scores=scores
+    )
 
 
 def _scores(run: Run, best: Path, modes: Sequence[str]) -> dict[str, Any]:
@@ -172,9 +184,14 @@ def _scores(run: Run, best: Path, modes: Sequence[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for mode in modes:
         scored = evaluate(
-            network, run.data.cases("test"), checkpoint.preprocessing, run.data.classes, BATCH,
-            hd95=METRICS[mode].hd95 == "if wanted", metric=mode,
-        )  # fmt: skip
+            network,
+            run.data.cases("test"),
+            checkpoint.preprocessing,
+            run.data.classes,
+            BATCH,
+            hd95=METRICS[mode].hd95 == "if wanted",
+            metric=mode,
+        )
         figures = [*(["iou"] if scored.has_iou else []), "dice", *(["hd95"] if scored.hd95_unit else [])]
         found[mode] = {figure: asdict(scores_of(scored, figure)) for figure in figures}
     return found

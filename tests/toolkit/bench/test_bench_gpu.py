@@ -16,7 +16,10 @@ from medseg_trt.bench import candidates
 from medseg_trt.bench.benchmark import NO_PEAK_OF_GPUS, Bench, bench
 from medseg_trt.bench.layer_times import PROFILERS, summed_up
 from medseg_trt.bench.measure import HOST_CLOCK
-from medseg_trt.bench.schema import Latency, Missing, Profile, Row, Speedup
+from medseg_trt.bench.missing import Missing
+from medseg_trt.bench.profile_schema import Profile
+from medseg_trt.bench.schema import Row
+from medseg_trt.bench.timing_schema import Latency, Speedup
 from medseg_trt.bench.timings import CUDA_EVENTS, NO_DEVICE_TIME
 from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.cli import cli
@@ -126,9 +129,15 @@ def test_the_layers_of_an_engine_are_timed_by_the_library_and_led_back_to_the_gr
     graph = OnnxGraph(model=ir.load(engine_bundle / "fp32.onnx"))
     product = next(gemm for gemm in gemms(graph) if gemm.part == "block")
     layer = EngineLayer(
-        name="__myl_Fc_myl0_1", kind="kgen", kernel="a kernel", inputs=(), constants=(), outputs=(),
-        nodes=(product.name,), bytes=1000,
-    )  # fmt: skip
+        name="__myl_Fc_myl0_1",
+        kind="kgen",
+        kernel="a kernel",
+        inputs=(),
+        constants=(),
+        outputs=(),
+        nodes=(product.name,),
+        bytes=1000,
+    )
     report = LayerReport(layers=(layer,), outcomes=(), unread=0)
     write_json(engine_bundle / FOLDER / f"fp32-rtx{LAYERS_SUFFIX}", to_dict(report))
     rehash(engine_bundle)

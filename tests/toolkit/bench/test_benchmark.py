@@ -13,10 +13,14 @@ from measured_here import SHORT, MeasuredHere
 from tiny import write_pictures, write_volumes
 
 from medseg_trt.bench import benchmark, candidates, peaks, timings
+from medseg_trt.bench.accuracy_schema import Verdict
 from medseg_trt.bench.benchmark import ENDED, Bench, bench
-from medseg_trt.bench.schema import SCOPES, Latency, Missing, Profile, Roofline, Speedup, Verdict, read_report
+from medseg_trt.bench.missing import Missing
+from medseg_trt.bench.profile_schema import Profile, Roofline
+from medseg_trt.bench.schema import read_bench_report
 from medseg_trt.bench.summary import summary
 from medseg_trt.bench.timed_session import MeasuredSession
+from medseg_trt.bench.timing_schema import SCOPES, Latency, Speedup
 from medseg_trt.cli import cli, main
 from medseg_trt.errors import AccuracyGateError, MedsegError, MissingExtraError, UsageError
 from medseg_trt.files import write_json
@@ -80,15 +84,16 @@ def test_everything_is_measured_in_processes_of_their_own(tiny_bundle, data, tmp
         path for path in tmp_path.iterdir() if path.name != "report.json"
     ]  # masks were written here, and removed
     write_json(tmp_path / "report.json", to_dict(report))
-    assert read_report(tmp_path) == report
+    assert read_bench_report(tmp_path) == report
 
 
 @pytest.mark.usefixtures("measured_here")
 def test_without_a_checkpoint_the_bundles_own_float_network_is_the_reference(tiny_bundle, data, tmp_path):
     report = measured_report(of(tiny_bundle, data, checkpoint=None, backends=("openvino", "onnxruntime")), tmp_path)
     assert [(row.name, row.role) for row in report.rows] == [
-        ("onnxruntime fp32", "reference"), ("openvino fp32", "variant"),
-    ]  # fmt: skip
+        ("onnxruntime fp32", "reference"),
+        ("openvino fp32", "variant"),
+    ]
     assert report.reference.startswith("the bundle's own float32 network")
     assert "no checkpoint was given" in report.reference
 
@@ -135,14 +140,25 @@ def test_a_network_that_gives_other_masks_is_not_timed(tiny_bundle, data, tmp_pa
 @pytest.mark.usefixtures("measured_here")
 def test_a_wrong_network_ends_the_command_with_3_after_the_report_was_written(tiny_bundle, data, tmp_path, monkeypatch):
     monkeypatch.setattr(MeasuredHere, "run", turned(MeasuredHere.run, []))
-    command = ["bench", "--bundle", tiny_bundle, "--ckpt", tiny_bundle.parent / "model" / "model.pt", "--data", data,
-               "--duration-s", "0", "-o", tmp_path / "report"]  # fmt: skip
+    command = [
+        "bench",
+        "--bundle",
+        tiny_bundle,
+        "--ckpt",
+        tiny_bundle.parent / "model" / "model.pt",
+        "--data",
+        data,
+        "--duration-s",
+        "0",
+        "-o",
+        tmp_path / "report",
+    ]
     ran = CliRunner().invoke(cli, [*map(str, command)])
     assert isinstance(ran.exception, AccuracyGateError)
     assert str(ran.exception) == (
         f"other masks than the reference's: onnxruntime fp32; see {tmp_path / 'report' / 'index.html'}"
     )
-    assert not read_report(tmp_path / "report").summary.holds
+    assert not read_bench_report(tmp_path / "report").summary.holds
     assert "does not hold" in (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
 
 

@@ -9,8 +9,9 @@ import pytest
 from tiny import write_volumes
 
 from medseg_trt.bench import claims, measure, timings
-from medseg_trt.bench.measure import Taken
-from medseg_trt.bench.schema import Missing, Speedup, Start
+from medseg_trt.bench.measure import RoundTimes
+from medseg_trt.bench.missing import Missing
+from medseg_trt.bench.timing_schema import Speedup, Start
 from medseg_trt.bench.timings import Timings, speedups
 from medseg_trt.cli import cli
 
@@ -29,7 +30,7 @@ def times(
 
 
 def timed(rounds_ms: list[list[float]]) -> Timings:
-    found = measure.latency(Taken(rounds_ms=rounds_ms), "CPU")
+    found = measure.latency(RoundTimes(rounds_ms=rounds_ms), "CPU")
     assert found is not None
     return Timings(start=START, latency={"model": found})
 
@@ -70,7 +71,7 @@ def test_times_that_vary_by_more_than_their_mean_claim_no_factor(row, side):
     pair = [times(18.0, 0), times(2.4, 1)]
     assert isinstance(speed(*pair), Speedup)
     pair[row] = hiccups(pair[row], 60.0)
-    assert measure.latency(Taken(rounds_ms=pair[row]), "CPU").variation > 2.5  # pyright: ignore[reportOptionalMemberAccess]
+    assert measure.latency(RoundTimes(rounds_ms=pair[row]), "CPU").variation > 2.5  # pyright: ignore[reportOptionalMemberAccess]
     found = speed(*pair)
     assert isinstance(found, Missing)
     assert found.reason.startswith(f"no factor is claimed: {side} ")
@@ -91,8 +92,8 @@ def test_too_few_rounds_for_an_interval_claim_no_factor():
 
 
 def test_an_interrupt_within_a_round_leaves_whole_rounds():
-    taken = {"a": Taken(rounds_ms=times(1.0, 0)[:7]), "b": Taken(rounds_ms=times(2.0, 1)[:6])}
-    taken["dead"] = Taken(rounds_ms=times(2.0, 1)[:2], failure="it died")
+    taken = {"a": RoundTimes(rounds_ms=times(1.0, 0)[:7]), "b": RoundTimes(rounds_ms=times(2.0, 1)[:6])}
+    taken["dead"] = RoundTimes(rounds_ms=times(2.0, 1)[:2], failure="it died")
     timings._keep_whole_rounds(taken)
     assert [len(each.rounds_ms) for each in taken.values()] == [6, 6, 2]
 
@@ -113,9 +114,24 @@ def test_the_terminal_and_the_report_name_what_is_unstable(tiny_bundle, tmp_path
         return (session._milliseconds * np.exp(rng.normal(0, spread, runs))).tolist()
 
     monkeypatch.setattr(timings.MeasuredSession, "time", time)
-    command = ["bench", "--bundle", tiny_bundle, "--ckpt", tiny_bundle.parent / "model" / "model.pt", "--tier", "quick",
-               "--data", write_volumes(tmp_path / "data"), "-o", tmp_path / "report", "--max-dice-drop", "1",
-               "--backends", "onnxruntime", "--no-profile"]  # fmt: skip
+    command = [
+        "bench",
+        "--bundle",
+        tiny_bundle,
+        "--ckpt",
+        tiny_bundle.parent / "model" / "model.pt",
+        "--tier",
+        "quick",
+        "--data",
+        write_volumes(tmp_path / "data"),
+        "-o",
+        tmp_path / "report",
+        "--max-dice-drop",
+        "1",
+        "--backends",
+        "onnxruntime",
+        "--no-profile",
+    ]
     ran = click.testing.CliRunner().invoke(cli, [*map(str, command)])
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["schema"] == 3

@@ -9,24 +9,12 @@ import pytest
 from click.testing import CliRunner
 
 from medseg_trt import cli
+from medseg_trt.bench.accuracy_schema import Accuracy, SliceCounts, Verdict
 from medseg_trt.bench.compare import DiceChange, SpeedChange, compare_reports, judge
 from medseg_trt.bench.limits import Gate, judge_report, parse_gate, require
-from medseg_trt.bench.schema import (
-    SCOPES,
-    Accuracy,
-    CaseFile,
-    Images,
-    Latency,
-    Missing,
-    Report,
-    Row,
-    Scope,
-    SliceCounts,
-    Speedup,
-    Summary,
-    Tier,
-    Verdict,
-)
+from medseg_trt.bench.missing import Missing
+from medseg_trt.bench.schema import CaseFile, Images, Report, Row, Summary
+from medseg_trt.bench.timing_schema import SCOPES, Latency, Scope, Speedup, Tier
 from medseg_trt.errors import AccuracyGateError, InputError, MedsegError, SpeedGateError, UsageError
 from medseg_trt.files import write_json
 from medseg_trt.machine import Machine
@@ -45,11 +33,22 @@ def latency(rng: np.random.Generator, drift: np.ndarray, median_ms: float) -> La
     rounds = median_ms * drift[:, None] * jitter * hiccups
     p90, p95, p99 = np.percentile(rounds, [90, 95, 99]).tolist()
     return Latency(
-        rounds_ms=tuple(map(tuple, rounds.tolist())), runs=rounds.size, mean_ms=float(rounds.mean()),
-        min_ms=float(rounds.min()), max_ms=float(rounds.max()),
-        median_ms=median_of_rounds(rounds.tolist()), p90_ms=p90, p95_ms=p95, p99_ms=p99,
-        p90_estimate_ms=p90, p99_estimate_ms=None, variation=0.1, stable=True, warmup_runs=10, timer="generated",
-    )  # fmt: skip
+        rounds_ms=tuple(map(tuple, rounds.tolist())),
+        runs=rounds.size,
+        mean_ms=float(rounds.mean()),
+        min_ms=float(rounds.min()),
+        max_ms=float(rounds.max()),
+        median_ms=median_of_rounds(rounds.tolist()),
+        p90_ms=p90,
+        p95_ms=p95,
+        p99_ms=p99,
+        p90_estimate_ms=p90,
+        p99_estimate_ms=None,
+        variation=0.1,
+        stable=True,
+        warmup_runs=10,
+        timer="generated",
+    )
 
 
 def accuracy(truth: np.random.Generator, rng: np.random.Generator, dice: float) -> Accuracy:
@@ -61,21 +60,47 @@ def accuracy(truth: np.random.Generator, rng: np.random.Generator, dice: float) 
             right = round(there * np.clip(dice + rng.normal(0, 0.004), 0, 1))
             slices.append(SliceCounts(case=f"case{case}", slice=number, counts=((right, there, there),)))
     return Accuracy(
-        metric="Dice", mean_dice=dice, mean_iou=None, mean_hd95=None, hd95_unit=None, means=(), cases=(),
+        metric="Dice",
+        mean_dice=dice,
+        mean_iou=None,
+        mean_hd95=None,
+        hd95_unit=None,
+        means=(),
+        cases=(),
         slices=tuple(slices),
-    )  # fmt: skip
+    )
 
 
 def row(name: str, backend: str, precision: str, time: Latency, accurate: Accuracy, speed=NOT_MEASURED) -> Row:
     return Row(
-        name=name, role="reference" if backend == "pytorch" else "variant", backend=backend, device="CPU",
-        description=name, executed=True, statement="generated", precision=precision, compute="fp32", flavour="",
-        size_mb=1.0, failure=None, warnings=(), start=NOT_MEASURED,
+        name=name,
+        role="reference" if backend == "pytorch" else "variant",
+        backend=backend,
+        device="CPU",
+        description=name,
+        executed=True,
+        statement="generated",
+        precision=precision,
+        compute="fp32",
+        flavour="",
+        size_mb=1.0,
+        failure=None,
+        warnings=(),
+        start=NOT_MEASURED,
         latency={**NOWHERE, "model": time},
-        speedup={**NOWHERE, "model": speed}, stages_ms={}, throughput=NOT_MEASURED,
-        memory=NOT_MEASURED, energy=NOT_MEASURED, agreement=NOT_MEASURED, accuracy=accurate, differences=(),
-        verdict=NOT_MEASURED, worst=(), profile=NOT_MEASURED, roofline=NOT_MEASURED,
-    )  # fmt: skip
+        speedup={**NOWHERE, "model": speed},
+        stages_ms={},
+        throughput=NOT_MEASURED,
+        memory=NOT_MEASURED,
+        energy=NOT_MEASURED,
+        agreement=NOT_MEASURED,
+        accuracy=accurate,
+        differences=(),
+        verdict=NOT_MEASURED,
+        worst=(),
+        profile=NOT_MEASURED,
+        roofline=NOT_MEASURED,
+    )
 
 
 def report(seed: int = 0, machine: float = 1.0, slower: float = 1.0, dice: float = 0.9) -> Report:
@@ -90,17 +115,30 @@ def report(seed: int = 0, machine: float = 1.0, slower: float = 1.0, dice: float
         CaseFile(case=f"case{case}", slices=SLICES, height=64, width=64, sha256=f"{case:064x}") for case in range(CASES)
     )
     return Report(
-        created="2026-11-25T00:00:00+00:00", commands=("generated",),
-        tier=Tier(name="quick", warmup_ms=200.0, warmup_runs=10, duration_s=3.0, min_runs=10, starts=1), batch=1,
+        created="2026-11-25T00:00:00+00:00",
+        commands=("generated",),
+        tier=Tier(name="quick", warmup_ms=200.0, warmup_runs=10, duration_s=3.0, min_runs=10, starts=1),
+        batch=1,
         reference="generated",
-        images=Images(description="generated", timed="none", data="generated", split="val", labelled=True,
-                      slices=CASES * SLICES, cases=cases),
+        images=Images(
+            description="generated",
+            timed="none",
+            data="generated",
+            split="val",
+            labelled=True,
+            slices=CASES * SLICES,
+            cases=cases,
+        ),
         classes=Classes(names=("background", "disc")),
-        machine=Machine(processor="generated", cores=2, memory_mb=None, system="", python="3.11", governor=None,
-                        load=None),
-        versions={"numpy": "2.0"}, digests={}, peaks=NOT_MEASURED, rows=rows,
+        machine=Machine(
+            processor="generated", cores=2, memory_mb=None, system="", python="3.11", governor=None, load=None
+        ),
+        versions={"numpy": "2.0"},
+        digests={},
+        peaks=NOT_MEASURED,
+        rows=rows,
         summary=Summary(holds=True, headline="generated", lines=(), fastest="ORT int8"),
-    )  # fmt: skip
+    )
 
 
 def speed_of(before: Report, after: Report) -> SpeedChange:
@@ -178,19 +216,36 @@ def test_a_gate_ends_with_its_exit_code(tmp_path, after, gate, error):
 @pytest.mark.parametrize(
     ("text", "gate"),
     [
-        ("speed=1.2x,dice=-0.005", Gate(speed=1.2, dice=-0.005)), ("speed=1.2", Gate(speed=1.2)),
-        (" Dice = -0.01 ", Gate(dice=-0.01)), ("dice=0,speed=2X", Gate(speed=2.0, dice=0.0)),
+        ("speed=1.2x,dice=-0.005", Gate(speed=1.2, dice=-0.005)),
+        ("speed=1.2", Gate(speed=1.2)),
+        (" Dice = -0.01 ", Gate(dice=-0.01)),
+        ("dice=0,speed=2X", Gate(speed=2.0, dice=0.0)),
     ],
-)  # fmt: skip
+)
 def test_a_gate_is_read(text, gate):
     assert parse_gate(text) == gate
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "speed", "speed=", "speed=fast", "speed=-1x", "speed=0", "speed=inf", "speed=nan", "dice=x", "dice=-5",
-     "dice=nan", "hd95=1", "speed=1x,speed=2x", "speed=1x;dice=0", "dice=-0.5x"],
-)  # fmt: skip
+    [
+        "",
+        "speed",
+        "speed=",
+        "speed=fast",
+        "speed=-1x",
+        "speed=0",
+        "speed=inf",
+        "speed=nan",
+        "dice=x",
+        "dice=-5",
+        "dice=nan",
+        "hd95=1",
+        "speed=1x,speed=2x",
+        "speed=1x;dice=0",
+        "dice=-0.5x",
+    ],
+)
 def test_a_gate_that_cannot_be_read_says_how_to_write_one(text):
     with pytest.raises(UsageError, match=r"cannot be read; write for example speed=1.2x,dice=-0.005"):
         parse_gate(text)
@@ -277,9 +332,18 @@ def test_masks_that_were_drawn_anew_are_noticed():
 def judged_report(speed: tuple[float, float, float], drop: tuple[float, float, float]) -> Report:
     found = report()
     verdict = Verdict(
-        holds=True, reference=0.9, candidate=0.9 - drop[0], drop=drop[0], drop_low=drop[1], drop_high=drop[2],
-        limit=0.005, confidence=0.9, unit="cases", pairs=12, words="generated",
-    )  # fmt: skip
+        holds=True,
+        reference=0.9,
+        candidate=0.9 - drop[0],
+        drop=drop[0],
+        drop_low=drop[1],
+        drop_high=drop[2],
+        limit=0.005,
+        confidence=0.9,
+        unit="cases",
+        pairs=12,
+        words="generated",
+    )
     speedup = Speedup(ratio=speed[0], low=speed[1], high=speed[2], confidence=0.9, rounds=20)
     variant = replace(found.rows[1], verdict=verdict, speedup={**NOWHERE, "model": speedup})
     slow = replace(variant, name="slow", speedup=NOWHERE)

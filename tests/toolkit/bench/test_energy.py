@@ -7,7 +7,8 @@ import pytest
 
 from medseg_trt.bench import energy as energy_module
 from medseg_trt.bench.energy import Meter, Rapl, Tegrastats, energy, input_watts, open_meter
-from medseg_trt.bench.schema import Energy, Missing
+from medseg_trt.bench.missing import Missing
+from medseg_trt.bench.timing_schema import Energy
 
 RANGE_UJ = 1_000_000
 

@@ -9,8 +9,9 @@ import pytest
 
 from medseg_trt.bench import layer_times, peaks
 from medseg_trt.bench.layer_times import WARM_UP, Step, profile, steps_of_trace, summed_up
-from medseg_trt.bench.measure import Taken, latency
-from medseg_trt.bench.schema import Missing, Peak, Profile
+from medseg_trt.bench.measure import RoundTimes, latency
+from medseg_trt.bench.missing import Missing
+from medseg_trt.bench.profile_schema import Peak, Profile
 from medseg_trt.errors import DeviceError
 from medseg_trt.export.graph.node_costs import NodeCost
 from medseg_trt.sessions.subprocess_session import ChildSession
@@ -36,11 +37,15 @@ def test_steps_are_led_back_to_the_longest_name_they_begin_with():
     found = summed_up("tool", steps, COSTS)
     assert isinstance(found, Profile)
     assert [(layer.name, layer.part, layer.macs) for layer in found.layers] == [
-        ("node_conv_1/WithoutBiases", "decoder", 300), ("conv_nchwc", "resnet", 100), ("Reorder", "other", None),
-    ]  # fmt: skip
+        ("node_conv_1/WithoutBiases", "decoder", 300),
+        ("conv_nchwc", "resnet", 100),
+        ("Reorder", "other", None),
+    ]
     assert [(part.part, part.ms, part.share, part.macs) for part in found.parts] == [
-        ("decoder", 2.0, 0.5, 300), ("resnet", 1.0, 0.25, 100), ("other", 1.0, 0.25, 0),
-    ]  # fmt: skip
+        ("decoder", 2.0, 0.5, 300),
+        ("resnet", 1.0, 0.25, 100),
+        ("other", 1.0, 0.25, 0),
+    ]
     assert found.total_ms == 4
 
 
@@ -60,8 +65,14 @@ def test_without_a_step_that_took_time_there_is_no_profile():
 
 
 def event(name: str, index: str, microseconds: int) -> dict:
-    arguments = {"node_index": index, "op_name": "Conv", "provider": "CPU", "parameter_size": "1",
-                 "activation_size": "2", "output_size": "4"}  # fmt: skip
+    arguments = {
+        "node_index": index,
+        "op_name": "Conv",
+        "provider": "CPU",
+        "parameter_size": "1",
+        "activation_size": "2",
+        "output_size": "4",
+    }
     return {"cat": "Node", "name": name, "dur": microseconds, "args": arguments}
 
 
@@ -108,7 +119,7 @@ def test_openvino_tells_its_steps(tiny_bundle):
 
 def test_a_network_is_put_under_the_lower_of_both_roofs():
     peak = Peak(arithmetic="fp32", gmacs_per_s=100.0, gemm="", gbytes_per_s=10.0, copy="")
-    alone = latency(Taken(rounds_ms=[[2.0] * 10]), "CPU")
+    alone = latency(RoundTimes(rounds_ms=[[2.0] * 10]), "CPU")
     assert alone is not None
     memory_bound = peaks.roofline(alone, 40_000_000, 10_000_000, peak)
     assert (memory_bound.intensity, memory_bound.reached_gmacs_per_s, memory_bound.roof_gmacs_per_s) == (4, 20, 40)
@@ -144,8 +155,9 @@ def test_the_peak_is_that_of_the_fastest_back_end(monkeypatch):
     found = peaks.peaks(ways, width=32, rows=8)
     assert isinstance(found, tuple)
     assert [(peak.arithmetic, peak.gmacs_per_s) for peak in found] == [
-        ("fp32", 4 * 3 * 8 * 32**2 / 2.0 / 1e6), ("int8", 4 * 3 * 8 * 32**2 / 4.0 / 1e6),
-    ]  # fmt: skip
+        ("fp32", 4 * 3 * 8 * 32**2 / 2.0 / 1e6),
+        ("int8", 4 * 3 * 8 * 32**2 / 4.0 / 1e6),
+    ]
     assert "openvino fp32" in found[0].gemm
     assert all(peak.gbytes_per_s > 0 for peak in found)
     assert peaks.peaks([("onnxruntime", "bf16")], width=32, rows=8) == Missing(

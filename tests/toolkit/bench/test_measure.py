@@ -13,13 +13,13 @@ from medseg_trt.bench.measure import (
     SETTLE_S,
     TIERS,
     TURN_S,
-    Taken,
-    complaints,
-    in_turn,
+    RoundTimes,
+    interleaved_rounds,
     max_variation,
     tier,
+    timing_warnings,
 )
-from medseg_trt.bench.schema import Tier
+from medseg_trt.bench.timing_schema import Tier
 from medseg_trt.errors import ArtefactError, DeviceError
 from medseg_trt.metrics.intervals import speed_interval
 from medseg_trt.timing import MAX_STANDING, timed_runs
@@ -28,7 +28,7 @@ TICK_S = 2**-10  # a power of two, so that the clock never rounds
 SHORT = Tier(name="short", warmup_ms=0.0, warmup_runs=3, duration_s=0.5, min_runs=10, starts=1)
 
 
-def latency(taken: Taken, device: str) -> Any:
+def latency(taken: RoundTimes, device: str) -> Any:
     """Sum up times of which there are some."""
     return measure.latency(taken, device)
 
@@ -65,13 +65,14 @@ def machine():
 
 def test_networks_have_their_turns_after_each_has_warmed_up(machine):
     rows = {name: machine.network(name, ticks) for name, ticks in (("a", 2), ("b", 3), ("c", 5))}
-    found = in_turn(rows, SHORT, settle=machine.settled.append)
+    found = interleaved_rounds(rows, SHORT, settle=machine.settled.append)
     assert machine.log[:9] == [*"aaabbbccc"]
     turns = ["".join(part) for part in _runs_of_one(machine.log[9:])]
     assert [turn[0] for turn in turns] == [*"abc"] * MIN_ROUNDS
     assert {name: [len(taken) for taken in each.rounds_ms] for name, each in found.items()} == {
-        name: [len(turn) - 1 for turn in turns if turn[0] == name] for name in "abc"  # the first of a turn is uncounted
-    }  # fmt: skip
+        name: [len(turn) - 1 for turn in turns if turn[0] == name]
+        for name in "abc"  # the first of a turn is uncounted
+    }
     medians = [latency(found[name], "CPU").median_ms for name in "abc"]
     assert medians == pytest.approx([1000 * ticks * TICK_S for ticks in (2, 3, 5)], rel=1e-12)  # a mean of logarithms
     assert machine.settled == [SETTLE_S] * (3 * MIN_ROUNDS)
@@ -79,34 +80,34 @@ def test_networks_have_their_turns_after_each_has_warmed_up(machine):
 
 def test_a_drifting_machine_hits_all_alike(machine):
     alike = {name: machine.network(name, 10, drift=2**-9) for name in "ab"}
-    found = in_turn(
+    found = interleaved_rounds(
         alike, Tier(name="long", warmup_ms=0.0, warmup_runs=3, duration_s=20.0, min_runs=100, starts=1), skip
     )
     first, last = found["a"].rounds_ms[0][0], found["a"].rounds_ms[-1][-1]
     assert last > 1.5 * first
-    interval = speed_interval(found["b"].rounds_ms, found["a"].rounds_ms, in_turn=True)
+    interval = speed_interval(found["b"].rounds_ms, found["a"].rounds_ms, interleaved=True)
     assert interval.estimate == pytest.approx(1, abs=0.03)  # one turn of the drift is 2 %: 25 runs of a 5000th each
-    one_after_the_other = speed_interval(found["b"].rounds_ms[-5:], found["a"].rounds_ms[:5], in_turn=False)
+    one_after_the_other = speed_interval(found["b"].rounds_ms[-5:], found["a"].rounds_ms[:5], interleaved=False)
     assert one_after_the_other.estimate > 1.3
 
 
 def test_turns_are_as_long_and_as_many_as_the_tier_says(machine):
     long = Tier(name="long", warmup_ms=0.0, warmup_runs=3, duration_s=8.0, min_runs=10, starts=1)
-    found = in_turn({"a": machine.network("a", 4)}, long, skip)["a"]
+    found = interleaved_rounds({"a": machine.network("a", 4)}, long, skip)["a"]
     assert len(found.rounds_ms) == 8 / TURN_S
     assert sum(map(len, found.rounds_ms)) == 8 * 1024 / 4
 
 
 def test_warm_up_lasts_as_long_as_asked_and_is_not_counted(machine):
     warm = Tier(name="warm", warmup_ms=2000.0, warmup_runs=3, duration_s=0.25, min_runs=10, starts=1)
-    found = in_turn({"a": machine.network("a", 1)}, warm, skip)["a"]
+    found = interleaved_rounds({"a": machine.network("a", 1)}, warm, skip)["a"]
     assert found.warmup_runs == 2048
     assert latency(found, "CPU").warmup_runs == 2048
     assert sum(map(len, found.rounds_ms)) == len(machine.log) - 2048 - MIN_ROUNDS
 
 
 def test_a_slow_network_still_runs_the_least_number_of_times(machine):
-    found = in_turn({"slow": machine.network("slow", 60 * 1024)}, SHORT, skip)["slow"]
+    found = interleaved_rounds({"slow": machine.network("slow", 60 * 1024)}, SHORT, skip)["slow"]
     assert [len(taken) for taken in found.rounds_ms] == [2] * MIN_ROUNDS
 
 
@@ -118,7 +119,7 @@ def test_a_network_that_dies_in_the_middle_keeps_what_it_had_and_the_others_go_o
             raise ArtefactError("openvino was killed by signal 11; it is not used")
         return steady(seconds, runs)
 
-    found = in_turn({"dies": dies, "steady": steady}, SHORT, skip)
+    found = interleaved_rounds({"dies": dies, "steady": steady}, SHORT, skip)
     assert found["dies"].failure == "openvino was killed by signal 11; it is not used"
     assert len(found["dies"].rounds_ms) == 2
     assert next(turns) == 7  # nobody asked it again
@@ -129,7 +130,7 @@ def test_a_network_that_dies_in_the_middle_keeps_what_it_had_and_the_others_go_o
 @pytest.mark.parametrize("runs", [2, 10, 11, 100])
 def test_percentiles_are_those_of_the_standard_library(runs):
     samples_ms = list(np.random.default_rng(runs).lognormal(1, 0.5, runs))
-    found = latency(Taken(rounds_ms=[samples_ms[:1], samples_ms[1:]]), "CPU")
+    found = latency(RoundTimes(rounds_ms=[samples_ms[:1], samples_ms[1:]]), "CPU")
     hundredths = statistics.quantiles(samples_ms, n=100, method="inclusive")
     for value, place in ((found.p90_ms, 90), (found.p95_ms, 95), (found.p99_ms, 99)):
         assert value == pytest.approx(hundredths[place - 1], rel=1e-12)  # float64, a few roundings
@@ -145,7 +146,7 @@ def test_percentiles_are_those_of_the_standard_library(runs):
 
 def test_the_tail_is_estimated_from_as_many_runs_as_mlperf_wants():
     found = {
-        runs: latency(Taken(rounds_ms=[[float(step) for step in range(1, runs + 1)]]), "CPU")
+        runs: latency(RoundTimes(rounds_ms=[[float(step) for step in range(1, runs + 1)]]), "CPU")
         for runs in (63, 64, 661, 662)
     }
     assert [found[runs].p90_estimate_ms is None for runs in (63, 64, 661, 662)] == [True, False, False, False]
@@ -157,21 +158,21 @@ def test_the_tail_is_estimated_from_as_many_runs_as_mlperf_wants():
 def test_a_clock_that_jumps_is_reported_and_in_no_figure():
     times = [10.0] * 70
     jumped = [*times[:20], -5.0, *times[20:40], 3_600_000.0, 0.0, *times[40:]]
-    found = latency(Taken(rounds_ms=[jumped[:50], jumped[50:]]), "CPU")
+    found = latency(RoundTimes(rounds_ms=[jumped[:50], jumped[50:]]), "CPU")
     assert found.set_aside_ms == (-5.0, 3_600_000.0, 0.0)
     assert (found.mean_ms, found.max_ms, found.runs, found.variation) == (10, 10, 70, 0)
-    (said,) = complaints(found, "CPU", "model")
+    (said,) = timing_warnings(found, "CPU", "model")
     assert said == "model: the clock jumped 3 time(s), by -5, 3.6e+06, 0 ms; these are in no figure"
 
 
 def test_a_long_tail_is_no_jump():
-    found = latency(Taken(rounds_ms=[[1.0] * 99 + [900.0]]), "CPU")  # a process that was stopped for a second
+    found = latency(RoundTimes(rounds_ms=[[1.0] * 99 + [900.0]]), "CPU")  # a process that was stopped for a second
     assert (found.max_ms, found.set_aside_ms) == (900, ())
 
 
 def test_without_a_time_that_can_be_there_is_no_latency():
-    assert latency(Taken(rounds_ms=[[-1.0, 0.0]]), "CPU") is None
-    assert latency(Taken(), "CPU") is None
+    assert latency(RoundTimes(rounds_ms=[[-1.0, 0.0]]), "CPU") is None
+    assert latency(RoundTimes(), "CPU") is None
 
 
 def test_a_clock_that_is_set_back_does_not_end_the_measurement_late():
@@ -192,15 +193,20 @@ def test_a_clock_that_stands_still_is_an_error():
 )
 def test_unstable_times_are_called_so(device, spread, stable):
     samples = [10.0 * (1 + spread * sign) for sign in (1, -1)] * 50
-    found = latency(Taken(rounds_ms=[samples]), device)
+    found = latency(RoundTimes(rounds_ms=[samples]), device)
     assert found.stable is stable
-    said = complaints(found, device, "model")
-    assert said == ([] if stable else [f"model: unstable, times vary by {100 * found.variation:.1f} %, "
-                                       f"more than {100 * max_variation(device):g} %"])  # fmt: skip
+    said = timing_warnings(found, device, "model")
+    assert said == (
+        []
+        if stable
+        else [
+            f"model: unstable, times vary by {100 * found.variation:.1f} %, more than {100 * max_variation(device):g} %"
+        ]
+    )
 
 
 def test_few_runs_are_called_so():
-    said = complaints(latency(Taken(rounds_ms=[[1.0] * 12]), "CPU"), "CPU", "model")
+    said = timing_warnings(latency(RoundTimes(rounds_ms=[[1.0] * 12]), "CPU"), "CPU", "model")
     assert said == ["model: 12 runs are too few to be sure of p90"]
 
 

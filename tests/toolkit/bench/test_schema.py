@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from medseg_trt.bench.schema import REPORT, SCHEMA, Latency, read_report
+from medseg_trt.bench.schema import REPORT, SCHEMA, read_bench_report
+from medseg_trt.bench.timing_schema import Latency
 from medseg_trt.errors import ArtefactError, InputError
 from medseg_trt.files import write_json
 from medseg_trt.spec import to_dict
@@ -10,7 +11,7 @@ from medseg_trt.spec import to_dict
 
 def test_a_report_is_read_as_it_was_written(measured, tmp_path):
     write_json(tmp_path / REPORT, to_dict(measured.report))
-    assert read_report(tmp_path) == read_report(tmp_path / REPORT) == measured.report
+    assert read_bench_report(tmp_path) == read_bench_report(tmp_path / REPORT) == measured.report
     row = measured.report.row("pytorch fp32")
     assert row.role == "reference"
     assert isinstance(row.latency["model"], Latency)
@@ -40,7 +41,7 @@ def test_what_is_no_report_is_named_with_its_file_and_field(measured, tmp_path, 
     path = tmp_path / "old.json"
     write_json(path, damaged(measured, change))
     with pytest.raises(ArtefactError, match=rf"{path}") as raised:
-        read_report(path)
+        read_bench_report(path)
     assert message in str(raised.value)
 
 
@@ -52,4 +53,4 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, content, message):
     if content is not None:
         path.write_text(content, encoding="utf-8")
     with pytest.raises(InputError, match=message):
-        read_report(path)
+        read_bench_report(path)

@@ -15,7 +15,7 @@ from session_here import SessionHere
 from tiny import make_checkpoint, write_volumes
 
 from medseg_trt.bench.layer_times import profile
-from medseg_trt.bench.schema import Profile
+from medseg_trt.bench.profile_schema import Profile
 from medseg_trt.building import executions, variants
 from medseg_trt.building.executions import default_graph
 from medseg_trt.building.reference import Reference

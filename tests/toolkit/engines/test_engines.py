@@ -34,7 +34,7 @@ from medseg_trt.export.tensorrt.expectations import layer_report
 from medseg_trt.export.tensorrt.graph import JOINED, EngineGraph, engine_graph
 from medseg_trt.export.tensorrt.qkv_order import order_before_split
 from medseg_trt.files import sha256, write_json
-from medseg_trt.inspection.engine import inspect_engine, read_report, shares
+from medseg_trt.inspection.engine import inspect_engine, read_layer_report, shares
 from medseg_trt.spec import EngineSpec, from_dict, to_dict
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'medseg-trt[tensorrt-rtx]'")
@@ -70,7 +70,7 @@ class WithEngines:
         return self.bundle.folder / self.bundle.content.variants[self.engine(precision).variant].graph
 
     def outcomes(self, precision: str, *, plugins: bool = False) -> dict[str, Outcome]:
-        return {each.name: each for each in read_report(self.plan(precision, plugins=plugins)).outcomes}
+        return {each.name: each for each in read_layer_report(self.plan(precision, plugins=plugins)).outcomes}
 
 
 @pytest.fixture(scope="session")
@@ -174,7 +174,7 @@ def test_two_builds_with_a_fixed_batch_are_the_same_bytes(with_engines: WithEngi
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "w4a16"])
 def test_the_layers_do_all_multiply_accumulates_of_the_graph(with_engines: WithEngines, precision):
-    report = read_report(with_engines.plan(precision))
+    report = read_layer_report(with_engines.plan(precision))
     total = total_macs(OnnxGraph(model=ir.load(with_engines.graph(precision))))
     assert sum(layer.macs for layer in report.layers) == pytest.approx(total, rel=1e-4)  # shares are rounded down
     assert report.unread == 0
@@ -204,7 +204,7 @@ def test_codes_and_16_bits_fuse_the_block_and_the_vit(with_engines: WithEngines,
 
 
 def test_codes_and_16_bits_leave_nothing_in_float32(with_engines: WithEngines):
-    found = shares(read_report(with_engines.plan("int8+fp16")).layers)
+    found = shares(read_layer_report(with_engines.plan("int8+fp16")).layers)
     assert found["Int8"] > 0.9
     assert set(found) == {"Int8", "Half"}
     assert with_engines.outcomes("int8+fp16")[INT8].failed == with_engines.outcomes("int8+fp16")[STORED].failed == ()
@@ -216,7 +216,7 @@ def test_codes_and_16_bits_leave_nothing_in_float32(with_engines: WithEngines):
 def test_the_decoder_multiplies_in_the_type_that_was_asked_for(with_engines: WithEngines, precision, dtype):
     graph = OnnxGraph(model=ir.load(with_engines.graph(precision)))
     asked = [gemm.name for gemm in gemms(graph) if gemm.part == "decoder"]
-    layers = [layer for layer in read_report(with_engines.plan(precision)).layers if layer.part == "decoder"]
+    layers = [layer for layer in read_layer_report(with_engines.plan(precision)).layers if layer.part == "decoder"]
     products = [layer for layer in layers if layer.is_product]
     assert len(asked) == len([name for layer in products for name in layer.nodes if name in asked]) > 4
     assert {layer.dtype for layer in products} == {dtype}
@@ -229,7 +229,7 @@ def test_fp8_reaches_the_products_of_the_transformers(built, in_process, tmp_pat
     assert ran.exit_code == 0, ran.output
     bundle = load_bundle(tmp_path / "model.medseg")
     (engine,) = bundle.content.engines
-    outcomes = {each.name: each for each in read_report(bundle.folder / engine.plan).outcomes}
+    outcomes = {each.name: each for each in read_layer_report(bundle.folder / engine.plan).outcomes}
     for name in (FP8, STORED):
         assert outcomes[name].asked > 10
         assert outcomes[name].failed == ()
@@ -245,7 +245,7 @@ def test_int8_reaches_every_product(with_engines: WithEngines):
     outcome = with_engines.outcomes("int8")[INT8]
     assert outcome.asked > 30
     assert outcome.failed == with_engines.outcomes("int8")[STORED].failed == ()
-    assert shares(read_report(with_engines.plan("int8")).layers)["Int8"] > 0.9
+    assert shares(read_layer_report(with_engines.plan("int8")).layers)["Int8"] > 0.9
 
 
 def test_eight_bit_weights_are_decoded_inside_the_product(with_engines: WithEngines):
@@ -255,17 +255,17 @@ def test_eight_bit_weights_are_decoded_inside_the_product(with_engines: WithEngi
 
 
 def test_plugins_show_as_custom_layers_and_in_the_fingerprint(with_engines: WithEngines):
-    on = read_report(with_engines.plan("fp16", plugins=True))
+    on = read_layer_report(with_engines.plan("fp16", plugins=True))
     custom = [layer for layer in on.layers if layer.kind == "custom_layer"]
     assert {layer.nodes[0].partition("_")[0] for layer in custom} == {"AddRMSNorm", "SwiGLU"}
     assert with_engines.outcomes("fp16", plugins=True)[PLUGINS].asked == len(custom)
     assert set(read_fingerprint(with_engines.plan("fp16", plugins=True)).plugins) == {"AddRMSNorm", "SwiGLU"}
-    assert not any(layer.kind == "custom_layer" for layer in read_report(with_engines.plan("fp16")).layers)
+    assert not any(layer.kind == "custom_layer" for layer in read_layer_report(with_engines.plan("fp16")).layers)
     assert read_fingerprint(with_engines.plan("fp16")).plugins == {}
 
 
 def test_plugins_before_int8_products_write_the_int8_themselves(with_engines: WithEngines):
-    on = read_report(with_engines.plan("int8", plugins=True))
+    on = read_layer_report(with_engines.plan("int8", plugins=True))
     custom = [layer for layer in on.layers if layer.kind == "custom_layer"]
     assert custom
     assert all(layer.outputs[0].dtype == "Int8" for layer in custom)
@@ -275,7 +275,7 @@ def test_plugins_before_int8_products_write_the_int8_themselves(with_engines: Wi
         repair.endswith(JOINED)
         for repair in read_fingerprint(with_engines.plan("int8", plugins=True)).options["repairs"]
     )
-    assert not any(layer.kind == "custom_layer" for layer in read_report(with_engines.plan("int8")).layers)
+    assert not any(layer.kind == "custom_layer" for layer in read_layer_report(with_engines.plan("int8")).layers)
 
 
 def _twice(text: str, name: str) -> str:
@@ -504,7 +504,7 @@ def test_inspect_shows_layers_expectations_and_fingerprint(with_engines: WithEng
         for each in ElementTree.parse(picture).iter("{http://www.w3.org/2000/svg}rect")
         if each.find("*") is not None
     ]
-    report = read_report(plan)
+    report = read_layer_report(plan)
     assert len(boxes) == len(report.layers)
     assert {box.get("fill") for box in boxes} >= {"#E69F00", "#999999"}  # Int8, Float
     found = json.loads(run("inspect", plan, "--json").output)
@@ -532,7 +532,7 @@ def test_inspect_of_damaged_files(copied: Bundle):
     for content in ("", "{}", "[" * 100_000, '{"layers": 1}'):
         plan.with_suffix(".layers.json").write_text(content)
         with pytest.raises(ArtefactError):
-            read_report(plan)
+            read_layer_report(plan)
 
 
 def test_an_engine_that_fits_is_not_built_again(copied: Bundle, monkeypatch):

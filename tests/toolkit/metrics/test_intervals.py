@@ -74,7 +74,7 @@ def test_a_clock_that_jumps_gives_no_figure(samples: list[float]) -> None:
         with pytest.raises(ValueError, match="clock may have jumped"):
             function(samples)
     with pytest.raises(ValueError, match="clock may have jumped"):
-        speed_interval([[1.0], samples], [[1.0], [1.0]], in_turn=True)
+        speed_interval([[1.0], samples], [[1.0], [1.0]], interleaved=True)
 
 
 @pytest.mark.parametrize(("count", "place"), [(4, None), (5, 0), (7, 0), (8, 1), (10, 1), (11, 2)])
@@ -128,9 +128,9 @@ def test_few_units_show_their_range() -> None:
     found = change_interval(np.zeros(4), np.array([0.1, -0.2, 0.3, 0.0]))
     assert (found.low, found.high, found.confidence) == (-0.2, 0.3, None)
     assert MIN_UNITS == 5
-    two = speed_interval([[2.0], [3.0]], [[1.0], [1.0]], in_turn=True)
+    two = speed_interval([[2.0], [3.0]], [[1.0], [1.0]], interleaved=True)
     assert (two.low, two.high, two.confidence) == (pytest.approx(2), pytest.approx(3), None)
-    apart = speed_interval([[2.0], [3.0]], [[1.0], [1.5]], in_turn=False)
+    apart = speed_interval([[2.0], [3.0]], [[1.0], [1.5]], interleaved=False)
     assert (apart.low, apart.high, apart.confidence) == (pytest.approx(2 / 1.5), pytest.approx(3), None)
 
 
@@ -143,9 +143,9 @@ def test_what_cannot_be_paired_is_refused() -> None:
         with pytest.raises(ValueError, match="cannot be paired"):
             change_interval(before, after)
     with pytest.raises(ValueError, match="not taken in turn"):
-        speed_interval([[1.0]] * 5, [[1.0]] * 6, in_turn=True)
+        speed_interval([[1.0]] * 5, [[1.0]] * 6, interleaved=True)
     with pytest.raises(ValueError, match="no round"):
-        speed_interval([], [], in_turn=True)
+        speed_interval([], [], interleaved=True)
 
 
 def test_verdict_of_an_interval() -> None:
@@ -194,36 +194,36 @@ def clock(rng: np.random.Generator, rounds: int, slower: float) -> tuple[ndarray
     return turn(1.0), turn(slower)
 
 
-def speed_alarms(slower: float, in_turn: bool, seed: int, rounds: int = 20) -> int:
+def speed_alarms(slower: float, interleaved: bool, seed: int, rounds: int = 20) -> int:
     """Count, of 400 comparisons of a row with a second one, those that are sure that the second is slower."""
     rng = np.random.default_rng(seed)
     alarms = 0
     for _ in range(TRIALS):
         first, second = clock(rng, rounds, slower)
-        if not in_turn:
+        if not interleaved:
             second = clock(rng, rounds, slower)[1]  # another time, another drift
-        alarms += speed_interval(first.tolist(), second.tolist(), in_turn=in_turn).high < 1
+        alarms += speed_interval(first.tolist(), second.tolist(), interleaved=interleaved).high < 1
     return alarms
 
 
 @pytest.mark.usefixtures("fewer_resamples")
 @pytest.mark.parametrize("rounds", [6, 20])
 def test_the_same_network_twice_is_no_alarm(rounds: int) -> None:
-    assert speed_alarms(1.0, in_turn=True, seed=0, rounds=rounds) <= MOST_ALARMS
+    assert speed_alarms(1.0, interleaved=True, seed=0, rounds=rounds) <= MOST_ALARMS
 
 
 @pytest.mark.usefixtures("fewer_resamples")
 def test_three_per_cent_slower_is_found() -> None:
-    assert speed_alarms(1.03, in_turn=True, seed=1) >= LEAST_FOUND * TRIALS
+    assert speed_alarms(1.03, interleaved=True, seed=1) >= LEAST_FOUND * TRIALS
 
 
 @pytest.mark.usefixtures("fewer_resamples")
 def test_without_turns_a_drifting_machine_alarms_for_nothing() -> None:
-    assert speed_alarms(1.0, in_turn=False, seed=2) > MOST_ALARMS
+    assert speed_alarms(1.0, interleaved=False, seed=2) > MOST_ALARMS
 
 
 @pytest.mark.usefixtures("fewer_resamples")
 def test_the_means_of_rounds_would_miss_three_per_cent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hiccups move a mean; this is why a round is summed up by its median."""
     monkeypatch.setattr(intervals.np, "median", np.mean)
-    assert speed_alarms(1.03, in_turn=True, seed=1) < LEAST_FOUND * TRIALS
+    assert speed_alarms(1.03, interleaved=True, seed=1) < LEAST_FOUND * TRIALS

@@ -15,8 +15,10 @@ def scores(values, weights=None, names=None):
     rows = tuple(tuple(None if math.isnan(value) else float(value) for value in row) for row in np.atleast_2d(values))
     return Scores(
         names=names or tuple(f"case{index}" for index in range(len(rows))),
-        weights=tuple(map(float, weights or [1] * len(rows))), values=rows, mean=float(np.nanmean(values)),
-    )  # fmt: skip
+        weights=tuple(map(float, weights or [1] * len(rows))),
+        values=rows,
+        mean=float(np.nanmean(values)),
+    )
 
 
 def pairs(differences, split="41", level=0.7, seed=0):

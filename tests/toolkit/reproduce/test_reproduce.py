@@ -15,9 +15,13 @@ from medseg_trt.reproduce.paper_tables import TABLES
 from medseg_trt.train import loop, runs
 
 CHANGES = (
-    "data.count=any", "architecture=transunet-tiny", "preprocessing.image_size=[32, 32]", "train.epochs=1",
-    "train.batch_size=4", "pretrained=none",
-)  # fmt: skip
+    "data.count=any",
+    "architecture=transunet-tiny",
+    "preprocessing.image_size=[32, 32]",
+    "train.epochs=1",
+    "train.batch_size=4",
+    "pretrained=none",
+)
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +67,10 @@ def test_the_first_table_from_end_to_end_and_after_a_kill(root, tmp_path, monkey
     ran = run(root, out, "table1", *options, "--json")
     assert ran.exit_code == 0, ran.output
     names = [
-        f"{name}-{arm}-{split}-seed1234"
+        f"{name}-{configuration}-{split}-seed1234"
         for name, splits in (("isic2017", ["official"]), ("busi", ["split41", "split42"]))
         for split in splits
-        for arm in ("transunet-tiny", "llm-transunet-tiny")
+        for configuration in ("transunet-tiny", "llm-transunet-tiny")
     ]
     assert trained == [*names[:5], *names[4:]]  # what was finished is not trained again
     assert {path.name for path in out.iterdir()} == {*names, "table1.json", "table1.md"}
@@ -83,14 +87,14 @@ def test_the_first_table_from_end_to_end_and_after_a_kill(root, tmp_path, monkey
     }
     for line in found["lines"]:
         assert line["paper"] == {
-            arm: TABLES["table1"].paper[line["dataset"]][arm][line["figure"]] for arm in line["ours"]
+            name: TABLES["table1"].paper[line["dataset"]][name][line["figure"]] for name in line["ours"]
         }
-        runs_of_arm = {"isic2017": 1, "busi": 2}[line["dataset"]]
-        assert line["gain"]["runs"] == runs_of_arm
-        assert all((spread is None) == (runs_of_arm == 1) for _, spread in line["ours"].values())
+        runs_per_configuration = {"isic2017": 1, "busi": 2}[line["dataset"]]
+        assert line["gain"]["runs"] == runs_per_configuration
+        assert all((spread is None) == (runs_per_configuration == 1) for _, spread in line["ours"].values())
         assert "LLaMA block" in line["verdict"]
         if line["mode"] == "per_image":  # every image of the test split counts the same, absent or not
-            means = {arm: mean for arm, (mean, _) in line["ours"].items()}
+            means = {configuration: mean for configuration, (mean, _) in line["ours"].items()}
             assert line["gain"]["estimate"] == pytest.approx(means["llm-transunet"] - means["transunet"])
     text = (out / "table1.md").read_text()
     assert "**generated: pictures of nobody." in text

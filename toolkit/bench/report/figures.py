@@ -12,27 +12,45 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
-from medseg_trt.bench.schema import Accuracy, Latency, Profile, Report, Roofline, Row, Verdict
+from medseg_trt.bench.accuracy_schema import Accuracy, Verdict
+from medseg_trt.bench.profile_schema import Profile, Roofline
+from medseg_trt.bench.schema import Report, Row
+from medseg_trt.bench.timing_schema import Latency
 from medseg_trt.errors import require
 
 INK, MUTED, GRID = "#010101", "#020202", "#030303"
 SERIES = [f"#0404{index:02x}" for index in range(8)]  # of the rows; the reference is the first
 PIECES = [f"#0505{index:02x}" for index in range(6)]  # of stacked bars
 VARIABLES = {
-    INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)",
+    INK: "var(--ink)",
+    MUTED: "var(--muted)",
+    GRID: "var(--grid)",
     **{color: f"var(--series-{index})" for index, color in enumerate(SERIES)},
     **{color: f"var(--piece-{index})" for index, color in enumerate(PIECES)},
-}  # fmt: skip
+}
 WIDTH_INCHES = 8.0
 MARKERS = "osD^vP*X"
 CURVE_POINTS = 160
 LETTER_POINTS, LINE_POINTS = 6.0, 12.0  # of a label
 SETTINGS: Mapping[str, Any] = {
-    "svg.fonttype": "none", "font.size": 10, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": MUTED,
-    "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "grid.color": GRID,
-    "axes.spines.top": False, "axes.spines.right": False, "figure.facecolor": "none", "axes.facecolor": "none",
-    "savefig.facecolor": "none", "axes.titlesize": 11, "legend.frameon": False,
-}  # fmt: skip
+    "svg.fonttype": "none",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "grid.color": GRID,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "axes.titlesize": 11,
+    "legend.frameon": False,
+}
 
 
 def figures(report: Report) -> dict[str, str]:
@@ -131,9 +149,16 @@ def _accuracy_latency(report: Report, axes: Any) -> bool:
     _milliseconds(axes, "x")
     axes.margins(x=0.22, y=0.18)
     axes.annotate(
-        "lowest Dice that is allowed", (1, floor), (-2, 3), xycoords=("axes fraction", "data"),
-        textcoords="offset points", ha="right", va="bottom", color=MUTED, fontsize=9,
-    )  # fmt: skip
+        "lowest Dice that is allowed",
+        (1, floor),
+        (-2, 3),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        ha="right",
+        va="bottom",
+        color=MUTED,
+        fontsize=9,
+    )
     _label(axes, drawn)
     axes.set_xlabel("milliseconds a batch, the network alone; line to p90")
     axes.set_ylabel("mean Dice; line: interval")
@@ -167,14 +192,29 @@ def _roofline(report: Report, axes: Any) -> bool:
     intensities = np.geomspace(lowest, highest, 100)
     for style, peak in zip(("-", (0, (5, 2)), (0, (1, 1.5)), "-."), report.peaks, strict=False):
         axes.plot(
-            intensities, np.minimum(peak.gmacs_per_s, intensities * peak.gbytes_per_s), color=INK, linewidth=1.3,
+            intensities,
+            np.minimum(peak.gmacs_per_s, intensities * peak.gbytes_per_s),
+            color=INK,
+            linewidth=1.3,
             linestyle=style,
-        )  # fmt: skip
-        axes.annotate(f"{peak.arithmetic} roof", (highest, peak.gmacs_per_s), (0, 3), textcoords="offset points",
-                      ha="right", va="bottom", fontsize=9)  # fmt: skip
+        )
+        axes.annotate(
+            f"{peak.arithmetic} roof",
+            (highest, peak.gmacs_per_s),
+            (0, 3),
+            textcoords="offset points",
+            ha="right",
+            va="bottom",
+            fontsize=9,
+        )
     for row, found in points:
-        axes.plot(found.intensity, found.reached_gmacs_per_s, MARKERS[series(report)[row.name]],
-                  color=SERIES[series(report)[row.name]], markersize=8)  # fmt: skip
+        axes.plot(
+            found.intensity,
+            found.reached_gmacs_per_s,
+            MARKERS[series(report)[row.name]],
+            color=SERIES[series(report)[row.name]],
+            markersize=8,
+        )
     axes.set_xscale("log")
     axes.set_yscale("log")
     for axis in (axes.xaxis, axes.yaxis):
@@ -217,8 +257,15 @@ def _stacked(axes: Any, rows: Mapping[str, Sequence[float]], names: Sequence[str
     for index, name in enumerate(names):
         axes.barh(0, 0, color=PIECES[index], label=name)
     if rows:
-        axes.legend(ncols=len(names), loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, handlelength=1,
-                    handleheight=1, columnspacing=1.4)  # fmt: skip
+        axes.legend(
+            ncols=len(names),
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            borderaxespad=0,
+            handlelength=1,
+            handleheight=1,
+            columnspacing=1.4,
+        )
     axes.set_xlabel(label)
     axes.grid(axis="x", linewidth=0.6)
     axes.set_axisbelow(True)

@@ -9,10 +9,13 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
-from medseg_trt.bench.compared import Pictures
+from medseg_trt.bench.accuracy import SliceImages
+from medseg_trt.bench.missing import Missing
+from medseg_trt.bench.profile_schema import Profile
 from medseg_trt.bench.report.figures import figures, series
 from medseg_trt.bench.report.worst_pictures import LOST_AND_FOUND, tiles
-from medseg_trt.bench.schema import Missing, Profile, Report, Start
+from medseg_trt.bench.schema import Report
+from medseg_trt.bench.timing_schema import Start
 from medseg_trt.errors import require
 from medseg_trt.spec import to_dict
 
@@ -21,7 +24,7 @@ TOP_STEPS = 12
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def html_page(report: Report, pictures: Mapping[str, Sequence[Pictures]], window: tuple[float, float]) -> str:
+def html_page(report: Report, pictures: Mapping[str, Sequence[SliceImages]], window: tuple[float, float]) -> str:
     """Return the page: one file, with everything in it, for light, dark and paper.
 
     Raises:
@@ -36,9 +39,14 @@ def html_page(report: Report, pictures: Mapping[str, Sequence[Pictures]], window
     legend = [*zip(report.classes.names[1:], report.classes.colors[1:], strict=True), *LOST_AND_FOUND]
     css = files(PAGES).joinpath("report.css").read_text(encoding="utf-8")
     return _render(
-        "report.html", report, figures=_safe(drawn), css=_safe({"css": css})["css"], worst=worst, legend=legend,
+        "report.html",
+        report,
+        figures=_safe(drawn),
+        css=_safe({"css": css})["css"],
+        worst=worst,
+        legend=legend,
         top=TOP_STEPS,
-    )  # fmt: skip
+    )
 
 
 def markdown_page(report: Report) -> str:
@@ -109,22 +117,29 @@ def _render(template: str, report: Report, **more: Any) -> str:
     markup = template.endswith(".html")
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(lambda name: files(PAGES).joinpath(name).read_text(encoding="utf-8")),
-        autoescape=markup, undefined=jinja2.StrictUndefined, keep_trailing_newline=True,
-    )  # fmt: skip
+        autoescape=markup,
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+    )
     environment.filters["cell"] = lambda text: str(text).replace("|", "\\|")
     data = to_dict(report)
     printer = Figures(data=data, markup=markup)
     context = {
-        "report": data, "n": printer.n, "notes": printer.notes, "colors": series(report),
-        "places": {row.name: place for place, row in enumerate(report.rows)}, "warned": warned(report),
+        "report": data,
+        "n": printer.n,
+        "notes": printer.notes,
+        "colors": series(report),
+        "places": {row.name: place for place, row in enumerate(report.rows)},
+        "warned": warned(report),
         "stages": next((list(row.stages_ms) for row in report.rows if row.stages_ms), []),
         "unit": next((row["accuracy"]["hd95_unit"] for row in data["rows"] if "hd95_unit" in row["accuracy"]), None),
         "scored": [row for row in data["rows"] if "means" in row["accuracy"]],
         "classes": [each["name"] for each in data["rows"][0]["accuracy"].get("means", ())],
         "profiled": [data["rows"][place] for place, row in enumerate(report.rows) if isinstance(row.profile, Profile)],
-        "ways": _ways(report), "change": _change,
+        "ways": _ways(report),
+        "change": _change,
         "cache": next((row.start.file_cache for row in report.rows if isinstance(row.start, Start)), ""),
-    }  # fmt: skip
+    }
     return environment.get_template(template).render(**context, **more)
 
 

@@ -7,21 +7,25 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 
-from medseg_trt.bench.compared import Pictures
+from medseg_trt.bench.accuracy import SliceImages
 from medseg_trt.imaging.images import Image, Mask
 from medseg_trt.imaging.overlay import tile
 from medseg_trt.spec import Classes
 
 LOST_AND_FOUND = (  # in no class's colour, and apart for colour-blind eyes
-    ("lost against the reference", (255, 0, 200)), ("added", (60, 255, 60)), ("another class", (255, 255, 255)),
-)  # fmt: skip
+    ("lost against the reference", (255, 0, 200)),
+    ("added", (60, 255, 60)),
+    ("another class", (255, 255, 255)),
+)
 COLORS = 128  # of a picture's palette
 
 
-def tiles(pictures: Pictures, classes: Classes, window: tuple[float, float]) -> list[tuple[str, str]]:
+def tiles(pictures: SliceImages, classes: Classes, window: tuple[float, float]) -> list[tuple[str, str]]:
     """Return the pictures with their names, as ``data:`` addresses; without a drawn mask they are four, else five."""
-    changes = Classes(names=("same", *(name for name, _ in LOST_AND_FOUND)),
-                      colors=((0, 0, 0), *(color for _, color in LOST_AND_FOUND)))  # fmt: skip
+    changes = Classes(
+        names=("same", *(name for name, _ in LOST_AND_FOUND)),
+        colors=((0, 0, 0), *(color for _, color in LOST_AND_FOUND)),
+    )
     empty = np.zeros_like(pictures.reference)
     low, high = window
     dimmed = (low, low + 2 * (high - low))  # so that a few changed pixels stand out

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from medseg_trt.bench.accuracy_schema import Verdict
 from medseg_trt.bench.benchmark import Measured
 from medseg_trt.bench.report.page import html_page, markdown_page
-from medseg_trt.bench.schema import REPORT, Latency, Report, Row, Speedup, Verdict
+from medseg_trt.bench.schema import REPORT, Report, Row
+from medseg_trt.bench.timing_schema import Latency, Speedup
 from medseg_trt.errors import MissingExtraError
 from medseg_trt.files import atomic_file, write_json
 from medseg_trt.progress import LOG

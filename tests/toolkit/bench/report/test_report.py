@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from medseg_trt.bench.missing import Missing
 from medseg_trt.bench.report import page as report_page
 from medseg_trt.bench.report.figures import VARIABLES
 from medseg_trt.bench.report.page import Figures, formatted
 from medseg_trt.bench.report.write import HEADER, cells, table, write_report
-from medseg_trt.bench.schema import Missing
 from medseg_trt.spec import to_dict
 
 OUR_WORDS = (
@@ -253,11 +253,15 @@ def test_without_the_extra_the_json_is_written_and_the_rest_is_said(measured, tm
 @pytest.mark.parametrize(
     ("value", "spec", "scale", "text"),
     [
-        (1.2345, ".2f", 1.0, "1.23"), (0.98765, ".2f", 100.0, "98.77"), (-0.002, "+.4f", 1.0, "−0.0020"),
-        (-0.00001, "+.4f", 1.0, "+0.0000"), (-0.00001, ".4f", 1.0, "0.0000"), (3.4e-6, ".1e", 1.0, "3.4e-06"),
+        (1.2345, ".2f", 1.0, "1.23"),
+        (0.98765, ".2f", 100.0, "98.77"),
+        (-0.002, "+.4f", 1.0, "−0.0020"),
+        (-0.00001, "+.4f", 1.0, "+0.0000"),
+        (-0.00001, ".4f", 1.0, "0.0000"),
+        (3.4e-6, ".1e", 1.0, "3.4e-06"),
         (7, "d", 1.0, "7"),
     ],
-)  # fmt: skip
+)
 def test_figures_are_written_as_people_do(value, spec, scale, text):
     assert formatted(value, spec, scale) == text
 
@@ -265,8 +269,11 @@ def test_figures_are_written_as_people_do(value, spec, scale, text):
 def test_a_figure_that_is_not_there_leaves_its_reason_below():
     figures = Figures(data={"a": {"reason": "no <meter>"}, "b": None, "c": {"reason": "no card"}}, markup=True)
     assert [figures.n(path, "d") for path in ("a.deep.er", "b", "c", "a")] == [
-        "–<sup>a</sup>", "–", "–<sup>b</sup>", "–<sup>a</sup>",
-    ]  # fmt: skip
+        "–<sup>a</sup>",
+        "–",
+        "–<sup>b</sup>",
+        "–<sup>a</sup>",
+    ]
     assert figures.notes() == '<ol type="a" class="notes"><li>no &lt;meter&gt;</li><li>no card</li></ol>'
     assert figures.notes() == ""
     with pytest.raises(KeyError):

@@ -9,17 +9,17 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy import ndarray
 
-from medseg_trt.bench.schema import (
+from medseg_trt.bench.accuracy_schema import (
     Accuracy,
     Agreement,
     CaseAccuracy,
     Difference,
-    Missing,
     SliceCounts,
     Unit,
     Verdict,
     WorstCase,
 )
+from medseg_trt.bench.missing import Missing
 from medseg_trt.errors import InputError, MedsegError
 from medseg_trt.export.gate import compare
 from medseg_trt.export.verify import labels_of
@@ -37,7 +37,7 @@ AGREEMENT = "agreement with the reference in Dice"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Pictures:
+class SliceImages:
     """What a worst slice looks like."""
 
     pixels: ndarray  # (height, width, channels), raw
@@ -47,12 +47,12 @@ class Pictures:
 
 
 @dataclass(kw_only=True)
-class Found:
+class AccuracyRecord:
     """What is known of one network so far."""
 
     cases: list[CaseAccuracy] = field(default_factory=list[CaseAccuracy])
     slices: list[SliceCounts] = field(default_factory=list[SliceCounts])
-    worst: list[tuple[WorstCase, Pictures]] = field(default_factory=list[tuple[WorstCase, Pictures]])
+    worst: list[tuple[WorstCase, SliceImages]] = field(default_factory=list[tuple[WorstCase, SliceImages]])
     failure: str | None = None
     max_abs_error: float = 0.0
     same_labels: int = 0
@@ -65,16 +65,17 @@ class Found:
         if not self.all_labels:
             return Missing(reason=self.failure or "no image was shown")
         return Agreement(
-            max_abs_error=self.max_abs_error, labels=self.same_labels / self.all_labels,
+            max_abs_error=self.max_abs_error,
+            labels=self.same_labels / self.all_labels,
             sqnr_db=10 * float(np.log10(self.power / self.noise)) if self.noise and self.power else None,
-        )  # fmt: skip
+        )
 
 
 @dataclass(kw_only=True)
-class Compared:
+class NetworkScores:
     """The networks by name, the reference first, and what HD95 is measured in."""
 
-    networks: dict[str, Found]
+    networks: dict[str, AccuracyRecord]
     labelled: bool
     units: set[str] = field(default_factory=set[str])
 
@@ -94,10 +95,15 @@ class Compared:
         ]
         means = mean_scores([case.scores for case in cases])
         return Accuracy(
-            metric="Dice" if self.labelled else AGREEMENT, mean_dice=_mean(each.dice for each in means),
-            mean_iou=_mean(each.iou for each in means), mean_hd95=_mean(each.hd95 for each in means), hd95_unit=unit,
-            means=means, cases=tuple(cases), slices=tuple(found.slices),
-        )  # fmt: skip
+            metric="Dice" if self.labelled else AGREEMENT,
+            mean_dice=_mean(each.dice for each in means),
+            mean_iou=_mean(each.iou for each in means),
+            mean_hd95=_mean(each.hd95 for each in means),
+            hd95_unit=unit,
+            means=means,
+            cases=tuple(cases),
+            slices=tuple(found.slices),
+        )
 
 
 def compare_all(
@@ -106,7 +112,7 @@ def compare_all(
     preprocessing: Preprocessing,
     classes: Classes,
     on_case: Callable[[str, Image], None],
-) -> Compared:
+) -> NetworkScores:
     """Show every case to every network; one that fails is shown no more.
 
     Args:
@@ -120,7 +126,7 @@ def compare_all(
         MedsegError: the reference fails.
     """
     reference_name = next(iter(runs))
-    compared = Compared(networks={name: Found() for name in runs}, labelled=True)
+    compared = NetworkScores(networks={name: AccuracyRecord() for name in runs}, labelled=True)
     for case, image, truth in cases:
         on_case(case, image)
         compared.labelled = truth is not None
@@ -164,11 +170,18 @@ def differences(reference: Accuracy, candidate: Accuracy, verdict: Verdict) -> t
     names = [each.name for each in reference.means]
     found = [
         Difference(
-            metric="Dice", class_name=None, unit=verdict.unit, pairs=verdict.pairs,
-            reference=verdict.reference, candidate=verdict.candidate, difference=-verdict.drop,
-            low=-verdict.drop_high, high=-verdict.drop_low, confidence=verdict.confidence,
+            metric="Dice",
+            class_name=None,
+            unit=verdict.unit,
+            pairs=verdict.pairs,
+            reference=verdict.reference,
+            candidate=verdict.candidate,
+            difference=-verdict.drop,
+            low=-verdict.drop_high,
+            high=-verdict.drop_low,
+            confidence=verdict.confidence,
         )
-    ]  # fmt: skip
+    ]
     for metric, attribute in (("Dice", "dice"), ("IoU", "iou"), ("HD95", "hd95")):
         units: Unit = "cases" if by_case or metric == "HD95" else "slices"
         pair = [_table(each, attribute, units) for each in (reference, candidate)]
@@ -183,7 +196,9 @@ def differences(reference: Accuracy, candidate: Accuracy, verdict: Verdict) -> t
     return tuple(found)
 
 
-def verdict(reference: Found, candidate: Found, limit: float, allowed: float, metric: str) -> Verdict | Missing:
+def verdict(
+    reference: AccuracyRecord, candidate: AccuracyRecord, limit: float, allowed: float, metric: str
+) -> Verdict | Missing:
     """Judge a network's masks: Dice must surely not fall by more than ``limit``, nor too many pixels change.
 
     It is the gate of ``build``, on these images: a class that a mask finds where there is none counts, too.
@@ -200,14 +215,21 @@ def verdict(reference: Found, candidate: Found, limit: float, allowed: float, me
             f"and {100 * allowed:.2f} % may; {words}"
         )
     return Verdict(
-        holds=gate.holds and disagreement <= allowed, reference=gate.reference, candidate=gate.candidate,
-        drop=gate.drop, drop_low=gate.low, drop_high=gate.high, limit=limit, confidence=CONFIDENCE,
-        unit="cases" if gate.unit == "cases" else "slices", pairs=len({each.case for each in reference.slices})
-        if gate.unit == "cases" else gate.images, words=words,
-    )  # fmt: skip
+        holds=gate.holds and disagreement <= allowed,
+        reference=gate.reference,
+        candidate=gate.candidate,
+        drop=gate.drop,
+        drop_low=gate.low,
+        drop_high=gate.high,
+        limit=limit,
+        confidence=CONFIDENCE,
+        unit="cases" if gate.unit == "cases" else "slices",
+        pairs=len({each.case for each in reference.slices}) if gate.unit == "cases" else gate.images,
+        words=words,
+    )
 
 
-def _add_agreement(found: Found, logits: ndarray, reference: ndarray) -> None:
+def _add_agreement(found: AccuracyRecord, logits: ndarray, reference: ndarray) -> None:
     found.max_abs_error = max(found.max_abs_error, float(np.abs(logits - reference).max()))
     same = labels_of(logits) == labels_of(reference)
     found.same_labels += int(same.sum())
@@ -216,9 +238,11 @@ def _add_agreement(found: Found, logits: ndarray, reference: ndarray) -> None:
     found.power += float(np.square(reference, dtype=np.float64).sum())
 
 
-def _add_scores(found: Found, case: str, image: Image, labels: ndarray, truth: ndarray, classes: Classes) -> None:
+def _add_scores(
+    found: AccuracyRecord, case: str, image: Image, labels: ndarray, truth: ndarray, classes: Classes
+) -> None:
     spacing = image.spacing_mm or PIXELS
-    if len(labels) == 1:  # a picture: its surface is its outline
+    if len(labels) == 1:  # a 2-D image: its surface is its outline
         scored = scores(labels[0], truth[0], classes, spacing[1:])
     else:
         scored = scores(labels, truth, classes, spacing)
@@ -231,9 +255,14 @@ def _add_scores(found: Found, case: str, image: Image, labels: ndarray, truth: n
 
 
 def _add_worst(
-    found: Found, reference: Found, case: str, image: Image, truth: ndarray | None, reference_labels: ndarray,
+    found: AccuracyRecord,
+    reference: AccuracyRecord,
+    case: str,
+    image: Image,
+    truth: ndarray | None,
+    reference_labels: ndarray,
     labels: ndarray,
-) -> None:  # fmt: skip
+) -> None:
     """Keep the slices that lost most; of those that lost the same, those with the most changed pixels."""
     ours, theirs = (each.slices[-len(labels) :] for each in (found, reference))
     for index, (mine, its) in enumerate(zip(ours, theirs, strict=True)):
@@ -242,14 +271,20 @@ def _add_worst(
             continue
         score, reference_score = _slice_dice(mine, its)
         entry = WorstCase(
-            case=case, slice=index, reference_dice=reference_score, candidate_dice=score,
-            difference=(score or 0.0) - (reference_score or 0.0), changed_pixels=changed,
-        )  # fmt: skip
-        pictures = Pictures(
-            pixels=image.pixels[index].copy(), truth=None if truth is None else truth[index].copy(),
-            reference=reference_labels[index].copy(), candidate=labels[index].copy(),
-        )  # fmt: skip
-        found.worst.append((entry, pictures))
+            case=case,
+            slice=index,
+            reference_dice=reference_score,
+            candidate_dice=score,
+            difference=(score or 0.0) - (reference_score or 0.0),
+            changed_pixels=changed,
+        )
+        images = SliceImages(
+            pixels=image.pixels[index].copy(),
+            truth=None if truth is None else truth[index].copy(),
+            reference=reference_labels[index].copy(),
+            candidate=labels[index].copy(),
+        )
+        found.worst.append((entry, images))
     found.worst.sort(key=lambda each: (each[0].difference, -each[0].changed_pixels))
     del found.worst[WORST:]
 
@@ -287,10 +322,17 @@ def _difference(
     metric: str, name: str | None, unit: Unit, before: ndarray, after: ndarray, interval: Interval
 ) -> Difference:
     return Difference(
-        metric=metric, class_name=name, unit=unit, pairs=interval.units,  # pyright: ignore[reportArgumentType]  # one of three
-        reference=_mean_of_means(before), candidate=_mean_of_means(after), difference=interval.estimate,
-        low=interval.low, high=interval.high, confidence=interval.confidence,
-    )  # fmt: skip
+        metric=metric,
+        class_name=name,
+        unit=unit,
+        pairs=interval.units,  # pyright: ignore[reportArgumentType]  # one of three
+        reference=_mean_of_means(before),
+        candidate=_mean_of_means(after),
+        difference=interval.estimate,
+        low=interval.low,
+        high=interval.high,
+        confidence=interval.confidence,
+    )
 
 
 def _mean_of_means(values: ndarray) -> float:

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from medseg_trt.bench.compared import AGREEMENT, compare_all, differences, verdict
-from medseg_trt.bench.schema import Accuracy, Agreement, Missing, Verdict
+from medseg_trt.bench.accuracy import AGREEMENT, compare_all, differences, verdict
+from medseg_trt.bench.accuracy_schema import Accuracy, Agreement, Verdict
+from medseg_trt.bench.missing import Missing
 from medseg_trt.errors import ArtefactError, InputError
 from medseg_trt.imaging.images import Image
 from medseg_trt.metrics.intervals import MIN_UNITS
@@ -44,9 +45,12 @@ def cases(count: int = 2, labelled: bool = True):
 
 def compared(run: Any, shown: Any = None, runs: Any = None) -> Any:
     return compare_all(
-        runs or {"reference": network, "other": run}, cases() if shown is None else shown, CONTRACT, CLASSES,
+        runs or {"reference": network, "other": run},
+        cases() if shown is None else shown,
+        CONTRACT,
+        CLASSES,
         lambda *_: None,
-    )  # fmt: skip
+    )
 
 
 def judged(found: Any, limit: float = 0.005, allowed: float = 1.0) -> Any:
@@ -69,8 +73,10 @@ def test_scores_are_those_of_the_metrics_and_of_every_slice():
     last = accuracy.slices[-1]
     assert (last.case, last.slice) == ("case1", 1)
     assert last.counts[0] == (
-        int(((mask[1] == 1) & (labels[1] == 1)).sum()), int((mask[1] == 1).sum()), int((labels[1] == 1).sum())
-    )  # fmt: skip
+        int(((mask[1] == 1) & (labels[1] == 1)).sum()),
+        int((mask[1] == 1).sum()),
+        int((labels[1] == 1).sum()),
+    )
 
 
 def test_agreement_is_of_the_networks_own_pixels():
@@ -182,9 +188,16 @@ def test_differences_are_paired_by_case_where_there_are_enough_else_by_slice():
         found = compared(shifted, cases(count))
         paired = differences(found.accuracy("reference"), found.accuracy("other"), judged(found))
         assert [(each.metric, each.class_name) for each in paired] == [
-            ("Dice", None), ("Dice", "low"), ("Dice", "high"), ("IoU", None), ("IoU", "low"), ("IoU", "high"),
-            ("HD95", None), ("HD95", "low"), ("HD95", "high"),
-        ]  # fmt: skip
+            ("Dice", None),
+            ("Dice", "low"),
+            ("Dice", "high"),
+            ("IoU", None),
+            ("IoU", "low"),
+            ("IoU", "high"),
+            ("HD95", None),
+            ("HD95", "low"),
+            ("HD95", "high"),
+        ]
         for each in paired:
             assert each.difference == pytest.approx(each.candidate - each.reference, abs=1e-12)
             assert each.low <= each.difference <= each.high

@@ -8,7 +8,7 @@ from typing import Any
 from medseg_trt.files import atomic_file, write_json
 from medseg_trt.metrics.protocols import METRICS
 from medseg_trt.reproduce.paired_runs import Gain, Pair, Scores, gain, mean_and_deviation
-from medseg_trt.reproduce.paper_tables import ARMS, TABLES, Arm, Figure
+from medseg_trt.reproduce.paper_tables import CONFIGURATIONS, TABLES, Configuration, Figure
 
 SCHEMA = 1
 NAMES: Mapping[Figure, str] = {"dice": "Dice", "iou": "IoU", "hd95": "HD95"}
@@ -20,7 +20,7 @@ class Tested:
     """The scores of one run on the test split."""
 
     dataset: str
-    arm: Arm
+    configuration: Configuration
     split: str
     seed: int
     cases: Mapping[str, int]  # by split
@@ -28,7 +28,7 @@ class Tested:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Reproduced:
+class ReproducedTable:
     """All runs of a table."""
 
     table: str  # a key of TABLES
@@ -44,8 +44,8 @@ class Line:
     dataset: str
     mode: str
     figure: Figure
-    ours: Mapping[Arm, tuple[float, float | None] | None]  # mean and standard deviation over runs
-    paper: Mapping[Arm, float]
+    ours: Mapping[Configuration, tuple[float, float | None] | None]  # mean and standard deviation over runs
+    paper: Mapping[Configuration, float]
     gain: Gain | None
 
     @property
@@ -56,7 +56,7 @@ class Line:
         return self.gain.sentence(lower_is_better=self.figure in LOWER_IS_BETTER)
 
 
-def lines_of(found: Reproduced) -> list[Line]:
+def lines_of(found: ReproducedTable) -> list[Line]:
     """Return every figure of the table's data sets, in every way of counting."""
     table = TABLES[found.table]
     return [
@@ -69,23 +69,35 @@ def lines_of(found: Reproduced) -> list[Line]:
 
 
 def _line(
-    dataset: str, mode: str, figure: Figure, tested: Sequence[Tested], paper: Mapping[Arm, Mapping[Figure, float]]
+    dataset: str,
+    mode: str,
+    figure: Figure,
+    tested: Sequence[Tested],
+    paper: Mapping[Configuration, Mapping[Figure, float]],
 ) -> Line:
-    of_arm = {arm: {(each.split, each.seed): each for each in tested if each.arm == arm} for arm in ARMS}
-    before, after = (of_arm[arm] for arm in ARMS)
+    of_configuration = {
+        name: {(run.split, run.seed): run for run in tested if run.configuration == name} for name in CONFIGURATIONS
+    }
+    before, after = (of_configuration[name] for name in CONFIGURATIONS)
     pairs = [
         Pair(split=split, before=one.scores[mode][figure], after=after[split, seed].scores[mode][figure])
         for (split, seed), one in before.items()
     ]
     overlap = tested[0].cases["test"] / tested[0].cases["train"] if len({pair.split for pair in pairs}) > 1 else 0.0
     return Line(
-        dataset=dataset, mode=mode, figure=figure, gain=gain(pairs, overlap),
-        ours={arm: mean_and_deviation([each.scores[mode][figure] for each in of_arm[arm].values()]) for arm in ARMS},
-        paper={arm: paper[arm][figure] for arm in ARMS},
-    )  # fmt: skip
+        dataset=dataset,
+        mode=mode,
+        figure=figure,
+        gain=gain(pairs, overlap),
+        ours={
+            name: mean_and_deviation([run.scores[mode][figure] for run in of_configuration[name].values()])
+            for name in CONFIGURATIONS
+        },
+        paper={name: paper[name][figure] for name in CONFIGURATIONS},
+    )
 
 
-def write_table(found: Reproduced, path: Path) -> None:
+def write_table(found: ReproducedTable, path: Path) -> None:
     """Write ``path``, a JSON file, and the same as Markdown beside it."""
     lines = lines_of(found)
     write_json(path, to_dict(found, lines))
@@ -93,7 +105,7 @@ def write_table(found: Reproduced, path: Path) -> None:
         temporary.write_text(to_markdown(found, lines), encoding="utf-8")
 
 
-def to_dict(found: Reproduced, lines: Sequence[Line]) -> dict[str, Any]:
+def to_dict(found: ReproducedTable, lines: Sequence[Line]) -> dict[str, Any]:
     """Return plain data that JSON can hold."""
     return {
         "schema": SCHEMA,
@@ -101,14 +113,20 @@ def to_dict(found: Reproduced, lines: Sequence[Line]) -> dict[str, Any]:
         "is_generated": found.is_generated,
         "missing": list(found.missing),
         "runs": [
-            {"dataset": each.dataset, "arm": each.arm, "split": each.split, "seed": each.seed, "cases": each.cases}
+            {
+                "dataset": each.dataset,
+                "arm": each.configuration,
+                "split": each.split,
+                "seed": each.seed,
+                "cases": each.cases,
+            }
             for each in found.tested
         ],
         "lines": [{**asdict(line), "verdict": line.verdict} for line in lines],
     }
 
 
-def to_markdown(found: Reproduced, lines: Sequence[Line]) -> str:
+def to_markdown(found: ReproducedTable, lines: Sequence[Line]) -> str:
     """Return the table and what it says."""
     table = TABLES[found.table]
     text = [f"# {table.title}", ""]
@@ -139,7 +157,7 @@ def to_markdown(found: Reproduced, lines: Sequence[Line]) -> str:
     return "\n".join(text) + "\n"
 
 
-def _runs_of(found: Reproduced, dataset: str) -> str:
+def _runs_of(found: ReproducedTable, dataset: str) -> str:
     tested = [each for each in found.tested if each.dataset == dataset]
     splits, seeds = ({getattr(each, name) for each in tested} for name in ("split", "seed"))
     cases = ", ".join(f"{count} {split}" for split, count in tested[0].cases.items())
@@ -149,12 +167,12 @@ def _runs_of(found: Reproduced, dataset: str) -> str:
 def _row(line: Line) -> str:
     places = 2 if line.figure == "hd95" else 4
     cells = [line.dataset, NAMES[line.figure]]
-    for arm in ARMS:
-        cells += [_spread(line.ours[arm], places), f"{line.paper[arm]:.{places}f}"]
+    for name in CONFIGURATIONS:
+        cells += [_spread(line.ours[name], places), f"{line.paper[name]:.{places}f}"]
     found = line.gain
     cells += [f"{found.estimate:+.{places}f}", _ends(found.bootstrap, places)] if found else ["–", "–"]
     cells += [_ends(found.student, places) if found and found.student else "–"]
-    cells += [f"{line.paper[ARMS[1]] - line.paper[ARMS[0]]:+.{places}f}"]
+    cells += [f"{line.paper[CONFIGURATIONS[1]] - line.paper[CONFIGURATIONS[0]]:+.{places}f}"]
     return f"| {' | '.join(cells)} |"
 
 
