@@ -29,7 +29,7 @@ from medseg_trt.train.loop import EpochSlices, make_optimizer, train, train_epoc
 from medseg_trt.train.models.model import build_model, runner
 from medseg_trt.train.recipes.training_spec import OPTIMIZERS
 
-RUN_FILES = {"best.pt", "last.pt", "history.jsonl", "curve.png", "recipe.json", "data.json"}
+RUN_FILES = {"best.pt", "last.pt", "history.jsonl", "curve.png", "recipe.json", "data.json", "data_folder.json"}
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +273,11 @@ def test_a_bad_mask_stops_before_the_first_step_whichever_split_it_is_in(tmp_pat
         bad.write_bytes((root / "images" / "scan0.nii.gz").read_bytes())  # grey values
         with pytest.raises(InputError, match=f"{bad} holds the values"):
             train(tiny_recipe(), open_folder(root), tmp_path / "run" / split, block=source[1])
-        assert {path.name for path in (tmp_path / "run" / split).glob("*")} <= {"recipe.json", "data.json"}
+        assert {path.name for path in (tmp_path / "run" / split).glob("*")} <= {
+            "recipe.json",
+            "data.json",
+            "data_folder.json",
+        }
 
 
 def test_a_folder_of_the_users_in_the_run_folder_is_left_alone(source, tmp_path, no_curve):

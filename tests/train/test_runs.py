@@ -113,7 +113,15 @@ def test_a_run_killed_by_the_system_in_the_middle_of_an_epoch_goes_on(source, wh
     assert [row["epoch"] for row in history_of(out)] == [0, 1]
     visible = {path.name for path in out.iterdir() if not path.name.startswith(".")}
     (block_name,) = (name for name in visible if name.startswith("block-"))
-    assert visible == {"best.pt", "last.pt", "history.jsonl", "recipe.json", "data.json", block_name}
+    assert visible == {
+        "best.pt",
+        "last.pt",
+        "history.jsonl",
+        "recipe.json",
+        "data.json",
+        "data_folder.json",
+        block_name,
+    }
     assert list(out.glob(".partial-*"))  # nobody could remove the prepared slices
     (out / ".partial-abc.pt").write_bytes(b"half a checkpoint")
 

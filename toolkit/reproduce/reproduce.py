@@ -74,7 +74,7 @@ def reproduce(wanted: Wanted) -> Path:
     places = {name: find_dataset(name, wanted.root) for name in table.paper}
     missing = [name for name, place in places.items() if place is None]
     for name in missing:
-        layouts = " or ".join(layout.what for layout in DATASETS[name].layouts if layout.is_telling)
+        layouts = " or ".join(layout.description for layout in DATASETS[name].layouts if layout.identifies_dataset)
         LOG.warning("%s is left out: %s holds neither %s nor a folder %s/", name, wanted.root, layouts, name)
     if len(missing) == len(places):
         raise InputError(f"{wanted.root} holds none of the data sets of {wanted.table}: {', '.join(places)}")
@@ -105,7 +105,7 @@ def find_dataset(name: str, root: Path) -> Path | None:
     """Return where a data set lies below ``root``: in a folder of its key, or wherever a layout of its own is found."""
     if (root / name).is_dir():
         return root / name
-    found = (layout.locate(root) for layout in DATASETS[name].layouts if layout.is_telling)
+    found = (layout.locate(root) for layout in DATASETS[name].layouts if layout.identifies_dataset)
     return next((place for place in found if place is not None), None)
 
 

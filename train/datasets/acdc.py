@@ -40,7 +40,7 @@ MAX_INFO_BYTES = 1 << 16
 def read_official(base: Path, _options: DataOptions) -> DatasetScan:
     """Find the two frames of every patient, which must be those that ``Info.cfg`` names."""
     problems: list[str] = []
-    found: list[Case] = []
+    cases: list[Case] = []
     for folder in sorted(base.iterdir(), key=lambda path: natural_key(path.name)):
         if not folder.is_dir() or not re.fullmatch(PATIENT, folder.name):
             continue
@@ -49,9 +49,9 @@ def read_official(base: Path, _options: DataOptions) -> DatasetScan:
         pairs = paired(images, masks, problems)
         if wrong := _unlike_info(folder, [name for name, *_ in pairs]):
             problems.append(wrong)
-        found += [Case(image=image, mask=mask, group=folder.name) for _, image, mask in pairs]
+        cases += [Case(image=image, mask=mask, group=folder.name) for _, image, mask in pairs]
     official = {part: FRAMES_OF_A_PATIENT * len(numbers) for part, numbers in PATIENTS.items()}
-    parts = {part: _of(part, found) for part in PATIENTS}
+    parts = {part: _of(part, cases) for part in PATIENTS}
     return DatasetScan(parts=parts, official=official, classes=CLASSES, problems=tuple(problems))
 
 
@@ -61,21 +61,23 @@ def read_prepared(base: Path, options: DataOptions) -> DatasetScan:
     slices = by_name(files(_first(base, SLICES), SLICE), SLICE, problems)
     volumes = by_name(files(_first(base, VOLUMES), FRAME), FRAME, problems)
     of_slices, of_volumes = (
-        [Case(image=path, mask=path, group=name[: len("patient001")]) for name, path in there.items()]
-        for there in (slices, volumes)
+        [Case(image=path, mask=path, group=name[: len("patient001")]) for name, path in path_of.items()]
+        for path_of in (slices, volumes)
     )
     patients = {case.group for case in of_slices}
     absent = [name for name in _names("train") if name not in patients]
     if absent and options.count == "official":
         problems.append(
-            f"{len(absent)} of the {len(PATIENTS['train'])} training patients have no slice, {absent[0]} for one; "
-            "if it is on purpose: --set data.count=any"
+            f"{len(absent)} of the {len(PATIENTS['train'])} training patients have no slice, for example {absent[0]}; "
+            "to use them as they are: --set data.count=any"
         )
     return DatasetScan(
         parts={"train": _of("train", of_slices), "val": _of("val", of_volumes), "test": _of("test", of_volumes)},
         official={part: FRAMES_OF_A_PATIENT * len(PATIENTS[part]) for part in ("val", "test")},
-        classes=CLASSES, window=SCALED, problems=tuple(problems),
-    )  # fmt: skip
+        classes=CLASSES,
+        window=SCALED,
+        problems=tuple(problems),
+    )
 
 
 SLICES = ("acdc_training_slices", "slices")
@@ -92,22 +94,22 @@ def _names(part: str) -> list[str]:
 
 
 def _first(base: Path, names: tuple[str, ...]) -> Path | None:
-    found = (base if name == "" else below(base, name) for name in names)
-    return next((folder for folder in found if folder is not None), None)
+    candidates = (base if name == "" else below(base, name) for name in names)
+    return next((folder for folder in candidates if folder is not None), None)
 
 
 def _unlike_info(folder: Path, names: list[str]) -> str:
-    """Say where the frames are not those of ``Info.cfg``: ``ED: 1`` and ``ES: 12``."""
+    """Report frames other than those of ``Info.cfg`` (``ED: 1`` and ``ES: 12``); empty: there are none."""
     path = folder / "Info.cfg"
     if not path.is_file():
-        return f"{path} does not exist; is the archive half unzipped?"
+        return f"{path} does not exist; if the archive was unzipped incompletely, unzip it again"
     if path.stat().st_size > MAX_INFO_BYTES:
         raise InputError(f"{path} is larger than {MAX_INFO_BYTES >> 10} KiB; it should have a few lines")
     text = path.read_text(encoding="utf-8-sig", errors="replace")
-    wanted = {int(number) for number in re.findall(r"^E[DS]\s*:\s*(\d+)\s*$", text, re.MULTILINE)}
-    there = {int(name.rpartition("frame")[2]) for name in names}
-    if wanted != there:
-        return f"{path} names the frames {sorted(wanted)}, but there are image and mask of {sorted(there)}"
+    listed = {int(number) for number in re.findall(r"^E[DS]\s*:\s*(\d+)\s*$", text, re.MULTILINE)}
+    existing = {int(name.rpartition("frame")[2]) for name in names}
+    if listed != existing:
+        return f"{path} names the frames {sorted(listed)}, but there are images and masks of {sorted(existing)}"
     return ""
 
 
@@ -115,7 +117,7 @@ def _locate_official(root: Path) -> Path | None:
     """Find the folder whose folders are patients with frames; ``testing/`` beside it is not the paper's."""
     for folder in folders(root):
         if folder.name.lower() != "testing" and any(
-            re.fullmatch(PATIENT, each.name) for each in folder.iterdir() if each.is_dir()
+            re.fullmatch(PATIENT, patient.name) for patient in folder.iterdir() if patient.is_dir()
         ):
             return folder
     return None
@@ -132,7 +134,7 @@ DATASET = Dataset(
     modality="MR",
     groups="patient",
     layouts=(
-        Layout(what="slices and volumes of SSL4MIS (HDF5)", locate=_locate_prepared, read=read_prepared),
-        Layout(what="patientNNN/ of database/training", locate=_locate_official, read=read_official),
+        Layout(description="slices and volumes of SSL4MIS (HDF5)", locate=_locate_prepared, read=read_prepared),
+        Layout(description="patientNNN/ of database/training", locate=_locate_official, read=read_official),
     ),
 )

@@ -51,7 +51,7 @@ DATASET = Dataset(
     modality="ultrasound",
     layouts=(
         Layout(
-            what="benign/, malignant/ and normal/ of Dataset_BUSI_with_GT",
+            description="benign/, malignant/ and normal/ of Dataset_BUSI_with_GT",
             locate=locator("benign", "malignant"),
             read=read,
         ),

@@ -25,11 +25,11 @@ NOTHING_TO_LEARN = "all masks of the training split are empty, so that nothing c
 
 
 def check_data(root: Path, options: DataOptions | None = None) -> DataReport:
-    """Read every image and mask of a data set, and report everything that is wrong, not only the first fault.
+    """Read every image and mask of a data set, and report all problems, not only the first one.
 
     Raises:
-        InputError: the folder holds no data set that is known.
-        UsageError: an option does not go with the data set.
+        InputError: the folder holds no known data set.
+        UsageError: an option does not apply to the data set.
     """
     options = options or DataOptions()
     data, problems, remarks = _open(root, options)
@@ -38,13 +38,13 @@ def check_data(root: Path, options: DataOptions | None = None) -> DataReport:
     cases = [(split, case) for split, cases in data.splits.items() for case in cases]
     for split, case in track(cases, "read images and masks"):
         try:
-            found, image_hash = _facts(split, case, data)
+            case_facts, image_hash = _facts(split, case, data)
         except InputError as error:
             problems.append(str(error))
             continue
-        facts.append(found)
+        facts.append(case_facts)
         hashes.append(image_hash)
-    problems += [f"the splits share slices: {each}" for each in shared_slices(data.splits)]
+    problems += [f"the splits share slices: {overlap}" for overlap in shared_slices(data.splits)]
     problems += orientation_problems(data)
     for problem, pairs in _copies(facts, hashes).items():
         (problems if problem.endswith("two splits") else remarks).append(_named(problem, pairs))
@@ -52,17 +52,24 @@ def check_data(root: Path, options: DataOptions | None = None) -> DataReport:
     remarks += _remarks(facts, data)
     digest = manifest_sha256(data.manifest()) if not problems else None
     return DataReport(
-        name=data.name, layout=data.layout, root=str(root), classes=data.classes, how=data.how, cases=tuple(facts),
-        digest=digest, problems=tuple(problems), remarks=tuple(remarks),
-    )  # fmt: skip
+        name=data.name,
+        layout=data.layout,
+        root=str(root),
+        classes=data.classes,
+        how=data.how,
+        cases=tuple(facts),
+        digest=digest,
+        problems=tuple(problems),
+        remarks=tuple(remarks),
+    )
 
 
 def require_usable(data: DataFolder) -> None:
-    """Read, before anything is trained, what training would meet only later: all cases that it does not train on.
+    """Check before training what would fail only later: the cases of all splits other than the training split.
 
     Raises:
-        InputError: one of them cannot be used, some volumes say how they lie and others do not, or no mask of the
-            training split holds a label.
+        InputError: one of them cannot be used, only some volumes state their orientation, or no mask of the training
+            split holds a label.
     """
     if problems := orientation_problems(data):
         raise InputError(problems[0])
@@ -75,33 +82,33 @@ def require_usable(data: DataFolder) -> None:
 
 
 def orientation_problems(data: DataFolder) -> list[str]:
-    """Say where some volumes do not tell how they lie while others do: left and right may be swapped in them.
+    """Report volumes without an orientation among volumes with one: left and right may be swapped in them.
 
-    Volumes that tell are all turned to LPS, however they are stored.
+    Volumes with an orientation are all reoriented to LPS, however they are stored.
     """
     axes = _stored_axes(data)
-    silent, telling = [path for path in axes if not axes[path]], [path for path in axes if axes[path]]
-    if not silent or not telling:
+    unoriented, oriented = [path for path in axes if not axes[path]], [path for path in axes if axes[path]]
+    if not unoriented or not oriented:
         return []
     return [
-        f"{silent[0]} does not say how it lies ({len(silent)} such volume(s)), but {telling[0]} does, "
+        f"{unoriented[0]} does not say how it lies ({len(unoriented)} such volume(s)), but {oriented[0]} does, "
         "so they cannot be turned alike; repair its sform or qform"
     ]
 
 
 def _stored_axes(data: DataFolder) -> dict[Path, str]:
-    """Return where the axes of every NIfTI volume run to, nothing where it does not say."""
+    """Return the axis directions of every NIfTI volume; empty: the volume has no orientation."""
     from medseg_trt.imaging.formats.nifti import stored_axes
 
-    found: dict[Path, str] = {}
+    axes: dict[Path, str] = {}
     for case in chain.from_iterable(data.splits.values()):
         path = case.image.path if isinstance(case.image, Source) else case.image
         if path.name.lower().endswith(NIFTI):
             try:
-                found[path] = stored_axes(path)
-            except InputError:  # whoever reads the volume says so
+                axes[path] = stored_axes(path)
+            except InputError:  # reading the volume reports it
                 continue
-    return found
+    return axes
 
 
 def _open(root: Path, options: DataOptions) -> tuple[DataFolder, list[str], list[str]]:
@@ -111,13 +118,13 @@ def _open(root: Path, options: DataOptions) -> tuple[DataFolder, list[str], list
         data, problems = open_folder(root), []
         remarks = list(data.remarks)
     else:
-        found = resolved.found
-        problems, remarks = [*found.problems, *wrong_counts(resolved, options)], list(found.remarks)
+        scan = resolved.scan
+        problems, remarks = [*scan.problems, *wrong_counts(resolved, options)], list(scan.remarks)
         try:
             data = split_dataset(resolved, root, options)
         except InputError as error:
             problems.append(str(error))
-            data = DataFolder(root=root, name=resolved.dataset.title, classes=found.classes, splits=found.parts)
+            data = DataFolder(root=root, name=resolved.dataset.title, classes=scan.classes, splits=scan.parts)
     if options.manifest is not None and options.order != "manifest":
         data = with_recorded_splits(data, read_split_manifest(Path(options.manifest)), options.manifest)
     return data, problems, remarks
@@ -128,24 +135,32 @@ def _facts(split: str, case: Case, data: DataFolder) -> tuple[CaseFacts, ImageHa
     values = image.pixels
     counts = pixels_per_label(labels, len(data.classes.names))
     facts = CaseFacts(
-        name=case.name, split=split, group=case.group, size=image.size, slices=image.num_slices,
-        channels=values.shape[3], numbers=str(values.dtype), low=float(values.min()), high=float(values.max()),
-        spacing_mm=image.spacing_mm, pixels_of_label=tuple(counts.tolist()),
+        name=case.name,
+        split=split,
+        group=case.group,
+        size=image.size,
+        slices=image.num_slices,
+        channels=values.shape[3],
+        numbers=str(values.dtype),
+        low=float(values.min()),
+        high=float(values.max()),
+        spacing_mm=image.spacing_mm,
+        pixels_of_label=tuple(counts.tolist()),
         empty_slices=int((labels.reshape(len(labels), -1).max(axis=1) == 0).sum()),
         is_grey_mask=case.is_binary and len(np.unique(read_labels(case.mask, image, None))) > 2,
-    )  # fmt: skip
+    )
     return facts, hash_image(values, data.window)
 
 
 def _copies(facts: Sequence[CaseFacts], hashes: Sequence[ImageHash]) -> Mapping[str, list[str]]:
-    """Return pairs of names under what is wrong with them."""
-    found: defaultdict[str, list[str]] = defaultdict(list)
+    """Return the pairs of duplicate images, by the kind of problem."""
+    pairs_of: defaultdict[str, list[str]] = defaultdict(list)
     for pair in find_duplicates(hashes, [case.group for case in facts]):
         first, second = facts[pair.first], facts[pair.second]
         where = "in one split" if first.split == second.split else "in two splits"
-        what = "pairs of images hold the same pixels" if pair.is_exact else "pairs of images look alike"
-        found[f"{what}, {where}"].append(f"{first.name} ({first.split}) and {second.name} ({second.split})")
-    return found
+        kind = "pairs of images hold the same pixels" if pair.is_exact else "pairs of images look alike"
+        pairs_of[f"{kind}, {where}"].append(f"{first.name} ({first.split}) and {second.name} ({second.split})")
+    return pairs_of
 
 
 def _shared_groups(facts: Sequence[CaseFacts], data: DataFolder) -> list[str]:
@@ -164,11 +179,11 @@ def _nothing_to_learn(facts: Sequence[CaseFacts]) -> list[str]:
 
 
 def _remarks(facts: Sequence[CaseFacts], data: DataFolder) -> list[str]:
-    """Say what is no fault, but good to know."""
+    """Return facts that are no problems, but limit what the figures mean."""
     labelled = np.sum([case.pixels_of_label for case in facts], axis=0) if facts else np.zeros(0)
     spacings = {case.spacing_mm is None for case in facts}
     axes = [f"{axes or 'not said'} {count}" for axes, count in Counter(_stored_axes(data).values()).items()]
-    found = {
+    names_of = {
         "masks are empty": [case.name for case in facts if case.empty_slices == case.slices],
         "masks hold greys between black and white; brighter than half counts as the lesion": [
             case.name for case in facts if case.is_grey_mask
@@ -179,11 +194,11 @@ def _remarks(facts: Sequence[CaseFacts], data: DataFolder) -> list[str]:
         ],
         "ways of storing the axes are mixed; all volumes are turned to LPS": axes if len(axes) > 1 else [],
     }
-    remarks = [_named(what, names) for what, names in found.items() if names]
+    remarks = [_named(fact, names) for fact, names in names_of.items() if names]
     if len(spacings) > 1:
         remarks.append("some images have a spacing and some have none, so that HD95 has no common unit")
     return remarks
 
 
-def _named(what: str, names: Sequence[str]) -> str:
-    return f"{len(names)} {what}: {', '.join(names[:MAX_NAMED])}{', …' if len(names) > MAX_NAMED else ''}"
+def _named(fact: str, names: Sequence[str]) -> str:
+    return f"{len(names)} {fact}: {', '.join(names[:MAX_NAMED])}{', …' if len(names) > MAX_NAMED else ''}"

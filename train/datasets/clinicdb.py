@@ -40,7 +40,7 @@ DATASET = Dataset(
     modality="endoscopy",
     groups="sequence",
     layouts=(
-        Layout(what="Original/ and Ground Truth/", locate=_locate, read=read),
+        Layout(description="Original/ and Ground Truth/", locate=_locate, read=read),
         image_mask_layout(OFFICIAL),
     ),
 )

@@ -38,7 +38,7 @@ DATASET = Dataset(
     modality="endoscopy",
     groups="sequence",
     layouts=(
-        Layout(what="N.bmp and pN.bmp of the CVC", locate=_locate, read=read),
+        Layout(description="N.bmp and pN.bmp of the CVC", locate=_locate, read=read),
         image_mask_layout(OFFICIAL),
     ),
     other_counts={OF_THE_CVC: "the CVC's own number, of 15 sequences; 380 is the community's"},

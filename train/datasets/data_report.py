@@ -43,12 +43,18 @@ class DataReport:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data that JSON can hold."""
         return {
-            "name": self.name, "layout": self.layout, "root": self.root, "how": dict(self.how),
-            "classes": list(self.classes.names) if self.classes else [], "splits": self.splits(),
-            "pixels_of_class": self.pixels_of_class(), "manifest_sha256": self.digest,
-            "problems": list(self.problems), "remarks": list(self.remarks),
+            "name": self.name,
+            "layout": self.layout,
+            "root": self.root,
+            "how": dict(self.how),
+            "classes": list(self.classes.names) if self.classes else [],
+            "splits": self.splits(),
+            "pixels_of_class": self.pixels_of_class(),
+            "manifest_sha256": self.digest,
+            "problems": list(self.problems),
+            "remarks": list(self.remarks),
             "cases": [asdict(case) for case in self.cases],
-        }  # fmt: skip
+        }
 
     def splits(self) -> dict[str, dict[str, Any]]:
         """Count cases and slices, and give the range of sizes, spacings and values, of every split."""
@@ -79,13 +85,14 @@ class DataReport:
         header = ["split", "cases", "slices", "groups", "empty masks", "height", "width", "spacing mm", "values"]
         rows = [
             [
-                split, *(str(found[name]) for name in ("cases", "slices", "groups", "empty_masks")),
+                split,
+                *(str(found[name]) for name in ("cases", "slices", "groups", "empty_masks")),
                 *(_text(found[name]) for name in ("height", "width")),
                 " x ".join(map(_text, found["spacing_mm"])) if found["spacing_mm"] else "–",
                 _text(found["values"]),
             ]
             for split, found in self.splits().items()
-        ]  # fmt: skip
+        ]
         return header, rows
 
     def class_table(self) -> tuple[list[str], list[list[str]]]:

@@ -131,9 +131,15 @@ def open_folder(root: Path) -> DataFolder:
             "the splits share slices, so figures do not tell how the model does on new images: %s", _first(leaks)
         )
     return DataFolder(
-        root=root, name=described.name or root.resolve().name, classes=classes, splits=splits, window=described.window,
-        note=described.note, split_notes=described.split_notes, remarks=tuple(remarks),
-    )  # fmt: skip
+        root=root,
+        name=described.name or root.resolve().name,
+        classes=classes,
+        splits=splits,
+        window=described.window,
+        note=described.note,
+        split_notes=described.split_notes,
+        remarks=tuple(remarks),
+    )
 
 
 def manifest_sha256(manifest: Mapping[str, Any]) -> str:

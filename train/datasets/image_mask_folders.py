@@ -28,5 +28,8 @@ def image_mask_layout(official: int) -> Layout:
         return DatasetScan(parts={ALL: tuple(cases)}, official={ALL: official}, problems=tuple(problems))
 
     return Layout(
-        what="images/ and masks/ with the same names", locate=locator("images", "masks"), read=read, is_telling=False
+        description="images/ and masks/ with the same names",
+        locate=locator("images", "masks"),
+        read=read,
+        identifies_dataset=False,
     )

@@ -32,7 +32,7 @@ DATASET = Dataset(
     modality="photograph",
     layouts=(
         Layout(
-            what="ISIC-2017_Training_Data/ and the folders of the other archives",
+            description="ISIC-2017_Training_Data/ and the folders of the other archives",
             locate=locator("isic-2017_training_data"),
             read=read,
         ),

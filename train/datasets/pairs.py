@@ -15,9 +15,20 @@ PARTS = (
 )  # the second is nnU-Net's and the Medical Segmentation Decathlon's
 IMAGE_ENDINGS = ("", "_0000", "_image", "_img")  # of stems; _0000 is nnU-Net's first channel
 MASK_ENDINGS = (
-    "", "_segmentation", "_seg", "-seg", "_mask", "_masks", "_label", "_labels", "-label", "_labelmap", "_gt",
-    "_groundtruth", "_annotation",
-)  # fmt: skip
+    "",
+    "_segmentation",
+    "_seg",
+    "-seg",
+    "_mask",
+    "_masks",
+    "_label",
+    "_labels",
+    "-label",
+    "_labelmap",
+    "_gt",
+    "_groundtruth",
+    "_annotation",
+)
 SECOND_CHANNEL = "_0001"
 SEGMENTATION = ".seg"  # 3D Slicer's second suffix: v0.seg.nrrd
 SEGMENTATION_SUFFIXES = (".seg.nrrd", ".seg.nhdr")

@@ -47,9 +47,7 @@ def mapped_slices(
         images, labels = (np.load(folder / name, mmap_mode="r") for name in (IMAGES, LABELS))
     else:
         images, labels = (VariableSizeArrays.open(folder / name) for name in (SOURCE_IMAGES, SOURCE_LABELS))
-    return PreparedSlices(
-        images=images, labels=labels, slices_of_class=slices_of_class, resized_as=resized_as
-    )  # fmt: skip
+    return PreparedSlices(images=images, labels=labels, slices_of_class=slices_of_class, resized_as=resized_as)
 
 
 def prepare_slices(
@@ -108,7 +106,7 @@ def source_slices(cases: Sequence[Case], preprocessing: Preprocessing, num_label
     _warn_of_unscaled(unscaled)
     return PreparedSlices(
         images=images, labels=labels, slices_of_class=_slices_of_class(holds), resized_as=preprocessing
-    )  # fmt: skip
+    )
 
 
 def _require_room(wanted: int, folder: Path) -> None:
@@ -136,8 +134,9 @@ def _warn_of_unscaled(unscaled: Sequence[str]) -> None:
     if unscaled:
         LOG.warning(
             '%d case(s) do not have values of 0 … 255, but the window does; set "window" in dataset.json: %s',
-            len(unscaled), unscaled[0],
-        )  # fmt: skip
+            len(unscaled),
+            unscaled[0],
+        )
 
 
 def _unlike_window(case: Case, pixels: np.ndarray, preprocessing: Preprocessing) -> list[str]:

@@ -28,24 +28,70 @@ from medseg_trt.train.datasets.layout import (
 )
 from medseg_trt.train.datasets.options import DataOptions, OrganOrder
 
-TRAIN = ("0005", "0006", "0007", "0009", "0010", "0021", "0023", "0024", "0026", "0027", "0028", "0030", "0031", "0033",
-         "0034", "0037", "0039", "0040")  # fmt: skip
+TRAIN = (
+    "0005",
+    "0006",
+    "0007",
+    "0009",
+    "0010",
+    "0021",
+    "0023",
+    "0024",
+    "0026",
+    "0027",
+    "0028",
+    "0030",
+    "0031",
+    "0033",
+    "0034",
+    "0037",
+    "0039",
+    "0040",
+)
 TEST = ("0008", "0022", "0038", "0036", "0032", "0002", "0029", "0003", "0001", "0004", "0025", "0035")
 TRAIN_SLICES = 2211
 MAX_LIST_BYTES = 1 << 20
 
 RAW_LABELS = (
-    "background", "spleen", "kidney_right", "kidney_left", "gallbladder", "esophagus", "liver", "stomach", "aorta",
-    "vena_cava", "portal_and_splenic_veins", "pancreas", "adrenal_right", "adrenal_left",
-)  # fmt: skip
+    "background",
+    "spleen",
+    "kidney_right",
+    "kidney_left",
+    "gallbladder",
+    "esophagus",
+    "liver",
+    "stomach",
+    "aorta",
+    "vena_cava",
+    "portal_and_splenic_veins",
+    "pancreas",
+    "adrenal_right",
+    "adrenal_left",
+)
 ORGANS: Mapping[OrganOrder, tuple[str, ...]] = {
     "transunet": (
-        "background", "aorta", "gallbladder", "kidney_left", "kidney_right", "liver", "pancreas", "spleen", "stomach",
+        "background",
+        "aorta",
+        "gallbladder",
+        "kidney_left",
+        "kidney_right",
+        "liver",
+        "pancreas",
+        "spleen",
+        "stomach",
     ),
     "emcad": (
-        "background", "spleen", "kidney_right", "kidney_left", "gallbladder", "pancreas", "liver", "stomach", "aorta",
+        "background",
+        "spleen",
+        "kidney_right",
+        "kidney_left",
+        "gallbladder",
+        "pancreas",
+        "liver",
+        "stomach",
+        "aorta",
     ),
-}  # fmt: skip
+}
 HOUNSFIELD, SCALED = (-125.0, 275.0), (0.0, 1.0)
 SLICE = r"case(\d{4})_slice\d+"
 
@@ -57,12 +103,12 @@ def read_raw(base: Path, options: DataOptions) -> DatasetScan:
     masks = by_name(files(below(base, "label"), r"label\d{4}"), r"label(\d{4})", problems)
     names = ORGANS[options.organs]
     relabel = tuple(names.index(name) if name in names else 0 for name in RAW_LABELS)
-    found = {
+    case_of = {
         name: Case(image=image, mask=mask, relabel=relabel, group=f"case{name}")
         for name, image, mask in paired(images, masks, problems)
     }
-    parts = {part: tuple(found[name] for name in ids if name in found) for part, ids in _IDS.items()}
-    if unknown := [name for name in found if name not in TRAIN + TEST]:
+    parts = {part: tuple(case_of[name] for name in ids if name in case_of) for part, ids in _IDS.items()}
+    if unknown := [name for name in case_of if name not in TRAIN + TEST]:
         problems.append(f"{images[unknown[0]]} is none of the 30 cases of the list, with {len(unknown)} in all")
     official = {"train": len(TRAIN), "test": len(TEST)}
     return DatasetScan(
@@ -84,11 +130,11 @@ def read_prepared(base: Path, options: DataOptions) -> DatasetScan:
         "test": _listed(base, "test_vol.txt") or [f"case{name}" for name in TEST if f"case{name}" in volumes],
     }
     parts: dict[str, tuple[Case, ...]] = {}
-    for part, there in (("train", slices), ("test", volumes)):
-        if missing := [name for name in names[part] if name not in there]:
+    for part, path_of in (("train", slices), ("test", volumes)):
+        if missing := [name for name in names[part] if name not in path_of]:
             problems.append(f"{missing[0]} is on the list, but not among the files ({len(missing)} such name(s))")
         parts[part] = tuple(
-            Case(image=there[name], mask=there[name], group=name[:8]) for name in names[part] if name in there
+            Case(image=path_of[name], mask=path_of[name], group=name[:8]) for name in names[part] if name in path_of
         )
     return DatasetScan(
         parts=parts,
@@ -118,9 +164,12 @@ DATASET = Dataset(
     modality="CT",
     groups="patient",
     layouts=(
-        Layout(what="train_npz/ and test_vol_h5/ of TransUNet", locate=locator("train_npz", "test_vol_h5"),
-               read=read_prepared),
-        Layout(what="img/ and label/ of RawData/Training", locate=locator("img", "label"), read=read_raw),
+        Layout(
+            description="train_npz/ and test_vol_h5/ of TransUNet",
+            locate=locator("train_npz", "test_vol_h5"),
+            read=read_prepared,
+        ),
+        Layout(description="img/ and label/ of RawData/Training", locate=locator("img", "label"), read=read_raw),
     ),
     choices=("organs",),
-)  # fmt: skip
+)

@@ -104,7 +104,7 @@ def test_a_case_on_the_wrong_side_of_the_lists_is_named(tmp_path):
 def test_frames_that_info_cfg_does_not_name_are_named(tmp_path):
     root = write_acdc(tmp_path)
     (root / "training" / "patient001" / "Info.cfg").write_text("ED: 1\nES: 12\n")
-    refused("acdc", root, r"Info.cfg names the frames \[1, 12\], but there are image and mask of \[1, 9\]")
+    refused("acdc", root, r"Info.cfg names the frames \[1, 12\], but there are images and masks of \[1, 9\]")
 
 
 @pytest.mark.parametrize(

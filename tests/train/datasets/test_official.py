@@ -356,8 +356,8 @@ def test_several_data_sets_in_one_folder_are_named(tmp_path):
         ("synapse", DataOptions(count="any", group_by="sequence"), "comes divided"),
         ("busi", DataOptions(count="any", group_by="patient"), "no patient is known of BUSI"),
         ("clinicdb", DataOptions(count="any", group_by="patient"), "no patient is known of CVC-ClinicDB"),
-        ("clinicdb", DataOptions(count="any", masks="first"), "data.masks means nothing to CVC-ClinicDB"),
-        ("acdc", DataOptions(count="any", organs="emcad"), "data.organs means nothing to ACDC"),
+        ("clinicdb", DataOptions(count="any", masks="first"), "data.masks has no effect on CVC-ClinicDB"),
+        ("acdc", DataOptions(count="any", organs="emcad"), "data.organs has no effect on ACDC"),
     ],
 )
 def test_an_option_that_would_change_nothing_is_refused(archives, layout, options, message):
@@ -369,7 +369,7 @@ def test_an_option_that_would_change_nothing_is_refused(archives, layout, option
 def test_a_folder_of_ones_own_has_no_such_options(tmp_path, change):
     write_pictures(tmp_path, 4)
     options = with_changes(DataOptions(), (change,))
-    with pytest.raises(UsageError, match=f"data.{change.partition('=')[0]} means nothing to .*dataset.json divides"):
+    with pytest.raises(UsageError, match=f"data.{change.partition('=')[0]} has no effect on .*dataset.json divides"):
         open_dataset(None, tmp_path, options)
 
 
