@@ -46,7 +46,7 @@ def test_every_place_is_folded_and_counted(model):
 def test_the_report_is_plain_data(model):
     report = plain_report(fold(model)[1])
     assert report["batch_norms"] == {"count": 9, "reason": ""}
-    assert report["rotary_tables"] == {"count": 0, "reason": "rotary=false: queries and keys are not turned"}
+    assert report["rotary_tables"] == {"count": 0, "reason": "rotary=false: queries and keys are not rotated"}
     assert json.loads(json.dumps(report)) == report
 
 
