@@ -64,10 +64,12 @@ def test_the_score_is_that_of_evaluate():
     cases = ["a", "a", "a", "b", "b"]
     truths, masks = rng.integers(0, 3, (2, 5, 8, 8)).astype(np.uint8)
     expected = [scores(masks[np.array(cases) == case], truths[np.array(cases) == case], classes) for case in "ab"]
-    counts = np.array([
-        [[((m == k) & (t == k)).sum(), (m == k).sum(), (t == k).sum()] for k in (1, 2)]
-        for m, t in zip(masks, truths, strict=True)
-    ])  # fmt: skip
+    counts = np.array(
+        [
+            [[((m == k) & (t == k)).sum(), (m == k).sum(), (t == k).sum()] for k in (1, 2)]
+            for m, t in zip(masks, truths, strict=True)
+        ]
+    )
     verdict = compare(counts, counts, cases, 0.005)
     assert verdict.reference == pytest.approx(np.mean([each.dice or 0.0 for each in mean_scores(expected)]))
 

@@ -109,8 +109,12 @@ def with_a_transposed_query(model: nn.Module) -> FoldResult:
 
 
 FAULTS = (
-    without_eps, without_running_mean, without_the_kernel_mean, with_a_bias_forgotten, with_a_transposed_query,
-)  # fmt: skip
+    without_eps,
+    without_running_mean,
+    without_the_kernel_mean,
+    with_a_bias_forgotten,
+    with_a_transposed_query,
+)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

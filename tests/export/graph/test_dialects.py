@@ -285,9 +285,13 @@ def test_openvino_runs_a_decomposed_group_norm(tmp_path):
         initializers += c.values()
         nodes.append(ir.node("Conv", [x, c["kernel"]], name=f"conv{name}"))
         nodes.append(
-            ir.node("GroupNormalization", [nodes[-1].outputs[0], c["scale"], c["bias"]], {"num_groups": groups},
-                    name=f"norm{name}")
-        )  # fmt: skip
+            ir.node(
+                "GroupNormalization",
+                [nodes[-1].outputs[0], c["scale"], c["bias"]],
+                {"num_groups": groups},
+                name=f"norm{name}",
+            )
+        )
         branches.append(nodes[-1].outputs[0])
     nodes.append(ir.node("Add", branches, name="sum"))
     for index, node in enumerate(nodes):
