@@ -42,8 +42,11 @@ def _paths(
         return None
     first = [node for node in reshapes if node is not None], [node for node in transposes if node is not None]
     sizes = [list(shapes.get(node.output[0], ())) for node in first[0]]
-    perms = [list(next((each.ints for each in node.attribute if each.name == "perm"), ())) for node in first[1]]
-    same = all(each == sizes[0] for each in sizes) and all(each == HEADS_FIRST for each in perms)
+    perms = [
+        list(next((attribute.ints for attribute in node.attribute if attribute.name == "perm"), ()))
+        for node in first[1]
+    ]
+    same = all(size == sizes[0] for size in sizes) and all(perm == HEADS_FIRST for perm in perms)
     return first if same and len(sizes[0]) == 4 and min(sizes[0][1:]) > 0 else None
 
 
