@@ -13,7 +13,7 @@ from medseg_trt.export.graph.functions import attach
 from medseg_trt.export.graph.onnx_graph import KEPT_METADATA, OPSET, OnnxGraph
 
 HEADER = f'<ir_version: 10, opset_import: ["": {OPSET}, "medseg": 1]>'
-MODULE = ": TransUNet/insert: Insert/step: aten.step"  # the part of the network that the nodes are said to be in
+MODULE = ": TransUNet/insert: Insert/step: aten.step"  # the module of all nodes
 
 
 def graph_of(text: str, constants: Mapping[str, np.ndarray]) -> OnnxGraph:
@@ -36,20 +36,20 @@ def graph_of(text: str, constants: Mapping[str, np.ndarray]) -> OnnxGraph:
 
 
 def outputs_of(graph: OnnxGraph, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return every output of a graph that ONNX finds valid, as it is written: ONNX Runtime optimises nothing."""
+    """Return every output of a valid graph; ONNX Runtime runs it without optimisation."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     proto = ir.to_proto(graph.model)
-    onnx.checker.check_model(proto)  # ONNX Runtime runs nodes that are out of order
+    onnx.checker.check_model(proto)  # ONNX Runtime also accepts nodes that are out of order
     session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, map(np.asarray, session.run(names, dict(feeds))), strict=True))
 
 
 def largest_change(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]) -> float:
-    """Return by how much any output differs, as a share of its largest magnitude."""
+    """Return the largest difference of any output, as a share of its largest magnitude."""
     assert before.keys() == after.keys()
     differences = (np.abs(after[name].astype(np.float64) - before[name]).max() for name in before)
     sizes = (max(float(np.abs(values).max()), 1e-30) for values in before.values())

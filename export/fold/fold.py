@@ -1,7 +1,7 @@
 """Replace layers by cheaper ones that compute the same function, before the network is traced.
 
-Every rule puts new layers in the place of old ones and says how many places it found, or why none; it changes no tensor
-in place. New weights are computed in float64 and rounded once, to the type that the old ones had.
+Every rule replaces layers and reports how many, or why none; it changes no tensor in place. New weights are computed in
+float64 and rounded once, to the type of the old ones.
 Source: Jacob et al. 2018, "Quantization and Training of Neural Networks …", §3.2, for BatchNorm.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from medseg_trt.export.fold.fold_rule import FoldResult, constant, counted, places, stacked
+from medseg_trt.export.fold.fold_rule import FoldResult, constant, counted, layers_of_type, stacked
 from medseg_trt.export.fold.language import (
     cancel_final_norm,
     fold_mapper1,
@@ -22,7 +22,7 @@ from medseg_trt.export.fold.language import (
     merge_language_projections,
     merge_norm_weights,
     tabulate_rotary,
-)  # fmt: skip
+)
 from medseg_trt.export.fold.layers import Attend
 from medseg_trt.spec import to_dict
 from medseg_trt.train.models.transunet import Attention, ConvNormReLU, StdConv2d, TransUNet
@@ -36,31 +36,31 @@ def fold(model: TransUNet) -> tuple[TransUNet, dict[str, FoldResult]]:
     The copy shares the tensors that no rule replaces, so that a large frozen block is not in memory twice.
 
     Returns:
-        The copy, and what each rule did.
+        The copy, and the result of each rule.
     """
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     folded = copy.deepcopy(model, shared).eval()
-    with torch.no_grad():  # or the float64 products would stay in memory for a backward pass
+    with torch.no_grad():  # else float64 products would be kept for a backward pass
         return folded, {name: rule(folded) for name, rule in RULES.items()}
 
 
 def plain_report(report: Mapping[str, FoldResult]) -> dict[str, dict[str, Any]]:
-    """Return what each rule did as plain data that JSON can hold: ``{"count": 1, "reason": ""}``."""
-    return {name: to_dict(folding) for name, folding in report.items()}
+    """Return the result of each rule as JSON data: ``{"count": 1, "reason": ""}``."""
+    return {name: to_dict(result) for name, result in report.items()}
 
 
 def fold_standardisation(model: nn.Module) -> FoldResult:
     """Replace every StdConv2d by a plain convolution with the standardised kernel."""
-    found = places(model, StdConv2d)
-    for parent, name, layer in found:
+    replaced = layers_of_type(model, StdConv2d)
+    for parent, name, layer in replaced:
         setattr(parent, name, _convolution(layer, copy.deepcopy(layer).double().standardised(), layer.bias))
-    return counted(len(found), "no convolution is standardised")
+    return counted(len(replaced), "no convolution is standardised")
 
 
 def fold_batch_norm(model: nn.Module) -> FoldResult:
-    """Scale the kernel before every BatchNorm, and turn the rest of the BatchNorm into the convolution's bias."""
-    found = places(model, ConvNormReLU)
-    for parent, name, layer in found:
+    """Fold every BatchNorm into the kernel and the bias of the convolution before it."""
+    replaced = layers_of_type(model, ConvNormReLU)
+    for parent, name, layer in replaced:
         convolution, norm, relu = cast("tuple[nn.Conv2d, nn.BatchNorm2d, nn.ReLU]", tuple(layer))
         assert norm.running_mean is not None  # ConvNormReLU keeps statistics
         assert norm.running_var is not None
@@ -68,23 +68,23 @@ def fold_batch_norm(model: nn.Module) -> FoldResult:
         kernel = convolution.weight.double() * scale[:, None, None, None]
         bias = norm.bias.double() - norm.running_mean.double() * scale
         setattr(parent, name, nn.Sequential(_convolution(convolution, kernel, bias), relu))
-    return counted(len(found), "no convolution is followed by a BatchNorm")
+    return counted(len(replaced), "no convolution is followed by a BatchNorm")
 
 
 def merge_transformer_projections(model: nn.Module) -> FoldResult:
-    """Project query, key and value of every transformer layer in one product."""
-    found = places(model, Attention)
-    for parent, name, layer in found:
+    """Merge the query, key and value projections of every transformer layer into one product."""
+    replaced = layers_of_type(model, Attention)
+    for parent, name, layer in replaced:
         stages = {
             "qkv": stacked(layer.query, layer.key, layer.value),
             "attend": Attend(layer.num_heads, layer.num_heads),
             "out": layer.out,
         }
         setattr(parent, name, nn.Sequential(OrderedDict(stages)))
-    return counted(len(found), "the network has no transformer layer")
+    return counted(len(replaced), "the network has no transformer layer")
 
 
-RULES: Mapping[str, Callable[[TransUNet], FoldResult]] = {  # in this order: each finds what those before it left
+RULES: Mapping[str, Callable[[TransUNet], FoldResult]] = {  # in this order: rules use the output of those before them
     "standardised_convolutions": fold_standardisation,
     "batch_norms": fold_batch_norm,
     "transformer_projections": merge_transformer_projections,

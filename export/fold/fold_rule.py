@@ -1,4 +1,4 @@
-"""What every rule of folding needs: a record of what it did, the places where it applies, and rounded constants."""
+"""What every folding rule uses: its result, the layers that it applies to, and rounded constants."""
 
 from dataclasses import dataclass
 from typing import TypeVar
@@ -11,22 +11,22 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FoldResult:
-    """How many places a rule changed, or why it changed none."""
+    """How many layers a rule changed, or why it changed none."""
 
     count: int = 0
     reason: str = ""
 
     def __post_init__(self) -> None:
         if (self.count > 0) == bool(self.reason) or self.count < 0:
-            raise ValueError(f"a rule that changed {self.count} places cannot give {self.reason!r} as its reason")
+            raise ValueError(f"a rule that changed {self.count} layers cannot give {self.reason!r} as its reason")
 
 
 def counted(count: int, reason: str) -> FoldResult:
-    """Return how many places were changed; ``reason`` says why there are none, where there are none."""
+    """Return the result of a rule; ``reason`` is used only where ``count`` is 0."""
     return FoldResult(count=count) if count else FoldResult(reason=reason)
 
 
-def places(model: nn.Module, kind: type[Layer]) -> list[tuple[nn.Module, str, Layer]]:
+def layers_of_type(model: nn.Module, kind: type[Layer]) -> list[tuple[nn.Module, str, Layer]]:
     """Return (parent, attribute, layer) for every layer of one class."""
     return [
         (parent, name, layer)
@@ -37,12 +37,12 @@ def places(model: nn.Module, kind: type[Layer]) -> list[tuple[nn.Module, str, La
 
 
 def constant(values: Tensor, like: Tensor) -> nn.Parameter:
-    """Return values, computed in float64, rounded once to the type of the weight that they come from."""
+    """Return float64 values rounded once to the type of the original weight."""
     return nn.Parameter(values.detach().to(like.dtype), requires_grad=False)
 
 
 def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
-    """Return a linear layer that holds these tensors, not copies of them."""
+    """Return a linear layer that shares these tensors."""
     rows, columns = weight.shape
     layer = nn.Linear(columns, rows, bias=bias is not None, device="meta")
     layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
@@ -52,7 +52,7 @@ def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
 
 
 def stacked(*layers: nn.Linear) -> nn.Linear:
-    """Return one linear layer whose answer is those of ``layers``, one after the other; either all have a bias."""
+    """Return one linear layer whose output is the concatenated outputs of ``layers``; all or none have a bias."""
     weights: list[Tensor] = [layer.weight for layer in layers]
     biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
     return linear(torch.cat(weights), torch.cat(biases) if biases else None)

@@ -1,13 +1,13 @@
-"""Fold the language insert: fewer, wider matrix products, and none in the language model's width that can be avoided.
+"""Fold the language insert into fewer and wider matrix products, as few as possible in the language model's width.
 
 With ``e`` the transformer's tokens, ``M1`` and ``M2`` the maps, ``g`` a norm's weight and ``r(x)`` the number by which
 an RMSNorm multiplies a token, the published insert is ``M2 N(h + W2 s)`` with ``x = M1 e`` and ``h = x + A(g r(x) x)``.
 
 - ``Wq (g r(x) x) = r(x) (Wq g M1) e``: query, key and value come from ``e`` in the product that gives ``x``
-- a LayerNorm undoes a token's scale: where one follows, the final RMSNorm's division is not needed
+- a LayerNorm cancels the scale of a token: where one follows, the division of the final RMSNorm is not needed
 - without it, ``M2 (h + W2 s) = M2 h + (M2 W2) s``
 
-Each holds for any weights; a rule that would not be exact, or not cheaper, says so and leaves the network alone.
+The equations hold for any weights. A rule that is not exact or not cheaper changes nothing and gives its reason.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from medseg_trt.export.fold.fold_rule import FoldResult, constant, counted, linear, places, stacked
+from medseg_trt.export.fold.fold_rule import FoldResult, constant, counted, layers_of_type, linear, stacked
 from medseg_trt.export.fold.layers import (
     Attend,
     Branch,
@@ -25,33 +25,37 @@ from medseg_trt.export.fold.layers import (
     RotaryTable,
     SwiGLU,
     WeightedRMSNorm,
-)  # fmt: skip
+)
 from medseg_trt.train.models.llama import LlamaBlock, RMSNorm, rotary_angles
 from medseg_trt.train.models.model import LanguageInsert
 from medseg_trt.train.models.transunet import TransUNet
 
 NO_BLOCK = FoldResult(reason="the network has no language block")
 NO_LAYER = FoldResult(reason="weights=none: there is no language layer between the maps")
-# Of a LayerNorm's eps, as a share of the variance beside it: it changes the answer by half as much, and logits of
+# Of a LayerNorm's eps, as a share of the variance beside it: it changes the output by half as much, and logits of
 # order 1 by less than a tenth of the 1e-4 that a build allows. As published, with the maps as drawn, it is 3e-6.
 MAX_EPS_SHARE = 2e-5
 
 
 def merge_language_projections(model: TransUNet) -> FoldResult:
-    """Project query, key and value in one product, and gate and up in one; the other rules here build on it."""
+    """Merge the query, key and value projections, and gate and up; the other rules of this module require it."""
     insert = model.insert
     if not isinstance(insert, LanguageInsert):
         return NO_BLOCK
     branches = [branch for layer in insert.layers for branch in _branches(layer)]
     model.insert = FoldedInsert(
-        insert.mapper1, branches, insert.final_norm, insert.mapper2,
-        inner_residual=insert.inner_residual, outer_residual=insert.outer_residual,
-    )  # fmt: skip
+        insert.mapper1,
+        branches,
+        insert.final_norm,
+        insert.mapper2,
+        inner_residual=insert.inner_residual,
+        outer_residual=insert.outer_residual,
+    )
     return counted(len(branches), NO_LAYER.reason)
 
 
 def fold_mapper1(model: TransUNet) -> FoldResult:
-    """Project the first branch's input straight from the tokens, in one product with ``mapper1``."""
+    """Merge the first branch's input projection with ``mapper1``, so that both read the tokens in one product."""
     insert = model.insert
     if not isinstance(insert, FoldedInsert):
         return NO_BLOCK
@@ -65,7 +69,7 @@ def fold_mapper1(model: TransUNet) -> FoldResult:
     assert isinstance(norm, RMSNorm)
     assert isinstance(project, nn.Linear)
     scaled = norm.weight.double()[:, None] * mapper1.double()
-    rows = (constant(part.double() @ scaled, mapper1) for part in project.weight.split(insert.language_width))
+    rows = (constant(block.double() @ scaled, mapper1) for block in project.weight.split(insert.language_width))
     insert.mapper1 = linear(torch.cat([mapper1, *rows]))
     insert.inverse_rms = InverseRMS(norm.eps)
     first.norm, first.project_in = nn.Identity(), nn.Identity()
@@ -73,11 +77,11 @@ def fold_mapper1(model: TransUNet) -> FoldResult:
 
 
 def cancel_final_norm(model: TransUNet) -> FoldResult:
-    """Drop the RMSNorm before ``mapper2`` where ``encoder_norm`` undoes its division; its weight goes into ``mapper2``.
+    """Remove the RMSNorm before ``mapper2``: the LayerNorm ``encoder_norm`` cancels it; ``mapper2`` gets its weight.
 
     ``LayerNorm(r y)`` with ``eps`` is ``LayerNorm(y)`` with ``eps / r**2 = eps * (mean square + RMSNorm's eps)``, which
-    differs from token to token. The one taken is that of a token of zeros, the smallest: then an answer changes by
-    about half of ``_eps_share`` at most, however small or large the token is.
+    depends on the token. The value for a token of zeros, the smallest, is used: the output then changes by about half
+    of ``_eps_share`` at most, for any magnitude of the token.
     """
     insert, follower = model.insert, model.encoder_norm
     if not isinstance(insert, FoldedInsert):
@@ -103,7 +107,7 @@ def cancel_final_norm(model: TransUNet) -> FoldResult:
 
 
 def fold_mapper2(model: TransUNet) -> FoldResult:
-    """Let the last branch answer in the network's width: ``mapper2`` times its last matrix becomes one."""
+    """Merge the last branch's output matrix with ``mapper2``, so that its output has the network's width."""
     insert = model.insert
     if not isinstance(insert, FoldedInsert):
         return NO_BLOCK
@@ -124,18 +128,18 @@ def fold_mapper2(model: TransUNet) -> FoldResult:
 def tabulate_rotary(model: TransUNet) -> FoldResult:
     """Compute the rotary embedding's cosines and sines once, for as many tokens as the image has."""
     _, num_tokens, _ = model.position_embedding.shape
-    found = places(model, Rotary)
-    for parent, name, layer in found:
+    replaced = layers_of_type(model, Rotary)
+    for parent, name, layer in replaced:
         setattr(parent, name, RotaryTable(*rotary_angles(num_tokens, layer.spec, model.position_embedding.detach())))
-    return counted(len(found), "rotary=false: queries and keys are not turned")
+    return counted(len(replaced), "rotary=false: queries and keys are not rotated")
 
 
 def merge_norm_weights(model: TransUNet) -> FoldResult:
-    """Put every RMSNorm's weight inside, so that it is traced to one node and not to four."""
-    found = places(model, RMSNorm)
-    for parent, name, layer in found:
+    """Replace every RMSNorm by one that is traced to one node instead of four."""
+    replaced = layers_of_type(model, RMSNorm)
+    for parent, name, layer in replaced:
         setattr(parent, name, WeightedRMSNorm(layer.weight, layer.eps))
-    return counted(len(found), "there is no RMSNorm")
+    return counted(len(replaced), "there is no RMSNorm")
 
 
 def _branches(layer: LlamaBlock) -> Iterator[Branch]:
@@ -166,8 +170,8 @@ def _no_saving(insert: FoldedInsert) -> FoldResult:
 
 
 def _eps_share(mapper2: torch.Tensor, eps: float) -> float:
-    """Return eps over the mean variance of ``mapper2 n``, were ``n`` a normalised token of any direction alike."""
-    if mapper2.is_meta:  # there are shapes alone
+    """Return eps over the mean variance of ``mapper2 n``, for normalised tokens ``n`` of uniform direction."""
+    if mapper2.is_meta:  # only shapes are known
         return 0.0
     variance = (mapper2 - mapper2.mean(0)).square().sum() / len(mapper2)
     return eps / max(variance.item(), torch.finfo(mapper2.dtype).tiny)

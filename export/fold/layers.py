@@ -1,8 +1,8 @@
-"""The layers that a folded network consists of where the network has others: fewer and wider matrix products.
+"""The layers of a folded network that replace others: fewer and wider matrix products.
 
 A decoder layer is one or two residual branches, ``x + project_out(mix(project_in(norm(x))))``, with attention or a gate
-between two matrix products. The first branch can take its projections straight from ``mapper1``, and the last can
-answer in the width of ``mapper2``.
+between two matrix products. ``mapper1`` can include the projections of the first branch, and the output of the last
+branch can have the network's width.
 """
 
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from medseg_trt.train.models.llama import rotary_angles, rotate
 
 
 class WeightedRMSNorm(nn.Module):
-    """The RMSNorm of ``train.llama`` with the weight inside, so that it is traced to one node."""
+    """The RMSNorm of ``train.models.llama`` as one operator with its weight, which is traced to one node."""
 
     def __init__(self, weight: nn.Parameter, eps: float) -> None:
         super().__init__()
@@ -30,31 +30,31 @@ class WeightedRMSNorm(nn.Module):
 
 
 class InverseRMS(nn.Module):
-    """The number by which an RMSNorm multiplies a token: ``1 / sqrt(mean(token ** 2) + eps)``."""
+    """The factor by which an RMSNorm multiplies a token: ``1 / sqrt(mean(token ** 2) + eps)``."""
 
     def __init__(self, eps: float) -> None:
         super().__init__()
         self.eps = eps
 
     def forward(self, tokens: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch 1"]:
-        """Return one number a token."""
+        """Return one factor per token."""
         return torch.rsqrt((tokens * tokens).mean(-1, keepdim=True) + self.eps)
 
 
 class Rotary(nn.Module):
-    """The rotary embedding, with angles that are computed anew every time."""
+    """The rotary embedding; its angles are computed at every call."""
 
     def __init__(self, spec: BlockSpec) -> None:
         super().__init__()
         self.spec = spec
 
     def forward(self, heads: Float[Tensor, "batch heads tokens head_dim"]) -> Tensor:
-        """Return the heads, turned."""
+        """Return the rotated heads."""
         return rotate(heads, *rotary_angles(heads.shape[2], self.spec, heads))
 
 
 class RotaryTable(nn.Module):
-    """The rotary embedding for a number of tokens that is known, with the angles' cosines and sines as constants."""
+    """The rotary embedding for a fixed number of tokens, with cosines and sines as constants."""
 
     cos: Tensor  # (tokens, head_dim)
     sin: Tensor
@@ -65,7 +65,7 @@ class RotaryTable(nn.Module):
         self.register_buffer("sin", sin)
 
     def forward(self, heads: Float[Tensor, "batch heads tokens head_dim"]) -> Tensor:
-        """Return the heads, turned."""
+        """Return the rotated heads."""
         return rotate(heads, self.cos, self.sin)
 
 
@@ -74,9 +74,9 @@ class Attend(nn.Module):
 
     Args:
         num_heads: of the queries.
-        num_kv_heads: of the keys, and as many of the values.
-        causal: a token sees only itself and those before it.
-        rotary: what turns queries and keys; None leaves them as they are.
+        num_kv_heads: of the keys and of the values.
+        causal: a token attends only to itself and earlier tokens.
+        rotary: rotates queries and keys; None: they are not rotated.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Attend(nn.Module):
         self.rotary = rotary
 
     def forward(self, qkv: Float[Tensor, "batch tokens projected"]) -> Float[Tensor, "batch tokens collected"]:
-        """Return what every token collects, head by head on the last axis."""
+        """Return the attention output, with the heads joined on the last axis."""
         counts = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         head_dim = qkv.shape[-1] // sum(counts)
         query, key, value = (
@@ -107,13 +107,13 @@ class SwiGLU(nn.Module):
     """``silu(gate) * up`` of one tensor ``[gate | up]``."""
 
     def forward(self, gate_up: Float[Tensor, "*batch double"]) -> Float[Tensor, "*batch width"]:
-        """Return half as many columns."""
+        """Return the gated values, half as wide as the input."""
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate) * up
 
 
 class Branch(nn.Module):
-    """What one half of a decoder layer adds to its tokens."""
+    """One residual branch of a decoder layer, without the sum."""
 
     def __init__(self, norm: nn.Module, project_in: nn.Module, mix: nn.Module, project_out: nn.Linear) -> None:
         super().__init__()
@@ -123,15 +123,16 @@ class Branch(nn.Module):
         self.project_out = project_out
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return the addend; where ``norm`` and ``project_in`` are gone, ``tokens`` are what they would answer."""
+        """Return the addend; where ``norm`` and ``project_in`` are folded away, ``tokens`` are already projected."""
         return self.project_out(self.mix(self.project_in(self.norm(tokens))))
 
 
 class FoldedInsert(nn.Module):
     """``LanguageInsert`` as residual branches between its two maps.
 
-    ``mapper1`` may answer ``[mapped tokens | projections of the first branch]``; then ``inverse_rms`` is there to
-    finish the norm of that branch. ``last_branch`` answers in the network's width, past ``mapper2``.
+    The output of ``mapper1`` may be ``[mapped tokens | projections of the first branch]``; then ``inverse_rms``
+    completes the norm of that branch. The output of ``last_branch`` has the network's width and is added after
+    ``mapper2``.
     """
 
     def __init__(
@@ -155,7 +156,7 @@ class FoldedInsert(nn.Module):
         self.inner_residual, self.outer_residual = inner_residual, outer_residual
 
     def forward(self, tokens: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch tokens hidden"]:
-        """Return the tokens after the detour through the language model."""
+        """Return the tokens after the language model."""
         mapped = entering = self.mapper1(tokens)
         if self.inverse_rms is not None:
             widths = [self.language_width, self.mapper1.out_features - self.language_width]
@@ -164,10 +165,10 @@ class FoldedInsert(nn.Module):
         passing = mapped
         for branch in self.branches:
             passing = entering = passing + branch(entering)
-        answer = self.final_norm(passing)
+        output = self.final_norm(passing)
         if self.inner_residual:
-            answer = answer + mapped
-        answer = self.mapper2(answer)
+            output = output + mapped
+        output = self.mapper2(output)
         if self.last_branch is not None:
-            answer = answer + self.last_branch(entering)
-        return tokens + answer if self.outer_residual else answer
+            output = output + self.last_branch(entering)
+        return tokens + output if self.outer_residual else output

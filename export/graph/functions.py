@@ -20,21 +20,8 @@ PLUGIN: Mapping[str, str] = {
     "plugin_version": str(VERSION),
 }  # without them TensorRT uses the body
 PRODUCTS = frozenset(
-    [
-        "MatMul",
-        "Gemm",
-        "Conv",
-        "ConvTranspose",
-        "Attention",
-        "Einsum",
-        "LSTM",
-        "GRU",
-        "RNN",
-        "MatMulInteger",
-        "ConvInteger",
-        "QLinearMatMul",
-        "QLinearConv",
-    ]
+    {"MatMul", "Gemm", "Conv", "ConvTranspose", "Attention", "Einsum", "LSTM", "GRU", "RNN"}
+    | {"MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv"}
 )
 
 BODIES: Mapping[str, str] = {

@@ -1,7 +1,7 @@
-"""The inputs and outputs of a bundle's graphs: what they must be for a network, and what an ONNX file says they are.
+"""The inputs and outputs of a bundle's graphs: those that a network requires, and those of an ONNX file.
 
-A graph that makes masks depends on the preprocessing contract: one of a fixed pixel spacing takes ``resampled_size``
-as well. A graph of another contract runs without an error and labels the wrong pixels, so files and manifest are
+The inputs of a graph that makes masks depend on the preprocessing: with a fixed pixel spacing, ``resampled_size`` is
+another input. A graph of other preprocessing runs without an error and labels wrong pixels, so files and manifest are
 compared before a graph is used. The reader needs no package: inference works without ``onnx``.
 Source: ONNX, ``onnx.proto`` (``ModelProto``); Protocol Buffers, "Encoding".
 """
@@ -21,7 +21,7 @@ INPUT, OUTPUT = "pixel_values", "logits"  # float32 (batch, 3, height, width) ->
 SIZE, MASK = "source_size", "mask"  # int64 (2,): height and width in pixels -> uint8 (batch, height, width)
 RESAMPLED = "resampled_size"  # int64 (2,): the same at the network's spacing, ``preprocess.resampled_size``
 CHANNELS = 3
-MAX_GRAPH_BYTES = 1 << 28  # without weights, which have a file of their own; ViT-B's graph has 2^20
+MAX_GRAPH_BYTES = 1 << 28  # without weights, which are in a separate file; the graph of ViT-B has 2^20
 VARINT, EIGHT_BYTES, DELIMITED, FOUR_BYTES = 0, 1, 2, 5  # wire types of a protobuf
 MODEL_GRAPH, GRAPH_INPUT, GRAPH_OUTPUT, VALUE_NAME, VALUE_TYPE = 7, 11, 12, 1, 2  # field numbers of onnx.proto
 TYPE_TENSOR, TENSOR_SHAPE, SHAPE_DIM, DIM_VALUE = 1, 2, 1, 1
@@ -38,11 +38,11 @@ class GraphInterface:
 
 
 def required_interface(model: ModelSpec, preprocessing: Preprocessing, outputs: str) -> GraphInterface:
-    """Return what the graphs of a network take and give.
+    """Return the inputs and outputs that the graphs of a network must have.
 
     Args:
         model: the network.
-        preprocessing: its contract.
+        preprocessing: of the network.
         outputs: ``BuildSpec.outputs``: logits, or mask.
     """
     inputs: dict[str, Axes] = {INPUT: (None, CHANNELS, *model.image_size)}
@@ -56,17 +56,18 @@ def required_interface(model: ModelSpec, preprocessing: Preprocessing, outputs: 
 
 
 def require_interface(path: Path, required: GraphInterface) -> None:
-    """Refuse an ONNX file whose inputs and outputs are not the required ones.
+    """Reject an ONNX file whose inputs and outputs are not the required ones.
 
     Raises:
-        ArtefactError: they are not, or it is no ONNX file.
+        ArtefactError: they differ, or it is no ONNX file.
     """
-    found = read_interface(path)
-    if found != required:
+    actual = read_interface(path)
+    if actual != required:
         raise ArtefactError(
-            f"{path} does not match its manifest: it takes {_words(found.inputs)} and gives {_words(found.outputs)}, "
-            f"but the manifest's preprocessing needs {_words(required.inputs)} and {_words(required.outputs)}, so its "
-            "masks would be wrong. Build the bundle again: medseg-trt build --ckpt model.pt"
+            f"{path} does not match its manifest: it takes {_describe(actual.inputs)} and gives "
+            f"{_describe(actual.outputs)}, but the manifest's preprocessing needs {_describe(required.inputs)} and "
+            f"{_describe(required.outputs)}, so its masks would be wrong. "
+            "Build the bundle again: medseg-trt build --ckpt model.pt"
         )
 
 
@@ -91,7 +92,7 @@ def read_interface(path: Path) -> GraphInterface:
 def size_inputs(
     names: Sequence[str], size: Sequence[int], resampled: Sequence[int]
 ) -> dict[str, Int64[ndarray, " axes"]]:
-    """Return what a graph that makes masks is given beside the images.
+    """Return the inputs of a graph that makes masks, without the images.
 
     Args:
         names: of the graph's inputs, without the images.
@@ -99,7 +100,7 @@ def size_inputs(
         resampled: the same at the network's pixel spacing, ``preprocess.resampled_size``.
 
     Raises:
-        ArtefactError: the graph has an input that is neither.
+        ArtefactError: the graph has another input.
     """
     known = {SIZE: size, RESAMPLED: resampled}
     if unknown := [name for name in names if name not in known]:
@@ -110,7 +111,7 @@ def size_inputs(
     return {name: np.array(known[name], np.int64) for name in names}
 
 
-def _words(values: Mapping[str, Axes]) -> str:
+def _describe(values: Mapping[str, Axes]) -> str:
     return ", ".join(
         f"{name} ({', '.join('free' if axis is None else str(axis) for axis in axes)})" for name, axes in values.items()
     )
@@ -134,7 +135,7 @@ def _only(message: memoryview, number: int) -> memoryview:
 
 
 def _messages(message: memoryview, number: int) -> Iterator[memoryview]:
-    return (value for found, value in _fields(message) if found == number and isinstance(value, memoryview))
+    return (value for field, value in _fields(message) if field == number and isinstance(value, memoryview))
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:

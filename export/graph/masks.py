@@ -1,9 +1,9 @@
-"""Append to a graph what makes a mask of its logits, so that nothing but uint8 labels has to leave the device.
+"""Append nodes that compute a mask from the logits, so that only uint8 labels leave the device.
 
-The labels are those of ``preprocess.restore``: logits brought to the picture's own size linearly, with half-pixel
-centres, then the largest, or ``> 0`` for a single logit. Where pictures have a fixed pixel spacing, the network saw
-them cropped or padded; then the graph takes their size at that spacing as well, and what was cropped away becomes
-background.
+The labels are those of ``preprocess.restore``: logits are resized linearly to the size of the 2-D image, with
+half-pixel centres; the label is the largest logit, or ``> 0`` for a single logit. With a fixed pixel spacing, the
+network's input was cropped or padded; then the graph has the size at that spacing as another input, and cropped pixels
+become background.
 """
 
 import numpy as np
@@ -16,20 +16,20 @@ from medseg_trt.spec import Preprocessing
 
 
 def require_linear(preprocessing: Preprocessing) -> None:
-    """Refuse contracts whose labels are not those of logits that were resized linearly.
+    """Reject preprocessing whose labels do not come from linearly resized logits.
 
     Raises:
         UsageError: labels are resized with a spline.
     """
     if preprocessing.resizes_with_splines:
         raise UsageError(
-            f"--outputs mask: with resize={preprocessing.resize}, labels are brought to the picture's size by SciPy, "
-            "which is not done inside the graph; choose --outputs logits"
+            f"--outputs mask: with resize={preprocessing.resize}, labels are resized to the image's size by SciPy, "
+            "which a graph cannot do; choose --outputs logits"
         )
 
 
 def with_masks(graph: OnnxGraph, preprocessing: Preprocessing) -> OnnxGraph:
-    """Return a copy that also gives ``mask``; it takes ``source_size`` and, for a fixed spacing, ``resampled_size``.
+    """Return a copy with the output ``mask`` and the input ``source_size``; a fixed spacing adds ``resampled_size``.
 
     Raises:
         UsageError: labels are resized with a spline.
@@ -37,39 +37,43 @@ def with_masks(graph: OnnxGraph, preprocessing: Preprocessing) -> OnnxGraph:
     require_linear(preprocessing)
     model = graph.model.clone()
     logits = next(value for value in model.graph.outputs if value.name == OUTPUT)
-    assert logits.shape is not None  # ``trace.check`` saw it
+    assert logits.shape is not None  # ``trace.check`` requires it
     batch, classes = logits.shape[0], logits.shape[1]
     append = _Appender(model.graph)
     size = append.input(SIZE)
-    placed = None if preprocessing.spacing_mm is None else _Placement(append, preprocessing, size)
-    whole = logits if placed is None else placed.uncropped(logits)
-    leading = append("Shape", [whole], ir.DataType.INT64, [2], start=0, end=2)
+    placement = None if preprocessing.spacing_mm is None else _Placement(append, preprocessing, size)
+    uncropped = logits if placement is None else placement.uncropped(logits)
+    leading = append("Shape", [uncropped], ir.DataType.INT64, [2], start=0, end=2)
     sizes = append("Concat", [leading, size], ir.DataType.INT64, [4], axis=0)
     resized = append(
-        "Resize", [whole, None, None, sizes], ir.DataType.FLOAT, [batch, classes, "height", "width"],
-        mode="linear", coordinate_transformation_mode="half_pixel",
-    )  # fmt: skip
+        "Resize",
+        [uncropped, None, None, sizes],
+        ir.DataType.FLOAT,
+        [batch, classes, "height", "width"],
+        mode="linear",
+        coordinate_transformation_mode="half_pixel",
+    )
     labels_shape = [batch, "height", "width"]
     if classes == 1:
-        above = append("Greater", [resized, append.constant("zero", np.float32(0))], ir.DataType.BOOL,
-                       [batch, 1, "height", "width"])  # fmt: skip
+        operands: list[ir.Value | None] = [resized, append.constant("zero", np.float32(0))]
+        above = append("Greater", operands, ir.DataType.BOOL, [batch, 1, "height", "width"])
         labels = append("Squeeze", [above, append.constant("classes_axis", [1])], ir.DataType.BOOL, labels_shape)
     else:
         # The first of equal logits, as in ``preprocess.labels_of``.
         labels = append("ArgMax", [resized], ir.DataType.INT64, labels_shape, axis=1, keepdims=0, select_last_index=0)
     mask = append("Cast", [labels], ir.DataType.UINT8, labels_shape, to=int(ir.DataType.UINT8))
-    if placed is not None:
+    if placement is not None:
         background = append.constant("background", np.uint8(0))
-        mask = append("Where", [placed.inside(), mask, background], ir.DataType.UINT8, labels_shape)
+        mask = append("Where", [placement.inside(), mask, background], ir.DataType.UINT8, labels_shape)
     mask.name = MASK
     model.graph.outputs.append(mask)
     return OnnxGraph(model=model)
 
 
 class _Placement:
-    """Where a picture of a fixed spacing lies on the network's image; ``preprocess._Axis`` in the graph's words.
+    """The position of a resampled 2-D image on the network's input: ``preprocess._Axis`` as graph nodes.
 
-    Values are int64 (2,): rows, columns. All comparisons are of integers, so that no rounding moves an edge.
+    Values are int64 (2,): rows, columns. All comparisons use integers, so that rounding moves no edge.
     """
 
     def __init__(self, append: "_Appender", preprocessing: Preprocessing, size: ir.Value) -> None:
@@ -77,36 +81,36 @@ class _Placement:
         self.canvas = append.constant("canvas", preprocessing.image_size)
         self.resampled = append.input(RESAMPLED)
         self.zero, self.two = append.constant("none", [0, 0]), append.constant("two", [2, 2])
-        room = self._integers("Sub", self.canvas, self.resampled)
-        odd = self._integers("Mod", room, self.two)  # 0 or 1 for negative numbers, too: Div alone rounds towards 0
-        self.offset = self._integers("Div", self._integers("Sub", room, odd), self.two)
+        margin = self._integers("Sub", self.canvas, self.resampled)
+        odd = self._integers("Mod", margin, self.two)  # 0 or 1 for negative numbers, too: Div alone rounds towards 0
+        self.offset = self._integers("Div", self._integers("Sub", margin, odd), self.two)
 
     def uncropped(self, logits: ir.Value) -> ir.Value:
-        """Cut off the padding, and repeat the edge where the picture was cropped."""
+        """Remove the padding, and repeat the edge where the image was cropped."""
         assert logits.shape is not None
         start = self._integers("Max", self.offset, self.zero)
         stop = self._integers("Add", self.offset, self.resampled)
         end = self._integers("Min", stop, self.canvas)
         shape = [logits.shape[0], logits.shape[1], "filled_height", "filled_width"]
-        filled = self.append("Slice", [logits, start, end, self.append.constant("plane_axes", [2, 3])],
-                             ir.DataType.FLOAT, shape)  # fmt: skip
+        axes = self.append.constant("plane_axes", [2, 3])
+        filled = self.append("Slice", [logits, start, end, axes], ir.DataType.FLOAT, shape)
         before, after = self._integers("Sub", start, self.offset), self._integers("Sub", stop, end)
         pads = self.append("Concat", [self.zero, before, self.zero, after], ir.DataType.INT64, [8], axis=0)
         shape = [logits.shape[0], logits.shape[1], "resampled_height", "resampled_width"]
         return self.append("Pad", [filled, pads], ir.DataType.FLOAT, shape, mode="edge")
 
     def inside(self) -> ir.Value:
-        """Say which pixels of the source have their centre on the network's image: bool (height, width)."""
+        """Return a bool (height, width): the pixels of the source whose centre is on the network's input."""
         rows, columns = (self._inside(axis) for axis in range(2))
-        rows = self.append("Unsqueeze", [rows, self.append.constant("columns_axis", [1])], ir.DataType.BOOL,
-                           ["height", 1])  # fmt: skip
+        axis = self.append.constant("columns_axis", [1])
+        rows = self.append("Unsqueeze", [rows, axis], ir.DataType.BOOL, ["height", 1])
         return self.append("And", [rows, columns], ir.DataType.BOOL, ["height", "width"])
 
     def _inside(self, axis: int) -> ir.Value:
         """Compare ``(2 i + 1) resampled + 2 source offset``, the centre of pixel i, with 0 and ``2 source canvas``."""
-        place = self.append.constant(f"axis_{axis}", np.int64(axis))
+        axis_index = self.append.constant(f"axis_{axis}", np.int64(axis))
         source, resampled, offset, canvas = (
-            self.append("Gather", [value, place], ir.DataType.INT64, [])
+            self.append("Gather", [value, axis_index], ir.DataType.INT64, [])
             for value in (self.size, self.resampled, self.offset, self.canvas)
         )
         zero, one, two = (self.append.constant(f"number_{value}", np.int64(value)) for value in range(3))
@@ -128,7 +132,7 @@ class _Placement:
 
 
 class _Appender:
-    """Adds nodes at the end of a graph, and what they need: inputs of two sizes, and constants."""
+    """Adds nodes at the end of a graph, with their constants and the inputs for sizes."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
@@ -159,6 +163,7 @@ class _Appender:
         """Return a constant; integers are int64."""
         if name not in self.constants:
             array = np.asarray(value)
-            self.constants[name] = found = ir.val(f"mask_{name}", const_value=ir.tensor(array, name=f"mask_{name}"))
-            self.graph.register_initializer(found)
+            value_name = f"mask_{name}"
+            self.constants[name] = ir.val(value_name, const_value=ir.tensor(array, name=value_name))
+            self.graph.register_initializer(self.constants[name])
         return self.constants[name]

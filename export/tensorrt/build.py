@@ -1,9 +1,8 @@
 """Build a TensorRT engine from a graph: one code path for TensorRT-RTX and the classic library.
 
-Precision is in the graph alone, since both libraries are strongly typed. What differs between them stands in
-``LIBRARIES``: how the GPUs are named, which options exist, and which form of the graph is read. The builder keeps
-counters for a whole process that end up in the plan, and sorts by address, so the same engine comes out only of a
-process of its own whose addresses are fixed.
+The precision is defined by the graph, because both libraries are strongly typed. ``LIBRARIES`` lists the differences
+between them: names of GPUs and supported options. The builder writes counters of its process into the plan and sorts by
+address, so builds are reproducible only in a separate process with fixed addresses.
 
 Source: TensorRT, ``IBuilder``, ``IBuilderConfig`` and ``IProgressMonitor``; TensorRT-RTX, "CPU-Only AOT".
 """
@@ -24,21 +23,21 @@ from medseg_trt.progress import LOG
 from medseg_trt.spec import CUDA_WHEELS, LIBRARY_NAMES, EngineSpec
 
 CANONICAL_SINCE = (10, 15)  # the first classic parser that reads RMSNormalization, Attention and the rest of opset 23
-LAYERS = "Layers:"  # how the list of layers begins
+LAYERS = "Layers:"  # prefix of the list of layers
 
 OnProgress = Callable[[str, int, int], None]  # phase, steps done, steps in all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Library:
-    """What differs between the two libraries."""
+    """The differences between the two libraries."""
 
     module: str
-    extra: str  # of medseg-trt, which installs it
-    distribution: str  # its wheels are called so, with -cu13 or -cu12 behind
-    tool: str  # that does the same from a shell
-    cross_builds: bool  # for GPUs that are not here
-    refuses: Mapping[str, str]  # options of EngineSpec that it does not have -> why
+    extra: str  # of medseg-trt that installs it
+    distribution: str  # name of its wheels, followed by -cu13 or -cu12
+    tool: str  # its command line tool
+    cross_builds: bool  # for GPUs that this machine does not have
+    refuses: Mapping[str, str]  # unsupported options of EngineSpec -> reason
 
 
 LIBRARIES: Mapping[str, Library] = {
@@ -57,7 +56,7 @@ LIBRARIES: Mapping[str, Library] = {
         module="tensorrt", extra="tensorrt", distribution="tensorrt", tool="trtexec", cross_builds=False, refuses={}
     ),
 }
-EXPLAINED: Mapping[str, str] = {  # what the builder says -> what it means
+EXPLAINED: Mapping[str, str] = {  # text in the builder's log -> explanation
     "FP32 GEMM is not supported": "sm75 multiplies no float32 matrices in TensorRT-RTX, and this graph has some; "
     "build --precision fp16, or leave sm75 out",
     "within workspace limit": "no kernel fits into so little scratch memory; allow more: --workspace-gib",
@@ -71,14 +70,14 @@ EXPLAINED: Mapping[str, str] = {  # what the builder says -> what it means
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuilderOutput:
-    """What the builder made beside the plan."""
+    """The output of the builder, without the plan."""
 
     version: str  # of the library
-    seconds: float  # of the builder alone
-    layers: str  # what it logged about its layers; "" where it did not
-    repairs: tuple[str, ...]  # what was changed on the copy of the graph
-    plugins: Mapping[str, str]  # those that the engine calls -> digest
-    command: str  # the same, from a shell
+    seconds: float  # of the builder only
+    layers: str  # the logged list of layers; "" where there is none
+    repairs: tuple[str, ...]  # changes of the copy of the graph
+    plugins: Mapping[str, str]  # plugins of the engine -> digest
+    command: str  # the equivalent shell command
 
 
 def require_library(name: str) -> ModuleType:
@@ -105,37 +104,37 @@ def cuda_of(name: str) -> str | None:
 
 
 def dialect_for(library: str, trt_version: str) -> str:
-    """Return which flavour of a graph a version of a library reads."""
+    """Return the dialect that a version of a library reads."""
     if library == "tensorrt" and tuple(map(int, trt_version.split(".")[:2])) < CANONICAL_SINCE:
         return "plain"
     return "canonical"
 
 
-def known_targets(library: str, trt: ModuleType, here: str | None) -> tuple[str, ...]:
-    """Return the GPUs that a library builds for; ``here`` is that of this machine, if there is one."""
+def known_targets(library: str, trt: ModuleType, local_gpu: str | None) -> tuple[str, ...]:
+    """Return the GPUs that a library builds for; ``local_gpu`` is that of this machine, or None."""
     if LIBRARIES[library].cross_builds:
         names = [name.lower() for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
         return tuple(sorted(names, key=lambda name: int(name.removeprefix("sm"))))
-    return (here,) if here is not None else ()
+    return (local_gpu,) if local_gpu is not None else ()
 
 
-def check_engine_spec(spec: EngineSpec, trt: ModuleType, here: str | None) -> None:
-    """Refuse what the library cannot do, before minutes are spent.
+def check_engine_spec(spec: EngineSpec, trt: ModuleType, local_gpu: str | None) -> None:
+    """Reject a specification that the library does not support, before the build.
 
     Args:
-        spec: what is asked for.
+        spec: of the engine.
         trt: the library.
-        here: the kind of GPU of this machine, "sm86", or None.
+        local_gpu: architecture of this machine's GPU, such as "sm86", or None.
 
     Raises:
         UsageError: an unknown GPU, or an option that the library does not have.
-        DeviceError: the library builds only for a GPU that is here, and there is none.
+        DeviceError: the library builds only for the local GPU, and there is none.
     """
     name, library = LIBRARY_NAMES[spec.library], LIBRARIES[spec.library]
-    known = known_targets(spec.library, trt, here)
+    known = known_targets(spec.library, trt, local_gpu)
     if not known:
         raise DeviceError(
-            f"{name} builds for the GPU of the machine that it runs on, and here is none; "
+            f"{name} builds for the GPU of the machine that it runs on, and this machine has none; "
             "build for TensorRT-RTX, which needs none: --backend tensorrt-rtx"
         )
     if unknown := [target for target in spec.targets if target not in known]:
@@ -148,18 +147,18 @@ def check_engine_spec(spec: EngineSpec, trt: ModuleType, here: str | None) -> No
 def build_engine(
     graph: Path, plan: Path, spec: EngineSpec, on_progress: OnProgress, cache: Path | None
 ) -> BuilderOutput:
-    """Build one engine and write its plan, whole or not at all.
+    """Build one engine and write its plan atomically.
 
     Args:
-        graph: an ONNX file whose weights lie beside it.
-        plan: where the engine goes.
-        spec: passed ``check_engine_spec``.
+        graph: an ONNX file with its weights in the same folder.
+        plan: path of the engine.
+        spec: accepted by ``check_engine_spec``.
         on_progress: called between steps of the builder; an exception in it ends the build.
-        cache: of timings, for the classic library; None: none is kept.
+        cache: timing cache of the classic library; None: no cache.
 
     Raises:
-        ArtefactError: the library does not read the graph.
-        MedsegError: the builder fails; the message says why, where that is known.
+        ArtefactError: the library cannot read the graph.
+        MedsegError: the builder fails; the message explains known causes.
     """
     trt = require_library(spec.library)
     log = _logger(trt)
@@ -188,13 +187,17 @@ def build_engine(
         file.write(memoryview(serialized))
     used = {name: digest for name, digest in registered.items() if name in source.functions}
     return BuilderOutput(
-        version=trt.__version__, seconds=seconds, layers=_layers(log.messages), repairs=source.repairs, plugins=used,
+        version=trt.__version__,
+        seconds=seconds,
+        layers=_layers(log.messages),
+        repairs=source.repairs,
+        plugins=used,
         command=shell_command(graph, plan, spec, source),
-    )  # fmt: skip
+    )
 
 
 def shell_command(graph: Path, plan: Path, spec: EngineSpec, source: EngineGraph) -> str:
-    """Return what builds the same engine, but for the repairs, with the library's own tool in the graph's folder."""
+    """Return the equivalent command of the library's tool, run in the graph's folder; it does not make the repairs."""
     library = LIBRARIES[spec.library]
     files = [f"--onnx={graph.name}", f"--saveEngine={plan.name}"]
     words = [library.tool, *files, "--skipInference", "--profilingVerbosity=detailed", "--noTF32"]
@@ -216,13 +219,13 @@ def shell_command(graph: Path, plan: Path, spec: EngineSpec, source: EngineGraph
 
 
 def _network_flags(trt: ModuleType) -> int:
-    """Return the flag of strong types, which later libraries take for granted and may not name any more."""
+    """Return the flag for strong typing; later libraries are always strongly typed and may not define it."""
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
 
 
 def _fix_batch(network: Any) -> None:
-    """Leave no size free, so that the plan needs no symbols of shapes."""
+    """Set the batch size to 1, so that the plan has no symbolic shapes."""
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
         tensor.shape = (1, *tuple(tensor.shape)[1:])
@@ -232,11 +235,14 @@ def _config(trt: ModuleType, builder: Any, spec: EngineSpec, source: EngineGraph
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.builder_optimization_level = spec.optimization_level
-    config.clear_flag(trt.BuilderFlag.TF32)  # else float32 is multiplied with 10 bits of fraction where the GPU can
+    config.clear_flag(trt.BuilderFlag.TF32)  # else float32 products have 10 bits of mantissa on GPUs that support TF32
     if spec.workspace_gib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(spec.workspace_gib * 2**30))
-    for wanted, flags in ((spec.stripped, ("STRIP_PLAN", "REFIT")), (spec.version_compatible, ("VERSION_COMPATIBLE",))):
-        for flag in flags if wanted else ():
+    for is_enabled, flags in (
+        (spec.stripped, ("STRIP_PLAN", "REFIT")),
+        (spec.version_compatible, ("VERSION_COMPATIBLE",)),
+    ):
+        for flag in flags if is_enabled else ():
             config.set_flag(getattr(trt.BuilderFlag, flag))
     if spec.hardware != "none":
         config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, spec.hardware.upper())
@@ -258,9 +264,9 @@ def _register(trt: ModuleType) -> Mapping[str, str]:
 
 
 def _logger(trt: ModuleType) -> Any:
-    """Return a logger that keeps errors and the list of layers, of ten thousand lines.
+    """Return a logger that stores errors and the list of layers only.
 
-    Other lines hold times. Kept, they would put whatever comes after them at other addresses, and change the plan.
+    Other lines contain times. Storing them would change the addresses of later objects, and with them the plan.
     """
 
     class Logger(trt.ILogger):
@@ -301,9 +307,9 @@ def _layers(messages: list[tuple[Any, str]]) -> str:
 
 def _failure(spec: EngineSpec, trt: ModuleType, graph: Path, messages: list[tuple[Any, str]]) -> str:
     errors = [_oneline(text) for severity, text in messages if severity <= trt.ILogger.Severity.ERROR]
-    said = " ".join(errors)
-    reason = next((meaning for words, meaning in EXPLAINED.items() if words in said), errors[-1] if errors else "")
-    LOG.debug("%s", said)
+    message = " ".join(errors)
+    reason = next((meaning for words, meaning in EXPLAINED.items() if words in message), errors[-1] if errors else "")
+    LOG.debug("%s", message)
     return f"{LIBRARY_NAMES[spec.library]} {trt.__version__} builds no engine of {graph.name}: {reason[:600]}"
 
 

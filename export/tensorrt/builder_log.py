@@ -1,8 +1,7 @@
-"""Read what a TensorRT builder says about the layers of an engine that it has made, without running it.
+"""Parse the list of an engine's layers in the log of a TensorRT builder, without running the engine.
 
-With detailed profiling and a verbose logger the builder logs a line for every kernel: its type, the types and shapes of
-what it reads and writes, and the ONNX nodes that it came from. No document describes the form of these lines, so a line
-that cannot be read is counted and never guessed at.
+With detailed profiling and a verbose logger, the builder logs a line for every kernel: its type, the types and shapes
+of its inputs and outputs, and its ONNX nodes. The format is not documented, so lines that cannot be parsed are counted.
 """
 
 import re
@@ -12,9 +11,18 @@ from dataclasses import replace
 from medseg_trt.export.engine_layers import EngineLayer, EngineTensor
 
 BYTES: Mapping[str, float] = {
-    "Float": 4, "Half": 2, "BFloat16": 2, "Int8": 1, "UInt8": 1, "FP8": 1, "Bool": 1, "Int4": 0.5, "FP4": 0.5,
-    "Int32": 4, "Int64": 8,
-}  # fmt: skip
+    "Float": 4,
+    "Half": 2,
+    "BFloat16": 2,
+    "FP8": 1,
+    "FP4": 0.5,
+    "Int64": 8,
+    "Int32": 4,
+    "Int8": 1,
+    "UInt8": 1,
+    "Bool": 1,
+    "Int4": 0.5,
+}
 SYNCHRONISATION = ("signal", "wait", "shape_call")
 
 _TENSOR = re.compile(r"Dimensions: \[(?P<shape>[-\d,]*)\].*?Datatype: (?P<dtype>\w+)")
@@ -22,16 +30,16 @@ _NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 
 
 def parse_layers(text: str, macs: Mapping[str, int]) -> tuple[tuple[EngineLayer, ...], int]:
-    """Return the layers of the builder's list, without those that only synchronise, and how many lines were not read.
+    """Return the layers of the builder's list, without those that only synchronise, and the number of unparsed lines.
 
     Args:
-        text: begins with "Layers:"; what follows the list is not looked at.
+        text: begins with "Layers:"; text after the list is ignored.
         macs: of the ONNX nodes that multiply matrices, by name. Layers that share a node share its MACs evenly.
     """
     lines = text.partition("Layers:")[2].split("\n\n")[0].strip().splitlines()
-    read = [_layer(line) for line in lines]
-    layers = [layer for layer in read if layer is not None and layer.kind not in SYNCHRONISATION]
-    return tuple(_with_macs(layers, macs)), sum(layer is None for layer in read)
+    parsed = [_layer(line) for line in lines]
+    layers = [layer for layer in parsed if layer is not None and layer.kind not in SYNCHRONISATION]
+    return tuple(_with_macs(layers, macs)), sum(layer is None for layer in parsed)
 
 
 def _layer(line: str) -> EngineLayer | None:
@@ -42,21 +50,27 @@ def _layer(line: str) -> EngineLayer | None:
     nodes = dict.fromkeys(_node_name(text) for text in _NODE.findall(fields.get("Metadata", "")))
     size = sum(tensor.elements * BYTES.get(tensor.dtype, 0) for tensor in (*inputs, *constants, *outputs))
     return EngineLayer(
-        name=fields["Name"], kind=fields["LayerType"], kernel=fields.get("TacticName", ""), inputs=inputs,
-        constants=constants, outputs=outputs, nodes=tuple(nodes), bytes=int(size),
-    )  # fmt: skip
+        name=fields["Name"],
+        kind=fields["LayerType"],
+        kernel=fields.get("TacticName", ""),
+        inputs=inputs,
+        constants=constants,
+        outputs=outputs,
+        nodes=tuple(nodes),
+        bytes=int(size),
+    )
 
 
 def _fields(line: str) -> dict[str, str]:
-    """Split ``Key: value, Key: value`` at the commas that stand in no bracket."""
+    """Split ``Key: value, Key: value`` at the commas outside of brackets."""
     fields: dict[str, str] = {}
     depth = start = 0
-    for place, sign in enumerate(line + ","):
-        depth += (sign in "[{(") - (sign in "]})")
-        if sign == "," and depth == 0:
-            key, _, value = line[start:place].strip().partition(": ")
+    for index, character in enumerate(line + ","):
+        depth += (character in "[{(") - (character in "]})")
+        if character == "," and depth == 0:
+            key, _, value = line[start:index].strip().partition(": ")
             fields.setdefault(key.rstrip(":"), value)
-            start = place + 1
+            start = index + 1
     return fields
 
 
@@ -68,7 +82,7 @@ def _tensors(text: str) -> tuple[EngineTensor, ...]:
 
 
 def _node_name(text: str) -> str:
-    """Return the name of a node; that of one in a function reads ``inner | node (Operator)``."""
+    """Return the name of a node; a node in a function is listed as ``inner | node (Operator)``."""
     outer = text.rpartition(" | ")[2]
     return re.sub(r" \(\w+\)$", "", outer)
 

@@ -1,7 +1,7 @@
-"""What a builder is expected to have made of a graph, and whether its own list of layers says that it did.
+"""Check a builder's list of layers against expectations, such as: the q/k/v product of an attention is one kernel.
 
-An expectation is a question to every node of a kind: is the q/k/v product of this attention one kernel? The answers are
-counted, and those that are no are named. A no breaks nothing; it says where time is lost.
+An expectation is checked for every node or layer of a kind; the failures are listed. A failed expectation is no error;
+it shows where time is lost.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,14 +17,16 @@ from medseg_trt.export.graph.parts import part_of
 from medseg_trt.export.precision.quantize import gemm_precisions
 from medseg_trt.export.tensorrt.builder_log import parse_layers
 
-STORED = ("int8", "fp8", "w8a16", "w4a16")  # precisions whose weights are codes
-MOVERS = frozenset({"Cast", "Transpose", "Reshape", "Split", "Concat", "Slice", "Resize", "Pad", "Expand", "Squeeze",
-                    "Unsqueeze", "Attention", "QuantizeLinear", "DequantizeLinear"})  # fmt: skip
+STORED = ("int8", "fp8", "w8a16", "w4a16")  # precisions with quantised weights
+MOVERS = frozenset(
+    {"Cast", "Transpose", "Reshape", "Split", "Concat", "Slice", "Resize", "Pad", "Expand", "Squeeze", "Unsqueeze"}
+    | {"Attention", "QuantizeLinear", "DequantizeLinear"}
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Engine:
-    """A graph and the layers that were made of it."""
+class _BuiltGraph:
+    """A graph and the layers of the engine built from it."""
 
     nodes: Mapping[str, ir.Node]
     gemms: Mapping[str, Gemm]
@@ -41,31 +43,30 @@ class _Engine:
         return [node for node in self.nodes.values() if node.op_type in op_types]
 
 
-Answers = Iterator[tuple[str, str | None]]  # whom it is about, and what is wrong
+Checks = Iterator[tuple[str, str | None]]  # node or layer, and the failure or None
 
 
 def layer_report(text: str, graph: OnnxGraph) -> LayerReport:
     """Read the builder's list of layers and compare it with the graph that the engine was built from.
 
     Args:
-        text: as the builder logged it; "" where it logged none.
-        graph: as the parser read it, see ``engine_graph``; its weights need not be there.
+        text: the log of the builder; "" where it has no list.
+        graph: the parsed graph, see ``engine_graph``; its weights are not read.
     """
     nodes = {str(node.name): node for node in graph.model.graph}
     read, unread = parse_layers(text, {name: macs_of(node) for name, node in nodes.items()})
     layers = tuple(_with_parts(read, nodes))
-    engine = _Engine(
+    engine = _BuiltGraph(
         nodes=nodes, gemms={gemm.name: gemm for gemm in gemms(graph)}, precisions=gemm_precisions(graph), layers=layers
     )
-    outcomes = [_outcome(name, list(ask(engine))) for name, ask in EXPECTATIONS.items()] if layers else []
+    outcomes = [_outcome(name, list(check(engine))) for name, check in EXPECTATIONS.items()] if layers else []
     return LayerReport(layers=layers, outcomes=tuple(outcomes), unread=unread)
 
 
 def _with_parts(layers: Sequence[EngineLayer], nodes: Mapping[str, ir.Node]) -> Iterator[EngineLayer]:
     part = PART_NAMES[0]
     for layer in layers:
-        found = [_part(nodes[name]) for name in layer.nodes if name in nodes]
-        part = found[0] if found else part
+        part = next((_part(nodes[name]) for name in layer.nodes if name in nodes), part)
         yield replace(layer, part=part)
 
 
@@ -73,22 +74,22 @@ def _part(node: ir.Node) -> str:
     return part_of(node.metadata_props.get(KEPT_METADATA, ""))
 
 
-def _outcome(name: str, answers: list[tuple[str, str | None]]) -> Outcome:
-    failed = tuple(f"{who}: {why}" for who, why in answers if why is not None)
-    return Outcome(name=name, asked=len(answers), failed=failed)
+def _outcome(name: str, checks: list[tuple[str, str | None]]) -> Outcome:
+    failed = tuple(f"{label}: {failure}" for label, failure in checks if failure is not None)
+    return Outcome(name=name, asked=len(checks), failed=failed)
 
 
-def _qkv_is_one(engine: _Engine) -> Answers:
+def _qkv_is_one(engine: _BuiltGraph) -> Checks:
     for attention in engine.of_type("Attention"):
-        yield engine.label(attention), _why_not_one(engine, _gemms_behind(engine, attention))
+        yield engine.label(attention), _failure_to_fuse(engine, _gemms_behind(engine, attention))
 
 
-def _gate_up_is_one(engine: _Engine) -> Answers:
+def _gate_up_is_one(engine: _BuiltGraph) -> Checks:
     for node in engine.of_type("SwiGLU", "QuantizedSwiGLU"):
-        yield engine.label(node), _why_not_one(engine, _gemms_behind(engine, node))
+        yield engine.label(node), _failure_to_fuse(engine, _gemms_behind(engine, node))
 
 
-def _attention_is_fused(engine: _Engine) -> Answers:
+def _attention_is_fused(engine: _BuiltGraph) -> Checks:
     for attention in engine.of_type("Attention"):
         products = engine.products_of(str(attention.name))
         fused = len(products) == 1 and "mha" in products[0].name
@@ -96,53 +97,54 @@ def _attention_is_fused(engine: _Engine) -> Answers:
         yield engine.label(attention), None if fused else f"it became {names or 'no product at all'}"
 
 
-def _takes_codes(precision: str, word: str, engine: _Engine) -> Answers:
-    """Ask whether the GEMMs of a precision multiply what the builder calls by this word."""
-    for name in (name for name, found in engine.precisions.items() if found == precision):
+def _multiplies_quantised(precision: str, dtype: str, engine: _BuiltGraph) -> Checks:
+    """Check that the GEMMs of a precision multiply values of the builder's type ``dtype``."""
+    for name in (name for name, own in engine.precisions.items() if own == precision):
         products = engine.products_of(name)
         types = {tensor.dtype for layer in products for tensor in (*layer.inputs, *layer.constants[:1])}
-        coded = len(products) == 1 and products[0].dtype == word and types <= {word}
-        wrong = f"it multiplies {' and '.join(sorted(types)) or 'nothing'}"
-        yield engine.label(engine.nodes[name]), None if coded else wrong
+        is_quantised = len(products) == 1 and products[0].dtype == dtype and types <= {dtype}
+        failure = f"it multiplies {' and '.join(sorted(types)) or 'nothing'}"
+        yield engine.label(engine.nodes[name]), None if is_quantised else failure
 
 
-def _weights_stay_stored(engine: _Engine) -> Answers:
+def _weights_stay_stored(engine: _BuiltGraph) -> Checks:
     decoders = [layer for layer in engine.layers if layer.decodes_weights]
     for name in (name for name, precision in engine.precisions.items() if precision in STORED):
         weight = engine.nodes[name].inputs[1]
         producer = weight.producer() if weight is not None else None
         sources = {name, str(producer.name) if producer is not None else name}
-        found = [layer.name for layer in decoders if sources & set(layer.nodes)]
-        yield engine.label(engine.nodes[name]), f"its weight is decoded into memory by {found[0]}" if found else None
+        own_decoders = [layer.name for layer in decoders if sources & set(layer.nodes)]
+        failure = f"its weight is decoded into memory by {own_decoders[0]}" if own_decoders else None
+        yield engine.label(engine.nodes[name]), failure
 
 
-def _no_surprise_copy(engine: _Engine) -> Answers:
+def _no_surprise_copy(engine: _BuiltGraph) -> Checks:
     for layer in (layer for layer in engine.layers if layer.only_moves and not layer.decodes_weights):
         asked_for = any(engine.nodes[name].op_type in MOVERS for name in layer.nodes if name in engine.nodes)
         yield f"{layer.name} in {layer.part}", None if asked_for else f"{layer.bytes} bytes that no node asks for"
 
 
-def _plugins_are_custom(engine: _Engine) -> Answers:
+def _plugins_are_custom(engine: _BuiltGraph) -> Checks:
     for layer in (layer for layer in engine.layers if layer.kind == CUSTOM):
         known = any(node in engine.nodes and engine.nodes[node].domain for node in layer.nodes)
         yield f"{layer.name} in {layer.part}", None if known else "it stands for no node of domain medseg"
 
 
-EXPECTATIONS: Mapping[str, Callable[[_Engine], Answers]] = {
+EXPECTATIONS: Mapping[str, Callable[[_BuiltGraph], Checks]] = {
     "q, k and v are one GEMM": _qkv_is_one,
     "gate and up are one GEMM": _gate_up_is_one,
     "attention is one kernel": _attention_is_fused,
-    "INT8 GEMMs multiply Int8": partial(_takes_codes, "int8", "Int8"),
-    "FP8 GEMMs multiply FP8": partial(_takes_codes, "fp8", "FP8"),
+    "INT8 GEMMs multiply Int8": partial(_multiplies_quantised, "int8", "Int8"),
+    "FP8 GEMMs multiply FP8": partial(_multiplies_quantised, "fp8", "FP8"),
     "stored weights are decoded inside the GEMM": _weights_stay_stored,
     "no copy or scaling that no node asks for": _no_surprise_copy,
     "plugins stand for nodes of domain medseg": _plugins_are_custom,
 }
 
 
-def _gemms_behind(engine: _Engine, node: ir.Node) -> list[str]:
-    """Return the nearest GEMMs that feed a node, through anything that is no GEMM."""
-    found, seen, waiting = dict[str, None](), set[str](), list(node.inputs)
+def _gemms_behind(engine: _BuiltGraph, node: ir.Node) -> list[str]:
+    """Return the nearest GEMMs before a node, through nodes that are no GEMMs."""
+    nearest, seen, waiting = dict[str, None](), set[str](), list(node.inputs)
     while waiting:
         value = waiting.pop()
         producer = value.producer() if value is not None else None
@@ -150,13 +152,13 @@ def _gemms_behind(engine: _Engine, node: ir.Node) -> list[str]:
             continue
         seen.add(str(producer.name))
         if str(producer.name) in engine.gemms:
-            found[str(producer.name)] = None
+            nearest[str(producer.name)] = None
         else:
             waiting += producer.inputs
-    return list(found)
+    return list(nearest)
 
 
-def _why_not_one(engine: _Engine, names: Sequence[str]) -> str | None:
+def _failure_to_fuse(engine: _BuiltGraph, names: Sequence[str]) -> str | None:
     if len(names) != 1:
         return f"{len(names)} GEMMs of the graph feed it: {', '.join(names)}"
     products = engine.products_of(names[0])

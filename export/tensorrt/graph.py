@@ -1,13 +1,14 @@
-"""Make the copy of a graph that an engine is built from, and say what each of its nodes is.
+"""Make the copy of a graph from which an engine is built.
 
-Both libraries read ONNX, but not all of it, and not every form runs equally well. A repair changes the copy alone and
-nothing of what is computed:
+Both libraries support a part of ONNX, and some patterns run faster than others. A repair changes only the copy, and not
+the function that it computes:
 
-- ``softmax_precision`` of an Attention, which no parser takes: the fused kernels compute the softmax in float32 anyway;
+- ``softmax_precision`` of an Attention is removed, because no parser reads it: the fused kernels compute the softmax
+  in float32;
 - an Attention in float32 is marked ``TRT_decomposable``: there is no fused kernel for it, and without the mark the
-  builder refuses it when the batch is free;
-- q, k and v are brought into order before they are cut apart (``qkv_order.py``);
-- with plugins, a norm or SwiGLU before an INT8 product writes the int8 itself (``quantised_nodes.py``).
+  builder rejects it with a free batch size;
+- q, k and v are reshaped and transposed before they are split (``qkv_order.py``);
+- with plugins, a norm or SwiGLU before an INT8 product writes int8 itself (``quantised_nodes.py``).
 
 Source: ONNX operators, opset 23; TensorRT, ``IAttention.decomposable``.
 """
@@ -31,12 +32,12 @@ MAX_GRAPH_BYTES = 64 << 20  # without weights; the largest so far is below one
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineGraph:
-    """A graph as the parser gets it."""
+    """A graph in the form that the parser reads."""
 
-    serialized: bytes  # refers to the weights beside the original
+    serialized: bytes  # refers to the weights file of the original
     inputs: Mapping[str, tuple[int, ...]]  # by name: the shape without the batch
     functions: frozenset[str]  # operators of domain medseg that it calls
-    repairs: tuple[str, ...]  # what was changed, a line each
+    repairs: tuple[str, ...]  # one line per kind of change
 
 
 def engine_graph(path: Path, *, plugins: bool = False) -> EngineGraph:
@@ -47,7 +48,7 @@ def engine_graph(path: Path, *, plugins: bool = False) -> EngineGraph:
         plugins: nodes of domain ``medseg`` will run as plugins.
 
     Raises:
-        ArtefactError: it is no ONNX graph, or an input has a free axis besides the batch.
+        ArtefactError: it is no ONNX graph, or an input has a free axis other than the batch.
     """
     model = read_graph(path)
     values = (*model.graph.input, *model.graph.value_info)
@@ -71,10 +72,10 @@ def read_graph(path: Path) -> onnx.ModelProto:
         ArtefactError: it is too large, or no ONNX graph.
     """
     if path.stat().st_size > MAX_GRAPH_BYTES:
-        raise ArtefactError(f"{path} is larger than {MAX_GRAPH_BYTES >> 20} MiB; it is not to be trusted")
+        raise ArtefactError(f"{path} is larger than {MAX_GRAPH_BYTES >> 20} MiB; build the bundle again")
     try:
         model = onnx.load(path, load_external_data=False)
-    except Exception as error:  # protobuf's errors have no common base but Exception
+    except Exception as error:  # the only common base class of protobuf's errors
         raise ArtefactError(f"{path} is no ONNX file: {' '.join(str(error).split())[:200]}") from error
     if not model.graph.output:
         raise ArtefactError(f"{path} is no ONNX file: it has no outputs")

@@ -1,7 +1,7 @@
-"""Cut q, k and v apart after they are brought into order, not before: the same numbers, in kernels that stay whole.
+"""Split q, k and v after the transposition instead of before it: the same values from one product kernel.
 
-Where a product is cut right away, the builder cuts its weights too and puts three products side by side again. On the
-way it decodes eight-bit weights into memory and multiplies floats.
+Where a Split directly follows a product, the builder splits the weights and runs three products. It then dequantises
+8-bit weights to memory and multiplies floats.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,24 +17,24 @@ Shapes = Mapping[str, Sequence[int]]  # of values, by name; 0 is a free size
 
 
 def order_before_split(graph: GraphProto, shapes: Shapes) -> int:
-    """Change a graph in place wherever q, k and v are equally wide, and return in how many places."""
+    """Change a graph in place wherever q, k and v have the same width; return the number of changes."""
     readers: dict[str, list[NodeProto]] = {}
     for node in graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
-    found = [(node, *paths) for node in graph.node if (paths := _paths(node, readers, shapes)) is not None]
-    for split, reshapes, transposes in found:
+    matches = [(node, *paths) for node in graph.node if (paths := _paths(node, readers, shapes)) is not None]
+    for split, reshapes, transposes in matches:
         _rewrite(graph, split, reshapes, transposes, shapes[reshapes[0].output[0]])
-    return len(found)
+    return len(matches)
 
 
 def _paths(
     split: NodeProto, readers: Mapping[str, list[NodeProto]], shapes: Shapes
 ) -> tuple[list[NodeProto], list[NodeProto]] | None:
-    """Return the three Reshapes and the three Transposes behind a Split, if that is all there is."""
+    """Return the three Reshapes and the three Transposes after a Split, if each is the only reader."""
     if split.op_type != "Split" or len(split.output) != PARTS or len(shapes.get(split.input[0], ())) != 3:
         return None
-    if next((each.i for each in split.attribute if each.name == "axis"), 0) not in (-1, 2):
+    if next((attribute.i for attribute in split.attribute if attribute.name == "axis"), 0) not in (-1, 2):
         return None
     reshapes = [_only_reader(name, "Reshape", readers) for name in split.output]
     transposes = [_only_reader(node.output[0], "Transpose", readers) if node else None for node in reshapes]
@@ -42,14 +42,17 @@ def _paths(
         return None
     first = [node for node in reshapes if node is not None], [node for node in transposes if node is not None]
     sizes = [list(shapes.get(node.output[0], ())) for node in first[0]]
-    perms = [list(next((each.ints for each in node.attribute if each.name == "perm"), ())) for node in first[1]]
-    same = all(each == sizes[0] for each in sizes) and all(each == HEADS_FIRST for each in perms)
+    perms = [
+        list(next((attribute.ints for attribute in node.attribute if attribute.name == "perm"), ()))
+        for node in first[1]
+    ]
+    same = all(size == sizes[0] for size in sizes) and all(perm == HEADS_FIRST for perm in perms)
     return first if same and len(sizes[0]) == 4 and min(sizes[0][1:]) > 0 else None
 
 
 def _only_reader(name: str, op_type: str, readers: Mapping[str, list[NodeProto]]) -> NodeProto | None:
-    found = readers.get(name, [])
-    return found[0] if len(found) == 1 and found[0].op_type == op_type else None
+    of_value = readers.get(name, [])
+    return of_value[0] if len(of_value) == 1 and of_value[0].op_type == op_type else None
 
 
 def _rewrite(
@@ -71,11 +74,11 @@ def _rewrite(
         ),
     ]
     for node in nodes:
-        node.metadata_props.extend(split.metadata_props)  # they come from the same place
-    place = next(index for index, node in enumerate(graph.node) if node.name == split.name)
-    gone = {node.name for node in (split, *reshapes, *transposes)}
-    kept = [node for node in graph.node if node.name not in gone]
-    before = sum(node.name not in gone for node in list(graph.node)[:place])
+        node.metadata_props.extend(split.metadata_props)  # they come from the same module
+    position = next(index for index, node in enumerate(graph.node) if node.name == split.name)
+    removed = {node.name for node in (split, *reshapes, *transposes)}
+    kept = [node for node in graph.node if node.name not in removed]
+    before = sum(node.name not in removed for node in list(graph.node)[:position])
     ordered = [*kept[:before], *nodes, *kept[before:]]
     del graph.node[:]
     graph.node.extend(ordered)

@@ -1,7 +1,7 @@
-"""Let a norm or SwiGLU that feeds an INT8 product write the int8 itself, where a kernel does it in one pass.
+"""Fuse a norm or SwiGLU with the QuantizeLinear after it, so that one kernel writes int8.
 
-For TensorRT with plugins: there a plugin is a wall, and QuantizeLinear behind it a kernel of its own that reads and
-writes everything once more. The symmetric form of INT8 is read, whose activations are int8 with one scale.
+For TensorRT with plugins: it does not fuse across plugins, so QuantizeLinear would be a separate kernel that reads and
+writes the activation again. The input is the symmetric format of INT8, with one scale per activation.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ import onnx_ir as ir
 from medseg_trt.export.graph.functions import DOMAIN, attach, call, check_functions
 from medseg_trt.export.graph.onnx_graph import OnnxGraph
 
-JOINED: Mapping[tuple[str, str], str] = {  # domain, operator -> what takes its place
+JOINED: Mapping[tuple[str, str], str] = {  # domain, operator -> fused operator
     (DOMAIN, "RMSNorm"): "QuantizedRMSNorm",
     (DOMAIN, "AddRMSNorm"): "QuantizedAddRMSNorm",
     (DOMAIN, "SwiGLU"): "QuantizedSwiGLU",
@@ -20,9 +20,9 @@ JOINED: Mapping[tuple[str, str], str] = {  # domain, operator -> what takes its 
 
 
 def join_quantisers(graph: OnnxGraph) -> tuple[OnnxGraph, int]:
-    """Return a copy in which every node of ``JOINED`` that only a QuantizeLinear reads is one with it, and how many.
+    """Return a copy with every node of ``JOINED`` fused with a QuantizeLinear that is its only reader, and the count.
 
-    The other nodes stay; the function is the same, but for one rounding less in a kernel.
+    The other nodes stay. The function is the same, except for one rounding less in a kernel.
     """
     model = graph.model.clone()
     joined = [node for node in list(model.graph) if _join(model.graph, node)]
@@ -48,14 +48,14 @@ def _join(graph: ir.Graph, node: ir.Node) -> bool:
     for before, after in zip(old, new.outputs, strict=True):
         kept = before.name
         ir.convenience.replace_all_uses_with(before, after, replace_graph_outputs=True)
-        before.name = f"{kept}_replaced"  # until its node is removed, no name is there twice
+        before.name = f"{kept}_replaced"  # until its node is removed, no name may occur twice
         after.name = kept
     graph.remove([quantiser, node], safe=True)
     return True
 
 
 def _is_plain(node: ir.Node) -> bool:
-    """Whether a LayerNormalization is over the last axis, with weight and bias, as the kernel does it."""
+    """Whether a LayerNormalization is over the last axis, with weight and bias, as the kernel computes it."""
     if node.op_type != "LayerNormalization":
         return True
     rank = len(node.inputs[0].shape or ()) if node.inputs[0] is not None else 0
@@ -70,7 +70,7 @@ def _only_quantiser(value: ir.Value) -> ir.Node | None:
 
 
 def _scale(quantiser: ir.Node) -> float | None:
-    """Return the one scale of a QuantizeLinear that makes int8 without a zero point, or None."""
+    """Return the scale of a QuantizeLinear to int8 with one scale and no zero point; else None."""
     scale, zero = quantiser.inputs[1], quantiser.inputs[2] if len(quantiser.inputs) > 2 else None
     if scale is None or scale.const_value is None or scale.const_value.size != 1:
         return None

@@ -1,6 +1,6 @@
-"""Keep what the classic builder measured, so that the next build on this GPU is faster.
+"""Load and save the timing cache of the classic builder, which makes later builds on the same GPU faster.
 
-TensorRT-RTX measures nothing when it builds; its cache is one of the runtime.
+TensorRT-RTX measures nothing during a build; its cache belongs to the runtime.
 """
 
 from pathlib import Path
@@ -13,19 +13,19 @@ MAX_BYTES = 1 << 30
 
 
 def load_cache(config: Any, path: Path | None) -> Any:
-    """Give the builder what a file holds, or an empty cache where it is stale; a note says so."""
+    """Load a timing cache from a file; an empty cache, with a warning, where the file is of another GPU or version."""
     content = b""
     if path is not None and path.is_file() and path.stat().st_size <= MAX_BYTES:
         content = path.read_bytes()
     cache = config.create_timing_cache(content)
-    if cache is None or not config.set_timing_cache(cache, False):  # False: another GPU's or version's is no match
-        LOG.warning("%s is of another GPU or version and is dropped", path)
+    if cache is None or not config.set_timing_cache(cache, False):  # False: reject a cache of another GPU or version
+        LOG.warning("%s is of another GPU or version and is not used", path)
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, False)
     return cache
 
 
 def save_cache(config: Any, path: Path) -> None:
-    """Write what the builder has measured by now."""
+    """Write the timings that the builder has measured."""
     with atomic_file(path) as temporary:
         temporary.write_bytes(memoryview(config.get_timing_cache().serialize()))

@@ -64,10 +64,12 @@ def test_the_score_is_that_of_evaluate():
     cases = ["a", "a", "a", "b", "b"]
     truths, masks = rng.integers(0, 3, (2, 5, 8, 8)).astype(np.uint8)
     expected = [scores(masks[np.array(cases) == case], truths[np.array(cases) == case], classes) for case in "ab"]
-    counts = np.array([
-        [[((m == k) & (t == k)).sum(), (m == k).sum(), (t == k).sum()] for k in (1, 2)]
-        for m, t in zip(masks, truths, strict=True)
-    ])  # fmt: skip
+    counts = np.array(
+        [
+            [[((m == k) & (t == k)).sum(), (m == k).sum(), (t == k).sum()] for k in (1, 2)]
+            for m, t in zip(masks, truths, strict=True)
+        ]
+    )
     verdict = compare(counts, counts, cases, 0.005)
     assert verdict.reference == pytest.approx(np.mean([each.dice or 0.0 for each in mean_scores(expected)]))
 
@@ -107,22 +109,22 @@ def judge(kept: frozenset[str]) -> GateVerdict:
 
 
 def test_the_worst_groups_go_back_to_float_until_the_gate_holds():
-    relaxed = fall_back_to_float(judge, ERRORS.__getitem__, ERRORS, lambda kept: True)
-    assert relaxed.verdict.holds
-    assert relaxed.kept_float == ("worse", "bad")
-    assert relaxed.costs == pytest.approx((0.801, 0.301))
-    assert [name for name, _ in relaxed.ranks] == ["worse", "bad", "harmless"]
+    fallback = fall_back_to_float(judge, ERRORS.__getitem__, ERRORS, lambda kept: True)
+    assert fallback.verdict.holds
+    assert fallback.kept_float == ("worse", "bad")
+    assert fallback.costs == pytest.approx((0.801, 0.301))
+    assert [name for name, _ in fallback.ranks] == ["worse", "bad", "harmless"]
 
 
 def test_nothing_is_ranked_where_the_gate_holds_at_once():
     def never(group: str) -> float:
         raise AssertionError
 
-    relaxed = fall_back_to_float(lambda kept: verdict_of(np.zeros(5)), never, ERRORS, lambda kept: True)
-    assert (relaxed.kept_float, relaxed.ranks) == ((), ())
+    fallback = fall_back_to_float(lambda kept: verdict_of(np.zeros(5)), never, ERRORS, lambda kept: True)
+    assert (fallback.kept_float, fallback.ranks) == ((), ())
 
 
 def test_it_stops_before_too_much_is_float_and_says_that_it_does_not_hold():
-    relaxed = fall_back_to_float(judge, ERRORS.__getitem__, ERRORS, lambda kept: len(kept) < 2)
-    assert relaxed.kept_float == ("worse",)
-    assert not relaxed.verdict.holds
+    fallback = fall_back_to_float(judge, ERRORS.__getitem__, ERRORS, lambda kept: len(kept) < 2)
+    assert fallback.kept_float == ("worse",)
+    assert not fallback.verdict.holds

@@ -46,7 +46,7 @@ def test_every_place_is_folded_and_counted(model):
 def test_the_report_is_plain_data(model):
     report = plain_report(fold(model)[1])
     assert report["batch_norms"] == {"count": 9, "reason": ""}
-    assert report["rotary_tables"] == {"count": 0, "reason": "rotary=false: queries and keys are not turned"}
+    assert report["rotary_tables"] == {"count": 0, "reason": "rotary=false: queries and keys are not rotated"}
     assert json.loads(json.dumps(report)) == report
 
 
@@ -109,8 +109,12 @@ def with_a_transposed_query(model: nn.Module) -> FoldResult:
 
 
 FAULTS = (
-    without_eps, without_running_mean, without_the_kernel_mean, with_a_bias_forgotten, with_a_transposed_query,
-)  # fmt: skip
+    without_eps,
+    without_running_mean,
+    without_the_kernel_mean,
+    with_a_bias_forgotten,
+    with_a_transposed_query,
+)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -130,8 +130,13 @@ NO_RESIDUAL_FINAL = "the final norm stands between"
         (variant(InsertSpec(parts="attention")), {"language_projections": 1, "mapper1": 1, "mapper2": 1}),
         (
             variant(InsertSpec(weights="none")),
-            {"language_projections": "weights=none", "mapper1": "weights=none", "final_norm": 1,
-             "mapper2": "weights=none", "norm_weights": "no RMSNorm"},
+            {
+                "language_projections": "weights=none",
+                "mapper1": "weights=none",
+                "final_norm": 1,
+                "mapper2": "weights=none",
+                "norm_weights": "no RMSNorm",
+            },
         ),
         (variant(), {"rotary_tables": "rotary=false"}),
         (variant(InsertSpec(num_layers=2), rotary=True), {"rotary_tables": 2}),
@@ -141,7 +146,7 @@ NO_RESIDUAL_FINAL = "the final norm stands between"
         ),
     ],
     ids=lambda value: described(value) if isinstance(value, ModelSpec) else "",
-)  # fmt: skip
+)
 def test_a_rule_counts_its_places_or_says_why_there_are_none(spec, expected):
     _, report = fold(network(spec))
     for rule, wanted in expected.items():
@@ -303,13 +308,24 @@ def norm_weights_forgotten(model: TransUNet) -> None:
 
 
 FAULTS = (
-    mapper1_with_llama_2s_eps, mapper1_with_a_stale_scale, mapper1_without_the_norms_weight, mapper1_with_a_row_dropped,
-    mapper1_with_keys_and_values_swapped, mapper1_with_a_transposed_query, final_norm_with_its_weight_forgotten,
-    final_norm_with_a_wrong_eps, final_norm_with_the_layer_norms_weight_forgotten, mapper2_without_its_own_share,
-    mapper2_with_a_row_dropped, mapper2_from_the_map_before_the_norms_weight, projections_with_gate_and_up_swapped,
-    rotary_tables_with_the_angles_of_another_column, rotary_tables_with_the_sines_of_another_token,
-    norm_weights_with_llama_2s_eps, norm_weights_forgotten,
-)  # fmt: skip
+    mapper1_with_llama_2s_eps,
+    mapper1_with_a_stale_scale,
+    mapper1_without_the_norms_weight,
+    mapper1_with_a_row_dropped,
+    mapper1_with_keys_and_values_swapped,
+    mapper1_with_a_transposed_query,
+    final_norm_with_its_weight_forgotten,
+    final_norm_with_a_wrong_eps,
+    final_norm_with_the_layer_norms_weight_forgotten,
+    mapper2_without_its_own_share,
+    mapper2_with_a_row_dropped,
+    mapper2_from_the_map_before_the_norms_weight,
+    projections_with_gate_and_up_swapped,
+    rotary_tables_with_the_angles_of_another_column,
+    rotary_tables_with_the_sines_of_another_token,
+    norm_weights_with_llama_2s_eps,
+    norm_weights_forgotten,
+)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)

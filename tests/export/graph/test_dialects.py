@@ -84,7 +84,7 @@ def flat(canonical):
     return derive("plain", canonical, SIZE, 3)
 
 
-def test_every_dialect_answers_as_the_traced_graph(traced, canonical):
+def test_every_dialect_computes_the_logits_of_the_traced_graph(traced, canonical):
     for batch in (1, 3):
         images = RNG.random((batch, 3, *SIZE), dtype=np.float32)
         expected = run(traced, pixel_values=images)
@@ -92,7 +92,7 @@ def test_every_dialect_answers_as_the_traced_graph(traced, canonical):
             assert distance(run(derive(name, canonical, SIZE, 3), pixel_values=images), expected) < TOLERANCE
 
 
-def test_openvino_answers_as_the_traced_graph_and_fuses_the_forms_again(traced, canonical, flat):
+def test_openvino_computes_the_logits_of_the_traced_graph_and_fuses_decompositions(traced, canonical, flat):
     model = compiled(flat)
     images = RNG.random((2, 3, *SIZE), dtype=np.float32)
     assert distance(model(images)[0], run(traced, pixel_values=images)) < TOLERANCE
@@ -112,7 +112,7 @@ def test_the_plain_dialect_is_of_the_lowest_operator_set(flat, canonical):
     assert count(flat, "MatMul") == count(canonical, "MatMul") + 2 * count(canonical, "Attention")
 
 
-def test_every_new_node_knows_its_module(flat, canonical):
+def test_every_new_node_has_the_metadata_of_its_module(flat, canonical):
     known = {node.metadata_props[KEPT_METADATA] for node in canonical.model.graph}
     assert {node.metadata_props[KEPT_METADATA] for node in flat.model.graph} <= known
 
@@ -174,7 +174,7 @@ def both(case: str) -> tuple[OnnxGraph, OnnxGraph, dict[str, np.ndarray]]:
 
 
 @pytest.mark.parametrize("case", list(DECOMPOSED))
-def test_what_is_spelled_out_computes_the_same(case):
+def test_a_decomposition_computes_the_same(case):
     graph, spelled, feeds = both(case)
     assert spelled.model.opset_imports == {"": 18}
     assert not count(spelled, graph.model.graph[0].op_type)
@@ -250,7 +250,7 @@ def quantised(case: str) -> OnnxGraph:
 
 
 @pytest.mark.parametrize("case", list(STORED))
-def test_a_quantised_graph_keeps_its_codes_and_takes_the_operator_set_that_has_them(case):
+def test_a_quantised_graph_keeps_its_quantised_values_and_gets_an_operator_set_that_has_them(case):
     graph, x = quantised(case), normal(3, 64)
     spelled = plain(graph)
     assert spelled.model.opset_imports == {"": STORED[case][-1]}
@@ -264,18 +264,18 @@ def test_a_quantised_graph_keeps_its_codes_and_takes_the_operator_set_that_has_t
     np.testing.assert_allclose(compiled(spelled)(x)[0], expected, atol=atol, rtol=0)
 
 
-def test_an_operator_that_nothing_spells_out_is_refused():
+def test_an_operator_without_a_decomposition_is_refused():
     graph = small("Swish", {"x": normal(2, 8)}, opset=24)
     with pytest.raises(MedsegError, match=r"no operator set for only: ai\.onnx\.Swish"):
         plain(graph)
 
 
-def test_an_attention_of_another_form_is_refused():
-    with pytest.raises(MedsegError, match="another form"):
+def test_an_attention_with_other_inputs_is_refused():
+    with pytest.raises(MedsegError, match="not plain queries, keys and values by head"):
         plain(small("Attention", attention(2, 2), softcap=5.0))
 
 
-def test_spelling_group_norm_out_keeps_openvino_alive(tmp_path):
+def test_openvino_runs_a_decomposed_group_norm(tmp_path):
     """OpenVINO 2026.4.1 crashes where it adds two native GroupNormalizations of 256 channels and 64 x 64 pixels."""
     x = ir.val("x", ir.DataType.FLOAT, ["batch", 64, 64, 64])
     nodes, initializers, branches = [], [], []
@@ -285,9 +285,13 @@ def test_spelling_group_norm_out_keeps_openvino_alive(tmp_path):
         initializers += c.values()
         nodes.append(ir.node("Conv", [x, c["kernel"]], name=f"conv{name}"))
         nodes.append(
-            ir.node("GroupNormalization", [nodes[-1].outputs[0], c["scale"], c["bias"]], {"num_groups": groups},
-                    name=f"norm{name}")
-        )  # fmt: skip
+            ir.node(
+                "GroupNormalization",
+                [nodes[-1].outputs[0], c["scale"], c["bias"]],
+                {"num_groups": groups},
+                name=f"norm{name}",
+            )
+        )
         branches.append(nodes[-1].outputs[0])
     nodes.append(ir.node("Add", branches, name="sum"))
     for index, node in enumerate(nodes):

@@ -24,9 +24,16 @@ from medseg_trt.export.precision.weight_only import SHRINKS, per_block, per_chan
 FLOAT32 = 2.0**-24  # half an ulp, relative
 LIMITS = st.floats(2.0**-10, 2.0**10, width=32)
 GEMM = Gemm(
-    name="g", part="block", op_type="MatMul", activation="x", output="y", weight="w", weight_shape=(64, 6),
-    output_axis=1, macs=0,
-)  # fmt: skip
+    name="g",
+    part="block",
+    op_type="MatMul",
+    activation="x",
+    output="y",
+    weight="w",
+    weight_shape=(64, 6),
+    output_axis=1,
+    macs=0,
+)
 
 
 def half_even(value: Fraction) -> int:
@@ -98,8 +105,11 @@ def test_a_graph_rounds_its_activation_as_the_affine_quantiser_does(form, low, h
     ranges = {"x": Range(low=low, high=high, bound=bound), "y": Range(low=-1.0, high=1.0, bound=1.0)}
     calibration = Calibration(ranges=ranges, method="mse", images=())
     quantised = to_int8(graph, [gemms(graph)[0].name], calibration, form)
-    rounded = next(node.outputs[0] for node in quantised.model.graph if node.op_type == "DequantizeLinear"
-                   and node.inputs[0] is not None and node.inputs[0].producer() is not None)  # fmt: skip
+    rounded = next(
+        node.outputs[0]
+        for node in quantised.model.graph
+        if node.op_type == "DequantizeLinear" and node.inputs[0] is not None and node.inputs[0].producer() is not None
+    )
     quantised.model.graph.outputs.append(rounded)
     x = np.linspace(1.3 * low - 0.1, 1.3 * high + 0.1, 120, dtype=np.float32).reshape(1, 40, 3)  # and beyond both ends
     found = outputs_of(quantised, {INPUT: x})[str(rounded.name)].ravel()

@@ -70,8 +70,10 @@ PLACES = {"group_relu", "conv_relu", "layer", "rms", "swiglu"}  # "shared" is re
 def graph() -> OnnxGraph:
     """Return a network with every kind of place, all of them with outlying channels."""
     tensors = {name: ir.tensor(values, name=name) for name, values in CONSTANTS.items()}
-    named = {name: ir.Value(name=name, shape=ir.Shape(t.numpy().shape), type=ir.TensorType(t.dtype), const_value=t)
-             for name, t in tensors.items()}  # fmt: skip
+    named = {
+        name: ir.Value(name=name, shape=ir.Shape(t.numpy().shape), type=ir.TensorType(t.dtype), const_value=t)
+        for name, t in tensors.items()
+    }
     initializers = list(named.values())
     named[INPUT] = ir.val(INPUT, ir.DataType.FLOAT, [1, 3, 8, 8])
     nodes = []
@@ -79,11 +81,20 @@ def graph() -> OnnxGraph:
         ours = operator in ("AddRMSNorm", "SwiGLU")
         made = [ir.val(name, ir.DataType.FLOAT, shape) for name, shape in outputs.items()]
         named |= {str(value.name): value for value in made}
-        nodes.append(ir.node(operator, [named[name] for name in inputs], attributes | (dict(PLUGIN) if ours else {}),
-                             domain="medseg" if ours else "", outputs=made, name=f"node_{made[0].name}",
-                             metadata_props=dict(NAMESPACE)))  # fmt: skip
-    body = ir.Graph([named[INPUT]], [named["logits"]], nodes=nodes, initializers=initializers,
-                    opset_imports={"": OPSET}, name="g")  # fmt: skip
+        nodes.append(
+            ir.node(
+                operator,
+                [named[name] for name in inputs],
+                attributes | (dict(PLUGIN) if ours else {}),
+                domain="medseg" if ours else "",
+                outputs=made,
+                name=f"node_{made[0].name}",
+                metadata_props=dict(NAMESPACE),
+            )
+        )
+    body = ir.Graph(
+        [named[INPUT]], [named["logits"]], nodes=nodes, initializers=initializers, opset_imports={"": OPSET}, name="g"
+    )
     model = ir.Model(body, ir_version=10)
     attach(model)
     return OnnxGraph(model=model)

@@ -30,8 +30,10 @@ def graph() -> OnnxGraph:
     """Return x @ wide @ odd @ short, brought to two channels of 8 x 16 pixels and convolved; wide is used twice."""
     constants = {name: ir.tensor(values, name=name) for name, values in WEIGHTS.items()}
     constants["sizes"] = ir.tensor(np.array([1, 2, 8, 16], np.int64), name="sizes")
-    named = {name: ir.Value(name=name, shape=ir.Shape(t.numpy().shape), type=ir.TensorType(t.dtype), const_value=t)
-             for name, t in constants.items()}  # fmt: skip
+    named = {
+        name: ir.Value(name=name, shape=ir.Shape(t.numpy().shape), type=ir.TensorType(t.dtype), const_value=t)
+        for name, t in constants.items()
+    }
     named["x"] = ir.val("x", ir.DataType.FLOAT, [1, 8, 256])
     steps = [
         ("MatMul", ["x", "wide"], "a", [1, 8, 96], {}),
@@ -46,8 +48,16 @@ def graph() -> OnnxGraph:
     for operator, inputs, output, shape, attributes in steps:
         named[output] = ir.val(output, ir.DataType.FLOAT, shape)
         metadata = {KEPT_METADATA: f": {HEAD if operator == 'Conv' else INSERT}"}
-        nodes.append(ir.node(operator, [named[name] for name in inputs], attributes, outputs=[named[output]],
-                             name=f"node_{output}", metadata_props=metadata))  # fmt: skip
+        nodes.append(
+            ir.node(
+                operator,
+                [named[name] for name in inputs],
+                attributes,
+                outputs=[named[output]],
+                name=f"node_{output}",
+                metadata_props=metadata,
+            )
+        )
     initializers = [named[name] for name in constants]
     body = ir.Graph(
         [named["x"]], [named["y"]], nodes=nodes, initializers=initializers, opset_imports={"": OPSET}, name="g"
@@ -65,8 +75,17 @@ def run(graph: OnnxGraph, folder, name="graph") -> np.ndarray:
 
 def gemm(name: str, output_axis: int = 1) -> Gemm:
     operator = "Conv" if WEIGHTS[name].ndim == 4 else "MatMul"
-    return Gemm(name=name, part="block", op_type=operator, activation="x", output="y", weight=name,
-                weight_shape=WEIGHTS[name].shape, output_axis=output_axis, macs=0)  # fmt: skip
+    return Gemm(
+        name=name,
+        part="block",
+        op_type=operator,
+        activation="x",
+        output="y",
+        weight=name,
+        weight_shape=WEIGHTS[name].shape,
+        output_axis=output_axis,
+        macs=0,
+    )
 
 
 def names(graph: OnnxGraph) -> list[str]:
@@ -159,8 +178,12 @@ def test_the_graph_says_what_it_holds_and_shares_what_is_shared(graph, caplog):
     with caplog.at_level(logging.INFO, "medseg_trt"):
         coded = to_w4a16(graph, names(graph))
     assert gemm_precisions(coded) == {
-        "node_a": "w4a16", "node_twin": "w4a16", "node_c": "w4a16", "node_d": "w8a16", "node_y": "w8a16",
-    }  # fmt: skip
+        "node_a": "w4a16",
+        "node_twin": "w4a16",
+        "node_c": "w4a16",
+        "node_d": "w8a16",
+        "node_y": "w8a16",
+    }
     assert [record.getMessage().split()[0] for record in caplog.records] == ["node_d", "node_y"]
     assert not set(WEIGHTS) & coded.model.graph.initializers.keys()  # no float weight is left
     assert coded.num_nodes["DequantizeLinear"] == len(WEIGHTS)

@@ -15,9 +15,16 @@ from medseg_trt.export.tensorrt.build import build_engine
 from medseg_trt.spec import EngineSpec
 
 SPEC = EngineSpec(
-    library="tensorrt", targets=("sm86",), opt_batch=2, max_batch=4, workspace_gib=0.5, optimization_level=5,
-    stripped=True, version_compatible=True, hardware="ampere_plus",
-)  # fmt: skip
+    library="tensorrt",
+    targets=("sm86",),
+    opt_batch=2,
+    max_batch=4,
+    workspace_gib=0.5,
+    optimization_level=5,
+    stripped=True,
+    version_compatible=True,
+    hardware="ampere_plus",
+)
 LAYERS = "Layers:\nName: a, LayerType: kgen, Inputs: [], Constants: [], Outputs: []\n"
 
 

@@ -25,9 +25,13 @@ def line(name: str, kind: str, inputs: str, constants: str, outputs: str, *nodes
 
 
 GEMM = line(
-    "node_linear_9_myl0_93", "gemm", tensor("Half", -1, 64), f"{tensor('Half', 64, 48)}, {tensor('Float', 1)}",
-    tensor("Half", -1, 48), "node_linear_9",
-)  # fmt: skip
+    "node_linear_9_myl0_93",
+    "gemm",
+    tensor("Half", -1, 64),
+    f"{tensor('Half', 64, 48)}, {tensor('Float', 1)}",
+    tensor("Half", -1, 48),
+    "node_linear_9",
+)
 
 
 def read(*lines: str, macs: dict[str, int] | None = None) -> tuple[tuple[EngineLayer, ...], int]:

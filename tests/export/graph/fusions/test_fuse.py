@@ -278,10 +278,11 @@ def test_a_doubled_name_is_caught(fused):
 def one_call(name, inputs, outputs, attributes, dtype=onnx.TensorProto.FLOAT) -> onnx.ModelProto:
     node = onnx.helper.make_node(name, [*inputs], outputs, domain=DOMAIN, **attributes)
     graph = onnx.helper.make_graph(
-        [node], "one call",
+        [node],
+        "one call",
         [onnx.helper.make_tensor_value_info(key, dtype, array.shape) for key, array in inputs.items()],
         [onnx.helper.make_tensor_value_info(key, dtype, None) for key in outputs],
-    )  # fmt: skip
+    )
     imports = [onnx.helper.make_opsetid("", 23), onnx.helper.make_opsetid(DOMAIN, 1)]
     return onnx.helper.make_model(graph, functions=[ir.to_proto(function(name))], opset_imports=imports, ir_version=10)
 
@@ -333,8 +334,10 @@ def test_rotary_turns_the_plane_of_columns_i_and_i_plus_half():
 
 def test_the_norm_is_rounded_before_it_is_scaled_and_takes_the_variance_of_the_rounded_sum():
     rng = np.random.default_rng(0)
-    inputs = {name: rng.normal(size=size).astype(np.float16) for name, size in
-              (("x", (64, 32)), ("residual", (64, 32)), ("weight", (32,)))}  # fmt: skip
+    inputs = {
+        name: rng.normal(size=size).astype(np.float16)
+        for name, size in (("x", (64, 32)), ("residual", (64, 32)), ("weight", (32,)))
+    }
     model = one_call("AddRMSNorm", inputs, ["y", "sum"], {"epsilon": 1e-6}, onnx.TensorProto.FLOAT16)
     graph = OnnxGraph(model=ir.from_proto(model))
     for value, old in zip(graph.model.graph.outputs, inputs.values(), strict=False):
