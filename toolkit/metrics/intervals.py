@@ -110,8 +110,13 @@ def change_interval(
     if len(differences) < MIN_UNITS:
         each = _means(np.eye(len(differences), dtype=np.int64), differences)
         estimate = _means(np.ones((1, len(differences)), np.int64), differences)[0]
-        return Interval(estimate=float(estimate), low=float(each.min()), high=float(each.max()),
-                        units=len(differences), confidence=None)  # fmt: skip
+        return Interval(
+            estimate=float(estimate),
+            low=float(each.min()),
+            high=float(each.max()),
+            units=len(differences),
+            confidence=None,
+        )
     return _interval(differences, confidence, np.random.default_rng(0))
 
 

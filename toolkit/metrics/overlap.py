@@ -160,7 +160,7 @@ def _mean_score(scores_of_class: Sequence[ClassScore], weights: Sequence[float],
         (score, weight)
         for score, weight in zip(scores_of_class, weights, strict=True)
         if over_all or score.truth_pixels
-    ]  # fmt: skip
+    ]
     states = [score.state for score in scores_of_class]
     return MeanScore(
         name=scores_of_class[0].name,

@@ -60,22 +60,34 @@ def transunet(score: ClassScore) -> ClassScore:
 
 METRICS: Mapping[str, MetricMode] = {
     "volume": MetricMode(
-        unit="case", rule=as_counted, every_unit_counts=False, hd95="if wanted",
+        unit="case",
+        rule=as_counted,
+        every_unit_counts=False,
+        hd95="if wanted",
         text="every case at its own size; the mean is over the cases whose mask has the class, a missed one counts 0",
     ),
     "per_image": MetricMode(
-        unit="image", rule=unext, every_unit_counts=True, hd95="never",
+        unit="image",
+        rule=unext,
+        every_unit_counts=True,
+        hd95="never",
         text="every image at the network's size, IoU = (both + 1e-5) / (either + 1e-5), Dice = 2 IoU / (1 + IoU); "
         "where the class is in neither mask both are 1, where it is in one alone about 0",
     ),
     "unext_batch": MetricMode(
-        unit="batch", rule=unext, every_unit_counts=True, hd95="never",
+        unit="batch",
+        rule=unext,
+        every_unit_counts=True,
+        hd95="never",
         text="as UNeXt counts: all pixels of a batch together, at the network's size, then the mean over the batches, "
         "by their images; it depends on the size of the batch and on the order of the files",
     ),
     "volume_transunet": MetricMode(
-        unit="case", rule=transunet, every_unit_counts=True, hd95="always",
+        unit="case",
+        rule=transunet,
+        every_unit_counts=True,
+        hd95="always",
         text="as TransUNet counts: every case at its own size, HD95 in voxels; a false alarm counts as Dice 1 and "
         "HD95 0, a missed and an absent class as Dice 0 and HD95 0",
     ),
-}  # fmt: skip
+}

@@ -15,8 +15,12 @@ def test_the_files_of_a_folder_come_in_natural_order_without_hidden_and_foreign_
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "folder.png" / "deeper.png").touch()
     assert [source.name for source in find_images([tmp_path])] == [
-        "b.nii", "IMG1.PNG", "img2.png", "img10.png", "scan.nii.gz",
-    ]  # fmt: skip
+        "b.nii",
+        "IMG1.PNG",
+        "img2.png",
+        "img10.png",
+        "scan.nii.gz",
+    ]
 
 
 def test_the_order_of_the_inputs_is_kept_and_duplicates_come_once(tmp_path):
@@ -33,8 +37,14 @@ def test_numbers_and_letters_in_names_can_be_compared(tmp_path):
     for name in names:
         (tmp_path / name).touch()
     assert [source.name for source in find_images([tmp_path])] == [
-        "1.png", "2.png", "10.png", "a1b2.png", "a01b3.png", "a1b10.png", "b.png",
-    ]  # fmt: skip
+        "1.png",
+        "2.png",
+        "10.png",
+        "a1b2.png",
+        "a01b3.png",
+        "a1b10.png",
+        "b.png",
+    ]
 
 
 def test_a_path_that_does_not_exist_is_named(tmp_path):

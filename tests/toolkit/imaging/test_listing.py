@@ -149,8 +149,10 @@ def test_what_may_not_be_read_is_refused_or_warned_of_and_the_rest_is_listed(ord
         (ordinary_folder / name).chmod(0)
     found = list_images([ordinary_folder])
     assert names(found, ordinary_folder) == {
-        "images": ["a.png"], "refused": ["b.png", "IM0001"], CLOSED: ["closed 1", "more/deep 1"],
-    }  # fmt: skip
+        "images": ["a.png"],
+        "refused": ["b.png", "IM0001"],
+        CLOSED: ["closed 1", "more/deep 1"],
+    }
     assert str(found.refused[1].error) == f"{ordinary_folder}/IM0001 cannot be read: Permission denied"
     assert found.warnings() == [
         f"{ordinary_folder}: 2 sub-folder(s) cannot be opened and are left out (closed, more/deep); "

@@ -382,10 +382,14 @@ def test_the_golden_input_is_the_same_bits_every_time_whatever_the_global_genera
 @pytest.mark.parametrize(
     "change",
     [
-        {"resize": "linear"}, {"resize": "nearest"}, {"window": (-160.0, 241.0)}, {"mean": (0.4, 0.5, 0.61)},
-        {"std": (0.2, 0.25, 0.31)}, {"spacing_mm": None},
+        {"resize": "linear"},
+        {"resize": "nearest"},
+        {"window": (-160.0, 241.0)},
+        {"mean": (0.4, 0.5, 0.61)},
+        {"std": (0.2, 0.25, 0.31)},
+        {"spacing_mm": None},
     ],
-)  # fmt: skip
+)
 def test_the_golden_input_tells_contracts_apart(change):
     usual: dict[str, Any] = {"image_size": (32, 48), "window": (-160.0, 240.0), "spacing_mm": 1.5, **COLOURED}
     _, first = golden(Preprocessing(**usual))

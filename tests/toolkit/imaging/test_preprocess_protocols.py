@@ -46,9 +46,7 @@ def test_a_slice_is_zoomed_as_transunet_does_it(method, order, source):
 def test_masks_are_zoomed_with_order_0_both_ways():
     p = Preprocessing(image_size=(32, 48), window=CT, resize="spline3")
     labels = np.random.default_rng(0).integers(0, 4, (101, 77), dtype=np.uint8)
-    np.testing.assert_array_equal(
-        prepare_labels(labels, p, None), ndimage.zoom(labels, (32 / 101, 48 / 77), order=0)
-    )  # fmt: skip
+    np.testing.assert_array_equal(prepare_labels(labels, p, None), ndimage.zoom(labels, (32 / 101, 48 / 77), order=0))
     logits = np.random.default_rng(1).normal(size=(4, 32, 48)).astype(np.float32)
     expected = ndimage.zoom(logits.argmax(0), (101 / 32, 77 / 48), order=0)  # labels first, then back
     np.testing.assert_array_equal(restore(logits, (101, 77), p, None), expected)
@@ -89,9 +87,12 @@ def test_inference_follows_transunets_test_slice_by_slice():
 def test_unexts_input_is_normalised_and_then_divided_by_255_again_in_bgr():
     picture = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
     p = Preprocessing(
-        image_size=(32, 48), resize="linear", channel_order="bgr", mean=IMAGENET_MEAN,
+        image_size=(32, 48),
+        resize="linear",
+        channel_order="bgr",
+        mean=IMAGENET_MEAN,
         std=(255 * IMAGENET_STD[0], 255 * IMAGENET_STD[1], 255 * IMAGENET_STD[2]),
-    )  # fmt: skip
+    )
     bgr = picture[..., ::-1].astype(np.float64)  # what cv2.imread returns
     expected = ((bgr / 255 - IMAGENET_MEAN) / IMAGENET_STD / 255).transpose(2, 0, 1)
     found = prepare(picture, p, None)

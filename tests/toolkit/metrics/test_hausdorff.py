@@ -62,9 +62,12 @@ def test_max_directed_is_what_monai_gives(shape):
         metrics = pytest.importorskip("monai.metrics", reason="monai is not installed")
         prediction, truth = blobs(shape, 1), blobs(shape, 2)
         expected = metrics.compute_hausdorff_distance(
-            torch.from_numpy(prediction)[None, None], torch.from_numpy(truth)[None, None],
-            include_background=True, percentile=95, spacing=list(SPACINGS[len(shape)]),
-        )  # fmt: skip
+            torch.from_numpy(prediction)[None, None],
+            torch.from_numpy(truth)[None, None],
+            include_background=True,
+            percentile=95,
+            spacing=list(SPACINGS[len(shape)]),
+        )
     # MONAI works in float32, which resolves 1e-6 of distances around 10.
     assert hd95(prediction, truth, SPACINGS[len(shape)], "max_directed") == pytest.approx(float(expected), abs=1e-5)
 

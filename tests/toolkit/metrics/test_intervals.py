@@ -27,12 +27,18 @@ LEAST_FOUND = 0.95
 @pytest.mark.parametrize(
     ("queries", "percentile", "allowed"),
     [
-        (63, 90, 0), (64, 90, 1), (1024, 90, 80),  # the rules: the first p90 takes 64 queries; 80 of 1,024
-        (2048, 90, 172 + 1), (2116, 90, 178 + 1),  # LoadGen's logs: "Would discard 172 highest latency queries"
-        (458, 99, -1), (459, 99, 0),  # ... and "Processed 21 queries. Would need to run at least 438 more"
-        (661, 99, 0), (662, 99, 1), (270_336, 99, 2583),  # the least for p99, and the rules' most
+        (63, 90, 0),
+        (64, 90, 1),
+        (1024, 90, 80),  # the rules: the first p90 takes 64 queries; 80 of 1,024
+        (2048, 90, 172 + 1),
+        (2116, 90, 178 + 1),  # LoadGen's logs: "Would discard 172 highest latency queries"
+        (458, 99, -1),
+        (459, 99, 0),  # ... and "Processed 21 queries. Would need to run at least 438 more"
+        (661, 99, 0),
+        (662, 99, 1),
+        (270_336, 99, 2583),  # the least for p99, and the rules' most
     ],
-)  # fmt: skip
+)
 def test_early_stopping_is_mlperfs(queries: int, percentile: float, allowed: int) -> None:
     assert allowed_over_latency(queries, percentile) == allowed
 

@@ -36,9 +36,15 @@ def test_dice_and_iou_are_those_of_sets_of_pixels(prediction, truth):
             assert score.iou == pytest.approx(len(ours & theirs) / len(ours | theirs), abs=EXACT)
         else:
             assert (score.dice, score.iou) == (None, None)
-        assert score.state == {
-            (True, True): "present", (False, False): "absent", (True, False): "missed", (False, True): "false alarm",
-        }[bool(theirs), bool(ours)]  # fmt: skip
+        assert (
+            score.state
+            == {
+                (True, True): "present",
+                (False, False): "absent",
+                (True, False): "missed",
+                (False, True): "false alarm",
+            }[bool(theirs), bool(ours)]
+        )
 
 
 def test_a_volume_is_scored_as_scikit_learn_scores_its_pixels():

@@ -193,10 +193,12 @@ def test_cases_are_averaged_class_by_class_and_distances_are_in_voxels_whatever_
 @pytest.mark.parametrize(
     ("metric", "figures", "names"),
     [
-        ("volume", 2, "Dice / IoU"), ("per_image", 2, "Dice / IoU"), ("unext_batch", 2, "Dice / IoU"),
+        ("volume", 2, "Dice / IoU"),
+        ("per_image", 2, "Dice / IoU"),
+        ("unext_batch", 2, "Dice / IoU"),
         ("volume_transunet", 2, "Dice / HD95 voxels"),
     ],
-)  # fmt: skip
+)
 def test_the_table_says_how_was_counted_and_how_often_a_class_was_empty(tmp_path, metric, figures, names):
     data = write_volumes(tmp_path / "data", 3, 4)
     checkpoint = make_checkpoint(tmp_path, architecture="transunet-tiny")

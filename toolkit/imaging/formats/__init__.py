@@ -1,1 +1,1 @@
-"""One file a kind of image: how it is read, and how its masks are read and written."""
+"""One module per image format: it reads images and masks, and writes masks."""

@@ -1,8 +1,8 @@
 """Arrays with their labels in one file: NumPy's ``.npz`` and HDF5, as TransUNet and SSL4MIS prepare Synapse and ACDC.
 
-Both hold ``image`` and ``label``, a slice (height, width) or a volume (slices, height, width). They lie as whoever made
-the file laid them, since nothing in it says where the patient's left is. Neither is trusted: no pickle is loaded, sizes
-are checked before anything is unpacked, and no link is followed out of an HDF5 file.
+Both hold ``image`` and ``label``, a slice (height, width) or a volume (slices, height, width). The axes are kept as
+stored, because the file does not state the patient's orientation. Files are untrusted: no pickle is loaded, sizes are
+checked before decompression, and no link is followed out of an HDF5 file.
 """
 
 import io
@@ -31,19 +31,19 @@ from medseg_trt.imaging.signatures import require_kind
 IMAGE, LABEL = "image", "label"
 IGNORED = ("scribble",)  # WSL4MIS's weak labels, beside the full ones
 NPY_START_BYTES = np.lib.format.MAGIC_LEN
-NPY_HEADERS = {  # version -> bytes of its length, and what reads it
+NPY_HEADERS = {  # version -> size of the length field in bytes, and the reader of the header
     (1, 0): (2, np.lib.format.read_array_header_1_0),
     (2, 0): (4, np.lib.format.read_array_header_2_0),
 }
 CHECKSUM_BYTES = 4  # of HDF5's fletcher32
-MIN_CHUNK_VALUES = 2**20  # h5py's chunks of small growing arrays are larger than these are
+MIN_CHUNK_VALUES = 2**20  # h5py's chunks of small resizable arrays are larger than the arrays
 
 
 def read(path: Path) -> Image:
     """Read the image of a file.
 
     Raises:
-        InputError: it is damaged or too large, lacks the image or the label, or holds something else beside them.
+        InputError: it is damaged or too large, lacks the image or the label, or holds other arrays.
     """
     return Image(path=path, pixels=_slices_first(path, IMAGE)[..., np.newaxis])
 
@@ -52,7 +52,7 @@ def read_labels(path: Path, like: Image) -> ndarray:
     """Read the labels of a file, slices first.
 
     Raises:
-        InputError: it cannot be read, or the labels are not of the image's size.
+        InputError: it cannot be read, or the labels differ from the image in size.
     """
     labels = _slices_first(path, LABEL)
     if labels.shape != like.pixels.shape[:3]:
@@ -76,13 +76,18 @@ def _from_npz(path: Path, key: str) -> ndarray:
     with zipfile.ZipFile(path) as archive:
         _check_keys(path, [name.removesuffix(".npy") for name in archive.namelist()])
         member = archive.getinfo(f"{key}.npy")
-        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # only these inflate in steps
-            raise InputError(f"{path}: {key} is compressed in a way that NumPy does not use; save it with numpy.savez")
+        if member.compress_type not in (
+            zipfile.ZIP_STORED,
+            zipfile.ZIP_DEFLATED,
+        ):  # only these can be inflated in steps
+            raise InputError(f"{path}: {key} uses a compression that NumPy does not; save it with numpy.savez")
         with archive.open(member) as file:
             start = file.read(NPY_START_BYTES)
             version = np.lib.format.read_magic(io.BytesIO(start))
             if version not in NPY_HEADERS:
-                raise InputError(f"{path}: {key} is of NumPy's format {version}; save it again with numpy.savez")
+                raise InputError(
+                    f"{path}: {key} has the unsupported NumPy format {version}; save it again with numpy.savez"
+                )
             length_bytes, read_header = NPY_HEADERS[version]
             length = file.read(length_bytes)
             if int.from_bytes(length, "little") > MAX_HEADER_BYTES:
@@ -98,9 +103,11 @@ def _from_hdf5(path: Path, key: str) -> ndarray:
     h5py: Any = require("h5py", "medical")
     with h5py.File(path, "r") as file:
         _check_keys(path, list(file))
-        is_inside = isinstance(file.get(key, getlink=True), h5py.HardLink) and isinstance(file[key], h5py.Dataset)
-        if not is_inside or file[key].external or file[key].is_virtual:
-            raise InputError(f"{path}: {key} does not lie in the file itself; it is not to be trusted")
+        is_stored_here = isinstance(file.get(key, getlink=True), h5py.HardLink) and isinstance(file[key], h5py.Dataset)
+        if not is_stored_here or file[key].external or file[key].is_virtual:
+            raise InputError(
+                f"{path}: {key} is stored outside the file, which is not allowed; save both arrays in one file"
+            )
         _check_array(path, key, file[key].shape, file[key].dtype)
         if file[key].chunks is not None:
             _check_chunks(path, key, file[key])
@@ -109,10 +116,10 @@ def _from_hdf5(path: Path, key: str) -> ndarray:
 
 
 def _check_chunks(path: Path, key: str, dataset: Any) -> None:
-    """Inflate every compressed chunk step by step, and refuse one that becomes more than a chunk; HDF5 would hold it.
+    """Inflate every compressed chunk with a limit and refuse one that exceeds the chunk size; HDF5 would allocate it.
 
     Raises:
-        InputError: a chunk is too large, or compressed in a way that has no such check.
+        InputError: a chunk is too large, or its compression cannot be checked.
     """
     h5z: Any = require("h5py.h5z", "medical")
     if prod(dataset.chunks) > max(prod(dataset.shape), MIN_CHUNK_VALUES):
@@ -146,7 +153,9 @@ def _check_keys(path: Path, keys: Collection[str]) -> None:
 
 def _check_array(path: Path, key: str, shape: Any, dtype: Any) -> None:
     if shape is None or len(shape) not in (2, 3):
-        raise InputError(f"{path}: {key} has the shape {shape}; a slice has two axes, a volume three, slices first")
+        raise InputError(
+            f"{path}: {key} has the shape {shape}; expected two axes for a slice, or three for a volume, slices first"
+        )
     if dtype.kind not in "iufb" or dtype.itemsize > 8:
-        raise InputError(f"{path}: {key} holds {dtype}; integers and floats of up to 64 bits are possible")
+        raise InputError(f"{path}: {key} holds {dtype}; integers and floats of up to 64 bits are supported")
     check_size(path, shape, slices=shape[0] if len(shape) == 3 else 1, dtype=dtype)

@@ -1,7 +1,7 @@
-"""DICOM: single files, and the series that the files of a folder make up.
+"""DICOM: single files, and series of one file per slice.
 
-Nothing but pixels and places goes on: no name, UID or date. Colours become RGB, palettes too; MONOCHROME1 is inverted
-but in CT and PET, whose numbers mean something.
+Only pixels and geometry are kept: no name, UID or date. Colours and palettes become RGB. MONOCHROME1 is inverted except
+in CT and PET, whose values are physical quantities.
 """
 
 from collections.abc import Sequence
@@ -24,16 +24,16 @@ from medseg_trt.progress import LOG
 __all__ = ["find_series", "read", "read_labels", "read_series"]
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-MAX_NAMED = 5  # copies that a warning names
+MAX_NAMED = 5  # copies listed in a warning
 
 
 def read(path: Path) -> Image:
-    """Read one file: a slice, a picture, or the frames of a multi-frame file.
+    """Read one file: a slice, a 2-D image, or the frames of a multi-frame file.
 
-    Frames that say where they lie are a volume; others are a stack of pictures without geometry.
+    Frames with positions become a volume; others a stack of 2-D images without geometry.
 
     Raises:
-        InputError: it is damaged, too large, no image, frames are missing, or they are several images.
+        InputError: it is damaged, too large, not an image, lacks frames, or holds several images.
         MissingExtraError: pydicom is not installed.
     """
     header = read_header(path)
@@ -41,7 +41,7 @@ def read(path: Path) -> Image:
         return _volume(path, [header])
     spacing = header.spacing_mm
     if header.shape[0] > 1:
-        LOG.warning("%s does not say where its frames lie; they become a stack of pictures", path)
+        LOG.warning("%s gives no positions of its frames; they are read as a stack of 2-D images", path)
         spacing = None
     return Image(
         path=path, pixels=read_frames(header), spacing_mm=(DEFAULT_THICKNESS_MM, *spacing) if spacing else None
@@ -49,12 +49,12 @@ def read(path: Path) -> Image:
 
 
 def read_series(folder: Path, files: Sequence[Path]) -> Image:
-    """Read the slices of a series, one a file.
+    """Read the slices of a series, one per file.
 
-    Slices are told apart by place and pixels: of slices that agree in both, one is used. UIDs do not count.
+    Of slices with the same position and pixels, one is used. UIDs are ignored.
 
     Raises:
-        InputError: one is damaged, two lie at the same place, one is missing, or they are not evenly spaced.
+        InputError: a slice is damaged or missing, two have the same position, or they are not evenly spaced.
         MissingExtraError: pydicom is not installed.
     """
     return _volume(folder, [read_header(path) for path in files])
@@ -66,11 +66,11 @@ def read_labels(path: Path, like: Image) -> ndarray:
     Raises:
         InputError: always.
     """
-    raise InputError(f"{path} is DICOM; masks of {like.path} can be read from NIfTI or NRRD: convert it")
+    raise InputError(f"{path} is DICOM; give the mask of {like.path} as NIfTI or NRRD: convert it")
 
 
 def _volume(path: Path, headers: Sequence[Header]) -> Image:
-    """Put the planes in order, check that none is missing, and decode them to one volume."""
+    """Sort the planes, check that none is missing, and decode them to one volume."""
     shapes = {header.shape[1:] for header in headers}
     if len(shapes) > 1:
         raise InputError(f"{path}: its slices differ in size: {', '.join(str(shape) for shape in sorted(shapes))}")
@@ -92,7 +92,7 @@ def _volume(path: Path, headers: Sequence[Header]) -> Image:
 
 
 def _different_planes(path: Path, headers: Sequence[Header]) -> list[Plane]:
-    """Return the planes in order, without copies; warn of copies, and of UIDs that different slices share."""
+    """Return the sorted planes without copies; warn of copies and of UIDs that different slices share."""
     by_path = {header.path: header for header in headers}
 
     @lru_cache(maxsize=2)
@@ -105,7 +105,11 @@ def _different_planes(path: Path, headers: Sequence[Header]) -> list[Plane]:
         named = ", ".join(f"{_name(copy)} of {_name(original)}" for copy, original in copies[:MAX_NAMED])
         more = " …" if len(copies) > MAX_NAMED else ""
         LOG.warning(
-            "%s: left out as copies, with the same place and pixels: %s%s (%d in all)", path, named, more, len(copies)
+            "%s: left out as copies, with the same position and pixels: %s%s (%d in all)",
+            path,
+            named,
+            more,
+            len(copies),
         )
     instances = [by_path[file].instance for file in dict.fromkeys(plane.path for plane in kept)]
     instances = [instance for instance in instances if instance]
@@ -120,7 +124,7 @@ def _different_planes(path: Path, headers: Sequence[Header]) -> list[Plane]:
 
 
 def _decode(headers: Sequence[Header], stack: Stack) -> ndarray:
-    """Decode the planes of a stack, in its order, to (slices, rows, columns, channels)."""
+    """Decode the planes of a stack in order to (slices, rows, columns, channels)."""
     positions = {(plane.path, plane.frame): index for index, plane in enumerate(stack.planes)}
     decoded: ndarray | None = None
     for header in headers:
@@ -131,7 +135,9 @@ def _decode(headers: Sequence[Header], stack: Stack) -> ndarray:
         if decoded is None:
             decoded = np.empty((len(stack.planes), *frames.shape[1:]), frames.dtype)
         elif frames.shape[1:] != decoded.shape[1:]:
-            raise InputError(f"{header.path} is in other colours than the rest of its series")
+            raise InputError(
+                f"{header.path} has other color channels than the rest of its series; export the series again"
+            )
         kind = np.result_type(decoded, frames)
         decoded = decoded.astype(np.float32 if kind.kind == "f" else kind, copy=False)
         for plane in used:

@@ -1,6 +1,6 @@
-"""The header of one DICOM file: what it is, how large its pixels are, and where its planes lie.
+"""Read the header of one DICOM file: its type, its size in pixels, and the geometry of its planes.
 
-No pixel is decoded here: how many there will be is known, and limited, before that.
+No pixel is decoded here; their number is checked before decoding.
 """
 
 import io
@@ -20,11 +20,11 @@ from medseg_trt.imaging.formats.dicom_objects import ATTRIBUTES, kind_of_non_ima
 from medseg_trt.imaging.formats.limits import check_size, convert_decoder_errors
 
 MAX_HEADER_BYTES = 2**25  # of everything before the pixels; enhanced files describe every frame there
-MAX_INFLATED_BYTES = 2**28  # of a file that is deflated as a whole
+MAX_INFLATED_BYTES = 2**28  # of a file with the deflated transfer syntax
 DEFLATED = "1.2.840.10008.1.2.1.99"
 IMPLICIT_LITTLE, EXPLICIT_LITTLE, EXPLICIT_BIG = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
 PIXEL_TAGS = ((0x7FE0, 0x0008), (0x7FE0, 0x0009), (0x7FE0, 0x0010))  # floats, doubles, integers
-UNDEFINED_LENGTH = 0xFFFFFFFF  # of compressed pixels, which lie in items
+UNDEFINED_LENGTH = 0xFFFFFFFF  # of compressed pixels, which are stored in items
 KEPT = [
     *("SOPClassUID", "SOPInstanceUID", "Modality", "StudyInstanceUID", "SeriesInstanceUID", "SeriesNumber"),
     *("SeriesDescription", "Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation"),
@@ -36,10 +36,10 @@ KEPT = [
 
 
 class NotAnImageError(InputError):
-    """It is DICOM, but something else than an image.
+    """A DICOM object that is not an image.
 
     Attributes:
-        kind: what it is, such as "a segmentation".
+        kind: the type of object, such as "a segmentation".
     """
 
     def __init__(self, message: str, kind: str) -> None:
@@ -52,12 +52,12 @@ class PixelElement:
     """Where the pixels are stored in the file."""
 
     start: int  # byte at which the value begins
-    length: int | None  # in bytes; None where the pixels are compressed and lie in items
+    length: int | None  # in bytes; None where the pixels are compressed and stored in items
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plane:
-    """One slice: which frame of which file, and where it lies in the patient (left, posterior, superior)."""
+    """One slice: its file, frame, and position in the patient (left, posterior, superior)."""
 
     path: Path
     frame: int
@@ -65,30 +65,30 @@ class Plane:
     along_row: tuple[float, float, float]  # unit vector from column to column
     along_column: tuple[float, float, float]
     spacing_mm: tuple[float, float]  # between rows, between columns
-    thickness_mm: float | None  # from slice to slice as the header says, which may be wrong
+    thickness_mm: float | None  # distance between slices by the header, which may be wrong
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Header:
-    """What is known of a file before its pixels are decoded."""
+    """The header of a file, read before its pixels are decoded."""
 
     path: Path
     elements: Any  # pydicom's dataset, without pixels
     syntax: str  # transfer syntax
     study: str
     series: str
-    number: int | None  # of the series, for people
+    number: int | None  # of the series
     description: str  # of the series
     modality: str
     instance: str  # SOP instance UID: a label, which need not be unique
     shape: tuple[int, int, int, int]  # frames, rows, columns, samples
-    planes: tuple[Plane, ...]  # one for every frame; none where a frame does not say where it lies
+    planes: tuple[Plane, ...]  # one per frame; empty where a frame has no position
     spacing_mm: tuple[float, float] | None  # between rows and columns, where there are no planes
-    pixel_element: PixelElement | None  # None where there is none, or the file is deflated as a whole
+    pixel_element: PixelElement | None  # None where absent, or with the deflated transfer syntax
 
 
 class Limited(io.RawIOBase):
-    """A file of which no more than a budget is read, and a deflated rest only if it inflates to a possible size."""
+    """A file that limits the bytes read, and the inflated size of a deflated data set."""
 
     def __init__(self, file: Any, budget: int) -> None:
         super().__init__()
@@ -97,19 +97,19 @@ class Limited(io.RawIOBase):
 
     @property
     def ended_early(self) -> bool:
-        """Whether more was asked for than the file holds."""
+        """Whether a read or seek went beyond the end of the file."""
         size = os.fstat(self._file.fileno()).st_size
         return self._was_short or self._file.tell() > size
 
     def read(self, size: int | None = -1) -> bytes:
-        """Read up to ``size`` bytes, or the deflated rest."""
-        if size is None or size < 0:  # pydicom reads so where the rest of the file is deflated
+        """Read up to ``size`` bytes, or the deflated remainder."""
+        if size is None or size < 0:  # how pydicom reads a deflated data set
             rest = self._file.read()
             inflater = zlib.decompressobj(-zlib.MAX_WBITS)
             if len(inflater.decompress(rest, MAX_INFLATED_BYTES + 1)) > MAX_INFLATED_BYTES:
                 raise ValueError(f"it inflates to more than {MAX_INFLATED_BYTES >> 20} MiB")
             if not inflater.eof:
-                raise ValueError("it is cut short: what is deflated does not end")
+                raise ValueError("it is cut short: its deflated data set is incomplete")
             return rest
         block = self._file.read(min(size, self._left + 1))
         self._left -= len(block)
@@ -128,11 +128,11 @@ class Limited(io.RawIOBase):
 
 
 def read_header(path: Path) -> Header:
-    """Read everything but the pixels.
+    """Read everything except the pixels.
 
     Raises:
         NotAnImageError: it is another DICOM object, or has no pixels.
-        InputError: it is damaged, cut short, or no DICOM file.
+        InputError: it is damaged, cut short, or not a DICOM file.
         MissingExtraError: pydicom is not installed.
     """
     pydicom = require("pydicom", "medical")
@@ -168,18 +168,18 @@ def read_header(path: Path) -> Header:
 def _require_image(path: Path, elements: Any, is_dicom: bool, ended_early: bool) -> None:
     kind = kind_of_non_image(elements)
     if kind is not None:
-        raise NotAnImageError(f"{path} is {kind}, no image to segment; give the image that it belongs to", kind)
+        raise NotAnImageError(f"{path} is {kind}, not an image; give the image that it belongs to", kind)
     if "Rows" in elements and "Columns" in elements:
         return
     if not (is_dicom or sop_class(elements)):
-        raise InputError(f"{path} holds no DICOM header; only DICOM images can be read")
+        raise InputError(f"{path} has no DICOM header; give a DICOM image")
     if ended_early:
         raise InputError(f"{path} is cut short: it ends within its header; copy it again")
-    raise NotAnImageError(f"{path} holds no pictures; only DICOM images can be read", "an object without pixels")
+    raise NotAnImageError(f"{path} holds no pixels; give a DICOM image", "an object without pixels")
 
 
 def _pixel_element(file: Any, elements: Any) -> PixelElement | None:
-    """Read the tag and the length of the pixel element, at which the file stands."""
+    """Read the tag and the length of the pixel element at the file's current position."""
     is_implicit, is_little = elements.original_encoding
     order = "<" if is_little else ">"
     block = file.read(12)
@@ -201,7 +201,7 @@ def _numbers(elements: Any, name: str, count: int) -> tuple[float, ...] | None:
     value = elements.get(name)
     if value is None or isinstance(value, str) or not hasattr(value, "__len__") or len(value) != count:
         return None
-    return tuple(float(each) for each in value)
+    return tuple(float(number) for number in value)
 
 
 def _spacing(elements: Any, name: str) -> tuple[float, float] | None:
@@ -210,42 +210,44 @@ def _spacing(elements: Any, name: str) -> tuple[float, float] | None:
 
 
 def _syntax(elements: Any) -> str:
-    """Return the transfer syntax; of a file that does not say, what its header is written in."""
-    said = elements.file_meta.get("TransferSyntaxUID") if elements.file_meta else None
-    if said:
-        return str(said)
+    """Return the transfer syntax; where the file does not state it, the encoding of its header."""
+    declared = elements.file_meta.get("TransferSyntaxUID") if elements.file_meta else None
+    if declared:
+        return str(declared)
     is_implicit, is_little = elements.original_encoding
     return IMPLICIT_LITTLE if is_implicit else EXPLICIT_LITTLE if is_little else EXPLICIT_BIG
 
 
 def _planes(path: Path, elements: Any, frames: int) -> tuple[Plane, ...]:
-    """Return where every frame lies.
+    """Return the geometry of every frame, or nothing where a frame has no position.
 
     Source: DICOM PS3.3 C.7.6.2.1.1 (a plane in the patient) and C.7.6.16 (functional groups of frames).
     """
     shared = first_item(elements, "SharedFunctionalGroupsSequence")
     groups = elements.get("PerFrameFunctionalGroupsSequence")
     if not groups:
-        own = [[elements]] if frames == 1 else []
+        holders_by_frame = [[elements]] if frames == 1 else []
     else:
         if len(groups) != frames:
-            raise InputError(f"{path} says it has {frames} frames, but describes {len(groups)}; export it again")
-        own = [[group, shared, elements] for group in groups]
+            raise InputError(f"{path} declares {frames} frames, but describes {len(groups)}; export it again")
+        holders_by_frame = [[group, shared, elements] for group in groups]
     planes: list[Plane] = []
-    for frame, places in enumerate(own):
-        position = _look_up(places, "PlanePositionSequence", "ImagePositionPatient", 3)
-        orientation = _look_up(places, "PlaneOrientationSequence", "ImageOrientationPatient", 6)
-        spacing = _look_up(places, "PixelMeasuresSequence", "PixelSpacing", 2)
+    for frame, holders in enumerate(holders_by_frame):
+        position = _look_up(holders, "PlanePositionSequence", "ImagePositionPatient", 3)
+        orientation = _look_up(holders, "PlaneOrientationSequence", "ImageOrientationPatient", 6)
+        spacing = _look_up(holders, "PixelMeasuresSequence", "PixelSpacing", 2)
         if position is None or orientation is None or spacing is None:
             return ()
         directions = np.array(orientation).reshape(2, 3)
         if not (np.isfinite(position).all() and np.allclose(directions @ directions.T, np.eye(2), atol=1e-2)):
-            raise InputError(f"{path} says it lies at {position} along {orientation}, which cannot be")
-        if not all(0 < each < np.inf for each in spacing):
-            raise InputError(f"{path} says its pixels are {spacing} mm, which cannot be")
+            raise InputError(
+                f"{path} has the impossible position {position} or orientation {orientation}; export it again"
+            )
+        if not all(0 < distance_mm < np.inf for distance_mm in spacing):
+            raise InputError(f"{path} has the impossible pixel spacing {spacing} mm; export it again")
         along_row, along_column = (directions / np.linalg.norm(directions, axis=1, keepdims=True)).tolist()
-        between = _look_up(places, "PixelMeasuresSequence", "SpacingBetweenSlices", 1)
-        thickness = between or _look_up(places, "PixelMeasuresSequence", "SliceThickness", 1)
+        between = _look_up(holders, "PixelMeasuresSequence", "SpacingBetweenSlices", 1)
+        thickness = between or _look_up(holders, "PixelMeasuresSequence", "SliceThickness", 1)
         planes.append(
             Plane(
                 path=path,
@@ -271,13 +273,13 @@ def first_item(elements: Any, name: str) -> Any:
     return sequence[0] if sequence else None
 
 
-def _look_up(places: Sequence[Any], sequence: str, name: str, count: int) -> tuple[float, ...] | None:
-    """Return numbers from the frame's group, the group that all frames share, or the file itself."""
-    for place in places:
-        for holder in (first_item(place, sequence), place):
-            if holder is None:
+def _look_up(holders: Sequence[Any], sequence: str, name: str, count: int) -> tuple[float, ...] | None:
+    """Return numbers from the first that has them: the frame's group, the shared group, or the file itself."""
+    for holder in holders:
+        for elements in (first_item(holder, sequence), holder):
+            if elements is None:
                 continue
-            found = _numbers(holder, name, count) if count > 1 else number_of(holder, name)
-            if found is not None:
-                return found if isinstance(found, tuple) else (found,)
+            numbers = _numbers(elements, name, count) if count > 1 else number_of(elements, name)
+            if numbers is not None:
+                return numbers if isinstance(numbers, tuple) else (numbers,)
     return None

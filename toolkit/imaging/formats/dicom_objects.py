@@ -1,6 +1,6 @@
-"""What a DICOM object is: an image to segment, or something else that may hold pixels, such as a segmentation.
+"""Classify a DICOM object: an image, or another object that may hold pixels, such as a segmentation.
 
-The SOP class decides. Where it is missing or private, the modality does, and then the attributes that only such an
+The SOP class decides. Where it is missing or private, the modality decides, and then attributes that only one type of
 object has. Source: DICOM PS3.4 table B.5-1 (SOP classes) and PS3.3 section C.7.3.1.1.1 (modalities).
 """
 
@@ -11,7 +11,7 @@ STANDARD = "1.2.840.10008."
 STORAGE = STANDARD + "5.1.4.1.1."
 IMAGE = None
 
-SOP_CLASSES: Mapping[str, str | None] = {  # a class, and those below it: what it is, or IMAGE
+SOP_CLASSES: Mapping[str, str | None] = {  # a class and those below it -> type of object, or IMAGE
     STANDARD + "1.3.10": "a DICOMDIR index",
     STANDARD + "5.1.4.34": "a radiotherapy delivery instruction",
     STANDARD + "5.1.4.38": "a hanging protocol",
@@ -82,7 +82,7 @@ MODALITIES: Mapping[str, str] = {
     "SEG": "a segmentation",
     "SR": "a structured report",
 }
-ATTRIBUTES: Mapping[str, str] = {  # that only such an object has
+ATTRIBUTES: Mapping[str, str] = {  # attribute -> the only type of object that has it
     "DoseGridScaling": "a radiotherapy dose",
     "SegmentSequence": "a segmentation",
     "StructureSetROISequence": "a radiotherapy structure set",
@@ -90,7 +90,7 @@ ATTRIBUTES: Mapping[str, str] = {  # that only such an object has
 
 
 def kind_of_non_image(elements: Any) -> str | None:
-    """Return what an object is that is no image to segment, such as "a segmentation"; None for an image.
+    """Return the type of an object that is not an image, such as "a segmentation"; None for an image.
 
     Args:
         elements: pydicom's dataset, with its file meta information.
@@ -109,6 +109,6 @@ def kind_of_non_image(elements: Any) -> str | None:
 
 
 def sop_class(elements: Any) -> str:
-    """Return the SOP class that the object or its file meta information names, or nothing."""
+    """Return the SOP class from the object or its file meta information, or an empty string."""
     meta = elements.file_meta
     return str(elements.get("SOPClassUID") or (meta.get("MediaStorageSOPClassUID") if meta else None) or "").strip()

@@ -1,4 +1,4 @@
-"""The pixels of one DICOM file as numbers: complete, decoded and scaled, or one line that says why not."""
+"""Decode, scale and check the pixels of one DICOM file."""
 
 from collections.abc import Iterator, Sequence
 from math import prod
@@ -17,7 +17,7 @@ J2K_SYNTAXES = ("1.2.840.10008.1.2.4.9", "1.2.840.10008.1.2.4.20")  # JPEG 2000,
 JPEG_START = b"\xff\xd8\xff"  # of every JPEG and JPEG-LS stream; neither start occurs inside a stream
 RLE = "1.2.840.10008.1.2.5"  # one item a frame
 ITEM, SEQUENCE_END = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0"
-DECODERS = {  # what a transfer syntax needs that the extra `medical` does not bring
+DECODERS = {  # transfer syntax -> package that decodes it, where the extra `medical` does not include one
     "1.2.840.10008.1.2.4.57": "pylibjpeg-libjpeg",
     "1.2.840.10008.1.2.4.70": "pylibjpeg-libjpeg",
     "1.2.840.10008.1.2.4.50": "pylibjpeg-libjpeg",
@@ -27,17 +27,17 @@ DECODERS = {  # what a transfer syntax needs that the extra `medical` does not b
     "1.2.840.10008.1.2.4.90": "pylibjpeg-openjpeg",
     "1.2.840.10008.1.2.4.91": "pylibjpeg-openjpeg",
 }
-QUANTITIES = ("CT", "PT")  # modalities whose numbers mean something, so that MONOCHROME1 says only how to show them
+QUANTITIES = ("CT", "PT")  # modalities of physical quantities, where MONOCHROME1 concerns display only
 
 
 def read_frames(header: Header) -> ndarray:
     """Decode all frames to (frames, rows, columns, channels), scaled by the header and with white as the largest value.
 
-    Integers stay integers where the scale is whole.
+    Integers stay integers where slope and intercept are whole numbers.
 
     Raises:
-        InputError: they are damaged, cut short, of more frames than the header says, or compressed in a way that
-            nothing installed can decode.
+        InputError: they are damaged, cut short, more frames than the header declares, or compressed in a way that no
+            installed decoder supports.
     """
     path, elements = header.path, header.elements
     pydicom = require("pydicom", "medical")
@@ -60,11 +60,13 @@ def read_frames(header: Header) -> ndarray:
                 raise
             reason = " ".join(str(error).split())[-MAX_REASON:]
             raise InputError(
-                f"{path} cannot be decoded: … {reason}; another decoder may: pip install {DECODERS[header.syntax]}"
+                f"{path} cannot be decoded: … {reason}; try another decoder: pip install {DECODERS[header.syntax]}"
             ) from error
         frames, rows, columns, samples = header.shape
         if values.size != prod(header.shape):
-            raise InputError(f"{path} holds {values.shape} pixels, but its header says {header.shape}")
+            raise InputError(
+                f"{path} holds {values.shape} pixels, but its header declares {header.shape}; export it again"
+            )
         values = values.astype(values.dtype.newbyteorder("="), copy=False).reshape(frames, rows, columns, samples)
         photometric = str(elements.get("PhotometricInterpretation", ""))
         if photometric == "PALETTE COLOR":
@@ -73,7 +75,7 @@ def read_frames(header: Header) -> ndarray:
         if samples == 1:
             values = _in_units(elements, values, inverted=photometric == "MONOCHROME1")
         elif samples != 3:
-            raise InputError(f"{path} has {samples} samples a pixel; 1 or 3 are possible")
+            raise InputError(f"{path} has {samples} samples per pixel; 1 or 3 are supported")
         if values.dtype.kind == "f":
             values = values.astype(np.float32)
         require_finite(path, values)
@@ -81,12 +83,12 @@ def read_frames(header: Header) -> ndarray:
 
 
 def _require_all_pixels(header: Header) -> None:
-    """Refuse a file that holds fewer pixels than its header promises, or further frames, which would be left out."""
+    """Refuse a file with fewer pixels than its header declares, or with more frames, which would be left out."""
     path, element = header.path, header.pixel_element
     if header.syntax == DEFLATED:
         return
     if element is None:
-        raise InputError(f"{path} cannot be read: it holds no pixels, but its header describes some; export it again")
+        raise InputError(f"{path} cannot be read: it holds no pixels, but its header declares some; export it again")
     if element.length is not None:
         _require_length(header, min(element.length, path.stat().st_size - element.start))
         return
@@ -96,7 +98,7 @@ def _require_all_pixels(header: Header) -> None:
 
 
 def _require_length(header: Header, stored: int) -> None:
-    """Refuse uncompressed pixels that are not as many bytes as the header promises."""
+    """Refuse uncompressed pixels whose size differs from the header's."""
     expected = require("pydicom.pixels.utils", "medical").get_expected_length(header.elements)
     if stored < expected:
         raise InputError(
@@ -108,12 +110,12 @@ def _require_length(header: Header, stored: int) -> None:
 def _require_frames(header: Header, stored: int) -> None:
     if stored > header.shape[0]:
         raise InputError(
-            f"{header.path} holds {stored} frames, but its header says {header.shape[0]}; correct NumberOfFrames"
+            f"{header.path} holds {stored} frames, but its header declares {header.shape[0]}; correct NumberOfFrames"
         )
 
 
 def _count_streams(header: Header, file: BinaryIO) -> int:
-    """Count the frames among the items of compressed pixels, as far as their starts tell; at least 1."""
+    """Count the frames among the items of compressed pixels by their first bytes; at least 1."""
     items = _items(header, file)
     offsets_length, _ = next(items, (0, b""))  # of the basic offset table, 4 bytes a frame
     starts = [start for _, start in items]
@@ -126,7 +128,7 @@ def _items(header: Header, file: BinaryIO) -> Iterator[tuple[int, bytes]]:
     """Yield the length and the first bytes of each item up to the end of the sequence.
 
     Raises:
-        InputError: the file ends before.
+        InputError: the file ends before the sequence does.
     """
     while True:
         tag, length = file.read(4), int.from_bytes(file.read(4), "little")
@@ -145,7 +147,9 @@ def _require_decoder(header: Header) -> None:
     pixels = require("pydicom.pixels", "medical")
     uid = require("pydicom.uid", "medical").UID(header.syntax)
     if not uid.is_transfer_syntax or (not uid.is_private and uid.name == header.syntax):
-        raise InputError(f"{header.path} says it is stored as {header.syntax[:64]!r}, which is no transfer syntax")
+        raise InputError(
+            f"{header.path} has {header.syntax[:64]!r} as its transfer syntax, which is not one; export it again"
+        )
     if uid.is_compressed and not uid.is_deflated and not pixels.get_decoder(uid).is_available:
         package = DECODERS.get(header.syntax)
         remedy = f"install a decoder: pip install {package}" if package else "convert it to uncompressed DICOM"
@@ -153,7 +157,7 @@ def _require_decoder(header: Header) -> None:
 
 
 def _require_codestreams_fit(header: Header) -> None:
-    """Refuse a JPEG 2000 stream that says it is larger than the header says: a decoder would believe it.
+    """Refuse a JPEG 2000 stream whose size differs from the header's: a decoder would allocate the stream's size.
 
     Source: ISO/IEC 15444-1 A.5.1, marker SIZ.
     """
@@ -164,15 +168,15 @@ def _require_codestreams_fit(header: Header) -> None:
     wanted = ["PixelData", "ExtendedOffsetTable", "ExtendedOffsetTableLengths"]
     elements = pydicom.dcmread(header.path, force=True, specific_tags=wanted)
     for frame in require("pydicom.encaps", "medical").generate_frames(elements.PixelData, number_of_frames=frames):
-        place = frame.find(J2K_START)
-        if place < 0:
-            raise InputError(f"{header.path} is said to be JPEG 2000, but is not")
-        sizes = np.frombuffer(frame, ">u4", 4, place + J2K_SIZES).astype(np.int64)  # right, lower, left, upper ends
+        start = frame.find(J2K_START)
+        if start < 0:
+            raise InputError(f"{header.path} has the transfer syntax of JPEG 2000, but other content; export it again")
+        sizes = np.frombuffer(frame, ">u4", 4, start + J2K_SIZES).astype(np.int64)  # right, lower, left, upper ends
         width, height = (sizes[:2] - sizes[2:]).tolist()
         if (width, height) != (columns, rows):
             raise InputError(
-                f"{header.path} holds a JPEG 2000 picture of {width} x {height} pixels, but its header says "
-                f"{columns} x {rows}"
+                f"{header.path} holds a JPEG 2000 image of {width} x {height} pixels, but its header declares "
+                f"{columns} x {rows}; export it again"
             )
 
 
@@ -186,7 +190,7 @@ def _in_units(elements: Any, stored: ndarray, inverted: bool) -> ndarray:
     scales = _scales(elements, len(stored))
     if all(scale == (1, 0) for scale in scales):
         return stored
-    whole = stored.dtype.kind in "iu" and all(float(each).is_integer() for scale in scales for each in scale)
+    whole = stored.dtype.kind in "iu" and all(float(number).is_integer() for scale in scales for number in scale)
     if not whole:
         values = np.empty(stored.shape, np.float32)
         for frame, (slope, intercept) in enumerate(scales):
@@ -212,7 +216,7 @@ def _scales(elements: Any, frames: int) -> Sequence[tuple[float, float]]:
             first_item(group, "PixelValueTransformationSequence"),
             first_item(shared, "PixelValueTransformationSequence"),
         )
-        holder = next((each for each in holders if each is not None), elements)
+        holder = next((item for item in holders if item is not None), elements)
         slope, intercept = number_of(holder, "RescaleSlope"), number_of(holder, "RescaleIntercept")
         scales.append((1.0 if slope is None else slope, 0.0 if intercept is None else intercept))
     return scales

@@ -1,7 +1,7 @@
-"""The series that the DICOM files of a folder make up.
+"""Group the DICOM files of a folder into series.
 
-Files belong together by series, size and direction. UIDs are labels that anonymisers repeat or scatter: no file is left
-out for its UID, and single slices that lie in a row are put together although each has a series of its own.
+Files of one series have the same series UID, size and orientation. Anonymisers repeat or scatter UIDs: no file is left
+out for its UID, and evenly spaced single slices are grouped although each has its own series UID.
 """
 
 from collections import Counter
@@ -14,15 +14,15 @@ from medseg_trt.imaging.formats.dicom_file import Header, NotAnImageError, read_
 from medseg_trt.imaging.formats.dicom_stack import in_order, same_direction, stack_of
 from medseg_trt.progress import LOG
 
-MIN_SCATTERED = 3  # slices of a series each, from which on even steps between them are no chance
+MIN_SCATTERED = 3  # slices with a series UID each; even spacing of fewer may be chance
 
 
 def find_series(folder: Path, files: Sequence[Path]) -> Iterator[tuple[str | None, tuple[Path, ...]]]:
-    """Divide DICOM files into images: what each is called, and its files; files that stand alone have no name yet.
+    """Group DICOM files into images; yield the stem of each and its files. A single file has no stem yet.
 
-    One series is called like its folder; of several, each has its SeriesNumber appended. Slices of one series that lie
-    in different directions or differ in size, such as a scout view, are images of their own. A file that cannot be read
-    stands alone, so that reading it says why. Objects that are no images are left out with a warning.
+    A single series is named after its folder; several have their SeriesNumber appended. Slices of one series that
+    differ in orientation or size, such as a scout view, are separate images. An unreadable file is yielded alone, so
+    that reading it raises the reason. Objects that are not images are left out with a warning.
 
     Raises:
         MissingExtraError: pydicom is not installed.
@@ -37,12 +37,12 @@ def find_series(folder: Path, files: Sequence[Path]) -> Iterator[tuple[str | Non
         except InputError:
             yield None, (path,)
     if left_out:
-        LOG.warning("%s: left out, since they are no images: %s", folder, _summary(left_out))
+        LOG.warning("%s: left out, because they are not images: %s", folder, _summary(left_out))
     groups: list[list[Header]] = []
     placed_series = {header.series for header in headers if header.planes}
     for header in sorted(headers, key=_series_key):
         if not header.planes and header.series and header.series in placed_series:
-            LOG.warning("%s does not say where in its series it lies; it becomes an image of its own", header.path)
+            LOG.warning("%s has no position in its series; it becomes a separate image", header.path)
         if header.shape[0] > 1 or not header.planes:
             yield None, (header.path,)
             continue
@@ -64,7 +64,7 @@ def find_series(folder: Path, files: Sequence[Path]) -> Iterator[tuple[str | Non
 
 
 def _summary(left_out: Sequence[tuple[str, Path]]) -> str:
-    """Return how many objects there are of each kind, with the first file's name."""
+    """Return the number of objects of each type, with the first file's name."""
     counts = Counter(kind for kind, _ in left_out)
     first = {kind: path.name for kind, path in reversed(left_out)}
     return ", ".join(
@@ -83,9 +83,9 @@ def _belong_together(one: Header, other: Header) -> bool:
 
 
 def _gather_scattered(folder: Path, groups: Sequence[list[Header]]) -> list[list[Header]]:
-    """Put single slices together that differ in the UID of their series alone and lie in a row at even steps.
+    """Group evenly spaced single slices that differ only in their series UID.
 
-    Where they do not, or where too few of them could do so by chance, they stay images of their own, with a warning.
+    Slices that are not evenly spaced, or too few to exclude chance, stay separate images, with a warning.
     """
     rows: list[list[Header]] = []
     for group in groups:
@@ -102,7 +102,7 @@ def _gather_scattered(folder: Path, groups: Sequence[list[Header]]) -> list[list
             studies.setdefault(header.study, []).append(header)
         if len(row) >= MIN_SCATTERED and len(studies) == len(row) and _reason_against_one_volume(folder, row) is None:
             LOG.warning(
-                "%s: %d slices in a row at even steps are of a study each; each becomes an image of its own; "
+                "%s: %d evenly spaced slices have a StudyInstanceUID each; each becomes a separate image; "
                 "to make them one volume, give them the same StudyInstanceUID",
                 folder,
                 len(row),
@@ -118,9 +118,9 @@ def _one_volume_or_each_its_own(folder: Path, slices: list[Header]) -> list[list
     reason = _reason_against_one_volume(folder, slices)
     scattered = f"{folder}: {len(slices)} slices with the same description have a SeriesInstanceUID each"
     if reason is None:
-        LOG.warning("%s; they lie in a row at even steps and are taken for one volume", scattered)
+        LOG.warning("%s; they are evenly spaced and are read as one volume", scattered)
         return [slices]
-    LOG.warning("%s; each becomes an image of its own, because %s", scattered, reason)
+    LOG.warning("%s; each becomes a separate image, because %s", scattered, reason)
     return [[header] for header in slices]
 
 
@@ -131,7 +131,7 @@ def _could_be_one_series(one: Header, other: Header) -> bool:
 
 def _reason_against_one_volume(folder: Path, headers: Sequence[Header]) -> str | None:
     if len(headers) < MIN_SCATTERED:
-        return "two are too few to tell whether they are one volume"
+        return "two are too few to decide whether they are one volume"
     try:
         stack_of(folder, in_order([header.planes[0] for header in headers]))
     except InputError as error:

@@ -1,7 +1,7 @@
-"""Planes that make up a volume: put in order, without copies, and with the vector from a slice to the next.
+"""Sort the planes of a volume, drop copies, and compute the vector between slices.
 
-Slices are put in order by where they lie along their normal, and the distance between them comes from there too: file
-names, instance numbers, UIDs and SliceThickness do not count.
+Order and distance of slices come from their positions along their normal. File names, instance numbers, UIDs and
+SliceThickness are ignored.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,28 +14,26 @@ from numpy import ndarray
 from medseg_trt.errors import InputError
 from medseg_trt.imaging.formats.dicom_file import Plane
 
-SAME_DIRECTION = 1e-3  # between the orientations of slices of one volume
+SAME_DIRECTION = 1e-3  # largest difference between orientations or spacings in one volume
 SAME_PLACE_MM = 1e-3
-UNEVEN_SILENT, UNEVEN_POSSIBLE = (
-    0.01,
-    0.1,
-)  # of the step from slice to slice: warned from the first, refused from the second
+UNEVEN_WARNED = 0.01  # deviation from the distance between slices, as a share of it, above which a warning is given
+UNEVEN_REFUSED = 0.1  # and above which the volume is refused
 ROUNDED_MM = 0.02  # positions are written with few decimals
-DEFAULT_THICKNESS_MM = 1.0  # of a slice that lies alone and does not say
-MAX_NAMED = 12  # frames that a message lists one by one
+DEFAULT_THICKNESS_MM = 1.0  # of a single slice that does not state it
+MAX_NAMED = 12  # frames listed one by one in a message
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Stack:
-    """Planes in order, at even steps."""
+    """Sorted, evenly spaced planes."""
 
     planes: tuple[Plane, ...]
     step_mm: ndarray  # vector from a plane's corner to the next one's
-    remarks: tuple[str, ...]  # what a user should know of it
+    remarks: tuple[str, ...]  # warnings for the user
 
 
 def same_direction(one: Plane, other: Plane) -> bool:
-    """Say whether two planes are parallel, turned alike and of the same pixel spacing."""
+    """Return whether two planes have the same orientation and pixel spacing."""
     directions = [np.array([plane.along_row, plane.along_column]) for plane in (one, other)]
     spacings = np.array([one.spacing_mm, other.spacing_mm])
     return bool(
@@ -45,13 +43,13 @@ def same_direction(one: Plane, other: Plane) -> bool:
 
 
 def normal_of(plane: Plane) -> ndarray:
-    """Return the unit vector at right angles to a plane (left, posterior, superior)."""
+    """Return the unit normal of a plane (left, posterior, superior)."""
     normal = np.cross(plane.along_row, plane.along_column)
     return normal / np.linalg.norm(normal)
 
 
 def in_order(planes: Sequence[Plane]) -> list[Plane]:
-    """Return planes of one direction in the order in which they lie along their normal."""
+    """Return parallel planes sorted by their position along the normal."""
     depths_mm = np.array([plane.corner_mm for plane in planes]) @ normal_of(planes[0])
     order: list[int] = np.argsort(depths_mm, kind="stable").tolist()
     return [planes[index] for index in order]
@@ -60,11 +58,13 @@ def in_order(planes: Sequence[Plane]) -> list[Plane]:
 def without_copies(
     planes: Sequence[Plane], pixels_of: Callable[[Plane], ndarray]
 ) -> tuple[list[Plane], list[tuple[Plane, Plane]]]:
-    """Return ordered planes without those that lie where another one lies and show the same, and these beside it.
+    """Return sorted planes without copies, and the copies with their originals.
+
+    A copy has the position and the pixels of another plane.
 
     Args:
-        planes: in order.
-        pixels_of: decodes a plane; called only for planes at the same place.
+        planes: sorted along their normal.
+        pixels_of: decodes a plane; called only for planes at the same position.
     """
     kept: list[Plane] = []
     copies: list[tuple[Plane, Plane]] = []
@@ -80,16 +80,16 @@ def without_copies(
 
 
 def stack_of(path: Path, planes: Sequence[Plane]) -> Stack:
-    """Check that ordered planes lie in one direction, on a line and at even steps.
+    """Check that sorted planes are parallel, evenly spaced and on a straight line.
 
     Raises:
-        InputError: two lie at the same place or in different directions, or one is missing.
+        InputError: two have the same position or different orientations, or one is missing.
     """
     _require_one_direction(path, planes)
     normal = normal_of(planes[0])
     if len(planes) == 1:
         thickness_mm = planes[0].thickness_mm
-        unknown = f"{planes[0].path} does not say how thick its slice is; it is taken to be {DEFAULT_THICKNESS_MM:g} mm"
+        unknown = f"{planes[0].path} does not state its slice thickness; {DEFAULT_THICKNESS_MM:g} mm is assumed"
         return Stack(
             planes=tuple(planes),
             step_mm=normal * (thickness_mm or DEFAULT_THICKNESS_MM),
@@ -102,21 +102,21 @@ def stack_of(path: Path, planes: Sequence[Plane]) -> Stack:
     usual_mm = float(np.median(gaps_mm))
     index = int(np.abs(gaps_mm - usual_mm).argmax())
     worst_mm = abs(gaps_mm[index] - usual_mm)
-    if worst_mm > UNEVEN_POSSIBLE * usual_mm + ROUNDED_MM:
+    if worst_mm > UNEVEN_REFUSED * usual_mm + ROUNDED_MM:
         missing = round(gaps_mm[index] / usual_mm) - 1
         reason = f"{missing} slice(s) may be missing" if missing > 0 else "the slices are not evenly spaced"
         raise InputError(
-            f"{path}: between {_name(planes[index])} and {_name(planes[index + 1])} are {gaps_mm[index]:.4g} mm, "
-            f"elsewhere {usual_mm:.4g} mm; {reason}: export the whole series, or resample it"
+            f"{path}: the distance between {_name(planes[index])} and {_name(planes[index + 1])} is "
+            f"{gaps_mm[index]:.4g} mm, elsewhere {usual_mm:.4g} mm; {reason}: export the whole series, or resample it"
         )
     step_mm = (corners_mm[-1] - corners_mm[0]) / (len(planes) - 1)
     on_line_mm = corners_mm[0] + np.arange(len(planes))[:, np.newaxis] * step_mm
     off_mm = float(np.abs(corners_mm - on_line_mm).max())
     if off_mm > min(usual_mm, *planes[0].spacing_mm) / 2 + ROUNDED_MM:
-        raise InputError(f"{path}: its slices do not lie on a line, but up to {off_mm:.3g} mm beside; resample it")
+        raise InputError(f"{path}: its slices are up to {off_mm:.3g} mm off a straight line; resample it")
     remarks: tuple[str, ...] = ()
-    if worst_mm > UNEVEN_SILENT * usual_mm + ROUNDED_MM:
-        remarks = (f"{path}: the steps between slices differ by up to {worst_mm:.3g} mm; their mean is used",)
+    if worst_mm > UNEVEN_WARNED * usual_mm + ROUNDED_MM:
+        remarks = (f"{path}: the distances between slices differ by up to {worst_mm:.3g} mm; their mean is used",)
     return Stack(planes=tuple(planes), step_mm=step_mm, remarks=remarks)
 
 

@@ -32,9 +32,23 @@ END_MARKS = {"PNG": b"IEND\xae\x42\x60\x82", "JPEG": b"\xff\xd9"}  # a file with
 SUFFIXES = (".png", ".jpg", ".bmp")
 LOSSY = "JPEG"
 MODES = {  # Pillow's mode -> the one it is turned to; None keeps its numbers
-    "1": "L", "L": None, "LA": "L", "P": "RGB", "PA": "RGB", "RGB": None, "RGBA": "RGB", "RGBX": "RGB", "CMYK": "RGB",
-    "YCbCr": "RGB", "LAB": "RGB", "I;16": None, "I;16B": None, "I;16L": None, "I": None, "F": None,
-}  # fmt: skip
+    "1": "L",
+    "L": None,
+    "LA": "L",
+    "P": "RGB",
+    "PA": "RGB",
+    "RGB": None,
+    "RGBA": "RGB",
+    "RGBX": "RGB",
+    "CMYK": "RGB",
+    "YCbCr": "RGB",
+    "LAB": "RGB",
+    "I;16": None,
+    "I;16B": None,
+    "I;16L": None,
+    "I": None,
+    "F": None,
+}
 DEEP_MODES = {  # how a PNG of 16 bits a channel is stored -> mode and raw modes that give its upper and lower bytes
     "RGB;16B": ("RGB", "RGB;16B", "RGB;16L"),
     "RGBA;16B": ("RGBA", "RGBA;16B", "RGBA;16L"),

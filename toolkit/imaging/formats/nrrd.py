@@ -48,10 +48,13 @@ DTYPES: Mapping[str, str] = {  # NRRD's name of a type, without blanks -> NumPy'
     "double": "f8",
 }
 SPACES = {  # to millimetres right, anterior, superior
-    "right-anterior-superior": (1.0, 1.0, 1.0), "ras": (1.0, 1.0, 1.0),
-    "left-anterior-superior": (-1.0, 1.0, 1.0), "las": (-1.0, 1.0, 1.0),
-    "left-posterior-superior": (-1.0, -1.0, 1.0), "lps": (-1.0, -1.0, 1.0),
-}  # fmt: skip
+    "right-anterior-superior": (1.0, 1.0, 1.0),
+    "ras": (1.0, 1.0, 1.0),
+    "left-anterior-superior": (-1.0, 1.0, 1.0),
+    "las": (-1.0, 1.0, 1.0),
+    "left-posterior-superior": (-1.0, -1.0, 1.0),
+    "lps": (-1.0, -1.0, 1.0),
+}
 MM_PER_UNIT = {"mm": 1.0, "millimeter": 1.0, "millimeters": 1.0, "cm": 10.0, "m": 1e3, "um": 1e-3, "": 1.0}
 COLOURS = ("rgb-color", "rgba-color", "3-color", "4-color")
 SPATIAL = ("", "domain", "space", "none", "???")  # kinds of axes that are or may be directions in space

@@ -37,9 +37,13 @@ BITS, PHOTOMETRIC, SAMPLE_FORMAT, ORIENTATION = 258, 262, 339, 274  # tags
 UNSIGNED, SIGNED, FLOAT = 1, 2, 3
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB = 0, 1, 2  # kinds of pages that tifffile is asked for
 KEPT_WHOLE = {  # Pillow's mode, bits and sample format of pages that Pillow neither cuts nor takes for something else
-    ("I;16", 12, UNSIGNED), ("I;16", 16, UNSIGNED), ("I;16B", 16, UNSIGNED), ("I", 16, SIGNED), ("I", 32, SIGNED),
+    ("I;16", 12, UNSIGNED),
+    ("I;16", 16, UNSIGNED),
+    ("I;16B", 16, UNSIGNED),
+    ("I", 16, SIGNED),
+    ("I", 32, SIGNED),
     ("F", 32, FLOAT),
-}  # fmt: skip
+}
 COLOURS = 3
 ALPHA = (1, 2)  # ExtraSamples that are transparency, associated or not
 SLACK_BYTES = 1024  # of a compressed strip that is longer than its pixels

@@ -72,7 +72,7 @@ def test_a_copy_is_told_by_place_and_pixels_whatever_its_uid(uid, tmp_path, capl
     image = read_image(folder)
     np.testing.assert_array_equal(image.pixels[..., 0], STACK)
     (warning,) = warnings_of(caplog)
-    assert "left out as copies, with the same place and pixels: IM0002 (1).dcm of IM0002" in warning
+    assert "left out as copies, with the same position and pixels: IM0002 (1).dcm of IM0002" in warning
 
 
 def test_a_folder_that_holds_every_slice_twice_is_the_volume_with_one_warning(tmp_path, caplog):
@@ -108,9 +108,9 @@ def test_a_series_for_every_slice_is_one_volume_with_a_warning(tmp_path, caplog)
 @pytest.mark.parametrize(
     ("changing", "missing", "reason"),
     [
-        ({}, (2,), "between IM0001 and IM0003 are 6 mm, elsewhere 3 mm"),
-        ({}, (0, 1, 2, 3), "two are too few to tell"),
-        ({"StudyInstanceUID": lambda index: f"1.5.{index + 1}"}, (), "6 slices in a row at even steps are of a study"),
+        ({}, (2,), "the distance between IM0001 and IM0003 is 6 mm, elsewhere 3 mm"),
+        ({}, (0, 1, 2, 3), "two are too few to decide"),
+        ({"StudyInstanceUID": lambda index: f"1.5.{index + 1}"}, (), "6 evenly spaced slices have a StudyInstanceUID each"),
         ({"SeriesDescription": lambda index: f"station {index}"}, (), None),
         ({"SeriesNumber": lambda index: index}, (), None),
     ],
@@ -148,7 +148,7 @@ def test_a_slice_that_does_not_say_where_it_lies_is_an_image_of_its_own_with_a_w
     save(folder / "IM0006", dataset(STACK[5]))
     assert sorted(len(source.files) for source in find_images([folder])) == [1, 6]
     (warning,) = warnings_of(caplog)
-    assert "IM0006 does not say where in its series it lies" in warning
+    assert "IM0006 has no position in its series" in warning
 
 
 # --- what is an image
@@ -183,8 +183,8 @@ def test_an_object_that_is_no_image_is_left_out_of_a_folder_by_its_name_and_refu
     path = save(folder / name, described)
     np.testing.assert_array_equal(read_image(folder).pixels[..., 0], STACK)
     (warning,) = warnings_of(caplog)
-    assert warning == f"{folder}: left out, since they are no images: {name} ({kind})"
-    with pytest.raises(InputError, match=rf"{name} is {kind}, no image to segment; give the image"):
+    assert warning == f"{folder}: left out, because they are not images: {name} ({kind})"
+    with pytest.raises(InputError, match=rf"{name} is {kind}, not an image; give the image"):
         read_image(path)
 
 
@@ -195,7 +195,7 @@ def test_many_objects_are_left_out_in_one_line_with_their_number(tmp_path, caplo
     save(folder / "d", other_object(STORAGE + "66.4", "SEG"))
     assert len(find_images([folder])) == 1
     (warning,) = warnings_of(caplog)
-    assert warning.endswith("no images: a and 2 more (a presentation state), d (a segmentation)")
+    assert warning.endswith("not images: a and 2 more (a presentation state), d (a segmentation)")
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_frames_saved_as_files_as_the_advice_says_are_an_image_a_direction(tmp_p
 def test_fewer_descriptions_than_frames_are_refused(tmp_path):
     described = enhanced(numbers(), corners(4), [AXIAL] * 4)
     described.PerFrameFunctionalGroupsSequence.pop()
-    with pytest.raises(InputError, match=r"a\.dcm says it has 4 frames, but describes 3"):
+    with pytest.raises(InputError, match=r"a\.dcm declares 4 frames, but describes 3"):
         read_image(save(tmp_path / "a.dcm", described))
 
 
@@ -285,7 +285,7 @@ def test_frames_that_the_header_does_not_count_are_never_left_out_in_silence(syn
         save(path, described, syntax)
     else:
         path.write_bytes(content.replace(b"\x28\x00\x08\x00IS\x02\x003 ", b"\x28\x00\x08\x00IS\x02\x002 "))
-    with pytest.raises(InputError, match=r"a\.dcm holds 3 frames, but its header says 2; correct NumberOfFrames"):
+    with pytest.raises(InputError, match=r"a\.dcm holds 3 frames, but its header declares 2; correct NumberOfFrames"):
         read_image(path)
 
 
@@ -357,7 +357,7 @@ def test_a_file_with_the_suffix_that_is_no_dicom_is_reported(tmp_path):
     folder = save_slices(tmp_path / "scan")
     (folder / "IM0006.dcm").write_bytes(bytes(4000))
     (lone,) = [source for source in find_images([folder]) if not source.is_series]
-    with pytest.raises(InputError, match=r"IM0006\.dcm holds no DICOM header"):
+    with pytest.raises(InputError, match=r"IM0006\.dcm has no DICOM header"):
         read_image(lone)
 
 

@@ -71,8 +71,13 @@ def test_inputs_of_every_kind_are_segmented_each_into_a_mask_that_lies_as_it_doe
     )
     assert failed == []
     assert [path.name for path in written.masks] == [
-        "exam.nii.gz", "grey.png", "photo.png", "screen.png", "stack.tif", "volume.nii.gz",
-    ]  # fmt: skip
+        "exam.nii.gz",
+        "grey.png",
+        "photo.png",
+        "screen.png",
+        "stack.tif",
+        "volume.nii.gz",
+    ]
     for source, path in zip(find_images([folder]), written.masks, strict=True):
         image = read_image(source)
         assert read_labels(path, image, 3).shape == image.pixels.shape[:3]

@@ -149,10 +149,13 @@ def test_a_smaller_nifti_mask_is_no_crop(tmp_path):
 
 def test_slicers_layers_are_named_with_the_way_to_export_them(tmp_path):
     header = {
-        "space": "left-posterior-superior", "kinds": ["list", "domain", "domain", "domain"],
-        "space directions": np.array([[np.nan] * 3, [3, 0, 0], [0, 3, 0], [0, 0, 3]]), "space origin": [0.0, 0, 0],
-        "Segment0_Layer": "0", "Segment1_Layer": "1",
-    }  # fmt: skip
+        "space": "left-posterior-superior",
+        "kinds": ["list", "domain", "domain", "domain"],
+        "space directions": np.array([[np.nan] * 3, [3, 0, 0], [0, 3, 0], [0, 0, 3]]),
+        "space origin": [0.0, 0, 0],
+        "Segment0_Layer": "0",
+        "Segment1_Layer": "1",
+    }
     nrrd.write(str(tmp_path / "v.seg.nrrd"), np.zeros((2, *SHAPE), np.uint8), header)
     with pytest.raises(InputError, match=r"3D Slicer in 2 layers, because its segments overlap; export it"):
         read_labels(tmp_path / "v.seg.nrrd", volume(tmp_path), 3)

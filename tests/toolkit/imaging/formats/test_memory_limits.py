@@ -53,9 +53,12 @@ def read_in_child(path: Path) -> tuple[str, int]:
     limit = (ADDRESS_BYTES, ADDRESS_BYTES)
     done = subprocess.run(
         [sys.executable, "-c", CHILD, str(path)],
-        capture_output=True, text=True, check=True, timeout=120,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, limit),
-    )  # fmt: skip
+    )
     message, grown_mib = done.stdout.splitlines()
     return message, int(grown_mib)
 
@@ -144,7 +147,7 @@ CASES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "HDF5, a chunk": (".h5", lambda path: hdf5(path, chunk=packed(b"", ZLIB, 2**27)), "chunk of image"),
     "HDF5, a small chunk": (".h5", lambda path: hdf5(path, chunk=packed(b"", ZLIB, 2**24)), "inflates to more"),
     "HDF5, large chunks": (".h5", lambda path: hdf5(path, (2**13, 2**13)), "larger than it is"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", list(CASES))
