@@ -12,7 +12,7 @@ from medseg_trt.bundles.bundle import MANIFEST, Bundle, load_bundle
 from medseg_trt.bundles.manifest import BuiltEngine, FileEntry, Manifest, Variant
 from medseg_trt.bundles.signature import signature_of
 from medseg_trt.engines.child import Answer, build_in_child
-from medseg_trt.engines.choice import here, installed_version
+from medseg_trt.engines.choice import installed_version, runtime_environment
 from medseg_trt.engines.fingerprint import (
     FOLDER,
     EngineFingerprint,
@@ -143,7 +143,7 @@ def rebuild_engines(bundle: Bundle) -> Bundle:
     kept: list[BuiltEngine] = []
     for engine in content.engines:
         old = read_fingerprint(inside(bundle.folder, engine.plan))
-        reasons = mismatches(old, here(bundle, old, installed_version(old.library), gpu))
+        reasons = mismatches(old, runtime_environment(bundle, old, installed_version(old.library), gpu))
         if not reasons:
             LOG.info("%s fits; it stays", engine.plan)
             kept.append(engine)

@@ -3,7 +3,14 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from medseg_trt.bundles.bundle import Bundle
-from medseg_trt.engines.fingerprint import EngineFingerprint, Here, mismatches, read_fingerprint, rebuild_hint, side_car
+from medseg_trt.engines.fingerprint import (
+    EngineFingerprint,
+    RuntimeEnvironment,
+    mismatches,
+    read_fingerprint,
+    rebuild_hint,
+    side_car,
+)
 from medseg_trt.engines.gpu import Gpu
 from medseg_trt.errors import ArtefactError, UsageError
 from medseg_trt.files import inside
@@ -38,12 +45,14 @@ def installed_version(library: str) -> str | None:
     return None
 
 
-def here(bundle: Bundle, fingerprint: EngineFingerprint, library_version: str | None, gpu: Gpu | None) -> Here:
+def runtime_environment(
+    bundle: Bundle, fingerprint: EngineFingerprint, library_version: str | None, gpu: Gpu | None
+) -> RuntimeEnvironment:
     """Say what an engine of a bundle meets on this machine."""
     content = bundle.content
     weights = next((each.weights for each in content.variants.values() if each.graph == fingerprint.graph), "")
     digests = {name: entry.sha256 for name, entry in content.files.items()}
-    return Here(
+    return RuntimeEnvironment(
         library=fingerprint.library, version=library_version, sm=gpu.sm if gpu else None,
         gpu=gpu.name if gpu else None, driver=gpu.driver if gpu else None, cuda=gpu.cuda if gpu else None,
         graph_sha256=digests.get(fingerprint.graph, ""),  # a graph that is not there is another one
@@ -60,7 +69,7 @@ def judged_engines(
         ArtefactError: a fingerprint is damaged, or that of another plan.
     """
     found = [each for each in engines_of(bundle, library) if each.precision == precision]
-    return [(each, mismatches(each, here(bundle, each, library_version, gpu))) for each in found]
+    return [(each, mismatches(each, runtime_environment(bundle, each, library_version, gpu))) for each in found]
 
 
 def fitting_engine(

@@ -62,7 +62,7 @@ class EngineFingerprint:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Here:
+class RuntimeEnvironment:
     """What an engine meets on a machine; None where that is not known."""
 
     library: str
@@ -103,7 +103,7 @@ def read_fingerprint(path: Path) -> EngineFingerprint:
     return fingerprint
 
 
-def mismatches(fingerprint: EngineFingerprint, here: Here) -> list[str]:
+def mismatches(fingerprint: EngineFingerprint, here: RuntimeEnvironment) -> list[str]:
     """Say in one sentence each what keeps an engine from being used here; an empty list: nothing known does."""
     return [sentence for check in CHECKS if (sentence := check(fingerprint, here)) is not None]
 
@@ -113,7 +113,7 @@ def rebuild_hint(folder: Path) -> str:
     return f"Rebuild it from the bundle's own graph: medseg-trt infer --rebuild --bundle {folder} IMAGES"
 
 
-def _library(found: EngineFingerprint, here: Here) -> str | None:
+def _library(found: EngineFingerprint, here: RuntimeEnvironment) -> str | None:
     name = LIBRARY_NAMES[found.library]
     if here.library != found.library:
         return f"{found.plan} is an engine of {name}, which {LIBRARY_NAMES[here.library]} cannot read."
@@ -125,7 +125,7 @@ def _library(found: EngineFingerprint, here: Here) -> str | None:
     return f"{found.plan} was built by {name} {found.version}; {here.version} is installed here and cannot read it."
 
 
-def _gpu(found: EngineFingerprint, here: Here) -> str | None:
+def _gpu(found: EngineFingerprint, here: RuntimeEnvironment) -> str | None:
     if here.sm is None:
         return None
     what = f"this GPU{f', {here.gpu},' if here.gpu else ''} is {here.sm}"
@@ -139,28 +139,29 @@ def _gpu(found: EngineFingerprint, here: Here) -> str | None:
     return None
 
 
-def _driver(found: EngineFingerprint, here: Here) -> str | None:
+def _driver(found: EngineFingerprint, here: RuntimeEnvironment) -> str | None:
     if here.cuda is None or found.cuda is None or int(_major(here.cuda)) >= int(_major(found.cuda)):
         return None
     driver = f"driver {here.driver}" if here.driver else "driver"
     return f"{found.plan} needs CUDA {found.cuda}; the {driver} here goes up to CUDA {here.cuda}."
 
 
-def _graph(found: EngineFingerprint, here: Here) -> str | None:
+def _graph(found: EngineFingerprint, here: RuntimeEnvironment) -> str | None:
     pairs = ((here.graph_sha256, found.graph_sha256), (here.weights_sha256, found.weights_sha256))
     if all(there in (None, then) for there, then in pairs):
         return None
     return f"{found.plan} was built from another {found.graph} than the one that lies in the bundle."
 
 
-def _plugins(found: EngineFingerprint, here: Here) -> str | None:
+def _plugins(found: EngineFingerprint, here: RuntimeEnvironment) -> str | None:
     changed = sorted(name for name, digest in found.plugins.items() if here.plugins.get(name) != digest)
     if not changed:
         return None
     return f"{found.plan} was built with other kernels behind its plugins {', '.join(changed)} than this version has."
 
 
-CHECKS: tuple[Callable[[EngineFingerprint, Here], str | None], ...] = (_library, _gpu, _driver, _graph, _plugins)
+Check = Callable[[EngineFingerprint, RuntimeEnvironment], str | None]
+CHECKS: tuple[Check, ...] = (_library, _gpu, _driver, _graph, _plugins)
 
 
 def _major(version: str) -> str:

@@ -6,7 +6,7 @@ import pytest
 
 from medseg_trt.engines.fingerprint import (
     EngineFingerprint,
-    Here,
+    RuntimeEnvironment,
     mismatches,
     read_fingerprint,
     rebuild_hint,
@@ -22,7 +22,7 @@ BUILT = EngineFingerprint(
     graph_sha256="a" * 64, weights_sha256="b" * 64,
     plugins={"RMSNorm": "c" * 64}, batch=(1, 1, 8), options={"level": 3},
 )  # fmt: skip
-HERE = Here(
+HERE = RuntimeEnvironment(
     library="tensorrt-rtx", version="1.7.1.116", sm="sm86", gpu="NVIDIA A10", driver="580.65", cuda="13.0",
     graph_sha256="a" * 64, weights_sha256="b" * 64, plugins={"RMSNorm": "c" * 64, "SwiGLU": "d" * 64},
 )  # fmt: skip
@@ -36,7 +36,7 @@ def test_a_fingerprint_is_read_as_it_was_written(tmp_path: Path):
 
 def test_an_engine_fits_where_everything_is_as_it_was_built():
     assert mismatches(BUILT, HERE) == []
-    unknown = Here(library="tensorrt-rtx", version="1.7.1.116", plugins=HERE.plugins)
+    unknown = RuntimeEnvironment(library="tensorrt-rtx", version="1.7.1.116", plugins=HERE.plugins)
     assert mismatches(BUILT, unknown) == []  # what is not known is no mismatch
 
 
