@@ -21,7 +21,7 @@ from medseg_trt.errors import InputError, MedsegError
 from medseg_trt.imaging.images import Image, Mask
 from medseg_trt.imaging.preprocess import outside_fraction
 from medseg_trt.imaging.segment import Steps, steps
-from medseg_trt.inference.prefetch import POLL_S, Overlap, StoppedError
+from medseg_trt.inference.prefetch import POLL_S, Prefetcher, StoppedError
 from medseg_trt.progress import LOG, track
 from medseg_trt.sessions.base import Session
 
@@ -93,10 +93,10 @@ def segment_many(
         label: where it is given, progress over the slices is shown under this name.
     """
     room = _Room()
-    with Overlap() as overlap:
-        parts = overlap.ahead(_prepared(images, session, bundle, batch, room, overlap))
-        answers = overlap.ahead(_answered(parts))
-        for found in overlap.ahead(_finished(answers, bundle, label), depth=1):
+    with Prefetcher() as prefetcher:
+        parts = prefetcher.prefetch(_prepared(images, session, bundle, batch, room, prefetcher))
+        answers = prefetcher.prefetch(_answered(parts))
+        for found in prefetcher.prefetch(_finished(answers, bundle, label), depth=1):
             yield found
             if isinstance(found, tuple):
                 room.take(-found[0].pixels.nbytes)
@@ -105,7 +105,7 @@ def segment_many(
 
 
 def _prepared(
-    images: Iterable[Image | Other], session: Session, bundle: Bundle, batch: int, room: _Room, overlap: Overlap
+    images: Iterable[Image | Other], session: Session, bundle: Bundle, batch: int, room: _Room, prefetcher: Prefetcher
 ) -> Iterator[_Part | Other]:
     for image in images:
         if not isinstance(image, Image):
@@ -122,7 +122,7 @@ def _prepared(
                 if job.steps is not None and not job.errors:
                     values = job.steps.prepare(image.pixels[start : start + batch])
             yield _Part(job=job, start=start, values=values)
-        overlap.wait_for(room.is_free)
+        prefetcher.wait_for(room.is_free)
 
 
 def _steps(image: Image, session: Session, bundle: Bundle) -> Steps:

@@ -14,7 +14,7 @@ from medseg_trt.errors import ArtefactError, InputError
 from medseg_trt.imaging.images import Mask, find_images, read_image, write_mask
 from medseg_trt.imaging.segment import segment
 from medseg_trt.inference import pipelined, to_folder
-from medseg_trt.inference.prefetch import DEPTH, Overlap
+from medseg_trt.inference.prefetch import DEPTH, Prefetcher
 from medseg_trt.inference.to_folder import infer_to_folder
 from medseg_trt.pipeline import infer
 from medseg_trt.sessions.base import Session
@@ -32,8 +32,8 @@ def no_thread_is_left():
 
 
 def test_items_come_in_order_and_the_threads_end():
-    with Overlap() as overlap:
-        doubled = overlap.ahead(2 * each for each in overlap.ahead(range(100)))
+    with Prefetcher() as prefetcher:
+        doubled = prefetcher.prefetch(2 * each for each in prefetcher.prefetch(range(100)))
         assert list(doubled) == list(range(0, 200, 2))
 
 
@@ -49,16 +49,16 @@ def second_is_made_while_first_is_used(through, wait_s: float) -> bool:
 
 
 def test_stages_run_at_the_same_time():
-    with Overlap() as overlap:
-        assert second_is_made_while_first_is_used(overlap.ahead, 10)
+    with Prefetcher() as prefetcher:
+        assert second_is_made_while_first_is_used(prefetcher.prefetch, 10)
     assert not second_is_made_while_first_is_used(iter, 0.05)
 
 
 @pytest.mark.parametrize("depth", [1, DEPTH, 5])
 def test_no_more_is_taken_than_waits_and_is_at_hand(depth):
     taken = []
-    with Overlap() as overlap:
-        items = overlap.ahead((taken.append(each) or each for each in range(50)), depth)
+    with Prefetcher() as prefetcher:
+        items = prefetcher.prefetch((taken.append(each) or each for each in range(50)), depth)
         for done in range(1, 20):
             next(items)
             time.sleep(0.002)
@@ -71,8 +71,8 @@ def failing():
 
 
 def test_an_error_comes_up_in_its_place():
-    with Overlap() as overlap:
-        items = overlap.ahead(iter(overlap.ahead(failing())))
+    with Prefetcher() as prefetcher:
+        items = prefetcher.prefetch(iter(prefetcher.prefetch(failing())))
         assert [next(items) for _ in range(3)] == [0, 1, 2]
         with pytest.raises(ArtefactError, match="the fourth"):
             next(items)
@@ -81,8 +81,8 @@ def test_an_error_comes_up_in_its_place():
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ArtefactError])
 def test_threads_that_wait_for_room_end_with_the_block(error):
     def interrupted():
-        with Overlap() as overlap:
-            next(overlap.ahead(overlap.ahead(iter(int, 1))))  # zeros without end
+        with Prefetcher() as prefetcher:
+            next(prefetcher.prefetch(prefetcher.prefetch(iter(int, 1))))  # zeros without end
             raise error
 
     with pytest.raises(error):
@@ -100,9 +100,9 @@ def test_nothing_is_taken_after_the_end():
             go_on.wait(10)
             yield number
 
-    overlap = Overlap()
-    with overlap:
-        overlap.ahead(items())
+    prefetcher = Prefetcher()
+    with prefetcher:
+        prefetcher.prefetch(items())
         begun.wait(10)
         threading.Timer(0.1, go_on.set).start()
     assert taken == [0]
@@ -248,8 +248,8 @@ def test_a_stage_that_ends_after_the_block_says_nothing(attempt, capfd):
         full.set()
         raise BrokenError
 
-    with Overlap() as overlap:
-        overlap.ahead(items())
+    with Prefetcher() as prefetcher:
+        prefetcher.prefetch(items())
         full.wait(10)
         time.sleep(0.001 * attempt)
     assert capfd.readouterr().err == ""
