@@ -18,7 +18,7 @@ from medseg_trt.imaging.preprocess import of_image
 from medseg_trt.inference.areas_table import Row, area_rows, merge_areas
 from medseg_trt.inference.output_folder import name_limit, require_safe
 from medseg_trt.inference.pipelined import Failure, segment_many
-from medseg_trt.inference.resume import Finished, overlay_path, recall, remember, remove_leftovers
+from medseg_trt.inference.resume import Record, load_record, overlay_path, remove_leftovers, save_record
 from medseg_trt.progress import LOG, track
 from medseg_trt.sessions.open import open_session
 
@@ -121,7 +121,7 @@ def infer_to_folder(
                             raise found
                         if isinstance(found, Failure):
                             raise _as_input_error(source, found.error)
-                        if isinstance(found, Finished):
+                        if isinstance(found, Record):
                             done.kept += 1
                         else:
                             image, mask = found
@@ -146,13 +146,13 @@ def infer_to_folder(
 
 def _read(
     sources: Sequence[Source], keys: dict[Source, str], made_by: str, finished_in: Path | None, longest_name: int
-) -> Iterator[Image | Finished | InputError]:
+) -> Iterator[Image | Record | InputError]:
     """Yield every image, or what is finished of it, or why it cannot be used; note the keys of the records."""
     for source in sources:
         try:
             _require_short_name(source, longest_name)
             keys[source] = f"image {_digest(source)}, {made_by}"
-            finished = recall(finished_in, source.stem, keys[source]) if finished_in is not None else None
+            finished = load_record(finished_in, source.stem, keys[source]) if finished_in is not None else None
             yield read_image(source) if finished is None else finished
         except (InputError, MissingExtraError) as error:
             yield _as_input_error(source, error)
@@ -162,7 +162,7 @@ def _read(
             yield _as_input_error(source, error)
 
 
-def _write(source: Source, image: Image, mask: Mask, bundle: Bundle, output: Path, overlay: bool, key: str) -> Finished:
+def _write(source: Source, image: Image, mask: Mask, bundle: Bundle, output: Path, overlay: bool, key: str) -> Record:
     """Write what is made of one image, the mask last, and remember that it is finished.
 
     Raises:
@@ -175,14 +175,14 @@ def _write(source: Source, image: Image, mask: Mask, bundle: Bundle, output: Pat
             write_overlay(image, mask, of_image(bundle.preprocessing, image.pixels).window, path)
             overlay_sha256 = sha256(path)
         path = write_mask(mask, output)
-        finished = Finished(
+        finished = Record(
             key=key,
             mask_suffix=next(suffix for suffix in MASK_SUFFIXES if path.name == f"{source.stem}{suffix}"),
             mask_sha256=sha256(path),
             overlay_sha256=overlay_sha256,
             areas=area_rows(mask),
         )
-        remember(output, source.stem, finished)
+        save_record(output, source.stem, finished)
     except OSError as error:
         if error.errno not in OF_ONE_NAME:
             raise
