@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from infer_folder import infer_to_folder
 from tiny import write_pictures
 
 from medseg_trt.bundles.bundle import load_bundle
@@ -14,8 +15,8 @@ from medseg_trt.errors import ArtefactError, InputError
 from medseg_trt.imaging.images import Mask, find_images, read_image, write_mask
 from medseg_trt.imaging.segment import segment
 from medseg_trt.inference import pipelined, to_folder
+from medseg_trt.inference.outcomes import Refused, Segmented
 from medseg_trt.inference.prefetch import DEPTH, Prefetcher
-from medseg_trt.inference.to_folder import infer_to_folder
 from medseg_trt.pipeline import infer
 from medseg_trt.sessions.base import Session
 from medseg_trt.sessions.open import open_session
@@ -204,7 +205,7 @@ def test_an_error_that_ends_the_run_loses_nothing_that_came_before(tiny_bundle, 
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_error_with_one_image_stops_that_image_alone(tiny_bundle, data, tmp_path, monkeypatch, stage, error, line):
     stage(monkeypatch, "case3.png", error)
-    monkeypatch.setattr(pipelined, "ROOM_BYTES", 0)  # what a failed image takes is given back, or all would wait
+    monkeypatch.setattr(pipelined, "MAX_PENDING_BYTES", 0)  # what a failed image takes is given back, or all would wait
     failed = {}
     written = infer_to_folder(
         [data], tiny_bundle, tmp_path / "out", on_error=lambda path, error: failed.update({path.name: str(error)})
@@ -231,11 +232,11 @@ def test_a_volume_that_fails_at_any_slice_is_one_failure(tiny_bundle, images, mo
 
         monkeypatch.setattr(session, "run", run)
         first, second = pipelined.segment_many([volume, picture], session, bundle, 2)
-    assert isinstance(first, pipelined.Failure)
+    assert isinstance(first, Refused)
     assert first.image is volume
     assert isinstance(first.error, MemoryError)
-    assert isinstance(second, tuple)
-    np.testing.assert_array_equal(second[1].labels, expected)
+    assert isinstance(second, Segmented)
+    np.testing.assert_array_equal(second.mask.labels, expected)
 
 
 @pytest.mark.parametrize("attempt", range(20))
@@ -265,7 +266,7 @@ def test_bad_files_are_named_in_order_and_the_rest_is_done(tiny_bundle, data, tm
 
 
 def test_large_images_are_read_one_at_a_time(tiny_bundle, data, monkeypatch):
-    monkeypatch.setattr(pipelined, "ROOM_BYTES", 0)
+    monkeypatch.setattr(pipelined, "MAX_PENDING_BYTES", 0)
     bundle, reading, most = load_bundle(tiny_bundle), set(), 0
     sources = find_images([data])
 
@@ -276,10 +277,10 @@ def test_large_images_are_read_one_at_a_time(tiny_bundle, data, monkeypatch):
 
     with open_session(bundle) as session:
         for segmented in pipelined.segment_many(images(), session, bundle, 4):
-            assert isinstance(segmented, tuple)
+            assert isinstance(segmented, Segmented)
             time.sleep(0.01)
             most = max(most, len(reading))
-            reading.discard(segmented[0].path)
+            reading.discard(segmented.image.path)
     assert most == 1
 
 
