@@ -18,11 +18,13 @@ from typing import Any
 import numpy as np
 from results_file import options, publish, table
 
+from medseg_trt import pipeline
 from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.files import sha256
 from medseg_trt.imaging.images import Image, Mask, read_image
 from medseg_trt.imaging.segment import segment, segmentation_stages
 from medseg_trt.inference import to_folder
+from medseg_trt.inference.outcomes import Segmented
 from medseg_trt.machine import cores
 from medseg_trt.metrics.intervals import median_of_rounds, speed_interval
 from medseg_trt.sessions.open import open_session
@@ -37,12 +39,12 @@ def simple_loop(images, session, bundle, batch, label=None):
         if isinstance(image, Image):
             masks = session.masks if session.gives_masks else None
             labels = segment(session.run, image, bundle.preprocessing, batch, None, masks)
-            yield image, Mask.of(image, labels, bundle.classes)
+            yield Segmented(image, Mask.of(image, labels, bundle.classes))
         else:
             yield image
 
 
-LOOPS = {"simple": simple_loop, "overlapping": to_folder.segment_many}
+LOOPS = {"simple": simple_loop, "overlapping": pipeline.segment_many}
 WAYS = {  # how, and threads of the network
     "simple loop": ("simple", None),
     "overlapping": ("overlapping", None),
@@ -59,9 +61,11 @@ def run_once(pipe: Any, way: str, images: Path, bundle: Path, backend: str) -> N
         began.append(time.perf_counter())
         return LOOPS[loop](*arguments, **named)
 
-    to_folder.segment_many = started
+    pipeline.segment_many = started
     with TemporaryDirectory() as out:
-        done = to_folder.infer_to_folder([images], bundle, Path(out), backend=backend, threads=threads, on_error=_fail)
+        done = to_folder.MaskFolder(Path(out), on_error=_fail)
+        for _ in pipeline.infer([images], bundle, backend=backend, threads=threads, destination=done):
+            pass
         seconds = time.perf_counter() - began[0]
         digests = {path.name: sha256(path) for path in done.masks}
     pipe.send((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000, digests))

@@ -1,24 +1,18 @@
-"""The whole story in two functions: ``build`` makes a verified bundle, ``infer`` segments images with it."""
+"""The pipeline in two functions: ``build`` makes a verified bundle, ``infer`` segments images with it."""
 
 from collections.abc import Generator, Sequence
-from dataclasses import replace
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from medseg_trt.bundles.bundle import DEFAULT_GRAPH, MANIFEST, Bundle, golden_input, load_bundle, seal
-from medseg_trt.bundles.manifest import Manifest, Variant
-from medseg_trt.errors import UsageError
-from medseg_trt.files import atomic_folder, sha256
-from medseg_trt.imaging.images import Mask, find_images, read_image
-from medseg_trt.inference.pipelined import Failure, segment_many
-from medseg_trt.progress import LOG
+from medseg_trt.bundles.bundle import DEFAULT_GRAPH, MANIFEST, Bundle, load_bundle, seal
+from medseg_trt.files import atomic_folder
+from medseg_trt.imaging.images import Mask
+from medseg_trt.inference.destination import Destination
+from medseg_trt.inference.outcomes import Refused, Segmented, Skipped
+from medseg_trt.inference.pipelined import segment_many
+from medseg_trt.progress import LOG, track
 from medseg_trt.sessions.open import open_session
 from medseg_trt.spec import BuildSpec
-
-if TYPE_CHECKING:
-    from medseg_trt.train.checkpoint import Checkpoint
-
-PRIVATE = ("root", "manifest")  # what is known of the training images' place and names
 
 
 def build(
@@ -28,103 +22,53 @@ def build(
     data: Path | str | None = None,
     sign_key: Path | None = None,
 ) -> Bundle:
-    """Turn a checkpoint into a bundle, verified against PyTorch; the bundle appears whole or not at all.
+    """Turn a checkpoint into a bundle, verified against PyTorch; the bundle is written whole or not at all.
 
     Args:
         checkpoint: a ``model.pt`` that ``train`` wrote.
         spec: how to build.
         output: the bundle's folder; None puts it beside the checkpoint, with the suffix ``.medseg``.
-        data: a data folder on whose images it is verified and judged; None takes the folder that the checkpoint was
-            trained on, if it is still what it was, else seeded noise.
+        data: a data folder whose images verify, judge and calibrate the graphs; None takes the folder that the
+            checkpoint was trained on if it is unchanged, else seeded noise.
         sign_key: a file with the private key that signs the bundle; None leaves it unsigned.
 
     Raises:
         UsageError: a precision that does not exist or lacks calibration images, ``output`` is no bundle, or
             ``sign_key`` no key.
-        AccuracyGateError: a graph does not answer as PyTorch does.
+        AccuracyGateError: a graph gives other logits or masks than PyTorch.
         ArtefactError: the checkpoint cannot be used.
     """
-    from medseg_trt.building.contract import Contract
-    from medseg_trt.building.executions import GRAPH_OF, default_graph, try_executions
-    from medseg_trt.building.reference import Reference
-    from medseg_trt.building.reference_images import reference_images
-    from medseg_trt.building.variants import make_variants
+    from medseg_trt.building import bundle_steps as steps
+    from medseg_trt.building.executions import default_graph, try_executions
     from medseg_trt.bundles.signature import read_private_key, sign
-    from medseg_trt.engines.build import Engines, build_engines, check_engines
-    from medseg_trt.engines.kernels import add_kernels
-    from medseg_trt.export.fold.fold import fold, plain_report
-    from medseg_trt.export.graph.fusions.fuse import fuse
-    from medseg_trt.export.graph.masks import require_linear
-    from medseg_trt.export.graph.trace import trace
-    from medseg_trt.export.precision.quantize import parse_precision
-    from medseg_trt.machine import package_versions
     from medseg_trt.train.checkpoint import load_checkpoint
-    from medseg_trt.train.models.model import runner
 
-    spec = spec or BuildSpec()
+    spec, path = spec or BuildSpec(), Path(checkpoint)
     key = read_private_key(sign_key) if sign_key is not None else None
-    path = Path(checkpoint)
     folder = Path(output) if output is not None else path.with_suffix(".medseg")
-    _require_replaceable(folder)
-    if spec.engines is not None:
-        check_engines(spec.engines, spec.outputs, spec.precisions)
-    for name in spec.precisions:
-        parse_precision(name)  # a typo is found now, not after minutes
+    steps.check_request(spec, folder)
     loaded = load_checkpoint(path)
-    if spec.outputs == "mask":
-        require_linear(loaded.preprocessing)
-    images = reference_images(loaded, Path(data) if data is not None else None)
-    network, contract = loaded.model(), Contract.of(loaded)
-    reference = Reference(network=runner(network), contract=contract, images=images, spec=spec)
-
-    folded, report = fold(network)
-    folding = plain_report(report)
-    LOG.info("verify the folded network (%s)", ", ".join(f"{each.count} {rule}" for rule, each in report.items()))
-    reference.check_logits(runner(folded))
-    LOG.info("trace the network to ONNX")
-    graph, fused = fuse(trace(folded))
-    for rule, result in fused.items():
-        if result.reason:
-            LOG.debug("fusion %s: %s", rule, result.reason)
-    passes = {"folded": folding, "fused": {rule: result.count for rule, result in fused.items()}}
-    golden = golden_input(loaded.preprocessing)
-    golden_logits = runner(network)(golden)
+    steps.check_outputs(loaded, spec)
+    network = loaded.model()
+    reference = steps.make_reference(loaded, network, spec, Path(data) if data is not None else None)
+    exported = steps.export_graph(network, reference)
+    golden = steps.golden_pair(loaded, network)
     with atomic_folder(folder) as temporary:
-        variants: dict[str, Variant] = {}
-        for name in dict.fromkeys(GRAPH_OF.get(name, name) for name in spec.precisions):
-            variants |= make_variants(
-                graph, temporary, name, passes, contract=contract, outputs=spec.outputs, reference=reference
-            )
-        tried = try_executions(temporary, variants, spec, reference, (golden, golden_logits))
-        engines = Engines(built=(), dropped=())
-        if spec.engines is not None:
-            engines = build_engines(temporary, variants, tried.verified, spec.engines, spec.precisions)
-            without = add_kernels(temporary, spec.engines)
-            engines = replace(engines, dropped=(*engines.dropped, *without))
-        manifest = Manifest(
-            model=loaded.spec,
-            preprocessing=loaded.preprocessing,
-            classes=loaded.classes,
-            build=spec,
-            source=_source(loaded, path),
-            versions=package_versions(),
-            variants=variants,
-            executions=tried.executions,
-            engines=engines.built,
-            dropped=(*tried.dropped, *engines.dropped),
-        )
+        variants = steps.write_variants(temporary, exported, spec, reference)
+        tried = try_executions(temporary, variants, spec, reference, golden)
+        engines = steps.add_engines(temporary, variants, tried, spec)
+        manifest = steps.make_manifest(loaded, path, spec, variants, tried, engines)
         default = default_graph(tried.executions, variants)
         if default is None:
-            LOG.warning("ONNX Runtime was verified with no graph, so there is no %s for other tools", DEFAULT_GRAPH)
-        seal(temporary, manifest, golden_logits, default)
+            LOG.warning("no graph was verified with ONNX Runtime, so there is no %s for other tools", DEFAULT_GRAPH)
+        seal(temporary, manifest, golden[1], default)
         if key is not None:
             sign(temporary / MANIFEST, key)
-    best = tried.executions[0]
-    LOG.info(
-        "logits differ by at most %.1e, %.4f %% of the labels are the same",
-        best.verification["max_abs_error"], 100 * best.verification["agreement"],
-    )  # fmt: skip
-    return load_bundle(folder)
+    bundle = load_bundle(folder)
+    figures = bundle.default.verification
+    error, equal_percent = figures["max_abs_error"], 100 * figures["agreement"]
+    LOG.info("logits differ by at most %.1e, %.4f %% of the labels are equal", error, equal_percent)
+    return bundle
 
 
 def infer(
@@ -135,47 +79,54 @@ def infer(
     batch: int = 4,
     threads: int | None = None,
     verify_key: Path | None = None,
+    precision: str | None = None,
+    rebuild: bool = False,
+    destination: Destination | None = None,
 ) -> Generator[Mask, None, None]:
-    """Segment images, one after the other, and yield their masks; the next images are worked on meanwhile.
+    """Segment images and yield their masks in order; the next images are processed meanwhile.
 
     Args:
         inputs: files and folders.
         bundle: a bundle, or its folder.
         backend: a key of ``sessions.backends.BACKENDS``, or ``auto``.
-        batch: how many slices go through the network at once.
+        batch: slices per run of the network.
         threads: CPU threads; None leaves it to the back-end.
         verify_key: the public key of who built the bundle, where ``bundle`` is a folder; None checks digests alone.
+        precision: one of the bundle's precisions; None takes the fastest.
+        rebuild: first rebuild the engines of the bundle that do not fit this machine.
+        destination: writes each mask before it is yielded, for example ``MaskFolder``; None writes nothing, and the
+            first file that cannot be used ends the run. Masks of an earlier run that ``destination`` keeps are not
+            yielded.
 
     Raises:
         InputError: a file cannot be used.
+        UsageError: ``backend`` or ``precision`` does not exist, or ``destination`` would overwrite an image.
         ArtefactError: the bundle cannot be used.
     """
-    opened = bundle if isinstance(bundle, Bundle) else load_bundle(bundle, verify_key)
-    sources = find_images([Path(each) for each in inputs])
-    with open_session(opened, backend, threads) as session:
-        for segmented in segment_many(map(read_image, sources), session, opened, batch):
-            if isinstance(segmented, Failure):
-                raise segmented.error
-            yield segmented[1]
+    loaded = bundle if isinstance(bundle, Bundle) else load_bundle(bundle, verify_key)
+    if rebuild:
+        loaded = _with_fitting_engines(loaded)
+    destination = destination or Destination()
+    sources = destination.find_sources([Path(path) for path in inputs], loaded)
+    label = sources[0].name if len(sources) == 1 else None  # one bar: of the files, or of the slices of a single file
+    with destination.opened(), open_session(loaded, backend, threads, precision) as session:
+        images = destination.read(sources, loaded, session, batch)
+        tracked = track(sources, "infer") if label is None else sources
+        with closing(segment_many(images, session, loaded, batch, label)) as outcomes:
+            for source, outcome in zip(tracked, outcomes, strict=True):
+                match outcome:
+                    case Segmented(image=image, mask=mask):
+                        if destination.write(source, image, mask, loaded):
+                            yield mask
+                    case Skipped(record=record):
+                        destination.keep(source, record)
+                    case Refused(error=error):
+                        destination.refuse(source, error)
 
 
-def _require_replaceable(folder: Path) -> None:
-    if folder.exists() and not (folder / MANIFEST).is_file():
-        raise UsageError(f"{folder} exists and is no bundle, so it is not replaced; choose another name with -o")
+def _with_fitting_engines(bundle: Bundle) -> Bundle:
+    """Rebuild engines; a bundle that changes is no longer the signed one, so it is returned without a signature."""
+    from medseg_trt.engines.build import rebuild_engines
 
-
-def _source(checkpoint: "Checkpoint", path: Path) -> dict[str, Any]:
-    """Say where the bundle came from, without the place and the names of the training images."""
-    provenance = dict(checkpoint.provenance)
-    if provenance.get("data"):
-        provenance["data"] = {name: value for name, value in provenance["data"].items() if name not in PRIVATE}
-    options = provenance.get("recipe", {}).get("data")
-    if options and options["manifest"]:
-        named = {**options, "manifest": Path(options["manifest"]).name}
-        provenance["recipe"] = {**provenance["recipe"], "data": named}
-    return {
-        "checkpoint": path.name,
-        "sha256": sha256(path),
-        "block_sha256": checkpoint.block_sha256,
-        "provenance": provenance,
-    }
+    rebuilt = rebuild_engines(bundle)
+    return bundle if rebuilt.content == bundle.content else rebuilt

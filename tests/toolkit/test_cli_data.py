@@ -9,11 +9,12 @@ from click.testing import CliRunner
 from official import write_busi, write_clinicdb, write_synapse
 from tiny import tiny_changes
 
-from medseg_trt import pipeline
+from medseg_trt.building.provenance import Provenance
 from medseg_trt.building.reference_images import reference_images
 from medseg_trt.cli import cli
 from medseg_trt.errors import InputError, UsageError
 from medseg_trt.inspection.describe import describe
+from medseg_trt.spec import to_dict
 from medseg_trt.train import runs
 from medseg_trt.train.checkpoint import load_checkpoint
 from medseg_trt.train.datasets.official import open_recorded
@@ -82,7 +83,7 @@ def test_a_build_is_verified_on_the_archive_and_its_bundle_names_no_case_of_it(t
     assert images.description.endswith("real images of BUSI, breast ultrasound, split val")
     cases = open_recorded(data, checkpoint.provenance).splits["val"]
     assert images.judged.cases == tuple(case.name for case in cases)
-    told = json.dumps(pipeline._source(checkpoint, run / "best.pt"))
+    told = json.dumps(to_dict(Provenance.of(checkpoint, run / "best.pt")))
     for private in (str(data), "Dataset_BUSI", *images.judged.cases):
         assert private not in told
     assert checkpoint.provenance["data"]["sha256"] in told
@@ -94,7 +95,7 @@ def test_the_place_of_a_split_manifest_is_not_in_a_bundle(trained):
     recipe = checkpoint.provenance["recipe"]
     options = {**recipe["data"], "manifest": str(run / "data.json")}
     given = replace(checkpoint, provenance={**checkpoint.provenance, "recipe": {**recipe, "data": options}})
-    told = pipeline._source(given, run / "best.pt")
+    told = to_dict(Provenance.of(given, run / "best.pt"))
     assert told["provenance"]["recipe"]["data"]["manifest"] == "data.json"
     assert str(data.parent) not in json.dumps(told)
 

@@ -29,7 +29,7 @@ from medseg_trt.files import sha256
 from medseg_trt.imaging.images import Image
 from medseg_trt.imaging.preprocess import for_image, prepare
 from medseg_trt.imaging.segment import Run
-from medseg_trt.inference.prefetch import Overlap
+from medseg_trt.inference.prefetch import Prefetcher
 from medseg_trt.machine import package_versions, this_machine
 from medseg_trt.progress import LOG, track
 from medseg_trt.sessions.backends import BACKENDS
@@ -99,10 +99,12 @@ def bench(what: Bench, scratch: Path) -> Measured:
         read: list[tuple[str, Image]] = []
         LOG.info("compare the masks of %d networks on %d cases of %s", len(sessions), len(cases.cases), cases.data)
         runs: dict[str, Run] = {name: session.run for name, session in sessions.items()}
-        overlap = stack.enter_context(Overlap())  # a case is decoded while the one before goes through the networks
+        prefetcher = stack.enter_context(
+            Prefetcher()
+        )  # a case is decoded while the one before goes through the networks
         compared = compare_all(
             runs,
-            track(overlap.ahead(cases.read()), "compare", total=len(cases.cases)),
+            track(prefetcher.prefetch(cases.read()), "compare", total=len(cases.cases)),
             bundle.preprocessing,
             bundle.classes,
             lambda name, image: read.append((name, replace(image, pixels=image.pixels[:, :1, :1]))),

@@ -1,6 +1,7 @@
 """``medseg-trt infer``: segment images."""
 
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import click
 
@@ -8,6 +9,20 @@ from medseg_trt.commands.help import ExampleCommand
 from medseg_trt.commands.options import ANY, FOLDER, output_options, print_result, verify_option
 from medseg_trt.errors import InputError
 from medseg_trt.progress import printable
+
+BACKEND_HELP = (
+    "The back-end: onnxruntime or openvino; on an NVIDIA GPU tensorrt-rtx, tensorrt, onnxruntime-cuda, "
+    "onnxruntime-tensorrt or onnxruntime-tensorrt-rtx. auto: the fastest that the build measured."
+)
+
+
+class SessionOptions(TypedDict):
+    """The options that choose how the network runs."""
+
+    backend: str
+    precision: str | None
+    batch: int
+    threads: int | None
 
 
 @click.command(
@@ -24,11 +39,7 @@ from medseg_trt.progress import printable
     "--bundle", "bundle_folder", type=FOLDER, help="The bundle to run.  [default: the only *.medseg folder here]"
 )
 @click.option("-o", "--output", type=FOLDER, default=Path("masks"), show_default=True, help="The folder for the masks.")
-@click.option(
-    "--backend", default="auto", show_default=True,
-    help="The back-end: onnxruntime or openvino; on an NVIDIA GPU tensorrt-rtx, tensorrt, onnxruntime-cuda, "
-    "onnxruntime-tensorrt or onnxruntime-tensorrt-rtx. auto: the fastest that the build measured.",
-)  # fmt: skip
+@click.option("--backend", default="auto", show_default=True, help=BACKEND_HELP)
 @click.option("--precision", help="One of the bundle's precisions.  [default: the fastest]")
 @click.option("--overlay", is_flag=True, help="Also draw the masks over the images, into overlays/.")
 @click.option("--batch", type=click.IntRange(1), default=4, show_default=True, help="Slices per batch.")
@@ -38,34 +49,40 @@ from medseg_trt.progress import printable
 @verify_option
 @output_options
 def infer(
-    inputs: tuple[Path, ...], bundle_folder: Path | None, output: Path, backend: str, precision: str | None,
-    overlay: bool, batch: int, threads: int | None, resume: bool, rebuild: bool, verify_key: Path | None, as_json: bool,
-) -> None:  # fmt: skip
+    inputs: tuple[Path, ...],
+    bundle_folder: Path | None,
+    output: Path,
+    overlay: bool,
+    resume: bool,
+    rebuild: bool,
+    verify_key: Path | None,
+    as_json: bool,
+    **session_options: Unpack[SessionOptions],
+) -> None:
     """Segment images; write masks and a table of areas.
 
     INPUTS are images, volumes, DICOM series and folders of them. A mask has the size and geometry of its image.
     areas.csv lists pixels, mm² and ml of every class. A file that cannot be used is reported and skipped; the exit
     code is then 1.
     """
+    from medseg_trt import pipeline
     from medseg_trt.bundles.bundle import find_bundle
-    from medseg_trt.inference.to_folder import infer_to_folder
+    from medseg_trt.inference.to_folder import MaskFolder
 
     def report(_path: Path, error: InputError) -> None:
         click.echo(printable(f"medseg-trt: {error}"), err=True)
 
-    folder = find_bundle(bundle_folder)
-    if rebuild:
-        from medseg_trt.bundles.bundle import load_bundle
-        from medseg_trt.engines.build import rebuild_engines
-
-        verified = load_bundle(folder, verify_key)
-        if rebuild_engines(verified).content != verified.content:
-            verify_key = None  # what it was built from is verified; what was built here nobody has signed
-    written = infer_to_folder(
-        inputs, folder, output,
-        backend=backend, precision=precision, overlay=overlay, batch=batch, threads=threads, resume=resume,
-        verify_key=verify_key, on_error=report,
-    )  # fmt: skip
+    written = MaskFolder(output, overlay=overlay, resume=resume, on_error=report)
+    masks = pipeline.infer(
+        inputs,
+        find_bundle(bundle_folder),
+        destination=written,
+        rebuild=rebuild,
+        verify_key=verify_key,
+        **session_options,
+    )
+    for _ in masks:
+        pass
     result = {
         "masks": [str(path) for path in written.masks],
         "areas": str(written.areas),

@@ -1,9 +1,9 @@
-"""Segment many images so that reading one, running the network on another and writing a third overlap.
+"""Segment many images so that reading, inference and writing run at the same time.
 
-It is the loop of ``segment.segment``, a batch of slices at a time, with a thread for each of its three steps: one reads
-and prepares, one runs the network, one brings the answers back to size; what is done with the mask is done in the
-caller's. Pillow, zlib, NumPy and the back-ends let other threads run while they work. The order stays, queues are
-short, and an error comes up where the loop would have raised it: after everything before it has been handed over.
+This is the loop of ``segment.segment``, a batch of slices at a time, with one thread for each of its three stages: the
+first reads and prepares, the second runs the network, the third restores masks to the size of the image. The caller's
+thread uses the masks. Pillow, zlib, NumPy and the back-ends release the GIL while they work. Order is kept, queues are
+short, and an error is raised where the loop would raise it: after all earlier images have been handed over.
 """
 
 from collections.abc import Generator, Iterable, Iterator
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from threading import Condition
-from typing import TypeVar, cast
+from typing import cast
 
 import numpy as np
 from numpy import ndarray
@@ -21,174 +21,171 @@ from medseg_trt.errors import InputError, MedsegError
 from medseg_trt.imaging.images import Image, Mask
 from medseg_trt.imaging.preprocess import outside_fraction
 from medseg_trt.imaging.segment import SegmentationStages, segmentation_stages
-from medseg_trt.inference.prefetch import POLL_S, Overlap, StoppedError
+from medseg_trt.inference.outcomes import Outcome, Refused, Segmented, Skipped
+from medseg_trt.inference.prefetch import POLL_S, Prefetcher, StoppedError
 from medseg_trt.progress import LOG, track
 from medseg_trt.sessions.base import Session
 
-Other = TypeVar("Other")
-
-ROOM_BYTES = 128 << 20  # of pixels: a volume of 512 x 512 x 256 in 16 bits
+MAX_PENDING_BYTES = 128 << 20  # of pixels: a volume of 512 x 512 x 256 in 16 bits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Failure:
-    """An image that could not be segmented, and why."""
+class _PendingImage:
+    """An image between reading and its mask."""
 
     image: Image
-    error: Exception
+    num_batches: int
+    steps: SegmentationStages | None  # None: preparing them failed
+    errors: list[Exception] = field(default_factory=list[Exception])  # after the first, no stage works on the image
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Job:
-    """One image on its way."""
+class _SliceBatch:
+    """Consecutive slices of a pending image."""
 
-    image: Image
-    num_parts: int
-    steps: SegmentationStages | None  # None: they could not be prepared
-    errors: list[Exception] = field(default_factory=list[Exception])  # from the first on, nothing more is done for it
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Part:
-    """A batch of an image's slices on its way."""
-
-    job: _Job
-    start: int
-    values: ndarray | None  # the network's input, then its answer; None after an error
+    pending: _PendingImage
+    start: int  # index of the first slice
+    values: ndarray | None  # the network's input, then its output; None after an error
 
 
-class _Room:
-    """The memory of the images on their way: none is read while those before it take more than ``ROOM_BYTES``."""
+Item = _SliceBatch | Skipped | Refused  # what passes from stage to stage; only slices are worked on
+
+
+class _MemoryBudget:
+    """Limits the pixels of pending images: no image is read while they take more than ``MAX_PENDING_BYTES``."""
 
     def __init__(self) -> None:
-        self._taken = 0
+        self._num_bytes = 0
         self._changed = Condition()
 
-    def take(self, count: int) -> None:
+    def add(self, num_bytes: int) -> None:
+        """Count the pixels of an image; a negative number releases them."""
         with self._changed:
-            self._taken += count
+            self._num_bytes += num_bytes
             self._changed.notify()
 
     def is_free(self) -> bool:
-        """Say so, or wait for ``POLL_S`` whether it will be."""
+        """Return whether an image may be read, after waiting for at most ``POLL_S``."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._taken <= ROOM_BYTES, POLL_S)
+            return self._changed.wait_for(lambda: self._num_bytes <= MAX_PENDING_BYTES, POLL_S)
 
 
 def segment_many(
-    images: Iterable[Image | Other], session: Session, bundle: Bundle, batch: int, label: str | None = None
-) -> Generator[tuple[Image, Mask] | Failure | Other, None, None]:
-    """Yield every image with its mask, in order; what is no image comes out as it went in, in its place.
+    images: Iterable[Image | Skipped | Refused], session: Session, bundle: Bundle, batch: int, label: str | None = None
+) -> Generator[Outcome, None, None]:
+    """Yield the outcome of every image, in order; ``Skipped`` and ``Refused`` pass through unchanged.
 
-    ``images`` is gone through in another thread, a few batches ahead of the caller, and large ones one at a time. When
-    the caller stops, whatever the reason, the threads end before this does. An error with one image, lack of memory
-    included, comes out as a ``Failure`` in its place; our own errors but ``InputError`` concern all images and are
+    Another thread iterates over ``images``, a few batches ahead of the caller, and reads large images one at a time.
+    When the caller stops, for any reason, the threads end before this generator does. An error of one image, lack of
+    memory included, is yielded as ``Refused``. A ``MedsegError`` other than ``InputError`` concerns all images and is
     raised.
 
     Args:
         images: read one by one, for example by a generator.
         session: the bundle's network.
         bundle: its preprocessing and classes are used.
-        batch: how many slices go through the network at once.
-        label: where it is given, progress over the slices is shown under this name.
+        batch: slices per run of the network.
+        label: shows progress over the slices under this name; None shows none.
     """
-    room = _Room()
-    with Overlap() as overlap:
-        parts = overlap.ahead(_prepared(images, session, bundle, batch, room, overlap))
-        answers = overlap.ahead(_answered(parts))
-        for found in overlap.ahead(_finished(answers, bundle, label), depth=1):
-            yield found
-            if isinstance(found, tuple):
-                room.take(-found[0].pixels.nbytes)
-            elif isinstance(found, Failure):
-                room.take(-found.image.pixels.nbytes)
+    budget = _MemoryBudget()
+    with Prefetcher() as prefetcher:
+        prepared = prefetcher.prefetch(_prepare(images, session, bundle, batch, budget, prefetcher))
+        outputs = prefetcher.prefetch(_run(prepared))
+        for outcome in prefetcher.prefetch(_finish(outputs, bundle, label), depth=1):
+            yield outcome
+            if isinstance(outcome, Segmented | Refused) and outcome.image is not None:
+                budget.add(-outcome.image.pixels.nbytes)
 
 
-def _prepared(
-    images: Iterable[Image | Other], session: Session, bundle: Bundle, batch: int, room: _Room, overlap: Overlap
-) -> Iterator[_Part | Other]:
+def _prepare(
+    images: Iterable[Image | Skipped | Refused],
+    session: Session,
+    bundle: Bundle,
+    batch: int,
+    budget: _MemoryBudget,
+    prefetcher: Prefetcher,
+) -> Iterator[Item]:
     for image in images:
         if not isinstance(image, Image):
             yield image
             continue
-        room.take(image.pixels.nbytes)
+        budget.add(image.pixels.nbytes)
         starts = range(0, image.num_slices, batch)
-        job = _Job(image=image, num_parts=len(starts), steps=None)
-        with _failing(job):
-            job = replace(job, steps=_steps(image, session, bundle))
+        pending = _PendingImage(image=image, num_batches=len(starts), steps=None)
+        with _collect_errors(pending):
+            pending = replace(pending, steps=_steps(image, session, bundle))
         for start in starts:
             values = None
-            with _failing(job):
-                if job.steps is not None and not job.errors:
-                    values = job.steps.prepare(image.pixels[start : start + batch])
-            yield _Part(job=job, start=start, values=values)
-        overlap.wait_for(room.is_free)
+            with _collect_errors(pending):
+                if pending.steps is not None and not pending.errors:
+                    values = pending.steps.prepare(image.pixels[start : start + batch])
+            yield _SliceBatch(pending=pending, start=start, values=values)
+        prefetcher.wait_for(budget.is_free)
 
 
 def _steps(image: Image, session: Session, bundle: Bundle) -> SegmentationStages:
-    _warn_of_what_is_outside(image, bundle)
+    _warn_about_field_of_view(image, bundle)
     masks = session.masks if session.gives_masks else None
     on_device = session.device_pipeline(image.pixels, image.spacing_in_plane)
     return segmentation_stages(session.run, image, bundle.preprocessing, masks, on_device)
 
 
-def _answered(parts: Iterable[_Part | Other]) -> Iterator[_Part | Other]:
-    for part in parts:
-        if not isinstance(part, _Part):
-            yield part
+def _run(items: Iterable[Item]) -> Iterator[Item]:
+    for item in items:
+        if not isinstance(item, _SliceBatch):
+            yield item
             continue
-        values = None
-        with _failing(part.job):
-            if part.values is not None and part.job.steps is not None and not part.job.errors:
-                values = part.job.steps.run(part.values)
-        yield replace(part, values=values)
+        values, pending = None, item.pending
+        with _collect_errors(pending):
+            if item.values is not None and pending.steps is not None and not pending.errors:
+                values = pending.steps.run(item.values)
+        yield replace(item, values=values)
 
 
-def _finished(
-    answers: Iterator[_Part | Other], bundle: Bundle, label: str | None
-) -> Iterator[tuple[Image, Mask] | Failure | Other]:
-    for first in answers:
-        if not isinstance(first, _Part):
+def _finish(items: Iterator[Item], bundle: Bundle, label: str | None) -> Iterator[Outcome]:
+    for first in items:
+        if not isinstance(first, _SliceBatch):
             yield first
             continue
-        job = first.job
-        rest = cast("Iterator[_Part]", islice(answers, job.num_parts - 1))  # an image's parts follow one another
-        parts = chain([first], rest)
+        pending = first.pending
+        rest = cast("Iterator[_SliceBatch]", islice(items, pending.num_batches - 1))  # batches of an image are adjacent
+        batches = chain([first], rest)
         mask: Mask | None = None
-        with _failing(job):
-            mask = _mask(job, parts if label is None else track(parts, label, total=job.num_parts), bundle)
-        for _ in parts:  # those of a failed image that are still to come
+        with _collect_errors(pending):
+            tracked = batches if label is None else track(batches, label, total=pending.num_batches)
+            mask = _mask(pending, tracked, bundle)
+        for _ in batches:  # the remaining batches of a failed image
             pass
-        yield Failure(image=job.image, error=job.errors[0]) if mask is None else (job.image, mask)
+        yield Refused(pending.errors[0], pending.image) if mask is None else Segmented(pending.image, mask)
 
 
-def _mask(job: _Job, parts: Iterable[_Part], bundle: Bundle) -> Mask | None:
-    labels = np.empty(job.image.pixels.shape[:3], np.uint8)
-    for part in parts:
-        if job.errors or job.steps is None or part.values is None:
+def _mask(pending: _PendingImage, batches: Iterable[_SliceBatch], bundle: Bundle) -> Mask | None:
+    labels = np.empty(pending.image.pixels.shape[:3], np.uint8)
+    for batch in batches:
+        if pending.errors or pending.steps is None or batch.values is None:
             return None
-        found = job.steps.finish(part.values)
-        labels[part.start : part.start + len(found)] = found
-    return Mask.of(job.image, labels, bundle.classes)
+        finished = pending.steps.finish(batch.values)
+        labels[batch.start : batch.start + len(finished)] = finished
+    return Mask.of(pending.image, labels, bundle.classes)
 
 
 @contextmanager
-def _failing(job: _Job) -> Generator[None, None, None]:
-    """Note an error that concerns one image alone; others are raised."""
+def _collect_errors(pending: _PendingImage) -> Generator[None, None, None]:
+    """Collect an error that concerns one image alone; raise others."""
     try:
         yield
     except InputError as error:
-        job.errors.append(error)
+        pending.errors.append(error)
     except (MedsegError, StoppedError):
         raise
     except Exception as error:
-        job.errors.append(error)
+        pending.errors.append(error)
 
 
-def _warn_of_what_is_outside(image: Image, bundle: Bundle) -> None:
+def _warn_about_field_of_view(image: Image, bundle: Bundle) -> None:
     outside = outside_fraction(image.size, bundle.preprocessing, image.spacing_in_plane)
     if outside > 0:
+        name, percent = image.stem or image.path.name, 100 * outside
         LOG.warning(
-            "%s: %.0f %% of every slice lies outside the network's field of view and becomes background",
-            image.stem or image.path.name, 100 * outside,
-        )  # fmt: skip
+            "%s: %.0f %% of every slice lies outside the network's field of view and becomes background", name, percent
+        )

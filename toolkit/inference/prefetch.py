@@ -23,7 +23,7 @@ class _End:
     error: BaseException | None
 
 
-class Overlap:
+class Prefetcher:
     """Stages of work, each in a thread, for the time of a ``with`` block.
 
     At its end, whatever the reason, the threads have ended: each one after the item at hand.
@@ -33,7 +33,7 @@ class Overlap:
         self._stop = Event()
         self._threads: list[Thread] = []
 
-    def ahead(self, items: Iterable[Item], depth: int = DEPTH) -> Iterator[Item]:
+    def prefetch(self, items: Iterable[Item], depth: int = DEPTH) -> Iterator[Item]:
         """Go through ``items`` in a thread of its own, at most ``depth`` and the one at hand ahead of who uses them.
 
         An error comes up at its place in the order. The iterator that is returned may itself be gone through in a
@@ -80,7 +80,7 @@ class Overlap:
             else:
                 raise item.error
 
-    def __enter__(self) -> "Overlap":
+    def __enter__(self) -> "Prefetcher":
         return self
 
     def __exit__(

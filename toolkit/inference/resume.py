@@ -26,7 +26,7 @@ OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Finished:
+class Record:
     """What was made of one image."""
 
     key: str  # digest of the image, the bundle, and the options that its files depend on
@@ -47,7 +47,7 @@ def overlay_path(folder: Path, stem: str) -> Path:
     return folder / OVERLAYS / f"{stem}.png"
 
 
-def remember(folder: Path, stem: str, finished: Finished) -> None:
+def save_record(folder: Path, stem: str, finished: Record) -> None:
     """Write the record of the image that is called ``stem`` in the output folder."""
     path = _record(folder, stem)
     write_json(path, to_dict(finished))
@@ -55,7 +55,7 @@ def remember(folder: Path, stem: str, finished: Finished) -> None:
         path.chmod(stat.S_IMODE(mode) & ~OTHERS_MAY_WRITE)
 
 
-def recall(folder: Path, stem: str, key: str) -> Finished | None:
+def load_record(folder: Path, stem: str, key: str) -> Record | None:
     """Return an image's record if it can be believed; a damaged one is as good as none."""
     path = _record(folder, stem)
     try:
@@ -65,7 +65,7 @@ def recall(folder: Path, stem: str, key: str) -> Finished | None:
         if not _is_own(status):
             LOG.warning("%s may have been written by others, so its image is segmented again", path)
             return None
-        finished = from_dict(Finished, json.loads(content), str(path))
+        finished = from_dict(Record, json.loads(content), str(path))
         files = {folder / f"{stem}{finished.mask_suffix}": finished.mask_sha256}
         if finished.overlay_sha256 is not None:
             files[overlay_path(folder, stem)] = finished.overlay_sha256

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
+from infer_folder import infer_to_folder
 
 from medseg_trt.errors import UsageError
 from medseg_trt.imaging.images import find_images
 from medseg_trt.inference.areas_table import AREAS
 from medseg_trt.inference.output_folder import name_limit, require_safe
 from medseg_trt.inference.resume import FOLDER, OVERLAYS
-from medseg_trt.inference.to_folder import infer_to_folder
 
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes | str]]:

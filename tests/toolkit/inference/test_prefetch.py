@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from infer_folder import infer_to_folder
 from tiny import write_pictures
 
 from medseg_trt.bundles.bundle import load_bundle
@@ -14,8 +15,8 @@ from medseg_trt.errors import ArtefactError, InputError
 from medseg_trt.imaging.images import Mask, find_images, read_image, write_mask
 from medseg_trt.imaging.segment import segment
 from medseg_trt.inference import pipelined, to_folder
-from medseg_trt.inference.prefetch import DEPTH, Overlap
-from medseg_trt.inference.to_folder import infer_to_folder
+from medseg_trt.inference.outcomes import Refused, Segmented
+from medseg_trt.inference.prefetch import DEPTH, Prefetcher
 from medseg_trt.pipeline import infer
 from medseg_trt.sessions.base import Session
 from medseg_trt.sessions.open import open_session
@@ -32,8 +33,8 @@ def no_thread_is_left():
 
 
 def test_items_come_in_order_and_the_threads_end():
-    with Overlap() as overlap:
-        doubled = overlap.ahead(2 * each for each in overlap.ahead(range(100)))
+    with Prefetcher() as prefetcher:
+        doubled = prefetcher.prefetch(2 * each for each in prefetcher.prefetch(range(100)))
         assert list(doubled) == list(range(0, 200, 2))
 
 
@@ -49,16 +50,16 @@ def second_is_made_while_first_is_used(through, wait_s: float) -> bool:
 
 
 def test_stages_run_at_the_same_time():
-    with Overlap() as overlap:
-        assert second_is_made_while_first_is_used(overlap.ahead, 10)
+    with Prefetcher() as prefetcher:
+        assert second_is_made_while_first_is_used(prefetcher.prefetch, 10)
     assert not second_is_made_while_first_is_used(iter, 0.05)
 
 
 @pytest.mark.parametrize("depth", [1, DEPTH, 5])
 def test_no_more_is_taken_than_waits_and_is_at_hand(depth):
     taken = []
-    with Overlap() as overlap:
-        items = overlap.ahead((taken.append(each) or each for each in range(50)), depth)
+    with Prefetcher() as prefetcher:
+        items = prefetcher.prefetch((taken.append(each) or each for each in range(50)), depth)
         for done in range(1, 20):
             next(items)
             time.sleep(0.002)
@@ -71,8 +72,8 @@ def failing():
 
 
 def test_an_error_comes_up_in_its_place():
-    with Overlap() as overlap:
-        items = overlap.ahead(iter(overlap.ahead(failing())))
+    with Prefetcher() as prefetcher:
+        items = prefetcher.prefetch(iter(prefetcher.prefetch(failing())))
         assert [next(items) for _ in range(3)] == [0, 1, 2]
         with pytest.raises(ArtefactError, match="the fourth"):
             next(items)
@@ -81,8 +82,8 @@ def test_an_error_comes_up_in_its_place():
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ArtefactError])
 def test_threads_that_wait_for_room_end_with_the_block(error):
     def interrupted():
-        with Overlap() as overlap:
-            next(overlap.ahead(overlap.ahead(iter(int, 1))))  # zeros without end
+        with Prefetcher() as prefetcher:
+            next(prefetcher.prefetch(prefetcher.prefetch(iter(int, 1))))  # zeros without end
             raise error
 
     with pytest.raises(error):
@@ -100,9 +101,9 @@ def test_nothing_is_taken_after_the_end():
             go_on.wait(10)
             yield number
 
-    overlap = Overlap()
-    with overlap:
-        overlap.ahead(items())
+    prefetcher = Prefetcher()
+    with prefetcher:
+        prefetcher.prefetch(items())
         begun.wait(10)
         threading.Timer(0.1, go_on.set).start()
     assert taken == [0]
@@ -204,7 +205,7 @@ def test_an_error_that_ends_the_run_loses_nothing_that_came_before(tiny_bundle, 
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_error_with_one_image_stops_that_image_alone(tiny_bundle, data, tmp_path, monkeypatch, stage, error, line):
     stage(monkeypatch, "case3.png", error)
-    monkeypatch.setattr(pipelined, "ROOM_BYTES", 0)  # what a failed image takes is given back, or all would wait
+    monkeypatch.setattr(pipelined, "MAX_PENDING_BYTES", 0)  # what a failed image takes is given back, or all would wait
     failed = {}
     written = infer_to_folder(
         [data], tiny_bundle, tmp_path / "out", on_error=lambda path, error: failed.update({path.name: str(error)})
@@ -231,11 +232,11 @@ def test_a_volume_that_fails_at_any_slice_is_one_failure(tiny_bundle, images, mo
 
         monkeypatch.setattr(session, "run", run)
         first, second = pipelined.segment_many([volume, picture], session, bundle, 2)
-    assert isinstance(first, pipelined.Failure)
+    assert isinstance(first, Refused)
     assert first.image is volume
     assert isinstance(first.error, MemoryError)
-    assert isinstance(second, tuple)
-    np.testing.assert_array_equal(second[1].labels, expected)
+    assert isinstance(second, Segmented)
+    np.testing.assert_array_equal(second.mask.labels, expected)
 
 
 @pytest.mark.parametrize("attempt", range(20))
@@ -248,8 +249,8 @@ def test_a_stage_that_ends_after_the_block_says_nothing(attempt, capfd):
         full.set()
         raise BrokenError
 
-    with Overlap() as overlap:
-        overlap.ahead(items())
+    with Prefetcher() as prefetcher:
+        prefetcher.prefetch(items())
         full.wait(10)
         time.sleep(0.001 * attempt)
     assert capfd.readouterr().err == ""
@@ -265,7 +266,7 @@ def test_bad_files_are_named_in_order_and_the_rest_is_done(tiny_bundle, data, tm
 
 
 def test_large_images_are_read_one_at_a_time(tiny_bundle, data, monkeypatch):
-    monkeypatch.setattr(pipelined, "ROOM_BYTES", 0)
+    monkeypatch.setattr(pipelined, "MAX_PENDING_BYTES", 0)
     bundle, reading, most = load_bundle(tiny_bundle), set(), 0
     sources = find_images([data])
 
@@ -276,10 +277,10 @@ def test_large_images_are_read_one_at_a_time(tiny_bundle, data, monkeypatch):
 
     with open_session(bundle) as session:
         for segmented in pipelined.segment_many(images(), session, bundle, 4):
-            assert isinstance(segmented, tuple)
+            assert isinstance(segmented, Segmented)
             time.sleep(0.01)
             most = max(most, len(reading))
-            reading.discard(segmented[0].path)
+            reading.discard(segmented.image.path)
     assert most == 1
 
 

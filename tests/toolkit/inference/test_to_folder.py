@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+from infer_folder import infer_to_folder
 from nibabel import Nifti1Image
 from tiny import write_pictures
 
@@ -17,7 +18,6 @@ from medseg_trt.errors import InputError, UsageError
 from medseg_trt.files import sha256
 from medseg_trt.imaging.images import read_image
 from medseg_trt.inference import to_folder
-from medseg_trt.inference.to_folder import infer_to_folder
 
 
 def read_indices(path: Path) -> np.ndarray:

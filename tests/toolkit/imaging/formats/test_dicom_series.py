@@ -22,6 +22,7 @@ from dicoms import (
     save_series,
     without_preamble,
 )
+from infer_folder import infer_to_folder
 from itk import voxels_by_itk
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 from tiny import picture
@@ -30,7 +31,6 @@ from medseg_trt.errors import InputError
 from medseg_trt.imaging.dicom_signature import SIGNATURE_BYTES, starts_like_dicom
 from medseg_trt.imaging.formats.dicom_objects import MODALITIES, SOP_CLASSES
 from medseg_trt.imaging.images import find_images, read_image
-from medseg_trt.inference.to_folder import infer_to_folder
 
 STORAGE = "1.2.840.10008.5.1.4.1.1."
 AFFINE = np.array([[-2.0, 0, 0, 31], [0, -1.5, 0, -12], [0, 0, 3, 7], [0, 0, 0, 1]])  # of ``save_slices``
@@ -110,7 +110,11 @@ def test_a_series_for_every_slice_is_one_volume_with_a_warning(tmp_path, caplog)
     [
         ({}, (2,), "the distance between IM0001 and IM0003 is 6 mm, elsewhere 3 mm"),
         ({}, (0, 1, 2, 3), "two are too few to decide"),
-        ({"StudyInstanceUID": lambda index: f"1.5.{index + 1}"}, (), "6 evenly spaced slices have a StudyInstanceUID each"),
+        (
+            {"StudyInstanceUID": lambda index: f"1.5.{index + 1}"},
+            (),
+            "6 evenly spaced slices have a StudyInstanceUID each",
+        ),
         ({"SeriesDescription": lambda index: f"station {index}"}, (), None),
         ({"SeriesNumber": lambda index: index}, (), None),
     ],

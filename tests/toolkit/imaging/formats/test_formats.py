@@ -11,11 +11,11 @@ import PIL.Image
 import pytest
 import tifffile
 from dicoms import save_series
+from infer_folder import infer_to_folder
 from tiny import picture, write_nifti
 
 from medseg_trt.errors import InputError, MissingExtraError
 from medseg_trt.imaging.images import READERS, find_images, output_stem, read_image, read_labels
-from medseg_trt.inference.to_folder import infer_to_folder
 from medseg_trt.train.datasets.folder import open_folder, read_case
 
 

@@ -1,0 +1,32 @@
+"""The three outcomes of an image in a run of ``infer``."""
+
+from dataclasses import dataclass
+
+from medseg_trt.imaging.images import Image, Mask
+from medseg_trt.inference.resume import Record
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Segmented:
+    """The image has a mask."""
+
+    image: Image
+    mask: Mask
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Skipped:
+    """An earlier run has written the mask of the same image with the same bundle and options."""
+
+    record: Record
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Refused:
+    """The image cannot be used."""
+
+    error: Exception
+    image: Image | None = None  # None: it could not be read
+
+
+Outcome = Segmented | Skipped | Refused
