@@ -110,7 +110,11 @@ def test_a_series_for_every_slice_is_one_volume_with_a_warning(tmp_path, caplog)
     [
         ({}, (2,), "the distance between IM0001 and IM0003 is 6 mm, elsewhere 3 mm"),
         ({}, (0, 1, 2, 3), "two are too few to decide"),
-        ({"StudyInstanceUID": lambda index: f"1.5.{index + 1}"}, (), "6 evenly spaced slices have a StudyInstanceUID each"),
+        (
+            {"StudyInstanceUID": lambda index: f"1.5.{index + 1}"},
+            (),
+            "6 evenly spaced slices have a StudyInstanceUID each",
+        ),
         ({"SeriesDescription": lambda index: f"station {index}"}, (), None),
         ({"SeriesNumber": lambda index: index}, (), None),
     ],
