@@ -1,7 +1,7 @@
-"""The distance between two surfaces: HD95, the 95th percentile of how far one outline lies from the other.
+"""HD95: the 95th percentile of the distances between the surfaces of two masks.
 
-A surface is the mask's pixels of which a direct neighbour (4 in a slice, 6 in a volume) is not in the mask; beyond the
-array nothing is. Two definitions are in use, and they give different figures for the same masks.
+The surface is the set of mask pixels with a direct neighbour (4 in a slice, 6 in a volume) outside the mask; beyond the
+array everything is outside. Two definitions are in use, and they give different values for the same masks.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,17 +14,17 @@ from medseg_trt.errors import require
 
 PERCENTILE = 95
 
-Distances = Float64[ndarray, "..."]  # one for each point of a surface
+Distances = Float64[ndarray, "..."]  # one per surface point
 
 
-def _pooled(there: Distances, back: Distances) -> float:
-    """Take the percentile of all distances, both ways together."""
-    return float(np.percentile(np.concatenate([there, back]), PERCENTILE))
+def _pooled(forward: Distances, backward: Distances) -> float:
+    """Return the percentile of the distances in both directions together."""
+    return float(np.percentile(np.concatenate([forward, backward]), PERCENTILE))
 
 
-def _max_directed(there: Distances, back: Distances) -> float:
-    """Take the percentile of each way, and the larger of the two."""
-    return float(max(np.percentile(there, PERCENTILE), np.percentile(back, PERCENTILE)))
+def _max_directed(forward: Distances, backward: Distances) -> float:
+    """Return the larger of the percentiles of the two directions."""
+    return float(max(np.percentile(forward, PERCENTILE), np.percentile(backward, PERCENTILE)))
 
 
 DEFINITIONS: Mapping[str, Callable[[Distances, Distances], float]] = {
@@ -39,7 +39,7 @@ def hd95(
     spacing_mm: Sequence[float] | None = None,
     definition: str = "pooled",
 ) -> float | None:
-    """Return the 95th percentile Hausdorff distance; None where a mask is empty, so that there is no distance.
+    """Return the 95th percentile Hausdorff distance; None where a mask is empty.
 
     Args:
         prediction: a mask of any number of axes.
@@ -48,7 +48,7 @@ def hd95(
         definition: a key of ``DEFINITIONS``.
 
     Raises:
-        ValueError: the shapes differ, or ``spacing_mm`` has not one number an axis.
+        ValueError: the shapes differ, or ``spacing_mm`` does not have one number per axis.
         MissingExtraError: SciPy is not installed.
     """
     if prediction.shape != truth.shape:
@@ -63,23 +63,23 @@ def hd95(
 
 
 def surface_points(mask: Bool[ndarray, "..."]) -> Float64[ndarray, "points axes"]:
-    """Return the positions of the surface's pixels, in pixels."""
+    """Return the indices of the surface pixels."""
     box = _bounding_box(mask)
     if box is None:
         return np.empty((0, mask.ndim))
     cut = np.pad(mask[box], 1)
     inner = tuple(slice(1, -1) for _ in range(mask.ndim))
-    buried = cut[inner].copy()
+    interior = cut[inner].copy()
     for axis in range(mask.ndim):
         for shift in (slice(None, -2), slice(2, None)):
-            buried &= cut[(*inner[:axis], shift, *inner[axis + 1 :])]
-    return np.argwhere(cut[inner] & ~buried) + np.array([part.start for part in box], np.float64)
+            interior &= cut[(*inner[:axis], shift, *inner[axis + 1 :])]
+    return np.argwhere(cut[inner] & ~interior) + np.array([part.start for part in box], np.float64)
 
 
 def _bounding_box(mask: ndarray) -> tuple[slice, ...] | None:
     box: list[slice] = []
     for axis in range(mask.ndim):
-        part = mask[tuple(box)]  # each axis leaves less to look at for the next
+        part = mask[tuple(box)]  # cropped along the axes before
         used = np.flatnonzero(part.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
         if not used.size:
             return None

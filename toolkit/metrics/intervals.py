@@ -1,7 +1,7 @@
-"""Say what samples show and how sure it is: tails of latency, changes of means, ratios of speeds, bounds.
+"""Estimate latencies, changes of means and speed ratios with confidence intervals.
 
-Every interval here is one that few or scattered samples make wider. Where something is drawn at random, the generator
-has a fixed seed: the same samples give the same interval.
+Few or scattered samples widen every interval. Random draws use a generator with a fixed seed: the same samples give
+the same interval.
 Sources: MLCommons inference rules, appendix "Early Stopping Criterion", for tails; Efron & Tibshirani 1993, "An
 Introduction to the Bootstrap", chapter 13; Hesterberg 2015, "What Teachers Should Know About the Bootstrap", §4.3, for
 the percentiles that small samples need.
@@ -30,7 +30,7 @@ Rounds = Sequence[Sequence[float]]  # latencies by round; a round is short besid
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Interval:
-    """An estimate and what lies around it."""
+    """An estimate with its confidence interval."""
 
     estimate: float
     low: float
@@ -85,7 +85,7 @@ def tail_latency(samples: Sequence[float] | ndarray, percentile: float | int) ->
 def sign_test_bound(values: Sequence[float], confidence: float = CONFIDENCE) -> float:
     """Return the lower end of an interval of the true median of the values; 0 where there are too few.
 
-    The sign test turned round: that the k lowest of n values all lie below the median by chance is binomial.
+    The inverted sign test: the number of n values below the median is binomial.
     """
     ordered, count = sorted(values), len(values)
     tails = np.cumsum([comb(count, number) * 0.5**count for number in range(count + 1)])
@@ -108,12 +108,12 @@ def change_interval(
         raise ValueError(f"{before.shape} and {after.shape} values cannot be paired")
     differences = (after - before).reshape(len(before), -1).astype(np.float64)
     if len(differences) < MIN_UNITS:
-        each = _means(np.eye(len(differences), dtype=np.int64), differences)
+        unit_means = _means(np.eye(len(differences), dtype=np.int64), differences)
         estimate = _means(np.ones((1, len(differences)), np.int64), differences)[0]
         return Interval(
             estimate=float(estimate),
-            low=float(each.min()),
-            high=float(each.max()),
+            low=float(unit_means.min()),
+            high=float(unit_means.max()),
             units=len(differences),
             confidence=None,
         )
@@ -123,10 +123,10 @@ def change_interval(
 def speed_interval(slower: Rounds, faster: Rounds, *, interleaved: bool, confidence: float = CONFIDENCE) -> Interval:
     """Bound how many times faster one network is than another: the ratio of their ``median_of_rounds``.
 
-    With as many rounds on both sides, it is also the geometric mean of the rounds' ratios. Where the two had their turn
-    in every round, a drift of the machine hits both sides of a round's ratio and cancels; rounds are resampled in
-    pairs. Where they did not, every network's rounds are resampled by themselves, and what the machine did between the
-    two measurements is in no interval.
+    With as many rounds on both sides, it is also the geometric mean of the rounds' ratios. With
+    interleaved rounds, a drift of the machine affects both sides of a round's ratio and cancels; rounds are resampled
+    in pairs. Otherwise the rounds of each network are resampled separately, and the interval does not cover drift
+    between the two measurements.
 
     Args:
         slower: latencies above the fraction bar, by round.
@@ -141,11 +141,11 @@ def speed_interval(slower: Rounds, faster: Rounds, *, interleaved: bool, confide
     if interleaved:
         if len(above) != len(below):
             raise ValueError(f"{len(above)} and {len(below)} rounds were not taken in turn")
-        found = change_interval(below, above, confidence)
+        log_ratio = change_interval(below, above, confidence)
     else:
-        found = _difference(above, below, confidence)
-    ends = np.exp([found.estimate, found.low, found.high]).tolist()
-    return Interval(estimate=ends[0], low=ends[1], high=ends[2], units=found.units, confidence=found.confidence)
+        log_ratio = _difference(above, below, confidence)
+    ends = np.exp([log_ratio.estimate, log_ratio.low, log_ratio.high]).tolist()
+    return Interval(estimate=ends[0], low=ends[1], high=ends[2], units=log_ratio.units, confidence=log_ratio.confidence)
 
 
 def median_of_rounds(rounds: Rounds) -> float:
@@ -216,7 +216,7 @@ def _latencies(samples: Sequence[float] | ndarray) -> Float64[ndarray, " samples
 def _logs_of_medians(rounds: Rounds) -> Float64[ndarray, " rounds"]:
     if not len(rounds):
         raise ValueError("there is no round")
-    return np.log([np.median(_latencies(taken)) for taken in rounds])
+    return np.log([np.median(_latencies(latencies)) for latencies in rounds])
 
 
 def _interval(values: Float64[ndarray, "units columns"], confidence: float, generator: np.random.Generator) -> Interval:
@@ -232,7 +232,7 @@ def _difference(above: Float64[ndarray, " a"], below: Float64[ndarray, " b"], co
         low, high = float(above.min() - below.max()), float(above.max() - below.min())
         return Interval(estimate=estimate, low=low, high=high, units=units, confidence=None)
     generator = np.random.default_rng(0)
-    first, second = (_resampled(each[:, None], generator) for each in (above, below))
+    first, second = (_resampled(logs[:, None], generator) for logs in (above, below))
     low, high = bounds(first - second, units, confidence)
     return Interval(estimate=estimate, low=low, high=high, units=units, confidence=confidence)
 

@@ -1,8 +1,8 @@
-"""Compare predicted labels with true ones, class by class, without hiding the empty cases.
+"""Compute Dice and IoU of predicted labels per class, and report empty cases separately.
 
-With the pixels that are right (tp), wrongly added (fp) and missed (fn), Dice is ``2 tp / (2 tp + fp + fn)`` and IoU is
-``tp / (tp + fp + fn)``; no constant is added to either. Where a class is in neither of the two, both are 0 / 0: the
-class is "absent", has no figure and enters no mean. HD95 (``hausdorff``) exists only where the class is in both; how
+With true positive (tp), false positive (fp) and false negative (fn) pixels, Dice is ``2 tp / (2 tp + fp + fn)`` and
+IoU is ``tp / (tp + fp + fn)``; no constant is added to either. Where a class is in neither mask, both are 0 / 0: the
+class is "absent", has no value and enters no mean. HD95 (``hausdorff``) exists only where the class is in both; how
 often it does not is counted beside the mean.
 """
 
@@ -29,7 +29,7 @@ CHUNK_PIXELS = 1 << 22  # counted at once: ``bincount`` makes an int64 of every 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClassScore:
-    """How well one class was found in one case.
+    """The scores of one class in one case.
 
     ``state`` is "present" (in both), "absent" (in neither; ``dice`` and ``iou`` are None), "missed" (only in the truth)
     or "false alarm" (only in the prediction); the last two score 0.
@@ -47,7 +47,7 @@ class ClassScore:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeanScore:
-    """How well one class was found over several cases.
+    """The mean scores of one class over several cases.
 
     The means of Dice and IoU run over the ``cases`` whose truth has the class, missed ones included as 0; that of HD95
     over those of them that are not missed. None where there is none. In some of ``protocols`` the means run over
@@ -65,7 +65,7 @@ class MeanScore:
 
     @property
     def present(self) -> int:
-        """How many cases have the class in the truth and in the prediction."""
+        """The number of cases with the class in the truth and in the prediction."""
         return self.cases - self.missed
 
 
@@ -75,13 +75,13 @@ def scores(
     classes: Classes,
     hd95_spacing: Sequence[float] | None = None,
 ) -> tuple[ClassScore, ...]:
-    """Score every class but the background, for one picture or one whole volume.
+    """Score every class except the background, for one 2-D image or one whole volume.
 
     Args:
         prediction: labels.
         truth: labels of the same shape.
         classes: their names.
-        hd95_spacing: the distance between pixels along each axis, where HD95 is wanted.
+        hd95_spacing: the distance between pixels along each axis; None computes no HD95.
 
     Raises:
         ValueError: the shapes differ, or a label has no name in ``classes``.
@@ -101,12 +101,12 @@ def scores(
 def mean_scores(
     cases: Sequence[Sequence[ClassScore]], weights: Sequence[float] | None = None, *, over_all: bool = False
 ) -> tuple[MeanScore, ...]:
-    """Average what ``scores`` found in several cases, class by class; without a case there is no class.
+    """Average the ``scores`` of several cases per class; without a case the result is empty.
 
     Args:
-        cases: the scores of each.
-        weights: how much each counts; None: all the same.
-        over_all: also average what has a figure in cases whose truth has not the class.
+        cases: the scores of each case.
+        weights: the weight of each case; None weights them equally.
+        over_all: also average over cases whose truth lacks the class, where they have a value.
 
     Raises:
         ValueError: the cases do not hold the same classes.
@@ -175,6 +175,8 @@ def _mean_score(scores_of_class: Sequence[ClassScore], weights: Sequence[float],
 
 
 def _mean(values: Sequence[tuple[float | None, float]]) -> float | None:
-    """Return the weighted mean of the figures that exist."""
-    found = [(value, weight) for value, weight in values if value is not None]
-    return sum(value * weight for value, weight in found) / sum(weight for _, weight in found) if found else None
+    """Return the weighted mean of the values that exist."""
+    existing = [(value, weight) for value, weight in values if value is not None]
+    return (
+        sum(value * weight for value, weight in existing) / sum(weight for _, weight in existing) if existing else None
+    )

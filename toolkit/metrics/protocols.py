@@ -1,7 +1,7 @@
-"""The four ways in which published figures were counted, by name: what is pooled, and what an empty mask scores.
+"""Four evaluation protocols of published results: what is pooled, and what an empty mask scores.
 
-``volume`` is the one to trust: it hides no empty case. ``unext_batch`` and ``volume_transunet`` are those of other
-people's code, for figures that can be laid beside theirs; ``per_image`` is UNeXt's formula without its dependence on
+``volume`` is recommended: it hides no empty case. ``unext_batch`` and ``volume_transunet`` reproduce published code,
+for values that are comparable with theirs; ``per_image`` is UNeXt's formula without its dependence on
 the size of a batch. With the pixels of a class that are in both masks and those that are in either:
 
 ==================  =================================================  =====================================
@@ -29,22 +29,22 @@ SMOOTH = 1e-5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MetricMode:
-    """One way to count."""
+    """One evaluation protocol."""
 
-    unit: Literal["case", "image", "batch"]  # what a figure is taken of, before the mean; a case at its own size
-    rule: Callable[[ClassScore], ClassScore]  # the figures of one class in one such unit
-    every_unit_counts: bool  # in the mean; else those alone whose truth has the class
+    unit: Literal["case", "image", "batch"]  # unit that is scored before the mean; a case at its own size
+    rule: Callable[[ClassScore], ClassScore]  # converts the scores of one class in one unit
+    every_unit_counts: bool  # in the mean; otherwise only those whose truth has the class
     hd95: Literal["never", "if wanted", "always"]
-    text: str  # for whoever reads the figures
+    text: str  # description for reports
 
 
 def as_counted(score: ClassScore) -> ClassScore:
-    """Return what ``metrics.overlap.scores`` has found."""
+    """Return the score of ``metrics.overlap.scores`` unchanged."""
     return score
 
 
 def unext(score: ClassScore) -> ClassScore:
-    """Return UNeXt's smoothed IoU, and the Dice that it makes of that."""
+    """Return UNeXt's smoothed IoU and the Dice derived from it."""
     both = score.correct_pixels
     either = score.truth_pixels + score.predicted_pixels - both
     iou = (both + SMOOTH) / (either + SMOOTH)

@@ -1,8 +1,8 @@
-"""Pictures: PNG, JPEG and BMP, as Pillow decodes them, and PNG masks.
+"""Read 2-D images (PNG, JPEG and BMP) with Pillow, and read and write PNG masks.
 
-Grey and colours keep their 8 or 16 bits; a palette and CMYK become RGB, one bit becomes 0 and 255, and transparency is
-dropped, not blended. A photograph that says by EXIF that it lies on its side is turned upright for the network; its
-mask is stored as the photograph is stored, so that pixel i of the file belongs to pixel i of the mask.
+Grey and colours keep their 8 or 16 bits; palettes and CMYK become RGB, one bit becomes 0 and 255, and transparency is
+dropped, not blended. A photograph is rotated upright by its EXIF orientation for the network. Its mask is stored in the
+photograph's stored orientation, so that pixel i of the mask file belongs to pixel i of the image file.
 """
 
 import importlib
@@ -21,7 +21,7 @@ from medseg_trt.imaging.formats.limits import check_size, convert_decoder_errors
 from medseg_trt.imaging.images import Image, Mask
 from medseg_trt.imaging.signatures import require_kind
 
-PLUGINS = {  # Pillow's classes by the kind of file. They are opened directly, because ``PIL.Image.open`` applies
+PLUGINS = {  # format -> Pillow's class. They are opened directly, because ``PIL.Image.open`` applies
     # ``MAX_IMAGE_PIXELS``, a limit of the whole process that is lower than ours and that others may rely on.
     "PNG": ("PIL.PngImagePlugin", "PngImageFile"),
     "JPEG": ("PIL.JpegImagePlugin", "JpegImageFile"),
@@ -31,7 +31,7 @@ PLUGINS = {  # Pillow's classes by the kind of file. They are opened directly, b
 END_MARKS = {"PNG": b"IEND\xae\x42\x60\x82", "JPEG": b"\xff\xd9"}  # a file without its mark is cut short
 SUFFIXES = (".png", ".jpg", ".bmp")
 LOSSY = "JPEG"
-MODES = {  # Pillow's mode -> the one it is turned to; None keeps its numbers
+MODES = {  # Pillow's mode -> mode to convert to; None keeps the values
     "1": "L",
     "L": None,
     "LA": "L",
@@ -56,15 +56,15 @@ DEEP_MODES = {  # how a PNG of 16 bits a channel is stored -> mode and raw modes
 }
 ORIENTATION = 0x0112
 UPRIGHT = 1
-BESIDE = (5, 6, 7, 8)  # orientations whose rows are columns
-UNDONE_BY = {6: 8, 8: 6}  # all others undo themselves
+TRANSPOSED = (5, 6, 7, 8)  # orientations that swap rows and columns
+UNDONE_BY = {6: 8, 8: 6}  # orientation -> its inverse; all others are their own inverse
 
 
 def read(path: Path) -> Image:
-    """Read a picture; of a file with several, the first one.
+    """Read a 2-D image; of a file with several frames, the first one.
 
     Raises:
-        InputError: it is damaged, too large, or of a kind that Pillow does not know.
+        InputError: it is damaged, too large, or of a mode that is not supported.
     """
     values, exif = _decode(path, indices=False)
     pixels = upright(values[np.newaxis], exif)
@@ -72,74 +72,74 @@ def read(path: Path) -> Image:
 
 
 def read_labels(path: Path, like: Image) -> ndarray:
-    """Read the mask of a picture, turned as the picture is.
+    """Read the mask of a 2-D image, rotated as the image.
 
     Raises:
         InputError: it is damaged, in colour, stored with loss, or of another size.
     """
     if require_kind(path, *SUFFIXES).name == LOSSY:
-        raise InputError(f"{path} is a JPEG, whose numbers are not exact; save the mask as PNG")
+        raise InputError(f"{path} is a JPEG, whose compression changes label numbers; save the mask as PNG")
     labels, exif = _decode(path, indices=True)
     return labels_like(path, grey(path, labels)[np.newaxis], exif, like)
 
 
 def write(mask: Mask, path: Path) -> None:
-    """Write a palette PNG with the class colours, stored as the picture is stored.
+    """Write a palette PNG with the class colours, in the image's stored orientation.
 
     Raises:
-        MedsegError: what was written is not what was meant, so nothing is there.
+        MedsegError: the file read back differs from the mask; nothing is written.
     """
     (labels,) = as_stored(mask.labels, mask.exif)
     with atomic_file(path) as temporary:
         as_palette(labels, mask).save(temporary, format="PNG")
         written, _ = _decode(temporary, indices=True)
         if not np.array_equal(written, labels):
-            raise MedsegError(f"the mask of {mask.path} did not come out as it was meant; nothing was written")
+            raise MedsegError(f"the mask of {mask.path} differs when read back; nothing was written")
 
 
 def as_palette(labels: ndarray, mask: Mask) -> Any:
-    """Return Pillow's picture of labels (height, width) with the class colours."""
+    """Return labels (height, width) as Pillow's palette image with the class colours."""
     import PIL.Image
 
-    picture = PIL.Image.fromarray(np.ascontiguousarray(labels))
-    picture.putpalette([value for color in mask.classes.colors for value in color])
-    return picture
+    image = PIL.Image.fromarray(np.ascontiguousarray(labels))
+    image.putpalette([value for color in mask.classes.colors for value in color])
+    return image
 
 
 @contextmanager
-def opened(path: Path, kind: str) -> Generator[Any, None, None]:
-    """Yield Pillow's picture, of which only the header was read and found of a possible size.
+def open_image(path: Path, kind: str) -> Generator[Any, None, None]:
+    """Yield Pillow's image, of which only the header has been read and the size checked.
 
     Args:
         path: the file.
         kind: a key of ``PLUGINS``.
 
     Raises:
-        InputError: it is of another kind, damaged, or too large; also while it is decoded in the block.
+        InputError: it is of another format, damaged, or too large; also where decoding fails in the block.
     """
     module, plugin = PLUGINS[kind]
-    # By a name, Pillow maps the file, and maps a TIFF that lies on its side with height and width the wrong way round.
+    # Given a name, Pillow maps the file into memory, and swaps height and width of a TIFF that is to be rotated.
     with convert_decoder_errors(path, Exception), path.open("rb") as file:
         if kind in END_MARKS:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 if content.rfind(END_MARKS[kind]) < 0:
                     raise EOFError
-        with getattr(importlib.import_module(module), plugin)(file) as picture:
-            check_size(path, picture.size, samples=len(picture.getbands()))
-            yield picture
+        with getattr(importlib.import_module(module), plugin)(file) as image:
+            check_size(path, image.size, samples=len(image.getbands()))
+            yield image
 
 
 def upright(values: ndarray, exif: int) -> ndarray:
-    """Turn an array (slices, height, width, …) the way EXIF's Orientation asks for.
+    """Rotate or flip an array (slices, height, width, …) by EXIF's Orientation.
 
     Source: CIPA DC-008 (Exif 2.32), tag Orientation.
     """
-    turned = values.swapaxes(1, 2) if exif in BESIDE else values
+    rotated = values.swapaxes(1, 2) if exif in TRANSPOSED else values
     if exif in (3, 4, 7, 8):
-        turned = turned[:, ::-1]
+        rotated = rotated[:, ::-1]
     if exif in (2, 3, 6, 7):
-        turned = turned[:, :, ::-1]
-    return np.ascontiguousarray(turned)
+        rotated = rotated[:, :, ::-1]
+    return np.ascontiguousarray(rotated)
 
 
 def as_stored(values: ndarray, exif: int) -> ndarray:
@@ -147,91 +147,91 @@ def as_stored(values: ndarray, exif: int) -> ndarray:
     return upright(values, UNDONE_BY.get(exif, exif))
 
 
-def orientation(picture: Any) -> int:
-    """Return EXIF's Orientation; what cannot be counts as upright, as in every viewer."""
-    value = picture.getexif().get(ORIENTATION, UPRIGHT)
+def orientation(image: Any) -> int:
+    """Return EXIF's Orientation; an invalid value counts as upright, as in viewers."""
+    value = image.getexif().get(ORIENTATION, UPRIGHT)
     return value if isinstance(value, int) and UPRIGHT <= value <= 8 else UPRIGHT
 
 
 def grey(path: Path, labels: ndarray) -> ndarray:
-    """Return the label numbers of a decoded mask, whose colour channels must be alike.
+    """Return the label numbers of a decoded mask, whose colour channels must be equal.
 
     Raises:
-        InputError: they are not.
+        InputError: they differ.
     """
     if labels.ndim == 3:
         colours = labels[..., : 1 if labels.shape[2] == 2 else 3]
         labels = colours[..., 0]
         if (colours != labels[..., np.newaxis]).any():
-            raise InputError(f"{path} is a colour picture; a mask holds label numbers: save it as grey or palette PNG")
+            raise InputError(f"{path} is a colour image; a mask holds label numbers: save it as grey or palette PNG")
     return labels
 
 
 def labels_like(path: Path, labels: ndarray, exif: int, like: Image) -> ndarray:
-    """Return labels (slices, height, width), stored as the picture is stored, turned as the picture is.
+    """Rotate stored labels (slices, height, width) as their image.
 
     Args:
         path: the mask.
         labels: as they are stored.
-        exif: the mask's own orientation; where it has none, it is turned as its picture is.
-        like: the picture.
+        exif: the mask's own orientation; without one, that of its image applies.
+        like: the image.
 
     Raises:
         InputError: the sizes differ.
     """
     if like.geometry is not None:
-        raise InputError(f"{path} is a picture, but its image {like.path} is a volume; give a NIfTI mask")
-    turned = upright(labels, exif if exif != UPRIGHT else like.exif)
-    if turned.shape != like.pixels.shape[:3]:
-        (count, height, width), (image_count, image_height, image_width) = turned.shape, like.pixels.shape[:3]
+        raise InputError(f"{path} is a 2-D image, but its image {like.path} is a volume; give a NIfTI mask")
+    rotated = upright(labels, exif if exif != UPRIGHT else like.exif)
+    if rotated.shape != like.pixels.shape[:3]:
+        (count, height, width), (image_count, image_height, image_width) = rotated.shape, like.pixels.shape[:3]
         pages = f", {count} page(s)" if (count, image_count) != (1, 1) else ""
         image_pages = f", {image_count} page(s)" if pages else ""
-        on_its_side = " once both are turned upright" if like.exif in BESIDE else ""
+        note = " once both are rotated upright" if like.exif in TRANSPOSED else ""
         raise InputError(
             f"{path} is {width} x {height} pixels{pages}, but its image is {image_width} x {image_height}{image_pages}"
-            f"{on_its_side}"
+            f"{note}"
         )
-    return turned
+    return rotated
 
 
-def numbers(picture: Any, indices: bool) -> ndarray:
-    """Decode Pillow's picture: (height, width) or (height, width, channels).
+def numbers(image: Any, indices: bool) -> ndarray:
+    """Decode Pillow's image to (height, width) or (height, width, channels).
 
     Args:
-        picture: of a mode in ``MODES``.
+        image: of a mode in ``MODES``.
         indices: keep the indices of a palette, and all channels.
     """
-    picture.load()
-    picture.info.pop("transparency", None)  # it would be blended or spread over the colours
-    mode = None if indices else MODES[picture.mode]
-    values = np.array(picture if mode is None else picture.convert(mode))
+    image.load()
+    image.info.pop("transparency", None)  # ``convert`` would apply it to the colours
+    mode = None if indices else MODES[image.mode]
+    values = np.array(image if mode is None else image.convert(mode))
     return values.astype(values.dtype.newbyteorder("="), copy=False)
 
 
 def require_mode(path: Path, mode: str, modes: Sequence[str] = tuple(MODES)) -> None:
-    """Refuse a mode of Pillow's that is not known here.
+    """Refuse an unsupported mode of Pillow's.
 
     Raises:
-        InputError: it is not known.
+        InputError: the mode is not among ``modes``.
     """
     if mode not in modes:
-        raise InputError(f"{path} is of Pillow's mode {mode}, which cannot be read here; save it as grey or RGB")
+        raise InputError(f"{path} has Pillow's mode {mode}, which is not supported; save it as grey or RGB")
 
 
 def _decode(path: Path, indices: bool) -> tuple[ndarray, int]:
-    """Return the numbers of a picture as it is stored, and its orientation."""
+    """Return the stored values of a 2-D image, and its orientation."""
     kind = require_kind(path, *SUFFIXES).name
     if kind == "PNG":
-        with opened(path, kind) as picture:
-            picture.verify()  # the checksums, up to the last; decoding stops before it
-    with opened(path, kind) as picture:
-        require_mode(path, picture.mode)
-        stored_as = str(picture.tile[0].args) if picture.tile else ""
-        exif = orientation(picture)
+        with open_image(path, kind) as image:
+            image.verify()  # all checksums; decoding stops before the last
+    with open_image(path, kind) as image:
+        require_mode(path, image.mode)
+        stored_as = str(image.tile[0].args) if image.tile else ""
+        exif = orientation(image)
         if kind == "PNG" and stored_as in DEEP_MODES:
             values = _deep_numbers(path, stored_as)
         else:
-            values = numbers(picture, indices)
+            values = numbers(image, indices)
         require_finite(path, values)
     return values, exif
 
@@ -241,12 +241,12 @@ def _deep_numbers(path: Path, stored_as: str) -> ndarray:
     mode, *raw_modes = DEEP_MODES[stored_as]
     halves: list[ndarray] = []
     for raw_mode in raw_modes:
-        with opened(path, "PNG") as picture:
-            require_mode(path, picture.mode, [mode])
-            picture.tile = [tile._replace(args=raw_mode) for tile in picture.tile]
-            picture.info.pop("transparency", None)
-            picture.load()
-            halves.append(np.array(picture).astype(np.uint16))
+        with open_image(path, "PNG") as image:
+            require_mode(path, image.mode, [mode])
+            image.tile = [tile._replace(args=raw_mode) for tile in image.tile]
+            image.info.pop("transparency", None)
+            image.load()
+            halves.append(np.array(image).astype(np.uint16))
     upper, lower = halves
     if stored_as == "LA;16B":
         return upper[..., 0] << 8 | lower[..., 1]

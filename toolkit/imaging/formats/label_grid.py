@@ -1,4 +1,4 @@
-"""Put the labels of a volume into the voxels of its image, where both lie on one grid in space."""
+"""Map the labels of a volume to the voxels of its image, where both share one grid in space."""
 
 from itertools import product
 
@@ -18,17 +18,17 @@ MAX_SHARE = 0.02
 
 
 def labels_on_grid(mask: Image, like: Image, *, may_be_cropped: bool) -> ndarray:
-    """Return a volume's labels (slices, rows, columns) voxel for voxel with its image.
+    """Return a volume's labels (slices, rows, columns) on its image's grid.
 
     Args:
-        mask: as it was read.
+        mask: as read, reoriented like its image.
         like: its image.
-        may_be_cropped: whether it may cover a part of the image; the rest is background.
+        may_be_cropped: whether the mask may cover only a part of the image; the rest is background.
 
     Raises:
-        InputError: it has another size, or its voxels do not lie where those of its image lie.
+        InputError: the mask differs from its image in size or geometry.
     """
-    assert mask.geometry is not None  # whoever calls has seen to both
+    assert mask.geometry is not None  # callers have checked both
     assert like.geometry is not None
     theirs, ours = mask.geometry.affine_mm, like.geometry.affine_mm
     shape, image_shape = mask.pixels.shape[:3], like.pixels.shape[:3]
@@ -45,8 +45,8 @@ def labels_on_grid(mask: Image, like: Image, *, may_be_cropped: bool) -> ndarray
     allowed_mm = MAX_SHARE * np.linalg.norm(ours[:3, :3], axis=0).min()
     if apart_mm > allowed_mm and shape == image_shape:
         raise InputError(
-            f"{mask.path} does not lie where its image {like.path} lies: their corners are up to {apart_mm:.4g} mm "
-            f"apart, and {allowed_mm:.2g} mm ({MAX_SHARE:.0%} of a voxel) are possible"
+            f"{mask.path} has another geometry than its image {like.path}: their corners are up to {apart_mm:.4g} mm "
+            f"apart, and {allowed_mm:.2g} mm ({MAX_SHARE:.0%} of a voxel) are allowed; resample the mask to the image"
         )
     first = tuple(int(index) for index in start[::-1])  # slice, row, column
     last = tuple(index + size for index, size in zip(first, shape, strict=True))
@@ -65,9 +65,9 @@ def labels_on_grid(mask: Image, like: Image, *, may_be_cropped: bool) -> ndarray
 
 
 def _largest_distance(first: Float64[ndarray, "4 4"], second: Float64[ndarray, "4 4"], shape: tuple[int, ...]) -> float:
-    """Return how far the centres of a corner's voxel are apart at most, in millimetres.
+    """Return the largest distance between the centres of two corresponding corner voxels, in millimetres.
 
-    The distance is convex over the grid, so that no voxel is further off than a corner.
+    The distance is convex over the grid, so no voxel is further apart than a corner.
     """
     slices, rows, columns = shape
     corners = np.array([[*corner, 1] for corner in product((0, columns - 1), (0, rows - 1), (0, slices - 1))], float)

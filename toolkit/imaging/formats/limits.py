@@ -1,4 +1,4 @@
-"""What every reader does with a file that is not to be trusted: limits, and one line where it cannot be used."""
+"""Limits for untrusted files, and one-line errors for files that cannot be read; shared by all readers."""
 
 import logging
 import warnings
@@ -18,22 +18,27 @@ from medseg_trt.errors import InputError, MedsegError
 
 MAX_PIXELS = 2**28  # of one image, all slices together: 16384 x 16384, or 1024 slices of 512 x 512; 1 GiB of float32
 MAX_SIDE = 2**16  # pixels; JPEG's longest side, and the tables that resize it to a network's image stay below 50 MB
-MAX_SLICES = 4096  # each goes through the network; a whole body at 0.5 mm has fewer
-WORKING_BYTES_PER_PIXEL = 20  # that reading an image takes at most, its result included; libraries apart
+MAX_SLICES = 4096  # the network runs once per slice; a whole body at 0.5 mm has fewer
+WORKING_BYTES_PER_PIXEL = 20  # peak memory of reading an image, with the result, without the libraries
 MAX_BYTES = 2**31  # decoded: MAX_PIXELS of 64 bits, or of RGBA with 16 bits
 MAX_HEADER_BYTES = 2**20  # of a NIfTI header with its extensions, or an NRRD header
 CHUNK_BYTES = 2**22  # read and converted at once
-PADDING_BYTES = 2**16  # of zeros behind the voxels, as tapes and block devices leave them
-MAX_REASON = 200  # characters of what a decoder says
-CUT_SHORT = ("truncated", "end-of-stream", "unexpected end", "ended before")  # in what decoders say of a cut file
-DECODERS = ("imagecodecs",)  # packages that decoders ask for by name
+PADDING_BYTES = 2**16  # of zeros after the voxels, as tapes and block devices leave them
+MAX_REASON = 200  # characters of a decoder's message
+CUT_SHORT = (
+    "truncated",
+    "end-of-stream",
+    "unexpected end",
+    "ended before",
+)  # in decoders' messages for truncated files
+DECODERS = ("imagecodecs",)  # packages that decoders' messages ask for by name
 
-for _library in ("PIL", "tifffile"):  # without any handler, what they say of a bad file goes to stderr
+for _library in ("PIL", "tifffile"):  # without a handler, their messages on bad files go to stderr
     logging.getLogger(_library).addHandler(logging.NullHandler())
 
 
 class _Quiet:
-    """Silence warnings. Python's filters are one for all threads: the first reader sets them, the last one restores."""
+    """Silence warnings. All threads share Python's filters: the first reader sets them, the last one restores them."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -60,18 +65,18 @@ _QUIET = _Quiet()
 
 @contextmanager
 def convert_decoder_errors(path: Path, *kinds: type[Exception]) -> Generator[None, None, None]:
-    """Turn what a decoder says of a bad file into one line that names the file, and keep its warnings quiet.
+    """Convert a decoder's exceptions to an ``InputError`` of one line that names the file, and silence its warnings.
 
-    Our own errors pass as they are.
+    ``MedsegError`` passes unchanged.
     """
     try:
-        with _QUIET:  # warnings may quote the patient
+        with _QUIET:  # warnings may contain the patient's name
             yield
     except MedsegError:
         raise
     except (OSError, EOFError, ValueError, OverflowError, MemoryError, zlib.error, *kinds) as error:
         if is_cut_short(error):
-            raise InputError(f"{path} is cut short; copy it again from where it came") from error
+            raise InputError(f"{path} is cut short; copy it again from its source") from error
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
         remedy = next((f"; install it: pip install {package}" for package in DECODERS if package in reason), "")
         raise InputError(f"{path} cannot be read: {reason}{remedy}") from error
@@ -85,13 +90,13 @@ def is_cut_short(error: Exception) -> bool:
 def check_size(
     path: Path, shape: Sequence[int], *, slices: int = 1, samples: int = 1, dtype: DTypeLike = np.uint8
 ) -> None:
-    """Refuse a file whose header promises too much, before it is decoded. The limits are one for all formats.
+    """Refuse a file whose header declares too many pixels, before it is decoded. All formats have the same limits.
 
     Args:
         path: the file.
         shape: pixels along every axis, in any order.
-        slices: how many of them are slices, where that is known before the file is decoded.
-        samples: of a pixel.
+        slices: the number of slices, where known before decoding.
+        samples: per pixel.
         dtype: of a sample as it is stored.
 
     Raises:
@@ -115,19 +120,19 @@ def check_size(
 def read_chunks(
     path: Path, file: Any, count: int, dtype: np.dtype[Any], *, more_allowed: bool = False
 ) -> Generator[tuple[slice, ndarray], None, None]:
-    """Yield the values that the header promises, a few MiB at a time, with their position; see that no more follow.
+    """Yield the values that the header declares, a few MiB at a time, with their position; check that no more follow.
 
-    Of a compressed file no more is inflated than that. Reading to its end compares the checksum.
+    Of a compressed file no more than that is inflated. Reading to its end checks the checksum.
 
     Args:
         path: the file, for messages.
         file: open at the first value.
-        count: how many values the header promises.
+        count: the number of values that the header declares.
         dtype: as they are stored.
-        more_allowed: other things may lie behind them.
+        more_allowed: other content may follow the values.
 
     Raises:
-        InputError: there are fewer or more, zeros apart.
+        InputError: there are fewer, or more that are not zero.
     """
     done, step = 0, max(CHUNK_BYTES // dtype.itemsize, 1)
     while done < count:
@@ -141,7 +146,7 @@ def read_chunks(
     behind = b"" if more_allowed else file.read(PADDING_BYTES + 1)
     if len(behind) > PADDING_BYTES or behind.strip(b"\0"):
         raise InputError(
-            f"{path} holds more pixels than the {count * dtype.itemsize} bytes that its header promises; repair the "
+            f"{path} holds more pixels than the {count * dtype.itemsize} bytes that its header declares; repair the "
             "header, or save the image again"
         )
 
@@ -150,11 +155,11 @@ def read_values(path: Path, file: Any, count: int, dtype: np.dtype[Any], *, more
     """Return what ``read_chunks`` yields as one array, in the byte order of this machine.
 
     Raises:
-        InputError: there are fewer or more values than the header promises.
+        InputError: there are fewer or more values than the header declares.
     """
     values = np.empty(count, dtype.newbyteorder("="))
-    for place, chunk in read_chunks(path, file, count, dtype, more_allowed=more_allowed):
-        values[place] = chunk
+    for position, chunk in read_chunks(path, file, count, dtype, more_allowed=more_allowed):
+        values[position] = chunk
     return values
 
 
@@ -162,7 +167,7 @@ def require_finite(path: Path, values: ndarray) -> None:
     """Refuse NaN and infinite values.
 
     Raises:
-        InputError: there are some.
+        InputError: a value is NaN or infinite.
     """
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         count = np.count_nonzero(~np.isfinite(values))

@@ -1,8 +1,8 @@
-"""NIfTI volumes, and the masks of every volume.
+"""Read NIfTI volumes, and write the masks of all volumes.
 
-A volume is turned to LPS: slices from the feet up, rows from front to back, columns from the patient's right to left.
-Masks of DICOM and NRRD volumes are NIfTI files too: one writer and one check, and every viewer lays them over their
-source, since both say where they lie.
+A volume is reoriented to LPS: slices from inferior to superior, rows from anterior to posterior, columns from the
+patient's right to left. Masks of DICOM and NRRD volumes are NIfTI files too: there is one writer and one check, and
+viewers overlay them on their source by the geometry of both.
 """
 
 import gzip
@@ -30,8 +30,8 @@ from medseg_trt.imaging.signatures import readable
 from medseg_trt.progress import LOG
 
 SPACING_RANGE_MM = (1e-6, 1e6)
-SINGULAR = 1e-3  # determinant of the axes' directions; 1 where they are at right angles
-SLICES = 2  # the axis of nibabel's orientations that runs up
+SINGULAR = 1e-3  # smallest determinant of the axes' unit vectors; 1 for orthogonal axes
+SLICES = 2  # the superior-inferior axis in nibabel's orientations
 
 UNIT_BITS = 7  # of xyzt_units; the others are the unit of time
 MM_PER_UNIT = {0: 1.0, 1: 1e3, 2: 1.0, 3: 1e-3}  # NIfTI's codes: unknown, metre, millimetre, micron
@@ -53,26 +53,26 @@ GEOMETRY_FIELDS = (
 
 
 def read(path: Path) -> Image:
-    """Read a volume or a slice: integers as they are unless the header scales them, everything else as float32.
+    """Read a volume or a slice: integers as stored unless the header scales them, everything else as float32.
 
-    A slice has two axes, or three with the last one of 1. It stays one slice, in whatever direction it was cut.
+    A slice has two axes, or three with the last of length 1. It stays one slice in any orientation.
 
     Raises:
-        InputError: it is damaged, too large, no single volume, or holds NaN or infinite values.
+        InputError: it is damaged, too large, not a single volume, or holds NaN or infinite values.
     """
     stored, header, affine_mm = load(path)
     require_finite(path, stored)
     if not header["sform_code"] and not header["qform_code"]:
-        LOG.warning("%s does not say how it lies; its axes are taken to run left, anterior and superior", path)
+        LOG.warning("%s has no orientation; its axes are assumed to run left, anterior and superior", path)
     elif not header["qform_code"]:
         _complete_qform(path, header)
     if _unit(header) not in MM_PER_UNIT:
-        LOG.warning("%s measures in an unknown unit (xyzt_units %d), taken to be mm", path, header["xyzt_units"])
+        LOG.warning("%s has an unknown unit of length (xyzt_units %d); mm is assumed", path, header["xyzt_units"])
     return reoriented(path, stored, header, affine_mm)
 
 
 def _complete_qform(path: Path, header: Any) -> None:
-    """Give a header that has an sform alone a qform too, if ITK could not open a mask with its axes otherwise."""
+    """Add a qform to a header that has only an sform, if ITK could not open a mask with its axes otherwise."""
     affine = header.get_best_affine()  # in the header's unit
     directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     if np.abs(directions.T @ directions - np.eye(3)).max() >= RIGHT_ANGLED:
@@ -80,10 +80,10 @@ def _complete_qform(path: Path, header: Any) -> None:
 
 
 def read_labels(path: Path, like: Image) -> ndarray:
-    """Read the mask of a volume, turned as its image is.
+    """Read the mask of a volume, reoriented as its image.
 
     Raises:
-        InputError: it cannot be read, or does not lie where its image lies.
+        InputError: it cannot be read, or differs from its image in size or geometry.
     """
     stored, header, affine_mm = load(path)
     require_finite(path, stored)
@@ -91,26 +91,26 @@ def read_labels(path: Path, like: Image) -> ndarray:
 
 
 def labels_like(mask: Image, like: Image, *, may_be_cropped: bool = False) -> ndarray:
-    """Return the values of a mask that was read as a volume, if it lies where its image lies.
+    """Return the values of a mask that was read as a volume, on its image's grid.
 
     Raises:
-        InputError: it does not.
+        InputError: the mask is in colour, its image is 2-D, or they differ in size or geometry.
     """
     if like.geometry is None or mask.geometry is None:
-        raise InputError(f"{mask.path} is a volume, but its image {like.path} is a picture; give a PNG mask")
+        raise InputError(f"{mask.path} is a volume, but its image {like.path} is a 2-D image; give a PNG mask")
     if mask.pixels.shape[3] != 1:
         raise InputError(f"{mask.path} is in colour; a mask holds label numbers")
     return labels_on_grid(mask, like, may_be_cropped=may_be_cropped)
 
 
 def stored_axes(path: Path) -> str:
-    """Return where the stored axes run to, such as "LPS" or "RAS", or nothing where the header does not say.
+    """Return the orientation of the stored axes, such as "LPS" or "RAS", or nothing where the header has none.
 
     Raises:
         InputError: the header cannot be read.
     """
     nibabel = require("nibabel", "medical")
-    with convert_decoder_errors(path, nibabel.spatialimages.HeaderDataError), _opened(path) as file:
+    with convert_decoder_errors(path, nibabel.spatialimages.HeaderDataError), _open(path) as file:
         header = _header(path, file.read(nibabel.Nifti2Header.sizeof_hdr))
         if not header["sform_code"] and not header["qform_code"]:
             return ""
@@ -118,30 +118,30 @@ def stored_axes(path: Path) -> str:
 
 
 def load(path: Path) -> tuple[ndarray, Any, ndarray]:
-    """Return the values (column, row, slice) as stored but scaled, the header, and its affine in millimetres.
+    """Return the scaled values (column, row, slice) in stored order, the header, and its affine in millimetres.
 
     A file of two axes is one slice.
     """
     nibabel = require("nibabel", "medical")
-    with convert_decoder_errors(path, nibabel.spatialimages.HeaderDataError), _opened(path) as file:
+    with convert_decoder_errors(path, nibabel.spatialimages.HeaderDataError), _open(path) as file:
         header = _header(path, file.read(nibabel.Nifti2Header.sizeof_hdr))
         affine_mm = _affine_mm(path, header)
         shape, dtype = (*header.get_data_shape(), 1)[:3], header.get_data_dtype()
         check_size(path, shape, slices=shape[slice_axis(shape, affine_mm)], dtype=dtype)
         file.seek(header.get_data_offset())
         slope, intercept = header.get_slope_inter()
-        trivial = slope is None or (slope, intercept) == (1, 0)
-        if trivial and dtype.kind in "iu":
+        is_unscaled = slope is None or (slope, intercept) == (1, 0)
+        if is_unscaled and dtype.kind in "iu":
             stored = read_values(path, file, prod(shape), dtype)
         else:
             stored = np.empty(prod(shape), np.float32)
-            for place, chunk in read_chunks(path, file, stored.size, dtype):
-                stored[place] = _scaled(chunk, slope, intercept)
+            for position, chunk in read_chunks(path, file, stored.size, dtype):
+                stored[position] = _scaled(chunk, slope, intercept)
     return stored.reshape(shape, order="F"), header, affine_mm
 
 
-def _opened(path: Path) -> Any:
-    """Open a volume, compressed or not as its first bytes say."""
+def _open(path: Path) -> Any:
+    """Open a volume, through gzip where its first bytes are those of gzip."""
     content = readable(path)
     return gzip.open(path) if content is not None and content.gzipped else path.open("rb")
 
@@ -158,24 +158,24 @@ def _header(path: Path, block: bytes) -> Any:
     shape, dtype, offset = header.get_data_shape(), header.get_data_dtype(), header.get_data_offset()
     if len(shape) < 2 or prod(shape[3:]) != 1:
         raise InputError(
-            f"{path} has the shape {shape}; a volume has three axes, and a slice two: split a series into its volumes"
+            f"{path} has the shape {shape}; a volume has three axes, a slice two: split a series into its volumes"
         )
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
-        raise InputError(f"{path} holds {dtype} voxels; integers and floats of up to 64 bits are possible")
+        raise InputError(f"{path} holds {dtype} voxels; integers and floats of up to 64 bits are supported")
     check_size(path, shape, dtype=dtype)
     if not kind.sizeof_hdr <= offset <= MAX_HEADER_BYTES:
-        raise InputError(f"{path} says its voxels start at byte {offset}, which cannot be")
+        raise InputError(f"{path} has the impossible voxel offset {offset}; export it again")
     return header
 
 
 def _affine_mm(path: Path, header: Any) -> ndarray:
-    """Return the header's affine, from (column, row, slice, 1) as stored to millimetres.
+    """Return the header's affine, from stored (column, row, slice, 1) to millimetres.
 
     Raises:
-        InputError: it cannot be.
+        InputError: it is degenerate.
     """
     unit_mm = MM_PER_UNIT.get(_unit(header), 1.0)
-    with np.errstate(all="ignore"):  # what overflows is refused
+    with np.errstate(all="ignore"):  # overflowed values are refused below
         affine_mm = np.diag([unit_mm, unit_mm, unit_mm, 1.0]) @ header.get_best_affine()
     require_affine(path, affine_mm)
     return affine_mm
@@ -186,33 +186,33 @@ def _unit(header: Any) -> int:
 
 
 def slice_axis(shape: tuple[int, ...], affine_mm: ndarray) -> int:
-    """Return which stored axis becomes the slices: the one that runs up, or the last one of a single slice."""
+    """Return the stored axis of the slices: the superior-inferior one, or the last one of a single slice."""
     axes = require("nibabel.orientations", "medical").io_orientation(affine_mm)[:, 0]
     return 2 if shape[2] == 1 else int(np.argmax(axes == SLICES))
 
 
 def _scaled(stored: ndarray, slope: float | None, intercept: float | None) -> ndarray:
     values = np.empty(stored.shape, np.float32)
-    with np.errstate(over="ignore", invalid="ignore"):  # what does not fit is infinite, and refused as such
+    with np.errstate(over="ignore", invalid="ignore"):  # values out of range become infinite and are refused
         np.multiply(stored, 1 if slope is None else slope, out=values, dtype=np.float64, casting="same_kind")
         np.add(values, intercept or 0, out=values, dtype=np.float64, casting="same_kind")
     return values
 
 
 def require_affine(path: Path, affine_mm: ndarray) -> None:
-    """Refuse an affine that does not put every voxel somewhere else.
+    """Refuse a degenerate affine.
 
     Raises:
-        InputError: it does not.
+        InputError: a voxel side is out of range, or the axes are linearly dependent.
     """
     with np.errstate(all="ignore"):
         sides_mm = np.linalg.norm(affine_mm[:3, :3], axis=0)
     shortest, longest = SPACING_RANGE_MM
     if not (np.isfinite(affine_mm).all() and (shortest < sides_mm).all() and (sides_mm < longest).all()):
         sides = " x ".join(f"{side:g}" for side in sides_mm)
-        raise InputError(f"{path} says its voxels are {sides} mm; repair its affine")
+        raise InputError(f"{path} has voxels of {sides} mm; repair its affine")
     if abs(np.linalg.det(affine_mm[:3, :3] / sides_mm)) < SINGULAR:
-        raise InputError(f"{path} has an affine whose axes fall together; repair it")
+        raise InputError(f"{path} has an affine with linearly dependent axes; repair it")
 
 
 def header_of(path: Path, shape: tuple[int, ...], affine_mm: ndarray) -> Any:
@@ -224,7 +224,7 @@ def header_of(path: Path, shape: tuple[int, ...], affine_mm: ndarray) -> Any:
         affine_mm: from (column, row, slice, 1) to millimetres right, anterior, superior.
 
     Raises:
-        InputError: the affine cannot be.
+        InputError: the affine is degenerate.
     """
     nibabel = require("nibabel", "medical")
     require_affine(path, affine_mm)
@@ -239,15 +239,15 @@ def header_of(path: Path, shape: tuple[int, ...], affine_mm: ndarray) -> Any:
 def reoriented(
     path: Path, stored: ndarray, header: Any, affine_mm: ndarray, like: Geometry | None = None, keep: bool = False
 ) -> Image:
-    """Make the image of a volume, turned to LPS.
+    """Return the image of a volume, reoriented to LPS.
 
     Args:
-        path: where it came from.
-        stored: values (column, row, slice) or (column, row, slice, channel) as they are stored.
-        header: NIfTI header of its geometry; nothing else of it is kept.
+        path: its file or folder.
+        stored: values (column, row, slice) or (column, row, slice, channel).
+        header: NIfTI header, of which only the geometry is kept.
         affine_mm: from stored (column, row, slice, 1) to millimetres right, anterior, superior.
-        like: turn it as this volume was turned, which matters where that one was left as it lay.
-        keep: leave the axes as they are stored. So are those of a single slice that is not axial: it is to stay one.
+        like: reorient to the axes of this volume, which need not be LPS.
+        keep: keep the stored axes. Those of a single slice that is not axial are always kept, so that it stays one.
     """
     orientations = require("nibabel.orientations", "medical")
     axes = orientations.io_orientation(affine_mm)
@@ -275,10 +275,10 @@ def reoriented(
 
 
 def write(mask: Mask, geometry: Geometry, path: Path) -> None:
-    """Write a gzipped NIfTI mask whose voxels lie as those of its source do.
+    """Write a gzipped NIfTI mask in the geometry of its source.
 
     Raises:
-        MedsegError: what was written is not what was meant, so nothing is there.
+        MedsegError: the file read back differs from the mask; nothing is written.
     """
     nibabel = require("nibabel", "medical")
     orientations = require("nibabel.orientations", "medical")
@@ -291,10 +291,12 @@ def write(mask: Mask, geometry: Geometry, path: Path) -> None:
     kind = nibabel.Nifti2Image if isinstance(header, nibabel.Nifti2Header) else nibabel.Nifti1Image
     with atomic_file(path) as temporary:
         temporary.write_bytes(gzip.compress(kind(stored, None, header).to_bytes(), compresslevel=1, mtime=0))
-        written, lies, _ = load(temporary)
-        same_place = lies.get_data_shape() == geometry.shape and all(
-            lies[field].tobytes() == geometry.header[field].tobytes() for field in GEOMETRY_FIELDS
+        written, written_header, _ = load(temporary)
+        is_same_geometry = written_header.get_data_shape() == geometry.shape and all(
+            written_header[field].tobytes() == geometry.header[field].tobytes() for field in GEOMETRY_FIELDS
         )
         labels = orientations.apply_orientation(written, geometry.reorientation).swapaxes(0, 2)
-        if not same_place or not np.array_equal(labels, mask.labels):
-            raise MedsegError(f"the mask of {mask.path} did not come out the way the image lies; nothing was written")
+        if not is_same_geometry or not np.array_equal(labels, mask.labels):
+            raise MedsegError(
+                f"the mask of {mask.path} differs in geometry or labels when read back; nothing was written"
+            )

@@ -1,7 +1,7 @@
-"""NRRD volumes and pictures: ``.nrrd``, and ``.nhdr`` whose voxels are in one file beside it.
+"""Read NRRD volumes and 2-D images: ``.nrrd``, and ``.nhdr`` with its voxels in one file in the same folder.
 
-pynrrd reads the header; the voxels are read here, with limits, and never from outside the header's folder. Masks of
-NRRD volumes are written as NIfTI, in the same place: see ``nifti``.
+pynrrd reads the header. The voxels are read here, with limits, and never from outside the header's folder. Masks of
+NRRD volumes are written as NIfTI in the same geometry: see ``nifti``.
 """
 
 import bz2
@@ -30,12 +30,12 @@ from medseg_trt.imaging.images import Image
 from medseg_trt.progress import LOG
 
 MAGIC = b"NRRD000"
-TEXT = ("ascii", "text", "txt")  # encodings whose numbers are split, not cut to bytes
+TEXT = ("ascii", "text", "txt")  # encodings of numbers separated by blanks
 TEXT_BYTES = 32  # of a number written out, at most
 MAX_TEXT_VALUES = 2**23  # each is an object of some 40 bytes while it is parsed: 320 MiB
 DATA_FILE = re.compile(r"data ?file:", re.IGNORECASE)
 LIST_OF_FILES = re.compile(r"data ?file:\s*LIST", re.IGNORECASE)
-DTYPES: Mapping[str, str] = {  # NRRD's name of a type, without blanks -> NumPy's
+DTYPES: Mapping[str, str] = {  # NRRD type name without blanks -> NumPy type
     **dict.fromkeys(("signedchar", "int8", "int8_t"), "i1"),
     **dict.fromkeys(("uchar", "unsignedchar", "uint8", "uint8_t"), "u1"),
     **dict.fromkeys(("short", "shortint", "signedshort", "signedshortint", "int16", "int16_t"), "i2"),
@@ -57,15 +57,15 @@ SPACES = {  # to millimetres right, anterior, superior
 }
 MM_PER_UNIT = {"mm": 1.0, "millimeter": 1.0, "millimeters": 1.0, "cm": 10.0, "m": 1e3, "um": 1e-3, "": 1.0}
 COLOURS = ("rgb-color", "rgba-color", "3-color", "4-color")
-SPATIAL = ("", "domain", "space", "none", "???")  # kinds of axes that are or may be directions in space
+SPATIAL = ("", "domain", "space", "none", "???")  # kinds of axes that may be spatial
 SLICER_SEGMENT = "Segment0_"  # how keys of 3D Slicer's segmentations begin
 
 
 def read(path: Path) -> Image:
-    """Read a volume, or a picture of two axes.
+    """Read a volume, or a 2-D image of two axes.
 
     Raises:
-        InputError: it is damaged, too large, of more axes, lies in an unknown space, or its voxels are elsewhere.
+        InputError: it is damaged, too large, has more axes or an unknown space, or its voxels are in another folder.
         MissingExtraError: pynrrd is not installed.
     """
     with convert_decoder_errors(path, Exception):
@@ -81,10 +81,10 @@ def read(path: Path) -> Image:
 
 
 def read_labels(path: Path, like: Image) -> ndarray:
-    """Read the mask of a volume or a picture, turned as it is; it may cover a part of the volume.
+    """Read the mask of a volume or a 2-D image, reoriented as its image; it may cover a part of the volume.
 
     Raises:
-        InputError: it cannot be read, or does not lie where its image lies.
+        InputError: it cannot be read, or differs from its image in size or geometry.
     """
     mask = read(path)
     if mask.geometry is None:
@@ -93,16 +93,16 @@ def read_labels(path: Path, like: Image) -> ndarray:
 
 
 def _load(path: Path) -> tuple[ndarray, list[int], ndarray | None]:
-    """Return the values with the fastest axis first, their axes that are directions in space, and a volume's affine."""
+    """Return the values with the fastest axis first, their spatial axes, and a volume's affine."""
     nrrd = require("nrrd", "medical")
     with path.open("rb") as file:
         header = nrrd.read_header(_header_lines(path, file))
         shape = tuple(int(size) for size in header["sizes"])
         if len(shape) != header["dimension"]:
-            raise InputError(f"{path} says it has {header['dimension']} axes, but names the sizes of {len(shape)}")
+            raise InputError(f"{path} declares {header['dimension']} axes, but the sizes of {len(shape)}")
         kind = DTYPES.get(str(header["type"]).replace(" ", "").lower())
         if kind is None:
-            raise InputError(f"{path} holds values of the type {header['type']}, which cannot be read")
+            raise InputError(f"{path} holds values of the type {header['type']}, which is not supported; save it again")
         dtype = np.dtype(kind).newbyteorder("<" if header.get("endian", "little").lower() == "little" else ">")
         check_size(path, shape, dtype=dtype)
         spatial = _spatial_axes(path, header, shape)
@@ -148,21 +148,21 @@ def _beside(path: Path, name: Any) -> Path:
     if not isinstance(name, str) or "%" in name or name.split()[:1] == ["LIST"]:
         raise InputError(f"{path} has its voxels in several files; save it as one .nrrd file")
     try:
-        found = inside(path.parent, name)
+        voxel_file = inside(path.parent, name)
     except ArtefactError as error:
         raise InputError(f"{path} has its voxels in {name!r}, outside its folder; save it as one .nrrd file") from error
-    if not found.is_file():
-        raise InputError(f"{path} has its voxels in {name!r}, which is not beside it")
-    return found
+    if not voxel_file.is_file():
+        raise InputError(f"{path} has its voxels in {name!r}, which is not in its folder; copy it there")
+    return voxel_file
 
 
 def _content(
     path: Path, file: Any, header: Mapping[str, Any], count: int, dtype: np.dtype[Any], detached: bool
 ) -> ndarray:
-    """Read and inflate ``count`` values and no more; in a detached file other things may lie behind raw voxels."""
+    """Read and inflate ``count`` values and no more; in a detached file other content may follow raw voxels."""
     encoding = str(header["encoding"]).lower()
     if encoding not in DECODERS and encoding not in TEXT:
-        raise InputError(f"{path} is encoded as {encoding}; known are {', '.join((*DECODERS, *TEXT))}")
+        raise InputError(f"{path} is encoded as {encoding}; supported: {', '.join((*DECODERS, *TEXT))}")
     for _ in range(min(int(header.get("line skip", header.get("lineskip", 0))), MAX_HEADER_BYTES)):
         file.readline(MAX_HEADER_BYTES)
     skip = int(header.get("byte skip", header.get("byteskip", 0)))
@@ -171,11 +171,11 @@ def _content(
     is_raw = encoding == RAW
     if skip < 0:
         if not is_raw:
-            raise InputError(f"{path}: byte skip {skip} is possible with raw voxels only")
+            raise InputError(f"{path}: byte skip {skip} is supported with raw voxels only")
         file.seek(-count * dtype.itemsize, 2)
         skip = 0
     if skip > MAX_PIXELS:
-        raise InputError(f"{path} says that {skip} bytes lie before its voxels, which cannot be")
+        raise InputError(f"{path} has the impossible byte skip {skip}; export it again")
     stream = file if is_raw else DECODERS[encoding](file)
     stream.seek(skip, 1)
     return read_values(path, stream, count, dtype, more_allowed=detached and is_raw)
@@ -194,7 +194,7 @@ def _from_text(path: Path, file: Any, count: int, dtype: np.dtype[Any]) -> ndarr
 
 
 def _spatial_axes(path: Path, header: Mapping[str, Any], shape: tuple[int, ...]) -> list[int]:
-    """Return the axes that are directions in space; at most one other, of colours, has more than one value.
+    """Return the spatial axes; at most one other axis, of colours, has more than one value.
 
     Raises:
         InputError: there are others, or more or fewer than two or three.
@@ -206,7 +206,7 @@ def _spatial_axes(path: Path, header: Mapping[str, Any], shape: tuple[int, ...])
     while len(spatial) > 3 and shape[spatial[-1]] == 1:  # closing axes of one, as in NIfTI
         spatial.pop()
     if len(colours) == 1 and shape[colours[0]] != 3:
-        raise InputError(f"{path} has {shape[colours[0]]} channels; 1 or 3 are possible")
+        raise InputError(f"{path} has {shape[colours[0]]} channels; 1 or 3 are supported")
     layers = prod(size for axis, size in enumerate(shape) if axis not in (*colours, *spatial))
     if layers > 1 and any(key.startswith(SLICER_SEGMENT) for key in header):
         raise InputError(
@@ -229,7 +229,7 @@ def _affine_mm(path: Path, header: Mapping[str, Any], axes: Sequence[int]) -> nd
     if directions is not None:
         if space not in SPACES:
             raise InputError(
-                f"{path} lies in the space {space or 'unnamed'!r}; known are left-posterior-superior, "
+                f"{path} has the space {space or 'unnamed'!r}; supported: left-posterior-superior, "
                 "right-anterior-superior and left-anterior-superior: repair its header"
             )
         vectors = [directions[axis] for axis in axes]
@@ -238,10 +238,12 @@ def _affine_mm(path: Path, header: Mapping[str, Any], axes: Sequence[int]) -> nd
         units = {str(unit).lower() for unit in header.get("space units", [])} or {"mm"}
         unit = units.pop()
         if units or unit not in MM_PER_UNIT:
-            raise InputError(f"{path} is measured in {unit!r}; known are {', '.join(filter(None, MM_PER_UNIT))}")
+            raise InputError(
+                f"{path} has the unit of length {unit!r}; supported: {', '.join(filter(None, MM_PER_UNIT))}"
+            )
         affine_mm[:3] *= MM_PER_UNIT[unit]
     else:
-        LOG.warning("%s does not say how it lies; its axes are taken to run left, posterior and superior", path)
+        LOG.warning("%s has no orientation; its axes are assumed to run left, posterior and superior", path)
         spacings = np.asarray(header.get("spacings", np.ones(int(header["dimension"]))), np.float64)[axes]
         affine_mm[:3, :3] = np.diag(np.where(np.isfinite(spacings), spacings, 1.0))
         space = "lps"
@@ -249,7 +251,7 @@ def _affine_mm(path: Path, header: Mapping[str, Any], axes: Sequence[int]) -> nd
 
 
 RAW = "raw"
-DECODERS: Mapping[str, Callable[[Any], Any]] = {  # of a file's encodings; they inflate as much as is asked for
+DECODERS: Mapping[str, Callable[[Any], Any]] = {  # encoding -> decoder, which inflates only as much as is read
     RAW: lambda file: file,
     **dict.fromkeys(("gzip", "gz"), lambda file: gzip.GzipFile(fileobj=file)),
     **dict.fromkeys(("bzip2", "bz2"), bz2.BZ2File),

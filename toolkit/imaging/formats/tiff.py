@@ -1,8 +1,8 @@
-"""TIFF files: one picture, or a stack of slices; and the masks of stacks.
+"""Read TIFF files (one 2-D image or a stack of slices), and write the masks of stacks.
 
-tifffile says what a file holds, see ``tiff_layout``. Pillow decodes the pages that it keeps whole (8-bit, and grey of
-16 bits, 32 bits or floats); tifffile the rest: 16-bit colours, other floats, unsigned 32 bits, and directories
-that hold several slices. BigTIFF, tiles, and the usual compressions are theirs.
+tifffile finds the slices, see ``tiff_layout``. Pillow decodes the pages whose values it keeps (8-bit, and grey of
+16 bits, 32 bits or floats); tifffile decodes the rest: 16-bit colours, other floats, unsigned 32 bits, and directories
+that hold several slices. Both support BigTIFF, tiles and the usual compressions.
 """
 
 import lzma
@@ -23,7 +23,7 @@ from medseg_trt.imaging.formats.images_2d import (
     grey,
     labels_like,
     numbers,
-    opened,
+    open_image,
     orientation,
     require_mode,
     upright,
@@ -35,8 +35,8 @@ from medseg_trt.imaging.signatures import require_kind
 
 BITS, PHOTOMETRIC, SAMPLE_FORMAT, ORIENTATION = 258, 262, 339, 274  # tags
 UNSIGNED, SIGNED, FLOAT = 1, 2, 3
-WHITE_IS_ZERO, BLACK_IS_ZERO, RGB = 0, 1, 2  # kinds of pages that tifffile is asked for
-KEPT_WHOLE = {  # Pillow's mode, bits and sample format of pages that Pillow neither cuts nor takes for something else
+WHITE_IS_ZERO, BLACK_IS_ZERO, RGB = 0, 1, 2  # photometric interpretations
+KEPT_WHOLE = {  # Pillow's mode, bits and sample format of pages whose values Pillow keeps
     ("I;16", 12, UNSIGNED),
     ("I;16", 16, UNSIGNED),
     ("I;16B", 16, UNSIGNED),
@@ -51,7 +51,7 @@ LZMA_BYTES = 2**28  # that its decoder may use
 
 
 def read(path: Path) -> Image:
-    """Read a picture, or a stack of slices; of a pyramid or a picture with a thumbnail the page of full resolution.
+    """Read a 2-D image or a stack of slices; of a pyramid or an image with a thumbnail, the page of full resolution.
 
     Raises:
         InputError: it is damaged or too large, holds several images or channels, or neither Pillow nor tifffile can
@@ -63,7 +63,7 @@ def read(path: Path) -> Image:
 
 
 def read_labels(path: Path, like: Image) -> ndarray:
-    """Read the mask of a picture or a stack, turned as it is.
+    """Read the mask of a 2-D image or a stack, rotated as its image.
 
     Raises:
         InputError: it is damaged, in colour, or of another size.
@@ -74,10 +74,10 @@ def read_labels(path: Path, like: Image) -> ndarray:
 
 
 def write(mask: Mask, path: Path) -> None:
-    """Write a TIFF whose pages are the slices, with the class colours, stored as the stack is stored.
+    """Write a TIFF of one page per slice with the class colours, in the stack's stored orientation.
 
     Raises:
-        MedsegError: what was written is not what was meant, so nothing is there.
+        MedsegError: the file read back differs from the mask; nothing is written.
     """
     stored = as_stored(mask.labels, mask.exif)
     first, *others = (as_palette(labels, mask) for labels in stored)
@@ -85,14 +85,14 @@ def write(mask: Mask, path: Path) -> None:
         first.save(temporary, format="TIFF", save_all=True, append_images=others, compression="tiff_adobe_deflate")
         written, _ = _decode(temporary, indices=True)
         if not np.array_equal(written, stored):
-            raise MedsegError(f"the mask of {mask.path} did not come out as it was meant; nothing was written")
+            raise MedsegError(f"the mask of {mask.path} differs when read back; nothing was written")
 
 
 def _decode(path: Path, indices: bool) -> tuple[ndarray, int]:
     """Return the pages (pages, height, width, …), upright, and how they are stored."""
     tifffile = require("tifffile", "medical")
     require_kind(path, ".tif")
-    directories = count_directories(path)  # tifffile says less of a file that is cut short
+    directories = count_directories(path)  # its errors on truncated files are clearer than tifffile's
     with convert_decoder_errors(path, Exception), tifffile.TiffFile(path, _multifile=False) as file:
         layout = find_layout(path, file, directories)
         for page in layout.pages:
@@ -108,56 +108,56 @@ def _with_pillow(path: Path, layout: Layout, indices: bool) -> tuple[ndarray, in
     import PIL.Image
 
     try:
-        with opened(path, "TIFF") as picture:
-            picture.seek(layout.pages[0].index)
-            exif = orientation(picture)
+        with open_image(path, "TIFF") as image:
+            image.seek(layout.pages[0].index)
+            exif = orientation(image)
             limit = PIL.Image.MAX_IMAGE_PIXELS  # of the process; Pillow raises at twice this number
-            if not _is_kept_whole(picture) or (limit is not None and picture.width * picture.height > 2 * limit):
+            if not _is_kept_whole(image) or (limit is not None and image.width * image.height > 2 * limit):
                 return None
-            require_mode(path, picture.mode)
-            first, stacked = _page(picture), None
+            require_mode(path, image.mode)
+            first, stacked = _page(image), None
             for slice_index, page in enumerate(layout.pages):
-                picture.seek(page.index)
-                if _page(picture) != first:
+                image.seek(page.index)
+                if _page(image) != first:
                     raise InputError(
                         f"{path}: page {page.index + 1} is not like page 1; equal pages become slices: save each as a "
                         "file"
                     )
-                values = _page_values(picture, indices)
+                values = _page_values(image, indices)
                 if stacked is None:
                     stacked = np.empty((layout.num_slices, *values.shape), values.dtype)
                 stacked[slice_index] = values
     except InputError as error:
-        if not isinstance(error.__cause__, SyntaxError):  # Pillow's word for what it does not know
+        if not isinstance(error.__cause__, SyntaxError):  # how Pillow reports an unknown format
             raise
         return None
     return None if stacked is None else (stacked, exif)
 
 
-def _page_values(picture: Any, indices: bool) -> ndarray:
-    inverted = picture.mode in ("I;16", "I;16B") and picture.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO
-    bits = _bits(picture)[0]
-    values = numbers(picture, indices)
+def _page_values(image: Any, indices: bool) -> ndarray:
+    inverted = image.mode in ("I;16", "I;16B") and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO
+    bits = _bits(image)[0]
+    values = numbers(image, indices)
     return (2**bits - 1 - values).astype(values.dtype) if inverted and not indices else values
 
 
-def _is_kept_whole(picture: Any) -> bool:
-    bits, formats = _bits(picture), _formats(picture)
+def _is_kept_whole(image: Any) -> bool:
+    bits, formats = _bits(image), _formats(image)
     if max(bits) <= 8:
         return set(formats) <= {UNSIGNED}
-    return len(bits) == 1 and (picture.mode, bits[0], formats[0]) in KEPT_WHOLE
+    return len(bits) == 1 and (image.mode, bits[0], formats[0]) in KEPT_WHOLE
 
 
-def _bits(picture: Any) -> Sequence[int]:
-    return np.atleast_1d(picture.tag_v2.get(BITS, 1)).tolist()
+def _bits(image: Any) -> Sequence[int]:
+    return np.atleast_1d(image.tag_v2.get(BITS, 1)).tolist()
 
 
-def _formats(picture: Any) -> Sequence[int]:
-    return np.atleast_1d(picture.tag_v2.get(SAMPLE_FORMAT, UNSIGNED)).tolist()
+def _formats(image: Any) -> Sequence[int]:
+    return np.atleast_1d(image.tag_v2.get(SAMPLE_FORMAT, UNSIGNED)).tolist()
 
 
-def _page(picture: Any) -> tuple[object, ...]:
-    return (picture.size, picture.mode, _bits(picture), picture.tag_v2.get(ORIENTATION, 1))
+def _page(image: Any) -> tuple[object, ...]:
+    return (image.size, image.mode, _bits(image), image.tag_v2.get(ORIENTATION, 1))
 
 
 def _with_tifffile(path: Path, file: Any, layout: Layout) -> tuple[ndarray, int]:
@@ -165,9 +165,11 @@ def _with_tifffile(path: Path, file: Any, layout: Layout) -> tuple[ndarray, int]
     exif = first.tags.valueof(ORIENTATION, 1)
     exif = exif if exif in range(1, 9) else 1
     if first.dtype is None or first.dtype.kind not in "iufb":
-        raise InputError(f"{path} holds {first.dtype} numbers; integers and floats are possible")
+        raise InputError(f"{path} holds {first.dtype} values; integers and floats are supported")
     if first.photometric not in (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB):
-        raise InputError(f"{path} is of the kind {first.photometric.name}, with deep numbers; save it as grey or RGB")
+        raise InputError(
+            f"{path} has the colours {first.photometric.name}, which are not supported; save it as grey or RGB"
+        )
     for page in layout.pages:
         _require_segments_fit(path, file, page, OTHER_PACKED)
     if layout.one_page_each:
@@ -186,7 +188,7 @@ def _slices_first(values: ndarray, axes: str) -> tuple[ndarray, bool]:
 
 
 def _as_numbers(path: Path, page: Any, values: ndarray, has_samples: bool) -> ndarray:
-    """Drop transparency, turn white into the largest number, and return native numbers; floats become float32.
+    """Drop transparency, make white the largest value, and return native byte order; floats become float32.
 
     Raises:
         InputError: there are more channels than colours and transparency.
@@ -194,7 +196,7 @@ def _as_numbers(path: Path, page: Any, values: ndarray, has_samples: bool) -> nd
     if has_samples:
         colours = COLOURS if page.photometric == RGB else 1
         if values.shape[3] > colours + 1 or (colours == 1 and page.extrasamples and page.extrasamples[0] not in ALPHA):
-            raise InputError(f"{path} has {values.shape[3]} channels; grey or RGB is possible: save one of them")
+            raise InputError(f"{path} has {values.shape[3]} channels; grey and RGB are supported: save one of them")
         values = values[..., :COLOURS] if colours == COLOURS else values[..., 0]
     if page.photometric == WHITE_IS_ZERO and values.dtype.kind == "u":
         values = np.iinfo(values.dtype).max - values
@@ -204,10 +206,10 @@ def _as_numbers(path: Path, page: Any, values: ndarray, has_samples: bool) -> nd
 
 
 def _require_segments_fit(path: Path, file: Any, page: Any, counters: "Mapping[int, Counter]") -> None:
-    """Inflate every strip or tile up to the size of its pixels, and refuse one that becomes more.
+    """Inflate every strip or tile with a limit, and refuse one that exceeds the size of its pixels.
 
     Raises:
-        InputError: it does, or a strip is missing.
+        InputError: one exceeds it, or a strip is missing.
     """
     segment_bytes = prod(page.chunks) * page.dtype.itemsize
     count_bytes = counters.get(page.compression)
@@ -229,7 +231,7 @@ def _deflated_bytes(packed: bytes, limit: int) -> int:
 def _lzma_bytes(packed: bytes, limit: int) -> int:
     inflater = lzma.LZMADecompressor(memlimit=LZMA_BYTES)
     inflated = len(inflater.decompress(packed, limit + 1))
-    return limit + 1 if inflater.unused_data else inflated  # tifffile goes on with what follows
+    return limit + 1 if inflater.unused_data else inflated  # tifffile also decodes what follows
 
 
 def _packbits_bytes(packed: bytes, limit: int) -> int:

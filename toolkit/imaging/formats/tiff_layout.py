@@ -1,7 +1,7 @@
-"""What a TIFF file holds: which of its directories and arrays are the slices of one image.
+"""Find the directories and arrays of a TIFF file that are the slices of one image.
 
-tifffile's series are the judge: they know ImageJ's, OME's and tifffile's own descriptions, in which one directory may
-stand for many slices, and volumetric directories. What they cannot make one stack of is refused.
+tifffile's series decide: they interpret ImageJ's, OME's and tifffile's own descriptions, in which one directory may
+hold many slices, and volumetric directories. A file that does not form one stack is refused.
 """
 
 import re
@@ -27,9 +27,9 @@ OME_MODULO = "ModuloAlong"  # axes within axes
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Layout:
-    """Where the slices of the image are."""
+    """The pages or the series that hold the slices of the image."""
 
-    pages: tuple[Any, ...]  # tifffile's: one a slice, or the only one, which holds all of them
+    pages: tuple[Any, ...]  # tifffile's: one per slice, or a single one that holds all slices
     series: Any  # tifffile's, which decodes them where one page holds several slices
     axes: str  # of the series, without axes of one: of Y, X, S and one of SLICE_AXES
     shape: tuple[int, ...]
@@ -42,10 +42,10 @@ class Layout:
 
 
 def count_directories(path: Path) -> int:
-    """Walk the chain of directories, which tifffile would leave in silence where it breaks.
+    """Count the directories by following their chain; tifffile ignores a broken link.
 
     Raises:
-        InputError: it leads beyond the end of the file or in a circle, or has more than ``MAX_SLICES`` links.
+        InputError: a link leads beyond the end of the file or back, or there are more than ``MAX_SLICES``.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -61,7 +61,7 @@ def count_directories(path: Path) -> int:
             file.seek(offset)
             block = file.read(struct.calcsize(form))
             if len(block) < struct.calcsize(form):
-                raise InputError(f"{path} is cut short: it ends before its pages do; copy it again from where it came")
+                raise InputError(f"{path} is cut short: it ends before its pages do; copy it again from its source")
             return struct.unpack(form, block)[0]
 
         offset = number(offset_form, 8 if is_big else 4)
@@ -96,7 +96,7 @@ def find_layout(path: Path, file: Any, directories: int) -> Layout:
     _check_description(path, file)
     kept = [series for series in file.series if not series.keyframe.subfiletype & (REDUCED | MASK)]
     if not kept:
-        raise InputError(f"{path} holds no picture of full resolution; save it again as a plain TIFF")
+        raise InputError(f"{path} holds no image of full resolution; save it again as a plain TIFF")
     described = next((kind for kind in DESCRIBED if getattr(file, f"is_{kind}")), None)
     if described is not None and any(series.kind != described for series in kept):
         raise InputError(f"{path} does not hold what its {described} description says; save it again as a plain TIFF")
@@ -115,7 +115,7 @@ def find_layout(path: Path, file: Any, directories: int) -> Layout:
     elif not {"Y", "X"} <= set(axes) or len(stack_axes) > 1 or not set(stack_axes) <= set(SLICE_AXES):
         sizes = ", ".join(f"{axis} {size}" for axis, size in zip(axes, shape, strict=True))
         raise InputError(
-            f"{path} has the axes {sizes}; one stack of grey or RGB slices is possible: save each channel (C) or time "
+            f"{path} has the axes {sizes}; one stack of grey or RGB slices is supported: save each channel (C) or time "
             "(T) as a file of its own, in ImageJ by Image > Color > Split Channels; Image > Properties names slices"
         )
     num_slices = shape[axes.index(stack_axes[0])] if stack_axes else 1
@@ -162,7 +162,9 @@ def _joined(path: Path, kept: Sequence[Any], pages: Sequence[Any]) -> tuple[str,
             raise InputError(
                 f"{path}: page {index + 1} is not like page 1; equal pages become slices: save each as a file"
             )
-    if any(not isinstance(page.index, int) for page in pages) or len(pages) != sum(len(each.pages) for each in kept):
+    if any(not isinstance(page.index, int) for page in pages) or len(pages) != sum(
+        len(series.pages) for series in kept
+    ):
         raise InputError(f"{path} holds {len(kept)} images; save each as a file")
     return "I" + first.axes, (len(pages), *first.shape)
 

@@ -222,7 +222,7 @@ def test_a_picture_without_a_place_gets_a_png(tmp_path):
 
 def test_frames_without_a_place_are_a_stack_with_a_mask_of_as_many_pages(tmp_path, caplog):
     image = read_image(save(tmp_path / "cine.dcm", dataset(numbers())))
-    assert "where its frames lie" in caplog.text
+    assert "gives no positions of its frames" in caplog.text
     np.testing.assert_array_equal(image.pixels[..., 0], numbers())
     labels = RNG.integers(0, 3, (4, 3, 5), dtype=np.uint8)
     path = write_mask(Mask.of(image, labels, TWO_ORGANS), tmp_path / "masks")
@@ -401,5 +401,5 @@ def test_no_name_and_no_uid_of_the_patient_is_written(tmp_path):
 
 def test_dicom_is_no_mask(tmp_path):
     path = save(tmp_path / "a.dcm", dataset(numbers()[0], **placed()))
-    with pytest.raises(InputError, match=r"a\.dcm is DICOM; masks .* NIfTI or NRRD"):
+    with pytest.raises(InputError, match=r"a\.dcm is DICOM; give the mask of .* as NIfTI or NRRD"):
         read_labels(path, read_image(path), 2)

@@ -100,7 +100,7 @@ def test_a_series_for_every_slice_is_one_volume_with_a_warning(tmp_path, caplog)
     folder = save_slices(tmp_path / "scan", **series)
     (source,) = find_images([folder])
     (warning,) = warnings_of(caplog)
-    assert "6 slices with the same description have a SeriesInstanceUID each; they lie in a row" in warning
+    assert "6 slices with the same description have a SeriesInstanceUID each; they are evenly spaced" in warning
     assert source.stem == "scan"
     np.testing.assert_array_equal(read_image(source).pixels[..., 0], STACK)
 

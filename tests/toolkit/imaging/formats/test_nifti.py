@@ -53,7 +53,7 @@ def test_a_coronal_or_sagittal_slice_stays_one_slice(turn, axes, tmp_path):
 
 def test_one_axis_is_refused(tmp_path):
     nibabel.save(nibabel.Nifti1Image(np.arange(9, dtype=np.int16), np.eye(4)), tmp_path / "a.nii")
-    with pytest.raises(InputError, match="a volume has three axes, and a slice two"):
+    with pytest.raises(InputError, match="a volume has three axes, a slice two"):
         read_image(tmp_path / "a.nii")
 
 
@@ -64,7 +64,7 @@ def test_a_unit_that_nifti_does_not_know_counts_as_millimetres_with_a_warning(co
     nibabel.save(volume, tmp_path / "a.nii.gz")
     image = read_image(tmp_path / "a.nii.gz")
     assert image.spacing_mm == (3.0, 1.5, 2.0)
-    assert (f"a.nii.gz measures in an unknown unit (xyzt_units {code}), taken to be mm" in caplog.text) == warned
+    assert (f"a.nii.gz has an unknown unit of length (xyzt_units {code}); mm is assumed" in caplog.text) == warned
     labels = np.zeros(image.pixels.shape[:3], np.uint8)
     path = write_mask(Mask.of(image, labels, TWO_ORGANS), tmp_path / "masks")
     assert SimpleITK.ReadImage(str(path)).GetSpacing() == (2.0, 1.5, 3.0)
