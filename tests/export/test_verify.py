@@ -83,7 +83,7 @@ def test_an_error_below_the_limit_passes_and_is_measured():
         (row_knows_its_place, "logits differ"),
         (rows_are_mixed, "logits differ"),
         (nan_in_one_pixel, "nan"),
-        (one_class_too_few, "reference's are"),
+        (one_class_too_few, "those of the reference"),
     ],
 )
 def test_verification_catches(fault, what):
