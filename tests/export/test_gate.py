@@ -28,7 +28,7 @@ def test_a_drop_on_every_image_fails_just_above_the_limit():
     assert not verdict_of(np.full(20, 0.0051)).holds
 
 
-def test_a_mean_below_the_limit_is_not_enough_where_images_scatter():
+def test_a_mean_below_the_limit_fails_with_a_wide_interval():
     verdict = verdict_of(np.tile([0.1, -0.094], 10))
     assert verdict.drop < verdict.limit < verdict.high
     assert not verdict.holds
@@ -43,7 +43,7 @@ def test_the_interval_is_that_of_the_normal_distribution_where_there_are_many_im
     assert verdict.drop - verdict.low == pytest.approx(half, rel=0.08)
 
 
-def test_slices_of_one_patient_are_no_independent_images():
+def test_slices_of_one_case_are_resampled_together():
     by_patient = np.random.default_rng(0).normal(0, 0.02, 12)
     cases = [f"patient{number:02}" for number in range(12) for _ in range(25)]
     drops = np.repeat(by_patient, 25)
@@ -53,7 +53,7 @@ def test_slices_of_one_patient_are_no_independent_images():
     assert (together.high - together.low) / (apart.high - apart.low) == pytest.approx(5, rel=0.15)
 
 
-def test_few_patients_are_resampled_by_slice():
+def test_few_cases_are_resampled_by_slice():
     assert verdict_of(np.zeros(4), cases=["a", "b", "c", "d"]).unit == "slices"
     assert MIN_CASES == 5
 
@@ -88,7 +88,7 @@ def test_a_false_alarm_in_a_case_without_the_class_costs_something():
     assert pooled.drop == pytest.approx((180 / 200 - 180 / 205) / 2)
 
 
-def test_where_nothing_is_and_nothing_is_found_there_is_no_drop():
+def test_empty_truths_and_masks_have_no_drop():
     nothing = np.zeros((3, 2, 3), np.int64)
     verdict = compare(nothing, nothing, ["a", "b", "c"], 0.005)
     assert (verdict.reference, verdict.candidate, verdict.holds) == (1, 1, True)
@@ -108,7 +108,7 @@ def judge(kept: frozenset[str]) -> GateVerdict:
     return verdict_of(np.full(10, sum(error for name, error in ERRORS.items() if name not in kept)), limit=0.01)
 
 
-def test_the_worst_groups_go_back_to_float_until_the_gate_holds():
+def test_the_worst_groups_return_to_float_until_the_gate_holds():
     fallback = fall_back_to_float(judge, ERRORS.__getitem__, ERRORS, lambda kept: True)
     assert fallback.verdict.holds
     assert fallback.kept_float == ("worse", "bad")
@@ -116,7 +116,7 @@ def test_the_worst_groups_go_back_to_float_until_the_gate_holds():
     assert [name for name, _ in fallback.ranks] == ["worse", "bad", "harmless"]
 
 
-def test_nothing_is_ranked_where_the_gate_holds_at_once():
+def test_no_group_is_ranked_where_the_gate_holds_at_once():
     def never(group: str) -> float:
         raise AssertionError
 
@@ -124,7 +124,7 @@ def test_nothing_is_ranked_where_the_gate_holds_at_once():
     assert (fallback.kept_float, fallback.ranks) == ((), ())
 
 
-def test_it_stops_before_too_much_is_float_and_says_that_it_does_not_hold():
+def test_the_fallback_stops_at_its_budget_with_a_failed_verdict():
     fallback = fall_back_to_float(judge, ERRORS.__getitem__, ERRORS, lambda kept: len(kept) < 2)
     assert fallback.kept_float == ("worse",)
     assert not fallback.verdict.holds

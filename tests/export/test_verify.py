@@ -61,7 +61,7 @@ def wrong_in_batches_of_three(batch: np.ndarray) -> np.ndarray:
     return network(batch) + np.float32(1e-3 * (len(batch) == 3))
 
 
-def test_the_same_network_is_found_to_be_the_same():
+def test_the_same_network_has_no_differences():
     found = verify_logits(network, network, IMAGES, "generated", **LIMITS)
     assert (found.max_abs_error, found.agreement, found.max_row_error) == (0, 1, 0)
     assert (found.num_images, found.batch_sizes) == (len(IMAGES), BATCH_SIZES)
@@ -83,7 +83,7 @@ def test_an_error_below_the_limit_passes_and_is_measured():
         (row_knows_its_place, "logits differ"),
         (rows_are_mixed, "logits differ"),
         (nan_in_one_pixel, "nan"),
-        (one_class_too_few, "reference's are"),
+        (one_class_too_few, "those of the reference"),
     ],
 )
 def test_verification_catches(fault, what):
@@ -92,7 +92,7 @@ def test_verification_catches(fault, what):
 
 
 @pytest.mark.parametrize("fault", [normalised_over_the_batch, row_knows_its_place, rows_are_mixed, forgets_itself()])
-def test_dependence_between_rows_is_caught_for_its_own_sake(fault):
+def test_dependence_between_rows_is_detected_within_the_other_limits(fault):
     """Each is within a limit of 0.1 for the logits, where only the rows among themselves tell."""
     found = verify_logits(fault, network, IMAGES, "generated", max_abs_error=10.0, min_agreement=0.0)
     assert found.max_row_error > 5e-4

@@ -30,12 +30,12 @@ def error(folded: nn.Module, model: nn.Module) -> float:
         return float((folded(images) - model(images)).abs().max())
 
 
-def test_the_folded_network_answers_as_the_network(model):
+def test_the_folded_network_computes_the_same_logits(model):
     folded, _ = fold(model)
     assert error(folded, model) < LOGITS_TOLERANCE
 
 
-def test_every_place_is_folded_and_counted(model):
+def test_every_layer_is_folded_and_counted(model):
     folded, report = fold(model)
     kinds = dict(zip(OWN_RULES, (StdConv2d, nn.BatchNorm2d, Attention), strict=True))
     for rule, kind in kinds.items():
@@ -51,7 +51,7 @@ def test_the_report_is_plain_data(model):
 
 
 @pytest.mark.parametrize(("count", "reason"), [(0, ""), (1, "there is none"), (-1, "fewer than none")])
-def test_a_rule_either_changes_places_or_says_why_not(count, reason):
+def test_a_result_has_either_a_count_or_a_reason(count, reason):
     with pytest.raises(ValueError, match="cannot give"):
         FoldResult(count=count, reason=reason)
 
@@ -63,7 +63,7 @@ def test_each_rule_alone_is_exact(model, rule):
     assert error(changed, model) < LOGITS_TOLERANCE
 
 
-def test_folding_leaves_the_network_as_it_was_and_shares_what_it_does_not_replace(model):
+def test_folding_does_not_change_the_network_and_shares_tensors_that_it_does_not_replace(model):
     before = copy.deepcopy(model.state_dict())
     folded, _ = fold(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -147,7 +147,7 @@ NO_RESIDUAL_FINAL = "the final norm stands between"
     ],
     ids=lambda value: described(value) if isinstance(value, ModelSpec) else "",
 )
-def test_a_rule_counts_its_places_or_says_why_there_are_none(spec, expected):
+def test_a_rule_counts_its_layers_or_gives_its_reason(spec, expected):
     _, report = fold(network(spec))
     for rule, wanted in expected.items():
         found = report[rule]
@@ -358,7 +358,7 @@ def test_with_the_published_eps_the_networks_differ_by_less_than_rounding_in_flo
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
-def test_tokens_of_any_size_keep_their_answer(scale):
+def test_tokens_of_any_magnitude_keep_their_output(scale):
     """The cancelled norm would have brought them to size one; ``encoder_norm``'s eps, left as it was, would not."""
     model = network(variant(InsertSpec(parts="mlp")), eps=1e-6)
     with torch.no_grad():
@@ -372,7 +372,7 @@ def test_tokens_of_any_size_keep_their_answer(scale):
     assert (error(folded, model) > BUILD_LIMIT) == (scale < 1)
 
 
-def test_a_map_so_small_that_the_eps_matters_keeps_the_final_norm(monkeypatch):
+def test_the_final_norm_stays_where_its_eps_matters(monkeypatch):
     model = network(variant(), eps=1e-6)
     with torch.no_grad():
         assert model.insert is not None
@@ -399,7 +399,7 @@ def parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_the_published_network_loses_what_its_matrices_say():
+def test_the_published_network_has_the_expected_parameters_after_folding():
     """LLaMA-7B is 4096 wide, with 11008 in its feed-forward part, and the ViT is 768 wide; there are 256 tokens."""
     language, feed_forward, vit, tokens = 4096, 11008, 768, 256
     with torch.device("meta"):
@@ -440,14 +440,14 @@ def test_a_layer_is_traced_to_few_wide_products(traced):
     assert modules == Counter([*transformer, *(f"insert.{name}" for name in language)])
 
 
-def test_nothing_is_computed_that_is_known(traced):
+def test_constants_are_not_computed_in_the_graph(traced):
     operators = traced.num_nodes
     assert not operators.keys() & {"Shape", "ConstantOfShape", "Range", "Cos", "Sin", "Pow", "Expand", "Cast"}
     assert operators["RMSNormalization"] == 1  # the input norm is in mapper1, and the final one cancelled
     assert operators["Attention"] == 3
 
 
-def test_every_node_tells_its_part(traced):
+def test_every_node_has_a_part(traced):
     counts = Counter(part_of(node.metadata_props["namespace"]) for node in traced.model.graph)
     assert counts.keys() == {"resnet", "vit", "block", "decoder"}
     products = Counter(

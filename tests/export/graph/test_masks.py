@@ -82,7 +82,7 @@ def test_masks_are_those_of_restore(tmp_path, backend, num_classes):
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("num_classes", [1, 3])
-def test_masks_of_padded_and_cropped_pictures_are_those_of_restore(tmp_path, backend, num_classes):
+def test_masks_of_padded_and_cropped_images_are_those_of_restore(tmp_path, backend, num_classes):
     with opened(with_masks(network(num_classes), SPACED), backend, tmp_path) as session:
         np.testing.assert_array_equal(session.run(IMAGES), IMAGES[:, :num_classes])
         for size, spacing in PLACES:
@@ -145,7 +145,7 @@ def test_a_centre_on_the_near_edge_is_inside_and_one_on_the_far_edge_is_not(tmp_
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_wrong_placement_is_seen(tmp_path, monkeypatch, fault):
+def test_a_wrong_placement_is_detected(tmp_path, monkeypatch, fault):
     monkeypatch.setattr(masks._Placement, *FAULTS[fault])
     with opened(with_masks(network(3), SPACED), "onnxruntime", tmp_path) as session:
         found = [session.masks(IMAGES, size, resampled_size(size, SPACED, spacing)) for size, spacing in PLACES]
@@ -166,7 +166,7 @@ def test_equal_logits_go_to_the_lower_label_and_zero_is_background(tmp_path, bac
             np.testing.assert_array_equal(session.masks(tied, SIZE, SIZE), expected)
 
 
-def test_the_graph_it_is_given_stays_as_it_was():
+def test_appending_masks_does_not_change_the_original_graph():
     graph = network(3)
     for preprocessing, further in ((STRETCHED, ["source_size"]), (SPACED, ["source_size", "resampled_size"])):
         masked = with_masks(graph, preprocessing)

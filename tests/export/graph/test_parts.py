@@ -20,11 +20,11 @@ CONV, LINEAR = "torch.nn.modules.conv.Conv2d", "torch.nn.modules.linear.Linear"
         (f"head: {CONV}/conv2d_23: aten.conv2d.default", "decoder"),
     ],
 )
-def test_the_first_module_tells_the_part(path, part):
+def test_the_first_module_determines_the_part(path, part):
     assert part_of(f"{ROOT}/{path}") == part
 
 
 @pytest.mark.parametrize("namespace", ["", ROOT, f"{ROOT}/tail: {CONV}/conv2d: aten.conv2d.default"])
-def test_what_is_no_part_of_the_network_is_refused(namespace):
+def test_a_module_outside_the_network_is_refused(namespace):
     with pytest.raises(MedsegError, match="no part of a TransUNet"):
         part_of(namespace)

@@ -63,7 +63,7 @@ def saved(tmp_path):
     return tmp_path
 
 
-def test_the_written_graphs_compute_what_they_held(saved):
+def test_written_graphs_compute_the_same_outputs(saved):
     product = WEIGHTS[0] @ WEIGHTS[1] @ WEIGHTS[2] + np.float32(0.5)
     reverse = WEIGHTS[2] @ WEIGHTS[1] @ WEIGHTS[0] + np.float32(0.5)
     for name, matrix in (("a.onnx", product), ("b.onnx", reverse)):
@@ -93,7 +93,7 @@ def test_equal_bytes_of_another_type_or_shape_are_other_tensors(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.int4, ml_dtypes.bfloat16, np.float16, np.int8])
-def test_every_type_of_weight_comes_back_as_it_was(tmp_path, dtype):
+def test_every_type_of_weight_is_read_back_unchanged(tmp_path, dtype):
     values = RNG.integers(-7, 8, (WIDTH, WIDTH)).astype(dtype)
     graph = chain(WEIGHTS[:1])
     graph.model.graph.register_initializer(ir.val("codes", const_value=ir.tensor(values, name="codes")))

@@ -38,7 +38,7 @@ def graph(saved) -> OnnxGraph:
     return OnnxGraph(model=trace_module.ir.load(saved / "fp32.onnx"))
 
 
-def test_the_graph_answers_as_pytorch_for_every_batch(folded, saved):
+def test_the_graph_computes_the_logits_of_pytorch_for_every_batch(folded, saved):
     session = onnxruntime.InferenceSession(saved / "fp32.onnx", providers=["CPUExecutionProvider"])
     for batch in (1, 2, 3, 5):
         images = np.random.default_rng(batch).random((batch, 3, *SIZE), dtype=np.float32)
@@ -72,12 +72,12 @@ def test_names_are_unique_and_shapes_are_inferred(saved):
     assert [dim.dim_param or dim.dim_value for dim in logits.type.tensor_type.shape.dim] == ["batch", 3, *SIZE]
 
 
-def test_nothing_of_this_machine_is_in_the_file(saved):
+def test_the_file_contains_no_path_of_this_machine(saved):
     text = (saved / "fp32.onnx").read_bytes()
     assert not re.search(rb"File \"|site-packages|\.py\b|stack_trace", text)
 
 
-def test_every_node_knows_its_module(saved):
+def test_every_node_has_the_metadata_of_its_module(saved):
     nodes = onnx.load(saved / "fp32.onnx", load_external_data=False).graph.node
     modules = [{entry.key: entry.value for entry in node.metadata_props} for node in nodes]
     assert all(each.keys() == {"namespace"} and "TransUNet" in each["namespace"] for each in modules)

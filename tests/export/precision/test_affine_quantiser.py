@@ -42,7 +42,7 @@ def half_even(value: Fraction) -> int:
 
 @settings(derandomize=True, deadline=None, max_examples=200)
 @given(bound=LIMITS)
-def test_symmetric_codes_reach_127_at_the_bound(bound):
+def test_symmetric_values_reach_127_at_the_bound(bound):
     scale, zero = quantisation_parameters(Range(low=-bound, high=bound / 3, bound=bound), np.int8)
     assert zero == 0
     assert zero.dtype == np.int8
@@ -60,7 +60,7 @@ def test_e4m3_reaches_its_largest_number_at_the_bound(bound):
 
 @settings(derandomize=True, deadline=None, max_examples=500)
 @given(low=LIMITS, high=LIMITS, only=st.sampled_from(("both", "positive", "negative")))
-def test_asymmetric_codes_reach_0_and_255_at_the_ends_and_zero_is_the_nearest_code(low, high, only):
+def test_asymmetric_values_reach_0_and_255_at_the_ends_and_the_zero_point_is_the_nearest_integer(low, high, only):
     low, high = 0.0 if only == "positive" else -low, 0.0 if only == "negative" else high
     scale, zero = quantisation_parameters(Range(low=low, high=high, bound=max(-low, high)), np.uint8)
     step = (Fraction(high) - Fraction(low)) / 255
@@ -79,13 +79,13 @@ def test_asymmetric_codes_reach_0_and_255_at_the_ends_and_zero_is_the_nearest_co
 
 
 @pytest.mark.parametrize(("low", "code"), [(-0.5, 0), (-1.5, 2), (-2.5, 2), (-2.75, 3), (-2.25, 2), (-254.5, 254)])
-def test_a_zero_point_between_two_codes_is_the_even_one(low, code):
+def test_a_zero_point_between_two_integers_is_the_even_one(low, code):
     scale, zero = quantisation_parameters(Range(low=low, high=255 + low, bound=255.0), np.uint8)
     assert (float(scale), int(zero)) == (1.0, code)
 
 
 @pytest.mark.parametrize("codes", [np.int8, np.uint8, ml_dtypes.float8_e4m3fn])
-def test_a_range_of_nothing_has_a_scale_of_one(codes):
+def test_an_empty_range_has_a_scale_of_one(codes):
     scale, zero = quantisation_parameters(Range(low=0.0, high=0.0, bound=0.0), codes)
     assert (float(scale), float(zero)) == (1.0, 0.0)
 
@@ -195,7 +195,7 @@ BLOCKS: Mapping[str, np.ndarray] = {
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_four_bits_use_all_sixteen_codes_for_the_least_error(name):
+def test_four_bits_use_all_sixteen_values_for_the_least_error(name):
     gemm = replace(GEMM, weight_shape=(32, 1))
     block = BLOCKS[name].astype(np.float32)
     found = per_block(block[:, np.newaxis], gemm)

@@ -117,7 +117,7 @@ def broken(images: np.ndarray, value: float) -> np.ndarray:
         (broken(IMAGES, np.inf), InputError, "holds NaN or infinity"),
     ],
 )
-def test_images_that_say_nothing_are_refused(images, error, message):
+def test_uninformative_images_are_refused(images, error, message):
     with pytest.raises(error, match=message) as raised:
         calibrate(lambda batch: {"x": batch}, images, ["x"])
     assert "\n" not in str(raised.value)

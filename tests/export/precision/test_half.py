@@ -67,14 +67,14 @@ def test_products_are_in_16_bits_and_norms_and_sums_are_not(everything):
     assert {v.dtype for v in (*everything.model.graph.inputs, *everything.model.graph.outputs)} == {FLOAT}
 
 
-def test_no_value_is_cast_down_and_up_again_for_nothing(everything):
+def test_no_value_has_redundant_casts(everything):
     for node in everything.model.graph:
         producer = node.inputs[0].producer() if node.op_type == "Cast" else None
         assert producer is None or producer.op_type != "Cast", f"{node.name} follows {producer.name}"
 
 
 @pytest.mark.parametrize("dialect", ["canonical", "plain"])
-def test_every_dialect_answers_as_pytorch_does_but_for_rounding(everything, reference, tmp_path, dialect):
+def test_every_dialect_computes_the_logits_of_pytorch_up_to_rounding(everything, reference, tmp_path, dialect):
     logits = run(derive(dialect, everything, (32, 32), 3), tmp_path)
     expected = runner(reference)(IMAGES)
     # Half a unit in the 11th bit is 4.9e-4; through some 30 products in a row it may grow, as a random walk, to 3e-3
@@ -83,7 +83,7 @@ def test_every_dialect_answers_as_pytorch_does_but_for_rounding(everything, refe
 
 
 @pytest.mark.parametrize("part", ["resnet", "vit", "block", "decoder"])
-def test_one_part_alone_leaves_the_others_as_they_were(graph, part, tmp_path):
+def test_converting_one_part_does_not_change_the_others(graph, part, tmp_path):
     names = [gemm.name for gemm in gemms(graph) if gemm.part == part]
     mixed = to_half(graph, names)
     for before, after in zip(gemms(graph), gemms(mixed), strict=True):
@@ -92,7 +92,7 @@ def test_one_part_alone_leaves_the_others_as_they_were(graph, part, tmp_path):
     assert np.isfinite(run(mixed, tmp_path)).all()
 
 
-def test_what_is_rounded_for_real_agrees_with_what_the_back_end_says(everything, tmp_path):
+def test_emulated_rounding_agrees_with_the_back_end(everything, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     widened, rounded = run(everything, tmp_path / "a"), run(rounded_graph(everything), tmp_path / "b")
@@ -110,7 +110,7 @@ def loud(graph: OnnxGraph, factor: float) -> tuple[OnnxGraph, str]:
     return OnnxGraph(model=model), gemm.name
 
 
-def test_an_overflow_that_a_cpu_hides_is_found(graph, tmp_path):
+def test_an_overflow_that_a_cpu_hides_is_detected(graph, tmp_path):
     noisy, name = loud(graph, 1e5)
     assert np.isfinite(run(noisy, tmp_path)).all()
     (tmp_path / "b").mkdir()
@@ -162,7 +162,7 @@ def coded(graph) -> OnnxGraph:
     return to_w8a16(graph, [gemm.name for gemm in gemms(graph)])
 
 
-def test_codes_are_decoded_to_16_bits_by_scales_of_16_bits(graph, coded, tmp_path):
+def test_quantised_values_are_dequantised_to_16_bits_with_scales_of_16_bits(graph, coded, tmp_path):
     half = to_half(coded, [gemm.name for gemm in gemms(coded)])
     decoders = [node for node in half.model.graph if node.op_type == "DequantizeLinear"]
     assert len(decoders) == len(gemms(graph))
@@ -174,7 +174,7 @@ def test_codes_are_decoded_to_16_bits_by_scales_of_16_bits(graph, coded, tmp_pat
     assert 0 < np.abs(found - expected).max() < 0.01 * np.abs(expected).max()
 
 
-def test_a_scale_that_16_bits_do_not_hold_keeps_its_product_in_float32(coded):
+def test_a_product_stays_float32_where_16_bits_are_too_imprecise_for_its_scale(coded):
     model = coded.model.clone()
     decoder = next(node for node in model.graph if node.op_type == "DequantizeLinear")
     scale, (reader, _) = decoder.inputs[1], next(iter(decoder.outputs[0].uses()))
@@ -188,7 +188,7 @@ def test_a_scale_that_16_bits_do_not_hold_keeps_its_product_in_float32(coded):
     assert sum(half_types(nodes[gemm.name]) for gemm in gemms(half)) == len(gemms(half)) - 1
 
 
-def test_codes_of_products_that_stay_wide_are_left_alone(coded):
+def test_qdq_nodes_of_float32_products_do_not_change(coded):
     first, *others = [gemm.name for gemm in gemms(coded)]
     half = to_half(coded, [first])
     nodes = {node.name: node for node in half.model.graph}
@@ -199,7 +199,7 @@ def test_codes_of_products_that_stay_wide_are_left_alone(coded):
         assert half_types(decoder) == (name == first)
 
 
-def test_a_value_is_coded_and_decoded_by_the_same_scale():
+def test_a_value_is_quantised_and_dequantised_with_the_same_scale():
     """The QuantizeLinear reads float32, since a norm made its input; its scale is what the 16 bits hold."""
     graph = ir.from_onnx_text(
         """<ir_version: 10, opset_import: ["" : 21]>

@@ -171,7 +171,7 @@ def test_a_value_is_rounded_once_and_biases_are_not(graph, calibration, form):
             assert bias.dtype == ir.DataType.FLOAT
 
 
-def test_all_forms_hold_the_same_weight_bytes(graph, calibration, tmp_path):
+def test_all_formats_hold_the_same_weight_bytes(graph, calibration, tmp_path):
     forms = {f"{form}.onnx": quantise(graph, INT8, calibration, quant_format=form) for form in QUANT_FORMATS}
     save_graphs({"int8.onnx": forms["int8.onnx"]}, tmp_path, "one.bin")
     save_graphs({f"all-{name}": graph for name, graph in forms.items()}, tmp_path, "all.bin")
@@ -237,7 +237,7 @@ def test_openvino_computes_every_gemm_in_integers(graph, calibration, exact, tmp
     assert sqnr_db(exact, compiled(IMAGES)[0]) > MIN_SQNR_DB["uint8"]
 
 
-def test_tensorrt_rtx_builds_the_symmetric_form(graph, calibration, tmp_path):
+def test_tensorrt_rtx_builds_the_symmetric_format(graph, calibration, tmp_path):
     trt = pytest.importorskip("tensorrt_rtx")
     save_graphs({"int8.onnx": plain(quantise(graph, INT8, calibration, quant_format="int8"))}, tmp_path, "weights.bin")
     builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
@@ -295,7 +295,7 @@ def test_the_tolerance_catches(graph, calibration, exact, fault, tmp_path):
     assert sqnr_db(exact, logits(fault(graph, calibration), tmp_path)) < MIN_SQNR_DB["uint8"] - 2
 
 
-def test_gemms_that_are_kept_stay_float_and_the_share_says_so(graph, calibration, exact, tmp_path):
+def test_kept_gemms_stay_float_and_lower_the_int8_share(graph, calibration, exact, tmp_path):
     largest = max(gemms(graph), key=lambda gemm: gemm.macs)
     mixed = quantise(graph, INT8, calibration, keep_float=[largest.name])
     found = gemm_precisions(mixed)
@@ -314,7 +314,7 @@ def test_parts_can_have_precisions_of_their_own(graph, calibration, exact, tmp_p
     assert sqnr_db(exact, logits(mixed, tmp_path)) > MIN_SQNR_DB["uint8"]
 
 
-def test_a_precision_without_parts_means_the_whole_network_or_for_weights_alone_the_block():
+def test_a_precision_without_parts_applies_to_the_network_and_weight_only_schemes_to_the_block():
     assert set(parse_precision("int8").values()) == {"int8"}
     assert set(parse_precision("fp32").values()) == {"fp32"}
     assert parse_precision("w4a16") == {"resnet": "fp32", "vit": "fp32", "block": "w4a16", "decoder": "fp32"}
@@ -322,7 +322,7 @@ def test_a_precision_without_parts_means_the_whole_network_or_for_weights_alone_
     assert needs_calibration(parse_precision("decoder=int8"))
 
 
-def test_what_stands_behind_a_plus_is_the_precision_of_everything_else():
+def test_the_scheme_after_a_plus_applies_to_everything_else():
     assert set(parse_precision("int8+fp16").values()) == {"int8+fp16"}
     rest = {"resnet": "fp16", "vit": "fp16", "decoder": "fp16"}
     assert parse_precision("w8a16+fp16") == {**rest, "block": "w8a16+fp16"}
@@ -331,7 +331,7 @@ def test_what_stands_behind_a_plus_is_the_precision_of_everything_else():
     assert not needs_calibration(parse_precision("w8a16+fp16"))
 
 
-def test_what_keeps_its_float_numbers_gets_16_bits_and_what_keeps_its_wide_ones_gets_codes(graph, calibration):
+def test_of_int8_and_fp16_a_gemm_kept_float_is_in_fp16_and_one_kept_wide_is_in_int8(graph, calibration):
     """Of ``int8+fp16``, a layer that must not be coded is in fp16, and one that fp16 does not hold still has codes."""
     first, second, *_ = [gemm.name for gemm in gemms(graph) if gemm.part == "vit"]
     mixed = quantise(graph, parse_precision("int8+fp16"), calibration, keep_float=[first], keep_wide=[second])

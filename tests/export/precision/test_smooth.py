@@ -127,7 +127,7 @@ def smoothed(graph, tmp_path_factory) -> tuple[OnnxGraph, Mapping[str, Smoothing
     return copy, {each.value: each for each in found}
 
 
-def test_the_places_are_those_whose_channels_constants_scale(graph):
+def test_smoothable_activations_are_those_whose_channels_constants_scale(graph):
     assert set(smoothable(graph, names(graph))) == PLACES
     without = [name for name in names(graph) if name != "node_g"]  # one of two readers of "layer" stays float
     assert set(smoothable(graph, without)) == PLACES - {"layer"}

@@ -107,7 +107,7 @@ def test_gemms_are_listed_with_their_part_and_their_cost(graph):
 
 
 @pytest.mark.parametrize(("name", "axis"), [("wide", 1), ("kernel", 0)])
-def test_eight_bits_are_the_nearest_codes_of_the_largest_weight_of_every_channel(name, axis):
+def test_eight_bits_round_to_nearest_with_the_largest_weight_of_every_channel(name, axis):
     weight = WEIGHTS[name].astype(np.float64)
     found = per_channel(WEIGHTS[name], gemm(name, axis))
     others = tuple(each for each in range(weight.ndim) if each != axis)
@@ -118,7 +118,7 @@ def test_eight_bits_are_the_nearest_codes_of_the_largest_weight_of_every_channel
     assert (np.abs(found.dequantised() - weight) <= steps * (0.5 + 127 * 2**-22)).all()
 
 
-def test_ties_go_to_the_even_code_and_a_channel_of_zeros_stays_zero():
+def test_ties_round_to_even_and_a_channel_of_zeros_stays_zero():
     weight = np.zeros((256, 96), np.float32)
     weight[:, 0] = np.resize([127, 0.5, 1.5, -2.5, -0.5], 256)
     weight[:, 1] = 1e-42  # a subnormal number, whose scale would be zero
@@ -158,7 +158,7 @@ def test_blocks_of_a_transposed_matrix_lie_along_its_second_axis():
 
 
 @pytest.mark.parametrize("convert", [to_w8a16, to_w4a16])
-def test_onnx_runtime_decodes_as_the_float64_oracle(graph, convert, tmp_path):
+def test_onnx_runtime_dequantises_as_the_float64_oracle(graph, convert, tmp_path):
     coded = convert(graph, names(graph))
     coders = dict.fromkeys(WEIGHTS, per_channel)
     if convert is to_w4a16:
@@ -174,7 +174,7 @@ def test_onnx_runtime_decodes_as_the_float64_oracle(graph, convert, tmp_path):
     np.testing.assert_allclose(answer, expected, atol=1e-5 * np.abs(expected).max())  # float32 sums; 1e-6 seen
 
 
-def test_the_graph_says_what_it_holds_and_shares_what_is_shared(graph, caplog):
+def test_gemm_precisions_are_read_from_the_graph_and_shared_weights_are_stored_once(graph, caplog):
     with caplog.at_level(logging.INFO, "medseg_trt"):
         coded = to_w4a16(graph, names(graph))
     assert gemm_precisions(coded) == {
@@ -200,7 +200,7 @@ def test_only_the_named_gemms_change_and_a_shared_weight_stays_for_the_others(gr
     assert 0 < error < 0.05 * np.abs(run(graph, tmp_path, "again")).max()
 
 
-def test_a_wrong_channel_axis_is_seen(graph, tmp_path):
+def test_a_wrong_channel_axis_is_detected(graph, tmp_path):
     exact = run(graph, tmp_path, "float")
     square = to_w8a16(graph, ["node_d"])
     kept = np.square(run(square, tmp_path, "right") - exact).sum()

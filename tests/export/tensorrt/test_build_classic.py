@@ -133,7 +133,7 @@ def build(fake: Fake, graph: Path, monkeypatch: pytest.MonkeyPatch, cache: Path 
     return built
 
 
-def test_it_is_told_everything_that_was_asked_for(graph, monkeypatch):
+def test_the_builder_gets_every_option(graph, monkeypatch):
     fake = Fake()
     built = build(fake, graph, monkeypatch)
     for words in (
@@ -162,7 +162,7 @@ def test_a_library_without_the_flag_is_strongly_typed_anyway(graph, monkeypatch)
     assert ("network", 0) in fake.told
 
 
-def test_timings_are_kept_and_stale_ones_are_dropped_with_a_note(graph, monkeypatch, tmp_path, caplog):
+def test_timings_are_saved_and_stale_ones_are_ignored_with_a_warning(graph, monkeypatch, tmp_path, caplog):
     cache = tmp_path / "timings" / "a.cache"
     fake = Fake()
     build(fake, graph, monkeypatch, cache)
@@ -193,6 +193,6 @@ def test_a_failure_is_explained_in_one_line(graph, monkeypatch, error, words):
     assert not graph.with_suffix(".plan").exists()
 
 
-def test_a_graph_that_is_not_read_is_an_error_with_the_parsers_words(graph, monkeypatch):
+def test_an_unreadable_graph_is_an_error_with_the_parsers_message(graph, monkeypatch):
     with pytest.raises(ArtefactError, match=r"10\.3\.0 does not read g\.onnx: no such operator"):
         build(Fake("10.3.0", reads=False), graph, monkeypatch)

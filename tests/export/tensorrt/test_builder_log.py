@@ -38,7 +38,7 @@ def read(*lines: str, macs: dict[str, int] | None = None) -> tuple[tuple[EngineL
     return parse_layers("Layers:\n" + "\n".join(lines) + SUFFIX, macs or {})
 
 
-def test_a_line_is_read_whole():
+def test_every_field_of_a_line_is_parsed():
     (layer,), unread = read(GEMM, macs={"node_linear_9": 4 * 64 * 48})
     assert unread == 0
     assert (layer.name, layer.kind, layer.kernel) == ("node_linear_9_myl0_93", "gemm", "__myelin_CASK_STUB")
@@ -53,13 +53,13 @@ def test_a_line_is_read_whole():
     assert (layer.nodes, layer.macs, layer.is_product, layer.dtype) == (("node_linear_9",), 12288, True, "Half")
 
 
-def test_what_is_no_layer_is_counted_and_not_guessed_at():
+def test_unparsed_lines_are_counted():
     layers, unread = read("something else", GEMM, "Name: x, LayerType: gemm", "Name: y, Inputs: [], Outputs: []")
     assert (len(layers), unread) == (1, 3)
 
 
 @pytest.mark.parametrize("text", ["", "Layers:", "Layers:\n\n", "no list", "Layers:\nName: [[[[{{{{"])
-def test_a_list_in_another_form_gives_no_layers(text):
+def test_a_list_in_another_format_gives_no_layers(text):
     assert parse_layers(text, {})[0] == ()
 
 
@@ -99,7 +99,7 @@ def test_the_words_of_a_generated_kernel():
         ("node_Conv_261_myl0_2", "correlation", ["Int8"], ["Int8"], ["Float"], {"is_product"}),
     ],
 )
-def test_what_a_layer_is_said_to_do(name, kind, inputs, constants, outputs, properties):
+def test_the_properties_of_a_layer_follow_from_its_name_and_types(name, kind, inputs, constants, outputs, properties):
     sides = [", ".join(tensor(dtype, 4, 4) for dtype in side) for side in (inputs, constants, outputs)]
     (layer,), _ = read(line(name, kind, *sides))
     assert {each for each in ("only_moves", "decodes_weights", "is_product") if getattr(layer, each)} == properties
@@ -114,7 +114,7 @@ def test_what_a_layer_is_said_to_do(name, kind, inputs, constants, outputs, prop
         (["Float", "Half"], ["Half"], "Half"),  # a residual sum after it
     ],
 )
-def test_a_product_computes_in_the_type_of_its_weight_unless_it_decodes_it(inputs, constants, dtype):
+def test_a_product_computes_in_the_type_of_its_weight_unless_it_dequantises_it(inputs, constants, dtype):
     sides = [", ".join(tensor(each, 4, 4) for each in side) for side in (inputs, constants, ["Float"])]
     (layer,), _ = read(line("__myl_CastMulFc_myl0_70", "runtime_fusion", *sides))
     assert layer.dtype == dtype

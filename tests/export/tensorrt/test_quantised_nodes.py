@@ -74,7 +74,7 @@ def test_every_norm_before_an_int8_product_writes_the_int8(int8, tmp_path):
     np.testing.assert_array_equal(*answers)  # the body does what the two nodes did
 
 
-def test_the_graph_itself_is_left_as_it_was(int8):
+def test_joining_does_not_change_the_original_graph(int8):
     before = kinds(int8)
     join_quantisers(int8)
     assert kinds(int8) == before
@@ -110,7 +110,7 @@ def read_by_another_node(graph: OnnxGraph) -> None:
 
 
 @pytest.mark.parametrize("change", [asymmetric, unsigned, with_a_scale_for_each_column, read_by_another_node])
-def test_what_the_kernel_cannot_do_stays(change, int8):
+def test_nodes_that_the_kernel_does_not_support_stay(change, int8):
     changed = OnnxGraph(model=int8.model.clone())
     change(changed)
     joined, count = join_quantisers(changed)

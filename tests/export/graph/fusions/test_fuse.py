@@ -87,7 +87,7 @@ def expected(traced):
     return run(traced)
 
 
-def test_every_rule_finds_what_the_network_holds(traced):
+def test_every_rule_matches_the_nodes_of_the_network(traced):
     graph, results = fuse(traced)
     counts = counts_of(results)
     assert list(counts) == list(RULES)
@@ -95,7 +95,7 @@ def test_every_rule_finds_what_the_network_holds(traced):
     assert not graph.num_nodes.keys() & {"RMSNormalization", "Sigmoid", "Neg", "ConstantOfShape", "Shape"}
 
 
-def test_the_published_network_turns_nothing(tmp_path):
+def test_the_published_network_has_no_rotary_embedding(tmp_path):
     network = folded(tmp_path, rotary=False)
     graph, results = fuse(trace(network))
     counts = counts_of(results)
@@ -129,13 +129,13 @@ def test_a_result_has_either_a_count_or_a_reason(count, reason):
         FusionResult(count=count, reason=reason)
 
 
-def test_the_fused_network_answers_as_the_traced_one(network, fused, expected):
+def test_the_fused_network_computes_the_same_logits(network, fused, expected):
     assert distance(run(fused), expected) < TOLERANCE
     with torch.inference_mode():
         assert distance(network(torch.from_numpy(IMAGES)).numpy(), expected) < TOLERANCE
 
 
-def test_the_traced_graph_is_left_as_it_was(traced, fused, expected):
+def test_fusing_does_not_change_the_traced_graph(traced, fused, expected):
     assert not traced.model.functions
     assert not calls(traced, "SwiGLU")
     np.testing.assert_array_equal(run(traced), expected)
@@ -237,7 +237,7 @@ def change_one_angle(graph):
         (norm_another_axis, "add_rms_norms"),
     ],
 )
-def test_what_differs_in_any_part_is_not_fused(traced, edit, rule):
+def test_a_pattern_that_differs_in_any_part_is_not_fused(traced, edit, rule):
     other = edited(traced)
     edit(other)
     fused_other, results = fuse(other)
