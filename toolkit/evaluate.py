@@ -48,10 +48,12 @@ class Scoreboard:
         networks = {
             name: {
                 **asdict(found),
-                "mean_dice": found.mean_dice, "mean_iou": found.mean_iou, "mean_hd95": found.mean_hd95,
+                "mean_dice": found.mean_dice,
+                "mean_iou": found.mean_iou,
+                "mean_hd95": found.mean_hd95,
             }
             for name, found in self.evaluations.items()
-        }  # fmt: skip
+        }
         return {"split": self.split, "title": self.title, "metric": self.metric, "networks": networks}
 
     def heading(self) -> str:
@@ -83,7 +85,7 @@ class Scoreboard:
                 *(f"{each.present} / {each.missed} / {each.false_alarms} / {each.absent}" for each in scores),
             ]
             for scores in zip(*(found.means for found in self.evaluations.values()), strict=True)
-        ]  # fmt: skip
+        ]
         return header, rows
 
 

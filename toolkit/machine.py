@@ -7,8 +7,17 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("medseg-trt", "numpy", "torch", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt",
-            "tensorrt-rtx-cu13")  # fmt: skip
+PACKAGES = (
+    "medseg-trt",
+    "numpy",
+    "torch",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "openvino",
+    "tensorrt",
+    "tensorrt-rtx-cu13",
+)
 GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
 
@@ -31,10 +40,15 @@ class Machine:
 def this_machine() -> Machine:
     """Describe the machine that this process runs on."""
     return Machine(
-        processor=_processor(), cores=cores(), memory_mb=_memory_mb(), system=platform.platform(terse=True),
-        python=platform.python_version(), governor=_text(GOVERNOR),
-        load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None, gpus=_gpus(),
-    )  # fmt: skip
+        processor=_processor(),
+        cores=cores(),
+        memory_mb=_memory_mb(),
+        system=platform.platform(terse=True),
+        python=platform.python_version(),
+        governor=_text(GOVERNOR),
+        load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        gpus=_gpus(),
+    )
 
 
 def cores() -> int:

@@ -88,8 +88,13 @@ def test_only_leftovers_in_our_own_folders_go(tmp_path):
     os.mkfifo(out / ".partial-fifo")
     remove_leftovers(out)
     left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob(".partial-*")}
-    assert left == {"out/mine/.partial-1", "elsewhere/.partial-1", "out/.partial-link", "out/.partial-folder",
-                    "out/.partial-fifo"}  # fmt: skip
+    assert left == {
+        "out/mine/.partial-1",
+        "elsewhere/.partial-1",
+        "out/.partial-link",
+        "out/.partial-folder",
+        "out/.partial-fifo",
+    }
 
 
 def no_locks(descriptor: int, *, wait: bool = False) -> bool:

@@ -39,7 +39,7 @@ def block() -> None:
 @output_options
 def block_extract(
     source: Path, layer: str | None, layers: int | None, final_norm: bool, output: Path, as_json: bool
-) -> None:  # fmt: skip
+) -> None:
     """Extract layers from the weights of a LLaMA-family model.
 
     SOURCE is a GGUF file (also quantised), a Hugging Face folder or one of its shards, or Meta's consolidated.*.pth.
@@ -59,7 +59,10 @@ def block_extract(
     digest = save_block(taken, output)
     parameters = sum(each.num_parameters for each in taken)
     result = {
-        "file": str(output), "sha256": digest, "parameters": parameters, "spec": to_dict(taken[0].spec),
+        "file": str(output),
+        "sha256": digest,
+        "parameters": parameters,
+        "spec": to_dict(taken[0].spec),
         "provenance": provenance_of(taken),
-    }  # fmt: skip
+    }
     print_result(as_json, result, f"{output}: {parameters:,} parameters, sha256 {digest}")
