@@ -96,7 +96,7 @@ def bench(
     limits = parse_gate(gate) if gate is not None else Gate()
     names = tuple(name.strip() for name in backends.split(",")) if backends is not None else ()
     if len(set(names)) < len(names):
-        raise UsageError(f"--backends {backends}: a name stands there twice")
+        raise UsageError(f"--backends {backends}: a name is given twice")
     output.mkdir(parents=True, exist_ok=True)
     measured = benchmark.bench(
         benchmark.Bench(
@@ -115,10 +115,10 @@ def bench(
         output,
     )
     report = measured.report
-    if as_json:  # before anything is written: a full disk does not take the figures along
+    if as_json:  # before the report is written, so that a full disk does not lose the figures
         print_json(to_dict(report))
     else:
-        header, *rows = zip(HEADER, *cells(report), strict=True)  # a column each: they are few, and figures are many
+        header, *rows = zip(HEADER, *cells(report), strict=True)  # one column per network
         title = f"{report.images.description}; batch {report.batch}, the network alone; times as fast: ratio of medians"
         print_table(title, header, rows)
         click.echo(report.summary.headline)

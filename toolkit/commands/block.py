@@ -53,16 +53,16 @@ def block_extract(
     if layer not in (None, "last") and not layer.isdecimal():
         raise UsageError(f"--layer {layer}: give a number from 0, or last")
     if layers is not None or layer in (None, "last"):
-        taken = extract_last(source, layers or 1, final_norm=final_norm)
+        layers_read = extract_last(source, layers or 1, final_norm=final_norm)
     else:
-        taken = (extract(source, int(layer), final_norm=final_norm),)
-    digest = save_block(taken, output)
-    parameters = sum(each.num_parameters for each in taken)
+        layers_read = (extract(source, int(layer), final_norm=final_norm),)
+    digest = save_block(layers_read, output)
+    parameters = sum(layer_weights.num_parameters for layer_weights in layers_read)
     result = {
         "file": str(output),
         "sha256": digest,
         "parameters": parameters,
-        "spec": to_dict(taken[0].spec),
-        "provenance": provenance_of(taken),
+        "spec": to_dict(layers_read[0].spec),
+        "provenance": provenance_of(layers_read),
     }
     print_result(as_json, result, f"{output}: {parameters:,} parameters, sha256 {digest}")
