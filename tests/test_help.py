@@ -142,8 +142,15 @@ def test_the_shell_completes_commands_options_and_choices(words, completed):
 
 def test_every_command_of_the_way_through_is_there():
     expected = {
-        "samples get", "block extract", "train", "build", "infer", "evaluate", "bench", "inspect",
-    }  # fmt: skip
+        "samples get",
+        "block extract",
+        "train",
+        "build",
+        "infer",
+        "evaluate",
+        "bench",
+        "inspect",
+    }
     assert expected <= {" ".join(path) for path, _ in ALL}
 
 

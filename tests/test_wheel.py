@@ -34,8 +34,11 @@ def copy_sources(folder: Path) -> Path:
     """Copy what git knows, or would if it were added: nothing that was built."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     for name in listed.stdout.split("\0"):
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -51,8 +54,10 @@ def wheel(tmp_path_factory) -> Path:
     stale.touch()
     subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", sources / "dist", sources],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert [path.name.endswith(".tar.gz") for path in sorted((sources / "dist").iterdir())] == [False, True]
     return next((sources / "dist").glob("*.whl"))
 
@@ -106,11 +111,23 @@ def install(wheel: Path, extra: str, folder: Path, environment: dict[str, str]) 
     python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
     done = subprocess.run(
         [
-            sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-compile",
-            "--constraint", ROOT / "tests/constraints.txt", f"{wheel}[{extra}]",
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            python,
+            "install",
+            "--quiet",
+            "--no-compile",
+            "--constraint",
+            ROOT / "tests/constraints.txt",
+            f"{wheel}[{extra}]",
         ],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode and any(words in done.stderr for words in NO_NETWORK):
         pytest.skip("needs the package index, which pip cannot reach")
     assert done.returncode == 0, done.stderr

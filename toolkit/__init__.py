@@ -8,9 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
-    "BuildSpec", "Bundle", "Checkpoint", "Classes", "EngineSpec", "Mask", "ModelSpec", "Preprocessing", "build",
-    "infer", "load_bundle", "load_checkpoint", "open_session",
-]  # fmt: skip
+    "BuildSpec",
+    "Bundle",
+    "Checkpoint",
+    "Classes",
+    "EngineSpec",
+    "Mask",
+    "ModelSpec",
+    "Preprocessing",
+    "build",
+    "infer",
+    "load_bundle",
+    "load_checkpoint",
+    "open_session",
+]
 
 if TYPE_CHECKING:
     from medseg_trt.bundles.bundle import Bundle, load_bundle

@@ -1,4 +1,4 @@
-"""Say what this machine can run, and what to type to make it run the rest."""
+"""Report what this machine can run, and the commands that install the rest."""
 
 import ctypes
 import importlib.util
@@ -13,9 +13,8 @@ class Ability:
 
     modules: Mapping[str, str]  # module to import, and the package that holds it
     extra: str  # of medseg-trt, which installs them
-    wheels: tuple[
-        str, ...
-    ] = ()  # further packages, known by their name alone: they share a namespace or hold no module
+    # Packages that are looked up by name, because they share a namespace or hold no module.
+    wheels: tuple[str, ...] = ()
 
     @property
     def packages(self) -> tuple[str, ...]:
@@ -79,12 +78,12 @@ def _examine(name: str, ability: Ability) -> Finding:
     if missing:
         detail = f"{', '.join(missing)} missing; install: pip install 'medseg-trt[{ability.extra}]'"
         return Finding(ability=name, ready=False, detail=detail)
-    detail = ", ".join(f"{each} {_version(each) or ''}".strip() for each in ability.packages)
+    detail = ", ".join(f"{package} {_version(package) or ''}".strip() for package in ability.packages)
     return Finding(ability=name, ready=True, detail=detail)
 
 
 def _version(package: str) -> str | None:
-    """Return what is installed; None also where another package brings the module, as onnxruntime-gpu onnxruntime."""
+    """Return the installed version; None also if another package brings the module (onnxruntime-gpu: onnxruntime)."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -92,12 +91,13 @@ def _version(package: str) -> str | None:
 
 
 def _driver() -> Finding:
-    """Ask the driver itself: a PyTorch that was built for the CPU would not know."""
+    """Query the driver directly: a CPU build of PyTorch does not report GPUs."""
     name = "an NVIDIA GPU"
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return Finding(ability=name, ready=False, detail="no NVIDIA driver is installed")
     count = ctypes.c_int(0)
-    found = driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
-    return Finding(ability=name, ready=found, detail=f"{count.value} device(s)" if found else "a driver, but no device")
+    has_device = driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+    detail = f"{count.value} device(s)" if has_device else "a driver, but no device"
+    return Finding(ability=name, ready=has_device, detail=detail)

@@ -1,4 +1,4 @@
-"""Put several checkpoints and bundles side by side on the same labelled images: Dice and IoU per class."""
+"""Compare checkpoints and bundles on the same labelled images: Dice and IoU per class."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -47,43 +47,47 @@ class Scoreboard:
         """Return plain data that JSON can hold."""
         networks = {
             name: {
-                **asdict(found),
-                "mean_dice": found.mean_dice, "mean_iou": found.mean_iou, "mean_hd95": found.mean_hd95,
+                **asdict(evaluation),
+                "mean_dice": evaluation.mean_dice,
+                "mean_iou": evaluation.mean_iou,
+                "mean_hd95": evaluation.mean_hd95,
             }
-            for name, found in self.evaluations.items()
-        }  # fmt: skip
+            for name, evaluation in self.evaluations.items()
+        }
         return {"split": self.split, "title": self.title, "metric": self.metric, "networks": networks}
 
     def heading(self) -> str:
-        """Say which images were scored, and how."""
-        batch = next((f" of {found.batch}" for found in self.evaluations.values() if found.batch is not None), "")
+        """Describe the scored images and the metric."""
+        batch = next(
+            (f" of {evaluation.batch}" for evaluation in self.evaluations.values() if evaluation.batch is not None), ""
+        )
         return f"{self.title}\n{self.metric}{batch}: {METRICS[self.metric].text}"
 
     def header(self) -> list[str]:
         """Return the table's column names."""
-        return ["class", *(f"{name}\n{_figure_names(found)}" for name, found in self.evaluations.items())]
+        return ["class", *(f"{name}\n{_figure_names(evaluation)}" for name, evaluation in self.evaluations.items())]
 
     def cells(self) -> list[list[str]]:
-        """Return the table's rows as text: a class each, and the means over the classes that occur."""
+        """Return the table's rows as text: one per class, then the means over the classes that occur."""
         evaluations = list(self.evaluations.values())
         rows = [
             [scores[0].name, *map(_cell, scores)]
-            for scores in zip(*(found.means for found in evaluations), strict=True)
+            for scores in zip(*(evaluation.means for evaluation in evaluations), strict=True)
         ]
-        means = [(found.mean_dice, found.mean_iou, found.mean_hd95) for found in evaluations]
+        means = [(evaluation.mean_dice, evaluation.mean_iou, evaluation.mean_hd95) for evaluation in evaluations]
         return [*rows, ["mean", *(_figures(*mean) for mean in means)]]
 
     def branches(self) -> tuple[list[str], list[list[str]]]:
-        """Return a header and rows that say how often each class was in both masks, in one, and in none."""
+        """Return a header and rows with how often each class is in both masks, in one, and in none."""
         unit = {"case": "cases", "image": "images", "batch": "batches"}[METRICS[self.metric].unit]
         header = ["class", *(f"{name}\n{unit}: {BRANCHES}" for name in self.evaluations)]
         rows = [
             [
                 scores[0].name,
-                *(f"{each.present} / {each.missed} / {each.false_alarms} / {each.absent}" for each in scores),
+                *(f"{score.present} / {score.missed} / {score.false_alarms} / {score.absent}" for score in scores),
             ]
-            for scores in zip(*(found.means for found in self.evaluations.values()), strict=True)
-        ]  # fmt: skip
+            for scores in zip(*(evaluation.means for evaluation in self.evaluations.values()), strict=True)
+        ]
         return header, rows
 
 
@@ -100,9 +104,9 @@ def evaluate_all(
     changes: Sequence[str] = (),
     verify_key: Path | None = None,
 ) -> list[Scoreboard]:
-    """Score every checkpoint and bundle on every split; with ``hd95`` also measure the distance between the outlines.
+    """Score every checkpoint and bundle on every split; ``hd95`` adds the Hausdorff distance of the outlines.
 
-    The data are read and divided as the networks' training read and divided them, but for ``changes``, such as
+    The data are read and split as in the networks' training, except for ``changes``, such as
     ``data.dataset=colondb``.
 
     Raises:
@@ -111,7 +115,7 @@ def evaluate_all(
         InputError: the data cannot be used, or has no such split.
         ArtefactError: a checkpoint or bundle cannot be used.
     """
-    metric_mode(metric, hd95)  # a typo is found now, not after minutes
+    metric_mode(metric, hd95)  # reports a typo before minutes are spent
     paths = list(dict.fromkeys([*checkpoints, *bundles]))
     names = {path: "/".join(path.parts[-2:]) for path in paths}  # enough to tell runs apart
     if len(set(names.values())) < len(paths):
@@ -183,13 +187,13 @@ def _require_same_classes(network: Network, data: DataFolder) -> None:
 
 
 def _title(data: DataFolder, split: str) -> str:
-    what = data.split_notes.get(split, "")
-    return f"{data.name}, split {split}" + (f": {what}" if what else "") + (f" ({data.note})" if data.note else "")
+    note = data.split_notes.get(split, "")
+    return f"{data.name}, split {split}" + (f": {note}" if note else "") + (f" ({data.note})" if data.note else "")
 
 
-def _figure_names(found: Evaluation) -> str:
-    distance = f"HD95 {found.hd95_unit}" if found.hd95_unit else None
-    return " / ".join(filter(None, ("Dice", "IoU" if found.has_iou else None, distance)))
+def _figure_names(evaluation: Evaluation) -> str:
+    distance = f"HD95 {evaluation.hd95_unit}" if evaluation.hd95_unit else None
+    return " / ".join(filter(None, ("Dice", "IoU" if evaluation.has_iou else None, distance)))
 
 
 def _cell(score: MeanScore) -> str:

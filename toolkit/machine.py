@@ -1,4 +1,4 @@
-"""Say what this machine is, as far as it bears on a measurement."""
+"""Describe this machine as far as it affects a measurement."""
 
 import os
 import platform
@@ -7,22 +7,31 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-PACKAGES = ("medseg-trt", "numpy", "torch", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt",
-            "tensorrt-rtx-cu13")  # fmt: skip
+PACKAGES = (
+    "medseg-trt",
+    "numpy",
+    "torch",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "openvino",
+    "tensorrt",
+    "tensorrt-rtx-cu13",
+)
 GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """What was measured on, as far as it bears on a figure."""
+    """The machine of a measurement."""
 
     processor: str
     cores: int  # that this process may use
     memory_mb: float | None
     system: str
     python: str
-    governor: str | None  # of the processor's clock, where the system says
-    load: float | None  # how many processes wanted to run in the minute before, other than this one's
+    governor: str | None  # of the processor's clock; None: unknown
+    load: float | None  # load average of the last minute
     gpus: tuple[str, ...] = ()
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -31,10 +40,15 @@ class Machine:
 def this_machine() -> Machine:
     """Describe the machine that this process runs on."""
     return Machine(
-        processor=_processor(), cores=cores(), memory_mb=_memory_mb(), system=platform.platform(terse=True),
-        python=platform.python_version(), governor=_text(GOVERNOR),
-        load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None, gpus=_gpus(),
-    )  # fmt: skip
+        processor=_processor(),
+        cores=cores(),
+        memory_mb=_memory_mb(),
+        system=platform.platform(terse=True),
+        python=platform.python_version(),
+        governor=_text(GOVERNOR),
+        load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        gpus=_gpus(),
+    )
 
 
 def cores() -> int:
@@ -43,8 +57,8 @@ def cores() -> int:
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions of the packages that a figure depends on, as far as they are installed."""
-    return {name: found for name in PACKAGES if (found := _version(name)) is not None}
+    """Return the versions of the installed packages that measurements depend on."""
+    return {name: number for name in PACKAGES if (number := _version(name)) is not None}
 
 
 def _processor() -> str:
@@ -64,11 +78,11 @@ def _memory_mb() -> float | None:
 
 
 def _gpus() -> tuple[str, ...]:
-    """Return the names, drivers, clocks' state and power limits of NVIDIA's cards, as their own tool says."""
-    question = "--query-gpu=name,driver_version,clocks_throttle_reasons.active,power.limit"
+    """Return name, driver, throttle reasons and power limit of each GPU, as nvidia-smi reports them."""
+    query = "--query-gpu=name,driver_version,clocks_throttle_reasons.active,power.limit"
     try:
         done = subprocess.run(
-            ["nvidia-smi", question, "--format=csv,noheader"], capture_output=True, text=True, check=True, timeout=20
+            ["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, check=True, timeout=20
         )
     except (OSError, subprocess.SubprocessError):
         return ()

@@ -328,8 +328,17 @@ def palette(count: int) -> tuple[tuple[int, int, int], ...]:
     The first ones are Okabe & Ito's colour-blind-safe set and a violet: no grey, which cannot be seen on a scan. Each
     further one is the colour that lies farthest from all before it, of a grid without dark and greyish colours.
     """
-    colors = [(0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178),
-              (213, 94, 0), (204, 121, 167), (148, 0, 211)][:count]  # fmt: skip
+    colors = [
+        (0, 0, 0),
+        (230, 159, 0),
+        (86, 180, 233),
+        (0, 158, 115),
+        (240, 228, 66),
+        (0, 114, 178),
+        (213, 94, 0),
+        (204, 121, 167),
+        (148, 0, 211),
+    ][:count]
     if count > len(colors):
         levels = range(60, 256, 32)
         grid = [color for color in product(levels, levels, levels) if max(color) - min(color) >= 64]

@@ -107,8 +107,13 @@ def measured(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Measured
         measure_here(patch)
         return bench(
             Bench(
-                bundle=built.bundle, checkpoint=built.checkpoint, data=built.data, split="val", tier=SHORT,
-                max_dice_drop=0.3, commands=("medseg-trt bench --bundle model.medseg",),
+                bundle=built.bundle,
+                checkpoint=built.checkpoint,
+                data=built.data,
+                split="val",
+                tier=SHORT,
+                max_dice_drop=0.3,
+                commands=("medseg-trt bench --bundle model.medseg",),
             ),
             tmp_path_factory.mktemp("scratch"),
-        )  # fmt: skip
+        )

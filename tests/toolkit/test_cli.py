@@ -22,9 +22,21 @@ def medseg_trt(*arguments: object, cwd: Path | None = None) -> subprocess.Comple
 def test_from_a_folder_of_pictures_to_masks_and_figures(tmp_path):
     write_pictures(tmp_path / "data", count=8)
     trained = medseg_trt(
-        "train", "--recipe", "folder", "--data", "data", "-o", "run", *TINY,
-        "--set", "train.epochs=2", "--set", "train.batch_size=2", "--json", cwd=tmp_path,
-    )  # fmt: skip
+        "train",
+        "--recipe",
+        "folder",
+        "--data",
+        "data",
+        "-o",
+        "run",
+        *TINY,
+        "--set",
+        "train.epochs=2",
+        "--set",
+        "train.batch_size=2",
+        "--json",
+        cwd=tmp_path,
+    )
     assert trained.returncode == 0, trained.stderr
     checkpoint = json.loads(trained.stdout)["checkpoint"]
     built = medseg_trt("build", "--ckpt", checkpoint, "-o", "model.medseg", "--json", cwd=tmp_path)
@@ -99,13 +111,27 @@ def test_verbose_shows_the_traceback_and_quiet_shows_no_progress(tiny_bundle, tm
 def test_an_interrupted_training_leaves_with_its_code_and_can_go_on(tmp_path, number, code):
     write_volumes(tmp_path / "data")
     command = [
-        sys.executable, "-m", "medseg_trt", "train", "--recipe", "folder", "--data", "data", "-o", "run", *TINY,
-        "--set", "train.epochs=1000",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "medseg_trt",
+        "train",
+        "--recipe",
+        "folder",
+        "--data",
+        "data",
+        "-o",
+        "run",
+        *TINY,
+        "--set",
+        "train.epochs=1000",
+    ]
     with subprocess.Popen(
-        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+        command,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background job ignores it
-    ) as process:  # fmt: skip
+    ) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if line.startswith("epoch 2"):

@@ -19,9 +19,10 @@ def test_what_is_installed_is_named_with_its_version():
     found = {each.ability: each for each in examine()}
     # The tests need all of the others.
     assert {name for name in ABILITIES if not found[name].ready} <= {
-        "build engines with TensorRT-RTX", "infer on an NVIDIA GPU with TensorRT-RTX",
+        "build engines with TensorRT-RTX",
+        "infer on an NVIDIA GPU with TensorRT-RTX",
         "infer on an NVIDIA GPU with ONNX Runtime",
-    }  # fmt: skip
+    }
     assert re.search(r"torch \d+\.\d+", found["train"].detail)
     assert re.search(r"nvidia-cuda-nvrtc 13\.0\.\d+", found["compile CUDA kernels"].detail)
 

@@ -123,8 +123,10 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "report.json"
     write_json(path, {"classes": ["Leber", "Milz – links"], "dice": 0.5, "none": None})
     assert json.loads(path.read_text(encoding="utf-8")) == {
-        "classes": ["Leber", "Milz – links"], "dice": 0.5, "none": None,
-    }  # fmt: skip
+        "classes": ["Leber", "Milz – links"],
+        "dice": 0.5,
+        "none": None,
+    }
     before = path.read_bytes()
     with pytest.raises(TypeError):
         write_json(path, {"path": object()})

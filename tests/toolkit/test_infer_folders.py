@@ -30,9 +30,15 @@ def infer(
     bundle: Path, *arguments: str | Path, cwd: Path, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(bundle, *arguments), cwd=cwd, env=os.environ | (environment or {}), capture_output=True, text=True,
-        encoding="utf-8", check=False, timeout=300,
-    )  # fmt: skip
+        command(bundle, *arguments),
+        cwd=cwd,
+        env=os.environ | (environment or {}),
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
+        timeout=300,
+    )
 
 
 def save_picture(folder: Path, name: bytes, seed: int = 0) -> None:
@@ -126,9 +132,12 @@ def test_runs_beside_each_other_lose_neither_masks_nor_areas(tiny_bundle, tmp_pa
 
     def start(arguments: Sequence[str | Path]) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            command(tiny_bundle, *arguments, "-o", "out"), cwd=tmp_path, stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            command(tiny_bundle, *arguments, "-o", "out"),
+            cwd=tmp_path,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     with start(["first/images"]) as first:
         while True:

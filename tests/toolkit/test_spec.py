@@ -28,7 +28,11 @@ SPECS = [
     ModelSpec(architecture="llm-transunet", image_size=(256, 48), num_classes=9, dropout=0.0, block=BlockSpec()),
     Preprocessing(image_size=(224, 224)),
     Preprocessing(
-        image_size=(32, 48), window=(-160.0, 240.0), mean=(0.1, 0.2, 0.3), std=(1.5, 2.0, 0.1), resize="nearest",
+        image_size=(32, 48),
+        window=(-160.0, 240.0),
+        mean=(0.1, 0.2, 0.3),
+        std=(1.5, 2.0, 0.1),
+        resize="nearest",
         spacing_mm=0.7,
     ),
     Classes(names=("background", "Milz – links")),
@@ -36,14 +40,23 @@ SPECS = [
     BuildSpec(precisions=("fp32", "int8"), max_abs_error=1e-3),
     InsertSpec(),
     InsertSpec(
-        residual="both", norm="pretrained", placement=3, weights="shuffled", parts="attention", num_layers=2,
-        trainable=True, seed=7,
+        residual="both",
+        norm="pretrained",
+        placement=3,
+        weights="shuffled",
+        parts="attention",
+        num_layers=2,
+        trainable=True,
+        seed=7,
     ),
     ModelSpec(
-        architecture="llm-transunet", image_size=(32, 32), num_classes=2, block=BlockSpec(),
+        architecture="llm-transunet",
+        image_size=(32, 32),
+        num_classes=2,
+        block=BlockSpec(),
         insert=InsertSpec(placement="after_norm"),
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: type(spec).__name__)
@@ -182,17 +195,40 @@ def test_what_cannot_work_is_refused_from_python_and_from_a_file(kind, values, m
 
 def test_a_model_written_before_there_were_inserts_is_the_published_one():
     written = {
-        "architecture": "llm-transunet-tiny", "image_size": [32, 32], "num_classes": 3, "resnet_width": 32,
-        "resnet_units": [1, 1, 1], "hidden_size": 48, "num_layers": 2, "num_heads": 4, "mlp_size": 64, "dropout": 0.1,
-        "bridge_channels": 32, "decoder_channels": [32, 16, 16, 16],
-        "block": {"hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16,
-                  "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "rotary": False, "causal": False},
-    }  # fmt: skip
+        "architecture": "llm-transunet-tiny",
+        "image_size": [32, 32],
+        "num_classes": 3,
+        "resnet_width": 32,
+        "resnet_units": [1, 1, 1],
+        "hidden_size": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+        "mlp_size": 64,
+        "dropout": 0.1,
+        "bridge_channels": 32,
+        "decoder_channels": [32, 16, 16, 16],
+        "block": {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "head_dim": 16,
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 10000.0,
+            "rotary": False,
+            "causal": False,
+        },
+    }
     found = from_dict(ModelSpec, written, "model.pt")
     assert found.insert == InsertSpec(
-        residual="none", norm="ones", placement="before_norm", weights="pretrained", parts="full", num_layers=1,
+        residual="none",
+        norm="ones",
+        placement="before_norm",
+        weights="pretrained",
+        parts="full",
+        num_layers=1,
         trainable=False,
-    )  # fmt: skip
+    )
     assert found.insert_position == 2
 
 

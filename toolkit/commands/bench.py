@@ -23,9 +23,11 @@ from medseg_trt.errors import AccuracyGateError, MedsegError, UsageError
     "--bundle", "bundle_folder", type=FOLDER, help="The bundle to measure.  [default: the only *.medseg folder here]"
 )
 @click.option(
-    "--ckpt", "checkpoint", type=FILE,
+    "--ckpt",
+    "checkpoint",
+    type=FILE,
     help="The checkpoint of the bundle, as reference.  [default: the bundle's own fp32 graph]",
-)  # fmt: skip
+)
 @click.option(
     "--data", "data_folder", type=FOLDER, help="Images to compare on; masks are optional.  [default: generated noise]"
 )
@@ -35,9 +37,12 @@ from medseg_trt.errors import AccuracyGateError, MedsegError, UsageError
     help="Back-ends, comma-separated; each runs every precision.  [default: the fastest for each precision]",
 )
 @click.option(
-    "--tier", type=click.Choice(["quick", "report", "certify"]), default="report", show_default=True,
+    "--tier",
+    type=click.Choice(["quick", "report", "certify"]),
+    default="report",
+    show_default=True,
     help="Measuring time for each network and scope: at least 3 s; 10 s and 100 runs; 600 s and 662 runs.",
-)  # fmt: skip
+)
 @click.option(
     "--warmup-ms", type=click.FloatRange(0), help="Warm-up for each network and scope, not counted.  [default: 200]"
 )
@@ -48,9 +53,10 @@ from medseg_trt.errors import AccuracyGateError, MedsegError, UsageError
 )
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Batch size for the latencies.")
 @click.option(
-    "--max-dice-drop", type=click.FloatRange(0, 1),
+    "--max-dice-drop",
+    type=click.FloatRange(0, 1),
     help="Largest drop of the mean Dice, at the upper end of its interval.  [default: as in the build]",
-)  # fmt: skip
+)
 @click.option("--gate", help="Limits, e.g. speed=1.2x,dice=-0.005; exit code 3 (dice) or 4 (speed) if one fails.")
 @click.option("--profile/--no-profile", default=True, show_default=True, help="Also measure the layers.")
 @click.option(
@@ -59,10 +65,22 @@ from medseg_trt.errors import AccuracyGateError, MedsegError, UsageError
 @verify_option
 @output_options
 def bench(
-    bundle_folder: Path | None, checkpoint: Path | None, data_folder: Path | None, split: str, backends: str | None,
-    tier: str, warmup_ms: float | None, duration_s: float | None, batch: int, max_dice_drop: float | None,
-    gate: str | None, profile: bool, output: Path, verify_key: Path | None, as_json: bool,
-) -> None:  # fmt: skip
+    bundle_folder: Path | None,
+    checkpoint: Path | None,
+    data_folder: Path | None,
+    split: str,
+    backends: str | None,
+    tier: str,
+    warmup_ms: float | None,
+    duration_s: float | None,
+    batch: int,
+    max_dice_drop: float | None,
+    gate: str | None,
+    profile: bool,
+    output: Path,
+    verify_key: Path | None,
+    as_json: bool,
+) -> None:
     """Compare a bundle with PyTorch: masks first, then speed.
 
     A network whose masks differ from the reference's is not timed; the exit code is then 3. The report folder gets
@@ -78,22 +96,29 @@ def bench(
     limits = parse_gate(gate) if gate is not None else Gate()
     names = tuple(name.strip() for name in backends.split(",")) if backends is not None else ()
     if len(set(names)) < len(names):
-        raise UsageError(f"--backends {backends}: a name stands there twice")
+        raise UsageError(f"--backends {backends}: a name is given twice")
     output.mkdir(parents=True, exist_ok=True)
     measured = benchmark.bench(
         benchmark.Bench(
-            bundle=find_bundle(bundle_folder), checkpoint=checkpoint, data=data_folder, split=split,
-            tier=measure.tier(tier, warmup_ms=warmup_ms, duration_s=duration_s), backends=names, batch=batch,
-            max_dice_drop=max_dice_drop, profile=profile, verify_key=verify_key,
+            bundle=find_bundle(bundle_folder),
+            checkpoint=checkpoint,
+            data=data_folder,
+            split=split,
+            tier=measure.tier(tier, warmup_ms=warmup_ms, duration_s=duration_s),
+            backends=names,
+            batch=batch,
+            max_dice_drop=max_dice_drop,
+            profile=profile,
+            verify_key=verify_key,
             commands=(shlex.join(["medseg-trt", *sys.argv[1:]]),),
         ),
         output,
-    )  # fmt: skip
+    )
     report = measured.report
-    if as_json:  # before anything is written: a full disk does not take the figures along
+    if as_json:  # before the report is written, so that a full disk does not lose the figures
         print_json(to_dict(report))
     else:
-        header, *rows = zip(HEADER, *cells(report), strict=True)  # a column each: they are few, and figures are many
+        header, *rows = zip(HEADER, *cells(report), strict=True)  # one column per network
         title = f"{report.images.description}; batch {report.batch}, the network alone; times as fast: ratio of medians"
         print_table(title, header, rows)
         click.echo(report.summary.headline)

@@ -39,7 +39,7 @@ def block() -> None:
 @output_options
 def block_extract(
     source: Path, layer: str | None, layers: int | None, final_norm: bool, output: Path, as_json: bool
-) -> None:  # fmt: skip
+) -> None:
     """Extract layers from the weights of a LLaMA-family model.
 
     SOURCE is a GGUF file (also quantised), a Hugging Face folder or one of its shards, or Meta's consolidated.*.pth.
@@ -53,13 +53,16 @@ def block_extract(
     if layer not in (None, "last") and not layer.isdecimal():
         raise UsageError(f"--layer {layer}: give a number from 0, or last")
     if layers is not None or layer in (None, "last"):
-        taken = extract_last(source, layers or 1, final_norm=final_norm)
+        layers_read = extract_last(source, layers or 1, final_norm=final_norm)
     else:
-        taken = (extract(source, int(layer), final_norm=final_norm),)
-    digest = save_block(taken, output)
-    parameters = sum(each.num_parameters for each in taken)
+        layers_read = (extract(source, int(layer), final_norm=final_norm),)
+    digest = save_block(layers_read, output)
+    parameters = sum(layer_weights.num_parameters for layer_weights in layers_read)
     result = {
-        "file": str(output), "sha256": digest, "parameters": parameters, "spec": to_dict(taken[0].spec),
-        "provenance": provenance_of(taken),
-    }  # fmt: skip
+        "file": str(output),
+        "sha256": digest,
+        "parameters": parameters,
+        "spec": to_dict(layers_read[0].spec),
+        "provenance": provenance_of(layers_read),
+    }
     print_result(as_json, result, f"{output}: {parameters:,} parameters, sha256 {digest}")

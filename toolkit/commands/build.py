@@ -27,28 +27,42 @@ from medseg_trt.spec import LIBRARY_NAMES
     "-o", "--output", type=FOLDER, help="The bundle folder to write.  [default: the checkpoint's name with .medseg]"
 )
 @click.option(
-    "--data", "data_folder", type=FOLDER,
+    "--data",
+    "data_folder",
+    type=FOLDER,
     help="Images for verification, accuracy gate and calibration.  [default: the training data folder]",
-)  # fmt: skip
+)
 @click.option(
-    "--precision", "precisions", multiple=True, default=("fp32",), show_default=True,
+    "--precision",
+    "precisions",
+    multiple=True,
+    default=("fp32",),
+    show_default=True,
     help="fp32, bf16, fp16, int8, fp8, w8a16 or w4a16; int8+fp16 computes the float parts of int8 in fp16. Several are "
     "comma-separated. A precision for each part: vit=int8,block=w8a16.",
-)  # fmt: skip
+)
 @click.option(
-    "--max-dice-drop", type=click.FloatRange(0, 1), default=0.005, show_default=True,
+    "--max-dice-drop",
+    type=click.FloatRange(0, 1),
+    default=0.005,
+    show_default=True,
     help="Accuracy gate for reduced precision: largest drop of the mean Dice, at the upper end of its interval.",
-)  # fmt: skip
+)
 @click.option(
-    "--backend", default="auto", show_default=True,
+    "--backend",
+    default="auto",
+    show_default=True,
     help="The back-end to try; auto tries all. tensorrt-rtx or tensorrt: the library that builds engines.",
-)  # fmt: skip
+)
 @click.option("--target", "targets", multiple=True, help="Build engines for these GPUs, e.g. sm86,sm89,sm120.")
 @engine_options
 @click.option(
-    "--outputs", type=click.Choice(["logits", "mask"]), default="logits", show_default=True,
+    "--outputs",
+    type=click.Choice(["logits", "mask"]),
+    default="logits",
+    show_default=True,
     help="mask: the graphs also compute masks at the size of the input image.",
-)  # fmt: skip
+)
 @click.option(
     "--sign",
     "sign_key",
@@ -57,10 +71,18 @@ from medseg_trt.spec import LIBRARY_NAMES
 )
 @output_options
 def build(
-    checkpoint: Path, output: Path | None, data_folder: Path | None, precisions: tuple[str, ...], max_dice_drop: float,
-    backend: str, targets: tuple[str, ...], outputs: Literal["logits", "mask"], sign_key: Path | None, as_json: bool,
+    checkpoint: Path,
+    output: Path | None,
+    data_folder: Path | None,
+    precisions: tuple[str, ...],
+    max_dice_drop: float,
+    backend: str,
+    targets: tuple[str, ...],
+    outputs: Literal["logits", "mask"],
+    sign_key: Path | None,
+    as_json: bool,
     **engine_fields: Unpack[EngineFields],
-) -> None:  # fmt: skip
+) -> None:
     """Export a checkpoint to a verified bundle.
 
     Every graph is compared with PyTorch before it is written. Reduced precisions must pass the accuracy gate, else the
@@ -71,10 +93,12 @@ def build(
 
     try:
         spec = BuildSpec(
-            precisions=split_precisions(precisions), max_dice_drop=max_dice_drop, outputs=outputs,
+            precisions=split_precisions(precisions),
+            max_dice_drop=max_dice_drop,
+            outputs=outputs,
             backend="auto" if backend in LIBRARY_NAMES else backend,
             engines=engine_spec(backend, targets, engine_fields),
-        )  # fmt: skip
+        )
     except ValueError as error:
         raise UsageError(f"--precision {','.join(precisions)}: {error}") from error
     bundle = pipeline.build(checkpoint, spec, output, data_folder, sign_key)

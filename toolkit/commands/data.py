@@ -24,9 +24,12 @@ def data() -> None:
 )
 @click.argument("folder", type=FOLDER)
 @click.option(
-    "--set", "changes", multiple=True, metavar="FIELD=VALUE",
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="FIELD=VALUE",
     help="Change how the data is read, e.g. data.dataset=busi or data.normals=include.",
-)  # fmt: skip
+)
 @output_options
 def data_check(folder: Path, changes: tuple[str, ...], as_json: bool) -> None:
     """Check all images and masks of a data set.

@@ -25,22 +25,45 @@ class EngineFields(TypedDict):
 def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options for engines to a command."""
     for option in (
-        click.option("--plugins", type=click.Choice(["on", "off"]), default="off", show_default=True,
-                     help="Engines: run the CUDA kernels of medseg-trt as plugins."),
-        click.option("--opt-batch", type=click.IntRange(1), default=1, show_default=True,
-                     help="Engines: the batch size to optimise for."),
-        click.option("--max-batch", type=click.IntRange(1), default=8, show_default=True,
-                     help="Engines: the largest batch size."),
-        click.option("--workspace-gib", type=click.FloatRange(0, min_open=True),
-                     help="Engines: limit of the GPU workspace.  [default: that of the library]"),
-        click.option("--optimization-level", type=click.IntRange(0, 5), default=3, show_default=True,
-                     help="Engines: search effort of the builder for faster kernels."),
+        click.option(
+            "--plugins",
+            type=click.Choice(["on", "off"]),
+            default="off",
+            show_default=True,
+            help="Engines: run the CUDA kernels of medseg-trt as plugins.",
+        ),
+        click.option(
+            "--opt-batch",
+            type=click.IntRange(1),
+            default=1,
+            show_default=True,
+            help="Engines: the batch size to optimise for.",
+        ),
+        click.option(
+            "--max-batch", type=click.IntRange(1), default=8, show_default=True, help="Engines: the largest batch size."
+        ),
+        click.option(
+            "--workspace-gib",
+            type=click.FloatRange(0, min_open=True),
+            help="Engines: limit of the GPU workspace.  [default: that of the library]",
+        ),
+        click.option(
+            "--optimization-level",
+            type=click.IntRange(0, 5),
+            default=3,
+            show_default=True,
+            help="Engines: search effort of the builder for faster kernels.",
+        ),
         click.option("--strip", is_flag=True, help="Engines: leave out the weights; loading refits them."),
-        click.option("--version-compatible", is_flag=True,
-                     help="Engines: support later versions (classic library)."),
-        click.option("--hardware-compatible", type=click.Choice(["none", "same_compute_capability", "ampere_plus"]),
-                     default="none", show_default=True, help="Engines: other GPUs to support (classic library)."),
-    ):  # fmt: skip
+        click.option("--version-compatible", is_flag=True, help="Engines: support later versions (classic library)."),
+        click.option(
+            "--hardware-compatible",
+            type=click.Choice(["none", "same_compute_capability", "ampere_plus"]),
+            default="none",
+            show_default=True,
+            help="Engines: other GPUs to support (classic library).",
+        ),
+    ):
         command = option(command)
     return command
 
@@ -68,8 +91,14 @@ def engine_spec(backend: str, targets: Sequence[str], fields: EngineFields) -> E
             raise DeviceError(f"no GPU is here to build for; name some: --backend {backend} --target sm86,sm89,sm120")
         names = [gpu.sm]
     return EngineSpec(
-        library=backend if backend in LIBRARY_NAMES else default_library(), targets=tuple(dict.fromkeys(names)),
-        opt_batch=fields["opt_batch"], max_batch=fields["max_batch"], workspace_gib=fields["workspace_gib"],
-        optimization_level=fields["optimization_level"], plugins=fields["plugins"] == "on", stripped=fields["strip"],
-        version_compatible=fields["version_compatible"], hardware=fields["hardware_compatible"],
-    )  # fmt: skip
+        library=backend if backend in LIBRARY_NAMES else default_library(),
+        targets=tuple(dict.fromkeys(names)),
+        opt_batch=fields["opt_batch"],
+        max_batch=fields["max_batch"],
+        workspace_gib=fields["workspace_gib"],
+        optimization_level=fields["optimization_level"],
+        plugins=fields["plugins"] == "on",
+        stripped=fields["strip"],
+        version_compatible=fields["version_compatible"],
+        hardware=fields["hardware_compatible"],
+    )

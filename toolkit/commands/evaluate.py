@@ -72,9 +72,17 @@ def evaluate(
     if not checkpoints and not bundles:
         raise UsageError("nothing to evaluate; give --ckpt model.pt or --bundle model.medseg")
     boards = evaluation.evaluate_all(
-        checkpoints, bundles, data_folder, splits, backend, hd95,
-        metric=metric, batch=batch, changes=changes, verify_key=verify_key,
-    )  # fmt: skip
+        checkpoints,
+        bundles,
+        data_folder,
+        splits,
+        backend,
+        hd95,
+        metric=metric,
+        batch=batch,
+        changes=changes,
+        verify_key=verify_key,
+    )
     if as_json:
         print_json({"splits": [board.to_dict() for board in boards]})
     else:

@@ -34,9 +34,15 @@ from medseg_trt.errors import UsageError
 )
 @output_options
 def import_(
-    source: Path, output: Path, classes: str | None, image_size: str | None, block_file: Path | None, recipe: str,
-    architecture: str | None, as_json: bool,
-) -> None:  # fmt: skip
+    source: Path,
+    output: Path,
+    classes: str | None,
+    image_size: str | None,
+    block_file: Path | None,
+    recipe: str,
+    architecture: str | None,
+    as_json: bool,
+) -> None:
     """Convert a checkpoint of the authors' code.
 
     SOURCE is a .pth file of Beckschen/TransUNet or LLM4MedSeg. The converted network computes the same logits.
@@ -50,21 +56,30 @@ def import_(
     except ValueError as error:
         raise UsageError(f"--classes: {error}") from error
     checkpoint = import_official(
-        source, output, contract=named_recipe(recipe).contract, classes=names, image_size=_size(image_size),
-        block=block_file, architecture=architecture,
-    )  # fmt: skip
+        source,
+        output,
+        contract=named_recipe(recipe).contract,
+        classes=names,
+        image_size=_size(image_size),
+        block=block_file,
+        architecture=architecture,
+    )
     spec = checkpoint.spec
     result = {
-        "file": str(output), "architecture": spec.architecture, "image_size": list(spec.image_size),
-        "classes": list(checkpoint.classes.names), "preprocessing": to_dict(checkpoint.preprocessing),
+        "file": str(output),
+        "architecture": spec.architecture,
+        "image_size": list(spec.image_size),
+        "classes": list(checkpoint.classes.names),
+        "preprocessing": to_dict(checkpoint.preprocessing),
         "block_sha256": checkpoint.block_sha256,
-    }  # fmt: skip
+    }
     size = " x ".join(map(str, spec.image_size))
     print_result(
-        as_json, result,
+        as_json,
+        result,
         f"{output}: {spec.architecture}, {size} pixels, {len(checkpoint.classes.names)} classes; "
         f"images are prepared as the recipe {recipe} does it",
-    )  # fmt: skip
+    )
 
 
 def _size(text: str | None) -> tuple[int, int] | None:

@@ -12,7 +12,7 @@ import click
 from medseg_trt.commands.json_output import only_json
 from medseg_trt.progress import printable
 
-STDOUT = "medseg_trt.stdout"  # in the context's meta: what ``print_json`` prints with
+STDOUT = "medseg_trt.stdout"  # key of the context's meta: the ``JsonOutput`` of ``print_json``
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
 ANY = click.Path(path_type=Path)
@@ -83,10 +83,10 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     console.print(table)
 
 
-def nested_lines(found: dict[str, Any], indent: str = "") -> list[str]:
+def nested_lines(data: dict[str, Any], indent: str = "") -> list[str]:
     """Format nested data as indented lines."""
     lines: list[str] = []
-    for name, value in found.items():
+    for name, value in data.items():
         if isinstance(value, dict):
             lines += [f"{indent}{name}:", *nested_lines(value, indent + "  ")]
         else:

@@ -35,9 +35,16 @@ from medseg_trt.progress import is_main_process
 )
 @output_options
 def reproduce(
-    table: str, root: Path, seeds: int, splits: int, block_file: Path | None, weights: Path | None,
-    output: Path | None, changes: tuple[str, ...], as_json: bool,
-) -> None:  # fmt: skip
+    table: str,
+    root: Path,
+    seeds: int,
+    splits: int,
+    block_file: Path | None,
+    weights: Path | None,
+    output: Path | None,
+    changes: tuple[str, ...],
+    as_json: bool,
+) -> None:
     """Reproduce table1 or table2 of the paper.
 
     Trains and tests every network of TABLE and writes the results beside the paper's. After an interrupt, run the same
@@ -47,9 +54,15 @@ def reproduce(
     from medseg_trt.reproduce.reproduce import reproduce as run_what_is_missing
 
     wanted = Wanted(
-        table=table, root=root, out=output or Path("reproduced", table), seeds=seeds, splits=splits, changes=changes,
-        block=block_file, weights=weights,
-    )  # fmt: skip
+        table=table,
+        root=root,
+        out=output or Path("reproduced", table),
+        seeds=seeds,
+        splits=splits,
+        changes=changes,
+        block=block_file,
+        weights=weights,
+    )
     path = run_what_is_missing(wanted)
     if is_main_process():
         text = path.read_text(encoding="utf-8")

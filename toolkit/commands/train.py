@@ -46,9 +46,16 @@ from medseg_trt.progress import LOG, is_main_process
 @click.option("--resume", is_flag=True, help="Resume the run in the run folder.")
 @output_options
 def train(
-    recipe_name: str, data_folder: Path, split_manifest: Path | None, block_file: Path | None, weights: Path | None,
-    output: Path | None, changes: tuple[str, ...], resume: bool, as_json: bool,
-) -> None:  # fmt: skip
+    recipe_name: str,
+    data_folder: Path,
+    split_manifest: Path | None,
+    block_file: Path | None,
+    weights: Path | None,
+    output: Path | None,
+    changes: tuple[str, ...],
+    resume: bool,
+    as_json: bool,
+) -> None:
     """Train a model on images and masks.
 
     Several processes share every batch: torchrun --nproc-per-node 4 -m medseg_trt train …

@@ -1,4 +1,4 @@
-"""The table of areas: one row for every class of every mask that lies in a folder, whichever run made the mask."""
+"""The table of areas: one row for each class of each mask in a folder, whichever run wrote the mask."""
 
 import csv
 import re
@@ -13,8 +13,8 @@ from medseg_trt.progress import unicode_text
 
 AREAS = "areas.csv"
 HEADER = ("file", "class", "label", "pixels", "mm2", "ml")
-MAX_BYTES = 1 << 28  # of a table that is there: a million masks of three classes take a third
-FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")  # spreadsheets take the wide forms, too
+MAX_BYTES = 1 << 28  # of an existing table: a million masks of three classes take a third
+FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")  # spreadsheets accept the full-width forms, too
 
 Row = tuple[str, ...]
 
@@ -35,17 +35,17 @@ def area_rows(mask: Mask) -> tuple[Row, ...]:
 
 
 def merge_areas(folder: Path, masks: Iterable[str], rows: Sequence[Row]) -> Path:
-    """Put the rows of this run's masks into the table; rows of other masks that still lie there stay before them.
+    """Add the rows of this run's masks after the rows of other masks that still exist.
 
-    The table is locked meanwhile, and replaced whole.
+    The table is locked meanwhile, and replaced as a whole.
 
     Args:
         folder: of the masks.
         masks: the file names of the masks that this run has made or kept.
-        rows: theirs.
+        rows: the rows of those masks.
 
     Raises:
-        UsageError: what is called ``areas.csv`` is no such table.
+        UsageError: the file ``areas.csv`` is not such a table.
     """
     path = folder / AREAS
     done = {row[0] for row in rows}
@@ -60,10 +60,10 @@ def merge_areas(folder: Path, masks: Iterable[str], rows: Sequence[Row]) -> Path
 
 
 def read_areas(path: Path) -> list[Row]:
-    """Return the rows of a table without its header; none where there is no table.
+    """Return the rows of a table without its header; none if the file does not exist.
 
     Raises:
-        UsageError: it is something else.
+        UsageError: the file is not a table of areas.
     """
     remedy = "move it away, or choose another folder with -o"
     try:
@@ -85,14 +85,14 @@ def read_areas(path: Path) -> list[Row]:
 
 
 def _has_mask(name: str, masks: set[str]) -> bool:
-    """Say whether one of the masks is that of the image of this name."""
+    """Return whether ``masks`` has the mask of the image ``name``."""
     path = Path(name)
     stem = name if suffix_of(path) is None else output_stem(path)
     return any(f"{stem}{suffix}" in masks for suffix in MASK_SUFFIXES)
 
 
 def _inert(cell: str) -> str:
-    """Put an apostrophe before what a spreadsheet would take for a formula."""
+    """Prefix with an apostrophe what a spreadsheet would read as a formula."""
     return f"'{cell}" if FORMULA.match(cell) else cell
 
 

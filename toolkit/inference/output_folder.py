@@ -1,4 +1,4 @@
-"""Check, before anything is written, that the files of a run replace nothing but what an earlier run has written."""
+"""Check, before anything is written, that a run replaces only files that an earlier run has written."""
 
 import os
 import stat
@@ -16,10 +16,10 @@ Identity = tuple[int, int]  # device and number: the same file under whatever pa
 def require_safe(output: Path, sources: Sequence[Source]) -> None:
     """Refuse an output folder where masks would replace each other, an input or a link, or lie behind a link.
 
-    Inputs are compared as they are named and as what their links lead to.
+    Inputs are compared by name and by the target of their links.
 
     Raises:
-        UsageError: they would, or ``areas.csv`` is another kind of file.
+        UsageError: a file would be replaced, or ``areas.csv`` is another kind of file.
     """
     _require_distinct_stems(sources)
     folders = [output, output / FOLDER, output / OVERLAYS]
@@ -39,7 +39,7 @@ def require_safe(output: Path, sources: Sequence[Source]) -> None:
         try:
             status = path.lstat()
         except OSError:
-            continue  # nothing is there, or nothing can be: writing the mask says why
+            continue  # no file, or none is possible: then writing the mask gives the reason
         if stat.S_ISLNK(status.st_mode) or (status.st_dev, status.st_ino) in inputs:
             raise UsageError(
                 f"{path} is a link or one of the images, and a mask would replace it; choose another folder with -o"
@@ -55,15 +55,15 @@ def _outputs(output: Path, sources: Sequence[Source]) -> Iterator[Path]:
 
 
 def name_limit(output: Path) -> int:
-    """Return how many bytes a file's name may have in a folder that need not exist yet."""
-    there = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
-    return os.pathconf(there, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+    """Return the maximum length of a file name in bytes; the folder need not exist yet."""
+    existing = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
+    return os.pathconf(existing, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
 
 
 def _require_distinct_stems(sources: Sequence[Source]) -> None:
-    seen: dict[str, Source] = {}
+    by_stem: dict[str, Source] = {}
     for source in sources:
-        if (other := seen.setdefault(source.stem, source)) is not source:
+        if (other := by_stem.setdefault(source.stem, source)) is not source:
             raise UsageError(
                 f"{other.path} and {source.path} would share the name of their masks; run them into two folders"
             )
@@ -73,5 +73,5 @@ def _identity(path: Path) -> Identity | None:
     try:
         status = path.stat()
     except OSError:
-        return None  # it does not exist or leads nowhere, so it is no other file either
+        return None  # no file, or a broken link: it equals no other file
     return status.st_dev, status.st_ino

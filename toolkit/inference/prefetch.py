@@ -1,4 +1,4 @@
-"""Work ahead: let iterators run in threads of their own, so that what makes items and what uses them overlap."""
+"""Run iterators in threads of their own, so that producing and using items happen at the same time."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -10,12 +10,12 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 
-DEPTH = 2  # items that wait between two threads; more would only take memory
-POLL_S = 0.05  # how soon a thread that waits notices that it is to end
+DEPTH = 2  # items that wait between two threads; more only takes memory
+POLL_S = 0.05  # how often a waiting thread checks whether to end
 
 
 class StoppedError(Exception):
-    """Nobody wants the items any more; ends the threads and is seen by nobody else."""
+    """The ``with`` block has ended; raised inside the threads only, to end them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +24,9 @@ class _End:
 
 
 class Prefetcher:
-    """Stages of work, each in a thread, for the time of a ``with`` block.
+    """Runs stages of work, each in a thread, during a ``with`` block.
 
-    At its end, whatever the reason, the threads have ended: each one after the item at hand.
+    The block ends, for whatever reason, after all threads have ended; each completes its current item.
     """
 
     def __init__(self) -> None:
@@ -34,16 +34,15 @@ class Prefetcher:
         self._threads: list[Thread] = []
 
     def prefetch(self, items: Iterable[Item], depth: int = DEPTH) -> Iterator[Item]:
-        """Go through ``items`` in a thread of its own, at most ``depth`` and the one at hand ahead of who uses them.
+        """Iterate over ``items`` in a thread of its own, at most ``depth`` + 1 items ahead of the consumer.
 
-        An error comes up at its place in the order. The iterator that is returned may itself be gone through in a
-        thread of this object.
+        An error is raised at its place in the order. The returned iterator may itself be prefetched by this object.
         """
         queue: Queue[Item | _End] = Queue(depth)
 
         def work() -> None:
             error = None
-            with suppress(StoppedError):  # nobody waits for the end of a stage that is stopped
+            with suppress(StoppedError):  # nobody waits for a stopped stage
                 try:
                     for item in items:
                         self.wait_for(lambda item=item: _put(queue, item))
@@ -56,24 +55,24 @@ class Prefetcher:
         thread = Thread(target=work, name="medseg-trt", daemon=True)
         self._threads.append(thread)
         thread.start()
-        return self._taken(queue)
+        return self._items_of(queue)
 
     def wait_for(self, done: Callable[[], bool]) -> None:
-        """Return when ``done``, which waits for ``POLL_S`` by itself, says so.
+        """Call ``done`` until it returns True; ``done`` itself waits for at most ``POLL_S``.
 
         Raises:
-            StoppedError: the block has ended before.
+            StoppedError: the block has ended first.
         """
         while not self._stop.is_set():
             if done():
                 return
         raise StoppedError
 
-    def _taken(self, queue: "Queue[Item | _End]") -> Iterator[Item]:
+    def _items_of(self, queue: "Queue[Item | _End]") -> Iterator[Item]:
         while True:
-            found: list[Item | _End] = []
-            self.wait_for(lambda found=found: _get(queue, found))
-            if not isinstance(item := found[0], _End):
+            received: list[Item | _End] = []
+            self.wait_for(lambda received=received: _get(queue, received))
+            if not isinstance(item := received[0], _End):
                 yield item
             elif item.error is None:
                 return
@@ -99,9 +98,9 @@ def _put(queue: "Queue[Item]", item: Item) -> bool:
     return True
 
 
-def _get(queue: "Queue[Item]", found: list[Item]) -> bool:
+def _get(queue: "Queue[Item]", received: list[Item]) -> bool:
     try:
-        found.append(queue.get(timeout=POLL_S))
+        received.append(queue.get(timeout=POLL_S))
     except Empty:
         return False
     return True

@@ -1,8 +1,8 @@
-"""Remember which images of an output folder are finished, so that a run that was killed goes on where it stopped.
+"""Record which images of an output folder are finished, so that an interrupted run can resume.
 
-There is one small record an image in ``.finished/``, written after the image's files and renamed into place. It is
-believed only if this user wrote it and nobody else may change it, the image, the bundle and the options are the same,
-and the mask and the overlay are still what they were. It names no file: their names follow from the image's.
+Each image has one record in ``.finished/``, written after the image's files and renamed into place. A record is valid
+only if this user wrote it and nobody else may change it; the image, the bundle and the options are the same; and the
+mask and the overlay are unchanged. A record holds no file name: names follow from the image's.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """What was made of one image."""
+    """The files that a run wrote for one image."""
 
     key: str  # digest of the image, the bundle, and the options that its files depend on
     mask_suffix: str  # one of MASK_SUFFIXES
@@ -43,21 +43,21 @@ class Record:
 
 
 def overlay_path(folder: Path, stem: str) -> Path:
-    """Return where the overlay of an image is written."""
+    """Return the path of an image's overlay."""
     return folder / OVERLAYS / f"{stem}.png"
 
 
-def save_record(folder: Path, stem: str, finished: Record) -> None:
-    """Write the record of the image that is called ``stem`` in the output folder."""
-    path = _record(folder, stem)
-    write_json(path, to_dict(finished))
+def save_record(folder: Path, stem: str, record: Record) -> None:
+    """Write the record of an image; ``stem`` is its name in the output folder, without suffix."""
+    path = _record_path(folder, stem)
+    write_json(path, to_dict(record))
     if (mode := path.stat().st_mode) & OTHERS_MAY_WRITE:  # the umask allows a group to write
         path.chmod(stat.S_IMODE(mode) & ~OTHERS_MAY_WRITE)
 
 
 def load_record(folder: Path, stem: str, key: str) -> Record | None:
-    """Return an image's record if it can be believed; a damaged one is as good as none."""
-    path = _record(folder, stem)
+    """Return an image's record if it is valid; None if it is missing, damaged or out of date."""
+    path = _record_path(folder, stem)
     try:
         with open_regular(path) as file:
             status = os.fstat(file.fileno())
@@ -65,25 +65,25 @@ def load_record(folder: Path, stem: str, key: str) -> Record | None:
         if not _is_own(status):
             LOG.warning("%s may have been written by others, so its image is segmented again", path)
             return None
-        finished = from_dict(Record, json.loads(content), str(path))
-        files = {folder / f"{stem}{finished.mask_suffix}": finished.mask_sha256}
-        if finished.overlay_sha256 is not None:
-            files[overlay_path(folder, stem)] = finished.overlay_sha256
+        record = from_dict(Record, json.loads(content), str(path))
+        files = {folder / f"{stem}{record.mask_suffix}": record.mask_sha256}
+        if record.overlay_sha256 is not None:
+            files[overlay_path(folder, stem)] = record.overlay_sha256
         unchanged = all(_digest(file) == digest for file, digest in files.items())
     except (OSError, ValueError, RecursionError, ArtefactError):
         return None
-    return finished if finished.key == key and unchanged else None
+    return record if record.key == key and unchanged else None
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what killed runs were writing when they died; what a living process is writing stays."""
-    for place in (folder, folder / FOLDER, folder / OVERLAYS):
-        if place.is_dir() and (place == folder or not place.is_symlink()):
-            for path in place.glob(f"{PARTIAL}*"):
+    """Delete partial files of runs that have ended; those of a running process stay."""
+    for directory in (folder, folder / FOLDER, folder / OVERLAYS):
+        if directory.is_dir() and (directory == folder or not directory.is_symlink()):
+            for path in directory.glob(f"{PARTIAL}*"):
                 remove_abandoned(path)
 
 
-def _record(folder: Path, stem: str) -> Path:
+def _record_path(folder: Path, stem: str) -> Path:
     name = f"{stem}.json"
     if len(os.fsencode(name)) > MAX_NAME_BYTES:
         name = f"{hashlib.sha256(os.fsencode(stem)).hexdigest()}.json"
@@ -91,7 +91,7 @@ def _record(folder: Path, stem: str) -> Path:
 
 
 def _is_own(status: os.stat_result) -> bool:
-    """Say whether this user wrote the file and nobody else may write to it; Windows keeps neither in the status."""
+    """Return whether only this user may write the file; True on Windows, whose status lacks owner and mode."""
     if not hasattr(os, "geteuid"):
         return True
     return status.st_uid == os.geteuid() and not status.st_mode & OTHERS_MAY_WRITE

@@ -90,5 +90,8 @@ def _plan(path: Path) -> dict[str, Any]:
 
 
 KINDS: Mapping[str, Callable[[Path], dict[str, Any]]] = {
-    ".pt": _checkpoint, ".medseg": _bundle, ".onnx": _onnx, ".plan": _plan
-}  # fmt: skip
+    ".pt": _checkpoint,
+    ".medseg": _bundle,
+    ".onnx": _onnx,
+    ".plan": _plan,
+}

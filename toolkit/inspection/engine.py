@@ -27,9 +27,11 @@ class InspectedEngine:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data that JSON can hold."""
         return {
-            "state": self.state, "fingerprint": to_dict(self.fingerprint), "precisions": shares(self.report.layers),
+            "state": self.state,
+            "fingerprint": to_dict(self.fingerprint),
+            "precisions": shares(self.report.layers),
             "report": to_dict(self.report),
-        }  # fmt: skip
+        }
 
     def layer_table(self) -> tuple[list[str], list[list[str]]]:
         """Return the layers, as a header and rows of text."""

@@ -15,9 +15,13 @@ from medseg_trt.inspection.engine import shares
 from medseg_trt.spec import LIBRARY_NAMES
 
 COLORS: Mapping[str, str] = {  # Okabe & Ito's, which the colour-blind tell apart
-    "Float": "#999999", "Half": "#56B4E9", "BFloat16": "#0072B2", "Int8": "#E69F00", "Int4": "#D55E00",
+    "Float": "#999999",
+    "Half": "#56B4E9",
+    "BFloat16": "#0072B2",
+    "Int8": "#E69F00",
+    "Int4": "#D55E00",
     "FP8": "#CC79A7",
-}  # fmt: skip
+}
 OTHER = "#DDDDDD"
 PER_ROW, BOX, GAP, HIGHEST, LEFT = 60, 15, 2, 60, 90  # boxes in a row; pixels
 LEAST_WORK, MOST_WORK = 3.0, 10.0  # powers of ten that the lowest and the highest box stand for

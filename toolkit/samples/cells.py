@@ -31,13 +31,9 @@ class Movie:
 
 
 MOVIES: Mapping[str, Movie] = {
-    "hela": Movie(
-        pictures=f"{RESOURCES}/Fluo_Hela_02_img.tif", masks=f"{RESOURCES}/Fluo_Hela_02_ERR_SEG.tif"
-    ),
-    "bacteria": Movie(
-        pictures=f"{RESOURCES}/trpL_150310-11_img.tif", masks=f"{RESOURCES}/trpL_150310-11_mask.tif"
-    ),
-}  # fmt: skip
+    "hela": Movie(pictures=f"{RESOURCES}/Fluo_Hela_02_img.tif", masks=f"{RESOURCES}/Fluo_Hela_02_ERR_SEG.tif"),
+    "bacteria": Movie(pictures=f"{RESOURCES}/trpL_150310-11_img.tif", masks=f"{RESOURCES}/trpL_150310-11_mask.tif"),
+}
 CELLS_MEMBERS = (LICENCE, *(name for movie in MOVIES.values() for name in (movie.pictures, movie.masks)))
 
 

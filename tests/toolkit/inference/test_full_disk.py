@@ -103,8 +103,19 @@ def test_no_partial_file_is_left_and_what_was_finished_is_whole(complaints, comm
 def test_a_report_that_does_not_fit_leaves_the_earlier_one_and_prints_its_figures(
     tiny_bundle, tmp_path, monkeypatch, capsys, measured_here
 ):
-    command = ["medseg-trt", "bench", "--bundle", str(tiny_bundle), "--tier", "quick", "--duration-s", "0", "--json",
-               "-o", str(tmp_path / "report")]  # fmt: skip
+    command = [
+        "medseg-trt",
+        "bench",
+        "--bundle",
+        str(tiny_bundle),
+        "--tier",
+        "quick",
+        "--duration-s",
+        "0",
+        "--json",
+        "-o",
+        str(tmp_path / "report"),
+    ]
     monkeypatch.setattr(sys, "argv", command)
     main()
     capsys.readouterr()

@@ -323,8 +323,10 @@ def test_the_real_organs_leave_a_gap_between_training_and_validation(organs):
     described = json.loads((organs / "dataset.json").read_text(encoding="utf-8"))
     splits = described["splits"]
     assert {name: {block["image"] for block in blocks} for name, blocks in splits.items()} == {
-        "train": {"ct_A"}, "val": {"ct_A"}, "test": {"ct_B"},
-    }  # fmt: skip
+        "train": {"ct_A"},
+        "val": {"ct_A"},
+        "test": {"ct_B"},
+    }
     for image in ("ct_A", "ct_B"):
         assert (organs / "images" / f"{image}.nii.gz").is_file()
         assert (organs / "masks" / f"{image}.nii.gz").is_file()

@@ -30,9 +30,11 @@ def tumours(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def generated(values: np.ndarray, folder: Path, space: str = "left-posterior-superior", shift_mm: float = 0.0) -> bytes:
     header = {
-        "space": space, "space directions": REVERSED_Y, "encoding": "gzip",
+        "space": space,
+        "space directions": REVERSED_Y,
+        "encoding": "gzip",
         "space origin": np.add(ORIGIN_MM, shift_mm),
-    }  # fmt: skip
+    }
     nrrd.write(str(folder / "a.nrrd"), values, header)
     return (folder / "a.nrrd").read_bytes()
 
@@ -91,9 +93,12 @@ def test_the_real_scans_are_divided_by_scan(tumours):
 
 # Slices, voxels of the tumour and slices that hold it, as PyRadiomics' own files have them (read with pynrrd alone).
 REAL = {
-    "brain1": (25, 4137, 7), "brain2": (23, 453, 3), "breast1": (21, 143, 3), "lung1": (48, 837, 3),
+    "brain1": (25, 4137, 7),
+    "brain2": (23, 453, 3),
+    "breast1": (21, 143, 3),
+    "lung1": (48, 837, 3),
     "lung2": (61, 24644, 11),
-}  # fmt: skip
+}
 
 
 @pytest.mark.network
