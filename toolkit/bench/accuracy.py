@@ -322,10 +322,10 @@ def _difference(
     metric: str, name: str | None, unit: Unit, before: ndarray, after: ndarray, interval: Interval
 ) -> Difference:
     return Difference(
-        metric=metric,
+        metric=metric,  # pyright: ignore[reportArgumentType]  # one of three
         class_name=name,
         unit=unit,
-        pairs=interval.units,  # pyright: ignore[reportArgumentType]  # one of three
+        pairs=interval.units,
         reference=_mean_of_means(before),
         candidate=_mean_of_means(after),
         difference=interval.estimate,

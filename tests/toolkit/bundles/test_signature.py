@@ -172,7 +172,7 @@ def test_a_rebuild_takes_the_signature_away_and_says_so(tiny_bundle, tmp_path, k
     rehash(folder)
     sign(folder / MANIFEST, read_private_key(keys[0]))
     bundle = load_bundle(folder, keys[1])
-    engines._replace(bundle, [])
+    engines._replace_engines(bundle, [])
     assert "its signature is removed" in caplog.text
     assert load_bundle(folder).content.engines == ()
     refused(folder, keys[1], "is not signed")
