@@ -172,7 +172,7 @@ def test_given_splits_are_checked_too(tmp_path):
 
 
 def test_a_folder_that_is_none_is_an_error(tmp_path):
-    with pytest.raises(InputError, match="no data set that is known"):
+    with pytest.raises(InputError, match="holds no known data set"):
         check_data(tmp_path)
 
 

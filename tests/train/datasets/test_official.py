@@ -333,7 +333,7 @@ def test_a_folder_of_ones_own_is_read_as_before(tmp_path):
 
 
 def test_what_is_known_is_listed_where_nothing_is_found(tmp_path):
-    with pytest.raises(InputError, match=r"no data set that is known.*images/ with masks/.*busi: benign/.*acdc: "):
+    with pytest.raises(InputError, match=r"holds no known data set.*images/ with masks/.*busi: benign/.*acdc: "):
         open_dataset(None, tmp_path)
     with pytest.raises(InputError, match="does not exist"):
         open_dataset(None, tmp_path / "absent")

@@ -687,7 +687,7 @@ def test_a_run_that_was_begun_before_there_were_variants_goes_on(pictures, tmp_p
     torch.save(content, last)
     data = open_folder(pictures)
     train(tiny_recipe("train.epochs=1"), data, tmp_path / "run", block=block, resume=True)
-    with pytest.raises(UsageError, match="begun with another recipe"):
+    with pytest.raises(UsageError, match="started with another recipe"):
         train(tiny_recipe("train.epochs=1", "rotary=true"), data, tmp_path / "run", block=block, resume=True)
 
 

@@ -143,7 +143,7 @@ CASES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "NRRD, with a skip": (".nrrd", lambda path: nrrd_file(path, "byte skip: 134217728"), "holds more pixels"),
     "npz": (".npz", lambda path: npz(path, npy_header()), "holds more pixels"),
     "npz, a long header": (".npz", lambda path: npz(path, LONG_NPY_HEADER), "a header of"),
-    "npz, in bzip2": (".npz", lambda path: npz(path, npy_header(), zipfile.ZIP_BZIP2, 2**26), "does not use"),
+    "npz, in bzip2": (".npz", lambda path: npz(path, npy_header(), zipfile.ZIP_BZIP2, 2**26), "does not; save it"),
     "HDF5, a chunk": (".h5", lambda path: hdf5(path, chunk=packed(b"", ZLIB, 2**27)), "chunk of image"),
     "HDF5, a small chunk": (".h5", lambda path: hdf5(path, chunk=packed(b"", ZLIB, 2**24)), "inflates to more"),
     "HDF5, large chunks": (".h5", lambda path: hdf5(path, (2**13, 2**13)), "larger than it is"),
