@@ -1,9 +1,9 @@
-"""How often does the timing cry wolf? The same network is measured against itself, again and again, on this machine.
+"""How often does the timing report a difference where there is none? A network is compared with itself repeatedly.
 
     python benchmarks/bench_aa.py --bundle model.medseg [--comparisons 40] [--duration-s 3] [--backend onnxruntime]
 
-Every comparison opens two sessions of the same graph and times them as `bench` times its rows. Of 90 % intervals of the
-ratio, 10 % should miss 1, half of these on either side. Then the second one gets 3 % slower, by waiting in a loop.
+Every comparison opens two sessions of the same graph and times them like rows of `bench`. Of 90 % intervals of the
+ratio, 10 % should exclude 1, half of these on either side. Then the second session is made 3 % slower by a busy loop.
 """
 
 import time
@@ -35,23 +35,23 @@ def compare(bundle: Bundle, backend: str, duration_s: float, slower: float) -> I
                 pass
 
         calls = {"first": lambda: first.run(batch), "second": waiting if slower else lambda: second.run(batch)}
-        turns = {name: lambda seconds, runs, call=call: timed_runs(call, seconds, runs) for name, call in calls.items()}
-        taken = interleaved_rounds(turns, tier("quick", duration_s=duration_s))
-    return speed_interval(taken["first"].rounds_ms, taken["second"].rounds_ms, interleaved=True)
+        timed = {name: lambda seconds, runs, call=call: timed_runs(call, seconds, runs) for name, call in calls.items()}
+        times = interleaved_rounds(timed, tier("quick", duration_s=duration_s))
+    return speed_interval(times["first"].rounds_ms, times["second"].rounds_ms, interleaved=True)
 
 
 def to_markdown(result: Any) -> str:
     """Return the results as a page."""
     rows = [
         (
-            each["what"],
-            str(each["comparisons"]),
-            str(each["faster"]),
-            str(each["slower"]),
-            f"{each['median']:.4f}",
-            f"{each['median_width']:.4f}",
+            row["what"],
+            str(row["comparisons"]),
+            str(row["faster"]),
+            str(row["slower"]),
+            f"{row['median']:.4f}",
+            f"{row['median_width']:.4f}",
         )
-        for each in result["rows"]
+        for row in result["rows"]
     ]
     header = ("second network", "comparisons", "said faster", "said slower", "median ratio", "median width")
     return "\n".join(
@@ -77,18 +77,18 @@ def main() -> None:
     chosen = parser.parse_args()
     bundle = load_bundle(chosen.bundle)
     rows, rounds = [], 0
-    for what, slower in (("the same", 0.0), (f"{SLOWER:.0%} slower", SLOWER)):
-        found = [compare(bundle, chosen.backend, chosen.duration_s, slower) for _ in range(chosen.comparisons)]
-        rounds = found[0].units
+    for label, slower in (("the same", 0.0), (f"{SLOWER:.0%} slower", SLOWER)):
+        intervals = [compare(bundle, chosen.backend, chosen.duration_s, slower) for _ in range(chosen.comparisons)]
+        rounds = intervals[0].units
         rows.append(
             {
-                "what": what,
-                "comparisons": len(found),
-                "faster": sum(each.low > 1 for each in found),
-                "slower": sum(each.high < 1 for each in found),
-                "median": float(np.median([each.estimate for each in found])),
-                "median_width": float(np.median([each.high - each.low for each in found])),
-                "intervals": [[each.low, each.estimate, each.high] for each in found],
+                "what": label,
+                "comparisons": len(intervals),
+                "faster": sum(interval.low > 1 for interval in intervals),
+                "slower": sum(interval.high < 1 for interval in intervals),
+                "median": float(np.median([interval.estimate for interval in intervals])),
+                "median_width": float(np.median([interval.high - interval.low for interval in intervals])),
+                "intervals": [[interval.low, interval.estimate, interval.high] for interval in intervals],
             }
         )
     with open_session(bundle, chosen.backend) as session:

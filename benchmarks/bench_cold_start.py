@@ -1,9 +1,9 @@
-"""How long is it from typing the command to the first mask on the disk? Fresh processes, in turn.
+"""How long does it take from the command to the first mask on the disk? New processes, in interleaved rounds.
 
     python benchmarks/bench_cold_start.py --bundle model.medseg --image picture.png [--ckpt best.pt] [--rounds 5]
 
 `medseg-trt infer` with every back-end of the bundle, and PyTorch with the checkpoint: import, load, one image, one
-mask. The files are in the system's cache after the first round, which is not counted.
+mask. The first round, which fills the system's file cache, is not counted.
 """
 
 import subprocess
@@ -18,8 +18,10 @@ from results_file import options, publish, table
 
 from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.metrics.intervals import median_of_rounds, speed_interval
+from medseg_trt.processes import python_command
 from medseg_trt.sessions.backends import is_installed
 
+PROGRAM = (sys.executable, "-P", "-c")  # runs a text as a program, without the current folder in sys.path
 PYTORCH = """
 import sys
 from pathlib import Path
@@ -38,7 +40,7 @@ def seconds_of(command: list[str]) -> float:
     """Return how long a command takes.
 
     Raises:
-        SystemExit: it fails; what it said is shown.
+        SystemExit: it fails; its stderr is shown.
     """
     began = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -51,14 +53,14 @@ def to_markdown(result: Any) -> str:
     """Return the results as a page."""
     rows = [
         (
-            each["name"],
-            f"{each['typical_s']:.2f}",
-            f"{each['min_s']:.2f}",
-            f"{each['speed']:.2f}x",
-            f"{each['low']:.2f} … {each['high']:.2f}",
-            str(len(each["seconds"])),
+            row["name"],
+            f"{row['typical_s']:.2f}",
+            f"{row['min_s']:.2f}",
+            f"{row['speed']:.2f}x",
+            f"{row['low']:.2f} … {row['high']:.2f}",
+            str(len(row["seconds"])),
         )
-        for each in result["rows"]
+        for row in result["rows"]
     ]
     header = ("from typing to the first mask", "s", "least s", "speed", "90 % interval", "runs")
     return "\n".join(
@@ -74,29 +76,29 @@ def main() -> None:
     parser.add_argument("--ckpt", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
     chosen = parser.parse_args()
-    backends = dict.fromkeys(each.backend for each in load_bundle(chosen.bundle).content.executions)
+    backends = dict.fromkeys(execution.backend for execution in load_bundle(chosen.bundle).content.executions)
     with TemporaryDirectory() as out:
         commands: dict[str, list[str]] = {}
         if chosen.ckpt is not None:
-            commands["PyTorch, checkpoint"] = [sys.executable, "-c", PYTORCH, str(chosen.ckpt), str(chosen.image), out]
+            commands["PyTorch, checkpoint"] = [*PROGRAM, PYTORCH, str(chosen.ckpt), str(chosen.image), out]
         for backend in filter(is_installed, backends):
-            infer = [sys.executable, "-m", "medseg_trt", "infer", str(chosen.image), "--bundle", str(chosen.bundle)]
+            infer = python_command("medseg_trt", "infer", str(chosen.image), "--bundle", str(chosen.bundle))
             commands[f"medseg-trt infer, {backend}"] = [*infer, "-o", out, "--backend", backend]
-        taken: dict[str, list[list[float]]] = {name: [] for name in commands}
+        times: dict[str, list[list[float]]] = {name: [] for name in commands}
         for number in range(chosen.rounds + 1):
             for name, command in commands.items():
                 seconds = seconds_of(command)
                 if number:
-                    taken[name].append([seconds])
-    first, rows = next(iter(taken.values())), []
-    for name, seconds in taken.items():
+                    times[name].append([seconds])
+    first, rows = next(iter(times.values())), []
+    for name, seconds in times.items():
         speed = speed_interval(first, seconds, interleaved=True)
         rows.append(
             {
                 "name": name,
                 "typical_s": median_of_rounds(seconds),
                 "min_s": float(np.min(seconds)),
-                "seconds": [each[0] for each in seconds],
+                "seconds": [execution[0] for execution in seconds],
                 "speed": speed.estimate,
                 "low": speed.low,
                 "high": speed.high,

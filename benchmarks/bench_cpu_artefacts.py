@@ -1,7 +1,7 @@
-"""What the CPU benchmark measures, made once and kept in the user's cache: checkpoints, peers' graphs, bundles.
+"""Make checkpoints, peers' graphs and bundles of the CPU benchmark, and keep them in the user's cache.
 
-A folder's name holds the digest of the code and the packages that made it. What older code made is deleted: a set takes
-several gigabytes.
+The name of a folder has the digest of the code and the packages that made it. Folders of older code are deleted: a set
+takes several gigabytes.
 """
 
 import hashlib
@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import numpy as np
 
 import medseg_trt
 from medseg_trt.files import atomic_folder, cache_folder, write_json
+from medseg_trt.processes import python_command
 
 PACKAGES = ("numpy", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "openvino", "nncf")
 SOURCES: Mapping[str, tuple[str, ...]] = {  # of each folder of the cache: folders and files below the repository
@@ -32,7 +32,9 @@ BUNDLES: Mapping[str, str] = {  # by name: the precisions in it
     "exported": "fp32",
     "default": "fp32,bf16,int8",
     "stored": "w8a16,w4a16,fp16",
+    "plain": "int8",
 }
+ARCHITECTURE_OF: Mapping[str, str] = {"plain": "transunet"}  # of a bundle; of the others, the LLM-TransUNet
 ROOT = Path(__file__).parents[1]
 SECONDS_BETWEEN_LOOKS = 0.2  # at the memory of a build
 
@@ -82,12 +84,14 @@ def artefacts(*, fresh_bundles: bool = False) -> Artefacts:
                 bench_cpu_peers.write_gemm,
             ):
                 in_own_process(step, partial)
-    found = Artefacts(networks=networks, bundles=bundles)
+    made = Artefacts(networks=networks, bundles=bundles)
     if not bundles.exists():
         with _only(bundles) as partial:
             for name, precisions in BUNDLES.items():
-                write_json(partial / f"{name}.json", _build(found, precisions, partial / f"{name}.medseg"))
-    return found
+                checkpoint = made.checkpoint(ARCHITECTURE_OF.get(name, "llm-transunet"))
+                figures = _build(made, checkpoint, precisions, partial / f"{name}.medseg")
+                write_json(partial / f"{name}.json", figures)
+    return made
 
 
 def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -126,26 +130,15 @@ def _only(folder: Path) -> Any:
     return atomic_folder(folder)
 
 
-def _build(found: Artefacts, precisions: str, output: Path) -> dict[str, Any]:
+def _build(made: Artefacts, checkpoint: Path, precisions: str, output: Path) -> dict[str, Any]:
     """Run ``medseg-trt build`` and return how long it took and the most memory that all of its processes had.
 
     The weights are random and the truth is PyTorch's own mask, so the gate judges nothing here and is left open.
     """
     command = [
-        sys.executable,
-        "-m",
-        "medseg_trt",
-        "build",
-        "--ckpt",
-        str(found.checkpoint("llm-transunet")),
-        "--data",
-        str(found.networks / "scans"),
-        "--precision",
-        precisions,
-        "--max-dice-drop",
-        "1",
-        "-o",
-        str(output),
+        *python_command("medseg_trt", "build", "--ckpt", str(checkpoint)),
+        *("--data", str(made.networks / "scans"), "--precision", precisions, "--max-dice-drop", "1"),
+        *("-o", str(output)),
     ]
     load = os.getloadavg()[0]
     began, peak = time.perf_counter(), 0

@@ -1,4 +1,4 @@
-"""Look into the graphs of the CPU benchmark: what they cost and hold, and where the time of the best one goes."""
+"""Analyse the graphs of the CPU benchmark: cost, stored sizes, and the profile of the fastest one."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -29,19 +29,19 @@ def graph_figures(float_graph: Path, four_bit_graph: Path) -> dict[str, float]:
     weights = [value.const_value for value in graph.model.graph.initializers.values() if value.const_value is not None]
     return {
         "gmac": total_macs(graph) / 1e9,
-        "parameters_m": sum(each.size for each in weights) / 1e6,
+        "parameters_m": sum(tensor.size for tensor in weights) / 1e6,
         "w4a16_block_mb": sum(stored.values()) / 1e6,
     }
 
 
-def folding_error(found: Any) -> float:
+def folding_error(made: Any) -> float:
     """Return the largest difference of the folded network's logits from the unfolded one's, on the judged images."""
     from medseg_trt.export.fold.fold import fold
     from medseg_trt.train.checkpoint import load_checkpoint
     from medseg_trt.train.models.model import runner
 
-    images = found.images()
-    folded, _ = fold(load_checkpoint(found.checkpoint("llm-transunet")).model())
+    images = made.images()
+    folded, _ = fold(load_checkpoint(made.checkpoint("llm-transunet")).model())
     run = runner(folded)
     logits = np.concatenate([run(image[np.newaxis]) for image in images["judged"]])
     return float(np.abs(logits - images["llm-transunet"]).max())
@@ -84,24 +84,24 @@ def profile(path: Path, float_graph: Path, compute: str, image: np.ndarray) -> l
             "part": part,
             "kind": kind,
             "kernel": kernel,
-            "nodes": len(found),
-            "ms": sum(found),
-            "share": sum(found) / total,
+            "nodes": len(milliseconds),
+            "ms": sum(milliseconds),
+            "share": sum(milliseconds) / total,
         }
-        for (part, kind, kernel), found in times.items()
+        for (part, kind, kernel), milliseconds in times.items()
     ]
-    return sorted(rows, key=lambda found: -found["ms"])
+    return sorted(rows, key=lambda milliseconds: -milliseconds["ms"])
 
 
 def _parts(*models: Any) -> dict[str, str]:
     from medseg_trt.export.graph.parts import part_of
 
-    found: dict[str, str] = {}
+    part_of_node: dict[str, str] = {}
     for node in (node for model in models for node in model.graph.node):
         namespace = next((entry.value for entry in node.metadata_props if entry.key == "namespace"), "")
         if namespace:
-            found |= dict.fromkeys((node.name, *node.output), part_of(namespace))
-    return found
+            part_of_node |= dict.fromkeys((node.name, *node.output), part_of(namespace))
+    return part_of_node
 
 
 def _part(name: str, parts: dict[str, str]) -> str:

@@ -1,9 +1,9 @@
-"""The networks of the CPU benchmark: full size, seeded random weights, answers that are not degenerate; and its images.
+"""Full-size networks with seeded random weights and non-degenerate logits, and the images of the CPU benchmark.
 
-PyTorch's own start makes a decoder whose numbers shrink from layer to layer, so that rounding would be judged on next
-to nothing: logits with a spread of 0.003. Here every convolution keeps the variance of what it gets (He et al. 2015),
-the branches of the residual units are small beside what they are added to, as in trained networks (Goyal et al. 2017,
-§5.1, start them at zero), and the last layer's answers are centred and have a spread of ``LOGIT_SPREAD``.
+With PyTorch's default initialisation, activations of the decoder shrink from layer to layer, and the logits have a
+spread of only 0.003, too small for judging rounding. Here every convolution preserves the variance of its input (He et
+al. 2015), the branches of the residual units are small compared with their inputs, as in trained networks (Goyal et al.
+2017, §5.1, initialise them with zero), and the logits are centred with a spread of ``LOGIT_SPREAD``.
 """
 
 from collections.abc import Sequence
@@ -16,12 +16,13 @@ from torch import nn
 from medseg_trt.errors import require
 from medseg_trt.imaging.images import find_images, read_image
 from medseg_trt.imaging.preprocess import prepare
-from medseg_trt.samples.catalogue import fetch
+from medseg_trt.samples.catalogue import get
 from medseg_trt.spec import Classes, Preprocessing
 from medseg_trt.train.block.blocks import random_block, save_block
 from medseg_trt.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, trained_weights
 from medseg_trt.train.models.model import build_model, model_spec
 from medseg_trt.train.models.transunet import StdConv2d, TransUNet
+from medseg_trt.train.provenance import Provenance
 from medseg_trt.train.recipes.recipes import RECIPES
 
 IMAGE_SIZE = (256, 256)
@@ -39,12 +40,13 @@ PREPROCESSING = Preprocessing(
 def image_folder(folder: Path, names: Sequence[str], count: int) -> Path:
     """Write ``count`` slices of each scan, evenly spread, and no masks; return the folder that holds them."""
     nibabel = require("nibabel", "medical")
-    source, images = fetch("organs") / "images", folder / "scans"
+    (sample,) = get(["organs"], folder / "samples")
+    source, images = sample / "images", folder / "scans"
     images.mkdir()
     for name in names:
         scan = nibabel.load(source / name)
-        places = np.linspace(0, scan.shape[2] - 1, count + 2).round().astype(int)[1:-1]
-        nibabel.save(nibabel.Nifti1Image(np.asarray(scan.dataobj)[:, :, places], scan.affine), images / name)
+        positions = np.linspace(0, scan.shape[2] - 1, count + 2).round().astype(int)[1:-1]
+        nibabel.save(nibabel.Nifti1Image(np.asarray(scan.dataobj)[:, :, positions], scan.affine), images / name)
     return images
 
 
@@ -64,6 +66,7 @@ def write_checkpoint(architecture: str, path: Path, folder: Path) -> Checkpoint:
     images = _slices(folder, SHOWN)
     torch.manual_seed(SEED)
     model = build_model(spec, block)
+    assert isinstance(model, TransUNet)
     initialise(model, torch.from_numpy(images))
     checkpoint = Checkpoint(
         weights=trained_weights(model),
@@ -72,7 +75,7 @@ def write_checkpoint(architecture: str, path: Path, folder: Path) -> Checkpoint:
         classes=Classes(names=("background", "organ")),
         block_file=block_file,
         block_sha256=digest,
-        provenance={"weights": f"random, seed {SEED}"},
+        provenance=Provenance(other={"initialization": f"random, seed {SEED}"}),
     )
     save_checkpoint(checkpoint, path)
     if block_file is not None:

@@ -1,6 +1,6 @@
-"""Make the networks of the CPU benchmark, and the peers' graphs of the network as it was published, unfolded.
+"""Make the networks of the CPU benchmark, and the peers' graphs of the published, unfolded network.
 
-PyTorch exports, OpenVINO's own NNCF rounds, all with their defaults for a transformer.
+PyTorch exports and OpenVINO's NNCF quantises, with their defaults for a transformer.
 """
 
 import warnings
@@ -23,17 +23,17 @@ def write_networks(folder: Path) -> None:
     from medseg_trt.train.models.model import runner
 
     images = image_folder(folder, SCANS, SLICES)
-    found: dict[str, np.ndarray] = {}
+    arrays: dict[str, np.ndarray] = {}
     for architecture in ARCHITECTURES:
         (folder / architecture).mkdir()
         checkpoint = write_checkpoint(architecture, folder / architecture / "model.pt", images)
         chosen = reference_images(checkpoint, images)
         assert chosen.calibration is not None
-        found |= {"calibration": chosen.calibration, "judged": chosen.judged.inputs}
+        arrays |= {"calibration": chosen.calibration, "judged": chosen.judged.inputs}
         run = runner(checkpoint.model())
-        found[architecture] = np.concatenate([run(image[np.newaxis]) for image in found["judged"]])
+        arrays[architecture] = np.concatenate([run(image[np.newaxis]) for image in arrays["judged"]])
         del run
-    np.savez(folder / "images.npz", **found)  # pyright: ignore[reportArgumentType]  # no name is allow_pickle
+    np.savez(folder / "images.npz", **arrays)  # pyright: ignore[reportArgumentType]  # no name is allow_pickle
 
 
 def write_unfolded(folder: Path) -> None:
@@ -94,14 +94,14 @@ def write_gemm(folder: Path) -> None:
         }
         constants += [numpy_helper.from_array(array, name) for name, array in arrays.items()]
         scale, zero, weight, weight_scale, weight_zero = arrays
-        answer = "logits" if layer == GEMM_LAYERS - 1 else f"product{layer}"
+        product = "logits" if layer == GEMM_LAYERS - 1 else f"product{layer}"
         nodes += [
             helper.make_node("QuantizeLinear", [value, scale, zero], [f"codes{layer}"]),
             helper.make_node("DequantizeLinear", [f"codes{layer}", scale, zero], [f"rounded{layer}"]),
             helper.make_node("DequantizeLinear", [weight, weight_scale, weight_zero], [f"matrix{layer}"], axis=1),
-            helper.make_node("MatMul", [f"rounded{layer}", f"matrix{layer}"], [answer]),
+            helper.make_node("MatMul", [f"rounded{layer}", f"matrix{layer}"], [product]),
         ]
-        value = answer
+        value = product
     graph = helper.make_graph(
         nodes,
         "gemm",

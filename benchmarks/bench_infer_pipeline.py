@@ -1,10 +1,10 @@
-"""How much faster is `infer` because reading, running and writing overlap? Against the simple loop, in turn.
+"""How much faster is `infer` with overlapping reading, running and writing than a sequential loop?
 
     python benchmarks/bench_infer_pipeline.py --bundle model.medseg --volume ct.nii.gz [--pictures 200] [--rounds 5]
 
-The pictures are slices of the volume, windowed to 8 bits and stored as PNG files of 512 x 512 pixels. Both ways write
-masks, records and the table of areas, into a new folder each time; their masks must be the same byte for byte. A run
-is a process of its own, and so is its peak memory.
+The images are slices of the volume, windowed to 8 bits and stored as PNG files of 512 x 512 pixels. Both methods write
+masks, records and the table of areas, into a new folder each time; their masks must be byte-identical. Every run is a
+process of its own, and the rounds are interleaved.
 """
 
 import resource
@@ -78,9 +78,9 @@ def in_own_process(*arguments: Any) -> Run:
     process = context.Process(target=run_once, args=(theirs, *arguments))
     process.start()
     theirs.close()
-    found = ours.recv()
+    result = ours.recv()
     process.join()
-    return found
+    return result
 
 
 def write_pictures(volume: Path, window: tuple[float, float], folder: Path, count: int) -> Path:
@@ -98,7 +98,7 @@ def write_pictures(volume: Path, window: tuple[float, float], folder: Path, coun
 
 def stages(images: Path, bundle_folder: Path, backend: str) -> dict[str, float]:
     """Return the median milliseconds of each step of a picture in the simple loop, with nothing beside it."""
-    bundle, taken = load_bundle(bundle_folder), dict[str, list[float]]()
+    bundle, times = load_bundle(bundle_folder), dict[str, list[float]]()
     with open_session(bundle, backend) as session, TemporaryDirectory() as out:
         for path in sorted(images.iterdir())[:30]:
             clock = [time.perf_counter()]
@@ -114,24 +114,24 @@ def stages(images: Path, bundle_folder: Path, backend: str) -> dict[str, float]:
             to_folder.write_mask(Mask.of(image, labels, bundle.classes), Path(out))
             clock.append(time.perf_counter())
             for name, spent in zip(("read", "prepare", "run", "finish", "write"), np.diff(clock), strict=True):
-                taken.setdefault(name, []).append(1000 * spent)
-    return {name: float(np.median(each)) for name, each in taken.items()}
+                times.setdefault(name, []).append(1000 * spent)
+    return {name: float(np.median(samples)) for name, samples in times.items()}
 
 
 def to_markdown(result: Any) -> str:
     """Return the results as a page."""
     rows = [
         (
-            f"{each['what']}: {way}",
-            f"{found['typical_s']:.2f}",
-            f"{found['speed']:.2f}x",
-            f"{found['low']:.2f} … {found['high']:.2f}",
-            str(len(found["seconds"])),
-            f"{found['peak_mb']:.0f}",
-            "yes" if found["same_masks"] else "no",
+            f"{row['what']}: {method}",
+            f"{figures['typical_s']:.2f}",
+            f"{figures['speed']:.2f}x",
+            f"{figures['low']:.2f} … {figures['high']:.2f}",
+            str(len(figures["seconds"])),
+            f"{figures['peak_mb']:.0f}",
+            "yes" if figures["same_masks"] else "no",
         )
-        for each in result["rows"]
-        for way, found in each["ways"].items()
+        for row in result["rows"]
+        for method, figures in row["ways"].items()
     ]
     header = ("images", "s", "speed", "90 % interval", "rounds", "peak MB", "same masks")
     spent = result["stages_ms"]
@@ -173,45 +173,44 @@ def main() -> None:
     bundle = load_bundle(chosen.bundle)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()))
-        pictures = write_pictures(chosen.volume, bundle.preprocessing.window, folder / "pictures", chosen.pictures)
-        what = {
-            f"{chosen.pictures} PNG of {SIZE[0]} x {SIZE[1]}": pictures,
+        png_files = write_pictures(chosen.volume, bundle.preprocessing.window, folder / "pictures", chosen.pictures)
+        inputs = {
+            f"{chosen.pictures} PNG of {SIZE[0]} x {SIZE[1]}": png_files,
             f"one volume, {chosen.volume.name}": chosen.volume,
         }
         rows = []
-        for name, images in what.items():
-            taken: dict[str, list[Run]] = {way: [] for way in WAYS}
+        for name, images in inputs.items():
+            runs: dict[str, list[Run]] = {method: [] for method in WAYS}
             for number in range(chosen.rounds + 1):  # the first one fills the file cache and is not counted
-                for way in WAYS:
-                    found = in_own_process(way, images, chosen.bundle, chosen.backend)
+                for method in WAYS:
+                    run = in_own_process(method, images, chosen.bundle, chosen.backend)
                     if number:
-                        taken[way].append(found)
-            if taken["overlapping"][0][2] != taken["simple loop"][0][2]:
-                raise SystemExit(f"{name}: the two ways do not give the same masks; there is no speed to report")
-            rows.append(
-                {"what": name, "ways": {way: figures(runs, taken["simple loop"]) for way, runs in taken.items()}}
-            )
+                        runs[method].append(run)
+            if runs["overlapping"][0][2] != runs["simple loop"][0][2]:
+                raise SystemExit(f"{name}: the two methods give different masks; no speed is reported")
+            simple = runs["simple loop"]
+            rows.append({"what": name, "ways": {method: figures(runs[method], simple) for method in WAYS}})
         with open_session(bundle, chosen.backend) as session:
             network = f"{session.description} on {session.device}, images of {bundle.preprocessing.image_size}"
-        spent = stages(pictures, chosen.bundle, chosen.backend)
-    picture_ms = 1000 * rows[0]["ways"]["simple loop"]["typical_s"] / chosen.pictures
-    highest = bound(picture_ms, spent["run"], cores())
-    result = {"network": network, "rows": rows, "stages_ms": spent, "picture_ms": picture_ms, "bound": highest}
+        spent = stages(png_files, chosen.bundle, chosen.backend)
+    png_ms = 1000 * rows[0]["ways"]["simple loop"]["typical_s"] / chosen.pictures
+    highest = bound(png_ms, spent["run"], cores())
+    result = {"network": network, "rows": rows, "stages_ms": spent, "picture_ms": png_ms, "bound": highest}
     publish("infer_pipeline", result, to_markdown, chosen)
 
 
 def figures(runs: list[Run], simple: list[Run]) -> dict[str, Any]:
     """Sum up the runs of one way, against the simple loop's of the same rounds."""
-    seconds, simple_seconds = ([[each[0]] for each in taken] for taken in (runs, simple))
+    seconds, simple_seconds = ([[run[0]] for run in taken] for taken in (runs, simple))
     speed = speed_interval(simple_seconds, seconds, interleaved=True)
     return {
         "typical_s": median_of_rounds(seconds),
-        "seconds": [each[0] for each in runs],
+        "seconds": [run[0] for run in runs],
         "speed": speed.estimate,
         "low": speed.low,
         "high": speed.high,
-        "peak_mb": max(each[1] for each in runs),
-        "same_masks": all(each[2] == simple[0][2] for each in runs),
+        "peak_mb": max(run[1] for run in runs),
+        "same_masks": all(run[2] == simple[0][2] for run in runs),
     }
 
 

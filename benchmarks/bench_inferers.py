@@ -1,9 +1,9 @@
-"""How do MONAI's and Optimum's own ways to run a network compare, on the same network and the same slices?
+"""How fast do MONAI's and Optimum's inferers run the same network on the same slices?
 
     python benchmarks/bench_inferers.py --bundle model.medseg --ckpt best.pt --volume ct.nii.gz [--duration-s 5]
 
-Every way first gives the logits of the slices, which must be PyTorch's; then all are timed in turn, a batch of four
-slices at a time. A way that is not installed here says so. Optimum needs an environment of its own.
+Every inferer first computes the logits of the slices, which must equal PyTorch's. Then all are timed in interleaved
+rounds with a batch of four slices. Inferers that are not installed are reported. Optimum needs its own environment.
 """
 
 from collections.abc import Callable
@@ -63,14 +63,14 @@ def to_markdown(result: Any) -> str:
     """Return the results as a page."""
     rows = [
         (
-            each["name"],
-            f"{each['median_ms']:.1f}",
-            f"{each['speed']:.2f}x",
-            f"{each['low']:.2f} … {each['high']:.2f}",
-            str(each["runs"]),
-            f"{each['max_abs_error']:.1e}",
+            row["name"],
+            f"{row['median_ms']:.1f}",
+            f"{row['speed']:.2f}x",
+            f"{row['low']:.2f} … {row['high']:.2f}",
+            str(row["runs"]),
+            f"{row['max_abs_error']:.1e}",
         )
-        for each in result["rows"]
+        for row in result["rows"]
     ]
     header = ("way", f"ms for {SLICES} slices", "speed", "90 % interval", "runs", "max abs error")
     missing = [f"Not measured: {name}: {reason}" for name, reason in result["missing"].items()]
@@ -106,7 +106,7 @@ def main() -> None:
     except (ImportError, MedsegError) as error:
         missing["Optimum"] = str(error)
     with ExitStack() as stack:
-        for backend in dict.fromkeys(each.backend for each in bundle.content.executions):
+        for backend in dict.fromkeys(execution.backend for execution in bundle.content.executions):
             try:
                 session = stack.enter_context(open_session(bundle, backend, precision="fp32"))
                 ways[f"medseg-trt, {session.description}"] = session.run
@@ -126,7 +126,7 @@ def main() -> None:
     rows = []
     for name, rounds in taken.items():
         speed = speed_interval(taken["PyTorch"], rounds, interleaved=True)
-        samples = [each for steps in rounds for each in steps]
+        samples = [execution for steps in rounds for execution in steps]
         rows.append(
             {
                 "name": name,

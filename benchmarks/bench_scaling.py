@@ -2,7 +2,7 @@
 
     python benchmarks/bench_scaling.py [--architecture llm-transunet-small] [--sizes 128,256,384] [--batches 1,2,4,8]
 
-A network of each size is built and verified as `build` does it; then all batches of a size are timed in turn.
+A network of each size is built and verified as by `build`; then all batches of a size are timed in interleaved rounds.
 """
 
 from pathlib import Path
@@ -42,7 +42,6 @@ def random_bundle(architecture: str, size: int, folder: Path) -> Bundle:
         classes=CLASSES,
         block_file=file,
         block_sha256=digest,
-        provenance={},
     )
     save_checkpoint(checkpoint, folder / "model.pt")
     return build(folder / "model.pt", BuildSpec(), folder / "model.medseg")
@@ -58,21 +57,22 @@ def time_batches(bundle: Bundle, backend: str, batches: list[int], duration_s: f
             )
             for batch in batches
         }
-        taken = interleaved_rounds(turns, tier("quick", duration_s=duration_s))
+        times_of = interleaved_rounds(turns, tier("quick", duration_s=duration_s))
     return {
-        int(batch): [each / int(batch) for steps in found.rounds_ms for each in steps] for batch, found in taken.items()
+        int(batch): [step / int(batch) for steps in times.rounds_ms for step in steps]
+        for batch, times in times_of.items()
     }
 
 
 def to_markdown(result: Any) -> str:
     """Return the results as a page."""
-    batches = sorted({int(batch) for each in result["rows"] for batch in each["ms_per_image"]})
+    batches = sorted({int(batch) for row in result["rows"] for batch in row["ms_per_image"]})
     rows = [
         (
-            f"{each['size']} x {each['size']}, {each['backend']}",
-            *(f"{each['ms_per_image'][str(batch)]['median']:.1f}" for batch in batches),
+            f"{row['size']} x {row['size']}, {row['backend']}",
+            *(f"{row['ms_per_image'][str(batch)]['median']:.1f}" for batch in batches),
         )
-        for each in result["rows"]
+        for row in result["rows"]
     ]
     return "\n".join(
         [
@@ -94,11 +94,13 @@ def main() -> None:
     parser.add_argument("--batches", default="1,2,4,8")
     parser.add_argument("--duration-s", type=float, default=3.0)
     chosen = parser.parse_args()
-    batches, rows = [int(each) for each in chosen.batches.split(",")], []
+    batches, rows = [int(execution) for execution in chosen.batches.split(",")], []
     for size in map(int, chosen.sizes.split(",")):
         with TemporaryDirectory() as folder:
             bundle = random_bundle(chosen.architecture, size, Path(folder))
-            for backend in filter(is_installed, dict.fromkeys(each.backend for each in bundle.content.executions)):
+            for backend in filter(
+                is_installed, dict.fromkeys(execution.backend for execution in bundle.content.executions)
+            ):
                 taken = time_batches(bundle, backend, batches, chosen.duration_s)
                 figures = {
                     str(batch): {"median": float(np.median(ms)), "p90": float(np.percentile(ms, 90)), "runs": len(ms)}

@@ -58,9 +58,9 @@ def measure(kernel: Kernel, entry: Entry, full: bool) -> list[dict[str, Any]]:
             expected = kernel.reference(entry, inputs, scalars)
             for parameter in outputs:
                 name, tolerance = parameter.name, kernel.tolerance[parameter.dtype]
-                found = execution.outputs[name]
-                error, unit = distance(found, expected[name], parameter.dtype, of=tolerance.of)
-                excess = tolerance.excess(found, expected[name], parameter.dtype)
+                output = execution.outputs[name]
+                error, unit = distance(output, expected[name], parameter.dtype, of=tolerance.of)
+                excess = tolerance.excess(output, expected[name], parameter.dtype)
                 certain = expected[name].slack == 0  # where no earlier rounding stood at a tie
                 ratio = np.where(certain, error / unit, 0.0)
                 worst[name]["of_tolerance"] = max(worst[name]["of_tolerance"], float(excess.max(initial=0.0)))

@@ -28,9 +28,9 @@ from results_file import options, publish
 from medseg_trt.reproduce.paired_runs import Pair, Scores, gain, mean_and_deviation, scores_of
 from medseg_trt.train.checkpoint import load_checkpoint
 from medseg_trt.train.datasets.folder import DataFolder
-from medseg_trt.train.datasets.official import open_recorded
 from medseg_trt.train.evaluate import evaluate
 from medseg_trt.train.models.model import runner
+from medseg_trt.train.recorded_data import open_recorded
 
 DATA = ("organs", "tumours")
 ARMS = ("transunet-small", "llm-transunet-small")
@@ -54,7 +54,7 @@ class Scored:
 
 def complete_runs(folder: Path) -> tuple[dict[tuple[str, str, int], Path], list[str]]:
     """Return the runs whose last epoch is done, by data, architecture and seed, and the names of the others."""
-    found: dict[tuple[str, str, int], Path] = {}
+    runs: dict[tuple[str, str, int], Path] = {}
     others: list[str] = []
     for path in sorted(folder.iterdir()):
         if (match := RUN.fullmatch(path.name)) is None:
@@ -63,15 +63,17 @@ def complete_runs(folder: Path) -> tuple[dict[tuple[str, str, int], Path], list[
         epochs = json.loads(recipe.read_text())["train"]["epochs"] if recipe.is_file() else None
         done = json.loads(history.read_text().splitlines()[-1])["epoch"] if history.is_file() else None
         if done is not None and done == epochs:
-            found[match[1], match[2], int(match[3])] = path
+            runs[match[1], match[2], int(match[3])] = path
         else:
             others.append(f"{path.name} ({'no epoch' if done is None else f'epoch {done}'} of {epochs})")
-    return found, others
+    return runs, others
 
 
 def score(run: Path, data: DataFolder, key: tuple[str, str, int]) -> list[Scored]:
     """Score a run's best checkpoint, chosen on the validation split, on both splits."""
     checkpoint = load_checkpoint(run / "best.pt")
+    epoch = checkpoint.provenance.epoch
+    assert epoch is not None
     network = runner(checkpoint.model())
     name, arm, seed = key
     return [
@@ -80,7 +82,7 @@ def score(run: Path, data: DataFolder, key: tuple[str, str, int]) -> list[Scored
             arm=arm,
             seed=seed,
             split=split,
-            epoch=checkpoint.provenance["epoch"],
+            epoch=epoch,
             dice=scores_of(evaluate(network, data.cases(split), checkpoint.preprocessing, data.classes), "dice"),
             about=data.split_notes.get(split, ""),
         )
@@ -90,22 +92,22 @@ def score(run: Path, data: DataFolder, key: tuple[str, str, int]) -> list[Scored
 
 def row(data: str, split: str, scored: Sequence[Scored]) -> dict[str, Any]:
     """Return the means of both networks, and the gain over the seeds that both have."""
-    here = [each for each in scored if (each.data, each.split) == (data, split)]
-    of_arm = {arm: {each.seed: each for each in here if each.arm == arm} for arm in ARMS}
+    runs = [run for run in scored if (run.data, run.split) == (data, split)]
+    of_arm = {arm: {run.seed: run for run in runs if run.arm == arm} for arm in ARMS}
     before, after = (of_arm[arm] for arm in ARMS)
     seeds = sorted(before.keys() & after.keys())
     pairs = [Pair(split=split, before=before[seed].dice, after=after[seed].dice) for seed in seeds]
-    found = gain(pairs) if pairs else None
+    difference = gain(pairs) if pairs else None
     return {
         "data": data,
         "split": split,
-        "about": here[0].about,
-        "cases": list(here[0].dice.names),
-        "runs": {arm: {seed: each.dice.mean for seed, each in sorted(of_arm[arm].items())} for arm in ARMS},
-        "mean_and_deviation": {arm: mean_and_deviation([each.dice for each in of_arm[arm].values()]) for arm in ARMS},
+        "about": runs[0].about,
+        "cases": list(runs[0].dice.names),
+        "runs": {arm: {seed: run.dice.mean for seed, run in sorted(of_arm[arm].items())} for arm in ARMS},
+        "mean_and_deviation": {arm: mean_and_deviation([run.dice for run in of_arm[arm].values()]) for arm in ARMS},
         "paired_seeds": seeds,
-        "gain": asdict(found) if found is not None else None,
-        "verdict": found.sentence() if found is not None else "No seed is complete with both networks.",
+        "gain": asdict(difference) if difference is not None else None,
+        "verdict": difference.sentence() if difference is not None else "No seed is complete with both networks.",
     }
 
 
@@ -124,13 +126,11 @@ def to_markdown(result: Mapping[str, Any]) -> str:
         "| data, split | cases | without the block | with the block | gain | bootstrap | t over seeds | pairs |",
         "|:--|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for each in result["rows"]:
-        lines.append(_markdown_row(each))
-    lines += ["", *(f"- {each['data']}, {each['split']}: {each['verdict']}" for each in result["rows"])]
+    for row in result["rows"]:
+        lines.append(_markdown_row(row))
+    lines += ["", *(f"- {row['data']}, {row['split']}: {row['verdict']}" for row in result["rows"])]
     lines += ["", "What the splits are:", ""]
-    lines += [
-        f"- {each['data']}, {each['split']}: {each['about'] or 'see its dataset.json'}" for each in result["rows"]
-    ]
+    lines += [f"- {row['data']}, {row['split']}: {row['about'] or 'see its dataset.json'}" for row in result["rows"]]
     lines += ["", "Labels of the organs are TotalSegmentator's, not drawn by hand."]
     if result["incomplete"]:
         lines += ["", f"Left out, because they are not complete: {', '.join(result['incomplete'])}."]
@@ -140,12 +140,16 @@ def to_markdown(result: Mapping[str, Any]) -> str:
 def _markdown_row(row: Mapping[str, Any]) -> str:
     cells = [f"{row['data']}, {row['split']}", str(len(row["cases"]))]
     for arm in ARMS:
-        found = row["mean_and_deviation"][arm]
+        figures = row["mean_and_deviation"][arm]
         number = len(row["runs"][arm])
-        spread = "" if found is None or found[1] is None else f" ± {found[1]:.3f}"
-        cells.append("–" if found is None else f"{found[0]:.3f}{spread} ({number} run{'s' * (number > 1)})")
-    found = row["gain"]
-    cells += [f"{found['estimate']:+.3f}", _ends(found["bootstrap"]), _ends(found["student"])] if found else ["–"] * 3
+        spread = "" if figures is None or figures[1] is None else f" ± {figures[1]:.3f}"
+        cells.append("–" if figures is None else f"{figures[0]:.3f}{spread} ({number} run{'s' * (number > 1)})")
+    figures = row["gain"]
+    cells += (
+        [f"{figures['estimate']:+.3f}", _ends(figures["bootstrap"]), _ends(figures["student"])]
+        if figures
+        else ["–"] * 3
+    )
     return f"| {' | '.join([*cells, str(len(row['paired_seeds']))])} |"
 
 
@@ -155,7 +159,9 @@ def _ends(interval: Sequence[float] | None) -> str:
 
 def _length(run: Path) -> str:
     """Return how long a run was trained."""
-    train = load_checkpoint(run / "best.pt").provenance["recipe"]["train"]
+    recipe = load_checkpoint(run / "best.pt").provenance.recipe
+    assert recipe is not None
+    train = recipe["train"]
     return f"{train['epochs']} epochs of {train['slices_per_epoch']} slices"
 
 
@@ -172,15 +178,15 @@ def main() -> None:
     for key, path in runs.items():
         data = open_recorded(chosen.data / key[0], load_checkpoint(path / "best.pt").provenance)
         scored += score(path, data, key)
-        print(path.name, ", ".join(f"{each.split} {each.dice.mean:.3f}" for each in scored[-2:]), file=sys.stderr)
+        print(path.name, ", ".join(f"{run.split} {run.dice.mean:.3f}" for run in scored[-2:]), file=sys.stderr)
     trained = {_length(path) for path in runs.values()}
-    names = [name for name in DATA if any(each.data == name for each in scored)]
+    names = [name for name in DATA if any(run.data == name for run in scored)]
     rows = [row(name, split, scored) for name in names for split in SPLITS]
     result = {
         "caveat": CAVEAT,
         "trained": sorted(trained),
         "rows": rows,
-        "runs": [asdict(each) for each in scored],
+        "runs": [asdict(run) for run in scored],
         "incomplete": incomplete,
     }
     publish("language_block", result, to_markdown, chosen)

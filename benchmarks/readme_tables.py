@@ -3,8 +3,8 @@
     python benchmarks/readme_tables.py [README.md …] [--check]
 
 A table stands between `<!-- table NAME -->` and `<!-- end NAME -->`, where NAME is a key of ``TABLES``. The text
-between them is replaced by the table and a line with the machine, the day and the versions; the rest stays as it is.
-Without a file, those of ``README_FILES`` are rewritten: all of them, or none where one has a fault.
+between them is replaced by the table and a line with machine, day and versions; the rest is unchanged. Without
+arguments, the files of ``README_FILES`` are rewritten: all of them, or none if one has an error.
 """
 
 import argparse
@@ -26,7 +26,7 @@ MARK = re.compile(r"<!-- table (?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- end (?P=n
 
 def cold_start(result: Mapping[str, Any]) -> list[str]:
     """Make the table of the time from the command to the first mask."""
-    rows = [(each["name"], f"{each['typical_s']:.2f}", f"{each['speed']:.2f}x") for each in result["rows"]]
+    rows = [(row["name"], f"{row['typical_s']:.2f}", f"{row['speed']:.2f}x") for row in result["rows"]]
     return table(("from typing to the first mask", "s", "speed"), rows)
 
 
@@ -34,25 +34,25 @@ def engines(result: Mapping[str, Any]) -> list[str]:
     """Make the table of the full-size network's engines: size, build time and fused layers."""
     rows = [
         (
-            each["precision"],
-            f"{each['plan_mb']:.0f}",
-            f"{each['wall_s']:.1f}",
-            f"{each['peak_resident_mb'] / 1000:.1f}",
-            f"{each['kernels']}",
-            *(_count(each["outcomes"], name) for name in SHOWN_OUTCOMES),
+            row["precision"],
+            f"{row['plan_mb']:.0f}",
+            f"{row['wall_s']:.1f}",
+            f"{row['peak_resident_mb'] / 1000:.1f}",
+            f"{row['kernels']}",
+            *(_count(row["outcomes"], name) for name in SHOWN_OUTCOMES),
         )
-        for each in result["rows"]
+        for row in result["rows"]
     ]
     return table(("engine", "plan MB", "build s", "GB", "kernels", "attention fused", "INT8 GEMMs in Int8"), rows)
 
 
 def _count(outcomes: Sequence[Mapping[str, Any]], name: str) -> str:
-    found = next(each for each in outcomes if each["name"] == name)
-    return f"{found['asked'] - len(found['failed'])} of {found['asked']}" if found["asked"] else "–"
+    outcome = next(outcome for outcome in outcomes if outcome["name"] == name)
+    return f"{outcome['asked'] - len(outcome['failed'])} of {outcome['asked']}" if outcome["asked"] else "–"
 
 
 def organs_demo(report: Mapping[str, Any]) -> list[str]:
-    """Make the table of the demo's ``report.json``, stored as ``organs-demo.json``; a missing number is a dash."""
+    """Make the table of the demo's report, summarised in ``organs-demo.json``; a missing number is a dash."""
     rows = []
     for row in report["rows"]:
         latency, speed, agreement = row["latency"]["model"], row["speedup"]["model"], row["agreement"]
@@ -72,8 +72,8 @@ def organs_demo(report: Mapping[str, Any]) -> list[str]:
     return table(header, rows)
 
 
-def _figure(found: Mapping[str, Any], name: str, form: str) -> str:
-    return form.format(found[name]) if name in found else "–"
+def _figure(figures: Mapping[str, Any], name: str, form: str) -> str:
+    return form.format(figures[name]) if name in figures else "–"
 
 
 SHOWN_OUTCOMES = ("attention is one kernel", "INT8 GEMMs multiply Int8")
@@ -90,7 +90,7 @@ class ReadmeTable:
 TABLES: Mapping[str, ReadmeTable] = {  # name of the table and of its results file
     "cold_start": ReadmeTable(lines=cold_start, command="python benchmarks/bench_cold_start.py"),
     "organs-demo": ReadmeTable(
-        lines=organs_demo, command="make demo, and copy demo/report/report.json to benchmarks/results/organs-demo.json"
+        lines=organs_demo, command="make demo, then python benchmarks/summarise_report.py demo/report"
     ),
     "engines": ReadmeTable(lines=engines, command="python benchmarks/bench_engine.py"),
 }
@@ -117,9 +117,9 @@ def rewritten(text: str, results: Path) -> str:
         lines = [f"<!-- table {name} -->", *TABLES[name].lines(result), "", where(result), f"<!-- end {name} -->"]
         return "\n".join(lines)
 
-    found, marks = MARK.findall(text), text.count("<!-- table ")
-    if len(found) != marks:
-        raise SystemExit(f"{marks} tables begin, but {len(found)} end: write <!-- end NAME --> after each")
+    matches, marks = MARK.findall(text), text.count("<!-- table ")
+    if len(matches) != marks:
+        raise SystemExit(f"{marks} tables begin, but {len(matches)} end: write <!-- end NAME --> after each")
     return MARK.sub(made, text)
 
 

@@ -1,6 +1,6 @@
-"""What the benchmarks share: their options, and how results are written: JSON, and the Markdown page made from it.
+"""Shared by the benchmarks: their options, and writing of results as JSON and Markdown.
 
-With ``--json``, stdout is kept for the one object from the moment that the options are read.
+With ``--json``, stdout carries only the result, from the parsing of the options on.
 """
 
 import argparse

@@ -1,15 +1,15 @@
 """How much memory does a training step of the full-size LLM-TransUNet take, with its frozen block in fp32 and in bf16?
 
-A block of LLaMA-7B's geometry with random weights is written to a file in float16, as an extracted one is. Each row is
-a process of its own, which builds the network from that file as ``medseg-trt train`` does and takes two steps with Adam
-(the second one has all of the optimiser's state) on random pictures. Its peak resident memory is the system's figure;
-the activations of a batch are what is left of it.
+A block of LLaMA-7B's geometry with random weights is written to a file in float16, like an extracted one. Each row is a
+process of its own, which builds the network from that file as ``medseg-trt train`` does, and takes two steps with Adam
+on random images; the second step has the full state of the optimiser. The peak resident memory is the system's figure.
 
     python benchmarks/train_step_memory.py
 """
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from results_file import options, publish
+
+from medseg_trt.processes import python_command
 
 MIB = 1 << 20
 ROWS: Mapping[str, tuple[str, str, str]] = {  # architecture, frozen_dtype, autocast
@@ -101,10 +103,12 @@ def peak_bytes() -> int:
 def in_a_process(name: str, block: Path, chosen: argparse.Namespace) -> dict[str, Any]:
     """Run one row in a process of its own, started by a small one: a process counts what its parent had in memory."""
     options = ["--image-size", str(chosen.image_size), "--batch-size", str(chosen.batch_size)]
-    command = [sys.executable, __file__, "--row", name, "--block", str(block), *options]
+    command = [*python_command(Path(__file__)), "--row", name, "--block", str(block), *options]
     program = "import subprocess, sys; sys.exit(subprocess.run(sys.argv[1:]).returncode)"
-    between = [sys.executable, "-S", "-c", program, *command]
-    return json.loads(subprocess.run(between, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    between = [sys.executable, "-P", "-S", "-c", program, *command]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}  # for results_file, which -P leaves out
+    done = subprocess.run(between, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    return json.loads(done.stdout)
 
 
 def write_block(path: Path) -> None:

@@ -24,7 +24,7 @@ Counts = Int64[ndarray, "images classes 3"]  # pixels: correct, in the mask, in 
 class GateVerdict:
     """How much worse a network's masks are than the reference's, on the same images."""
 
-    metric: str  # "Dice", or "agreement with PyTorch in Dice" where there are no true masks
+    metric: str  # "Dice", or "agreement with PyTorch in Dice" or with another reference where there are no true masks
     images: int
     unit: str  # resampled unit: "cases", or "slices" where there are too few cases
     reference: float  # mean score, 0 … 1
@@ -40,6 +40,11 @@ class GateVerdict:
     def holds(self) -> bool:
         """Whether the upper end of the drop's interval is within the limit."""
         return self.high <= self.limit
+
+    @property
+    def remark(self) -> str | None:
+        """A sentence where every candidate passes, because the reference has no more to lose than the limit."""
+        return empty_gate(self.reference, self.limit, self.metric)
 
     def __str__(self) -> str:
         """Return one line with the interval."""
@@ -60,6 +65,22 @@ class FloatFallback:
     ranks: tuple[tuple[str, float], ...]  # every group with the error that it causes alone, the largest first
 
     __pydantic_config__ = {"extra": "forbid"}
+
+
+def empty_gate(reference: float, limit: float, metric: str) -> str | None:
+    """Say in one sentence that a gate shows nothing, or return None where a network can fail it.
+
+    Args:
+        reference: mean score of the reference, 0 … 1.
+        limit: the largest allowed drop of the mean.
+        metric: name of the score.
+    """
+    if reference > limit:
+        return None
+    return (
+        f"the accuracy gate shows nothing: the reference itself has {metric} {reference:.4f}, so that no masks can "
+        f"lose more than the limit of {limit:g}; judge a network that segments these images"
+    )
 
 
 def compare(

@@ -93,7 +93,9 @@ def noise(image_size: tuple[int, int]) -> Inputs:
     rng = np.random.default_rng(0)
     height, width = image_size
     blobs = [
-        np.kron(rng.normal(size=(NOISE_IMAGES, 3, height // cell, width // cell)), np.ones((cell, cell)))
+        np.kron(rng.normal(size=(NOISE_IMAGES, 3, -(-height // cell), -(-width // cell))), np.ones((cell, cell)))[
+            ..., :height, :width
+        ]
         for cell in (1, 4, 16)
     ]
     return (np.sum(blobs, axis=0) / 4 + 0.5).astype(np.float32)

@@ -1,4 +1,4 @@
-"""CUDA kernels: each is NAME.cu, and NAME.py with its reference and declaration, found by name in ``KERNELS``."""
+"""CUDA kernels: ``NAME.cu`` is the code, ``NAME.py`` the reference and declaration; ``KERNELS`` lists them by name."""
 
 import importlib
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ def load(name: str) -> "Kernel":
     """Import a kernel's declaration.
 
     Raises:
-        UsageError: there is no kernel of that name; the message lists those that there are.
+        UsageError: no kernel has this name; the message lists the names.
     """
     if name not in KERNELS:
         from medseg_trt.errors import UsageError

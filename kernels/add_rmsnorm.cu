@@ -1,7 +1,7 @@
-// sum = x + residual; y = sum / sqrt(mean(sum²) + epsilon) · weight for every row: a block of 256 threads each.
+// Computes sum = x + residual and y = sum / sqrt(mean(sum²) + epsilon) · weight, one block of 256 threads per row.
 //
-// The sum is rounded to SCALAR, written out of place, and it is the rounded sum that is normalised; see rmsnorm.cuh.
-// -D ENTRY is the function's name; the other options are elements.cuh's. Not timed on any card yet.
+// The sum is rounded to SCALAR and written to its own output; the rounded sum is normalised. See rmsnorm.cuh.
+// Options: -D ENTRY is the function name; the others are in elements.cuh. Not measured on a GPU yet.
 #include "rmsnorm.cuh"
 
 struct Row {
@@ -22,7 +22,7 @@ struct Row {
         }
         Part::write(sum, tile, width, kept);
     }
-    template <int RUNS, int RUN>  // the thread that wrote these elements reads them
+    template <int RUNS, int RUN>  // each thread reads the elements that it wrote
     __device__ __forceinline__ void again(int tile, int width, SCALAR (&kept)[RUNS][RUN]) const {
         Share<THREADS, RUNS, RUN>::read(sum, tile, width, kept);
     }

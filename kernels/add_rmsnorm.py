@@ -1,8 +1,8 @@
 """RMSNorm of a residual sum: ``sum = x + residual`` and its RMSNorm, in one pass over memory.
 
-Contract: the sum is rounded to the inputs' type and written out of place; the variance and the quotient are those of
-the rounded sum, as where the sum is a tensor of its own. From there on the contract is that of ``rmsnorm.py``.
-Sources: those of ``rmsnorm.py``; Hugging Face ``modeling_llama.py``, class ``LlamaDecoderLayer``.
+Contract: the sum is rounded to the inputs' type and written to an output of its own; the rounded sum is normalised, as
+in a graph where the sum is a tensor. The rest of the contract is that of ``rmsnorm.py``.
+Sources: as ``rmsnorm.py``; Hugging Face ``modeling_llama.py``, class ``LlamaDecoderLayer``.
 """
 
 from collections.abc import Mapping
@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from medseg_trt.kernels.forms import make_entries, plain
 from medseg_trt.kernels.kernel import Array, Entry, Expected, Kernel, Scalars, rounded
+from medseg_trt.kernels.output_formats import make_entries, plain
 from medseg_trt.kernels.rmsnorm import TOLERANCE, bytes_moved, normalised, shapes
 
 
 def reference(entry: Entry, inputs: Mapping[str, Array], scalars: Scalars) -> dict[str, Expected]:
-    """Return ``sum`` and ``y`` (rows, width), and ``scales`` (rows,) if every row has its own."""
+    """Return ``sum`` and ``y`` (rows, width), and ``scales`` (rows,) for the formats with a scale per row."""
     with np.errstate(invalid="ignore"):
         total = inputs["x"].astype(np.float64) + inputs["residual"].astype(np.float64)
     exact = rounded(total, entry.dtype).astype(np.float64)

@@ -1,6 +1,6 @@
-"""Turn PTX into what a card executes, SASS, to count registers, spills, and the width of loads and stores.
+"""Assemble PTX to SASS, the code that a GPU executes, and count registers, spills and opcodes.
 
-ptxas and nvdisasm come from NVIDIA's wheels, like the compiler.
+ptxas and nvdisasm come from NVIDIA's wheels, as the compiler does.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from medseg_trt.errors import MedsegError
 from medseg_trt.kernels.compile import DEFAULT, TOOLCHAINS, wheel_file
-from medseg_trt.kernels.store import remember
+from medseg_trt.kernels.compile_cache import cached
 
 DISASSEMBLER = "nvidia-cuda-nvdisasm", "nvidia/cu13/bin/nvdisasm", "kernels"
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
@@ -24,16 +24,16 @@ INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Usage:
-    """What one function needs on one architecture."""
+    """The resources of one function on one architecture."""
 
-    registers: int  # of each thread
-    shared_bytes: int  # static, of each block
-    stack_bytes: int  # of each thread, in local memory
-    spill_bytes: int  # stored there and loaded again, because the registers do not suffice
+    registers: int  # per thread
+    shared_bytes: int  # static, per block
+    stack_bytes: int  # per thread, in local memory
+    spill_bytes: int  # spill stores plus spill loads
 
 
 def usage(ptx: str, arch: str, toolchain: str = DEFAULT) -> Usage:
-    """Return what ptxas reports about the one function in ``ptx``.
+    """Return the resources that ptxas reports for the function in ``ptx``.
 
     Args:
         ptx: a text that ``compile_ptx`` returned.
@@ -42,7 +42,7 @@ def usage(ptx: str, arch: str, toolchain: str = DEFAULT) -> Usage:
 
     Raises:
         MissingExtraError: a wheel of the toolchain is not installed.
-        MedsegError: ptxas refuses it.
+        MedsegError: ptxas fails.
     """
     ptxas = _assembler(toolchain)
 
@@ -50,7 +50,7 @@ def usage(ptx: str, arch: str, toolchain: str = DEFAULT) -> Usage:
         with tempfile.TemporaryDirectory() as folder:
             return _assemble(ptxas, ptx, arch, Path(folder, "kernel.cubin"))
 
-    report = remember(_usage_key(ptxas, ptx, arch), make)
+    report = cached(_usage_key(ptxas, ptx, arch), make)
     shared = re.search(r"(\d+) bytes smem", report)
     (registers,) = _numbers(r"Used (\d+) registers", report)
     stack, stores, loads = _numbers(
@@ -64,32 +64,32 @@ def usage(ptx: str, arch: str, toolchain: str = DEFAULT) -> Usage:
     )
 
 
-def opcodes(ptx: str, arch: str, toolchain: str = DEFAULT, *, contract: bool = True) -> Mapping[str, int]:
-    """Return how often each opcode of SASS occurs, with its modifiers: ``{"LDG.E.128": 2, …}``.
+def opcodes(ptx: str, arch: str, toolchain: str = DEFAULT, *, fuse_multiply_add: bool = True) -> Mapping[str, int]:
+    """Return the number of occurrences of every SASS opcode, with its modifiers: ``{"LDG.E.128": 2, …}``.
 
-    ``contract=False`` forbids ptxas to make one instruction of a product and a sum, as it otherwise does where the PTX
-    lets it. The other arguments, and the errors, are those of ``usage``.
+    ``fuse_multiply_add=False`` forbids ptxas to contract a product and a sum into one instruction where the PTX permits
+    it. The other arguments, and the errors, are those of ``usage``.
     """
     ptxas, nvdisasm = _assembler(toolchain), wheel_file(*DISASSEMBLER)
 
     def make() -> str:
         with tempfile.TemporaryDirectory() as folder:
             cubin = Path(folder, "kernel.cubin")
-            report = _assemble(ptxas, ptx, arch, cubin, f"--fmad={str(contract).lower()}")
-            if contract:  # ptxas's default: spares ``usage`` its run
-                remember(_usage_key(ptxas, ptx, arch), lambda: report)
+            report = _assemble(ptxas, ptx, arch, cubin, f"--fmad={str(fuse_multiply_add).lower()}")
+            if fuse_multiply_add:  # ptxas's default, so ``usage`` can use this report
+                cached(_usage_key(ptxas, ptx, arch), lambda: report)
             listing = _run(nvdisasm, "--no-dataflow", str(cubin))
         return json.dumps(Counter(INSTRUCTION.findall(listing)), sort_keys=True)
 
-    return json.loads(remember(["opcodes", ptx, arch, contract, _digest(ptxas), _digest(nvdisasm)], make))
+    return json.loads(cached(["opcodes", ptx, arch, fuse_multiply_add, _digest(ptxas), _digest(nvdisasm)], make))
 
 
-def count(found: Mapping[str, int], name: str, *modifiers: str) -> int:
-    """Return how many of the opcodes found have this name and all of these modifiers."""
+def count(opcode_counts: Mapping[str, int], name: str, *modifiers: str) -> int:
+    """Return the number of opcodes with this name and all of these modifiers."""
     total = 0
-    for opcode, times in found.items():
+    for opcode, occurrences in opcode_counts.items():
         first, *rest = opcode.split(".")
-        total += times if first == name and set(modifiers) <= set(rest) else 0
+        total += occurrences if first == name and set(modifiers) <= set(rest) else 0
     return total
 
 
@@ -105,10 +105,10 @@ def _assemble(ptxas: Path, ptx: str, arch: str, cubin: Path, *options: str) -> s
 
 
 def _numbers(pattern: str, report: str) -> list[int]:
-    found = re.search(pattern, report)
-    if found is None:
-        raise MedsegError(f"ptxas says nothing like {pattern!r}; its report begins {report[:200]!r}")
-    return [int(number) for number in found.groups()]
+    match = re.search(pattern, report)
+    if match is None:
+        raise MedsegError(f"the report of ptxas does not match {pattern!r}; it begins {report[:200]!r}")
+    return [int(number) for number in match.groups()]
 
 
 def _run(program: Path, *arguments: str) -> str:
@@ -126,5 +126,5 @@ def _assembler(toolchain: str) -> Path:
 
 @cache
 def _digest(program: Path) -> str:
-    """Return the digest of a program, which stands for its version."""
+    """Return the digest of a program, which identifies its version."""
     return hashlib.sha256(program.read_bytes()).hexdigest()

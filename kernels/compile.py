@@ -1,7 +1,7 @@
-"""Compile a kernel to PTX with NVRTC out of NVIDIA's Python wheels: no GPU and no CUDA installation is needed.
+"""Compile a kernel to PTX with NVRTC from NVIDIA's Python wheels; neither a GPU nor a CUDA installation is needed.
 
-Multiplications and additions are never contracted behind the source's back (``--fmad=false``): PTX then says ``mul.rn``
-and ``add.rn``, which ptxas must keep apart as well, so that what a CPU executes of the PTX is what a GPU rounds too.
+``--fmad=false`` forbids the contraction of products and sums. PTX then contains ``mul.rn`` and ``add.rn``, which ptxas
+must not contract either, so a CPU that executes the PTX rounds as a GPU does.
 Source: NVIDIA, "NVRTC" and "PTX ISA" (rounding modifiers of ``add`` and ``mul``).
 """
 
@@ -14,20 +14,20 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
 from medseg_trt.errors import MedsegError, MissingExtraError
+from medseg_trt.kernels.compile_cache import cached
 from medseg_trt.kernels.kernel import Entry, Kernel
-from medseg_trt.kernels.store import remember
 
 OPTIONS = ("--std=c++17", "--fmad=false")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Toolchain:
-    """A CUDA release, as the wheels that carry it."""
+    """The Python wheels of a CUDA release."""
 
     extra: str  # of pyproject.toml
     compiler: tuple[str, str]  # distribution, file in it
     assembler: tuple[str, str]
-    headers: tuple[tuple[str, str], ...]  # distribution, a header that shows where they are
+    headers: tuple[tuple[str, str], ...]  # distribution, a file that locates its headers
 
 
 TOOLCHAINS: Mapping[str, Toolchain] = {  # by CUDA release
@@ -56,17 +56,17 @@ DEFAULT = "13.0"  # a key of TOOLCHAINS
 
 
 def compile_ptx(kernel: Kernel, entry: Entry, arch: str = "compute_80", toolchain: str = DEFAULT) -> str:
-    """Return the PTX of one entry; from the user's cache where the same source was compiled before.
+    """Return the PTX of one entry, from the user's cache if the same source was compiled before.
 
     Args:
-        kernel: where the source is.
-        entry: which ``-D`` options select the function.
+        kernel: has the source.
+        entry: has the ``-D`` options that select the function.
         arch: the virtual architecture, ``compute_80`` … ``compute_120``.
         toolchain: a key of ``TOOLCHAINS``.
 
     Raises:
         MissingExtraError: a wheel of the toolchain is not installed.
-        MedsegError: the source does not compile; the compiler's whole log is a note of the error.
+        MedsegError: the source does not compile; the compiler's log is attached as a note.
     """
     tools = TOOLCHAINS[toolchain]
     options = (*OPTIONS, f"--gpu-architecture={arch}", *(f"-D{name}={value}" for name, value in entry.defines.items()))
@@ -76,33 +76,33 @@ def compile_ptx(kernel: Kernel, entry: Entry, arch: str = "compute_80", toolchai
         "compiler": compiler_version(toolchain),
         "headers": {name: version(name) for name, _ in tools.headers},
     }
-    return remember(key, lambda: _compile(kernel, entry, options, toolchain))
+    return cached(key, lambda: _compile(kernel, entry, options, toolchain))
 
 
 def sources(path: Path) -> dict[str, str]:
-    """Return the text of a ``.cu`` file and of every file of ours that it includes, directly or not, by file name."""
-    found: dict[str, str] = {}
+    """Return the text of a ``.cu`` file and of every local file that it includes, directly or not, by file name."""
+    texts: dict[str, str] = {}
     waiting = [path]
     while waiting:
         text = (file := waiting.pop()).read_text(encoding="utf-8")
-        found[file.name] = text
+        texts[file.name] = text
         included = re.findall(r'^\s*#\s*include\s+"([^"]+)"', text, flags=re.MULTILINE)
-        waiting += [file.parent / name for name in included if name not in found]
-    return dict(sorted(found.items()))
+        waiting += [file.parent / name for name in included if name not in texts]
+    return dict(sorted(texts.items()))
 
 
 def compiler_version(toolchain: str) -> str:
-    """Return NVRTC's own version and the wheel's, for example ``"NVRTC 13.0 (13.0.88)"``."""
+    """Return the versions of NVRTC and of its wheel, for example ``"NVRTC 13.0 (13.0.88)"``."""
     major, minor = ctypes.c_int(), ctypes.c_int()
     _check(_nvrtc(toolchain), "nvrtcVersion", ctypes.byref(major), ctypes.byref(minor))
     return f"NVRTC {major.value}.{minor.value} ({version(TOOLCHAINS[toolchain].compiler[0])})"
 
 
 def wheel_file(name: str, file: str, extra: str) -> Path:
-    """Return where a wheel put one of its files.
+    """Return the path of a file that a wheel installed.
 
     Raises:
-        MissingExtraError: it is not installed, or has no such file on this platform.
+        MissingExtraError: the wheel is not installed, or has no such file on this platform.
     """
     try:
         path = Path(str(distribution(name).locate_file(file)))
@@ -116,7 +116,7 @@ def wheel_file(name: str, file: str, extra: str) -> Path:
 def _compile(kernel: Kernel, entry: Entry, options: tuple[str, ...], toolchain: str) -> str:
     library = _nvrtc(toolchain)
     tools = TOOLCHAINS[toolchain]
-    folders = [kernel.source.parent, *(wheel_file(*each, tools.extra).parent for each in tools.headers)]
+    folders = [kernel.source.parent, *(wheel_file(*header, tools.extra).parent for header in tools.headers)]
     all_options = [*options, *(f"--include-path={folder}" for folder in dict.fromkeys(folders))]
     program = ctypes.c_void_p()
     text = kernel.source.read_bytes()
@@ -139,7 +139,7 @@ def _compile(kernel: Kernel, entry: Entry, options: tuple[str, ...], toolchain: 
 def _nvrtc(toolchain: str) -> ctypes.CDLL:
     tools = TOOLCHAINS[toolchain]
     path = wheel_file(*tools.compiler, tools.extra)
-    for builtins in path.parent.glob("libnvrtc-builtins.so.*"):  # NVRTC looks for them by name only, not beside itself
+    for builtins in path.parent.glob("libnvrtc-builtins.so.*"):  # NVRTC does not search its own folder for them
         ctypes.CDLL(str(builtins))
     library = ctypes.CDLL(str(path))
     library.nvrtcGetErrorString.restype = ctypes.c_char_p

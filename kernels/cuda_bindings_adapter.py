@@ -1,10 +1,14 @@
 """Launch through NVIDIA's ``cuda-bindings``."""
 
 import ctypes
+import hashlib
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from medseg_trt.kernels.device import Device, DeviceMemoryError
 from medseg_trt.kernels.launch import CudaError, Driver, Launch, import_driver, no_device
+from medseg_trt.kernels.modules import MODULES, LoadedModule
 
 TYPES = {"P": ctypes.c_void_p, "i": ctypes.c_int32}
 NAME_BYTES = 256
@@ -13,7 +17,7 @@ OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 
 
 def open_device(device: int) -> Driver:
-    """Return the adapter for a device, in the current context or else in its primary one.
+    """Return the adapter of a device, in the current CUDA context or else in the primary one.
 
     Raises:
         MissingExtraError: cuda-bindings is not installed.
@@ -22,12 +26,12 @@ def open_device(device: int) -> Driver:
     cuda = import_driver("cuda.bindings.driver", "kernels", device)
     try:
         return CudaBindings(cuda, device)
-    except (CudaError, RuntimeError) as error:  # RuntimeError: the driver's library is not there
+    except (CudaError, RuntimeError) as error:  # RuntimeError: the driver's library is missing
         raise no_device(device, error) from error
 
 
 class CudaBindings(Device):
-    """The CUDA driver as ``cuda.bindings.driver`` has it."""
+    """The CUDA driver through ``cuda.bindings.driver``."""
 
     def __init__(self, cuda: Any, device: int) -> None:
         """Open a device; ``cuda`` is the module ``cuda.bindings.driver``."""
@@ -35,25 +39,37 @@ class CudaBindings(Device):
         self.call("cuInit", 0)
         version: int = self.call("cuDriverGetVersion")
         self.cuda = version // 1000, version % 1000 // 10
-        if int(self.call("cuCtxGetCurrent")) == 0:
-            self.call("cuCtxSetCurrent", self.call("cuDevicePrimaryCtxRetain", self.call("cuDeviceGet", device)))
+        wanted = self.call("cuDeviceGet", device)
+        if int(self.call("cuCtxGetCurrent")) == 0 or int(self.call("cuCtxGetDevice")) != int(wanted):
+            self.call("cuCtxSetCurrent", self.call("cuDevicePrimaryCtxRetain", wanted))
         self._context = self.call("cuCtxGetCurrent")
-        here = self.call("cuCtxGetDevice")
+        current_device = self.call("cuCtxGetDevice")
         kinds = cuda.CUdevice_attribute
-        major: int = self.call("cuDeviceGetAttribute", kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, here)
-        minor: int = self.call("cuDeviceGetAttribute", kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, here)
+        major: int = self.call(
+            "cuDeviceGetAttribute", kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, current_device
+        )
+        minor: int = self.call(
+            "cuDeviceGetAttribute", kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, current_device
+        )
         self.capability = 10 * major + minor
-        name: bytes = self.call("cuDeviceGetName", NAME_BYTES, here)
+        name: bytes = self.call("cuDeviceGetName", NAME_BYTES, current_device)
         self.name = name.partition(b"\0")[0].decode(errors="replace")
-        self._modules: list[Any] = []  # a function lives as long as its module
+        self._modules: list[LoadedModule] = []  # a function is valid while its module is loaded
 
     def load(self, ptx: str, symbol: str) -> Any:
-        """Return a function of a PTX text, compiled for the device."""
-        self._modules.append(self.call("cuModuleLoadData", ptx.encode() + b"\0"))
-        return self.call("cuModuleGetFunction", self._modules[-1], symbol.encode())
+        """Return a function of a PTX text, compiled for the device; see ``modules``."""
+        text = ptx.encode() + b"\0"
+        key = id(self._cuda), int(self._context), hashlib.sha256(text).hexdigest()
+        module = MODULES.get(key, lambda: self.call("cuModuleLoadData", text), _unloader(self._cuda, self._context))
+        self._modules.append(module)
+        return self.call("cuModuleGetFunction", module.handle, symbol.encode())
+
+    def unload(self) -> None:
+        """Give the modules back; their functions may not be launched any more."""
+        self._modules.clear()
 
     def launch(self, launch: Launch) -> None:
-        """Put a launch into its stream, a handle."""
+        """Enqueue a launch in its stream, given as a handle."""
         types = tuple(TYPES[kind] for kind in launch.layout)
         self.call(
             "cuLaunchKernel",
@@ -71,19 +87,19 @@ class CudaBindings(Device):
         self.call("cuStreamSynchronize", stream)
 
     def activate(self) -> None:
-        """Make the context that this adapter was opened in the calling thread's."""
+        """Make this adapter's CUDA context current in the calling thread."""
         self.call("cuCtxSetCurrent", self._context)
 
     def free_bytes(self) -> int:
-        """Return how much memory of the device nobody uses."""
-        return int(self.call("cuMemGetInfo"))  # the first result; the second is how much there is
+        """Return the free memory of the device."""
+        return int(self.call("cuMemGetInfo"))  # the first result; the second is the total
 
     def allocate(self, nbytes: int) -> int:
         """Return the address of new memory on the device."""
         return int(self.call("cuMemAlloc", max(nbytes, 1)))
 
     def free(self, address: int) -> None:
-        """Give memory of the device back."""
+        """Free device memory."""
         self.call("cuMemFree", address)
 
     def allocate_host(self, nbytes: int) -> int:
@@ -91,7 +107,7 @@ class CudaBindings(Device):
         return int(self.call("cuMemAllocHost", max(nbytes, 1)))
 
     def free_host(self, address: int) -> None:
-        """Give pinned memory back."""
+        """Free pinned memory."""
         self.call("cuMemFreeHost", address)
 
     def new_stream(self) -> int:
@@ -99,7 +115,7 @@ class CudaBindings(Device):
         return int(self.call("cuStreamCreate", NON_BLOCKING))
 
     def free_stream(self, stream: int) -> None:
-        """Give a stream back."""
+        """Destroy a stream."""
         self.call("cuStreamDestroy", stream)
 
     def clear(self, address: int, nbytes: int, stream: int) -> None:
@@ -115,7 +131,7 @@ class CudaBindings(Device):
         self.call("cuMemcpyDtoHAsync", target, source, nbytes, stream)
 
     def begin_capture(self, stream: int) -> None:
-        """Record what this thread puts into a stream; what other threads do with the device is their affair."""
+        """Record the work that this thread enqueues; the work of other threads is not affected."""
         self.call("cuStreamBeginCapture", stream, self._cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
 
     def end_capture(self, stream: int) -> Any:
@@ -127,33 +143,49 @@ class CudaBindings(Device):
             self.call("cuGraphDestroy", graph)
 
     def launch_graph(self, graph: Any, stream: int) -> None:
-        """Put recorded work into a stream."""
+        """Enqueue recorded work."""
         self.call("cuGraphLaunch", graph, stream)
 
     def free_graph(self, graph: Any) -> None:
-        """Give recorded work back."""
+        """Destroy recorded work."""
         self.call("cuGraphExecDestroy", graph)
 
     def new_event(self) -> Any:
-        """Return an event that takes the time."""
+        """Return an event that records the time."""
         return self.call("cuEventCreate", 0)
 
     def free_event(self, event: Any) -> None:
-        """Give an event back."""
+        """Destroy an event."""
         self.call("cuEventDestroy", event)
 
     def record_event(self, event: Any, stream: int) -> None:
-        """Put an event into a stream."""
+        """Record an event in a stream."""
         self.call("cuEventRecord", event, stream)
 
+    def wait_event(self, event: Any) -> None:
+        """Wait until the device has reached an event."""
+        self.call("cuEventSynchronize", event)
+
     def elapsed_ms(self, start: Any, stop: Any) -> float:
-        """Return the milliseconds between two events that have happened."""
+        """Return the milliseconds between two completed events."""
         return float(self.call("cuEventElapsedTime", start, stop))
 
     def call(self, function: str, *arguments: Any) -> Any:
-        """Call a function of the driver and return its first result, if it has any."""
+        """Call a function of the driver and return its first result; None if it has none."""
         status, *results = getattr(self._cuda, function)(*arguments)
         if int(status) != 0:
             kind = DeviceMemoryError if int(status) == OUT_OF_MEMORY else CudaError
             raise kind(f"{function} returned {int(status)} {getattr(status, 'name', '')}".rstrip())
         return results[0] if results else None
+
+
+def _unloader(cuda: Any, context: Any) -> Callable[[Any], None]:
+    """Return what unloads a module in its context, from whatever thread; the driver's answer is of no use then."""
+
+    def unload(module: Any) -> None:
+        with suppress(Exception):
+            cuda.cuCtxPushCurrent(context)
+            cuda.cuModuleUnload(module)
+            cuda.cuCtxPopCurrent()
+
+    return unload

@@ -1,7 +1,7 @@
-"""What a session asks of a GPU beyond launches: memory, streams, copies, captured graphs and events.
+"""The interface of a GPU for sessions: memory, streams, copies, captured graphs and events besides launches.
 
-Every method puts its work into a stream or does it at once, and raises ``CudaError`` with the driver's own words. A
-thread calls ``activate`` before anything else. Nothing here frees by itself: who allocates frees.
+Methods enqueue their work in a stream or do it at once, and raise ``CudaError`` with the driver's message. A thread
+calls ``activate`` first. Nothing is freed automatically: the caller that allocates frees.
 """
 
 from abc import abstractmethod
@@ -10,11 +10,11 @@ from typing import Any
 from medseg_trt.errors import DeviceError
 from medseg_trt.kernels.launch import CudaError, Driver, open_driver
 
-ADAPTER = "cuda-bindings"  # the one that has all of this
+ADAPTER = "cuda-bindings"  # the only adapter that implements ``Device``
 
 
 class DeviceMemoryError(CudaError):
-    """There is not enough memory on the device, or not enough that can be pinned."""
+    """The device or the host lacks free memory for an allocation."""
 
 
 class Device(Driver):
@@ -24,35 +24,35 @@ class Device(Driver):
 
     @abstractmethod
     def activate(self) -> None:
-        """Make the device's context the calling thread's."""
+        """Make the device's CUDA context current in the calling thread."""
 
     @abstractmethod
     def free_bytes(self) -> int:
-        """Return how much memory of the device nobody uses."""
+        """Return the free memory of the device."""
 
     @abstractmethod
     def allocate(self, nbytes: int) -> int:
-        """Return the address of new memory on the device, aligned to 256 bytes; its content is undefined."""
+        """Allocate device memory, aligned to 256 bytes and uninitialised, and return its address."""
 
     @abstractmethod
     def free(self, address: int) -> None:
-        """Give memory of the device back."""
+        """Free device memory."""
 
     @abstractmethod
     def allocate_host(self, nbytes: int) -> int:
-        """Return the address of new pinned memory of the host: only from there a copy runs beside the program."""
+        """Allocate pinned host memory, which asynchronous copies need, and return its address."""
 
     @abstractmethod
     def free_host(self, address: int) -> None:
-        """Give pinned memory back."""
+        """Free pinned memory."""
 
     @abstractmethod
     def new_stream(self) -> int:
-        """Return the handle of a new stream that does not wait for the default one."""
+        """Return the handle of a new stream that does not synchronise with the default stream."""
 
     @abstractmethod
     def free_stream(self, stream: int) -> None:
-        """Give a stream back."""
+        """Destroy a stream."""
 
     @abstractmethod
     def clear(self, address: int, nbytes: int, stream: int) -> None:
@@ -60,43 +60,47 @@ class Device(Driver):
 
     @abstractmethod
     def upload(self, target: int, source: int, nbytes: int, stream: int) -> None:
-        """Copy from pinned memory; ``source`` must not change before the stream is done."""
+        """Copy from pinned memory; ``source`` must not change until the stream has completed."""
 
     @abstractmethod
     def download(self, target: int, source: int, nbytes: int, stream: int) -> None:
-        """Copy to pinned memory; ``target`` holds it once the stream is done."""
+        """Copy to pinned memory; ``target`` is valid when the stream has completed."""
 
     @abstractmethod
     def begin_capture(self, stream: int) -> None:
-        """Record what this thread puts into a stream from now on, instead of doing it."""
+        """Start to record the work that this thread enqueues in a stream, instead of executing it."""
 
     @abstractmethod
     def end_capture(self, stream: int) -> Any:
-        """Return the recorded work, ready to be launched; it keeps every address that it was recorded with."""
+        """Return the recorded work as an executable graph, which uses the recorded addresses."""
 
     @abstractmethod
     def launch_graph(self, graph: Any, stream: int) -> None:
-        """Put recorded work into a stream."""
+        """Enqueue recorded work."""
 
     @abstractmethod
     def free_graph(self, graph: Any) -> None:
-        """Give recorded work back."""
+        """Destroy recorded work."""
 
     @abstractmethod
     def new_event(self) -> Any:
-        """Return a mark that can be put into streams and remembers when the device came by."""
+        """Return an event that records the time at which the device reaches it."""
 
     @abstractmethod
     def free_event(self, event: Any) -> None:
-        """Give a mark back."""
+        """Destroy an event."""
 
     @abstractmethod
     def record_event(self, event: Any, stream: int) -> None:
-        """Put a mark into a stream, behind all that is there."""
+        """Enqueue an event in a stream."""
+
+    @abstractmethod
+    def wait_event(self, event: Any) -> None:
+        """Wait until the device has reached an event."""
 
     @abstractmethod
     def elapsed_ms(self, start: Any, stop: Any) -> float:
-        """Return the milliseconds between two marks that the device has come by, to about half a microsecond."""
+        """Return the milliseconds between two completed events, with a resolution of about half a microsecond."""
 
 
 def open_device(number: int = 0) -> Device:
@@ -107,5 +111,5 @@ def open_device(number: int = 0) -> Device:
     """
     driver = open_driver(ADAPTER, number)
     if not isinstance(driver, Device):
-        raise DeviceError(f"the CUDA adapter {ADAPTER} has no streams and graphs; install another medseg-trt")
+        raise DeviceError(f"the CUDA adapter {ADAPTER} has no streams and graphs; reinstall medseg-trt")
     return driver

@@ -1,6 +1,6 @@
-"""Arrays on the GPU, and the time that launches take there, without PyTorch: through ``cuda-bindings`` alone."""
+"""Arrays on the GPU and the duration of launches, through ``cuda-bindings`` without PyTorch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 import numpy as np
@@ -8,11 +8,11 @@ import numpy as np
 from medseg_trt.kernels.cuda_bindings_adapter import CudaBindings
 from medseg_trt.kernels.kernel import Array
 
-STREAM = 0  # the default stream, in which everything here happens
+STREAM = 0  # the default stream
 
 
 class DeviceArray:
-    """An array on the GPU; it lives until the ``DeviceMemory`` that made it ends."""
+    """An array on the GPU, valid until the end of the ``DeviceMemory`` that allocated it."""
 
     def __init__(self, address: int, like: Array) -> None:
         """Describe memory at ``address`` of the shape and type of ``like``."""
@@ -27,7 +27,7 @@ class DeviceArray:
 
 
 class DeviceMemory:
-    """Gives memory on the device of a driver, and takes all of it back at the end of a ``with`` block."""
+    """Allocates device memory and frees all of it at the end of a ``with`` block."""
 
     def __init__(self, driver: CudaBindings) -> None:
         """Allocate through a driver, in its context."""
@@ -53,39 +53,45 @@ class DeviceMemory:
         return DeviceArray(address, source)
 
     def download(self, array: DeviceArray) -> Array:
-        """Return a copy of an array in the host's memory, once everything launched before is done."""
+        """Return a copy of an array in the host's memory, after all earlier launches."""
         result = np.empty(array.shape, array.dtype)
         self._driver.synchronize(STREAM)
         if result.nbytes:
             self._driver.call("cuMemcpyDtoH", result.ctypes.data, array.address, result.nbytes)
         return result
 
-    def copy(self, source: DeviceArray, target: DeviceArray) -> None:
-        """Copy on the device, as fast as it can: what the speed of kernels is compared with."""
+    def copy(self, source: DeviceArray, target: DeviceArray, stream: int) -> None:
+        """Copy on the device: the bandwidth that kernels are compared with."""
         nbytes = int(np.prod(source.shape)) * source.dtype.itemsize
-        self._driver.call("cuMemcpyDtoDAsync", target.address, source.address, nbytes, STREAM)
+        self._driver.call("cuMemcpyDtoDAsync", target.address, source.address, nbytes, stream)
 
 
-def milliseconds(driver: CudaBindings, launch: Callable[[], None], *, runs: int, repeats: int) -> list[float]:
-    """Return how long one launch takes on the device, by CUDA events, ``runs`` times.
+def milliseconds(driver: CudaBindings, launches: Sequence[Callable[[int], None]], *, runs: int) -> list[float]:
+    """Measure the mean duration of launches on the device with CUDA events, ``runs`` times.
+
+    The launches are captured as one graph: to enqueue one from Python takes longer than a small kernel runs.
 
     Args:
         driver: the device's.
-        launch: puts the work into the default stream.
-        runs: how many figures are wanted; as many launches before the first are not timed.
-        repeats: launches between two events, so that a short kernel is not drowned by the events.
+        launches: enqueue work in a given stream, and have run before. For the bandwidth of the memory, each has buffers
+            of its own, all together larger than the device's cache.
+        runs: number of measurements, after as many that are discarded.
     """
-    for _ in range(runs):
-        launch()
+    stream = driver.new_stream()
+    driver.begin_capture(stream)
+    for launch in launches:
+        launch(stream)
+    graph = driver.end_capture(stream)
     times: list[float] = []
     start, stop = driver.new_event(), driver.new_event()
-    for _ in range(runs):
-        driver.record_event(start, STREAM)
-        for _ in range(repeats):
-            launch()
-        driver.record_event(stop, STREAM)
-        driver.synchronize(STREAM)
-        times.append(driver.elapsed_ms(start, stop) / repeats)
+    for _ in range(2 * runs):
+        driver.record_event(start, stream)
+        driver.launch_graph(graph, stream)
+        driver.record_event(stop, stream)
+        driver.synchronize(stream)
+        times.append(driver.elapsed_ms(start, stop) / len(launches))
     for event in (start, stop):
         driver.free_event(event)
-    return times
+    driver.free_graph(graph)
+    driver.free_stream(stream)
+    return times[runs:]

@@ -1,8 +1,8 @@
-// Element types of the kernels on rows, their conversions, and loads and stores of several at once.
+// Element types of the row kernels, their conversions, and vector loads and stores.
 //
-// -D SCALAR=__half | __nv_bfloat16 | float            the floating inputs
-// -D OUTPUT=SCALAR | int8 | __nv_fp8_e4m3             what is written; the last one needs -D WITH_FP8=1
-// -D SCALE=SCALE_NONE | SCALE_TENSOR | SCALE_TOKEN    how OUTPUT is scaled: not, by one number, by one for each row
+// -D SCALAR=__half | __nv_bfloat16 | float            type of the floating inputs
+// -D OUTPUT=SCALAR | int8 | __nv_fp8_e4m3             type of the output; __nv_fp8_e4m3 needs -D WITH_FP8=1
+// -D SCALE=SCALE_NONE | SCALE_TENSOR | SCALE_TOKEN    scale of OUTPUT: none, one for the tensor, one per row
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -22,7 +22,7 @@ __device__ __forceinline__ float widen(float value) { return value; }
 __device__ __forceinline__ float widen(__half value) { return __half2float(value); }
 __device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
 
-// Round to the nearest, ties to even.
+// Round to nearest, ties to even.
 template <typename T>
 __device__ __forceinline__ T narrow(float value);
 template <>
@@ -57,13 +57,13 @@ struct Word<2> { using Type = unsigned short; };
 template <>
 struct Word<1> { using Type = unsigned char; };
 
-// Say whether runs of RUN elements can be moved in one access each, `pointer` being the beginning of the first.
+// Return whether `pointer` is aligned for accesses of RUN elements.
 template <int RUN, typename T>
 __device__ __forceinline__ bool aligned(const T* pointer) {
     return reinterpret_cast<size_t>(pointer) % (RUN * sizeof(T)) == 0;
 }
 
-// Move COUNT neighbours, RUN of them an access.
+// Move COUNT neighbouring elements, RUN per access.
 template <int RUN, int COUNT, typename T>
 __device__ __forceinline__ void load(const T* from, T (&values)[COUNT]) {
     using Type = typename Word<RUN * sizeof(T)>::Type;
@@ -80,7 +80,7 @@ __device__ __forceinline__ void store(T* to, const T (&values)[COUNT]) {
 #pragma unroll
     for (int k = 0; k < COUNT; k += RUN) {
         Type word;
-        if constexpr (sizeof(T) == 1 && RUN % 4 == 0) {  // copied as one, NVRTC for sm_120 reads bytes before it sets them
+        if constexpr (sizeof(T) == 1 && RUN % 4 == 0) {  // with memcpy, NVRTC for sm_120 reads bytes before they are set
             unsigned parts[RUN / 4] = {};
 #pragma unroll
             for (int j = 0; j < RUN; ++j) {
@@ -94,8 +94,8 @@ __device__ __forceinline__ void store(T* to, const T (&values)[COUNT]) {
     }
 }
 
-// A thread's share of one tile of a row: RUNS runs of RUN neighbours, all runs of a block side by side. Loads come
-// first and fill up with zeros beyond the row's end, so that they are all under way at once.
+// A thread's share of one tile of a row: RUNS runs of RUN neighbouring elements; the runs of a block are adjacent. All
+// loads are issued first; elements beyond the end of the row are 0.
 template <int THREADS, int RUNS, int RUN>
 struct Share {
     static __device__ __forceinline__ int column(int tile, int run) { return tile + (run * THREADS + threadIdx.x) * RUN; }

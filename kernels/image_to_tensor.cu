@@ -1,15 +1,15 @@
-// Resize 8-bit pictures, clip them to a window, normalise them and lay them out as channels × rows × columns.
+// Resizes 8-bit images, clips them to a window, normalises them and writes them as channels × rows × columns.
 //
-// A block makes a tile of 2048 pixels that follow each other in the tensor; blockIdx.y is the picture of the batch.
-// Where nothing is resized, cropped or padded and everything is aligned, a thread takes 16 neighbouring pixels, so that
-// each load and store is 16 bytes. Else threads that are neighbours make neighbouring pixels, 16 times, one at a time:
-// a warp's stores fill whole sectors, and the bytes it gathers lie together.
+// blockIdx.y is the image of the batch. Without resizing, cropping and padding, and with aligned addresses, a thread
+// copies 16 neighbouring pixels with accesses of 16 bytes. Otherwise it gathers: neighbouring threads compute
+// neighbouring pixels, so that the stores of a warp fill whole sectors and its loads are close together; a thread goes
+// on with pixels at distances of the whole grid. `_grid` of image_to_tensor.py has as many threads as there is work.
 //
-// Weights are whole numbers, exact at any size: in units of 1 / (2 · resampled) source pixels, target pixel i lies at
-// (2i + 1) · source and source pixel p at (2p + 1) · resampled; the weight of p is what their distance leaves of
-// `reach`, half the triangle's width. What rounds is the weighted sum, its division by the weights' sum, and the
-// normalisation. Sums are compensated, so that their error does not grow with the number of weights; image_to_tensor.py
-// derives the bound. -D SCALAR=__half | float, ENTRY=name. Not timed on any card yet.
+// Weights are integers and exact at any size. In units of 1 / (2 · resampled) source pixels, target pixel i is at
+// (2i + 1) · source and source pixel p at (2p + 1) · resampled. The weight of p is `reach`, half the width of the
+// triangle, minus the distance of the two. The weighted sum, its division by the sum of the weights and the
+// normalisation are rounded. Sums are compensated, so the error does not grow with the number of weights;
+// image_to_tensor.py derives the bound. Options: -D SCALAR=__half | float, ENTRY=name. Not measured on a GPU yet.
 #include <cuda_fp16.h>
 
 constexpr int STRIP = 16;                        // pixels of a thread
@@ -20,7 +20,7 @@ struct Axis {
     int source, resampled, canvas;               // pixels
     int reach;
 
-    __device__ int offset() const { return (canvas - resampled) >> 1; }  // rounds down, also below zero
+    __device__ int offset() const { return (canvas - resampled) >> 1; }  // rounds towards minus infinity
 };
 
 struct Taps {                                    // source pixels first … last
@@ -45,8 +45,8 @@ struct Taps {                                    // source pixels first … last
     }
 };
 
-// A sum that is as exact as if it were rounded twice: each addition's rounding error, which Knuth's TwoSum gives
-// exactly, is added to the next term.
+// A compensated sum with two roundings: the exact rounding error of each addition (Knuth's TwoSum) is added to the next
+// term.
 struct Sum {
     float rounded = 0.0f, error = 0.0f;
 
@@ -75,7 +75,7 @@ struct Normalization {
     }
 };
 
-// 16 pixels as they are, of SOURCE bytes each.
+// Copy 16 pixels of SOURCE bytes each without resizing.
 template <int SOURCE>
 __device__ void copy(const unsigned char* from, SCALAR* to, size_t plane, const Normalization& normalization) {
     unsigned char bytes[STRIP * SOURCE];
@@ -101,7 +101,7 @@ __device__ void copy(const unsigned char* from, SCALAR* to, size_t plane, const 
     }
 }
 
-// How far one pixel of the resampled picture lies above the window's lower end, in each channel.
+// Return one pixel of the resampled image minus the lower end of the window, per channel.
 __device__ void sample(
     const Picture& picture, const Axis& rows, const Axis& columns, int y, int x, const Normalization& normalization,
     float (&values)[CHANNELS]
@@ -147,13 +147,13 @@ extern "C" __global__ void __launch_bounds__(128) ENTRY(
         pixels + static_cast<size_t>(blockIdx.y) * image_stride, channels, row_stride, pixel_stride};
     const int plane = image_height * image_width;
     SCALAR* const to = tensor + static_cast<size_t>(blockIdx.y) * CHANNELS * plane;
-    const int tile = blockIdx.x * blockDim.x * STRIP;
+    const int thread = blockIdx.x * blockDim.x + threadIdx.x;
 
     const bool as_it_is = height == resampled_height && height == image_height && width == resampled_width &&
                           width == image_width && pixel_stride == channels;
     const size_t addresses = reinterpret_cast<size_t>(picture.pixels) | reinterpret_cast<size_t>(to);
     if (as_it_is && (addresses | row_stride | width) % 16 == 0) {
-        const int pixel = tile + threadIdx.x * STRIP;
+        const int pixel = thread * STRIP;
         if (pixel >= plane) return;
         const size_t row = pixel / width, column = pixel % width;
         const unsigned char* from = picture.pixels + row * row_stride + column * pixel_stride;
@@ -163,10 +163,9 @@ extern "C" __global__ void __launch_bounds__(128) ENTRY(
     }
 
 #pragma unroll 1
-    for (int pixel = tile + threadIdx.x; pixel < min(plane, tile + static_cast<int>(blockDim.x) * STRIP);
-         pixel += blockDim.x) {
+    for (int pixel = thread; pixel < plane; pixel += gridDim.x * blockDim.x) {
         const int y = pixel / image_width - rows.offset(), x = pixel % image_width - columns.offset();
-        float values[CHANNELS] = {};              // where it is padded: the window's lower end
+        float values[CHANNELS] = {};              // padding: the lower end of the window
         if (y >= 0 && y < resampled_height && x >= 0 && x < resampled_width) {
             sample(picture, rows, columns, y, x, normalization, values);
         }

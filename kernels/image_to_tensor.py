@@ -1,9 +1,9 @@
-"""Declare ``image_to_tensor``: 8-bit pictures, resized, clipped and normalised as ``preprocess.prepare`` does it.
+"""Declare ``image_to_tensor``: 8-bit images, resized, clipped and normalised like ``preprocess.prepare``.
 
-The picture may have any row, pixel and picture stride (a crop, a padded frame, BGRA read as three of four channels);
-one channel is repeated to three. Padding is the window's lower end.
+An image may have any row, pixel and image stride (a crop, a padded frame, three of the four channels of BGRA). One
+channel is repeated to three. Padding is the lower end of the window.
 
-Error bound, with u = 2**-24, float32's unit roundoff, for a pixel that n weights (rows and columns together) make:
+Error bound, with u = 2**-24, float32's unit roundoff, for a pixel with n weights (rows and columns together):
 
 1. A pixel's distance from the window's lower end is one difference: u.
 2. A row's sum adds non-negative terms x_k, and to each the rounding error e_(k-1) of the addition before it:
@@ -11,7 +11,7 @@ Error bound, with u = 2**-24, float32's unit roundoff, for a pixel that n weight
    s_k + e_k = s_(k-1) + term_k exactly, and |e_k| <= u s_k. The e_k cancel from term to term, so that s_n differs from
    the sum by e_n and by the roundings of the terms: at most 2 u + n u**2 of it.
 3. The sum of the rows' sums, likewise: 2 u + n u**2.
-4. The weights are whole numbers, and so is their total, which is rounded once to float32: u. The quotient: u.
+4. The weights and their total are integers; the total is rounded once to float32: u. The quotient: u.
 
 Together ``ROUNDINGS`` u = 7 u of the mean, and so of its product with the scale, whatever n is. That product and the
 bias are added in one fused operation, whose rounding is half an ulp of the result; to float16 it is rounded once more.
@@ -41,8 +41,9 @@ from medseg_trt.kernels.kernel import (
 from medseg_trt.spec import Preprocessing
 
 CHANNELS = 3
-TILE = 2048  # pixels of a block: 16 for each of its threads
-MAX_PIXELS = 16384  # of an axis; the whole-number weights of larger ones would not fit into 32 bits
+BLOCK_THREADS = 128
+STRIP = 16  # pixels of a thread that copies; one that resizes has one pixel
+MAX_PIXELS = 16384  # of an axis; the integer weights of a longer axis exceed 32 bits
 UNIT_ROUNDOFF = 2.0**-24  # of float32
 ROUNDINGS = 7  # of the mean of a pixel, in units of UNIT_ROUNDOFF; derived above
 SECOND_ORDER = 64  # in units of UNIT_ROUNDOFF**2: more than the 21 products of two of those roundings
@@ -76,27 +77,27 @@ def scalars(
     spacing_mm: tuple[float, float] | None = None,
     strides: tuple[int, int, int] | None = None,
 ) -> dict[str, int]:
-    """Return the kernel's scalars for pictures under a preprocessing contract.
+    """Return the kernel's scalars for a preprocessing.
 
     Args:
-        p: the contract; ``nearest``, splines and turned channels are not for this kernel.
-        shape: pictures, rows, columns, channels; 1 or 3 channels.
-        spacing_mm: distance between rows and between columns, where it is known.
-        strides: bytes from picture to picture, row to row, pixel to pixel; without gaps if not given.
+        p: the preprocessing; ``nearest``, splines and reversed channels are not supported.
+        shape: images, rows, columns, channels; 1 or 3 channels.
+        spacing_mm: distance between rows and between columns; None: unknown.
+        strides: bytes from image to image, row to row, pixel to pixel; None: contiguous.
 
     Raises:
-        ValueError: the kernel cannot do it; the message says why.
+        ValueError: the kernel does not support it; the message gives the reason.
     """
     batch, height, width, channels = shape
     resampled = resampled_size((height, width), p, spacing_mm)
     if channels not in (1, CHANNELS):
-        raise ValueError(f"the picture has {channels} channels; 1 or 3 are possible")
+        raise ValueError(f"the image has {channels} channels; 1 or 3 are possible")
     if p.resize not in ("linear", "linear_antialias"):
         raise ValueError(f"image_to_tensor resizes with linear or linear_antialias, not with {p.resize}")
     if p.own_window:
-        raise ValueError("image_to_tensor takes one window for all its pictures, not each one's own")
+        raise ValueError("image_to_tensor uses one window for all images; windows per image are not supported")
     if p.channel_order != "rgb":
-        raise ValueError(f"image_to_tensor keeps the order of the channels; it cannot make {p.channel_order} of rgb")
+        raise ValueError(f"image_to_tensor keeps the channel order rgb; {p.channel_order} is not supported")
     if not min(height, width, *resampled, *p.image_size) > 0 or max(height, width, *resampled) > MAX_PIXELS:
         raise ValueError(f"{height} x {width} pixels to {resampled}: an axis may have 1 to {MAX_PIXELS}")
     image_stride, row_stride, pixel_stride = strides or (height * width * channels, width * channels, channels)
@@ -128,15 +129,17 @@ def scalars(
 def resampled_size(
     source_size: tuple[int, int], p: Preprocessing, spacing_mm: tuple[float, float] | None
 ) -> tuple[int, int]:
-    """Return rows and columns of the source once it has the contract's spacing, before it is padded or cropped."""
+    """Return rows and columns of the source at the preprocessing's spacing, before padding and cropping."""
     if p.spacing_mm is None or spacing_mm is None:
         return p.image_size
-    rows, columns = (max(1, round(n * each / p.spacing_mm)) for n, each in zip(source_size, spacing_mm, strict=True))
+    rows, columns = (
+        max(1, round(n * step_mm / p.spacing_mm)) for n, step_mm in zip(source_size, spacing_mm, strict=True)
+    )
     return rows, columns
 
 
 def triangle(source: int, resampled: int, antialias: bool) -> Floats:
-    """Return the weights, (resampled, source), that resize an axis; every row sums to one.
+    """Return the weights, (resampled, source), that resize an axis; every row adds up to one.
 
     Source: the triangle filter at half-pixel centres, as PyTorch's ``interpolate(antialias=…)`` has it.
     """
@@ -148,13 +151,13 @@ def triangle(source: int, resampled: int, antialias: bool) -> Floats:
 
 def _reference(entry: Entry, inputs: Mapping[str, Array], s: Scalars) -> dict[str, Expected]:
     low, high = float_from_bits(s["low_bits"]), float_from_bits(s["high_bits"])
-    pictures = np.lib.stride_tricks.as_strided(
+    images = np.lib.stride_tricks.as_strided(
         inputs["pixels"].reshape(-1),
         (s["batch"], s["height"], s["width"], s["channels"]),
         (s["image_stride"], s["row_stride"], s["pixel_stride"], 1),
         writeable=False,
     )
-    above_low = np.clip(pictures.astype(np.float64), low, high) - low
+    above_low = np.clip(images.astype(np.float64), low, high) - low
     rows = triangle(s["height"], s["resampled_height"], bool(s["antialias"]))
     columns = triangle(s["width"], s["resampled_width"], bool(s["antialias"]))
     resampled = np.moveaxis(np.moveaxis(above_low, 3, 1) @ columns.T, 2, 3) @ rows.T  # (batch, channel, column, row)
@@ -173,19 +176,26 @@ def _reference(entry: Entry, inputs: Mapping[str, Array], s: Scalars) -> dict[st
     slack = relative * np.abs(canvas * scale)
     if entry.dtype != "float32":
         slack += UNIT_ROUNDOFF * (np.abs(value) + slack)  # the result in float32, before the last rounding
-    # What is rounded last may be larger than the value by the slack, and have the larger ulp.
+    # The last rounding is of a number that may exceed the value by the slack, with a larger ulp.
     return {"tensor": Expected(value=value, largest_term=np.abs(value) + slack, slack=slack)}
 
 
 def _overlap(resampled: int, canvas: int) -> tuple[slice, slice]:
-    """Return which part of the canvas is filled, and with which part of the resampled axis."""
+    """Return the filled part of the canvas and the part of the resampled axis that fills it."""
     offset = (canvas - resampled) // 2
     start, stop = max(offset, 0), min(offset + resampled, canvas)
     return slice(start, stop), slice(start - offset, stop - offset)
 
 
 def _grid(s: Scalars) -> tuple[int, int, int]:
-    return -(-s["image_height"] * s["image_width"] // TILE), s["batch"], 1
+    sizes = {(s[f"{kind}height"], s[f"{kind}width"]) for kind in ("", "resampled_", "image_")}
+    copies = len(sizes) == 1 and s["pixel_stride"] == s["channels"] and (s["row_stride"] | s["width"]) % STRIP == 0
+    return num_blocks(s["image_height"] * s["image_width"], copies), s["batch"], 1
+
+
+def num_blocks(pixels: int, copies: bool) -> int:
+    """Return the blocks for so many pixels: one pixel per thread, or a strip where no pixel is resized."""
+    return -(-pixels // (BLOCK_THREADS * (STRIP if copies else 1)))
 
 
 def _shapes(s: Scalars, _entry: Entry) -> dict[str, tuple[int, ...]]:
@@ -219,9 +229,9 @@ KERNEL = Kernel(
     name="image_to_tensor",
     source=Path(__file__).with_suffix(".cu"),
     entries=tuple(_entry(dtype) for dtype in ("float16", "float32")),
-    block=(128, 1, 1),
+    block=(BLOCK_THREADS, 1, 1),
     grid=_grid,
-    grid_rule="(ceil(image_height * image_width / 2048), batch, 1)",
+    grid_rule="(ceil(image_height * image_width / (copies ? 2048 : 128)), batch, 1)",
     shared_bytes=0,
     shapes=_shapes,
     reference=_reference,

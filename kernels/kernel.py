@@ -1,7 +1,7 @@
-"""What is known about a CUDA kernel without running it: its functions, launch shape, reference and tolerance.
+"""The declaration of a CUDA kernel: its functions, launch configuration, reference and tolerance.
 
-A kernel is NAME.cu (the code) and NAME.py (its ``KERNEL``). A ``.cu`` holds one ``extern "C"`` function, whose name
-and types come from ``-D`` options: an ``Entry`` is one choice of them, compiled to one PTX file.
+A kernel is NAME.cu (the code) and NAME.py (its ``KERNEL``). A ``.cu`` file contains one ``extern "C"`` function, whose
+name and types are set by ``-D`` options. An ``Entry`` is one set of options, compiled to one PTX file.
 """
 
 import math
@@ -33,7 +33,7 @@ C_TYPES: Mapping[str, str] = {"float16": "__half", "bfloat16": "__nv_bfloat16", 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FloatFormat:
-    """The numbers that a floating type can hold."""
+    """The range and precision of a floating type."""
 
     fraction_bits: int
     min_exponent: int  # of the smallest normal number
@@ -51,7 +51,7 @@ FLOAT_FORMATS: Mapping[str, FloatFormat] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parameter:
-    """One argument of a kernel; a pointer's ``dtype`` is that of the elements behind it."""
+    """One argument of a kernel; the ``dtype`` of a pointer is that of its elements."""
 
     name: str
     kind: Literal["pointer", "int32"]
@@ -66,10 +66,8 @@ class Entry:
     name: str  # "rmsnorm_float16", "add_rmsnorm_bfloat16_int8" …
     dtype: str  # of the floating inputs
     defines: Mapping[str, str]  # the -D options that select it in the .cu
-    parameters: tuple[
-        Parameter, ...
-    ]  # in the order of the argument list: input pointers, int32 scalars, output pointers
-    min_arch: int = 80  # 89 where fp8 is converted by the hardware
+    parameters: tuple[Parameter, ...]  # in order: input pointers, int32 scalars, output pointers
+    min_arch: int = 80  # 89 for the hardware conversion to fp8
 
     @property
     def symbol(self) -> str:
@@ -79,12 +77,12 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Expected:
-    """What an output should be, in float64 and before the last rounding.
+    """The expected output, in float64 and before the last rounding.
 
     Attributes:
-        value: the exact result; for integer outputs in steps, not yet rounded or clamped.
-        largest_term: magnitude of the largest term of the sum that makes ``value``; ``abs(value)`` if there is no sum.
-        slack: how far ``value`` may move because an earlier rounding of the contract stood at a tie; mostly zero.
+        value: the exact result; for integer outputs in steps, before rounding and clamping.
+        largest_term: magnitude of the largest term of the sum that ``value`` is; ``abs(value)`` without a sum.
+        slack: the change of ``value`` if an earlier rounding of the contract was at a tie; mostly zero.
     """
 
     value: Floats
@@ -94,11 +92,11 @@ class Expected:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tolerance:
-    """How far an output may lie from what is expected, and why no further.
+    """The largest allowed error of an output, with the reason for it.
 
     Floating outputs: ``ulps`` spacings of the output's type, at the magnitude of ``of``. Integer outputs (``ulps`` is
-    0.5, the rounding itself): one step, and only where the exact value is within ``tie`` times its largest term (at
-    least one step) of a tie.
+    0.5, the rounding itself): one step, only where the exact value is within ``tie`` times its largest term (at least
+    one step) of a tie.
     """
 
     ulps: float
@@ -107,38 +105,36 @@ class Tolerance:
     reason: str
 
     def excess(self, actual: Array, expected: Expected, dtype: str) -> Floats:
-        """Return every element's error as a multiple of what is allowed: at most 1 passes; infinity is a wrong NaN."""
+        """Return the error of every element divided by the allowed error: at most 1 passes; a wrong NaN is infinite."""
         error, unit = distance(actual, expected, dtype, of=self.of)
         with np.errstate(invalid="ignore"):  # tie is 0 where the largest term may be infinite
             limit = self.ulps * unit + expected.slack + self.tie * np.maximum(1.0, expected.largest_term)
-        return error / np.where(np.isfinite(limit), limit, self.ulps * unit)  # a NaN is expected: its terms are none
+        return error / np.where(np.isfinite(limit), limit, self.ulps * unit)  # an expected NaN has no largest term
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kernel:
-    """A kernel's contract: everything that compiling, launching, checking and pricing it needs."""
+    """A kernel's contract: all that is needed to compile, launch, check and account for it."""
 
     name: str
     source: Path
     entries: tuple[Entry, ...]
     block: tuple[int, int, int]  # threads
     grid: Callable[[Scalars], tuple[int, int, int]]  # blocks, from the int32 scalars by name
-    grid_rule: str  # the same in words
+    grid_rule: str  # as text
     shared_bytes: int  # dynamic shared memory; the static part is in the PTX
-    shapes: Callable[[Scalars, Entry], dict[str, tuple[int, ...]]]  # of what every pointer points at, C-contiguous
-    reference: Callable[
-        [Entry, Mapping[str, Array], Scalars], dict[str, Expected]
-    ]  # (entry, input arrays, scalars) -> outputs
+    shapes: Callable[[Scalars, Entry], dict[str, tuple[int, ...]]]  # of every array, C-contiguous
+    reference: Callable[[Entry, Mapping[str, Array], Scalars], dict[str, Expected]]  # entry, inputs, scalars -> outputs
     tolerance: Mapping[str, Tolerance]  # by the output's dtype
-    bytes_moved: Callable[[Scalars, Entry], int]  # the least possible
-    onnx: str  # the node of domain medseg that it implements, or ""
+    bytes_moved: Callable[[Scalars, Entry], int]  # minimum memory traffic
+    onnx: str  # the node of domain medseg that it implements; "": none
     max_width: int | None = None
 
     def entry(self, name: str) -> Entry:
         """Return an entry by its name.
 
         Raises:
-            KeyError: there is none; the message lists those that there are.
+            KeyError: no entry has this name; the message lists the names.
         """
         for entry in self.entries:
             if entry.name == name:
@@ -152,7 +148,7 @@ def pointer(name: str, dtype: str, direction: Literal["in", "out"] = "in") -> Pa
 
 
 def scalar(name: str) -> Parameter:
-    """Declare an int32 argument; a float travels as its bits (``float_bits``) under a name that ends in ``_bits``."""
+    """Declare an int32 argument; a float is passed as its bits (``float_bits``) in an argument called ``…_bits``."""
     return Parameter(name=name, kind="int32", dtype="int32", direction="in")
 
 
@@ -169,12 +165,11 @@ def float_from_bits(bits: int) -> float:
 def rounded(value: Floats, dtype: str) -> Array:
     """Round float64 once, to the nearest, ties to even; integers and float8 saturate, NaN becomes the integer 0."""
     if dtype in FLOAT_FORMATS:
-        form = FLOAT_FORMATS[dtype]
-        if form.overflow == "saturate":
-            value = np.clip(value, -form.largest, form.largest)
-        steps = np.rint(value / spacing(value, dtype)) * spacing(
-            value, dtype
-        )  # ml_dtypes would round by way of float32
+        number_format = FLOAT_FORMATS[dtype]
+        if number_format.overflow == "saturate":
+            value = np.clip(value, -number_format.largest, number_format.largest)
+        step = spacing(value, dtype)
+        steps = np.rint(value / step) * step  # ml_dtypes would round to float32 first
         with np.errstate(over="ignore"):
             return steps.astype(DTYPES[dtype])
     limits = np.iinfo(DTYPES[dtype])
@@ -184,29 +179,29 @@ def rounded(value: Floats, dtype: str) -> Array:
 
 
 def spacing(value: Floats, dtype: str) -> Floats:
-    """Return the distance between neighbouring numbers of a floating type at the magnitude of ``value``: one ulp."""
-    form = FLOAT_FORMATS[dtype]
-    finite = np.where(np.isfinite(value), np.minimum(np.abs(value), form.largest), form.largest)
+    """Return one ulp of a floating type at the magnitude of ``value``."""
+    number_format = FLOAT_FORMATS[dtype]
+    finite = np.where(np.isfinite(value), np.minimum(np.abs(value), number_format.largest), number_format.largest)
     exponent = np.frexp(finite)[1] - 1
-    return np.ldexp(1.0, np.maximum(exponent, form.min_exponent) - form.fraction_bits)
+    return np.ldexp(1.0, np.maximum(exponent, number_format.min_exponent) - number_format.fraction_bits)
 
 
 def distance(actual: Array, expected: Expected, dtype: str, *, of: str = "output") -> tuple[Floats, Floats]:
-    """Return how far every element is from ``expected.value``, and the unit: one ulp of ``of``, or one integer step.
+    """Return the distance of every element from ``expected.value``, and its unit: an ulp of ``of`` or an integer step.
 
-    An ulp of the largest term is one of the value where that is larger.
-    Beyond the largest number of a type, infinity counts as the next number that the type would have. The distance is
-    infinity where exactly one of the two is NaN.
+    An ulp of the largest term is an ulp of the value where that is larger. Beyond the largest number of a type,
+    infinity counts as the next number of the type. The distance is infinite where exactly one of the two is NaN.
     """
     measured = actual.astype(np.float64)
     if dtype not in FLOAT_FORMATS:
         limits = np.iinfo(DTYPES[dtype])
-        wanted = np.where(np.isnan(expected.value), 0.0, np.clip(expected.value, limits.min, limits.max))
-        return np.abs(measured - wanted), np.ones_like(measured)
-    form = FLOAT_FORMATS[dtype]
+        target = np.where(np.isnan(expected.value), 0.0, np.clip(expected.value, limits.min, limits.max))
+        return np.abs(measured - target), np.ones_like(measured)
+    number_format = FLOAT_FORMATS[dtype]
     largest = np.fmax(np.abs(expected.value), expected.largest_term)  # a sum of two terms can be twice the larger one
     unit = spacing(expected.value if of == "output" else largest, dtype)
-    past = form.largest if form.overflow == "saturate" else 2.0 ** math.frexp(form.largest)[1]
+    next_power = 2.0 ** math.frexp(number_format.largest)[1]
+    past = number_format.largest if number_format.overflow == "saturate" else next_power
     with np.errstate(invalid="ignore"):
         error = np.abs(np.clip(measured, -past, past) - np.clip(expected.value, -past, past))
     nan, wanted_nan = np.isnan(measured), np.isnan(expected.value)
@@ -214,7 +209,7 @@ def distance(actual: Array, expected: Expected, dtype: str, *, of: str = "output
 
 
 def bytes_of_shapes(shapes: Mapping[str, tuple[int, ...]], entry: Entry) -> int:
-    """Return the bytes when every element of every array moves once."""
+    """Return the total size of all arrays in bytes."""
     return sum(
         int(np.prod(shapes[parameter.name], dtype=np.int64)) * DTYPES[parameter.dtype].itemsize
         for parameter in entry.parameters

@@ -1,7 +1,7 @@
-"""Launch a kernel on arrays that are on a GPU already: PyTorch or CuPy arrays, or plain addresses.
+"""Launch a kernel on arrays in GPU memory: PyTorch or CuPy arrays, or plain addresses.
 
-Everything is checked here against the kernel's declaration, and nowhere after. PyTorch is not imported: an array says
-itself where it is. Source: the CUDA Array Interface, version 3.
+All arguments are checked here against the kernel's declaration. PyTorch is not imported: addresses come from the CUDA
+Array Interface, version 3.
 """
 
 import importlib
@@ -27,14 +27,14 @@ LAYOUT = {"pointer": "P", "int32": "i"}  # as in struct
 
 
 class CudaError(Exception):
-    """What the CUDA driver said; ``Launcher`` adds the kernel's name."""
+    """An error of the CUDA driver; ``Launcher`` adds the kernel's name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Launch:
-    """One launch, as the CUDA driver needs it."""
+    """The arguments of one launch for the CUDA driver."""
 
-    function: Any  # what Driver.load returned
+    function: Any  # as Driver.load returned it
     grid: tuple[int, int, int]  # blocks
     block: tuple[int, int, int]  # threads
     shared_bytes: int
@@ -44,10 +44,10 @@ class Launch:
 
 
 class Driver(ABC):
-    """What both adapters do; each raises ``CudaError`` with the driver's own words."""
+    """The interface of both adapters; their methods raise ``CudaError`` with the driver's message."""
 
     capability: int  # of the device: 86 for sm_86
-    cuda: Release  # the newest CUDA release that the driver knows
+    cuda: Release  # the newest CUDA release that the driver supports
 
     @abstractmethod
     def load(self, ptx: str, symbol: str) -> Any:
@@ -55,22 +55,26 @@ class Driver(ABC):
 
     @abstractmethod
     def launch(self, launch: Launch) -> None:
-        """Put a launch into its stream."""
+        """Enqueue a launch in its stream."""
+
+    @abstractmethod
+    def unload(self) -> None:
+        """Give back what ``load`` loaded; no function of it may be launched any more."""
 
     @abstractmethod
     def synchronize(self, stream: Any) -> None:
-        """Wait until everything in a stream is done."""
+        """Wait until all work in a stream has completed."""
 
 
 def open_driver(name: str = "cuda-bindings", device: int = 0) -> Driver:
-    """Return an adapter for a device, in the thread's current CUDA context or else in the device's primary one.
+    """Return the adapter of a device, in the thread's current CUDA context or else in the primary one.
 
     Args:
         name: a key of ``DRIVERS``.
         device: its number.
 
     Raises:
-        UsageError: there is no adapter of that name; the message lists those that there are.
+        UsageError: no adapter has this name; the message lists the names.
         DeviceError: the machine has no NVIDIA driver or no such device.
         MissingExtraError: the adapter's package is not installed.
     """
@@ -81,11 +85,11 @@ def open_driver(name: str = "cuda-bindings", device: int = 0) -> Driver:
 
 
 def import_driver(module: str, extra: str, device: int) -> Any:
-    """Import the package that an adapter is for.
+    """Import the package of an adapter.
 
     Raises:
         MissingExtraError: it is not installed.
-        DeviceError: it is, but the driver's library that it needs is not.
+        DeviceError: it is installed, but the driver's library is missing.
     """
     try:
         return importlib.import_module(module)
@@ -96,21 +100,21 @@ def import_driver(module: str, extra: str, device: int) -> Any:
 
 
 def no_device(device: int, error: Exception) -> DeviceError:
-    """Return the error that a device cannot be opened, for the adapters."""
+    """Return the error of a device that cannot be opened."""
     reason = str(error).rstrip(".")
     return DeviceError(f"no CUDA device {device}: {reason}. Kernels need an NVIDIA GPU and its driver")
 
 
 class Launcher:
-    """Launches kernels on one device; each is loaded once."""
+    """Launches kernels on one device; every function is loaded once."""
 
     def __init__(self, driver: Driver, find_ptx: FindPtx = compile_here, *, wait: bool = False) -> None:
         """Launch through a driver.
 
         Args:
-            driver: what ``open_driver`` returned.
-            find_ptx: where the PTX comes from: ``library.open_library(folder)``, or compiled on the spot.
-            wait: after every launch, wait for its end, so that an error inside the kernel is raised with its name.
+            driver: as ``open_driver`` returned it.
+            find_ptx: returns the PTX: ``library.open_library(folder)``, or compiles it.
+            wait: wait for the end of every launch, so that an error inside the kernel is raised with its name.
         """
         self.driver = driver
         self.find_ptx = find_ptx
@@ -120,44 +124,70 @@ class Launcher:
     def launch(
         self, kernel: Kernel, entry: Entry, arrays: Mapping[str, Any], scalars: Mapping[str, int], stream: Any = 0
     ) -> None:
-        """Put a kernel into a stream. Where there is nothing to do, nothing is launched.
+        """Enqueue a kernel in a stream; ``prepare`` describes arguments and errors. Without blocks, it is skipped."""
+        prepared = self.prepare(kernel, entry, arrays, scalars, stream)
+        if prepared is not None:
+            self.run(entry, prepared)
+
+    def prepare(
+        self, kernel: Kernel, entry: Entry, arrays: Mapping[str, Any], scalars: Mapping[str, int], stream: Any = 0
+    ) -> Launch | None:
+        """Check the arguments of a launch and load its function; ``run`` may then be called any number of times.
 
         Args:
-            kernel: which one.
+            kernel: the kernel.
             entry: one of its functions.
             arrays: for every pointer by name, an array with ``__cuda_array_interface__`` of exactly the declared type
-                and shape, C-contiguous; or an address, about which only its alignment can be checked. They must not
-                overlap an output.
+                and shape, C-contiguous; or an address, of which only the alignment is checked. Arrays must not overlap
+                an output.
             scalars: every int32 argument by name.
-            stream: the stream's handle, for instance ``torch.cuda.current_stream().cuda_stream``; what is before it
-                in other streams is not waited for.
+            stream: the stream's handle, for instance ``torch.cuda.current_stream().cuda_stream``; other streams are
+                not synchronised.
+
+        Returns:
+            The launch, or None where it has no blocks.
 
         Raises:
-            ValueError: an argument is not what the kernel declares.
+            ValueError: an argument does not match the kernel's declaration.
             DeviceError: the device is too old, or CUDA reports an error; the message begins with the kernel's name.
         """
         arguments = pack(kernel, entry, arrays, scalars)
         grid = kernel.grid(scalars)
         if any(blocks > most for blocks, most in zip(grid, MOST_BLOCKS, strict=True)):
-            raise ValueError(f"{entry.name}: {grid} blocks are more than {MOST_BLOCKS}; give it less at once")
+            raise ValueError(f"{entry.name}: {grid} blocks exceed {MOST_BLOCKS}; split the input")
         if 0 in grid:
-            return
+            return None
         try:
-            self.driver.launch(
-                Launch(
-                    function=self._function(kernel, entry),
-                    grid=grid,
-                    block=kernel.block,
-                    shared_bytes=kernel.shared_bytes,
-                    stream=stream,
-                    layout="".join(LAYOUT[parameter.kind] for parameter in entry.parameters),
-                    arguments=arguments,
-                )
-            )
-            if self.wait:
-                self.driver.synchronize(stream)
+            function = self._function(kernel, entry)
         except CudaError as error:
             raise DeviceError(f"{entry.name}: {error}") from error
+        return Launch(
+            function=function,
+            grid=grid,
+            block=kernel.block,
+            shared_bytes=kernel.shared_bytes,
+            stream=stream,
+            layout="".join(LAYOUT[parameter.kind] for parameter in entry.parameters),
+            arguments=arguments,
+        )
+
+    def run(self, entry: Entry, launch: Launch) -> None:
+        """Enqueue a launch that ``prepare`` returned for the entry.
+
+        Raises:
+            DeviceError: CUDA reports an error; the message begins with the kernel's name.
+        """
+        try:
+            self.driver.launch(launch)
+            if self.wait:
+                self.driver.synchronize(launch.stream)
+        except CudaError as error:
+            raise DeviceError(f"{entry.name}: {error}") from error
+
+    def close(self) -> None:
+        """Give the loaded functions back; another launch loads them again."""
+        self._functions.clear()
+        self.driver.unload()
 
     def _function(self, kernel: Kernel, entry: Entry) -> Any:
         if entry.symbol not in self._functions:
@@ -167,15 +197,15 @@ class Launcher:
 
 
 def pack(kernel: Kernel, entry: Entry, arrays: Mapping[str, Any], scalars: Mapping[str, int]) -> tuple[int, ...]:
-    """Check every argument, and return them in the kernel's order: addresses and integers.
+    """Check all arguments and return them in the kernel's order: addresses and integers.
 
     Raises:
-        ValueError: one is not what the kernel declares.
+        ValueError: an argument does not match the kernel's declaration.
     """
-    kinds = {kind: [each.name for each in entry.parameters if each.kind == kind] for kind in LAYOUT}
-    for given, wanted in ((arrays, kinds["pointer"]), (scalars, kinds["int32"])):
-        if set(given) != set(wanted):
-            raise ValueError(f"{entry.name} takes {', '.join(wanted)}; given are {', '.join(given)}")
+    kinds = {kind: [parameter.name for parameter in entry.parameters if parameter.kind == kind] for kind in LAYOUT}
+    for arguments, names in ((arrays, kinds["pointer"]), (scalars, kinds["int32"])):
+        if set(arguments) != set(names):
+            raise ValueError(f"{entry.name} takes {', '.join(names)}; given are {', '.join(arguments)}")
     for name, value in scalars.items():
         if value not in INT32:
             raise ValueError(f"{entry.name}: {name} is {value}, which does not fit into 32 bits")
@@ -183,16 +213,19 @@ def pack(kernel: Kernel, entry: Entry, arrays: Mapping[str, Any], scalars: Mappi
         raise ValueError(f"{entry.name}: the width is {scalars['width']}; at most {kernel.max_width} are possible")
     shapes = kernel.shapes(scalars, entry)
     addresses = {
-        each.name: _address(entry, each, arrays[each.name], shapes[each.name])
-        for each in entry.parameters
-        if each.kind == "pointer"
+        parameter.name: _address(entry, parameter, arrays[parameter.name], shapes[parameter.name])
+        for parameter in entry.parameters
+        if parameter.kind == "pointer"
     }
     _refuse_overlap(entry, addresses, shapes)
-    return tuple(addresses[each.name] if each.kind == "pointer" else scalars[each.name] for each in entry.parameters)
+    return tuple(
+        addresses[parameter.name] if parameter.kind == "pointer" else scalars[parameter.name]
+        for parameter in entry.parameters
+    )
 
 
 def _address(entry: Entry, parameter: Parameter, array: object, shape: tuple[int, ...]) -> int:
-    """Return where an array starts, if it is what the parameter declares."""
+    """Return the address of an array that matches its parameter."""
     name, dtype = f"{entry.name}: {parameter.name}", DTYPES[parameter.dtype]
     if isinstance(array, int):
         address = array
@@ -200,7 +233,7 @@ def _address(entry: Entry, parameter: Parameter, array: object, shape: tuple[int
         interface = cast("dict[str, Any] | None", getattr(array, "__cuda_array_interface__", None))
         if interface is None:
             raise ValueError(f"{name} is not on a CUDA device")
-        if interface["typestr"][1:] != dtype.str[1:]:  # but for the byte order, of which a GPU knows one
+        if interface["typestr"][1:] != dtype.str[1:]:  # without the byte order, which is the same on every GPU
             raise ValueError(f"{name} is {interface['typestr']}; it must be {parameter.dtype}")
         if tuple(interface["shape"]) != shape:
             raise ValueError(f"{name} has shape {tuple(interface['shape'])}; it must be {shape}")
@@ -216,23 +249,24 @@ def _address(entry: Entry, parameter: Parameter, array: object, shape: tuple[int
 
 
 def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:
-    wanted = itemsize
+    expected_stride = itemsize
     for length, stride in zip(reversed(shape), reversed(strides), strict=True):
-        if length > 1 and stride != wanted:
+        if length > 1 and stride != expected_stride:
             return False
-        wanted *= length
+        expected_stride *= length
     return True
 
 
 def _refuse_overlap(entry: Entry, addresses: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    pointers = [each for each in entry.parameters if each.kind == "pointer"]
+    pointers = [parameter for parameter in entry.parameters if parameter.kind == "pointer"]
     for one, other in combinations(pointers, 2):
         if "out" not in (one.direction, other.direction):
             continue
         start = max(addresses[one.name], addresses[other.name])
         stop = min(
-            addresses[each.name] + int(np.prod(shapes[each.name], dtype=np.int64)) * DTYPES[each.dtype].itemsize
-            for each in (one, other)
+            addresses[parameter.name]
+            + int(np.prod(shapes[parameter.name], dtype=np.int64)) * DTYPES[parameter.dtype].itemsize
+            for parameter in (one, other)
         )
         if start < stop:
             raise ValueError(f"{entry.name}: {one.name} and {other.name} overlap; give {other.name} memory of its own")

@@ -1,11 +1,11 @@
-// y = int8(((x - mean) / sqrt(variance + epsilon) · weight + bias) / scale) for every row: a block of 128 threads each.
+// Computes y = int8(((x - mean) / sqrt(variance + epsilon) · weight + bias) / scale), one block of 128 threads per row.
 //
-// The variance is the mean of the squared differences from the mean, taken from registers in a second pass; nothing is
-// rounded to SCALAR in between. A row that is a multiple of 16 bytes long and aligned moves 16 bytes an access (VECTOR),
-// and a thread keeps up to 32 of its elements in registers, so that up to 4096 (ViT-B/16 has 768) are read once; the
-// tiles of a wider row are read again. Any other row moves one element an access and is read again beyond 512.
-// All arithmetic is IEEE float32, rounded to the nearest.
-// -D ENTRY is the function's name; the other options are elements.cuh's. Not timed on any card yet.
+// The variance is the mean of the squared differences from the mean, computed from registers in a second pass without
+// rounding to SCALAR. An aligned row whose length is a multiple of 16 bytes uses accesses of 16 bytes (VECTOR). A thread
+// keeps up to 32 elements in registers, so rows of up to 4096 columns (ViT-B/16 has 768) are read once; wider rows are
+// read again. Any other row uses one element per access and is read again beyond 512 columns.
+// All arithmetic is IEEE float32, rounded to nearest.
+// Options: -D ENTRY is the function name; the others are in elements.cuh. Not measured on a GPU yet.
 #include "elements.cuh"
 #include "reduce.cuh"
 
@@ -31,21 +31,21 @@ template <bool VECTOR>
 __device__ __forceinline__ void normalise(const SCALAR* x, const SCALAR* weight, const SCALAR* bias, const Norm& norm,
                                           OUTPUT* y, float* token_scale, float* scratch) {
     constexpr int RUN = VECTOR ? LANES : 1;
-    constexpr int SHARE = VECTOR ? 32 : 4;  // elements of a row that a thread keeps
+    constexpr int SHARE = VECTOR ? 32 : 4;  // elements of a row in a thread's registers
     constexpr int TILE = THREADS * SHARE;
     constexpr int RUNS = SHARE / RUN;
     using Part = Share<THREADS, RUNS, RUN>;
     const int width = norm.width;
     const bool wide = width > TILE;
     SCALAR kept[RUNS][RUN], weights[RUNS][RUN], biases[RUNS][RUN];
-    if (!wide) {  // all under way at once
+    if (!wide) {  // all loads are issued before the first use
         Part::read(x, 0, width, kept);
         Part::read(weight, 0, width, weights);
         Part::read(bias, 0, width, biases);
     }
     Moments moments;
 
-    float sums[4] = {};  // four short chains lose less than one long one
+    float sums[4] = {};  // four partial sums have a smaller rounding error than one
     for (int tile = 0; tile < width; tile += TILE) {
         if (wide) Part::read(x, tile, width, kept);
 #pragma unroll
@@ -78,7 +78,7 @@ __device__ __forceinline__ void normalise(const SCALAR* x, const SCALAR* weight,
             Part::read(bias, tile, width, biases);
         }
 #pragma unroll
-        for (int k = 0; k < SHARE; ++k) {  // beyond the row, weight and bias are 0, and so is the result
+        for (int k = 0; k < SHARE; ++k) {  // beyond the end of the row, weight, bias and result are 0
             largest = max_magnitude(largest, normalised(kept[k / RUN][k % RUN], weights[k / RUN][k % RUN],
                                                         biases[k / RUN][k % RUN], moments));
         }

@@ -1,7 +1,7 @@
-"""LayerNorm of the ViT with int8 output: what feeds an INT8 GEMM, without a floating tensor in between.
+"""LayerNorm of the ViT with int8 output, the input of an INT8 GEMM, without a floating tensor in between.
 
 Contract: mean, variance (the mean of the squared differences), division, weight and bias are float32, and the result is
-rounded once, to 8 bits (``forms.py``). ``epsilon`` is added to the variance.
+rounded once, to 8 bits (``output_formats.py``). ``epsilon`` is added to the variance.
 Source: Ba et al. 2016, "Layer Normalization"; ONNX ``LayerNormalization``-17 and ``QuantizeLinear``-21.
 """
 
@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from medseg_trt.kernels.forms import INT8_TOLERANCE, inverse_root, make_entries, quantise
 from medseg_trt.kernels.kernel import (
     Array,
     Entry,
@@ -21,6 +20,7 @@ from medseg_trt.kernels.kernel import (
     bytes_of_shapes,
     float_from_bits,
 )
+from medseg_trt.kernels.output_formats import INT8_TOLERANCE, inverse_root, make_entries, quantise
 
 
 def shapes(scalars: Scalars, entry: Entry) -> dict[str, tuple[int, ...]]:
@@ -31,12 +31,12 @@ def shapes(scalars: Scalars, entry: Entry) -> dict[str, tuple[int, ...]]:
 
 
 def bytes_moved(scalars: Scalars, entry: Entry) -> int:
-    """Return the bytes that must move: every array once."""
+    """Return the minimum memory traffic in bytes: every array once."""
     return bytes_of_shapes(shapes(scalars, entry), entry)
 
 
 def reference(entry: Entry, inputs: Mapping[str, Array], scalars: Scalars) -> dict[str, Expected]:
-    """Return ``y`` (rows, width) in steps, and ``scales`` (rows,) if every row has its own."""
+    """Return ``y`` (rows, width) in steps, and ``scales`` (rows,) for the formats with a scale per row."""
     x, weight, bias = (inputs[name].astype(np.float64) for name in ("x", "weight", "bias"))
     with np.errstate(invalid="ignore", over="ignore"):
         mean = np.mean(x, axis=1, keepdims=True)

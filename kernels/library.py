@@ -1,16 +1,16 @@
-"""Find the PTX for a device: in a folder that ``medseg-trt kernels build`` wrote, or compiled on the spot."""
+"""Find the PTX for a device: in a folder written by ``medseg-trt kernels build``, or by compiling it."""
 
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from medseg_trt.errors import ArtefactError, DeviceError
 from medseg_trt.files import inside
 from medseg_trt.kernels.compile import compile_ptx
-from medseg_trt.kernels.kernel import Entry, Kernel
+from medseg_trt.kernels.kernel import Entry, Kernel, Parameter
+from medseg_trt.spec import from_dict
 
 SCHEMA = 1
 FILE = "manifest.json"
@@ -18,7 +18,7 @@ FILE = "manifest.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
-    """What PTX is made for."""
+    """An architecture and toolchain that PTX is compiled for."""
 
     capability: int  # 86 is sm_86
     toolchain: str = "13.0"  # a key of compile.TOOLCHAINS
@@ -30,7 +30,7 @@ class Target:
 
     @property
     def real(self) -> str:
-        """Return the architecture whose registers are counted."""
+        """Return the architecture that ptxas assembles for."""
         return f"sm_{self.capability}"
 
 
@@ -39,31 +39,69 @@ TARGETS: Mapping[str, Target] = {
     "jetpack6": Target(capability=87, toolchain="12.6"),
 }
 
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuiltFunction:
+    """One function of a folder of kernels, with its PTX file and resources."""
+
+    name: str  # of the kernel
+    entry: str  # the name of the function in the PTX
+    dtype: str
+    target: str  # a key of TARGETS
+    arch: str
+    ptx: str  # relative path
+    ptx_version: str
+    cuda: str  # a key of compile.TOOLCHAINS
+    sha256: str  # of the PTX
+    parameters: tuple[Parameter, ...]
+    block: tuple[int, int, int]  # threads
+    grid: str  # blocks, as text
+    shared_bytes: int  # dynamic
+    static_shared_bytes: int
+    registers: int  # per thread
+    spills: int  # bytes
+    max_width: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KernelManifest:
+    """The content of ``manifest.json`` in a folder of kernels."""
+
+    schema: int = SCHEMA
+    compilers: Mapping[str, str]  # by CUDA release
+    kernels: tuple[BuiltFunction, ...]
+
+
 Release = tuple[int, int]  # of CUDA: (12, 6)
+ReadFile = Callable[[str], bytes]  # the bytes of a file, by its name in the folder of the library
 FindPtx = Callable[[Kernel, Entry, int, Release], str]  # kernel, entry, capability of the device, CUDA of its driver
 
 
-def open_library(folder: Path) -> FindPtx:
-    """Return what finds PTX in a folder that ``medseg-trt kernels build`` wrote.
+def open_library(folder: Path, read: ReadFile | None = None) -> FindPtx:
+    """Return a function that finds PTX in a folder written by ``medseg-trt kernels build``.
 
-    It takes what was built for the newest architecture that the device has and the newest CUDA that its driver knows,
-    and raises ``ArtefactError`` where there is none, or it is damaged, or it takes other arguments than are passed.
+    It selects the newest architecture that the device supports and the newest CUDA that its driver supports. It raises
+    ``ArtefactError`` if the PTX is missing, damaged, or declares other arguments than the kernel.
+
+    Args:
+        folder: of the library.
+        read: returns the bytes of its files, for example after a comparison with a digest; None reads them as they are.
 
     Raises:
         ArtefactError: the folder has no manifest that this version can read.
     """
-    rows = _rows(folder)
-    again = f"Build it again: medseg-trt kernels build -o {folder}"
+    read = read or (lambda name: _content(folder, name))
+    functions = read_manifest(folder, read).kernels
+    rebuild = f"Build it again: medseg-trt kernels build -o {folder}"
 
     def find(kernel: Kernel, entry: Entry, capability: int, cuda: Release) -> str:
-        built = {row["target"]: row for row in rows if row["entry"] == entry.symbol}
-        row = built[_newest(list(built), entry, capability, cuda)]
-        if row["parameters"] != [asdict(parameter) for parameter in entry.parameters]:
-            raise ArtefactError(f"{folder} has another version of {kernel.name}. {again}")
-        path = inside(folder, row["ptx"])
-        content = path.read_bytes() if path.is_file() else b""
-        if hashlib.sha256(content).hexdigest() != row["sha256"]:
-            raise ArtefactError(f"{path} is damaged. {again}")
+        built = {function.target: function for function in functions if function.entry == entry.symbol}
+        function = built[_newest(list(built), entry, capability, cuda)]
+        if function.parameters != entry.parameters:
+            raise ArtefactError(f"{folder} has another version of {kernel.name}. {rebuild}")
+        content = read(function.ptx)
+        if hashlib.sha256(content).hexdigest() != function.sha256:
+            raise ArtefactError(f"{folder / function.ptx} is damaged. {rebuild}")
         return content.decode()
 
     return find
@@ -79,15 +117,31 @@ def compile_here(kernel: Kernel, entry: Entry, capability: int, cuda: Release) -
     return compile_ptx(kernel, entry, target.virtual, target.toolchain)
 
 
-def _rows(folder: Path) -> list[dict[str, Any]]:
+def _content(folder: Path, name: str) -> bytes:
+    path = inside(folder, name)
+    return path.read_bytes() if path.is_file() else b""
+
+
+def read_manifest(folder: Path, read: ReadFile | None = None) -> KernelManifest:
+    """Read the manifest of a folder of kernels.
+
+    Args:
+        folder: of the library.
+        read: as in ``open_library``.
+
+    Raises:
+        ArtefactError: the manifest is missing, damaged or of another schema.
+    """
+    read = read or (lambda name: _content(folder, name))
+    build = f"medseg-trt kernels build -o {folder}"
     try:
-        manifest = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        schema, rows = manifest["schema"], manifest["kernels"]
+        content = json.loads(read(FILE).decode("utf-8"))
+        schema = content["schema"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtefactError(f"{folder} holds no kernels. Build them: medseg-trt kernels build -o {folder}") from error
+        raise ArtefactError(f"{folder} holds no kernels. Build them: {build}") from error
     if schema != SCHEMA:
-        raise ArtefactError(f"{folder} is of schema {schema}, not {SCHEMA}. Build it again: medseg-trt kernels build")
-    return rows
+        raise ArtefactError(f"{folder} is of schema {schema}, not {SCHEMA}. Build it again: {build}")
+    return from_dict(KernelManifest, content, f"{folder / FILE} is damaged, build it again: {build}")
 
 
 def _newest(targets: list[str], entry: Entry, capability: int, cuda: Release) -> str:

@@ -1,14 +1,15 @@
-// Bring logits back to the source's size, linearly, and write the label of every pixel: the largest, or > 0 for one.
+// Resizes logits bilinearly to the source's size and writes a label per pixel: the argmax, or logit > 0 for one class.
 //
-// A block makes a tile of 2048 labels that follow each other in the mask; blockIdx.y is the picture of the batch. Where
-// nothing is resized, cropped or padded and everything is aligned, a thread takes 16 neighbouring pixels, so that each
-// load and store is 16 bytes. Else threads that are neighbours make neighbouring labels, 16 times, one at a time: a
-// warp's stores fill a whole sector, and the logits it gathers lie together. There is no softmax and no sigmoid:
-// neither changes which logit is the largest. Equal logits go to the lower label, as in preprocess.labels_of.
+// blockIdx.y is the image of the batch. Without resizing, cropping and padding, and with aligned addresses, a thread
+// computes 16 neighbouring labels with accesses of 16 bytes. Otherwise it gathers: neighbouring threads compute
+// neighbouring labels, so that the stores of a warp fill whole sectors and its loads are close together; a thread goes
+// on with labels at distances of the whole grid. `_grid` of logits_to_mask.py has as many threads as there is work.
+// Softmax and sigmoid are omitted, because they do not change the label. Of equal logits the lowest class wins, as in
+// preprocess.labels_of.
 //
-// Positions are whole numbers in units of 1 / (2 · source) pixels, exact at any size; weights are rounded once.
-// Products and sums are rounded one by one, as on the CPU.
-// -D SCALAR=__half | __nv_bfloat16 | float, ENTRY=name. Not timed on any card yet.
+// Positions are integers in units of 1 / (2 · source) pixels and exact at any size; weights are rounded once.
+// Every product and sum is rounded, as on the CPU.
+// Options: -D SCALAR=__half | __nv_bfloat16 | float, ENTRY=name. Not measured on a GPU yet.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -20,7 +21,7 @@ struct Axis {
     float inverse;                               // of 2 * source
 };
 
-// whole / (2 * source), rounded once: a quotient from the rounded inverse, corrected by its own remainder (Markstein).
+// whole / (2 * source), rounded once: the product with the rounded inverse, corrected by its remainder (Markstein).
 __device__ float share(int whole, const Axis& axis) {
     const float numerator = static_cast<float>(whole);
     const float quotient = __fmul_rn(numerator, axis.inverse);
@@ -31,10 +32,10 @@ __device__ float share(int whole, const Axis& axis) {
 struct Position {                                // between two pixels of the canvas
     int near, far;
     float near_weight, far_weight;
-    bool inside;                                 // of the canvas: what was cropped away is background
+    bool inside;                                 // of the canvas; cropped pixels are background
 
     __device__ Position(const Axis& axis, int pixel) {
-        const int offset = (axis.canvas - axis.resampled) >> 1;  // rounds down, also below zero
+        const int offset = (axis.canvas - axis.resampled) >> 1;  // rounds towards minus infinity
         const int unit = 2 * axis.source;
         const int centre = (2 * pixel + 1) * axis.resampled;
         inside = centre + unit * offset >= 0 && centre + unit * offset < unit * axis.canvas;
@@ -63,7 +64,7 @@ __device__ unsigned char label_at(
 ) {
     const Position y(rows, row), x(columns, column);
     if (!y.inside || !x.inside) return 0;
-    float best = 0.0f;                           // what a single logit is compared with
+    float best = 0.0f;                           // the threshold of a single logit
     int label = 0;
     for (int index = 0; index < classes; ++index) {
         const SCALAR* plane = logits + static_cast<size_t>(index) * rows.canvas * columns.canvas;
@@ -76,7 +77,7 @@ __device__ unsigned char label_at(
     return static_cast<unsigned char>(label);
 }
 
-// The labels of 16 pixels whose logits are as the mask needs them.
+// Compute the labels of 16 pixels without resizing.
 __device__ uint4 labels_of(const SCALAR* logits, int classes, size_t plane) {
     float best[STRIP] = {};
     unsigned char labels[STRIP] = {};
@@ -110,20 +111,19 @@ extern "C" __global__ void __launch_bounds__(128) ENTRY(
     const int plane = height * width;
     const SCALAR* const picture = logits + blockIdx.y * classes * image_plane;
     unsigned char* const to = mask + static_cast<size_t>(blockIdx.y) * plane;
-    const int tile = blockIdx.x * blockDim.x * STRIP;
+    const int thread = blockIdx.x * blockDim.x + threadIdx.x;
 
     const bool as_it_is = height == resampled_height && height == image_height && width == resampled_width &&
                           width == image_width;
     const size_t addresses = reinterpret_cast<size_t>(picture) | reinterpret_cast<size_t>(to);
     if (as_it_is && (addresses | plane) % 16 == 0) {
-        const int pixel = tile + threadIdx.x * STRIP;
+        const int pixel = thread * STRIP;
         if (pixel < plane) *reinterpret_cast<uint4*>(to + pixel) = labels_of(picture + pixel, classes, plane);
         return;
     }
 
 #pragma unroll 1
-    for (int pixel = tile + threadIdx.x; pixel < min(plane, tile + static_cast<int>(blockDim.x) * STRIP);
-         pixel += blockDim.x) {
+    for (int pixel = thread; pixel < plane; pixel += gridDim.x * blockDim.x) {
         to[pixel] = label_at(picture, classes, rows, columns, pixel / width, pixel % width);
     }
 }

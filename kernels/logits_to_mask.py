@@ -1,10 +1,10 @@
-"""Declare ``logits_to_mask``: logits brought back to the source's pixels and labelled, like ``preprocess.restore``.
+"""Declare ``logits_to_mask``: logits, resized to the source's pixels, and their labels, like ``preprocess.restore``.
 
-Of equal logits the lowest class wins, as in ``preprocess.labels_of``. The kernel and the reference add in other orders
-and formats, so that logits which are equal but for rounding may be taken for each other. On each axis a weight, a
-product and a sum are rounded to float32, each by 2**-24 of the largest logit at most: two logits that are compared are
-off by 12 * 2**-24 = 7e-7 of it together, and ``TIE`` leaves a factor of 14. Where nothing is rounded, as at the
-network's own size, ties are exact, and the tests let none go elsewhere.
+Of equal logits the lowest class wins, as in ``preprocess.labels_of``. The kernel and the reference add in different
+orders and formats, so logits that differ only by rounding may be exchanged. On each axis a weight, a product and a sum
+are rounded to float32, each by at most 2**-24 of the largest logit. The difference of two logits is then off by at most
+12 * 2**-24 = 7e-7 of it; ``TIE`` allows 14 times as much. Without rounding, as at the network's own size, ties are
+exact, and the tests allow no exchange.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from medseg_trt.kernels.image_to_tensor import MAX_PIXELS, TILE, resampled_size, triangle
+from medseg_trt.kernels.image_to_tensor import (
+    BLOCK_THREADS,
+    MAX_PIXELS,
+    STRIP,
+    num_blocks,
+    resampled_size,
+    triangle,
+)
 from medseg_trt.kernels.kernel import (
     C_TYPES,
     Array,
@@ -29,7 +36,7 @@ from medseg_trt.kernels.kernel import (
 from medseg_trt.spec import Preprocessing
 
 MAX_CLASSES = 256
-TIE = 1e-5  # logits closer than this times the largest magnitude (at least 1) may be taken for each other
+TIE = 1e-5  # logits closer than this times the largest magnitude (at least 1) may be exchanged
 SCALARS = (
     "batch",
     "classes",
@@ -49,17 +56,17 @@ def scalars(
     source_size: tuple[int, int],
     spacing_mm: tuple[float, float] | None = None,
 ) -> dict[str, int]:
-    """Return the kernel's scalars that bring the logits of ``p.image_size`` back to pictures of ``source_size``.
+    """Return the kernel's scalars for logits of ``p.image_size`` and images of ``source_size``.
 
     Raises:
-        ValueError: there are more classes or pixels than the kernel can number, or labels are resized with a spline.
+        ValueError: too many classes or pixels, or a resize with splines.
     """
     if p.resizes_with_splines:
-        raise ValueError(f"logits_to_mask brings logits back linearly, but with resize={p.resize} labels are")
+        raise ValueError(f"logits_to_mask resizes logits linearly; resize={p.resize} resizes labels")
     resampled = resampled_size(source_size, p, spacing_mm)
     sizes = (*source_size, *resampled, *p.image_size)
     if not 1 <= classes <= MAX_CLASSES:
-        raise ValueError(f"{classes} classes; a mask of bytes has room for 1 to {MAX_CLASSES}")
+        raise ValueError(f"{classes} classes; a uint8 mask can hold 1 to {MAX_CLASSES}")
     if min(sizes) < 1 or max(sizes) > MAX_PIXELS:
         raise ValueError(f"{source_size} pixels from {resampled}: an axis may have 1 to {MAX_PIXELS}")
     return {
@@ -95,7 +102,7 @@ def _reference(_entry: Entry, inputs: Mapping[str, Array], s: Scalars) -> dict[s
 
 
 def _back(source: int, resampled: int, canvas: int) -> Floats:
-    """Return the weights, (source, canvas), that bring an axis back; the filled part's edge is repeated beyond it."""
+    """Return the weights, (source, canvas), that resize an axis to the source; the filled part's edge is extended."""
     offset = (canvas - resampled) // 2
     at = np.clip(np.arange(resampled) + offset, max(offset, 0), min(offset + resampled, canvas) - 1)
     weights = np.zeros((source, canvas))
@@ -110,7 +117,9 @@ def _inside(source: int, resampled: int, canvas: int) -> Array:
 
 
 def _grid(s: Scalars) -> tuple[int, int, int]:
-    return -(-s["height"] * s["width"] // TILE), s["batch"], 1
+    sizes = {(s[f"{kind}height"], s[f"{kind}width"]) for kind in ("", "resampled_", "image_")}
+    pixels = s["height"] * s["width"]
+    return num_blocks(pixels, copies=len(sizes) == 1 and pixels % STRIP == 0), s["batch"], 1
 
 
 def _shapes(s: Scalars, _entry: Entry) -> dict[str, tuple[int, ...]]:
@@ -138,16 +147,16 @@ KERNEL = Kernel(
     name="logits_to_mask",
     source=Path(__file__).with_suffix(".cu"),
     entries=tuple(_entry(dtype) for dtype in ("float16", "bfloat16", "float32")),
-    block=(128, 1, 1),
+    block=(BLOCK_THREADS, 1, 1),
     grid=_grid,
-    grid_rule="(ceil(height * width / 2048), batch, 1)",
+    grid_rule="(ceil(height * width / (copies ? 2048 : 128)), batch, 1)",
     shared_bytes=0,
     shapes=_shapes,
     reference=_reference,
     tolerance={
         "uint8": Tolerance(
             ulps=0.5,
-            reason="labels are exact; where logits lie within 1e-5 of each other, any of theirs",
+            reason="labels are exact, except between logits within 1e-5 of each other",
         ),
     },
     bytes_moved=_bytes_moved,

@@ -1,8 +1,8 @@
-"""The nodes of domain ``medseg`` that a kernel computes: how tensors and attributes become a launch.
+"""The nodes of domain ``medseg`` that a kernel computes: the launch that follows from tensors and attributes.
 
-A TensorRT plugin has a node's name; its inputs and outputs are the kernel's arrays, in the kernel's order. Nothing here
-knows TensorRT: a dimension is an integer, or an expression of some library that can be multiplied and divided.
-Source: ``export/graph/functions.py``, which says what each node means in standard operators.
+A TensorRT plugin has the name of a node; its inputs and outputs are the kernel's arrays, in the kernel's order. This
+module does not depend on TensorRT: a dimension is an integer, or an expression that supports ``*`` and ``//``.
+Source: ``export/graph/functions.py``, which defines every node by standard operators.
 """
 
 import hashlib
@@ -28,10 +28,10 @@ SCALE: Mapping[str, Literal["float32", "int32"]] = {"scale": "float32"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rule:
-    """What the shapes of the inputs make of the launch and of the outputs; ``plugin.cpp`` says the same in C++."""
+    """The launch and the output shapes that follow from the input shapes; ``plugin.cpp`` has the same in C++."""
 
     scalars: Callable[[Sequence[Dims], Attributes], dict[str, Any]]  # int32 arguments that depend on shapes
-    outputs: Callable[[Sequence[Dims], Attributes], list[Any]]  # the shape of every output; the last serves the rest
+    outputs: Callable[[Sequence[Dims], Attributes], list[Any]]  # of every output; the last one repeats
 
 
 def _heads(dims: Sequence[Dims], attributes: Attributes) -> dict[str, Any]:
@@ -42,13 +42,13 @@ def _heads(dims: Sequence[Dims], attributes: Attributes) -> dict[str, Any]:
 
 
 def _by_head(dims: Sequence[Dims], attributes: Attributes) -> list[Any]:
-    found = _heads(dims, attributes)
+    heads = _heads(dims, attributes)
     numbers = int(attributes["num_heads"]), int(attributes["num_kv_heads"])
-    return [[found["batch"], number, found["tokens"], found["head_dim"]] for number in numbers]
+    return [[heads["batch"], number, heads["tokens"], heads["head_dim"]] for number in numbers]
 
 
 def _rows(dims: Dims) -> Any:
-    """Return how many rows a tensor has: the product of all axes but the last."""
+    """Return the number of rows of a tensor: the product of all axes but the last."""
     return reduce(mul, dims[1:-1], dims[0])
 
 
@@ -68,10 +68,10 @@ RANK: Mapping[str, tuple[int, int]] = {"rows": (2, 8), "half_rows": (2, 8), "hea
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Node:
-    """A node and the kernel for it.
+    """A node and its kernel.
 
-    ``functions`` names the kernel's entries: {dtype} is the type of the first input, and the name of an attribute of
-    ``choices`` in braces the word that its value stands for.
+    ``functions`` is the format of the entries' names: {dtype} is the type of the first input, and the name of an
+    attribute of ``choices`` is replaced by the word at its value.
     """
 
     name: str
@@ -90,7 +90,7 @@ class Node:
         """Return the function for each type of the first input.
 
         Raises:
-            ValueError: an attribute has a value that no function is for.
+            ValueError: no function exists for the value of an attribute.
         """
         words = dict[str, str]()
         for name, choices in self.choices.items():
@@ -103,7 +103,7 @@ class Node:
         """Return the function for a type of the first input.
 
         Raises:
-            ValueError: there is none for that type.
+            ValueError: no function takes this type.
         """
         entries = self.entries(attributes)
         if dtype not in entries:
@@ -124,10 +124,10 @@ class Node:
         return {**RULES[self.rule].scalars(dims, attributes), **bits, **numbers}
 
     def launch_scalars(self, entry: Entry, shapes: Sequence[Sequence[int]], attributes: Attributes) -> dict[str, int]:
-        """Return the int32 arguments that a function takes, for inputs of these shapes.
+        """Return the int32 arguments of a function for inputs of these shapes.
 
         Raises:
-            ValueError: the shapes do not belong together.
+            ValueError: the shapes do not match each other.
         """
         least, most = RANK[self.rule]
         read = split(entry)[0]
@@ -135,28 +135,34 @@ class Node:
             raise ValueError(
                 f"{NAMESPACE}.{self.name}: {read[0].name} has {len(shapes[0])} axes, not {least} to {most}"
             )
-        every = self.arguments(shapes, attributes)
-        scalars = {each.name: every[each.name] for each in entry.parameters if each.kind == "int32"}
-        wanted = self.kernel.shapes(scalars, entry)
+        values = self.arguments(shapes, attributes)
+        scalars = {
+            parameter.name: values[parameter.name] for parameter in entry.parameters if parameter.kind == "int32"
+        }
+        expected_shapes = self.kernel.shapes(scalars, entry)
         if scalars.get("head_dim", 0) % 2:
-            raise ValueError(f"{NAMESPACE}.{self.name}: a head has {scalars['head_dim']} columns; they turn in pairs")
-        for name, shape in zip((each.name for each in read), shapes, strict=True):
-            if math.prod(shape) != math.prod(wanted[name]) or shape[-1] != wanted[name][-1]:
-                raise ValueError(f"{NAMESPACE}.{self.name}: {name} has shape {tuple(shape)}; it must be {wanted[name]}")
+            raise ValueError(f"{NAMESPACE}.{self.name}: a head has {scalars['head_dim']} columns; it must be even")
+        for name, shape in zip((parameter.name for parameter in read), shapes, strict=True):
+            if math.prod(shape) != math.prod(expected_shapes[name]) or shape[-1] != expected_shapes[name][-1]:
+                raise ValueError(
+                    f"{NAMESPACE}.{self.name}: {name} has shape {tuple(shape)}; it must be {expected_shapes[name]}"
+                )
         return scalars
 
     @property
     def digest(self) -> str:
-        """Return the SHA-256 of what the plugin computes: the kernel's sources, its functions and the attributes."""
+        """Return the SHA-256 of everything that defines the plugin: the kernel's sources, functions and attributes."""
         entries = [asdict(entry) for entry in self.kernel.entries]
-        made_of = [NAMESPACE, VERSION, asdict(self), sources(self.kernel.source), entries]
-        return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+        definition = [NAMESPACE, VERSION, asdict(self), sources(self.kernel.source), entries]
+        return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
 
 
 def split(entry: Entry) -> tuple[tuple[Parameter, ...], tuple[Parameter, ...]]:
     """Return the arrays that a function reads and those that it writes."""
     arrays = [parameter for parameter in entry.parameters if parameter.kind == "pointer"]
-    read, written = ([each for each in arrays if each.direction == direction] for direction in ("in", "out"))
+    read, written = (
+        [parameter for parameter in arrays if parameter.direction == direction] for direction in ("in", "out")
+    )
     return tuple(read), tuple(written)
 
 
@@ -180,7 +186,7 @@ NODES: Mapping[str, Node] = {
             choices={"interleaved": ("half", "interleaved")},
         ),
         Node(name="SwiGLU", kernel_name="swiglu", rule="half_rows", functions="swiglu_{dtype}"),
-        # The same with y as QuantizeLinear makes it, int8 with one scale: for what feeds an INT8 GEMM.
+        # The same with y quantised as by QuantizeLinear, int8 with one scale: the input of an INT8 GEMM.
         Node(
             name="QuantizedRMSNorm",
             kernel_name="rmsnorm",

@@ -1,9 +1,9 @@
-"""Let TensorRT-RTX's ONNX parser find the library that it belongs to.
+"""Provide the library name that TensorRT-RTX's ONNX parser opens.
 
-The wheel of TensorRT-RTX 1.7 ships ``libtensorrt_rtx.so.1`` alone, but its parser opens ``libtensorrt_rtx.so`` when it
-adds a plugin, and ends the process if it cannot. The loader takes a library that is loaded already if it has the name
-asked for, so a library of a few hundred bytes is made in memory that has the name and needs the real one: nothing is
-written to disk, and a read-only installation will do.
+The wheel of TensorRT-RTX 1.7 contains only ``libtensorrt_rtx.so.1``, but its parser opens ``libtensorrt_rtx.so`` when
+it adds a plugin, and aborts the process on failure. The dynamic loader reuses a loaded library whose SONAME matches. So
+a library of a few hundred bytes with this SONAME, which depends on the real library, is created in memory. Nothing is
+written to disk, and a read-only installation works.
 Source: System V ABI, "Dynamic Linking"; glibc ``elf/dl-load.c``, ``_dl_map_object``; tried with TensorRT-RTX 1.7.1.116.
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
-ASKED_FOR: Mapping[str, tuple[str, str]] = {  # package -> name that its parser opens, name of what is loaded
+ASKED_FOR: Mapping[str, tuple[str, str]] = {  # package -> name that its parser opens, name of the loaded library
     "tensorrt_rtx": ("libtensorrt_rtx.so", "libtensorrt_rtx.so.1")
 }
 HEADER, SEGMENT, SYMBOL = 64, 56, 24  # bytes of the structures of ELF64
@@ -26,7 +26,7 @@ NEEDED, HASH, STRINGS, SYMBOLS, STRINGS_SIZE, SYMBOL_SIZE, SONAME = 1, 4, 5, 6, 
 
 
 def link_parser(trt: ModuleType) -> None:
-    """Make the name that a library's ONNX parser opens known to this process; where it is known, nothing happens."""
+    """Load an alias for the library that the ONNX parser opens, unless the name is already loaded."""
     if trt.__name__ not in ASKED_FOR or sys.platform != "linux":
         return
     name, needed = ASKED_FOR[trt.__name__]
@@ -37,17 +37,17 @@ def link_parser(trt: ModuleType) -> None:
 
 
 def alias(name: str, needed: str, machine: str) -> bytes:
-    """Return a shared library without code: whoever opens ``name`` gets it, and with it ``needed``.
+    """Return a shared library without code that has the SONAME ``name`` and depends on ``needed``.
 
     Args:
         name: its SONAME.
-        needed: the SONAME of the library that it stands for.
+        needed: the SONAME of the real library.
         machine: a key of ``MACHINES``, which are little-endian and of 64 bits.
     """
     strings = b"\0" + name.encode() + b"\0" + needed.encode() + b"\0"
     strings_at = HEADER + 2 * SEGMENT
     symbols_at = _round_up(strings_at + len(strings))
-    hash_at = symbols_at + SYMBOL  # one symbol, that of index 0, which means none
+    hash_at = symbols_at + SYMBOL  # one symbol, the null symbol of index 0
     hash_table = struct.pack("<4I", 1, 1, 0, 0)
     dynamic_at = hash_at + len(hash_table)
     tags = (

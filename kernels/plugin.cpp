@@ -1,9 +1,9 @@
-// The kernels as TensorRT plugins without Python: one IPluginV3 for every row of TABLE, which plugin_library.py writes
-// from nodes.py into plugin_table.h, with the PTX of every function. TensorRT loads the library (load_library) and can
-// put it into a plan (plugins_to_serialize).
+// TensorRT plugins of the kernels without Python: one IPluginV3 per row of TABLE. plugin_library.py writes TABLE from
+// nodes.py into plugin_table.h, with the PTX of every function. TensorRT loads the library (load_library) and can
+// store it in a plan (plugins_to_serialize).
 //
-// The library needs neither the CUDA runtime nor a GPU to be loaded: the driver is opened when a plugin first runs. A
-// plugin loads its module in the CUDA context of the thread that enqueues it, once for every execution context.
+// Loading the library needs neither the CUDA runtime nor a GPU: the driver is opened when a plugin first runs. A plugin
+// loads its module in the CUDA context of the enqueuing thread, once per execution context.
 // Source: TensorRT, IPluginV3; CUDA driver API.
 #include <NvInferRuntime.h>
 #include <cuda.h>
@@ -35,7 +35,7 @@ struct Parameter {
     const char* name;
     bool pointer;
     bool written;
-    DataType type;  // of what a pointer points at
+    DataType type;  // of the elements of a pointer
 };
 
 struct Function {
@@ -43,7 +43,7 @@ struct Function {
     int choice;     // value of the attribute that chooses between functions; 0 if there is none
     const char* symbol;
     std::vector<Parameter> parameters;
-    std::vector<Ptx> ptx;  // the best first
+    std::vector<Ptx> ptx;  // in order of preference
 };
 
 struct Attribute {
@@ -71,7 +71,7 @@ void report(const std::string& message) noexcept {
     }
 }
 
-// Run something that may throw, for interfaces that may not: 0, or -1 and a line in TensorRT's log.
+// Call a function that may throw from an interface that may not: returns 0, or -1 after a line in TensorRT's log.
 template <typename Work>
 int32_t guarded(const char* name, Work work) noexcept {
     try {
@@ -130,7 +130,7 @@ private:
     decltype(&cuGetErrorName) error_name = nullptr;
 };
 
-// A function of a PTX text on the device of the current context; unloaded when nothing uses it.
+// A function of a PTX text on the device of the current context; unloaded with its last reference.
 class Loaded {
 public:
     explicit Loaded(const Function& made) : driver(Driver::get()) {
@@ -150,7 +150,7 @@ public:
         throw std::runtime_error("no PTX for sm_" + std::to_string(capability) + " and CUDA " + std::to_string(cuda / 1000));
     }
     ~Loaded() {
-        if (module) driver.unload(module);  // fails once the context has gone, and the module with it
+        if (module) driver.unload(module);  // fails after the context, and with it the module, was destroyed
     }
     Loaded(const Loaded&) = delete;
     Loaded& operator=(const Loaded&) = delete;
@@ -165,7 +165,7 @@ private:
 using Scalars = std::map<std::string, int64_t>;
 using Values = std::map<std::string, double>;  // of attributes
 
-// The int32 arguments that depend on shapes, as in nodes.py; the first input is enough.
+// The int32 arguments that depend on shapes, as in nodes.py; they follow from the first input.
 Scalars scalars_of(Rule rule, const Dims& dims, const Values& values) {
     const int64_t last = dims.d[dims.nbDims - 1];
     if (rule == Rule::heads) {
@@ -182,7 +182,7 @@ constexpr int64_t OPEN = -1;  // a dimension that is not known yet
 
 bool differ(int64_t one, int64_t other) { return one != OPEN && other != OPEN && one != other; }
 
-// Throw if the inputs' shapes do not belong together, as far as they are known; as launch_scalars in nodes.py.
+// Throw if the known dimensions of the inputs do not match; as launch_scalars in nodes.py.
 void check_shapes(Rule rule, const std::vector<Shape>& shapes, const Values& values) {
     const Shape& first = shapes[0];
     if (first.size() < 2 || (rule == Rule::heads && first.size() != 3)) throw std::runtime_error("wrong number of axes");
@@ -229,15 +229,15 @@ class Plugin final : public IPluginV3, public IPluginV3OneCore, public IPluginV3
 public:
     Plugin(const Description& description, Values values) : node(description), values(std::move(values)) {
         int choice = 0;
-        for (const Attribute& each : node.attributes) {
-            if (each.chooses) choice = static_cast<int>(this->values.at(each.name));
+        for (const Attribute& attribute : node.attributes) {
+            if (attribute.chooses) choice = static_cast<int>(this->values.at(attribute.name));
         }
-        for (const Function& each : node.functions) {
-            if (each.choice == choice) functions.push_back(&each);
+        for (const Function& function : node.functions) {
+            if (function.choice == choice) functions.push_back(&function);
         }
         if (functions.empty()) throw std::runtime_error("no function for these attributes");
-        for (const Parameter& each : functions[0]->parameters) {
-            if (each.pointer) (each.written ? num_outputs : num_inputs) += 1;
+        for (const Parameter& parameter : functions[0]->parameters) {
+            if (parameter.pointer) (parameter.written ? num_outputs : num_inputs) += 1;
         }
     }
 
@@ -317,9 +317,12 @@ public:
             if (!function) throw std::runtime_error("no kernel takes inputs of this type");
             check_shapes(node.rule, shapes_of(inputs, num_inputs), values);
             Scalars scalars = scalars_of(node.rule, inputs[0].dims, values);
-            for (const Attribute& each : node.attributes) {
-                if (each.type == PluginFieldType::kFLOAT32) scalars[std::string(each.name) + "_bits"] = bits_of(values.at(each.name));
-                else scalars[each.name] = value(each.name);
+            for (const Attribute& attribute : node.attributes) {
+                if (attribute.type == PluginFieldType::kFLOAT32) {
+                    scalars[std::string(attribute.name) + "_bits"] = bits_of(values.at(attribute.name));
+                } else {
+                    scalars[attribute.name] = value(attribute.name);
+                }
             }
             int64_t blocks = 1;
             for (const char* name : node.grid) blocks *= scalars.at(name);
@@ -327,15 +330,15 @@ public:
             if (blocks > INT32_MAX) throw std::runtime_error("more rows than one launch can take");
             std::vector<const void*> pointers;
             std::vector<int32_t> numbers;
-            pointers.reserve(function->parameters.size());  // no element may move: the launch gets their addresses
+            pointers.reserve(function->parameters.size());  // elements must not move: the launch takes their addresses
             numbers.reserve(function->parameters.size());
             std::vector<void*> arguments;
-            for (const Parameter& each : function->parameters) {
-                if (each.pointer) {
-                    pointers.push_back(each.written ? *targets++ : *sources++);
+            for (const Parameter& parameter : function->parameters) {
+                if (parameter.pointer) {
+                    pointers.push_back(parameter.written ? *targets++ : *sources++);
                     arguments.push_back(&pointers.back());
                 } else {
-                    numbers.push_back(static_cast<int32_t>(scalars.at(each.name)));
+                    numbers.push_back(static_cast<int32_t>(scalars.at(parameter.name)));
                     arguments.push_back(&numbers.back());
                 }
             }
@@ -352,9 +355,9 @@ public:
             fields.clear();
             stored.assign(node.attributes.size(), 0);
             for (size_t i = 0; i < node.attributes.size(); ++i) {
-                const Attribute& each = node.attributes[i];
-                stored[i] = each.type == PluginFieldType::kFLOAT32 ? bits_of(values.at(each.name)) : value(each.name);
-                fields.emplace_back(each.name, &stored[i], each.type, 1);
+                const Attribute& attribute = node.attributes[i];
+                stored[i] = attribute.type == PluginFieldType::kFLOAT32 ? bits_of(values.at(attribute.name)) : value(attribute.name);
+                fields.emplace_back(attribute.name, &stored[i], attribute.type, 1);
             }
             collection = {static_cast<int32_t>(fields.size()), fields.data()};
         });
@@ -363,15 +366,15 @@ public:
 
 private:
     const Function* of(DataType type) const noexcept {
-        for (const Function* each : functions) {
-            if (each->type == type) return each;
+        for (const Function* function : functions) {
+            if (function->type == type) return function;
         }
         return nullptr;
     }
     const Parameter& array(const Function& function, int index) const noexcept {
-        const Parameter* found = function.parameters.data();
-        for (;; ++found) {
-            if (found->pointer && index-- == 0) return *found;  // inputs come before outputs
+        const Parameter* parameter = function.parameters.data();
+        for (;; ++parameter) {
+            if (parameter->pointer && index-- == 0) return *parameter;  // inputs come before outputs
         }
     }
     int32_t value(const char* name) const { return static_cast<int32_t>(values.at(name)); }
@@ -389,7 +392,7 @@ private:
 class Creator final : public IPluginCreatorV3One {
 public:
     explicit Creator(const Description& description) : node(description) {
-        for (const Attribute& each : node.attributes) fields.emplace_back(each.name, nullptr, each.type, 1);
+        for (const Attribute& attribute : node.attributes) fields.emplace_back(attribute.name, nullptr, attribute.type, 1);
         collection = {static_cast<int32_t>(fields.size()), fields.data()};
     }
 
@@ -397,7 +400,7 @@ public:
         IPluginV3* plugin = nullptr;
         guarded(node.name, [&] {
             Values values;
-            for (const Attribute& each : node.attributes) values[each.name] = read(each, *given);
+            for (const Attribute& attribute : node.attributes) values[attribute.name] = read(attribute, *given);
             plugin = new Plugin(node, std::move(values));
         });
         return plugin;
@@ -432,8 +435,8 @@ extern "C" __attribute__((visibility("default"))) IPluginCreatorInterface* const
     static std::vector<IPluginCreatorInterface*> creators;
     static std::once_flag once;
     std::call_once(once, [] {
-        for (const Description& each : TABLE) {
-            made.push_back(std::make_unique<Creator>(each));
+        for (const Description& description : TABLE) {
+            made.push_back(std::make_unique<Creator>(description));
             creators.push_back(made.back().get());
         }
     });

@@ -1,8 +1,7 @@
 """The kernels as TensorRT plugins, written in Python: one code path for TensorRT-RTX and classic TensorRT.
 
-A plugin knows nothing but its node: what TensorRT asks about shapes, types and formats is answered from ``nodes.py``,
-and a launch goes through ``launch.py`` into TensorRT's own stream. An engine with these plugins needs this package,
-and the library's ``register``, wherever it runs.
+Shapes, types and formats follow from the node (``nodes.py``); ``launch.py`` launches into TensorRT's stream. An engine
+with these plugins needs this package, and a call of ``register``, on the machine that runs it.
 Source: TensorRT, ``IPluginV3`` and ``IPluginCreatorV3One``.
 """
 
@@ -19,7 +18,7 @@ from medseg_trt.kernels.library import FindPtx, compile_here
 from medseg_trt.kernels.nodes import NAMESPACE, NODES, VERSION, Attributes, Node, split
 from medseg_trt.kernels.parser_link import link_parser
 
-TYPES: Mapping[str, str] = {  # ours -> TensorRT's DataType
+TYPES: Mapping[str, str] = {  # NumPy -> TensorRT's DataType
     "float16": "HALF",
     "bfloat16": "BF16",
     "float32": "FLOAT",
@@ -32,13 +31,13 @@ FIELD_TYPES: Mapping[str, type[np.generic]] = {"float32": np.float32, "int32": n
 def register(
     trt: ModuleType, find_ptx: FindPtx = compile_here, driver: Callable[[], Driver] = open_driver
 ) -> Mapping[str, str]:
-    """Make every node of ``NODES`` known to a TensorRT library, and return each plugin's digest.
+    """Register a plugin for every node of ``NODES`` with a TensorRT library, and return the digests.
 
-    It may be called again; the plugins that are there stay, with the ``find_ptx`` that they were made with.
+    Further calls keep the registered plugins, with their first ``find_ptx``.
 
     Args:
         trt: the module ``tensorrt_rtx`` or ``tensorrt`` (10.3 and newer).
-        find_ptx: where a plugin's PTX comes from when it runs; building needs none.
+        find_ptx: returns the PTX when a plugin runs; building does not need it.
         driver: opens the device when a plugin first runs.
 
     Raises:
@@ -46,7 +45,7 @@ def register(
     """
     link_parser(trt)
     registry = trt.get_plugin_registry()
-    there = {
+    registered = {
         creator.name: creator
         for creator in registry.all_creators
         if (creator.plugin_namespace, creator.plugin_version) == (NAMESPACE, VERSION)
@@ -54,20 +53,20 @@ def register(
     digests = {name: node.digest for name, node in NODES.items()}
     plugin, creator = _classes(trt)
     for name, node in NODES.items():
-        if name not in there:
+        if name not in registered:
             registry.register_creator(creator(trt, node, plugin, lambda: Launcher(driver(), find_ptx)), NAMESPACE)
-        elif getattr(there[name], "digest", "") != digests[name]:
+        elif getattr(registered[name], "digest", "") != digests[name]:
             raise MedsegError(f"another plugin {NAMESPACE}.{name} is registered already; build in a process of its own")
     return digests
 
 
 def data_type(trt: ModuleType, dtype: str) -> Any:
-    """Return TensorRT's word for a type of ours."""
+    """Return TensorRT's name of a type."""
     return getattr(trt.DataType, TYPES[dtype])
 
 
 def dtype_name(kind: Any) -> str:
-    """Return our word for a type of TensorRT's; its own where we have none."""
+    """Return the NumPy name of a TensorRT type; TensorRT's own name for other types."""
     return next((ours for ours, theirs in TYPES.items() if theirs == kind.name), str(kind.name))
 
 
@@ -81,7 +80,7 @@ class NodePlugin:
             trt: the library that the plugin is for.
             node: what it computes.
             attributes: of the node, all of them.
-            launcher: makes what launches the kernel, in the CUDA context of the thread that calls it.
+            launcher: creates the launcher in the CUDA context of the calling thread.
         """
         for base in _bases(trt):
             base.__init__(self)
@@ -89,30 +88,30 @@ class NodePlugin:
         self.plugin_name, self.plugin_namespace, self.plugin_version = node.name, NAMESPACE, VERSION
         self.entries = node.entries(attributes)
         read, written = split(next(iter(self.entries.values())))  # the names are the same for every type
-        self.arrays = [each.name for each in (*read, *written)]
+        self.arrays = [parameter.name for parameter in (*read, *written)]
         self.num_outputs = len(written)
         self._make_launcher = launcher
         self._launcher: Launcher | None = None
         self._stored: dict[str, np.ndarray] = {}
 
     def get_capability_interface(self, kind: Any) -> "NodePlugin":
-        """Return the object that has the methods of a capability: this one has all."""
+        """Return the object that implements a capability: this one implements all."""
         return self
 
     def clone(self) -> "NodePlugin":
-        """Return another plugin that does the same; the two share nothing that changes."""
+        """Return a copy that shares no mutable state."""
         return type(self)(self.trt, self.node, self.attributes, self._make_launcher)
 
     def attach_to_context(self, context: Any) -> "NodePlugin":
-        """Return the plugin of one execution context, which loads its kernel on the device of that context."""
+        """Return the plugin of one execution context, which loads its kernel in that context."""
         return self.clone()
 
     def get_fields_to_serialize(self) -> Any:
-        """Return the attributes, from which the plan makes the plugin again."""
+        """Return the attributes, from which a plan restores the plugin."""
         kinds = self.node.attributes
         self._stored = {name: np.array([self.attributes[name]], FIELD_TYPES[kind]) for name, kind in kinds.items()}
         types = {"float32": self.trt.PluginFieldType.FLOAT32, "int32": self.trt.PluginFieldType.INT32}
-        return self.trt.PluginFieldCollection(  # a field points into its array, which therefore has to stay
+        return self.trt.PluginFieldCollection(  # a field points into its array, so the array is kept
             [self.trt.PluginField(name, value, types[kinds[name]]) for name, value in self._stored.items()]
         )
 
@@ -124,10 +123,10 @@ class NodePlugin:
         """
         entry = self.node.entry(dtype_name(input_types[0]), self.attributes)
         read, written = split(entry)
-        for parameter, given in zip(read, input_types, strict=True):
-            if given != data_type(self.trt, parameter.dtype):
+        for parameter, input_type in zip(read, input_types, strict=True):
+            if input_type != data_type(self.trt, parameter.dtype):
                 raise ValueError(
-                    f"{NAMESPACE}.{self.node.name}: {parameter.name} is {dtype_name(given)}; "
+                    f"{NAMESPACE}.{self.node.name}: {parameter.name} is {dtype_name(input_type)}; "
                     f"beside {read[0].name} in {read[0].dtype} it must be {parameter.dtype}"
                 )
         return [data_type(self.trt, parameter.dtype) for parameter in written]
@@ -136,17 +135,20 @@ class NodePlugin:
         """Return expressions for the outputs' shapes.
 
         Raises:
-            ValueError: the inputs' shapes, as far as they are known yet, do not belong together.
+            ValueError: the known dimensions of the inputs do not match each other.
         """
         shapes = _known_shapes(inputs)
         if shapes is not None:
             self.node.launch_scalars(next(iter(self.entries.values())), shapes, self.attributes)
-        dims = [[_Expression(self.trt, builder, each[axis]) for axis in range(len(each))] for each in inputs]
+        dims = [
+            [_Expression(self.trt, builder, input_dims[axis]) for axis in range(len(input_dims))]
+            for input_dims in inputs
+        ]
         outputs = self.node.output_dims(dims, self.attributes, self.num_outputs)
         return [self.trt.DimsExprs([_unwrapped(builder, dim) for dim in shape]) for shape in outputs]
 
     def supports_format_combination(self, position: int, tensors: Sequence[Any], num_inputs: int) -> bool:
-        """Tell whether a tensor, after those before it, is as a kernel wants it: row-major, of the right type."""
+        """Return whether a tensor is row-major and of the kernel's type, given the tensors before it."""
         tensor, first = tensors[position].desc, tensors[0].desc
         if tensor.format != self.trt.TensorFormat.LINEAR or dtype_name(first.type) not in self.entries:
             return False
@@ -154,18 +156,18 @@ class NodePlugin:
         return tensor.type == data_type(self.trt, (*read, *written)[position].dtype)
 
     def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-        """Choose nothing; an error here would end the process, so shapes are checked before and after."""
+        """Do nothing: shapes are checked elsewhere, because an error here would abort the process."""
 
     def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         """Check the shapes of the launches that follow.
 
         Raises:
-            ValueError: they do not belong together.
+            ValueError: the shapes do not match each other.
         """
         self._scalars(inputs)
 
     def set_tactic(self, tactic: int) -> None:
-        """Take the one way there is."""
+        """Do nothing: there is one tactic."""
 
     def enqueue(
         self,
@@ -176,7 +178,7 @@ class NodePlugin:
         workspace: int,
         stream: int,
     ) -> None:
-        """Put the kernel into a stream; the first time it is loaded, which may not happen while a graph is captured."""
+        """Enqueue the kernel; the first call loads it, which is not possible during a graph capture."""
         if self._launcher is None:
             self._launcher = self._make_launcher()
         entry, scalars = self._scalars(input_desc)
@@ -185,16 +187,16 @@ class NodePlugin:
 
     def _scalars(self, inputs: Sequence[Any]) -> tuple[Entry, dict[str, int]]:
         entry = self.node.entry(dtype_name(inputs[0].type), self.attributes)
-        return entry, self.node.launch_scalars(entry, [tuple(each.dims) for each in inputs], self.attributes)
+        return entry, self.node.launch_scalars(entry, [tuple(tensor.dims) for tensor in inputs], self.attributes)
 
 
 class NodeCreator:
-    """Makes the plugins of one node; together with TensorRT's base class it is an ``IPluginCreatorV3One``."""
+    """Creates the plugins of one node; together with TensorRT's base class it is an ``IPluginCreatorV3One``."""
 
     def __init__(
         self, trt: ModuleType, node: Node, plugin: Callable[..., NodePlugin], launcher: Callable[[], Launcher]
     ) -> None:
-        """Describe the plugins; ``plugin`` makes one from the arguments of ``NodePlugin``."""
+        """Describe the plugins; ``plugin`` creates one from the arguments of ``NodePlugin``."""
         trt.IPluginCreatorV3One.__init__(self)
         types = {"float32": trt.PluginFieldType.FLOAT32, "int32": trt.PluginFieldType.INT32}
         self.name, self.plugin_namespace, self.plugin_version = node.name, NAMESPACE, VERSION
@@ -208,22 +210,22 @@ class NodeCreator:
         self._trt, self._node, self._plugin, self._launcher = trt, node, plugin, launcher
 
     def create_plugin(self, name: str, fields: Any, phase: Any) -> NodePlugin:
-        """Return the plugin of a node, from its attributes or from what a plan holds.
+        """Return the plugin of a node, from its attributes or from the fields of a plan.
 
         Raises:
             ValueError: an attribute is missing.
         """
-        given = {field.name: field.data for field in fields}
+        values = {field.name: field.data for field in fields}
         kinds = self._node.attributes
-        if missing := [attribute for attribute in kinds if attribute not in given]:
+        if missing := [attribute for attribute in kinds if attribute not in values]:
             raise ValueError(f"{NAMESPACE}.{self._node.name} {name} has no attribute {', '.join(missing)}")
         convert = {"float32": float, "int32": int}
-        attributes = {attribute: convert[kind](given[attribute][0]) for attribute, kind in kinds.items()}
+        attributes = {attribute: convert[kind](values[attribute][0]) for attribute, kind in kinds.items()}
         return self._plugin(self._trt, self._node, attributes, self._launcher)
 
 
 def _classes(trt: ModuleType) -> tuple[Callable[..., NodePlugin], Callable[..., NodeCreator]]:
-    """Join ours with the base classes of a library; our methods come first."""
+    """Combine the classes with the base classes of a library; their own methods come first."""
     return type("Plugin", (NodePlugin, *_bases(trt)), {}), type("Creator", (NodeCreator, trt.IPluginCreatorV3One), {})
 
 
@@ -232,7 +234,7 @@ def _bases(trt: ModuleType) -> tuple[type, ...]:
 
 
 class _Expression:
-    """A dimension of TensorRT's that can be multiplied and divided as a number can."""
+    """A symbolic dimension of TensorRT that supports ``*`` and ``//``."""
 
     def __init__(self, trt: ModuleType, builder: Any, value: Any) -> None:
         self._trt, self._builder, self.value = trt, builder, value
@@ -254,8 +256,8 @@ def _unwrapped(builder: Any, dim: "_Expression | int") -> Any:
 
 
 def _known_shapes(inputs: Sequence[Any]) -> list[list[int]] | None:
-    """Return shapes while a network is made, or None if they are open; the first axis, the batch, may be any: 1."""
-    shapes = [[each[axis] for axis in range(len(each))] for each in inputs]
+    """Return the shapes at network construction, with 1 for a dynamic batch; None if another axis is dynamic."""
+    shapes = [[dims[axis] for axis in range(len(dims))] for dims in inputs]
     if not all(dim.is_constant() for shape in shapes for dim in shape[1:]):
         return None
     return [[int(dim.get_constant_value()) if dim.is_constant() else 1 for dim in shape] for shape in shapes]

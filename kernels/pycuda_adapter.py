@@ -7,7 +7,7 @@ from medseg_trt.kernels.launch import CudaError, Driver, Launch, import_driver, 
 
 
 def open_device(device: int) -> Driver:
-    """Return the adapter for a device, in the current context or else in its primary one.
+    """Return the adapter of a device, in the current CUDA context or else in the primary one.
 
     Raises:
         MissingExtraError: pycuda is not installed.
@@ -21,7 +21,7 @@ def open_device(device: int) -> Driver:
 
 
 class Pycuda(Driver):
-    """The CUDA driver as ``pycuda.driver`` has it."""
+    """The CUDA driver through ``pycuda.driver``."""
 
     def __init__(self, cuda: Any, device: int) -> None:
         """Open a device; ``cuda`` is the module ``pycuda.driver``."""
@@ -32,10 +32,10 @@ class Pycuda(Driver):
         if cuda.Context.get_current() is None:
             self._context = cuda.Device(device).retain_primary_context()
             self._context.push()
-            atexit.register(self._context.pop)  # pycuda aborts a process that ends with a context of its own
+            atexit.register(self._context.pop)  # pycuda aborts a process that exits with a pushed context
         major, minor = cuda.Context.get_device().compute_capability()
         self.capability = 10 * major + minor
-        self._modules: list[Any] = []  # a function lives as long as its module
+        self._modules: list[Any] = []  # a function is valid while its module is loaded
 
     def load(self, ptx: str, symbol: str) -> Any:
         """Return a function of a PTX text, compiled for the device."""
@@ -45,8 +45,12 @@ class Pycuda(Driver):
         except self._cuda.Error as error:
             raise CudaError(str(error)) from error
 
+    def unload(self) -> None:
+        """Give the modules back; pycuda unloads them."""
+        self._modules.clear()
+
     def launch(self, launch: Launch) -> None:
-        """Put a launch into its stream: a ``pycuda.driver.Stream``, or 0; pycuda takes no other library's handle."""
+        """Enqueue a launch in its stream: a ``pycuda.driver.Stream`` or 0, not the handle of another library."""
         if isinstance(launch.stream, int) and launch.stream != 0:
             raise CudaError("pycuda launches on its own Stream objects only; pass one, or open cuda-bindings")
         try:
@@ -58,7 +62,7 @@ class Pycuda(Driver):
             raise CudaError(str(error)) from error
 
     def synchronize(self, stream: Any) -> None:
-        """Wait until everything in a stream, or for 0 in the context, is done."""
+        """Wait until all work in a stream, or for 0 in the context, has completed."""
         try:
             (stream or self._cuda.Context).synchronize()
         except self._cuda.Error as error:

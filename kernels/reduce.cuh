@@ -1,7 +1,7 @@
-// Sums and largest values over a warp and over a block of WARPS full warps.
+// Sums and maxima over a warp and over a block of WARPS full warps.
 //
-// Every thread gets the result, always added in the same order, so that a row's answer is the same on every run and
-// wherever the row lies in the batch.
+// Every thread gets the result. The order of additions is fixed, so the result of a row is the same in every run and at
+// every position in the batch.
 #pragma once
 
 constexpr unsigned WHOLE_WARP = 0xffffffffu;
@@ -22,7 +22,7 @@ __device__ __forceinline__ unsigned warp_max(unsigned value) {
     return value;
 }
 
-// `scratch` holds WARPS elements of shared memory and may be used again as soon as this returns.
+// `scratch` holds WARPS elements of shared memory and may be reused as soon as this returns.
 template <int WARPS>
 __device__ __forceinline__ float block_sum(float value, float* scratch) {
     value = warp_sum(value);
@@ -35,8 +35,8 @@ __device__ __forceinline__ float block_sum(float value, float* scratch) {
     return total;
 }
 
-// The largest magnitude of a block's floats. As integers, magnitudes sort like the numbers, with NaN above infinity: a
-// NaN anywhere in a row is not lost, as fmaxf would lose it.
+// The largest magnitude in a block. The bits of magnitudes, compared as integers, sort like the numbers, with NaN above
+// infinity, so a NaN is propagated; fmaxf would drop it.
 template <int WARPS>
 __device__ __forceinline__ float block_max_magnitude(float value, float* scratch) {
     const unsigned bits = warp_max(__float_as_uint(value) & 0x7fffffffu);

@@ -1,6 +1,6 @@
-// y = x / sqrt(mean(x²) + epsilon) · weight for every row: a block of 256 threads each; see rmsnorm.cuh.
+// Computes y = x / sqrt(mean(x²) + epsilon) · weight per row, one block of 256 threads per row; see rmsnorm.cuh.
 //
-// -D ENTRY is the function's name; the other options are elements.cuh's. Not timed on any card yet.
+// Options: -D ENTRY is the function name; the others are in elements.cuh. Not measured on a GPU yet.
 #include "rmsnorm.cuh"
 
 struct Row {

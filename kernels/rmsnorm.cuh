@@ -1,9 +1,9 @@
-// What rmsnorm.cu and add_rmsnorm.cu share: a block of 256 threads normalises one row.
+// Normalisation of one row by a block of 256 threads, for rmsnorm.cu and add_rmsnorm.cu.
 //
-// A row that is a multiple of 16 bytes long and aligned moves 16 bytes an access (VECTOR), and a thread keeps up to 32 of
-// its elements in registers, so that up to 8192 are read once; the tiles of a wider row are read again. Any other row
-// moves one element an access and is read again beyond 1024.
-// LLaMA's order of rounding: see rmsnorm.py. All arithmetic is IEEE float32, rounded to the nearest.
+// An aligned row whose length is a multiple of 16 bytes uses accesses of 16 bytes (VECTOR). A thread keeps up to 32
+// elements in registers, so rows of up to 8192 columns are read once; wider rows are read again. Any other row uses one
+// element per access and is read again beyond 1024 columns.
+// The order of roundings is LLaMA's, see rmsnorm.py. All arithmetic is IEEE float32, rounded to nearest.
 #pragma once
 #include "elements.cuh"
 #include "reduce.cuh"
@@ -17,7 +17,7 @@ struct Norm {
     float scale;  // of SCALE_TENSOR
 };
 
-// One element of the answer, before it is divided by the scale and rounded to OUTPUT.
+// One element of the result, before division by the scale and rounding to OUTPUT.
 __device__ __forceinline__ float normalised(SCALAR value, SCALAR weight, float inverse_rms) {
     float result = __fmul_rn(widen(value), inverse_rms);
 #if SCALE == SCALE_NONE
@@ -26,21 +26,21 @@ __device__ __forceinline__ float normalised(SCALAR value, SCALAR weight, float i
     return __fmul_rn(result, widen(weight));
 }
 
-// Normalise a row. ROW reads a tile of what is normalised: `first(tile, width, kept)`, and `again(…)` if it is wide.
+// Normalise a row. ROW reads a tile of its elements: `first(tile, width, kept)`, then `again(…)` for wide rows.
 template <bool VECTOR, typename ROW>
 __device__ __forceinline__ void normalise(const ROW& row, const SCALAR* weight, const Norm& norm, OUTPUT* y,
                                           float* token_scale, float* scratch) {
     constexpr int RUN = VECTOR ? LANES : 1;
-    constexpr int SHARE = VECTOR ? 32 : 4;  // elements of a row that a thread keeps
+    constexpr int SHARE = VECTOR ? 32 : 4;  // elements of a row in a thread's registers
     constexpr int TILE = THREADS * SHARE;
     constexpr int RUNS = SHARE / RUN;
     using Part = Share<THREADS, RUNS, RUN>;
     const int width = norm.width;
     const bool wide = width > TILE;
     SCALAR kept[RUNS][RUN], weights[RUNS][RUN];
-    if (!wide) Part::read(weight, 0, width, weights);  // under way while the row is summed
+    if (!wide) Part::read(weight, 0, width, weights);  // loads overlap with the sum
 
-    float squares[4] = {};  // four short chains lose less than one long one
+    float squares[4] = {};  // four partial sums have a smaller rounding error than one
     for (int tile = 0; tile < width; tile += TILE) {
         row.first(tile, width, kept);
 #pragma unroll

@@ -1,9 +1,9 @@
 """RMSNorm: every row divided by its root mean square, then scaled by a weight.
 
-Contract of the floating forms, LLaMA's order of rounding: the mean of the squares, ``epsilon`` added to it (not to the
-root) and the division are float32; the quotient is rounded to the inputs' type, multiplied by the weight, and the
-product is rounded again. With weights that are powers of two only the first rounding is left. The quantised forms round
-once, to 8 bits (``forms.py``). A row whose squares add up beyond float32 becomes 0.
+Contract of the floating formats, with LLaMA's order of roundings: the mean of the squares, the addition of ``epsilon``
+to it (not to the root) and the division are float32; the quotient is rounded to the inputs' type and multiplied by the
+weight, and the product is rounded again. Quantised formats round once, to 8 bits (``output_formats.py``). A row whose
+sum of squares overflows float32 becomes 0.
 Sources: Zhang & Sennrich 2019, eq. 4; meta-llama/llama ``model.py``, class ``RMSNorm``; ONNX ``RMSNormalization``-23.
 """
 
@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from medseg_trt.kernels.forms import FP8_TOLERANCE, INT8_TOLERANCE, inverse_root, make_entries, plain, quantise
 from medseg_trt.kernels.kernel import (
     Array,
     Entry,
@@ -25,18 +24,19 @@ from medseg_trt.kernels.kernel import (
     float_from_bits,
     rounded,
 )
+from medseg_trt.kernels.output_formats import FP8_TOLERANCE, INT8_TOLERANCE, inverse_root, make_entries, plain, quantise
 
 # Relative, of float32, in rows of up to 8192. A square passes 22 roundings of 2**-24 in the sum: 8 in its chain, 2
 # between chains, 5 in the warp, 7 between warps. The mean and epsilon add 2; the root halves all, and 3 follow: root,
-# reciprocal and product. That is 15 * 2**-24, and this 16. 4e-7 is the most that was measured, see README.md.
+# reciprocal and product. That is 15 * 2**-24; the limit is 16 * 2**-24. Measured: at most 4e-7, see README.md.
 QUOTIENT_ERROR = 2.0**-20
-SIXTEEN_BITS = Tolerance(ulps=0.505, reason="the last rounding; the first one, where it stands at a tie, is slack")
+SIXTEEN_BITS = Tolerance(ulps=0.505, reason="the last rounding; the first one is slack where it is at a tie")
 TOLERANCE: Mapping[str, Tolerance] = {
     "float16": SIXTEEN_BITS,
     "bfloat16": SIXTEEN_BITS,
     "float32": Tolerance(
         ulps=8.0,
-        reason="measured: 3.4 ulps at most in README.md's runs; 16 roundings in a row could add up to 16 ulps",
+        reason="measured: 3.4 ulps at most in README.md's runs; 16 roundings can add up to 16 ulps",
     ),
     "int8": INT8_TOLERANCE,
     "float8_e4m3": FP8_TOLERANCE,
@@ -44,24 +44,24 @@ TOLERANCE: Mapping[str, Tolerance] = {
 
 
 def shapes(scalars: Scalars, entry: Entry) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every array: rows of ``width`` elements, and one weight for each column."""
+    """Return the shape of every array: rows of ``width`` elements, and one weight per column."""
     special = {"weight": (scalars["width"],), "scales": (scalars["rows"],)}
     arrays = (parameter.name for parameter in entry.parameters if parameter.kind == "pointer")
     return {name: special.get(name, (scalars["rows"], scalars["width"])) for name in arrays}
 
 
 def bytes_moved(scalars: Scalars, entry: Entry) -> int:
-    """Return the bytes that must move: every array once."""
+    """Return the minimum memory traffic in bytes: every array once."""
     return bytes_of_shapes(shapes(scalars, entry), entry)
 
 
 def reference(entry: Entry, inputs: Mapping[str, Array], scalars: Scalars) -> dict[str, Expected]:
-    """Return ``y`` (rows, width), and ``scales`` (rows,) if every row has its own, as the contract defines them."""
+    """Return ``y`` (rows, width), and ``scales`` (rows,) for the formats with a scale per row."""
     return normalised(inputs["x"].astype(np.float64), inputs["weight"].astype(np.float64), entry, scalars)
 
 
 def normalised(x: Floats, weight: Floats, entry: Entry, scalars: Scalars) -> dict[str, Expected]:
-    """Normalise rows that are exact in the entry's type; see ``reference``."""
+    """Normalise rows whose values are exact in the entry's type; see ``reference``."""
     with np.errstate(invalid="ignore", over="ignore"):
         inverse = inverse_root(np.mean(x * x, axis=1), float_from_bits(scalars["epsilon_bits"]), x.shape[1])
         quotient = x * inverse[:, None]

@@ -1,18 +1,18 @@
-// Rotary position embedding of q and k, read from the fused [q | k | v] of a token: a block of 128 threads a token.
-// What comes in token by token goes out head by head, (batch, heads, tokens, head_dim), as an attention takes it: the
-// transpose costs nothing, because a head of a token is one run of memory either way.
+// Rotary position embedding of q and k, read from the fused row [q | k | v] of a token; one block of 128 threads per
+// token. Inputs are in token order, outputs in head order, (batch, heads, tokens, head_dim), as attention expects. The
+// transpose adds no memory traffic, because the columns of a head are contiguous in both.
 //
-// The block first puts the token's cosines and sines into shared memory, a chunk of pairs at a time; then every thread
-// turns the same few neighbouring pairs in every head that falls to it. Half-split layout: column i turns with
-// i + head_dim / 2, so a thread moves two runs of 16 bytes; interleaved: 2i with 2i + 1, one run. Where a head is no
-// multiple of such runs or not aligned, it is one pair of single elements. v is copied along, if asked for.
-// Everything is IEEE float32, rounded to the nearest; only the result is rounded to SCALAR.
+// The block writes cosines and sines of the token to shared memory, a chunk of pairs at a time. Every thread then
+// rotates the same neighbouring pairs in each of its heads. Half-split layout pairs column i with i + head_dim / 2: two
+// accesses of 16 bytes. Interleaved layout pairs 2i with 2i + 1: one access. If the head size is not a multiple of
+// these accesses, or the address is not aligned, a thread moves one pair of single elements. v is copied on request.
+// All arithmetic is IEEE float32, rounded to nearest; only the result is rounded to SCALAR.
 //
-// Angles: ANGLES_TABLE reads cosine and sine of (position, pair). ANGLES_FREQUENCY reads, for every pair, the turns that
-// one position adds, as a 64-bit fraction; multiplying it by the position modulo 2^64 is the range reduction, exact for
-// every position below 2^31.
-// -D ENTRY is the function's name. -D SCALAR=__half | __nv_bfloat16 | float, -D LAYOUT=LAYOUT_HALF | LAYOUT_INTERLEAVED,
-// -D ANGLES=ANGLES_TABLE | ANGLES_FREQUENCY. Not timed on any card yet.
+// Angles: ANGLES_TABLE reads cosine and sine of (position, pair). ANGLES_FREQUENCY reads, per pair, the fraction of a
+// full rotation per position, as a 64-bit integer; its product with the position modulo 2^64 is an exact range reduction
+// for every position below 2^31.
+// Options: -D ENTRY is the function name, SCALAR=__half | __nv_bfloat16 | float, LAYOUT=LAYOUT_HALF | LAYOUT_INTERLEAVED,
+// ANGLES=ANGLES_TABLE | ANGLES_FREQUENCY. Not measured on a GPU yet.
 #include "elements.cuh"
 
 #define LAYOUT_HALF 0
@@ -24,13 +24,14 @@ constexpr int THREADS = 128;
 constexpr int CHUNK = 256;  // pairs whose angles are in shared memory at once: heads of up to 512 columns need one chunk
 
 struct Heads {
-    int query, key, value;  // how many; value: how many are copied
+    int query, key, value;  // numbers of heads; value: those that are copied
     int dim;
 };
 
-// Cosine and sine of `fraction` · 2^-64 turns, to 2 ulps: the nearest quarter turn, and what is left of it, at most pi/4,
-// through the polynomials of Cephes (Moshier, sinf.c). What is left is an exact integer, so that a cosine or sine near 0
-// is as good, in ulps, as any other; its upper 24 bits times 2 pi are taken exactly, as a sum of two floats.
+// Cosine and sine of the angle 2 pi · `fraction` · 2^-64, within 2 ulps: reduction to the nearest multiple of pi/2, then
+// the polynomials of Cephes (Moshier, sinf.c) on a remainder of at most pi/4. The remainder is an exact integer, so
+// values near 0 are as accurate, in ulps, as others; its upper 24 bits times 2 pi are computed exactly as a sum of two
+// floats.
 __device__ __forceinline__ void turn(unsigned long long fraction, float& cosine, float& sine) {
     const unsigned quarter = static_cast<unsigned>((fraction + (1ull << 61)) >> 62);
     const long long rest = static_cast<long long>(fraction - (static_cast<unsigned long long>(quarter) << 62));
@@ -76,7 +77,7 @@ struct Angles {
     }
 };
 
-// How a thread moves the elements of a head: PAIRS pairs at once, RUN elements and ANGLE_RUN angles an access.
+// Access pattern of a thread in a head: PAIRS pairs at once, RUN elements and ANGLE_RUN angles per access.
 template <bool VECTOR>
 struct Access {
     static constexpr int RUN = VECTOR ? LANES : 1;
@@ -84,7 +85,7 @@ struct Access {
     static constexpr int ANGLE_RUN = !VECTOR ? 1 : PAIRS < 4 ? PAIRS : 4;
 };
 
-// Move the PAIRS pairs that begin at `pair` in a head, and turn them if TURN.
+// Move PAIRS pairs of a head, starting at `pair`, and rotate them if TURN.
 template <int RUN, bool TURN, int PAIRS>
 __device__ __forceinline__ void move(const SCALAR* from, SCALAR* to, int half, int pair, const float (&cosines)[PAIRS],
                                      const float (&sines)[PAIRS]) {
@@ -117,7 +118,7 @@ __device__ __forceinline__ void move(const SCALAR* from, SCALAR* to, int half, i
 #endif
 }
 
-// `stride` is how far one head of the outputs lies behind another: tokens · head_dim.
+// `stride` is the distance of two heads in the outputs: tokens · head_dim.
 template <bool VECTOR>
 __device__ __forceinline__ void rotate_token(const SCALAR* qkv, const Angles& angles, const Heads& heads, size_t stride,
                                              SCALAR* q, SCALAR* k, SCALAR* v, float* all_cosines, float* all_sines) {
@@ -132,7 +133,7 @@ __device__ __forceinline__ void rotate_token(const SCALAR* qkv, const Angles& an
         __syncthreads();
         const int places = pairs / PAIRS;  // runs of pairs in this part of a head
         const int lanes = min(places, THREADS);
-        const int groups = THREADS / lanes;  // heads that the block works on at once
+        const int groups = THREADS / lanes;  // heads that the block processes at once
         const int group = threadIdx.x / lanes;
         for (int place = threadIdx.x % lanes; group < groups && place < places; place += lanes) {
             const int pair = place * PAIRS;

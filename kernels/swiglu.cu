@@ -1,21 +1,21 @@
-// y = gate / (1 + exp(-gate)) · up for every row of [gate | up]: a block of 256 threads each.
+// Computes y = gate / (1 + exp(-gate)) · up for every row of [gate | up], one block of 256 threads per row.
 //
-// Without a scale for each row, a thread streams: it loads runs of 16 bytes of gate and of up, and stores. With one, it
-// keeps up to 48 results, so that rows of up to 12288 (LLaMA-7B has 11008) are read once; the tiles of a wider row are
-// read again. A row that is no multiple of 16 bytes long or not aligned moves one element an access, and is read again
-// beyond 1024. Everything is IEEE float32, rounded to the nearest, with no approximate instruction: a CPU computes the
-// same bits.
-// -D ENTRY is the function's name; the other options are elements.cuh's. Not timed on any card yet.
+// Without a scale per row, a thread loads 16 bytes of gate and of up and stores the result. With a scale per row, it
+// keeps up to 48 results, so rows of up to 12288 columns (LLaMA-7B has 11008) are read once; wider rows are read again.
+// A row that is not aligned, or whose length is not a multiple of 16 bytes, uses one element per access and is read
+// again beyond 1024 columns. All arithmetic is IEEE float32, rounded to nearest, without approximate instructions, so a
+// CPU computes the same bits.
+// Options: -D ENTRY is the function name; the others are in elements.cuh. Not measured on a GPU yet.
 #include "elements.cuh"
 #include "reduce.cuh"
 
 constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / 32;
-constexpr float SMALLEST_GATE = -173.0f;  // beyond it exp(gate / 2) is no normal float; gate counts as -0
+constexpr float SMALLEST_GATE = -173.0f;  // below it exp(gate / 2) is subnormal; gate counts as -0
 
 // exp(x) for -86.5 <= x <= 0, to 0.9 ulp: 2^n · exp(r) with |r| <= ln(2)/2 and a minimax polynomial of degree 6.
 __device__ __forceinline__ float exponential(float x) {
-    constexpr float ROUNDER = 12582912.0f;  // 1.5 · 2^23: adding it leaves a whole number in the low bits
+    constexpr float ROUNDER = 12582912.0f;  // 1.5 · 2^23: adding it rounds to an integer in the low bits
     const float shifted = __fmaf_rn(x, 1.44269504f, ROUNDER);
     const float n = __fsub_rn(shifted, ROUNDER);
     float r = __fmaf_rn(n, -0x1.62e400p-1f, x);  // ln(2) in two parts; n times the first is exact
@@ -30,8 +30,8 @@ __device__ __forceinline__ float exponential(float x) {
     return __uint_as_float(__float_as_uint(power) + (__float_as_uint(shifted) << 23));
 }
 
-// With h = exp(-|gate| / 2): gate · up / (1 + h²), times h² for negative gates, one h on each factor, so that neither
-// overflows nor vanishes before the product does.
+// With h = exp(-|gate| / 2): gate · up / (1 + h²), times h² for negative gates. Each factor is multiplied by h once, so
+// that neither overflows or underflows before the product does.
 __device__ __forceinline__ float silu_times(float gate, float up) {
     const float magnitude = fabsf(gate);
     const float half = magnitude > -SMALLEST_GATE ? 0.0f : exponential(__fmul_rn(magnitude, -0.5f));
@@ -63,7 +63,7 @@ __device__ __forceinline__ void write(OUTPUT* y, const float (&results)[RUN], fl
     store<RUN>(y, rounded);
 }
 
-// A row with the scale that is given.
+// A row with a given scale.
 template <bool VECTOR>
 __device__ __forceinline__ void stream(const SCALAR* gate, const SCALAR* up, int width, float scale, OUTPUT* y) {
     constexpr int RUN = VECTOR ? LANES : 1;
@@ -75,12 +75,12 @@ __device__ __forceinline__ void stream(const SCALAR* gate, const SCALAR* up, int
     }
 }
 
-// A row with the scale that makes its largest magnitude 127.
+// A row with the scale that maps its largest magnitude to 127.
 template <bool VECTOR>
 __device__ __forceinline__ void rescale(const SCALAR* gate, const SCALAR* up, int width, OUTPUT* y, float* token_scale,
                                         float* scratch) {
     constexpr int RUN = VECTOR ? LANES : 1;
-    constexpr int SHARE = VECTOR ? 48 : 4;  // results of a row that a thread keeps
+    constexpr int SHARE = VECTOR ? 48 : 4;  // results of a row in a thread's registers
     constexpr int TILE = THREADS * SHARE;
     constexpr int RUNS = SHARE / RUN;
     float kept[RUNS][RUN];

@@ -66,8 +66,8 @@ def save(path: Path, described: Dataset, syntax: str = ExplicitVRLittleEndian) -
 
 def placed(orientation=AXIAL, corner=CORNER_MM) -> dict[str, Any]:
     return {
-        "ImageOrientationPatient": [round(float(each), 9) for each in orientation],
-        "ImagePositionPatient": [round(float(each), 6) for each in corner],
+        "ImageOrientationPatient": [round(float(value), 9) for value in orientation],
+        "ImagePositionPatient": [round(float(value), 6) for value in corner],
         "PixelSpacing": list(SPACING_MM),
     }
 
@@ -87,7 +87,7 @@ def save_series(folder: Path, pixels: np.ndarray, orientation=AXIAL, order=None,
     return folder
 
 
-def enhanced(pixels: np.ndarray, places, orientations) -> Dataset:
+def enhanced(pixels: np.ndarray, positions, orientations) -> Dataset:
     """Return an enhanced CT file of frames (frames, rows, columns), each with a place and an orientation."""
     described = dataset(pixels)
     described.SOPClassUID = ENHANCED_CT
@@ -96,7 +96,7 @@ def enhanced(pixels: np.ndarray, places, orientations) -> Dataset:
     shared.PixelMeasuresSequence = Sequence([measures])
     described.SharedFunctionalGroupsSequence = Sequence([shared])
     frames = []
-    for corner, orientation in zip(places, orientations, strict=True):
+    for corner, orientation in zip(positions, orientations, strict=True):
         where, frame, position, direction = placed(orientation, corner), Dataset(), Dataset(), Dataset()
         position.ImagePositionPatient = where["ImagePositionPatient"]
         direction.ImageOrientationPatient = where["ImageOrientationPatient"]

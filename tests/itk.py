@@ -20,14 +20,14 @@ def voxels_by_itk(path: Path) -> tuple[np.ndarray, np.ndarray]:
     affine = np.eye(4)
     affine[:3, :3] = np.array(volume.GetDirection()).reshape(3, 3) * volume.GetSpacing()
     affine[:3, 3] = volume.GetOrigin()
-    return values, _places(affine, (columns, rows, slices)) * LPS
+    return values, _positions(affine, (columns, rows, slices)) * LPS
 
 
 def voxels_by_nibabel(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Return what ``voxels_by_itk`` does."""
     volume: Any = nibabel.load(path)
     values = np.asanyarray(volume.dataobj)
-    return values.transpose(2, 1, 0), _places(volume.affine, values.shape)
+    return values.transpose(2, 1, 0), _positions(volume.affine, values.shape)
 
 
 def require_seen_alike(path: Path, within_mm: float = 1e-3) -> None:
@@ -40,6 +40,6 @@ def require_seen_alike(path: Path, within_mm: float = 1e-3) -> None:
     assert np.linalg.norm(by_itk[1] - by_nibabel[1], axis=-1).max() < within_mm
 
 
-def _places(affine: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def _positions(affine: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     indices = np.indices(shape).reshape(3, -1).T
     return apply_affine(affine, indices).reshape(*shape, 3).transpose(2, 1, 0, 3)

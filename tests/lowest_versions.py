@@ -12,18 +12,22 @@ from collections.abc import Mapping
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-EXTRAS = ("cpu", "openvino", "medical", "train", "export", "kernels", "report", "sign")  # what needs no GPU
+EXTRAS = ("cpu", "openvino", "medical", "train", "export", "kernels", "report", "sign", "serve")  # what needs no GPU
 TOOLS = ("ruff", "pyright", "nodejs")  # of the group dev: no test imports them
 EXERCISED_BY: Mapping[str, tuple[str, ...]] = {  # dependency -> names of test modules, wherever they lie
     "accelerate": ("test_processes",),
     "beartype": ("test_spec",),
     "build": ("test_wheel",),
     "click": ("test_cli", "test_help"),
+    "connected-components-3d": ("test_apply",),
     "cryptography": ("test_signature",),
     "cuda-bindings": ("test_device",),
+    "dicomweb-client": ("test_dicomweb",),
+    "einops": ("test_external",),
     "filelock": ("test_once",),
     "gguf": ("test_gguf_file",),
     "h5py": ("test_arrays", "test_official"),
+    "highdicom": ("test_dicom_seg",),
     "hypothesis": ("test_overlap",),
     "jaxtyping": ("test_spec",),
     "jinja2": ("test_report",),
@@ -40,21 +44,29 @@ EXERCISED_BY: Mapping[str, tuple[str, ...]] = {  # dependency -> names of test m
     "onnxscript": ("test_dialects",),
     "openvino": ("test_openvino",),
     "pillow": ("test_images_2d", "test_overlay"),
+    "playwright": ("test_page",),
+    "prometheus-client": ("test_operations",),
     "pydantic": ("test_spec", "test_bundle"),
     "pydicom": ("test_dicom",),
     "pylibjpeg": ("test_dicom",),
     "pylibjpeg-openjpeg": ("test_dicom",),
+    "pynetdicom": ("test_dicom_node",),
     "pynrrd": ("test_nrrd",),
     "pytest": ("test_spec",),
     "pytest-xdist": ("test_spec",),
     "rich": ("test_progress",),
     "safetensors": ("test_blocks",),
+    "schemathesis": ("test_malformed",),
     "scikit-learn": ("test_overlap", "test_splits"),
     "scipy": ("test_hausdorff", "test_intervals", "test_augment"),
     "setuptools": ("test_wheel",),
+    "simplejpeg": ("test_images_2d",),
     "simpleitk": ("test_qform",),
     "tifffile": ("test_tiff",),
+    "starlette": ("test_protocol_v2",),
     "torch": ("test_model", "test_losses"),
+    "tritonclient": ("test_protocol_v2",),
+    "uvicorn": ("test_protocol_v2",),
     "transformers": ("test_llama", "test_layer_readers"),
 }
 
@@ -62,7 +74,9 @@ EXERCISED_BY: Mapping[str, tuple[str, ...]] = {  # dependency -> names of test m
 def requirements(torch: str = "tested") -> list[str]:
     """Return what ``make test-lowest`` installs: the project with its extras, and the group dev without its tools."""
     data = tomllib.loads((TESTS.parent / "pyproject.toml").read_text(encoding="utf-8"))
-    dev = [line for line in data["dependency-groups"]["dev"] if name_of(line) not in TOOLS]
+    groups = data["dependency-groups"]
+    lines = [*groups["gpu-check"], *(line for line in groups["dev"] if isinstance(line, str))]  # dev includes gpu-check
+    dev = [line for line in lines if name_of(line) not in TOOLS]
     versions = (TESTS / "constraints.txt").read_text(encoding="utf-8").splitlines()
     tested = [line for line in versions if name_of(line) == "torch"] if torch == "tested" else []
     return [f"--editable .[{','.join(EXTRAS)}]", *tested, *dev]

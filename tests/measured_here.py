@@ -1,17 +1,18 @@
 """Stand-ins with which ``bench`` needs no processes and no time: its masks are real, its times are made up."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from medseg_trt.bench import benchmark, timings
+from medseg_trt.bench import profiling, timings
 from medseg_trt.bench.layer_times import Step, summed_up
 from medseg_trt.bench.profile_schema import Peak
 from medseg_trt.bench.timed_session import STAGES, MeasuredSession
 from medseg_trt.bench.timing_schema import Tier
 from medseg_trt.sessions.base import Session
+from medseg_trt.sessions.device_times import DeviceTimes
+from medseg_trt.sessions.session_request import SessionRequest
 from medseg_trt.sessions.subprocess_session import open_network
 
 SHORT = Tier(name="short", warmup_ms=0.0, warmup_runs=1, duration_s=0.0, min_runs=10, starts=1)
@@ -20,9 +21,9 @@ SHORT = Tier(name="short", warmup_ms=0.0, warmup_runs=1, duration_s=0.0, min_run
 class MeasuredHere(MeasuredSession):
     """A measured session of this process whose times are made up: its answers are real, and nothing waits."""
 
-    def __init__(self, path: Path, precision: str, backend: str, threads: int | None, compute: str) -> None:
-        self._session: Session = open_network(backend, path, precision, 1, compute)
-        self.backend, self.device, self.description = backend, self._session.device, self._session.description
+    def __init__(self, request: SessionRequest) -> None:
+        self._session: Session = open_network(replace(request, threads=1))
+        self.backend, self.device, self.description = request.backend, self._session.device, self._session.description
         self.open_ms, self.load_ms = 300.0, 200.0
         self._milliseconds = float(len(self.description))
 
@@ -32,10 +33,10 @@ class MeasuredHere(MeasuredSession):
     def time(self, batch: np.ndarray, duration_s: float, min_runs: int) -> list[float]:
         return [self._milliseconds + 0.125 * number for number in range(min_runs)]
 
-    def time_on_device(self, batch: np.ndarray, duration_s: float, min_runs: int) -> list[float] | None:
+    def time_on_device(self, batch: np.ndarray, duration_s: float, min_runs: int) -> DeviceTimes | None:
         return self._session.time_on_device(batch, duration_s, min_runs)
 
-    def whole_way(self, way, duration_s, min_runs):
+    def time_end_to_end(self, case, duration_s, min_runs):
         return [self._milliseconds + 8.0] * min_runs, {stage: [2.0] * min_runs for stage in STAGES}
 
     def throughput(self, batch, streams, threads, duration_s):
@@ -61,9 +62,9 @@ def measure_here(patch: pytest.MonkeyPatch) -> None:
 
     peak = Peak(arithmetic="", gmacs_per_s=50.0, gemm="made up", gbytes_per_s=20.0, copy="made up")
     patch.setattr(timings, "MeasuredSession", MeasuredHere)
-    patch.setattr(benchmark, "profile", steps)
+    patch.setattr(profiling, "profile", steps)
     patch.setattr(
-        benchmark,
+        profiling,
         "peaks",
-        lambda ways: tuple(replace(peak, arithmetic=name) for name in dict.fromkeys(w[1] for w in ways)),
+        lambda formats: tuple(replace(peak, arithmetic=name) for name in dict.fromkeys(w[1] for w in formats)),
     )

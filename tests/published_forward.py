@@ -75,8 +75,8 @@ def _resnet(state: State, image: Tensor) -> tuple[Tensor, list[Tensor]]:
             x = _bottleneck(state, f"{HYBRID}.body.block{block}.unit{unit}.", x, stride)
             unit += 1
         if block < 3:
-            wanted = (size[0] // 4 // block, size[1] // 4 // block)
-            padded = x.new_zeros(*x.shape[:2], *wanted)
+            expected_size = (size[0] // 4 // block, size[1] // 4 // block)
+            padded = x.new_zeros(*x.shape[:2], *expected_size)
             padded[:, :, : x.shape[2], : x.shape[3]] = x
             features.append(padded)
     return x, features[::-1]
@@ -102,7 +102,10 @@ def _linear(state: State, prefix: str, x: Tensor) -> Tensor:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, head_dim: int) -> Tensor:
-    split = [each.reshape(*each.shape[:2], -1, head_dim).permute(0, 2, 1, 3) for each in (query, key, value)]
+    split = [
+        projection.reshape(*projection.shape[:2], -1, head_dim).permute(0, 2, 1, 3)
+        for projection in (query, key, value)
+    ]
     scores = split[0] @ split[1].transpose(-1, -2) / math.sqrt(head_dim)
     return (scores.softmax(-1) @ split[2]).permute(0, 2, 1, 3).flatten(2)
 

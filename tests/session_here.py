@@ -1,22 +1,23 @@
 """A stand-in for the child processes of a build: a build opens dozens, and each takes a second to start."""
 
 from importlib import import_module
-from pathlib import Path
 
 import numpy as np
 
 from medseg_trt.imaging.preprocess import Size
 from medseg_trt.sessions.backends import BACKENDS
 from medseg_trt.sessions.base import Session
+from medseg_trt.sessions.session_request import SessionRequest
 from medseg_trt.sessions.subprocess_session import ChildSession
 
 
 class SessionHere(ChildSession):
     """A session of this process behind the interface of a child: a build opens dozens."""
 
-    def __init__(self, path: Path, precision: str, backend: str, threads: int | None, compute: str) -> None:
-        self._session: Session = import_module(BACKENDS[backend].module).open_graph(path, precision, 1, compute)
-        self.backend, self.device = backend, self._session.device
+    def __init__(self, request: SessionRequest) -> None:
+        module = import_module(BACKENDS[request.backend].module)
+        self._session: Session = module.open_graph(request.path, request.precision, 1, request.compute_dtype)
+        self.backend, self.device = request.backend, self._session.device
         self.description, self.gives_masks = self._session.description, self._session.gives_masks
 
     def masks(self, batch: np.ndarray, size: Size, resampled: Size) -> np.ndarray:

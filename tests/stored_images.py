@@ -18,7 +18,9 @@ ORIENTATIONS = [(p, f) for p in itertools.permutations(range(3)) for f in iterto
 LPS_AFFINE = np.array([[-2.0, 0, 0, 31], [0, -1.5, 0, -12], [0, 0, 3, 7], [0, 0, 0, 1]])  # of (column, row, slice)
 
 
-def turned(values: np.ndarray, permutation: tuple[int, ...], flips: tuple[bool, ...]) -> tuple[np.ndarray, np.ndarray]:
+def reoriented(
+    values: np.ndarray, permutation: tuple[int, ...], flips: tuple[bool, ...]
+) -> tuple[np.ndarray, np.ndarray]:
     """Store (slice, row, column) values with permuted and flipped axes (column, row, slice); return the affine too."""
     stored = values.transpose(2, 1, 0).transpose(permutation)
     to_lps = np.zeros((4, 4))
@@ -53,8 +55,8 @@ def colours(height: int = 6, width: int = 9) -> PIL.Image.Image:
     return PIL.Image.fromarray(RNG.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def save(picture: PIL.Image.Image, path: Path) -> Path:
-    picture.save(path)
+def save(image: PIL.Image.Image, path: Path) -> Path:
+    image.save(path)
     return path
 
 
@@ -64,9 +66,9 @@ def save_array(values: np.ndarray, path: Path) -> Path:
 
 def opened(path: Path) -> PIL.Image.Image:
     """Return Pillow's picture, with its file closed."""
-    with PIL.Image.open(path) as picture:
-        picture.load()
-        return picture.copy()
+    with PIL.Image.open(path) as image:
+        image.load()
+        return image.copy()
 
 
 def picture_image(folder: Path, size=(6, 9)) -> Image:

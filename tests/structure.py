@@ -42,20 +42,19 @@ def count(pattern: str, paths: list[Path]) -> int:
     return sum(len(re.findall(pattern, path.read_text(encoding="utf-8"))) for path in paths)
 
 
-def folder_of(module: str) -> str:
-    """Return the folder of ``toolkit`` that a module of it lies in; a module at the top is its own."""
-    return module.split(".")[1]
+def folder_imports(package: str) -> dict[str, set[str]]:
+    """Return which folders of a package each folder imports, wherever the import stands.
 
-
-def folder_imports(paths: list[Path]) -> dict[str, set[str]]:
-    """Return which folders of ``toolkit`` each folder imports, wherever the import stands."""
+    A module at the top of the package counts as a folder of its own.
+    """
+    prefix = "medseg_trt." if package == "toolkit" else f"medseg_trt.{package}."
     edges: dict[str, set[str]] = defaultdict(set)
-    for path in paths:
-        importer = path.relative_to(ROOT / "toolkit").with_suffix("").parts[0]
+    for path in tracked(package):
+        importer = path.relative_to(ROOT / package).with_suffix("").parts[0]
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            for module in imported(node):
-                if module.startswith("medseg_trt.") and folder_of(module) not in {importer, *PACKAGES}:
-                    edges[importer].add(folder_of(module))
+            modules = [module for module in imported(node) if module.startswith(prefix)]
+            edges[importer].update(module.removeprefix(prefix).split(".")[0] for module in modules)
+        edges[importer] -= {importer, *PACKAGES}
     return edges
 
 
@@ -95,7 +94,7 @@ def _reachable(edges: dict[str, set[str]], start: str) -> set[str]:
 def main() -> None:
     """Print the table."""
     source, tests = tracked(*PACKAGES), tracked("tests")
-    every = tracked(*PACKAGES, "tests", "benchmarks")
+    all_files = tracked(*PACKAGES, "tests", "benchmarks")
     functions = function_lengths(source)
     rows: list[tuple[str, object]] = []
     for name, paths in (("source", source), ("tests", tests)):
@@ -110,8 +109,8 @@ def main() -> None:
         ("functions: median lines", statistics.median_low([length for length, _ in functions])),
         ("functions: longest", f"{functions[-1][0]} ({functions[-1][1]})"),
         ("modules at the top of toolkit", len([path for path in source if path.parent == ROOT / "toolkit"])),
-        ("circles between folders of toolkit", circles(folder_imports(tracked("toolkit"))) or 0),
-        ("fmt: skip", count(r"# fmt: (?:skip|off)\n", every)),
+        *((f"circles between folders of {package}", circles(folder_imports(package)) or 0) for package in PACKAGES),
+        ("fmt: skip", count(r"# fmt: (?:skip|off)\n", all_files)),
         ("dict[str, Any], source", count(r"dict\[str, Any\]", source)),
         ("monkeypatch, tests", count(r"\bmonkeypatch\b", tests)),
         ("README lines", lines_of(ROOT / "README.md")),

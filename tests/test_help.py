@@ -97,7 +97,7 @@ def test_every_command_has_examples_that_parse(path, command):
         assert parse(example).command is command
 
 
-@pytest.mark.parametrize("example", ["medseg-trt infer", "medseg-trt build --chkpt a.pt", "medseg-trt get organs"])
+@pytest.mark.parametrize("example", ["medseg-trt compare a", "medseg-trt build --chkpt a.pt", "medseg-trt get organs"])
 def test_an_example_that_is_no_command_would_be_seen(example):
     with pytest.raises(click.UsageError):
         parse(example)
@@ -108,11 +108,11 @@ def test_help_lists_the_commands_in_the_order_of_work_under_headings():
     words = [line.split()[0].removesuffix(":") for line in lines[lines.index("Data:") :] if line]
     assert words == [
         *("Data", "samples", "data"),
-        *("Train", "block", "import", "train", "reproduce"),
-        *("Export", "build", "inspect", "kernels"),
-        *("Run", "infer"),
+        *("Train", "block", "import", "train", "reproduce", "ablate"),
+        *("Export", "build", "export", "inspect", "kernels"),
+        *("Run", "infer", "serve"),
         *("Measure", "evaluate", "bench", "compare"),
-        *("Machine", "doctor", "completion"),
+        *("Machine", "doctor", "kit", "completion"),
     ]
 
 

@@ -18,6 +18,12 @@ PACKAGES = ("toolkit", "export", "train", "kernels")
 LAYERS = (*PACKAGES, "base")  # each may import itself and those after it
 BASE = (
     "spec",
+    "network_spec",
+    "external_spec",
+    "networks",
+    "palette",
+    "devices",
+    "field_errors",
     "errors",
     "files",
     "progress",
@@ -137,7 +143,7 @@ def test_everything_of_the_base_exists():
     assert {f"medseg_trt.{name}" for name in BASE} <= SOURCES.keys()
 
 
-@pytest.mark.parametrize("package", ["toolkit", "export", "kernels"])
+@pytest.mark.parametrize("package", PACKAGES)
 def test_no_circle_between_folders(package):
     own = {module: source for module, source in SOURCES.items() if package_of(module) == package}
     assert circular_imports(own, FOLDERS) == []
@@ -171,6 +177,16 @@ def test_no_circle_between_folders(package):
             "PLUGINS = {'onnxruntime': 'medseg_trt.sessions.onnxruntime:open_graph'}",
             "medseg_trt.bundles.bundle: medseg_trt.sessions.onnxruntime",
         ),
+        (
+            "medseg_trt.train.block.blocks",
+            "from medseg_trt.train.models.transunet import TransUNet",
+            "medseg_trt.train.block.blocks: medseg_trt.train.models.transunet.TransUNet",
+        ),
+        (
+            "medseg_trt.train.recipes.training_spec",
+            "from medseg_trt.train.loop import train",
+            "medseg_trt.train.recipes.training_spec: medseg_trt.train.loop.train",
+        ),
     ],
 )
 def test_a_planted_circle_is_caught(module, source, line):
@@ -201,15 +217,15 @@ def test_a_table_of_its_own_plug_ins_is_no_circle():
         ("medseg_trt.train.datasets.folder", "def late():\n    import medseg_trt.bench.report.write"),
         ("medseg_trt.train.loop", "HOMES = {'verify': 'medseg_trt.export.verify'}"),
         ("medseg_trt.train.loop", "HOMES = {'int8': 'medseg_trt.export.precision.quantize:to_int8'}"),
-        ("medseg_trt.kernels.rmsnorm", "from medseg_trt.train.models.llama import RMSNorm"),
-        ("medseg_trt.kernels", "if TYPE_CHECKING:\n    from medseg_trt.train.models.llama import RMSNorm"),
+        ("medseg_trt.kernels.rmsnorm", "from medseg_trt.train.block.llama import RMSNorm"),
+        ("medseg_trt.kernels", "if TYPE_CHECKING:\n    from medseg_trt.train.block.llama import RMSNorm"),
         ("medseg_trt.export.verify", "from medseg_trt.sessions.open import open_session"),
         ("medseg_trt.export.verify", "from medseg_trt.sessions.onnxruntime import open_graph"),
         ("medseg_trt.export.tensorrt.build", "from medseg_trt.engines.fingerprint import EngineFingerprint"),
         ("medseg_trt.export.verify", "def late():\n    import onnxruntime as ort"),
         ("medseg_trt.export.verify", "from onnxruntime import InferenceSession"),
         ("medseg_trt.imaging.images", "from medseg_trt.bundles.bundle import Bundle"),
-        ("medseg_trt.imaging.formats.nifti", "from medseg_trt.kernels.store import store"),
+        ("medseg_trt.imaging.formats.nifti", "from medseg_trt.kernels.compile_cache import cached"),
         (
             "medseg_trt.imaging.segment",
             "class Late:\n    def method(self):\n        from medseg_trt.train.models.model import runner",
@@ -220,7 +236,7 @@ def test_a_table_of_its_own_plug_ins_is_no_circle():
         ("medseg_trt.cli", "import toolkit.spec"),
         ("medseg_trt.cli", "from train.loop import train"),
         ("medseg_trt.cli", "from export import fold"),
-        ("medseg_trt.train.models.llama", "import kernels"),
+        ("medseg_trt.train.block.llama", "import kernels"),
     ],
 )
 def test_a_planted_import_is_caught(module, source):

@@ -32,8 +32,8 @@ def test_every_module_is_there_once_under_its_installed_name(repository):
         for path in (repository / folder).rglob("*")
         if path.suffix == ".py" or path.name == "py.typed"
     }
-    made = {path.relative_to(layout) for path in layout.rglob("*") if not path.is_dir()}
-    assert made == expected.keys()
+    files = {path.relative_to(layout) for path in layout.rglob("*") if not path.is_dir()}
+    assert files == expected.keys()
     assert all((layout / name).samefile(path) for name, path in expected.items())
 
 

@@ -17,7 +17,7 @@ from medseg_trt.samples.catalogue import NO_NETWORK
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"toolkit": "", "train": "train", "export": "export", "kernels": "kernels"}  # folder: below medseg_trt
-DATA_SUFFIXES = {".cu", ".cuh", ".cpp", ".h", ".html", ".css", ".json", ".md"}
+DATA_SUFFIXES = {".cu", ".cuh", ".cpp", ".h", ".html", ".css", ".js", ".json", ".md", ".sh"}
 
 
 def expected_files() -> set[str]:

@@ -11,10 +11,12 @@ import nibabel
 import numpy as np
 import PIL.Image
 
-from medseg_trt.spec import Classes, ModelSpec, Preprocessing
+from medseg_trt.network_spec import NetworkSpec
+from medseg_trt.spec import Classes, Preprocessing
 from medseg_trt.train.block.blocks import random_block, save_block
 from medseg_trt.train.checkpoint import Checkpoint, save_checkpoint, trained_weights
 from medseg_trt.train.models.model import TINY_LLAMA, build_model, model_spec
+from medseg_trt.train.provenance import parse_provenance
 from medseg_trt.train.recipes.recipes import Recipe, recipe
 
 SIZE = (32, 32)
@@ -74,7 +76,7 @@ def write_description(root: Path, splits: Mapping[str, object], classes: Classes
 
 def tiny_spec(
     architecture: str = "llm-transunet-tiny", size: tuple[int, int] = SIZE, num_classes: int = 3
-) -> ModelSpec:
+) -> NetworkSpec:
     """Return the spec of a network that runs in milliseconds."""
     return model_spec(architecture, size, num_classes)
 
@@ -155,7 +157,7 @@ def make_checkpoint(
                 buffer.normal_(0, 0.1)
             elif name.endswith("running_var"):
                 buffer.uniform_(0.5, 1.5)
-        model.position_embedding.normal_()
+        model.get_parameter("position_embedding").normal_()
         for name, weight in model.named_parameters():
             if name.startswith(("bridge", "decoder", "head")) and weight.dim() == 4:
                 torch.nn.init.kaiming_normal_(weight)  # the tokens' share would fade from stage to stage
@@ -166,7 +168,7 @@ def make_checkpoint(
         classes=classes,
         block_file=block_file,
         block_sha256=digest,
-        provenance=dict(provenance or {}),
+        provenance=parse_provenance(provenance or {}, "the generated checkpoint"),
     )
     save_checkpoint(checkpoint, folder / "model.pt")
     return folder / "model.pt"

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import click
 
 from medseg_trt import __version__
+from medseg_trt.commands.ablate import ablate
 from medseg_trt.commands.bench import bench
 from medseg_trt.commands.block import block
 from medseg_trt.commands.build import build
@@ -23,24 +24,28 @@ from medseg_trt.commands.completion import completion
 from medseg_trt.commands.data import data
 from medseg_trt.commands.doctor import doctor
 from medseg_trt.commands.evaluate import evaluate
+from medseg_trt.commands.export import export
 from medseg_trt.commands.help import SectionedGroup
 from medseg_trt.commands.import_ import import_
 from medseg_trt.commands.infer import infer
 from medseg_trt.commands.inspect import inspect
+from medseg_trt.commands.interrupts import interrupt_text
 from medseg_trt.commands.kernels import kernels
+from medseg_trt.commands.kit import kit
 from medseg_trt.commands.reproduce import reproduce
 from medseg_trt.commands.samples import samples
+from medseg_trt.commands.serve import serve
 from medseg_trt.commands.train import train
 from medseg_trt.errors import MedsegError, MissingExtraError
 from medseg_trt.progress import is_main_process, printable
 
 SECTIONS: Mapping[str, tuple[click.Command, ...]] = {  # the headings of --help, in the order of work
     "Data": (samples, data),
-    "Train": (block, import_, train, reproduce),
-    "Export": (build, inspect, kernels),
-    "Run": (infer,),
+    "Train": (block, import_, train, reproduce, ablate),
+    "Export": (build, export, inspect, kernels),
+    "Run": (infer, serve),
     "Measure": (evaluate, bench, compare),
-    "Machine": (doctor, completion),
+    "Machine": (doctor, kit, completion),
 }
 INTERRUPTED, TERMINATED = 130, 143
 EXTRAS = {  # packages that train and export import at module level -> the extra that installs them
@@ -57,7 +62,7 @@ EXTRAS = {  # packages that train and export import at module level -> the extra
 def main() -> None:
     """Run the command line and exit with the code of its outcome."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
-    if isinstance(sys.stdout, io.TextIOWrapper):  # in an ASCII locale a name would end the command
+    if isinstance(sys.stdout, io.TextIOWrapper):  # in an ASCII locale a file name would raise an error
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         cli(standalone_mode=False)
@@ -68,27 +73,27 @@ def main() -> None:
         error.show(file=shown)
         click.echo("\n".join(map(printable, shown.getvalue().rstrip().split("\n"))), err=True)
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        _complain("interrupted; finished work is kept: train --resume and infer --continue go on from there")
+    except (KeyboardInterrupt, click.Abort) as error:
+        _print_error(interrupt_text(error))
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output, for example `head`, has closed it
         sys.exit(1)
     except MedsegError as error:
-        _complain(str(error))
+        _print_error(str(error))
         sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
             raise
-        _complain(f"{package} is not installed. Install it: pip install 'medseg-trt[{EXTRAS[package]}]'")
+        _print_error(f"{package} is not installed. Install it: pip install 'medseg-trt[{EXTRAS[package]}]'")
         sys.exit(MissingExtraError.exit_code)
     except OSError as error:
-        _complain(f"{error.filename or 'the system'}: {error.strerror or error}")
+        _print_error(f"{error.filename or 'the system'}: {error.strerror or error}")
         sys.exit(1)
 
 
-def _complain(message: str) -> None:
+def _print_error(message: str) -> None:
     if logging.getLogger("medseg_trt").isEnabledFor(logging.DEBUG):
         traceback.print_exc()
     click.echo(printable(f"medseg-trt: {' '.join(message.split())}"), err=True)

@@ -1,15 +1,15 @@
-"""The errors that medseg-trt raises on purpose, and the exit code that each one ends the command line with.
+"""The errors that medseg-trt raises, and their exit codes.
 
     MedsegError                 1
-    ├── InputError              1   a file or folder from outside that cannot be used
-    ├── UsageError              2   arguments that cannot work together
-    ├── AccuracyGateError       3   the masks changed more than was allowed
-    ├── SpeedGateError          4   the model is slower than was asked for
-    ├── ArtefactError           5   a checkpoint, block or bundle that is incompatible or not to be trusted
-    └── DeviceError             6   nothing on this machine can run what was asked for
-        └── MissingExtraError   6   ... because a package is not installed
+    ├── InputError              1   an input file or folder cannot be used
+    ├── UsageError              2   invalid or contradictory arguments
+    ├── AccuracyGateError       3   the accuracy gate failed
+    ├── SpeedGateError          4   the speed gate failed
+    ├── ArtefactError           5   a file is incompatible, damaged or not to be trusted
+    └── DeviceError             6   a device or package is missing
+        └── MissingExtraError   6   a package is not installed
 
-A message is one line that says what is wrong, where, and what to type next.
+A message is one line with the problem, its location and the next step.
 """
 
 import importlib
@@ -17,29 +17,29 @@ from types import ModuleType
 
 
 class MedsegError(Exception):
-    """Any error that medseg-trt raises on purpose."""
+    """Base class of the errors of medseg-trt."""
 
     exit_code = 1
 
 
 class InputError(MedsegError):
-    """A file or folder from outside cannot be used."""
+    """An input file or folder cannot be used."""
 
 
 class UsageError(MedsegError):
-    """The arguments cannot work together."""
+    """Invalid or contradictory arguments."""
 
     exit_code = 2
 
 
 class AccuracyGateError(MedsegError):
-    """The masks changed more than was allowed."""
+    """The accuracy gate failed: the masks changed more than allowed."""
 
     exit_code = 3
 
 
 class SpeedGateError(MedsegError):
-    """The model is slower than was asked for."""
+    """The speed gate failed: the model is slower than required."""
 
     exit_code = 4
 
@@ -51,7 +51,7 @@ class ArtefactError(MedsegError):
 
 
 class DeviceError(MedsegError):
-    """Nothing on this machine can run what was asked for."""
+    """No device of this machine can run the request."""
 
     exit_code = 6
 
@@ -61,7 +61,7 @@ class MissingExtraError(DeviceError):
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Import an optional package, or say which extra of medseg-trt installs it.
+    """Import an optional package; the error names the extra of medseg-trt that installs it.
 
     Args:
         module: dotted name to import, for example ``"nibabel"``.

@@ -1,25 +1,34 @@
 """Compare checkpoints and bundles on the same labelled images: Dice and IoU per class."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from medseg_trt.bundles.bundle import load_bundle
+from medseg_trt.devices import AUTO, ComputeDevice
 from medseg_trt.errors import UsageError
-from medseg_trt.imaging.segment import Run
+from medseg_trt.imaging.images import Image
+from medseg_trt.imaging.segment import Finish, PixelRun, Run
 from medseg_trt.metrics.overlap import MeanScore
 from medseg_trt.metrics.protocols import METRICS
+from medseg_trt.progress import LOG
+from medseg_trt.sessions.augmented import TimedRun, averaged
+from medseg_trt.sessions.ensemble import mean_logits, require_alike
 from medseg_trt.sessions.open import open_session
 from medseg_trt.sessions.pytorch import open_reference
 from medseg_trt.spec import Classes, Preprocessing
+from medseg_trt.tiling.segment import check_tiles, tiled
+from medseg_trt.tiling.windows import Tiles
 from medseg_trt.train.checkpoint import load_checkpoint
 from medseg_trt.train.datasets.folder import DataFolder
-from medseg_trt.train.datasets.official import open_recorded, recorded_options
 from medseg_trt.train.datasets.options import with_changes
 from medseg_trt.train.evaluate import Evaluation, evaluate, metric_mode
+from medseg_trt.train.provenance import Provenance, parse_provenance
+from medseg_trt.train.recorded_data import open_recorded, recorded_options
 
+POST_PROCESSED = ", post-processed"  # in the name of a network
 BRANCHES = "in both / missed / false alarm / absent"
 
 
@@ -31,7 +40,9 @@ class Network:
     run: Run
     preprocessing: Preprocessing
     classes: Classes
-    provenance: Mapping[str, Any]
+    provenance: Provenance
+    tiles: Tiles | None = None
+    finish: Finish | None = None  # of masks of complete cases; None: they stay as the network makes them
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +53,7 @@ class Scoreboard:
     title: str
     evaluations: dict[str, Evaluation]  # by network
     metric: str = "volume"  # a key of METRICS
+    costs: dict[str, float] = field(default_factory=dict[str, float])  # with ``tta``: ms of a slice, by network
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data that JSON can hold."""
@@ -54,7 +66,22 @@ class Scoreboard:
             }
             for name, evaluation in self.evaluations.items()
         }
-        return {"split": self.split, "title": self.title, "metric": self.metric, "networks": networks}
+        return {
+            "split": self.split,
+            "title": self.title,
+            "metric": self.metric,
+            "networks": networks,
+            **({"ms_per_slice": self.costs} if self.costs else {}),
+        }
+
+    def cost_lines(self) -> list[str]:
+        """Say what test-time augmentation costs and gains: one line for each network."""
+        names = list(self.costs)
+        return [
+            f"{augmented}: Dice {self.evaluations[plain].mean_dice:.4f} → {self.evaluations[augmented].mean_dice:.4f}, "
+            f"{self.costs[plain]:.2f} → {self.costs[augmented]:.2f} ms a slice"
+            for plain, augmented in zip(names[::2], names[1::2], strict=True)
+        ]
 
     def heading(self) -> str:
         """Describe the scored images and the metric."""
@@ -103,29 +130,47 @@ def evaluate_all(
     batch: int = 8,
     changes: Sequence[str] = (),
     verify_key: Path | None = None,
+    ensemble: bool = False,
+    postprocess: bool = True,
+    tta: str | None = None,
+    tiles: Tiles | None = None,
+    device: ComputeDevice = AUTO,
 ) -> list[Scoreboard]:
     """Score every checkpoint and bundle on every split; ``hd95`` adds the Hausdorff distance of the outlines.
 
     The data are read and split as in the networks' training, except for ``changes``, such as
-    ``data.dataset=colondb``.
+    ``data.dataset=colondb``. ``ensemble`` adds the mean of all logits as one more network, whose masks stay raw. A
+    bundle's masks are those of ``infer``: with the post-processing that it stores, unless ``postprocess`` is False.
+    ``tta`` also scores every network with this test-time augmentation, a key of ``sessions.augmented.TTA``.
+    ``tiles`` cuts images into windows, as ``infer`` does with it.
+    Checkpoints run on ``device`` in float32, where ``auto`` is the GPU that PyTorch has; bundles as in ``infer``.
 
     Raises:
+        DeviceError: the device is not there.
         UsageError: a network knows other classes than the data, or was trained with other options of the data, or
-            there is no such metric.
+            there is no such metric; or an ensemble's networks prepare images in different ways.
         InputError: the data cannot be used, or has no such split.
         ArtefactError: a checkpoint or bundle cannot be used.
     """
-    metric_mode(metric, hd95)  # reports a typo before minutes are spent
+    mode = metric_mode(metric, hd95)  # reports a typo before minutes are spent
     paths = list(dict.fromkeys([*checkpoints, *bundles]))
     names = {path: "/".join(path.parts[-2:]) for path in paths}  # enough to tell runs apart
     if len(set(names.values())) < len(paths):
         names = {path: str(path) for path in paths}
     with ExitStack() as stack:
         networks = [
-            *(_from_checkpoint(path, names[path], stack) for path in checkpoints),
-            *(_from_bundle(path, names[path], backend, verify_key, stack) for path in bundles),
+            *(_from_checkpoint(path, names[path], device, stack) for path in checkpoints),
+            *(_from_bundle(path, names[path], backend, verify_key, postprocess, device, stack) for path in bundles),
         ]
         data = _open_data(data_folder, networks, changes)
+        if ensemble:
+            networks.append(ensemble_of(networks))
+        if tiles is not None:
+            networks = [_tiled(network, tiles, metric) for network in networks]
+        if mode.unit != "case" and any(network.finish is not None for network in networks):
+            LOG.warning("%s scores masks of the network's size, which are not post-processed", metric)
+        if tta is not None:
+            networks = [variant for network in networks for variant in (_timed(network), _augmented(network, tta))]
         cases = {split: data.cases(split) for split in splits}
         for network in networks:
             _require_same_classes(network, data)
@@ -135,11 +180,20 @@ def evaluate_all(
                 title=_title(data, split),
                 evaluations={
                     network.name: evaluate(
-                        network.run, cases[split], network.preprocessing, data.classes, batch, hd95, metric
+                        network.run,
+                        cases[split],
+                        network.preprocessing,
+                        data.classes,
+                        batch,
+                        hd95,
+                        metric,
+                        network.finish,
+                        _windows(network),
                     )
                     for network in networks
                 },
                 metric=metric,
+                costs=_costs(networks),
             )
             for split in splits
         ]
@@ -154,9 +208,9 @@ def _open_data(folder: Path, networks: Sequence[Network], changes: Sequence[str]
     return open_recorded(folder, network.provenance, chosen if changes else None)
 
 
-def _from_checkpoint(path: Path, name: str, stack: ExitStack) -> Network:
+def _from_checkpoint(path: Path, name: str, device: ComputeDevice, stack: ExitStack) -> Network:
     checkpoint = load_checkpoint(path)
-    session = stack.enter_context(open_reference(checkpoint))
+    session = stack.enter_context(open_reference(checkpoint, device))
     return Network(
         name=f"{name} ({session.backend})",
         run=session.run,
@@ -166,16 +220,75 @@ def _from_checkpoint(path: Path, name: str, stack: ExitStack) -> Network:
     )
 
 
-def _from_bundle(path: Path, name: str, backend: str, verify_key: Path | None, stack: ExitStack) -> Network:
-    bundle = load_bundle(path, verify_key)
-    session = stack.enter_context(open_session(bundle, backend))
+def _from_bundle(
+    path: Path,
+    name: str,
+    backend: str,
+    verify_key: Path | None,
+    postprocess: bool,
+    device: ComputeDevice,
+    stack: ExitStack,
+) -> Network:
+    bundle = replace(load_bundle(path, verify_key), raw_masks=not postprocess)
+    session = stack.enter_context(open_session(bundle, backend, device=device))
     return Network(
-        name=f"{name} ({session.backend})",
+        name=f"{name} ({session.backend}{POST_PROCESSED if bundle.postprocessing is not None else ''})",
         run=session.run,
         preprocessing=bundle.preprocessing,
         classes=bundle.classes,
-        provenance=bundle.content.source.get("provenance", {}),
+        finish=bundle.finish if bundle.postprocessing is not None else None,
+        provenance=parse_provenance(bundle.content.source.get("provenance", {}), str(path)),
     )
+
+
+def ensemble_of(networks: Sequence[Network]) -> Network:
+    """Return the mean of the networks' logits as a network.
+
+    Raises:
+        UsageError: there is one network alone, or they prepare images in different ways or know different classes.
+    """
+    first, *others = networks
+    if not others:
+        raise UsageError("an ensemble needs two networks or more; repeat --ckpt or --bundle")
+    for other in others:
+        require_alike(
+            (first.name, first.preprocessing, first.classes), (other.name, other.preprocessing, other.classes)
+        )
+    return Network(
+        name=f"ensemble of {len(networks)}",
+        run=mean_logits([network.run for network in networks]),
+        preprocessing=first.preprocessing,
+        classes=first.classes,
+        provenance=first.provenance,
+    )
+
+
+def _tiled(network: Network, tiles: Tiles, metric: str) -> Network:
+    """Return a network whose images are cut into windows; its masks stay raw, as those of ``infer``."""
+    check_tiles(network.preprocessing)
+    if METRICS[metric].unit != "case":
+        raise UsageError(f"{metric} scores masks of the network's size; leave --tile out, or choose --metric volume")
+    return replace(network, name=f"{network.name.replace(POST_PROCESSED, '')}, {tiles}", tiles=tiles, finish=None)
+
+
+def _windows(network: Network) -> Callable[[Image], PixelRun] | None:
+    tiles = network.tiles
+    return None if tiles is None else lambda image: tiled(network.run, image, network.preprocessing, tiles)
+
+
+def _timed(network: Network) -> Network:
+    return replace(network, run=TimedRun(run=network.run))
+
+
+def _augmented(network: Network, tta: str) -> Network:
+    """Return a network with test-time augmentation, which is timed as well."""
+    run = averaged(network.run, tta, network.preprocessing.image_size)
+    return replace(network, name=f"{network.name}, tta {tta}", run=TimedRun(run=run))
+
+
+def _costs(networks: Sequence[Network]) -> dict[str, float]:
+    """Return the milliseconds of a slice since the last call, of the networks that are timed."""
+    return {network.name: network.run.take_ms() for network in networks if isinstance(network.run, TimedRun)}
 
 
 def _require_same_classes(network: Network, data: DataFolder) -> None:
@@ -204,4 +317,4 @@ def _cell(score: MeanScore) -> str:
 
 def _figures(dice: float, iou: float | None, distance: float | None) -> str:
     decimals = ((dice, 3), (iou, 3), (distance, 1))
-    return " / ".join(f"{value:.{places}f}" for value, places in decimals if value is not None)
+    return " / ".join(f"{value:.{digits}f}" for value, digits in decimals if value is not None)

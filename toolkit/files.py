@@ -8,6 +8,7 @@ file, so it works across containers that share a disk, and a reused process numb
 import errno
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -15,7 +16,7 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,21 +27,26 @@ from medseg_trt.progress import LOG
 CHUNK_BYTES = 1 << 20
 PARTIAL = ".partial-"  # how the names of temporary files begin
 POLL_S = 0.05
-FOLDER_WAIT_S = 60.0  # merging a table of areas takes milliseconds; after this long its holder hangs
-NO_LINKS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+FOLDER_WAIT_S = 60.0  # merging a table of areas takes milliseconds; a longer wait means that its holder hangs
+NO_WAIT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+NO_LINKS = getattr(os, "O_NOFOLLOW", 0) | NO_WAIT
 MAX_SUFFIX = 16  # characters of a suffix that a temporary file keeps: its name stays shorter than any limit
 
 
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes as 64 hexadecimal digits."""
-    with path.open("rb") as file:
-        return sha256_of(file)
+def sha256(*paths: Path) -> str:
+    """Return the SHA-256 of the bytes of files, one file after the other, as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            for chunk in _chunks(file):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def sha256_of(file: BinaryIO) -> str:
-    """Return the SHA-256 of what is left to read of an open file."""
+    """Return the SHA-256 of the rest of an open file, from its position to its end."""
     digest = hashlib.sha256()
-    while chunk := file.read(CHUNK_BYTES):
+    for chunk in _chunks(file):
         digest.update(chunk)
     return digest.hexdigest()
 
@@ -54,13 +60,17 @@ def atomic_file(path: Path) -> Generator[Path, None, None]:
     The temporary file is locked meanwhile, so that ``remove_abandoned`` can tell it from a dead process's.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, descriptor = _create_temporary(path)
+    try:
+        temporary, descriptor = _create_temporary(path)
+    except OSError as error:  # the name of the temporary file says nothing to the user
+        error.filename = str(path)
+        raise
     try:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:  # a full disk names no file, and nobody knows the temporary one
+    except OSError as error:  # a full disk has no file name, and the temporary name means nothing to the user
         if error.errno is not None and error.filename in (None, str(temporary)):
             error.filename = str(path)
         raise
@@ -106,40 +116,57 @@ def cache_folder(*parts: str) -> Path:
     return (chosen if chosen.is_absolute() else Path.home() / ".cache").joinpath("medseg-trt", *parts)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, whole or not at all."""
+def state_folder() -> Path:
+    """Return this program's folder for what should outlive a cache, ``$XDG_STATE_HOME``; it need not exist yet."""
+    chosen = Path(os.environ.get("XDG_STATE_HOME", ""))
+    return (chosen if chosen.is_absolute() else Path.home() / ".local" / "state") / "medseg-trt"
+
+
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
+    """Write ``value`` as JSON atomically; with ``indent=None`` on one line, for large files."""
     with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
 
 
 def read_limited(path: Path, max_bytes: int) -> bytes:
-    """Return the bytes of a file.
+    """Return the bytes of a regular file, or of one behind a link.
 
     Raises:
-        ArtefactError: there are more than ``max_bytes``.
+        ArtefactError: there are more than ``max_bytes``, or it cannot be read: a FIFO or a device would never end.
     """
-    if path.stat().st_size > max_bytes:
-        raise ArtefactError(f"{path} is larger than {max_bytes >> 20} MiB; it is not to be trusted")
-    return path.read_bytes()
+    try:
+        with open_regular(path, follow_links=True) as file:
+            size = os.fstat(file.fileno()).st_size  # read() allocates what it is asked for
+            content = file.read(min(size, max_bytes) + 1)
+    except OSError as error:
+        raise ArtefactError(f"{path} cannot be read: {error.strerror}") from error
+    if len(content) > max_bytes:
+        raise ArtefactError(f"{path} is larger than {size_text(max_bytes)}; it is not to be trusted")
+    return content
+
+
+def size_text(num_bytes: int) -> str:
+    """Return a limit in words: whole MiB, or bytes where it is less than one."""
+    return f"{num_bytes >> 20} MiB" if num_bytes >= 1 << 20 else f"{num_bytes} bytes"
 
 
 def parse_json(path: Path, content: bytes) -> Any:
-    """Return the value that the bytes of a file are.
+    """Parse the bytes of a JSON file. Infinity and NaN are refused, as in RFC 8259.
 
     Raises:
-        ArtefactError: they are no JSON.
+        ArtefactError: the bytes are no JSON, or a number is too large for a double.
     """
     try:
-        return json.loads(content.decode("utf-8"))
+        return json.loads(content.decode("utf-8"), parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError) as error:
         raise ArtefactError(f"{path} is no valid JSON: {error}") from error
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Return ``folder / name``, provided that it really lies inside ``folder``.
+    """Return ``folder / name`` if it lies inside ``folder``.
 
     Raises:
-        ArtefactError: ``name`` is absolute, climbs out, leads out through a link, or cannot be a name.
+        ArtefactError: ``name`` is absolute, leads out of the folder, also through a link, or is no valid name.
     """
     try:
         path = (folder / name).resolve()
@@ -150,13 +177,13 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """Open a file to read, provided that it is a regular file and no link.
+def open_regular(path: Path, *, follow_links: bool = False) -> BinaryIO:
+    """Open a file to read, provided that it is a regular file and, unless ``follow_links``, no link.
 
     Raises:
-        OSError: it is something else, such as a FIFO, which would block, or cannot be opened.
+        OSError: it is not a regular file, such as a FIFO, which would block, or it cannot be opened.
     """
-    descriptor = os.open(path, os.O_RDONLY | NO_LINKS)
+    descriptor = os.open(path, os.O_RDONLY | (NO_WAIT if follow_links else NO_LINKS))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "not a regular file", str(path))
@@ -185,7 +212,7 @@ def lock(descriptor: int, *, wait: bool = False) -> bool:
 
 
 def is_open_file(descriptor: int, path: Path) -> bool:
-    """Say whether the open file is still the one that is called ``path``."""
+    """Return whether ``path`` is still the open file."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.lstat())
     except FileNotFoundError:
@@ -193,10 +220,10 @@ def is_open_file(descriptor: int, path: Path) -> bool:
 
 
 def remove_abandoned(path: Path) -> bool:
-    """Delete a file that its writer locked and died over; return whether it was deleted.
+    """Delete a temporary file whose writer has died, and return whether it was deleted.
 
-    A file whose writer lives stays, and so does one whose writer cannot be judged: on a file system without locks, or
-    where the file is a link or may not be opened.
+    A file stays if its writer is alive, or if that is unknown: on a file system without locks, or if the file is a link
+    or cannot be opened.
     """
     try:
         descriptor = os.open(path, os.O_RDWR | NO_LINKS)
@@ -231,6 +258,18 @@ def folder_lock(folder: Path) -> Generator[None, None, None]:
         os.close(descriptor)
 
 
+def _chunks(file: BinaryIO) -> Iterator[bytes]:
+    while chunk := file.read(CHUNK_BYTES):
+        yield chunk
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not a finite number")
+    return number
+
+
 def _create_temporary(path: Path) -> tuple[Path, int | None]:
     """Create a file beside ``path`` and lock it; return it with the descriptor that holds the lock.
 
@@ -245,11 +284,11 @@ def _create_temporary(path: Path) -> tuple[Path, int | None]:
             return temporary, None
         try:
             lock(descriptor, wait=True)
-        except OSError:  # a file system without locks: nobody else can lock the file either, and so it stays
+        except OSError:  # no locks on this file system, so no other process can delete the file
             return temporary, descriptor
         if is_open_file(descriptor, temporary):
             return temporary, descriptor
-        os.close(descriptor)  # it was taken for an abandoned one between our creating and locking it
+        os.close(descriptor)  # ``remove_abandoned`` deleted it between its creation and its lock
 
 
 def _temporary_name(path: Path, suffix: str) -> Path:

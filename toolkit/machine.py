@@ -1,4 +1,4 @@
-"""Describe this machine as far as it affects a measurement."""
+"""Describe the properties of this machine that affect measurements."""
 
 import os
 import platform
@@ -52,7 +52,7 @@ def this_machine() -> Machine:
 
 
 def cores() -> int:
-    """Return how many processors this process may use."""
+    """Return the number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -1,18 +1,25 @@
-"""The pipeline in two functions: ``build`` makes a verified bundle, ``infer`` segments images with it."""
+"""The functions of the pipeline: ``build`` and ``build_onnx`` make a verified bundle, ``infer`` segments with it."""
 
 from collections.abc import Generator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
-from medseg_trt.bundles.bundle import DEFAULT_GRAPH, MANIFEST, Bundle, load_bundle, seal
+from medseg_trt.bundles.bundle import Bundle, golden_input, load_bundle
+from medseg_trt.devices import AUTO, ComputeDevice
 from medseg_trt.files import atomic_folder
 from medseg_trt.imaging.images import Mask
 from medseg_trt.inference.destination import Destination
-from medseg_trt.inference.outcomes import Refused, Segmented, Skipped
+from medseg_trt.inference.outcomes import Refused, Segmented, Skipped, SlideSegmented
 from medseg_trt.inference.pipelined import segment_many
 from medseg_trt.progress import LOG, track
+from medseg_trt.sessions.augmented import TTA, AugmentedSession, check_tta
+from medseg_trt.sessions.base import Session
+from medseg_trt.sessions.ensemble import open_ensemble
 from medseg_trt.sessions.open import open_session
 from medseg_trt.spec import BuildSpec
+from medseg_trt.tiling.segment import check_tiles
+from medseg_trt.tiling.windows import Tiles
 
 
 def build(
@@ -21,8 +28,9 @@ def build(
     output: Path | str | None = None,
     data: Path | str | None = None,
     sign_key: Path | None = None,
+    device: ComputeDevice = AUTO,
 ) -> Bundle:
-    """Turn a checkpoint into a bundle, verified against PyTorch; the bundle is written whole or not at all.
+    """Export a checkpoint to a bundle that is verified against PyTorch; the bundle is written atomically.
 
     Args:
         checkpoint: a ``model.pt`` that ``train`` wrote.
@@ -31,42 +39,87 @@ def build(
         data: a data folder whose images verify, judge and calibrate the graphs; None takes the folder that the
             checkpoint was trained on if it is unchanged, else seeded noise.
         sign_key: a file with the private key that signs the bundle; None leaves it unsigned.
+        device: where PyTorch runs; on a GPU its back-ends are tried, too, except engines, which are built alone.
+            ``auto`` takes the GPU that PyTorch has.
 
     Raises:
-        UsageError: a precision that does not exist or lacks calibration images, ``output`` is no bundle, or
-            ``sign_key`` no key.
-        AccuracyGateError: a graph gives other logits or masks than PyTorch.
+        DeviceError: PyTorch has no such device.
+        UsageError: a precision that does not exist or lacks calibration images, a block that cannot be replaced,
+            ``output`` is no bundle, or ``sign_key`` no key.
+        AccuracyGateError: a graph gives other logits or masks than PyTorch, or no rung of the block passes.
         ArtefactError: the checkpoint cannot be used.
     """
     from medseg_trt.building import bundle_steps as steps
-    from medseg_trt.building.executions import default_graph, try_executions
-    from medseg_trt.bundles.signature import read_private_key, sign
+    from medseg_trt.building.climb import climb
+    from medseg_trt.bundles.signature import read_private_key
     from medseg_trt.train.checkpoint import load_checkpoint
 
     spec, path = spec or BuildSpec(), Path(checkpoint)
-    key = read_private_key(sign_key) if sign_key is not None else None
     folder = Path(output) if output is not None else path.with_suffix(".medseg")
+    key = read_private_key(sign_key) if sign_key is not None else None
     steps.check_request(spec, folder)
     loaded = load_checkpoint(path)
     steps.check_outputs(loaded, spec)
+    steps.check_block(loaded, spec)
     network = loaded.model()
-    reference = steps.make_reference(loaded, network, spec, Path(data) if data is not None else None)
-    exported = steps.export_graph(network, reference)
-    golden = steps.golden_pair(loaded, network)
+    data_folder = Path(data) if data is not None else None
+    reference = steps.make_reference(loaded, network, spec, data_folder, device)
+    folded = steps.fold_network(network, reference)
+    second = steps.second_images(loaded, spec, data_folder)
+    ladder = steps.block_ladder(loaded, network, folded, reference, second, data_folder)
     with atomic_folder(folder) as temporary:
-        variants = steps.write_variants(temporary, exported, spec, reference)
-        tried = try_executions(temporary, variants, spec, reference, golden)
-        engines = steps.add_engines(temporary, variants, tried, spec)
-        manifest = steps.make_manifest(loaded, path, spec, variants, tried, engines)
-        default = default_graph(tried.executions, variants)
-        if default is None:
-            LOG.warning("no graph was verified with ONNX Runtime, so there is no %s for other tools", DEFAULT_GRAPH)
-        seal(temporary, manifest, golden[1], default)
-        if key is not None:
-            sign(temporary / MANIFEST, key)
+        deployed = climb(temporary, ladder, folded.report, reference, second, golden_input(loaded.preprocessing))
+        steps.complete(temporary, loaded, path, spec, deployed, reference, key)
+    return _verified(folder)
+
+
+def build_onnx(
+    model: Path | str,
+    description: Path | str,
+    spec: BuildSpec | None = None,
+    output: Path | str | None = None,
+    data: Path | str | None = None,
+    sign_key: Path | None = None,
+) -> Bundle:
+    """Make a bundle of a network that comes as an ONNX file, verified against that file in ONNX Runtime.
+
+    Args:
+        model: the ONNX file, from images (batch, 1 or 3, height, width) to logits (batch, classes, height, width).
+        description: a JSON file with the fields ``preprocessing`` and ``classes``, those of the classes of that name.
+        spec: as for ``build``; there is no language block to replace.
+        output: as for ``build``.
+        data: as for ``build``; None takes seeded noise.
+        sign_key: as for ``build``.
+
+    Raises:
+        InputError: a file does not exist.
+        UsageError: as for ``build``, or the description is of images of another size than the network's.
+        AccuracyGateError: a graph gives other logits or masks than the file.
+        ArtefactError: the network cannot be used, or does not fit its description.
+    """
+    from medseg_trt.building import bundle_steps as steps
+    from medseg_trt.building.onnx_source import deploy_onnx, open_onnx, reference_of_onnx
+    from medseg_trt.bundles.signature import read_private_key
+
+    spec, path = spec or BuildSpec(), Path(model)
+    folder = Path(output) if output is not None else path.with_suffix(".medseg")
+    key = read_private_key(sign_key) if sign_key is not None else None
+    steps.check_request(spec, folder)
+    source = open_onnx(path, Path(description))
+    steps.check_outputs(source.checkpoint, spec)
+    steps.check_block(source.checkpoint, spec)
+    reference = reference_of_onnx(source, spec, Path(data) if data is not None else None)
+    with atomic_folder(folder) as temporary:
+        deployed = deploy_onnx(temporary, source, reference, golden_input(source.checkpoint.preprocessing))
+        steps.complete(temporary, source.checkpoint, path, spec, deployed, reference, key)
+    return _verified(folder)
+
+
+def _verified(folder: Path) -> Bundle:
+    """Open a bundle that was just written, and say how well its default agrees with the reference."""
     bundle = load_bundle(folder)
-    figures = bundle.default.verification
-    error, equal_percent = figures["max_abs_error"], 100 * figures["agreement"]
+    verification = bundle.default.verification
+    error, equal_percent = verification.max_abs_error, 100 * verification.agreement
     LOG.info("logits differ by at most %.1e, %.4f %% of the labels are equal", error, equal_percent)
     return bundle
 
@@ -82,6 +135,11 @@ def infer(
     precision: str | None = None,
     rebuild: bool = False,
     destination: Destination | None = None,
+    ensemble: Sequence[Bundle | Path | str] = (),
+    postprocess: bool = True,
+    tta: str | None = None,
+    tiles: Tiles | None = None,
+    device: ComputeDevice = AUTO,
 ) -> Generator[Mask, None, None]:
     """Segment images and yield their masks in order; the next images are processed meanwhile.
 
@@ -97,19 +155,34 @@ def infer(
         destination: writes each mask before it is yielded, for example ``MaskFolder``; None writes nothing, and the
             first file that cannot be used ends the run. Masks of an earlier run that ``destination`` keeps are not
             yielded.
+        ensemble: further bundles; masks are made of the mean of all logits. They prepare images as ``bundle`` does.
+            Post-processing was learnt on the masks of one network, so that of an ensemble's bundles is left out.
+        postprocess: correct masks by the steps that the bundle stores, if it has some.
+        tta: test-time augmentation, a key of ``sessions.augmented.TTA``; None: each slice is run once.
+        tiles: cut images into windows, and blend the logits where they overlap; None: each slice is resized as a whole.
+            Large TIFF files, with a ``destination`` that writes masks, are read and written by rows; their masks are
+            in files alone, and are not yielded.
+        device: where they run; ``auto`` leaves it to ``backend``.
 
     Raises:
         InputError: a file cannot be used.
-        UsageError: ``backend`` or ``precision`` does not exist, or ``destination`` would overwrite an image.
+        UsageError: ``backend`` or ``precision`` does not exist, ``destination`` would overwrite an image, or the
+            bundles of an ensemble prepare images in different ways or know different classes.
         ArtefactError: the bundle cannot be used.
+        DeviceError: the device is not there.
     """
-    loaded = bundle if isinstance(bundle, Bundle) else load_bundle(bundle, verify_key)
+    bundles = [item if isinstance(item, Bundle) else load_bundle(item, verify_key) for item in (bundle, *ensemble)]
     if rebuild:
-        loaded = _with_fitting_engines(loaded)
+        from medseg_trt.engines.build import rebuild_engines
+
+        bundles = [rebuild_engines(loaded, device.number) for loaded in bundles]
+    if tiles is not None:
+        check_tiles(bundles[0].preprocessing)
+    loaded = _as_asked(bundles, postprocess, tiles)
     destination = destination or Destination()
     sources = destination.find_sources([Path(path) for path in inputs], loaded)
     label = sources[0].name if len(sources) == 1 else None  # one bar: of the files, or of the slices of a single file
-    with destination.opened(), open_session(loaded, backend, threads, precision) as session:
+    with destination.opened(), _open(bundles, backend, threads, precision, tta, device) as session:
         images = destination.read(sources, loaded, session, batch)
         tracked = track(sources, "infer") if label is None else sources
         with closing(segment_many(images, session, loaded, batch, label)) as outcomes:
@@ -118,15 +191,42 @@ def infer(
                     case Segmented(image=image, mask=mask):
                         if destination.write(source, image, mask, loaded):
                             yield mask
+                    case SlideSegmented(mask=mask):
+                        destination.write_slide(source, mask)
                     case Skipped(record=record):
                         destination.keep(source, record)
                     case Refused(error=error):
                         destination.refuse(source, error)
 
 
-def _with_fitting_engines(bundle: Bundle) -> Bundle:
-    """Rebuild engines; a bundle that changes is no longer the signed one, so it is returned without a signature."""
-    from medseg_trt.engines.build import rebuild_engines
+def _as_asked(bundles: Sequence[Bundle], postprocess: bool, tiles: Tiles | None) -> Bundle:
+    """Return the first bundle with what was asked of its masks; post-processing that cannot be applied is said."""
+    is_left_out = len(bundles) > 1 or tiles is not None
+    if postprocess and is_left_out and any(bundle.postprocessing for bundle in bundles):
+        LOG.warning("masks are not post-processed: the steps were learnt on one network's masks of whole slices")
+    return replace(
+        bundles[0],
+        raw_masks=bundles[0].raw_masks or not postprocess or len(bundles) > 1,
+        tiles=tiles or bundles[0].tiles,
+    )
 
-    rebuilt = rebuild_engines(bundle)
-    return bundle if rebuilt.content == bundle.content else rebuilt
+
+def _open(
+    bundles: Sequence[Bundle],
+    backend: str,
+    threads: int | None,
+    precision: str | None,
+    tta: str | None,
+    device: ComputeDevice,
+) -> Session:
+    """Open one bundle, or several as an ensemble."""
+    if tta is not None:
+        check_tta(tta, bundles[0].preprocessing.image_size)
+    if len(bundles) == 1:
+        session = open_session(bundles[0], backend, threads, precision, device)
+    else:
+        session = open_ensemble(bundles, backend, threads, precision, device)
+    if tta is None:
+        return session
+    LOG.info("tta %s: each slice is run %d times", tta, len(TTA[tta]))
+    return AugmentedSession(session, tta, bundles[0].preprocessing.image_size)

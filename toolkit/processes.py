@@ -1,10 +1,10 @@
 """Run a Python module in a child process, and exchange messages with it.
 
 A message is one line of JSON; an array may follow, and the line gives its shape and type. The opening request is the
-child's only argument. The child's stdout carries its replies alone: what a library prints goes to stderr.
+child's only argument. The child's stdout carries only its replies: output of libraries goes to stderr.
 
-The child always starts with ``-P``, which keeps the current folder out of ``sys.path``: a file there that is called
-like a package must not be imported.
+The child always starts with ``-P``, which keeps the current folder out of ``sys.path``, so that a file there with the
+name of a package is not imported.
 """
 
 import json
@@ -33,7 +33,7 @@ STDERR_TAIL_BYTES = 4096  # in which the last line is looked for
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """How far a child is."""
+    """The progress of a child."""
 
     phase: str
     done: int  # steps of the phase
@@ -41,13 +41,13 @@ class Progress:
 
 
 class Connection:
-    """One end of the conversation between a process and its child."""
+    """One end of the connection between a process and its child."""
 
     def __init__(self, reader: IO[bytes], writer: IO[bytes]) -> None:
         self._reader, self._writer = reader, writer
 
     def send(self, message: Mapping[str, Any], array: ndarray | None = None) -> None:
-        """Send a message, and an array after it.
+        """Send a message, followed by an array if one is given.
 
         Raises:
             BrokenPipeError: the other side has ended.
@@ -59,11 +59,11 @@ class Connection:
         self._writer.flush()
 
     def send_progress(self, phase: str, done: int, total: int) -> None:
-        """Report progress; the reply comes after it."""
+        """Report progress; the reply follows later."""
         self.send({"phase": phase, "done": done, "total": total})
 
     def receive(self) -> dict[str, Any] | None:
-        """Return the next message; None where the other side has ended."""
+        """Return the next message, or None if the other side has ended."""
         line = self._reader.readline()
         return json.loads(line) if line.endswith(b"\n") else None
 
@@ -81,13 +81,13 @@ class Connection:
 
 
 class ChildProcess:
-    """A module that runs in a child process; a context manager that ends it.
+    """A module that runs in a child process; as a context manager, it ends the child.
 
     Args:
         module: the dotted name, or the path of a script.
-        request: what the child is to do; ``parent`` gives it to the child.
+        request: the opening request, which ``parent`` yields in the child.
         name: of the child, for messages.
-        consequence: what follows from its death, for the message.
+        consequence: of its death, for messages.
         cwd: the folder that it starts in.
         environment: its environment variables.
         timeout_s: it is killed after so many seconds.
@@ -132,7 +132,7 @@ class ChildProcess:
 
     @property
     def process_id(self) -> int:
-        """The child's."""
+        """Process id of the child."""
         return self._process.pid
 
     def call(self, message: Mapping[str, Any], array: ndarray | None = None) -> dict[str, Any]:
@@ -152,7 +152,7 @@ class ChildProcess:
             raise self._death() from None
 
     def progress(self) -> Iterator[Progress]:
-        """Yield the reports of progress that come before the reply, which ``receive`` then returns."""
+        """Yield the progress messages that precede the reply, which ``receive`` then returns."""
         while "phase" in (message := self.receive()):
             yield Progress(**message)
         self._reply = message
@@ -172,7 +172,7 @@ class ChildProcess:
         return message
 
     def finish(self) -> None:
-        """Let the child end by itself."""
+        """Close the child's input and wait for its end."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
@@ -183,7 +183,7 @@ class ChildProcess:
             self._timer.cancel()
         self._process.kill()
         for pipe in (self._process.stdin, self._process.stdout, self._stderr):
-            with suppress(BrokenPipeError):  # what was not sent yet
+            with suppress(BrokenPipeError):  # unsent bytes
                 pipe.close()  # pyright: ignore[reportOptionalMemberAccess]
         self._process.wait()
 
@@ -204,7 +204,7 @@ class ChildProcess:
         return ArtefactError(f"{self._name} {cause}; {self._consequence}")
 
     def _last_line(self) -> str:
-        """Return the last line that the child wrote to stderr, such as the one that names an exception."""
+        """Return the last line of the child's stderr, usually the exception."""
         size = self._stderr.seek(0, os.SEEK_END)
         self._stderr.seek(max(0, size - STDERR_TAIL_BYTES))
         lines = self._stderr.read().decode(errors="replace").strip().splitlines()
@@ -213,9 +213,9 @@ class ChildProcess:
 
 @contextmanager
 def parent() -> Iterator[tuple[dict[str, Any], Connection]]:
-    """In the child: yield the opening request and the connection; an error raised on purpose goes to the parent."""
+    """In the child: yield the opening request and the connection; send a ``MedsegError`` to the parent."""
     writer = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # a library that prints must not print into the replies
+    os.dup2(2, 1)  # keeps output of libraries out of the replies
     connection = Connection(sys.stdin.buffer, writer)
     try:
         yield json.loads(sys.argv[1]), connection
@@ -231,9 +231,9 @@ def python_command(module: str | Path, *arguments: str) -> list[str]:
 
 
 def process_memory() -> dict[str, float]:
-    """Return what this process takes, in 10^6 bytes, by the keys of ``FIELDS``; nothing where there is no /proc.
+    """Return the memory of this process in 10^6 bytes by the keys of ``FIELDS``; empty without /proc.
 
-    ``getrusage`` is not used: its peak counts what the parent had when it forked.
+    ``getrusage`` is not used: its peak includes the memory of the parent at the fork.
     """
     lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines()) if STATUS.is_file() else {}
     kilobytes = {name: lines[field].split()[0] for name, field in FIELDS.items() if field in lines}

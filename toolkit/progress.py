@@ -51,6 +51,18 @@ def track(items: Iterable[Item], label: str, total: int | None = None) -> Iterat
         yield from _lines(items, label, total)
 
 
+def plural(count: int, noun: str) -> str:
+    """Return a count with its noun, singular or plural."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def duration_text(seconds: float) -> str:
+    """Return a duration in the unit that suits it: seconds, minutes or hours."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} h"
+
+
 def unicode_text(text: str) -> str:
     r"""Return valid Unicode: undecoded bytes are decoded as UTF-8; invalid ones are written as ``\xfc``."""
     try:

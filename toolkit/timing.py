@@ -1,4 +1,4 @@
-"""Time a call again and again with a clock that may misbehave."""
+"""Time repeated calls with a clock that may stop or jump."""
 
 import time
 from collections.abc import Callable

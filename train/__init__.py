@@ -1,1 +1,1 @@
-"""Train TransUNet and LLM-TransUNet in PyTorch, and read the frozen LLaMA block that goes into it."""
+"""Train TransUNet and LLM-TransUNet in PyTorch, and read the frozen LLaMA block."""

@@ -1,8 +1,8 @@
-"""A trained model on disk: tensors and plain data only, so that reading it runs no code.
+"""A trained model on disk: only tensors and plain data, so reading it executes no code.
 
-``model.pt`` holds the trained weights, BatchNorm's statistics and what is needed to use them. The frozen block is a
-file of its own, known by its SHA-256, and is looked for beside the checkpoint and in the user's cache;
-``--self-contained`` embeds its bytes.
+``model.pt`` contains the trained weights, the statistics of BatchNorm and the metadata to use them. The frozen block is
+a separate file, identified by its SHA-256, in the folder of the checkpoint or in the user's cache; ``--self-contained``
+embeds it.
 """
 
 import os
@@ -18,37 +18,41 @@ from torch import Tensor
 
 from medseg_trt.errors import ArtefactError, InputError, MedsegError
 from medseg_trt.files import atomic_file, cache_folder, parse_json, read_limited, sha256
-from medseg_trt.spec import Classes, ModelSpec, Preprocessing, from_dict, to_dict
+from medseg_trt.network_spec import NetworkSpec
+from medseg_trt.networks import network_from_dict
+from medseg_trt.spec import Classes, Preprocessing, from_dict, to_dict
 from medseg_trt.train.block.blocks import FrozenBlock, load_block
 from medseg_trt.train.block.layer_geometry import block_spec
 from medseg_trt.train.models.model import build_model, frozen_names
-from medseg_trt.train.models.transunet import TransUNet
-from medseg_trt.train.weights.weight_files import is_finite, is_plain, load_pickled, one_line
+from medseg_trt.train.models.segmentation_model import SegmentationModel
+from medseg_trt.train.provenance import Provenance, parse_provenance
+from medseg_trt.train.tensor_files.weight_files import is_finite, is_plain, load_pickled, one_line
+from medseg_trt.train.training_state import TrainingState, parse_training_state
 
 SCHEMA = 1
 HEADER = {"schema", "spec", "preprocessing", "classes", "block_sha256", "provenance"}
 FROZEN_PREFIXES = ("insert.block.", "insert.final_norm.")
 DATA_FOLDER = "data_folder.json"  # of a run folder
-MAX_PATH_BYTES = 1 << 15  # Linux's PATH_MAX of 4096, each byte written as an escape of six
+MAX_PATH_BYTES = 1 << 15  # Linux's PATH_MAX of 4096, each byte as an escape of six characters
 MAX_LAYERS = 1 << 10  # of one kind; ViT-H has 32 and ResNet-152 has 36
 MAX_FROZEN_PARAMETERS = 1 << 32  # LLaMA-3 405B has 3.2e9 in a layer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """A trained model, with all that is needed to use it and to say where it came from."""
+    """A trained model with its metadata and provenance."""
 
     weights: Mapping[str, Tensor]  # trained parameters and BatchNorm statistics, float32
-    spec: ModelSpec
+    spec: NetworkSpec
     preprocessing: Preprocessing
     classes: Classes
     block_file: Path | None = None  # the frozen block's safetensors file
     block_sha256: str | None = None
-    provenance: Mapping[str, Any] = field(default_factory=dict)  # data, recipe, seed, versions, metrics
-    training: Mapping[str, Any] | None = None  # optimiser state and epoch, to resume from
-    data_folder: Path | None = None  # of the training, where the run beside the file says so; in no checkpoint
+    provenance: Provenance = field(default_factory=Provenance)
+    training: TrainingState | None = None  # to resume from; None: the run is complete
+    data_folder: Path | None = None  # of the training, from the run folder; not stored in the checkpoint
 
-    def model(self) -> TransUNet:
+    def model(self) -> SegmentationModel:
         """Build the network in evaluation mode: (batch, 1 or 3, height, width) float32 to logits.
 
         Raises:
@@ -61,20 +65,20 @@ class Checkpoint:
         return model.eval()
 
     def block(self) -> tuple[FrozenBlock, ...]:
-        """Read the frozen block's layers, oldest first, after its digest has been checked; none where there is none."""
+        """Read the frozen block's layers after checking the digest; empty without a block."""
         if self.block_sha256 is None or self.block_file is None:
             return ()
         return load_block(self.block_file, self.block_sha256)
 
 
-def trained_weights(model: TransUNet) -> dict[str, Tensor]:
-    """Return a copy of everything that training changes, and nothing that is frozen."""
+def trained_weights(model: SegmentationModel) -> dict[str, Tensor]:
+    """Return copies of all tensors that training changes."""
     state, frozen = model.state_dict(), _frozen_names(model)
     return {name: value.detach().clone() for name, value in state.items() if name not in frozen}
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: Path, *, self_contained: bool = False) -> None:
-    """Write ``path`` whole or not at all, and put the frozen block beside it unless it is embedded."""
+    """Write ``path`` atomically, and the frozen block beside it unless it is embedded."""
     content: dict[str, Any] = {
         "medseg_trt": {
             "schema": SCHEMA,
@@ -82,12 +86,12 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path, *, self_contained: bool 
             "preprocessing": to_dict(checkpoint.preprocessing),
             "classes": to_dict(checkpoint.classes),
             "block_sha256": checkpoint.block_sha256,
-            "provenance": dict(checkpoint.provenance),
+            "provenance": checkpoint.provenance.to_dict(),
         },
         "weights": dict(checkpoint.weights),
     }
     if checkpoint.training is not None:
-        content["training"] = dict(checkpoint.training)
+        content["training"] = checkpoint.training.to_dict()
     if checkpoint.block_file is not None and checkpoint.block_sha256 is not None:
         if self_contained:
             content["block_bytes"] = torch.frombuffer(bytearray(checkpoint.block_file.read_bytes()), dtype=torch.uint8)
@@ -98,13 +102,12 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path, *, self_contained: bool 
         torch.save(content, temporary)
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint without running any code in it.
+def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read a checkpoint without executing code from it.
 
     Raises:
-        ArtefactError: not a checkpoint of ours, damaged, its parts do not fit together, or its frozen block cannot be
-            found.
-        InputError: it embeds its frozen block, and the cache cannot be written to.
+        ArtefactError: no checkpoint of medseg-trt, damaged, inconsistent, or its frozen block is missing.
+        InputError: it embeds its frozen block, and the cache is not writable.
     """
     path = Path(path)
     if not path.is_file():
@@ -112,15 +115,16 @@ def load_checkpoint(path: Path) -> Checkpoint:
     content = load_pickled(path, "checkpoint of medseg-trt")
     header = _checked_header(content, path)
     source, digest = str(path), header["block_sha256"]
+    provenance, training = parse_provenance(header["provenance"], source), content.get("training")
     checkpoint = Checkpoint(
         weights=content["weights"],
-        spec=from_dict(ModelSpec, header["spec"], source),
+        spec=network_from_dict(header["spec"], source),
         preprocessing=from_dict(Preprocessing, header["preprocessing"], source),
         classes=from_dict(Classes, header["classes"], source),
-        provenance=header["provenance"],
-        training=content.get("training"),
+        provenance=provenance,
+        training=parse_training_state(training, source) if training is not None else None,
         block_sha256=digest,
-        data_folder=_data_folder(path.parent, header["provenance"]),
+        data_folder=_data_folder(path.parent, provenance),
     )
     _check_agreement(checkpoint, path)
     _check_fit(checkpoint, (), source)
@@ -133,18 +137,17 @@ def load_checkpoint(path: Path) -> Checkpoint:
     )
 
 
-def _data_folder(folder: Path, provenance: Mapping[str, Any]) -> Path | None:
-    """Return where the training found its data, as its run folder says or, in older files, the checkpoint itself."""
-    data = provenance.get("data")
-    recorded = data.get("root") if isinstance(data, dict) else None
+def _data_folder(folder: Path, provenance: Provenance) -> Path | None:
+    """Return the folder of the training data from the run folder or, in older files, from the checkpoint itself."""
+    recorded: object = provenance.data.root if provenance.data is not None else None
     path = folder / DATA_FOLDER
-    if path.is_file():  # it is not beside a checkpoint that was copied elsewhere, alone
+    if path.is_file():  # missing beside a checkpoint that was copied alone
         recorded = parse_json(path, read_limited(path, MAX_PATH_BYTES))
     return Path(recorded) if isinstance(recorded, str) else None
 
 
 def _checked_header(content: Any, path: Path) -> dict[str, Any]:
-    """Return what describes the weights, once everything in the file is of the kind it must be."""
+    """Return the metadata, after checking the types of everything in the file."""
     header = content.get("medseg_trt") if isinstance(content, dict) else None
     if not isinstance(header, dict):
         raise ArtefactError(f"{path} is damaged or no checkpoint of medseg-trt: nothing in it describes a model")
@@ -166,7 +169,7 @@ def _checked_header(content: Any, path: Path) -> dict[str, Any]:
 
 
 def _check_agreement(checkpoint: Checkpoint, path: Path) -> None:
-    """Check that what describes the model is of one model."""
+    """Check that the metadata are consistent."""
     spec, classes, preprocessing = checkpoint.spec, checkpoint.classes, checkpoint.preprocessing
     if classes.num_logits != spec.num_classes:
         raise ArtefactError(
@@ -181,14 +184,14 @@ def _check_agreement(checkpoint: Checkpoint, path: Path) -> None:
 
 
 def _check_fit(checkpoint: Checkpoint, blocks: Sequence[FrozenBlock], source: str) -> None:
-    """Compare names, shapes and types with the architecture, before anything of the sizes in the spec is allocated.
+    """Compare names, shapes and types with the architecture before any allocation of the sizes in the spec.
 
     Raises:
-        ArtefactError: the weights, or the block's layers where they are given, are of another architecture.
+        ArtefactError: the weights, or the block's layers if given, do not match the architecture.
     """
     spec = checkpoint.spec
     misfit = f"{source}: the weights do not fit {spec.architecture}"
-    depth = max(spec.num_layers, *spec.resnet_units, spec.insert.num_layers)
+    depth = max(spec.depth, spec.insert.num_layers)
     if depth > MAX_LAYERS:
         raise ArtefactError(f"{misfit}: it asks for {depth} layers of one kind; at most {MAX_LAYERS} are believed")
     if spec.block is not None:
@@ -199,20 +202,20 @@ def _check_fit(checkpoint: Checkpoint, blocks: Sequence[FrozenBlock], source: st
     try:
         with torch.device("meta"):
             model = build_model(spec)
-    except (MedsegError, ValueError, TypeError, RuntimeError, OverflowError) as error:  # sizes that no tensor can have
+    except (MedsegError, ValueError, TypeError, RuntimeError, OverflowError) as error:  # impossible sizes
         raise ArtefactError(f"{misfit}: {one_line(error)}") from error
-    wanted, found = model.state_dict(), checkpoint.weights
+    expected, weights = model.state_dict(), checkpoint.weights
     block_is_elsewhere = checkpoint.block_sha256 is not None or not spec.insert.needs_block_file
     frozen = _frozen_names(model) if block_is_elsewhere else set()
-    if (count := sum(wanted[name].numel() for name in frozen)) > MAX_FROZEN_PARAMETERS:
+    if (count := sum(expected[name].numel() for name in frozen)) > MAX_FROZEN_PARAMETERS:
         raise ArtefactError(f"{misfit}: it asks for {count:,} frozen parameters; no model has as many")
-    missing = [name for name in wanted if name not in found and name not in frozen]
-    unknown = [name for name in found if name not in wanted or name in frozen]
+    missing = [name for name in expected if name not in weights and name not in frozen]
+    unknown = [name for name in weights if name not in expected or name in frozen]
     if missing or unknown:
         raise ArtefactError(f"{misfit}: {len(missing)} missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}")
-    for name, tensor in found.items():
-        if (tensor.shape, tensor.dtype) != (wanted[name].shape, wanted[name].dtype):
-            raise ArtefactError(f"{misfit}: {name} is {_kind(tensor)}, but it asks for {_kind(wanted[name])}")
+    for name, tensor in weights.items():
+        if (tensor.shape, tensor.dtype) != (expected[name].shape, expected[name].dtype):
+            raise ArtefactError(f"{misfit}: {name} is {_kind(tensor)}, but it asks for {_kind(expected[name])}")
 
 
 def _check_finite(checkpoint: Checkpoint, path: Path) -> None:
@@ -221,8 +224,8 @@ def _check_finite(checkpoint: Checkpoint, path: Path) -> None:
             raise ArtefactError(f"{path}: {name} holds values that are not finite; the training has failed")
 
 
-def _frozen_names(model: TransUNet) -> set[str]:
-    """Return what is in no checkpoint, because it follows from the block's file and the spec."""
+def _frozen_names(model: SegmentationModel) -> set[str]:
+    """Return the names that checkpoints omit, because the block's file and the spec determine them."""
     return {name for name in frozen_names(model) if name.startswith(FROZEN_PREFIXES)}
 
 
@@ -231,7 +234,7 @@ def _kind(tensor: Tensor) -> str:
 
 
 def block_name(digest: str) -> str:
-    """Return the file name under which a block is kept beside a checkpoint and in the cache."""
+    """Return the file name of a block beside a checkpoint and in the cache."""
     return f"block-{digest[:16]}.safetensors"
 
 
@@ -239,7 +242,7 @@ def find_block(digest: str, folder: Path) -> Path:
     """Find a frozen block by its SHA-256, beside the checkpoint first, then in the user's cache.
 
     Raises:
-        ArtefactError: it is in neither place.
+        ArtefactError: it is in neither folder.
     """
     for candidate in (folder / block_name(digest), cache_folder("blocks") / block_name(digest)):
         if candidate.is_file():
@@ -271,7 +274,7 @@ def _put_beside(source: Path, digest: str, target: Path) -> None:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.link(source.resolve(), target)  # the block of a 7B model is 405 MB: share its bytes where the disk can
-    except OSError:  # another disk, no right to link, or a damaged file in its place
+        os.link(source.resolve(), target)  # the block of a 7B model is 405 MB: share it if the file system allows
+    except OSError:  # another disk, no permission to link, or a damaged file of that name
         with atomic_file(target) as temporary:
             shutil.copyfile(source, temporary)

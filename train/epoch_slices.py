@@ -1,15 +1,24 @@
-"""The augmented slices of an epoch, in its order: functions of the seed and the epoch, whoever asks for them."""
+"""The augmented slices of an epoch in training order, determined by the seed and the epoch."""
 
 import numpy as np
 from torch.utils.data import Dataset
 
-from medseg_trt.train.augment import augment, worker_steps
 from medseg_trt.train.datasets.prepared import PreparedSlices
+from medseg_trt.train.recipes.augment import augment, worker_steps
 from medseg_trt.train.recipes.training_spec import Recipe
 
 
+def dropout_seed(seed: int, epoch: int) -> int:
+    """Return the seed of PyTorch's generator for one epoch, mixed from both numbers.
+
+    ``seed + epoch`` would give epoch 2 of seed 1 the dropout masks of epoch 1 of seed 2. PyTorch's CPU generator uses
+    the low 32 bits only, so the result has 32 bits: two different pairs are equal with a probability of 2⁻³².
+    """
+    return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+
+
 class EpochSlices(Dataset[tuple[np.ndarray, np.ndarray]]):
-    """The augmented slices of one epoch; item ``i`` is the same whenever, and in whichever process, it is asked for."""
+    """The augmented slices of one epoch; item ``i`` is the same in every process and at every access."""
 
     def __init__(self, slices: PreparedSlices, recipe: Recipe, epoch: int) -> None:
         self.slices = slices

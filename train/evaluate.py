@@ -1,13 +1,14 @@
-"""Score a network on a labelled data set, in one of the ways of ``metric_modes``."""
+"""Score a network on a labelled data set, by one of the protocols of ``metrics.protocols``."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from medseg_trt.errors import InputError, UsageError
+from medseg_trt.imaging.images import Image
 from medseg_trt.imaging.preprocess import for_image, prepare, prepare_labels, restore
-from medseg_trt.imaging.segment import Run, segment
+from medseg_trt.imaging.segment import Finish, PixelRun, Run, segment
 from medseg_trt.metrics.overlap import ClassScore, MeanScore, mean_scores, scores
 from medseg_trt.metrics.protocols import METRICS, MetricMode
 from medseg_trt.progress import track
@@ -19,11 +20,11 @@ PIXELS = (1.0, 1.0, 1.0)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CaseScores:
-    """The scores of one case, a picture or a volume; or of one image or batch, as the metric has it."""
+    """The scores of one case (an image or a volume), or of one image or batch, depending on the metric."""
 
     case: str
     scores: tuple[ClassScore, ...]
-    images: int = 1  # how much it counts in a mean over images
+    images: int = 1  # its weight in a mean over images
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,24 +32,24 @@ class Evaluation:
     """The scores of a network on a split."""
 
     cases: tuple[CaseScores, ...]
-    means: tuple[MeanScore, ...]  # by class, over the cases that have it, or as the metric has it
+    means: tuple[MeanScore, ...]  # by class, over the cases that contain it, or as the metric defines
     hd95_unit: str | None = None  # "mm", "pixels" or "voxels", where HD95 was measured
     metric: str = "volume"  # a key of METRICS
-    batch: int | None = None  # images that were counted together, where the metric does that
+    batch: int | None = None  # images that were pooled; None: the metric does not pool
 
     @property
     def has_iou(self) -> bool:
-        """Whether the metric has an IoU beside its Dice."""
+        """Whether the metric has an IoU."""
         return not any(mean.dice is not None and mean.iou is None for mean in self.means)
 
     @property
     def mean_dice(self) -> float:
-        """The mean over the classes that occur, 0 … 1; 0 where none does."""
+        """The mean over the classes that occur, 0 … 1; 0 if none occurs."""
         return _mean([mean.dice for mean in self.means]) or 0.0
 
     @property
     def mean_iou(self) -> float | None:
-        """The mean over the classes that occur, 0 … 1; None where the metric has none, or no class occurs."""
+        """The mean over the classes that occur, 0 … 1; None if the metric has none, or no class occurs."""
         return _mean([mean.iou for mean in self.means])
 
     @property
@@ -65,26 +66,29 @@ def evaluate(
     batch: int = 8,
     hd95: bool = False,
     metric: str = "volume",
+    finish: Finish | None = None,
+    windows: Callable[[Image], PixelRun] | None = None,
 ) -> Evaluation:
-    """Segment every case and compare it with its mask.
+    """Segment every case and compare the result with its mask.
 
     Args:
         run: the network: (batch, 3, H, W) float32 to logits.
         cases: the cases of a split.
-        preprocessing: the contract the network was trained with.
+        preprocessing: of the network.
         classes: its labels.
-        batch: how many slices go through the network at once; ``unext_batch`` counts their pixels together.
-        hd95: also measure HD95 with ``volume``: in millimetres where all images have a spacing, in pixels where none
-            has.
+        batch: number of slices per network call; ``unext_batch`` pools their pixels.
+        hd95: also measure HD95 with ``volume``: in millimetres if all images have a spacing, in pixels if none has.
         metric: a key of ``METRICS``.
+        finish: corrects the labels of every complete case; metrics at the network's size leave it out.
+        windows: what makes the masks of an image window by window; None: its slices are resized as a whole.
 
     Raises:
-        InputError: a file cannot be read or does not fit the classes; or for HD95 only some images have a spacing.
-        UsageError: there is no such metric, or it has no HD95.
+        InputError: a file cannot be read or does not match the classes; or for HD95 only some images have a spacing.
+        UsageError: the metric does not exist, or has no HD95.
     """
     mode = metric_mode(metric, hd95)
     if mode.unit == "case":
-        scored, unit = _score_cases(run, cases, preprocessing, classes, batch, hd95, mode)
+        scored, unit = _score_cases(run, cases, preprocessing, classes, batch, hd95, mode, finish, windows)
     else:
         scored, unit = _score_at_network_size(run, cases, preprocessing, classes, batch, mode), None
     means = mean_scores(
@@ -98,7 +102,7 @@ def metric_mode(metric: str, hd95: bool = False) -> MetricMode:
     """Return a metric by its name.
 
     Raises:
-        UsageError: there is no such metric, or it has no HD95 and ``hd95`` asks for it.
+        UsageError: the metric does not exist, or ``hd95`` is set and it has no HD95.
     """
     if metric not in METRICS:
         raise UsageError(f"no metric is called {metric!r}; choose one of: {', '.join(METRICS)}")
@@ -108,21 +112,30 @@ def metric_mode(metric: str, hd95: bool = False) -> MetricMode:
 
 
 def _score_cases(
-    run: Run, cases: Sequence[Case], preprocessing: Preprocessing, classes: Classes, batch: int, hd95: bool,
+    run: Run,
+    cases: Sequence[Case],
+    preprocessing: Preprocessing,
+    classes: Classes,
+    batch: int,
+    hd95: bool,
     mode: MetricMode,
-) -> tuple[list[CaseScores], str | None]:  # fmt: skip
-    """Score whole cases at their own size, and say in which unit their distances are."""
+    finish: Finish | None,
+    windows: Callable[[Image], PixelRun] | None,
+) -> tuple[list[CaseScores], str | None]:
+    """Score complete cases at their own size, and return the unit of the distances."""
     scored: list[CaseScores] = []
     units: set[str] = set()
     in_voxels = mode.hd95 == "always"
     for case in track(cases, "evaluate"):
         image, truth = read_case(case, len(classes.names))
-        prediction = segment(run, image, preprocessing, batch)
+        in_windows = None if windows is None else windows(image)
+        prediction = segment(run, image, preprocessing, batch, pixels_to_masks=in_windows)
+        prediction = prediction if finish is None else finish(image, prediction)
         spacing = PIXELS if in_voxels else (image.spacing_mm or PIXELS) if hd95 else None
-        if len(truth) == 1:  # a picture: its surface is its outline
+        if len(truth) == 1:  # a 2-D image
             prediction, truth, spacing = prediction[0], truth[0], spacing and spacing[1:]
-        found = tuple(map(mode.rule, scores(prediction, truth, classes, spacing)))
-        scored.append(CaseScores(case=case.name, scores=found))
+        class_scores = tuple(map(mode.rule, scores(prediction, truth, classes, spacing)))
+        scored.append(CaseScores(case=case.name, scores=class_scores))
         units.add("voxels" if in_voxels else "pixels" if image.spacing_mm is None else "mm")
     if hd95 and len(units) > 1:
         raise InputError("some images have a spacing and some have none, so HD95 has no common unit; leave it out")
@@ -132,7 +145,7 @@ def _score_cases(
 def _score_at_network_size(
     run: Run, cases: Sequence[Case], preprocessing: Preprocessing, classes: Classes, batch: int, mode: MetricMode
 ) -> list[CaseScores]:
-    """Score images one by one or batch by batch, at the size of the network's answer."""
+    """Score images one by one or batch by batch, at the network's size."""
     scored: list[CaseScores] = []
     for group in _grouped(_prepared(cases, preprocessing, len(classes.names)), batch):
         names, inputs, truths = zip(*group, strict=True)
@@ -140,9 +153,9 @@ def _score_at_network_size(
         predictions = np.stack([restore(logits, size, preprocessing, None) for logits in run(np.stack(inputs))])
         units = [slice(None)] if mode.unit == "batch" else [slice(index, index + 1) for index in range(len(names))]
         for unit in units:
-            found = tuple(map(mode.rule, scores(predictions[unit], np.stack(truths[unit]), classes)))
+            class_scores = tuple(map(mode.rule, scores(predictions[unit], np.stack(truths[unit]), classes)))
             name = names[unit][0] if len(names[unit]) == 1 else f"{names[unit][0]} … {names[unit][-1]}"
-            scored.append(CaseScores(case=name, scores=found, images=len(names[unit])))
+            scored.append(CaseScores(case=name, scores=class_scores, images=len(names[unit])))
     return scored
 
 
@@ -152,19 +165,23 @@ def _prepared(
     """Yield the name, the network's input and the labels of that size of every slice, in the order of the cases."""
     for case in track(cases, "evaluate"):
         image, truth = read_case(case, num_labels)
-        contract = for_image(preprocessing, image.pixels)
+        image_preprocessing = for_image(preprocessing, image.pixels)
         for number, (pixels, labels) in enumerate(zip(image.pixels, truth, strict=True)):
             name = case.name if len(truth) == 1 else f"{case.name}, slice {number}"
             spacing = image.spacing_in_plane
-            yield name, prepare(pixels, contract, spacing), prepare_labels(labels, contract, spacing)
+            yield (
+                name,
+                prepare(pixels, image_preprocessing, spacing),
+                prepare_labels(labels, image_preprocessing, spacing),
+            )
 
 
 def _grouped(
     slices: Iterator[tuple[str, np.ndarray, np.ndarray]], size: int
 ) -> Iterator[list[tuple[str, np.ndarray, np.ndarray]]]:
     group: list[tuple[str, np.ndarray, np.ndarray]] = []
-    for each in slices:
-        group.append(each)
+    for slice_ in slices:
+        group.append(slice_)
         if len(group) == size:
             yield group
             group = []
@@ -173,5 +190,5 @@ def _grouped(
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    found = [value for value in values if value is not None]
-    return sum(found) / len(found) if found else None
+    defined = [value for value in values if value is not None]
+    return sum(defined) / len(defined) if defined else None

@@ -3,37 +3,40 @@
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from medseg_trt.devices import AUTO, ComputeDevice
 from medseg_trt.errors import MedsegError, UsageError
 from medseg_trt.imaging.segment import Run
-from medseg_trt.progress import LOG, track
+from medseg_trt.progress import LOG, duration_text, plural, track
 from medseg_trt.spec import Preprocessing
 from medseg_trt.train.datasets.folder import DataFolder
 from medseg_trt.train.datasets.prepared import PreparedSlices, mapped_slices, prepare_slices, source_slices
-from medseg_trt.train.epoch_slices import EpochSlices
+from medseg_trt.train.epoch_slices import EpochSlices, dropout_seed
 from medseg_trt.train.evaluate import evaluate
-from medseg_trt.train.global_batch import BatchShard, assign_shard
 from medseg_trt.train.history import HistoryRow, Validation
 from medseg_trt.train.losses import segmentation_loss
 from medseg_trt.train.models.frozen import keep_frozen_in
-from medseg_trt.train.models.model import runner
-from medseg_trt.train.models.transunet import TransUNet
+from medseg_trt.train.models.global_batch import BatchShard, assign_shard
+from medseg_trt.train.models.model import MODELS, count_parameters, runner
+from medseg_trt.train.models.segmentation_model import SegmentationModel
+from medseg_trt.train.recipes.schedules import learning_rate, scheduled_step
 from medseg_trt.train.recipes.training_spec import Recipe, TrainSpec
 from medseg_trt.train.run_lock import run_lock
-from medseg_trt.train.runs import PARTIAL_SLICES, Progress, RunState, begin, join, save, save_progress
-from medseg_trt.train.schedules import learning_rate, scheduled_step
+from medseg_trt.train.runs import PARTIAL_SLICES, RunState, begin, join, save, save_progress
 from medseg_trt.train.training_process import TrainingProcess
+from medseg_trt.train.training_state import OptimizerState, Progress
+
+LONG_S = 2 * 3600  # of training on a CPU; then a smaller network is suggested
 
 
 def train(
@@ -42,8 +45,9 @@ def train(
     out: Path,
     *,
     block: Path | None = None,
-    weights: Path | None = None,
+    weights: Path | Sequence[Path] | None = None,
     resume: bool = False,
+    device: ComputeDevice = AUTO,
 ) -> Path:
     """Train a model and return the path of its best checkpoint.
 
@@ -52,20 +56,23 @@ def train(
         data: a labelled data set.
         out: the run folder, see ``train.runs``.
         block: the frozen block's file, for an architecture that has one.
-        weights: the encoder's initial weights, for a recipe whose ``pretrained`` is "file".
+        weights: the initial weights of the encoder or of the encoders, for a recipe whose ``pretrained`` is "file".
         resume: continue from ``out/last.pt``; the recipe, the data and the block must be those of the existing run.
+        device: where it computes; ``auto`` takes the GPU where PyTorch has one.
 
     Raises:
+        DeviceError: PyTorch has no such device.
         UsageError: recipe, block and run folder do not match, or another training writes to the folder.
         InputError: the data cannot be used.
         ArtefactError: the block or the checkpoint cannot be used.
         MedsegError: the training has diverged.
     """
-    process = TrainingProcess(recipe.train.autocast)
+    process = TrainingProcess(recipe.train.autocast, device)
+    initial = (weights,) if isinstance(weights, Path) else tuple(weights or ())
     with ExitStack() as cleanup:
         process.run_on_first(lambda: cleanup.enter_context(run_lock(out)))
-        state = process.run_on_first(lambda: begin(recipe, data, out, block=block, weights=weights, resume=resume))
-        state = state or join(recipe, data, out, block=block, weights=weights)
+        state = process.run_on_first(lambda: begin(recipe, data, out, block=block, weights=initial, resume=resume))
+        state = state or join(recipe, data, out, block=block, weights=initial)
         if state.next_epoch > recipe.train.epochs:
             LOG.info("%s is complete; all %d epochs are done", out, recipe.train.epochs)
         else:
@@ -81,12 +88,18 @@ def _train(
     keep_frozen_in(model, spec.frozen_dtype)
     optimizer = make_optimizer(model, spec)
     if checkpoint.training is not None:
-        optimizer.load_state_dict(checkpoint.training["optimizer"])
-        process.scaler.load_state_dict(checkpoint.training.get("scaler", {}))
+        saved = checkpoint.training.optimizer_state
+        optimizer.load_state_dict(dict(saved.optimizer))
+        process.scaler.load_state_dict(dict(saved.scaler))
     if not data.splits.get("val", ()) and spec.best != "last":
         LOG.warning("%s has no validation split, so best.pt is always the latest epoch", data.name)
     slices = _prepared(recipe, data, state, out, process, cleanup)
-    LOG.info("train %s on %d slices of %s", recipe.architecture, len(slices.images), data.name)
+    counts, (height, width) = count_parameters(model), checkpoint.preprocessing.image_size
+    LOG.info(
+        "train %s, %.1f million parameters, %d x %d pixels, for %s on %d slices of %s",
+        *(recipe.architecture, counts["total"] / 1e6, height, width),
+        *(plural(spec.epochs, "epoch"), len(slices.images), data.name),
+    )
     training = _Training(recipe=recipe, data=data, out=out, process=process, model=model, optimizer=optimizer)
     connected, progress = process.connect(model), state.progress
     for epoch in range(state.next_epoch, spec.epochs + 1):
@@ -107,7 +120,7 @@ class _Training:
     data: DataFolder
     out: Path
     process: TrainingProcess
-    model: TransUNet
+    model: SegmentationModel
     optimizer: torch.optim.Optimizer
 
     def finish(self, state: RunState, epoch: int, loss: float | None, began: float) -> RunState:
@@ -118,9 +131,20 @@ class _Training:
         validation = self._validate(state.checkpoint.preprocessing) if is_due else None
         seconds = round(time.monotonic() - began, 2)
         row = HistoryRow(epoch=epoch, loss=loss, validation=validation, seconds=seconds)
-        state = save(state, self.model, self._beside_weights(), row, self.out, spec)
+        state = save(state, self.model, self._optimizer_state(), row, self.out, spec)
         _log_epoch(row, spec)
+        if epoch == 1 and self.process.device.type == "cpu":
+            self._suggest_smaller(row.seconds * (spec.epochs - epoch))
         return state
+
+    def _suggest_smaller(self, remaining_s: float) -> None:
+        small = f"{self.recipe.architecture}-small"
+        if remaining_s > LONG_S and small in MODELS:
+            LOG.info(
+                "without a GPU a small network is trained much sooner, in another run folder: "
+                "--set architecture=%s --set 'preprocessing.image_size=[128,128]'",
+                small,
+            )
 
     def _validate(self, preprocessing: Preprocessing) -> Validation | None:
         spec, cases = self.recipe.train, self.data.splits.get("val", ())
@@ -133,10 +157,10 @@ class _Training:
 
     def keep(self, state: RunState, progress: Progress) -> None:
         """Save the progress within an epoch."""
-        self.process.run_on_first(lambda: save_progress(state, self.model, self._beside_weights(), progress, self.out))
+        self.process.run_on_first(lambda: save_progress(state, self.model, self._optimizer_state(), progress, self.out))
 
-    def _beside_weights(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer.state_dict(), "scaler": self.process.scaler.state_dict()}
+    def _optimizer_state(self) -> OptimizerState:
+        return OptimizerState(optimizer=self.optimizer.state_dict(), scaler=self.process.scaler.state_dict())
 
 
 def _prepared(
@@ -185,13 +209,14 @@ def train_epoch(
         UsageError: there are more processes than slices in a batch.
     """
     spec, process = recipe.train, process or TrainingProcess(recipe.train.autocast)
-    torch.manual_seed(spec.seed + epoch)  # of dropout
+    torch.manual_seed(dropout_seed(spec.seed, epoch))
     dataset = EpochSlices(slices, recipe, epoch)
     batches = _batches(len(dataset), spec, process)
     losses = list(progress.losses) if progress is not None else []
     remaining = batches[len(losses) :]
     rows = [list(range(start + shard.start, start + shard.stop)) for start, shards in remaining for shard in shards]
-    fed = iter(DataLoader(dataset, batch_sampler=rows, num_workers=spec.workers))
+    pinned = process.device.type == "cuda"  # from there, copies to the GPU need not be waited for
+    fed = iter(DataLoader(dataset, batch_sampler=rows, num_workers=spec.workers, pin_memory=pinned))
     if progress is not None:
         process.set_random_state(progress.random_state)
     model.train()
@@ -207,10 +232,10 @@ def train_epoch(
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.zero_grad()
-        losses.append(_loss_and_gradients(model, fed, batches[step][1], process))
+        losses.append(_loss_and_gradients(model, fed, batches[step][1], process, spec))
         if not math.isfinite(losses[-1]):
             raise _diverged(f"the loss of epoch {epoch}, step {step} is {losses[-1]}", spec)
-        process.step(optimizer, spec.max_gradient_norm)
+        process.step(optimizer, spec.max_gradient_norm, spec.max_gradient)
         done = step + 1
         if keep is not None and spec.save_every_steps and done % spec.save_every_steps == 0 and done < len(batches):
             keep(Progress(epoch=epoch, losses=tuple(losses), random_state=process.random_state()))
@@ -240,21 +265,24 @@ def _loss_and_gradients(
     fed: Iterator[tuple[torch.Tensor, torch.Tensor]],
     shards: tuple[BatchShard, ...],
     process: TrainingProcess,
+    spec: TrainSpec,
 ) -> float:
-    """Compute one batch, micro-batch by micro-batch, and return its loss."""
-    random_state, batch_loss = process.random_state() if len(shards) > 1 else None, 0.0
+    """Compute one batch, micro-batch by micro-batch, and return its loss, for which a GPU is waited for once."""
+    random_state = process.random_state() if len(shards) > 1 else None
+    batch_loss = torch.zeros((), dtype=torch.float64, device=process.device)
     for number, shard in enumerate(shards, 1):
         images, labels = next(fed)
         if random_state is not None:
             process.set_random_state(random_state)  # every micro-batch draws for the whole batch and uses its rows
         assign_shard(model, shard)
-        with process.no_average(model, number < len(shards)):
+        with process.skip_averaging(model, number < len(shards)):
             with process.autocast():
-                logits = model(images.to(process.device))
-            loss = segmentation_loss(logits.float(), labels.to(process.device), shard) * shard.micro_batch_fraction
+                outputs = model(images.to(process.device, non_blocking=True))
+            labels = labels.to(process.device, non_blocking=True)
+            loss = segmentation_loss(outputs, labels, shard, spec.loss) * shard.micro_batch_fraction
             process.backward(loss)
-        batch_loss += loss.item()
-    return batch_loss
+        batch_loss += loss.detach()
+    return batch_loss.item()
 
 
 def make_optimizer(model: nn.Module, spec: TrainSpec) -> torch.optim.Optimizer:
@@ -288,7 +316,7 @@ def _diverged(symptom: str, spec: TrainSpec) -> MedsegError:
 def _log_epoch(row: HistoryRow, spec: TrainSpec) -> None:
     loss = "untrained" if row.loss is None else f"loss {row.loss:.3f}"
     remaining_s = row.seconds * (spec.epochs - row.epoch)
-    remaining = "" if row.loss is None else f", about {remaining_s:.0f} s left"
+    remaining = "" if row.loss is None else f", about {duration_text(remaining_s)} left"
     scores = _scores_text(row.validation, spec) if row.validation is not None else ""
     LOG.info("epoch %d of %d: %s, %s%.0f s%s", row.epoch, spec.epochs, loss, scores, row.seconds, remaining)
 

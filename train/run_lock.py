@@ -1,4 +1,4 @@
-"""One training at a time in a run folder: a second one would overwrite its checkpoints and remove its slices."""
+"""A lock on the run folder: a second training would overwrite the checkpoints and remove the prepared slices."""
 
 import errno
 import os
@@ -12,22 +12,22 @@ from pathlib import Path
 from medseg_trt.errors import UsageError
 from medseg_trt.files import NO_LINKS, is_open_file, lock
 
-LOCK = ".training"  # holds the number of the process; it is gone when the training is
-MAX_LOCK_BYTES = 20  # of a process number and the end of its line
+LOCK = ".training"  # holds the process id; removed at the end of the training
+MAX_LOCK_BYTES = 20  # of a process id and a newline
 WRITTEN = re.compile(rb"(\d{1,19}\n)?")
 
 
 @contextmanager
 def run_lock(out: Path) -> Generator[None, None, None]:
-    """Hold the run folder while the block runs; the system lets go of it when a process dies, however it does.
+    """Hold the lock of a run folder during a ``with`` block; the operating system releases it when the process ends.
 
     Raises:
         UsageError: another training holds it.
     """
-    if sys.platform == "win32":  # Windows has no flock; it refuses to replace a file that another process has open
+    if sys.platform == "win32":  # no flock; Windows does not replace a file that another process has open
         yield
         return
-    made = not out.exists()
+    was_missing = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     descriptor = _take(out / LOCK, out)
     try:
@@ -35,7 +35,7 @@ def run_lock(out: Path) -> Generator[None, None, None]:
     finally:
         (out / LOCK).unlink(missing_ok=True)
         os.close(descriptor)
-        if made and not any(out.iterdir()):
+        if was_missing and not any(out.iterdir()):
             out.rmdir()
 
 
@@ -53,14 +53,14 @@ def _take(path: Path, out: Path) -> int:
             os.truncate(descriptor, 0)
             os.write(descriptor, f"{os.getpid()}\n".encode())
             return descriptor
-        os.close(descriptor)  # its holder removed the file between our opening and locking it
+        os.close(descriptor)  # its holder removed the file before it was locked
 
 
 def _open(path: Path) -> int:
-    """Open the lock, which nothing but a training has written: a regular file with a process number or nothing in it.
+    """Open the lock file: a regular file that is empty or holds a process id.
 
     Raises:
-        UsageError: it is something else.
+        UsageError: it is another kind of file.
     """
     foreign = UsageError(f"{path} was not written by a training; move it away, or choose another folder with -o")
     try:

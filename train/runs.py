@@ -7,21 +7,19 @@ the path of the data on this machine, which no checkpoint contains.
 """
 
 import json
-import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
 
-from medseg_trt import __version__
 from medseg_trt.errors import UsageError
 from medseg_trt.files import atomic_file, sha256, write_json
+from medseg_trt.network_spec import NetworkSpec
 from medseg_trt.progress import LOG
-from medseg_trt.spec import ModelSpec, Preprocessing, from_dict, to_dict
+from medseg_trt.spec import Preprocessing, from_dict, to_dict
 from medseg_trt.train.block.blocks import load_block, provenance_of
 from medseg_trt.train.checkpoint import DATA_FOLDER, Checkpoint, load_checkpoint, save_checkpoint, trained_weights
 from medseg_trt.train.curve import draw_curve
@@ -29,24 +27,22 @@ from medseg_trt.train.datasets.check import require_usable
 from medseg_trt.train.datasets.folder import DataFolder, manifest_sha256
 from medseg_trt.train.history import HistoryRow, parse_history
 from medseg_trt.train.models.model import build_model, model_spec
-from medseg_trt.train.models.transunet import TransUNet
+from medseg_trt.train.models.segmentation_model import SegmentationModel
+from medseg_trt.train.provenance import DataRecord, FileRecord, Provenance, versions
+from medseg_trt.train.recipes.recipes import RECIPE_FILE
 from medseg_trt.train.recipes.training_spec import Recipe, TrainSpec
-from medseg_trt.train.weights.pretrained import load_encoder
+from medseg_trt.train.training_state import OptimizerState, Progress, TrainingState
+from medseg_trt.train.weights.swin_weights import load_initial
 
 PARTIAL_SLICES = ".partial-slices-"  # prefix of the temporary folder of prepared slices
+GET_BLOCK = (
+    "medseg-trt samples get llama-block -o data && medseg-trt block extract "
+    "data/llama-block/SmolLM2-135M-Instruct.Q4_1.gguf -o block.safetensors"
+)
 NO_WEIGHTS = (
     "the recipe needs pretrained weights of the encoder: --weights R50+ViT-B_16.npz, or timm's "
-    "vit_base_r50_s16_224.orig_in21k as .safetensors. To start from random weights: --set pretrained=none"
+    "vit_base_r50_s16_224.orig_in21k as .safetensors, or Swin-T. To start from random weights: --set pretrained=none"
 )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Progress:
-    """The progress within an incomplete epoch."""
-
-    epoch: int
-    losses: tuple[float, ...]  # of the completed steps
-    random_state: Mapping[str, Tensor]  # before the next step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +56,7 @@ class RunState:
 
 
 def begin(
-    recipe: Recipe, data: DataFolder, out: Path, *, block: Path | None, weights: Path | None, resume: bool
+    recipe: Recipe, data: DataFolder, out: Path, *, block: Path | None, weights: Sequence[Path], resume: bool
 ) -> RunState:
     """Start a run, or with ``resume`` continue the one in ``out``.
 
@@ -75,11 +71,11 @@ def begin(
         _check_spec(recipe, data, block, weights)  # before gigabytes of data are hashed
     manifest = data.manifest()
     digest = manifest_sha256(manifest)
-    provenance = {
-        "recipe": _without_paths(json.loads(json.dumps(to_dict(recipe)))),
-        "data": {"name": data.name, "sha256": digest, "note": data.note, "manifest": manifest},
-        "versions": {"medseg-trt": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
-    }
+    provenance = Provenance(
+        recipe=_without_paths(json.loads(json.dumps(to_dict(recipe)))),
+        data=DataRecord(name=data.name, sha256=digest, note=data.note, manifest=manifest),
+        versions=versions(),
+    )
     _remove_leftovers(out)
     if last.is_file():
         state = _resume(load_checkpoint(last), provenance, block, weights, out)
@@ -89,38 +85,44 @@ def begin(
         LOG.warning("%s holds no run to resume; a new run starts", out)
     require_usable(data)
     checkpoint = _fresh(recipe, data, provenance, block, weights)
-    write_json(out / "recipe.json", to_dict(recipe))
+    write_json(out / RECIPE_FILE, to_dict(recipe))
+    LOG.info("all fields of the recipe are in %s, and -v shows them", out / RECIPE_FILE)
     write_json(out / "data.json", manifest)
     _write_data_folder(data, out)
     return RunState(checkpoint=checkpoint)
 
 
-def join(recipe: Recipe, data: DataFolder, out: Path, *, block: Path | None, weights: Path | None) -> RunState:
+def join(recipe: Recipe, data: DataFolder, out: Path, *, block: Path | None, weights: Sequence[Path]) -> RunState:
     """Return the state that ``begin`` returned in the first process, without its checks and without writing files."""
     last = out / "last.pt"
     return (
         _state(load_checkpoint(last))
         if last.is_file()
-        else RunState(checkpoint=_fresh(recipe, data, {}, block, weights))
+        else RunState(checkpoint=_fresh(recipe, data, Provenance(), block, weights))
     )
 
 
 def save(
-    state: RunState, model: TransUNet, training: Mapping[str, Any], row: HistoryRow, out: Path, spec: TrainSpec
+    state: RunState,
+    model: SegmentationModel,
+    optimizer_state: OptimizerState,
+    row: HistoryRow,
+    out: Path,
+    spec: TrainSpec,
 ) -> RunState:
     """Write the results of an epoch, so that a kill at any time loses at most the interrupted epoch.
 
     Args:
         state: of the run before this epoch.
         model: after this epoch.
-        training: the state besides the weights that resuming needs.
+        optimizer_state: after this epoch.
         row: of the history.
         out: the run folder.
         spec: which epochs are kept, and which is the best.
     """
     history = (*state.history, row)
     dice_of_class = dict(row.validation.dice_of_class) if row.validation is not None else None
-    provenance = {**state.checkpoint.provenance, "epoch": row.epoch, "metrics": {"val": dice_of_class}}
+    provenance = replace(state.checkpoint.provenance, epoch=row.epoch, step=None, metrics={"val": dice_of_class})
     checkpoint = replace(state.checkpoint, weights=trained_weights(model), provenance=provenance, training=None)
     if _is_best(row, state.history, spec):
         save_checkpoint(checkpoint, out / "best.pt")
@@ -128,17 +130,18 @@ def save(
         save_checkpoint(checkpoint, out / f"epoch-{row.epoch}.pt")
     with atomic_file(out / "history.jsonl") as temporary:
         temporary.write_text("".join(row.to_line() for row in history), encoding="utf-8")
-    save_checkpoint(replace(checkpoint, training={**training, "epoch": row.epoch}), out / "last.pt")
+    training = TrainingState(optimizer_state=optimizer_state, epoch=row.epoch)
+    save_checkpoint(replace(checkpoint, training=training), out / "last.pt")
     draw_curve(history, out / "curve.png")
     return RunState(checkpoint=state.checkpoint, history=history, next_epoch=row.epoch + 1)
 
 
 def save_progress(
-    state: RunState, model: TransUNet, training: Mapping[str, Any], progress: Progress, out: Path
+    state: RunState, model: SegmentationModel, optimizer_state: OptimizerState, progress: Progress, out: Path
 ) -> None:
     """Write ``last.pt`` within an epoch, so that a kill loses at most the steps after it."""
-    last = {**training, "epoch": progress.epoch - 1, "progress": to_dict(progress)}
-    provenance = {**state.checkpoint.provenance, "epoch": progress.epoch - 1, "step": len(progress.losses)}
+    last = TrainingState(optimizer_state=optimizer_state, epoch=progress.epoch - 1, progress=progress)
+    provenance = replace(state.checkpoint.provenance, epoch=progress.epoch - 1, step=len(progress.losses))
     checkpoint = replace(state.checkpoint, weights=trained_weights(model), provenance=provenance, training=last)
     save_checkpoint(checkpoint, out / "last.pt")
 
@@ -158,7 +161,7 @@ def _is_best(row: HistoryRow, history: Sequence[HistoryRow], spec: TrainSpec) ->
 
 
 def _fresh(
-    recipe: Recipe, data: DataFolder, provenance: Mapping[str, Any], block: Path | None, weights: Path | None
+    recipe: Recipe, data: DataFolder, provenance: Provenance, block: Path | None, weights: Sequence[Path]
 ) -> Checkpoint:
     spec = _check_spec(recipe, data, block, weights)
     frozen = load_block(block) if block is not None else ()
@@ -166,9 +169,10 @@ def _fresh(
         spec = replace(spec, block=replace(frozen[0].spec, rotary=recipe.rotary, causal=recipe.causal))
     torch.manual_seed(recipe.train.seed)
     model = build_model(spec, frozen)
-    if weights is not None:
-        unused = load_encoder(model, weights)
-        provenance = {**provenance, "weights": {"file": weights.name, "sha256": sha256(weights), "unused": unused}}
+    if weights:
+        unused, names = load_initial(model, weights), ", ".join(file.name for file in weights)
+        record = FileRecord(file=names, sha256=_digest(weights), unused=tuple(unused))
+        provenance = replace(provenance, weights=record)
     return Checkpoint(
         weights=trained_weights(model),
         spec=spec,
@@ -176,11 +180,11 @@ def _fresh(
         classes=data.classes,
         block_file=block,
         block_sha256=sha256(block) if block is not None else None,
-        provenance={**provenance, "block": provenance_of(frozen) if frozen else None},
+        provenance=replace(provenance, block=provenance_of(frozen) if frozen else None),
     )
 
 
-def _check_spec(recipe: Recipe, data: DataFolder, block: Path | None, weights: Path | None) -> ModelSpec:
+def _check_spec(recipe: Recipe, data: DataFolder, block: Path | None, weights: Sequence[Path]) -> NetworkSpec:
     """Return the architecture, after checking that the files it needs are given."""
     spec = model_spec(
         recipe.architecture,
@@ -191,13 +195,14 @@ def _check_spec(recipe: Recipe, data: DataFolder, block: Path | None, weights: P
         causal=recipe.causal,
     )
     if spec.block is not None and spec.insert.needs_block_file and block is None:
-        raise UsageError(
-            f"{recipe.architecture} needs a frozen block: --block FILE. "
-            "Get one: medseg-trt samples get llama-block, then medseg-trt block extract"
-        )
-    if (weights is None) != (recipe.pretrained == "none"):
-        raise UsageError(NO_WEIGHTS if weights is None else "pretrained=none and --weights exclude each other")
+        raise UsageError(f"{recipe.architecture} needs a frozen block: --block block.safetensors. Get one: {GET_BLOCK}")
+    if (not weights) != (recipe.pretrained == "none"):
+        raise UsageError(NO_WEIGHTS if not weights else "pretrained=none and --weights exclude each other")
     return spec
+
+
+def _digest(weights: Sequence[Path]) -> str:
+    return "+".join(sha256(file) for file in weights)
 
 
 def _preprocessing(recipe: Recipe, data: DataFolder) -> Preprocessing:
@@ -210,17 +215,35 @@ def _preprocessing(recipe: Recipe, data: DataFolder) -> Preprocessing:
     return with_window
 
 
+def finished_epochs(out: Path) -> str | None:
+    """Say for an interrupted run what ``last.pt`` and ``history.jsonl`` hold; None: there is nothing to resume."""
+    if not (out / "last.pt").is_file():
+        return None
+    epoch = len((out / "history.jsonl").read_text(encoding="utf-8").splitlines()) - 1 if _has_history(out) else 0
+    return f"saved after epoch {epoch} in {out}"
+
+
+def _has_history(out: Path) -> bool:
+    return (out / "history.jsonl").is_file()
+
+
 def _resume(
-    last: Checkpoint, provenance: Mapping[str, Any], block: Path | None, weights: Path | None, out: Path
+    last: Checkpoint, provenance: Provenance, block: Path | None, weights: Sequence[Path], out: Path
 ) -> RunState:
-    initial_weights = last.provenance.get("weights", {}).get("sha256")
+    recorded = last.provenance
+    old_recipe, new_recipe = _with_defaults(recorded.recipe, out), provenance.recipe or {}
+    if old_recipe != new_recipe:
+        raise UsageError(
+            f"{out} was started with another recipe: {'; '.join(_differences(old_recipe, new_recipe))}. "
+            f"{out / RECIPE_FILE} holds all of it; leave out --recipe and --set to resume with it, or choose another -o"
+        )
+    initial_weights = recorded.weights.sha256 if recorded.weights is not None else None
     changed = [
         name
         for name, before, now in (
-            ("recipe", _with_defaults(last.provenance["recipe"], out), provenance["recipe"]),
-            ("data", last.provenance["data"]["sha256"], provenance["data"]["sha256"]),
+            ("data", _data_digest(recorded), _data_digest(provenance)),
             ("block", last.block_sha256, sha256(block) if block is not None else last.block_sha256),
-            ("pretrained weights", initial_weights, sha256(weights) if weights is not None else initial_weights),
+            ("pretrained weights", initial_weights, _digest(weights) if weights else initial_weights),
         )
         if before != now
     ]
@@ -236,14 +259,23 @@ def _resume(
     return replace(state, history=history)
 
 
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield the fields in which two recipes differ, with both values."""
+    for name in dict.fromkeys([*old, *new]):
+        before, now = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(now, dict):
+            yield from _differences(cast("dict[str, Any]", before), cast("dict[str, Any]", now), f"{prefix}{name}.")
+        elif before != now:
+            yield f"{prefix}{name} was {json.dumps(before)}, is now {json.dumps(now)}"
+
+
+def _data_digest(provenance: Provenance) -> str | None:
+    return provenance.data.sha256 if provenance.data is not None else None
+
+
 def _state(last: Checkpoint) -> RunState:
     assert last.training is not None  # last.pt always has it
-    progress = last.training.get("progress")
-    return RunState(
-        checkpoint=last,
-        next_epoch=last.training["epoch"] + 1,
-        progress=Progress(**progress) if progress is not None else None,
-    )
+    return RunState(checkpoint=last, next_epoch=last.training.epoch + 1, progress=last.training.progress)
 
 
 def _write_data_folder(data: DataFolder, out: Path) -> None:

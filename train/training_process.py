@@ -17,13 +17,15 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, distributed, nn
 
-from medseg_trt.errors import MedsegError
+from medseg_trt.devices import AUTO, ComputeDevice
+from medseg_trt.errors import MedsegError, UsageError
 from medseg_trt.progress import LOG
-from medseg_trt.train.global_batch import BatchShard, shards_for_rank
+from medseg_trt.train.models.global_batch import BatchShard, shards_for_rank
+from medseg_trt.train.recipes.training_spec import AUTOCASTS
+from medseg_trt.train.torch_device import torch_device
 
 Result = TypeVar("Result")
 
-AUTOCASTS: Mapping[str, torch.dtype | None] = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 TIMEOUT = timedelta(hours=12)  # for the first process's work; the launcher stops all processes when one dies
 INTERRUPTED = 130
 
@@ -34,15 +36,23 @@ class TrainingProcess:
     Args:
         autocast: a key of ``AUTOCASTS``: the type of matrix products and convolutions in a training step. The weights,
             the optimiser, the loss, validation and everything after training are float32.
+        device: where it computes. Of several processes on a machine, each takes a GPU of its own.
+
+    Raises:
+        DeviceError: PyTorch has no such device.
+        UsageError: several processes are to share one GPU.
     """
 
-    def __init__(self, autocast: str = "no") -> None:
+    def __init__(self, autocast: str = "no", device: ComputeDevice = AUTO) -> None:
         connection = InitProcessGroupKwargs(timeout=TIMEOUT)
-        self._accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=[connection]
-        )
+        chosen = torch_device(device)
+        if chosen.type == "cuda" and device.number:
+            torch.cuda.set_device(chosen)  # which a process that is alone computes on
+        self._accelerator = Accelerator(cpu=chosen.type == "cpu", mixed_precision="no", kwargs_handlers=[connection])
         self.device: torch.device = self._accelerator.device
         self.processes: int = self._accelerator.num_processes
+        if self.processes > 1 and device.number:
+            raise UsageError(f"--device {device} is one GPU for {self.processes} processes; leave it out")
         self.rank: int = self._accelerator.process_index
         self._local_rank: int = self._accelerator.local_process_index
         self._type = AUTOCASTS[autocast]
@@ -98,16 +108,24 @@ class TrainingProcess:
         """Accumulate the gradients of a loss, scaled where float16 needs it."""
         self.scaler.scale(loss).backward()
 
-    def no_average(self, model: nn.Module, wanted: bool) -> AbstractContextManager[object]:
-        """Return a context that, if ``wanted``, does not average gradients: more micro-batches of the batch follow."""
-        return self._accelerator.no_sync(model) if wanted and self.processes > 1 else nullcontext()
+    def skip_averaging(self, model: nn.Module, more_follow: bool) -> AbstractContextManager[object]:
+        """Return a context that does not average gradients where ``more_follow``: the batch has more micro-batches."""
+        return self._accelerator.no_sync(model) if more_follow and self.processes > 1 else nullcontext()
 
-    def step(self, optimizer: torch.optim.Optimizer, max_gradient_norm: float | None) -> None:
-        """Take an optimiser step with gradients clipped to a norm; float16 skips it where gradients have overflowed."""
-        if max_gradient_norm is not None:
+    def step(
+        self, optimizer: torch.optim.Optimizer, max_gradient_norm: float | None, max_gradient: float | None = None
+    ) -> None:
+        """Take an optimiser step with gradients clipped to a norm, or each to a size.
+
+        float16 skips it where gradients have overflowed.
+        """
+        if max_gradient_norm is not None or max_gradient is not None:
             self.scaler.unscale_(optimizer)
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            nn.utils.clip_grad_norm_(parameters, max_gradient_norm)
+            if max_gradient is not None:
+                nn.utils.clip_grad_value_(parameters, max_gradient)
+            if max_gradient_norm is not None:
+                nn.utils.clip_grad_norm_(parameters, max_gradient_norm)
         self.scaler.step(optimizer)
         self.scaler.update()
 

@@ -9,7 +9,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from itertools import chain
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +23,16 @@ from medseg_trt.export.fold.language import (
     merge_norm_weights,
     tabulate_rotary,
 )
-from medseg_trt.export.fold.layers import Attend
+from medseg_trt.export.fold.layers import Attend, TabulatedWindowAttention
 from medseg_trt.spec import to_dict
-from medseg_trt.train.models.transunet import Attention, ConvNormReLU, StdConv2d, TransUNet
+from medseg_trt.train.models.segmentation_model import SegmentationModel
+from medseg_trt.train.models.swin import WindowAttention
+from medseg_trt.train.models.transunet import Attention, StdConv2d
 
 GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")  # of a Conv2d
 
 
-def fold(model: TransUNet) -> tuple[TransUNet, dict[str, FoldResult]]:
+def fold(model: SegmentationModel) -> tuple[SegmentationModel, dict[str, FoldResult]]:
     """Apply every rule of ``RULES`` to a copy of ``model``, in evaluation mode.
 
     The copy shares the tensors that no rule replaces, so that a large frozen block is not in memory twice.
@@ -59,16 +61,38 @@ def fold_standardisation(model: nn.Module) -> FoldResult:
 
 def fold_batch_norm(model: nn.Module) -> FoldResult:
     """Fold every BatchNorm into the kernel and the bias of the convolution before it."""
-    replaced = layers_of_type(model, ConvNormReLU)
+    count = 0
+    for parent, name, layers in layers_of_type(model, nn.Sequential):
+        if type(layers).forward is not nn.Sequential.forward:
+            continue  # a class of another package may call its layers in its own way
+        kept: list[nn.Module] = []
+        for layer in layers:
+            before = kept[-1] if kept else None
+            if isinstance(layer, nn.BatchNorm2d) and isinstance(before, nn.Conv2d):
+                kept[-1] = _with_norm(before, layer)
+            else:
+                kept.append(layer)
+        if len(kept) < len(layers):
+            count += len(layers) - len(kept)
+            setattr(parent, name, nn.Sequential(*kept))
+    return counted(count, "no convolution is followed by a BatchNorm")
+
+
+def _with_norm(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+    assert norm.running_mean is not None  # the networks' norms keep statistics
+    assert norm.running_var is not None
+    scale = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
+    old_bias = 0 if convolution.bias is None else convolution.bias.double()
+    bias = norm.bias.double() + (old_bias - norm.running_mean.double()) * scale
+    return _convolution(convolution, convolution.weight.double() * scale[:, None, None, None], bias)
+
+
+def tabulate_window_biases(model: nn.Module) -> FoldResult:
+    """Compute once what windowed attention adds to its scores: relative positions and the mask of shifted windows."""
+    replaced = layers_of_type(model, WindowAttention)
     for parent, name, layer in replaced:
-        convolution, norm, relu = cast("tuple[nn.Conv2d, nn.BatchNorm2d, nn.ReLU]", tuple(layer))
-        assert norm.running_mean is not None  # ConvNormReLU keeps statistics
-        assert norm.running_var is not None
-        scale = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
-        kernel = convolution.weight.double() * scale[:, None, None, None]
-        bias = norm.bias.double() - norm.running_mean.double() * scale
-        setattr(parent, name, nn.Sequential(_convolution(convolution, kernel, bias), relu))
-    return counted(len(replaced), "no convolution is followed by a BatchNorm")
+        setattr(parent, name, TabulatedWindowAttention(layer))
+    return counted(len(replaced), "the network has no windowed attention")
 
 
 def merge_transformer_projections(model: nn.Module) -> FoldResult:
@@ -84,10 +108,13 @@ def merge_transformer_projections(model: nn.Module) -> FoldResult:
     return counted(len(replaced), "the network has no transformer layer")
 
 
-RULES: Mapping[str, Callable[[TransUNet], FoldResult]] = {  # in this order: rules use the output of those before them
+RULES: Mapping[
+    str, Callable[[SegmentationModel], FoldResult]
+] = {  # in this order: rules use the output of those before them
     "standardised_convolutions": fold_standardisation,
     "batch_norms": fold_batch_norm,
     "transformer_projections": merge_transformer_projections,
+    "window_biases": tabulate_window_biases,
     "language_projections": merge_language_projections,
     "mapper1": fold_mapper1,
     "final_norm": cancel_final_norm,

@@ -26,9 +26,9 @@ from medseg_trt.export.fold.layers import (
     SwiGLU,
     WeightedRMSNorm,
 )
-from medseg_trt.train.models.llama import LlamaBlock, RMSNorm, rotary_angles
+from medseg_trt.train.block.llama import LlamaBlock, RMSNorm, rotary_angles
 from medseg_trt.train.models.model import LanguageInsert
-from medseg_trt.train.models.transunet import TransUNet
+from medseg_trt.train.models.segmentation_model import SegmentationModel
 
 NO_BLOCK = FoldResult(reason="the network has no language block")
 NO_LAYER = FoldResult(reason="weights=none: there is no language layer between the maps")
@@ -37,11 +37,16 @@ NO_LAYER = FoldResult(reason="weights=none: there is no language layer between t
 MAX_EPS_SHARE = 2e-5
 
 
-def merge_language_projections(model: TransUNet) -> FoldResult:
+def merge_language_projections(model: SegmentationModel) -> FoldResult:
     """Merge the query, key and value projections, and gate and up; the other rules of this module require it."""
     insert = model.insert
     if not isinstance(insert, LanguageInsert):
         return NO_BLOCK
+    if insert.train_only:
+        model.insert = None
+        return FoldResult(reason="train_only=true: the block is dropped after the training")
+    if isinstance(insert.block, nn.GELU):
+        return FoldResult(reason="weights=gelu: an activation stands between the maps")
     branches = [branch for layer in insert.layers for branch in _branches(layer)]
     model.insert = FoldedInsert(
         insert.mapper1,
@@ -54,7 +59,7 @@ def merge_language_projections(model: TransUNet) -> FoldResult:
     return counted(len(branches), NO_LAYER.reason)
 
 
-def fold_mapper1(model: TransUNet) -> FoldResult:
+def fold_mapper1(model: SegmentationModel) -> FoldResult:
     """Merge the first branch's input projection with ``mapper1``, so that both read the tokens in one product."""
     insert = model.insert
     if not isinstance(insert, FoldedInsert):
@@ -76,14 +81,14 @@ def fold_mapper1(model: TransUNet) -> FoldResult:
     return FoldResult(count=1)
 
 
-def cancel_final_norm(model: TransUNet) -> FoldResult:
-    """Remove the RMSNorm before ``mapper2``: the LayerNorm ``encoder_norm`` cancels it; ``mapper2`` gets its weight.
+def cancel_final_norm(model: SegmentationModel) -> FoldResult:
+    """Remove the RMSNorm before ``mapper2``: the LayerNorm that follows cancels it; ``mapper2`` gets its weight.
 
     ``LayerNorm(r y)`` with ``eps`` is ``LayerNorm(y)`` with ``eps / r**2 = eps * (mean square + RMSNorm's eps)``, which
     depends on the token. The value for a token of zeros, the smallest, is used: the output then changes by about half
     of ``_eps_share`` at most, for any magnitude of the token.
     """
-    insert, follower = model.insert, model.encoder_norm
+    insert = model.insert
     if not isinstance(insert, FoldedInsert):
         return NO_BLOCK
     norm = insert.final_norm
@@ -91,22 +96,25 @@ def cancel_final_norm(model: TransUNet) -> FoldResult:
         return FoldResult(reason="norm=none: there is no final norm")
     if insert.inner_residual or insert.outer_residual:
         return FoldResult(reason=f"residual={model.spec.insert.residual}: the sum that follows needs the tokens' scale")
-    if model.spec.insert_position != model.spec.num_layers:
+    if (name := model.norm_after_insert) is None:
         return FoldResult(reason=f"placement={model.spec.insert.placement}: no LayerNorm follows that undoes the scale")
+    follower = model.get_submodule(name)
+    assert isinstance(follower, nn.LayerNorm)
     mapper2 = insert.mapper2.weight.double() * norm.weight.double()
     if (share := _eps_share(mapper2, follower.eps)) > MAX_EPS_SHARE:
         return FoldResult(
-            reason=f"the eps of encoder_norm is {share:.0e} of the variance that mapper2 gives it; "
+            reason=f"the eps of {name} is {share:.0e} of the variance that mapper2 gives it; "
             f"exact to rounding up to {MAX_EPS_SHARE:.0e}"
         )
     insert.mapper2 = linear(constant(mapper2, insert.mapper2.weight))
     insert.final_norm = nn.Identity()
-    model.encoder_norm = nn.LayerNorm(list(follower.normalized_shape), follower.eps * norm.eps, device="meta")
-    model.encoder_norm.weight, model.encoder_norm.bias = follower.weight, follower.bias
+    replaced = nn.LayerNorm(list(follower.normalized_shape), follower.eps * norm.eps, device="meta")
+    replaced.weight, replaced.bias = follower.weight, follower.bias
+    model.set_submodule(name, replaced)
     return FoldResult(count=1)
 
 
-def fold_mapper2(model: TransUNet) -> FoldResult:
+def fold_mapper2(model: SegmentationModel) -> FoldResult:
     """Merge the last branch's output matrix with ``mapper2``, so that its output has the network's width."""
     insert = model.insert
     if not isinstance(insert, FoldedInsert):
@@ -125,16 +133,17 @@ def fold_mapper2(model: TransUNet) -> FoldResult:
     return FoldResult(count=1)
 
 
-def tabulate_rotary(model: TransUNet) -> FoldResult:
+def tabulate_rotary(model: SegmentationModel) -> FoldResult:
     """Compute the rotary embedding's cosines and sines once, for as many tokens as the image has."""
-    _, num_tokens, _ = model.position_embedding.shape
+    rows, columns = model.spec.grid
+    like = next(model.parameters()).detach()
     replaced = layers_of_type(model, Rotary)
     for parent, name, layer in replaced:
-        setattr(parent, name, RotaryTable(*rotary_angles(num_tokens, layer.spec, model.position_embedding.detach())))
+        setattr(parent, name, RotaryTable(*rotary_angles(rows * columns, layer.spec, like)))
     return counted(len(replaced), "rotary=false: queries and keys are not rotated")
 
 
-def merge_norm_weights(model: TransUNet) -> FoldResult:
+def merge_norm_weights(model: SegmentationModel) -> FoldResult:
     """Replace every RMSNorm by one that is traced to one node instead of four."""
     replaced = layers_of_type(model, RMSNorm)
     for parent, name, layer in replaced:

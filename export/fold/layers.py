@@ -13,11 +13,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from medseg_trt.spec import BlockSpec
-from medseg_trt.train.models.llama import rotary_angles, rotate
+from medseg_trt.train.block.llama import rotary_angles, rotate
+from medseg_trt.train.models.swin import WindowAttention
 
 
 class WeightedRMSNorm(nn.Module):
-    """The RMSNorm of ``train.models.llama`` as one operator with its weight, which is traced to one node."""
+    """The RMSNorm of ``train.block.llama`` as one operator with its weight, which is traced to one node."""
 
     def __init__(self, weight: nn.Parameter, eps: float) -> None:
         super().__init__()
@@ -101,6 +102,20 @@ class Attend(nn.Module):
             query, key, value, is_causal=self.causal, enable_gqa=self.num_heads > self.num_kv_heads
         )
         return collected.transpose(1, 2).flatten(2)
+
+
+class TabulatedWindowAttention(WindowAttention):
+    """Attention in windows whose biases and masks are one constant."""
+
+    def __init__(self, layer: WindowAttention) -> None:
+        nn.Module.__init__(self)
+        self.num_heads, self.num_windows = layer.num_heads, layer.num_windows
+        self.qkv, self.proj = layer.qkv, layer.proj
+        self.register_buffer("table", layer.bias().detach())
+
+    def bias(self) -> Float[Tensor, "1 heads tokens tokens"]:
+        """Return the constant."""
+        return self.get_buffer("table")
 
 
 class SwiGLU(nn.Module):

@@ -3,6 +3,7 @@
 ``canonical`` is the output of ``fuse`` and the precision schemes: operator set 23 and the nodes of domain ``medseg``.
 ``plain`` uses operators that OpenVINO and TensorRT 10.3 support: functions are inlined, and every operator that is
 newer than the target set is decomposed into patterns that OpenVINO recognises and fuses again.
+``convolved`` is ``plain`` with group norms that leave the layout of OpenVINO's convolutions as it is.
 
 Source: the decompositions are the function bodies that ONNX itself gives for these operators.
 """
@@ -32,12 +33,17 @@ class Dialect:
     opsets: tuple[Mapping[str, int], ...]  # exactly one of these
 
 
-def plain(graph: OnnxGraph) -> OnnxGraph:
+def plain(graph: OnnxGraph, group_norm: "Decomposition | None" = None) -> OnnxGraph:
     """Return the graph in operator set 18, or 21 where its types require it; the copy shares its tensors.
+
+    Args:
+        graph: canonical.
+        group_norm: another decomposition of GroupNormalization than that of ``DECOMPOSITIONS``.
 
     Raises:
         MedsegError: an operator is in neither set and has no decomposition.
     """
+    decompositions = {**DECOMPOSITIONS, **({"GroupNormalization": group_norm} if group_norm else {})}
     model = graph.model.clone()
     InlinePass()(model)
     model.opset_imports.pop(DOMAIN, None)
@@ -47,9 +53,9 @@ def plain(graph: OnnxGraph) -> OnnxGraph:
         output_size_limit=LARGEST_FOLDED,
         should_fold=lambda node: None if _is_shape_arithmetic(node) else False,
     )
-    for node in [node for node in model.graph if node.op_type in DECOMPOSITIONS and node.domain == ""]:
+    for node in [node for node in model.graph if node.op_type in decompositions and node.domain == ""]:
         builder = _NodeBuilder(model.graph, node)
-        builder.replace(DECOMPOSITIONS[node.op_type](builder, node))
+        builder.replace(decompositions[node.op_type](builder, node))
     RemoveUnusedNodesPass()(model)
     model.opset_imports[""] = _lowest_opset(model.graph)
     _infer_missing_shapes(model)
@@ -59,6 +65,10 @@ def plain(graph: OnnxGraph) -> OnnxGraph:
 DIALECTS: Mapping[str, Dialect] = {
     "canonical": Dialect(derive=lambda graph: graph, opsets=({"": OPSET}, {"": OPSET, DOMAIN: VERSION})),
     "plain": Dialect(derive=plain, opsets=tuple({"": version} for version in PLAIN_OPSETS)),
+    "convolved": Dialect(
+        derive=lambda graph: plain(graph, _convolved_group_norm),
+        opsets=tuple({"": version} for version in PLAIN_OPSETS),
+    ),
 }
 
 
@@ -145,6 +155,35 @@ def _group_norm(build: _NodeBuilder, node: ir.Node) -> ir.Value:
     return build("Add", scaled, build("Unsqueeze", bias, by_channel))
 
 
+def _convolved_group_norm(build: _NodeBuilder, node: ir.Node) -> ir.Value:
+    """Scale and shift each channel by 1 x 1 convolutions of the channels' moments, without a view of the groups.
+
+    The variance is the mean of squares less the square of the mean, which loses digits where the mean is large; the
+    accuracy gate judges it.
+    """
+    x, scale, bias = build.inputs
+    sizes, groups = _sizes(x), node.attributes.get_int("num_groups", 1)
+    if len(sizes) != 4 or groups == sizes[1] or scale.const_value is None or bias.const_value is None:
+        return _group_norm(build, node)
+    channels, pixels = sizes[1], sizes[2] * sizes[3]
+    members = np.kron(np.eye(groups), np.ones((1, channels // groups)))  # (groups, channels)
+    weights = members.T * scale.const_value.numpy().astype(np.float64)[:, None]
+    to_groups, to_squares, to_channels = (
+        build.constant(matrix[:, :, None, None], ir.DataType.FLOAT)
+        for matrix in (members * (groups / channels), members * (groups / channels / pixels), weights)
+    )
+    offset = build.constant(bias.const_value.numpy().reshape(1, -1, 1, 1), ir.DataType.FLOAT)
+    wide, axes = build.cast(x, ir.DataType.FLOAT), build.shape(2, 3)
+    mean = build("Conv", build("ReduceMean", wide, axes, keepdims=1), to_groups)
+    length = build("ReduceL2", wide, axes, keepdims=1)
+    squares = build("Conv", build("Mul", length, length), to_squares)
+    variance = build("Relu", build("Sub", squares, build("Mul", mean, mean)))
+    inverse = build("Reciprocal", build("Sqrt", build("Add", variance, node.attributes.get_float("epsilon", 1e-5))))
+    factor = build("Conv", inverse, to_channels)
+    shift = build("Sub", offset, build("Conv", build("Mul", inverse, mean), to_channels))
+    return build.cast(build("Add", build("Mul", wide, factor), shift), build.type)
+
+
 def _rms_norm(build: _NodeBuilder, node: ir.Node) -> ir.Value:
     """Divide by the root mean square in float32, round to the tokens' type, then scale, as LLaMA does."""
     x, scale = build.inputs
@@ -161,18 +200,22 @@ def _attention(build: _NodeBuilder, node: ir.Node) -> ir.Value:
     """Compute scaled scores, mask, softmax and weighted sum; queries of one key head are stacked to repeat no keys."""
     is_plain = node.attributes.get_int("qk_matmul_output_mode", 0) == 0
     is_plain = is_plain and not node.attributes.get_float("softcap", 0.0)
-    if len(build.inputs) != 3 or len(node.outputs) != 1 or not is_plain or len(_sizes(build.inputs[0])) != 4:
+    if len(build.inputs) not in (3, 4) or len(node.outputs) != 1 or not is_plain or len(_sizes(build.inputs[0])) != 4:
         raise MedsegError(
             f"{node.name} is an Attention that is not plain queries, keys and values by head; it has no decomposition"
         )
-    query, key, value = build.inputs
+    query, key, value, *mask = build.inputs
     _, heads, tokens, head_dim = _sizes(query)
     _, kv_heads, kv_tokens, _ = _sizes(key)
     stacked = heads // kv_heads
+    if mask and (stacked > 1 or len(node.inputs) > 4):
+        raise MedsegError(f"{node.name} is an Attention with a mask of shared keys; it has no decomposition")
     if stacked > 1:
         query = build("Reshape", query, build.shape(0, kv_heads, stacked * tokens, head_dim))
     scale = node.attributes.get_float("scale", head_dim**-0.5)
     scores = build("MatMul", build("Mul", query, scale), build("Transpose", key, perm=[0, 1, 3, 2]))
+    for added in mask:
+        scores = build("Add", scores, added)
     if node.attributes.get_int("is_causal", 0):
         later = np.triu(np.full((tokens, kv_tokens), -np.inf), 1)
         scores = build("Add", scores, build.constant(np.tile(later, (stacked, 1)), build.type))
@@ -192,7 +235,8 @@ def _gelu(build: _NodeBuilder, node: ir.Node) -> ir.Value:
     return build("Mul", build("Mul", x, build("Add", build("Erf", build("Div", x, 2**0.5)), 1.0)), 0.5)
 
 
-DECOMPOSITIONS: Mapping[str, Callable[[_NodeBuilder, ir.Node], ir.Value]] = {
+Decomposition = Callable[[_NodeBuilder, ir.Node], ir.Value]
+DECOMPOSITIONS: Mapping[str, Decomposition] = {
     "GroupNormalization": _group_norm,
     "RMSNormalization": _rms_norm,
     "Attention": _attention,

@@ -1,7 +1,8 @@
 """List the matrix products of a graph, with their weights, parts of the network and costs.
 
 A *GEMM* is a MatMul, Gemm or Conv whose second input is a constant, stored directly or behind Cast and DequantizeLinear
-nodes. Only GEMMs are quantised. The products of attention have no constant; they are part of the total only.
+nodes. Only GEMMs are quantised. The products of attention have no constant, and transposed convolutions stay in float;
+both are part of the total only.
 MACs are multiply-accumulate operations of one image: every free dimension counts as 1.
 """
 
@@ -12,9 +13,9 @@ from math import prod
 import onnx_ir as ir
 
 from medseg_trt.export.graph.onnx_graph import KEPT_METADATA, OnnxGraph
-from medseg_trt.export.graph.parts import PARTS, part_of
+from medseg_trt.export.graph.parts import PART_NAMES as PART_NAMES
+from medseg_trt.export.graph.parts import part_of
 
-PART_NAMES = tuple(dict.fromkeys(PARTS.values()))  # resnet, vit, block, decoder
 STORED_BEHIND = ("DequantizeLinear", "Cast")  # between a stored weight and the GEMM that reads it
 
 
@@ -49,7 +50,7 @@ def gemms(graph: OnnxGraph) -> tuple[Gemm, ...]:
 
 
 def total_macs(graph: OnnxGraph) -> int:
-    """Return the MACs of one image: GEMMs, and the products of two activations in MatMul and Attention."""
+    """Return the MACs of one image: GEMMs, transposed convolutions, and products of two activations."""
     return sum(macs_of(node) for node in graph.model.graph)
 
 
@@ -93,12 +94,14 @@ def _output_axis(node: ir.Node) -> int:
 
 def macs_of(node: ir.Node) -> int:
     """Return the multiply-accumulates of a node for one image, 0 where it is no matrix product."""
-    if node.domain or node.op_type not in ("MatMul", "Gemm", "Conv", "Attention"):
+    if node.domain or node.op_type not in ("MatMul", "Gemm", "Conv", "ConvTranspose", "Attention"):
         return 0
     first, second = (shape_of(value) for value in node.inputs[:2])
     outputs = prod(shape_of(node.outputs[0]))
     if node.op_type == "Conv":
         return outputs * prod(second[1:])
+    if node.op_type == "ConvTranspose":
+        return prod(first) * prod(second[1:])
     if node.op_type == "Gemm":
         return outputs * first[0 if node.attributes.get_int("transA", 0) else 1]
     if node.op_type == "MatMul":

@@ -3,10 +3,10 @@
 The inputs of a graph that makes masks depend on the preprocessing: with a fixed pixel spacing, ``resampled_size`` is
 another input. A graph of other preprocessing runs without an error and labels wrong pixels, so files and manifest are
 compared before a graph is used. The reader needs no package: inference works without ``onnx``.
-Source: ONNX, ``onnx.proto`` (``ModelProto``); Protocol Buffers, "Encoding".
+Source: ONNX, ``onnx.proto`` (``ModelProto``).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,14 +15,16 @@ from jaxtyping import Int64
 from numpy import ndarray
 
 from medseg_trt.errors import ArtefactError
-from medseg_trt.spec import ModelSpec, Preprocessing
+from medseg_trt.export.graph.onnx_wire import fields, messages, only
+from medseg_trt.files import read_limited
+from medseg_trt.network_spec import NetworkSpec
+from medseg_trt.spec import Preprocessing
 
 INPUT, OUTPUT = "pixel_values", "logits"  # float32 (batch, 3, height, width) -> float32 (batch, classes, height, width)
 SIZE, MASK = "source_size", "mask"  # int64 (2,): height and width in pixels -> uint8 (batch, height, width)
 RESAMPLED = "resampled_size"  # int64 (2,): the same at the network's spacing, ``preprocess.resampled_size``
 CHANNELS = 3
-MAX_GRAPH_BYTES = 1 << 28  # without weights, which are in a separate file; the graph of ViT-B has 2^20
-VARINT, EIGHT_BYTES, DELIMITED, FOUR_BYTES = 0, 1, 2, 5  # wire types of a protobuf
+MAX_GRAPH_BYTES = 1 << 24  # without weights, which are in a separate file; the graph of ViT-B has 2^20
 MODEL_GRAPH, GRAPH_INPUT, GRAPH_OUTPUT, VALUE_NAME, VALUE_TYPE = 7, 11, 12, 1, 2  # field numbers of onnx.proto
 TYPE_TENSOR, TENSOR_SHAPE, SHAPE_DIM, DIM_VALUE = 1, 2, 1, 1
 
@@ -37,7 +39,7 @@ class GraphInterface:
     outputs: Mapping[str, Axes]
 
 
-def required_interface(model: ModelSpec, preprocessing: Preprocessing, outputs: str) -> GraphInterface:
+def required_interface(model: NetworkSpec, preprocessing: Preprocessing, outputs: str) -> GraphInterface:
     """Return the inputs and outputs that the graphs of a network must have.
 
     Args:
@@ -55,19 +57,24 @@ def required_interface(model: ModelSpec, preprocessing: Preprocessing, outputs: 
     return GraphInterface(inputs=inputs, outputs=results)
 
 
-def require_interface(path: Path, required: GraphInterface) -> None:
+def require_interface(path: Path, content: bytes, required: GraphInterface) -> None:
     """Reject an ONNX file whose inputs and outputs are not the required ones.
+
+    Args:
+        path: of the file, for the message.
+        content: of the file.
+        required: what it must take and give.
 
     Raises:
         ArtefactError: they differ, or it is no ONNX file.
     """
-    actual = read_interface(path)
+    actual = parse_interface(path, content)
     if actual != required:
         raise ArtefactError(
             f"{path} does not match its manifest: it takes {_describe(actual.inputs)} and gives "
             f"{_describe(actual.outputs)}, but the manifest's preprocessing needs {_describe(required.inputs)} and "
             f"{_describe(required.outputs)}, so its masks would be wrong. "
-            "Build the bundle again: medseg-trt build --ckpt model.pt"
+            "Build the bundle again: medseg-trt build --ckpt run/best.pt"
         )
 
 
@@ -75,16 +82,23 @@ def read_interface(path: Path) -> GraphInterface:
     """Read the inputs and outputs of an ONNX file.
 
     Raises:
+        ArtefactError: it is no ONNX file, or too large for one of a bundle.
+    """
+    return parse_interface(path, read_limited(path, MAX_GRAPH_BYTES))
+
+
+def parse_interface(path: Path, content: bytes) -> GraphInterface:
+    """Return the inputs and outputs of an ONNX file; ``path`` is for the message.
+
+    Raises:
         ArtefactError: it is no ONNX file.
     """
-    if path.stat().st_size > MAX_GRAPH_BYTES:
-        raise ArtefactError(f"{path} is larger than {MAX_GRAPH_BYTES >> 20} MiB; no graph of a bundle is")
     try:
-        graph = _only(memoryview(path.read_bytes()), MODEL_GRAPH)
+        graph = only(memoryview(content), MODEL_GRAPH)
         inputs, outputs = (
-            dict(_value(value) for value in _messages(graph, number)) for number in (GRAPH_INPUT, GRAPH_OUTPUT)
+            dict(_value(value) for value in messages(graph, number)) for number in (GRAPH_INPUT, GRAPH_OUTPUT)
         )
-    except (ValueError, IndexError) as error:
+    except ValueError as error:
         raise ArtefactError(f"{path} is no ONNX file, or is damaged: {error}") from error
     return GraphInterface(inputs=inputs, outputs=outputs)
 
@@ -106,7 +120,7 @@ def size_inputs(
     if unknown := [name for name in names if name not in known]:
         raise ArtefactError(
             f"the graph takes {', '.join(unknown)}, which no bundle of this version has; build the bundle again: "
-            "medseg-trt build --ckpt model.pt"
+            "medseg-trt build --ckpt run/best.pt"
         )
     return {name: np.array(known[name], np.int64) for name in names}
 
@@ -118,54 +132,10 @@ def _describe(values: Mapping[str, Axes]) -> str:
 
 
 def _value(message: memoryview) -> tuple[str, Axes]:
-    name = bytes(_only(message, VALUE_NAME)).decode()
-    shape = _only(_only(_only(message, VALUE_TYPE), TYPE_TENSOR), TENSOR_SHAPE)
-    return name, tuple(_axis(dimension) for dimension in _messages(shape, SHAPE_DIM))
+    name = bytes(only(message, VALUE_NAME)).decode()
+    shape = only(only(only(message, VALUE_TYPE), TYPE_TENSOR), TENSOR_SHAPE)
+    return name, tuple(_axis(dimension) for dimension in messages(shape, SHAPE_DIM))
 
 
 def _axis(dimension: memoryview) -> int | None:
-    return next((int(value) for number, value in _fields(dimension) if number == DIM_VALUE), None)  # pyright: ignore[reportArgumentType]  # a varint
-
-
-def _only(message: memoryview, number: int) -> memoryview:
-    messages = list(_messages(message, number))
-    if len(messages) != 1:
-        raise ValueError(f"field {number} occurs {len(messages)} times, not once")
-    return messages[0]
-
-
-def _messages(message: memoryview, number: int) -> Iterator[memoryview]:
-    return (value for field, value in _fields(message) if field == number and isinstance(value, memoryview))
-
-
-def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """Yield the number and the value of every field of a protobuf message."""
-    position = 0
-    while position < len(message):
-        key, position = _varint(message, position)
-        number, wire_type = key >> 3, key & 7
-        if wire_type == VARINT:
-            value, position = _varint(message, position)
-            yield number, value
-            continue
-        if wire_type == DELIMITED:
-            length, position = _varint(message, position)
-        elif wire_type in (EIGHT_BYTES, FOUR_BYTES):
-            length = 8 if wire_type == EIGHT_BYTES else 4
-        else:
-            raise ValueError(f"wire type {wire_type} is unknown")
-        if position + length > len(message):
-            raise ValueError("a field ends beyond the end of the file")
-        yield number, message[position : position + length]
-        position += length
-
-
-def _varint(message: memoryview, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = message[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position
-        shift += 7
+    return next((int(value) for number, value in fields(dimension) if number == DIM_VALUE), None)  # pyright: ignore[reportArgumentType]  # a varint

@@ -15,13 +15,13 @@ import torch
 from medseg_trt.errors import MedsegError
 from medseg_trt.export.graph.interface import INPUT, OUTPUT
 from medseg_trt.export.graph.onnx_graph import KEPT_METADATA, OPSET, OnnxGraph
-from medseg_trt.train.models.transunet import TransUNet
+from medseg_trt.train.models.segmentation_model import SegmentationModel
 
 TRACED_OPSETS: Sequence[Mapping[str, int]] = ({"": OPSET},)
 EXAMPLE_BATCH = 2  # a batch of 1 would be traced as a constant
 
 
-def trace(model: TransUNet) -> OnnxGraph:
+def trace(model: SegmentationModel) -> OnnxGraph:
     """Return the network as an ONNX graph from ``pixel_values`` to ``logits``, both float32.
 
     The shapes are (batch, 3, H, W) and (batch, classes, H, W); the batch is free.

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 # Increase it with every change that makes the same settings round differently: in this package, or in the GEMMs,
 # parts, layers and dialects of ``export.graph``.
-POLICY_VERSION = 1
+POLICY_VERSION = 2
 
 
 def policy_digest(parts: Mapping[str, str], quant_format: str, dialect: str, kept_float: Sequence[str]) -> str:

@@ -64,7 +64,7 @@ SCHEMES: Mapping[str, Scheme | None] = {  # in the order in which a mix is appli
     "fp16": Scheme(function="medseg_trt.export.precision.half:to_half", options={"dtype": "fp16"}),
     "bf16": Scheme(function="medseg_trt.export.precision.half:to_half", options={"dtype": "bf16"}),
 }
-# QuantisedWeight for GEMMs, and fp16 for what they leave in float.
+# Quantised weights for GEMMs, and fp16 for what they leave in float.
 QUANTISED_AND_HALF = ("int8+fp16", "fp8+fp16", "w8a16+fp16", "w4a16+fp16")
 QUANT_FORMATS: Mapping[str, QuantFormat] = {
     "int8": QuantFormat(activation_type=np.int8),  # the only one that TensorRT reads

@@ -13,7 +13,7 @@ from medseg_trt.export.graph.gemms import gemms, total_macs
 from medseg_trt.export.graph.modules import module_of
 from medseg_trt.export.graph.trace import OnnxGraph
 
-MODULES = (  # in descending order of error per MAC
+TRANSUNET_MODULES = (  # in descending order of error per MAC
     "resnet.root.0",
     "head",
     "resnet.block1",
@@ -22,6 +22,14 @@ MODULES = (  # in descending order of error per MAC
     "decoder.1.conv2",
     "decoder.3.conv1",
     "decoder.0.conv2",
+)
+MODULES = (
+    *TRANSUNET_MODULES,
+    *("Conv1.conv.0", "Conv_1x1"),  # of the other networks only the layers that read the image or make the logits
+    *("inc.double_conv.0", "outc.conv"),
+    *("patch_embed.proj", "output"),
+    *("image_layer", "logits_layer"),  # of networks from elsewhere
+    *("down1", "encoder.patch_embed.proj", "encoder2.patch_embed.proj", "final"),
 )
 MAX_SHARE = 0.05  # of the network's MACs; for small images, the last stages alone have a quarter of them
 

@@ -38,6 +38,7 @@ class Library:
     tool: str  # its command line tool
     cross_builds: bool  # for GPUs that this machine does not have
     refuses: Mapping[str, str]  # unsupported options of EngineSpec -> reason
+    flags: tuple[str, ...] = ()  # of the builder, always set
 
 
 LIBRARIES: Mapping[str, Library] = {
@@ -51,6 +52,7 @@ LIBRARIES: Mapping[str, Library] = {
             "version_compatible": "it has no lean runtime; an engine is built again in seconds",
             "hardware": "name every kind of GPU instead: --target sm86,sm89,sm120",
         },
+        flags=("REQUIRE_USER_ALLOCATION",),  # the engine allocates nothing while it runs, so that it can be captured
     ),
     "tensorrt": Library(
         module="tensorrt", extra="tensorrt", distribution="tensorrt", tool="trtexec", cross_builds=False, refuses={}
@@ -239,6 +241,7 @@ def _config(trt: ModuleType, builder: Any, spec: EngineSpec, source: EngineGraph
     if spec.workspace_gib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(spec.workspace_gib * 2**30))
     for is_enabled, flags in (
+        (True, LIBRARIES[spec.library].flags),
         (spec.stripped, ("STRIP_PLAN", "REFIT")),
         (spec.version_compatible, ("VERSION_COMPATIBLE",)),
     ):

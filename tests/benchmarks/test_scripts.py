@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
-BY_BENCH = "organs-demo"  # a report of ``medseg-trt bench``
-RESULTS = sorted(path for path in (BENCHMARKS / "results").glob("*.json") if path.stem != BY_BENCH)
+RESULTS = sorted((BENCHMARKS / "results").glob("*.json"))
+MAX_RESULT_BYTES = 64 << 10  # a table and its figures; single times of a measurement are not stored
 WRITES = (r'publish\("{name}"', r'"{name}\.json"')
 PRINTING = """
 import os, subprocess, sys
@@ -37,9 +37,21 @@ def test_every_table_says_a_command_whose_script_exists_and_writes_its_result():
     code = "import json, readme_tables; print(json.dumps({n: t.command for n, t in readme_tables.TABLES.items()}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=BENCHMARKS, capture_output=True, text=True, check=True)
     for name, command in json.loads(done.stdout).items():
-        if name != BY_BENCH:
-            script = ROOT / command.split()[1]
-            assert f'publish("{name}"' in script.read_text(encoding="utf-8")
+        (script,) = [ROOT / word for word in command.split() if word.endswith(".py")]
+        text = script.read_text(encoding="utf-8")
+        assert any(re.search(pattern.format(name=name), text) for pattern in WRITES)
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_a_stored_result_is_a_summary(path):
+    assert path.stat().st_size <= MAX_RESULT_BYTES
+
+
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.py")), ids=lambda path: path.stem)
+def test_every_child_process_of_a_benchmark_starts_without_the_current_folder(path):
+    """``python_command`` adds ``-P``; where the interpreter is named, the option follows it."""
+    text = path.read_text(encoding="utf-8")
+    assert text.count("sys.executable") == len(re.findall(r'sys\.executable, "-P"', text))
 
 
 def test_every_file_that_a_cache_key_hashes_exists():

@@ -53,6 +53,17 @@ def test_slices_of_one_case_are_resampled_together():
     assert (together.high - together.low) / (apart.high - apart.low) == pytest.approx(5, rel=0.15)
 
 
+def test_a_gate_on_a_network_that_segments_nothing_says_that_it_shows_nothing():
+    nothing = compare(counts_of(np.zeros(20)), counts_of(np.zeros(20)), ["one"] * 20, 0.005)
+    assert nothing.holds
+    assert nothing.remark is not None
+    assert nothing.remark.startswith("the accuracy gate shows nothing: the reference itself has Dice 0.0000, ")
+    assert "\n" not in nothing.remark
+    assert compare(counts_of(np.full(20, 0.01)), counts_of(np.zeros(20)), ["one"] * 20, 0.005).remark is None
+    assert verdict_of(np.zeros(20)).remark is None
+    assert verdict_of(np.zeros(20), limit=0.9).remark is not None  # 0.9 can drop by 0.9 at most
+
+
 def test_few_cases_are_resampled_by_slice():
     assert verdict_of(np.zeros(4), cases=["a", "b", "c", "d"]).unit == "slices"
     assert MIN_CASES == 5
@@ -71,7 +82,7 @@ def test_the_score_is_that_of_evaluate():
         ]
     )
     verdict = compare(counts, counts, cases, 0.005)
-    assert verdict.reference == pytest.approx(np.mean([each.dice or 0.0 for each in mean_scores(expected)]))
+    assert verdict.reference == pytest.approx(np.mean([score.dice or 0.0 for score in mean_scores(expected)]))
 
 
 def test_a_false_alarm_in_a_case_without_the_class_costs_something():

@@ -33,7 +33,7 @@ def normalised_over_the_batch(batch):
     return network(batch) + np.float32(1e-2) * (batch.mean() - IMAGES.mean())
 
 
-def row_knows_its_place(batch):
+def rows_depend_on_their_index(batch):
     return network(batch) + np.float32(1e-2) * np.arange(len(batch), dtype=np.float32)[:, None, None, None] * 0.1
 
 
@@ -62,40 +62,44 @@ def wrong_in_batches_of_three(batch: np.ndarray) -> np.ndarray:
 
 
 def test_the_same_network_has_no_differences():
-    found = verify_logits(network, network, IMAGES, "generated", **LIMITS)
-    assert (found.max_abs_error, found.agreement, found.max_row_error) == (0, 1, 0)
-    assert (found.num_images, found.batch_sizes) == (len(IMAGES), BATCH_SIZES)
+    verification = verify_logits(network, network, IMAGES, "generated", **LIMITS)
+    assert (verification.max_abs_error, verification.agreement, verification.max_row_error) == (0, 1, 0)
+    assert (verification.num_images, verification.batch_sizes) == (len(IMAGES), BATCH_SIZES)
 
 
 def test_an_error_below_the_limit_passes_and_is_measured():
-    found = verify_logits(lambda batch: network(batch) + np.float32(3e-5), network, IMAGES, "generated", **LIMITS)
-    assert found.max_abs_error == pytest.approx(3e-5, rel=0.02)  # float32 of order 1 resolves 1e-7
+    verification = verify_logits(
+        lambda batch: network(batch) + np.float32(3e-5), network, IMAGES, "generated", **LIMITS
+    )
+    assert verification.max_abs_error == pytest.approx(3e-5, rel=0.02)  # float32 of order 1 resolves 1e-7
 
 
 @pytest.mark.parametrize(
-    ("fault", "what"),
+    ("fault", "message"),
     [
         (shifted, "logits differ"),
         (one_label_in_a_hundred, "logits differ"),
         (wrong_in_batches_only, "logits differ"),
         (wrong_in_batches_of_three, "logits differ"),
         (normalised_over_the_batch, "logits differ"),
-        (row_knows_its_place, "logits differ"),
+        (rows_depend_on_their_index, "logits differ"),
         (rows_are_mixed, "logits differ"),
         (nan_in_one_pixel, "nan"),
         (one_class_too_few, "those of the reference"),
     ],
 )
-def test_verification_catches(fault, what):
-    with pytest.raises(AccuracyGateError, match=what):
+def test_verification_catches(fault, message):
+    with pytest.raises(AccuracyGateError, match=message):
         verify_logits(fault, network, IMAGES, "generated", **LIMITS)
 
 
-@pytest.mark.parametrize("fault", [normalised_over_the_batch, row_knows_its_place, rows_are_mixed, forgets_itself()])
+@pytest.mark.parametrize(
+    "fault", [normalised_over_the_batch, rows_depend_on_their_index, rows_are_mixed, forgets_itself()]
+)
 def test_dependence_between_rows_is_detected_within_the_other_limits(fault):
     """Each is within a limit of 0.1 for the logits, where only the rows among themselves tell."""
-    found = verify_logits(fault, network, IMAGES, "generated", max_abs_error=10.0, min_agreement=0.0)
-    assert found.max_row_error > 5e-4
+    verification = verify_logits(fault, network, IMAGES, "generated", max_abs_error=10.0, min_agreement=0.0)
+    assert verification.max_row_error > 5e-4
     assert (
         verify_logits(network, network, IMAGES, "generated", max_abs_error=10.0, min_agreement=0.0).max_row_error == 0
     )
@@ -115,8 +119,8 @@ def test_fewer_images_than_a_batch_are_repeated():
         seen.append(len(batch))
         return network(batch)
 
-    found = verify_logits(spy, network, IMAGES[:1], "generated", **LIMITS)
-    assert found.num_images == 1
+    verification = verify_logits(spy, network, IMAGES[:1], "generated", **LIMITS)
+    assert verification.num_images == 1
     assert set(seen) == set(BATCH_SIZES)
 
 

@@ -36,11 +36,21 @@ def with_engine(source: Path, folder: Path, kernels: Path | None = None, **chang
     if kernels is not None:
         shutil.copytree(kernels, folder / engine_kernels.FOLDER)
     facts: dict[str, Any] = {
-        "plan": plan.name, "sha256": sha256(plan), "bytes": PLAN_BYTES, "library": "tensorrt-rtx",
-        "version": FakeTrt.__version__, "targets": ("sm89",), "cuda": "13", "precision": "fp32", "flavour": "canonical",
-        "graph": "fp32.onnx", "graph_sha256": manifest["files"]["fp32.onnx"]["sha256"],
-        "weights_sha256": manifest["files"]["weights-fp32.bin"]["sha256"], "batch": (1, 2, 4), **changes,
-    }  # fmt: skip
+        "plan": plan.name,
+        "sha256": sha256(plan),
+        "bytes": PLAN_BYTES,
+        "library": "tensorrt-rtx",
+        "version": FakeTrt.__version__,
+        "targets": ("sm89",),
+        "cuda": "13",
+        "precision": "fp32",
+        "dialect": "canonical",
+        "graph": "fp32.onnx",
+        "graph_sha256": manifest["files"]["fp32.onnx"]["sha256"],
+        "weights_sha256": manifest["files"]["weights-fp32.bin"]["sha256"],
+        "batch": (1, 2, 4),
+        **changes,
+    }
     add_engine(folder, EngineFingerprint(**facts))
     return folder
 
@@ -51,9 +61,13 @@ def add_engine(folder: Path, fingerprint: EngineFingerprint) -> None:
     manifest = json.loads((folder / MANIFEST).read_text())
     spec = EngineSpec(library=fingerprint.library, targets=fingerprint.targets, opt_batch=2, max_batch=4)
     engine = BuiltEngine(
-        plan=f"{FOLDER}/{fingerprint.plan}", variant="fp32", spec=spec, processor_s=1.0, wall_s=1.0,
+        plan=f"{FOLDER}/{fingerprint.plan}",
+        variant="fp32",
+        spec=spec,
+        processor_s=1.0,
+        wall_s=1.0,
         peak_resident_mb=1.0,
-    )  # fmt: skip
+    )
     manifest["engines"] = [*manifest.get("engines", []), to_dict(engine)]
     (folder / MANIFEST).write_text(json.dumps(manifest))
     rehash(folder)
@@ -64,9 +78,9 @@ def rehash(folder: Path) -> None:
     path = folder / MANIFEST
     manifest = json.loads(path.read_text())
     left_out = (path, signature_of(path))
-    files = [each for each in sorted(folder.rglob("*")) if each.is_file() and each not in left_out]
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file not in left_out]
     manifest["files"] = {
-        each.relative_to(folder).as_posix(): {"sha256": sha256(each), "bytes": each.stat().st_size} for each in files
+        file.relative_to(folder).as_posix(): {"sha256": sha256(file), "bytes": file.stat().st_size} for file in files
     }
     path.write_text(json.dumps(manifest))
 
@@ -81,6 +95,7 @@ class FakeMachine:
         monkeypatch.setattr(tensorrt, "require", lambda module, _extra: modules[module])
         monkeypatch.setattr(tensorrt, "open_device", self._open)
 
-    def _open(self) -> FakeGpu:
+    def _open(self, number: int = 0) -> FakeGpu:
+        assert number == 0
         self.gpu.activate()
         return self.gpu

@@ -56,6 +56,7 @@ class FakeGpu(Device):
         self.capturing: dict[int, list[Work]] = {}
         self.graphs: list[Graph] = []
         self.events: list[list[float]] = []
+        self.loaded: set[str] = set()  # functions whose modules are there
         self.device_ms = 0.0  # a clock that only what runs on the device moves
         self._next = FIRST_DEVICE_ADDRESS
         self._active = threading.local()
@@ -68,7 +69,7 @@ class FakeGpu(Device):
     def is_clean(self) -> bool:
         """Say whether everything was given back."""
         graphs = any(graph.alive for graph in self.graphs)
-        return not (self.memory or self.pinned or self.streams or self.events or graphs)
+        return not (self.memory or self.pinned or self.streams or self.events or self.loaded or graphs)
 
     def note(self, *call: Any) -> None:
         """Record a call, and fail if it is to."""
@@ -155,8 +156,8 @@ class FakeGpu(Device):
 
     def _host(self, address: int, nbytes: int) -> np.ndarray:
         """Return pinned memory, which must be allocated as a whole."""
-        found = [1 for start, each in list(self.pinned.items()) if start <= address <= start + len(each) - nbytes]
-        assert found, f"{nbytes} bytes at {address:#x} are not pinned"
+        hits = [1 for start, buffer in list(self.pinned.items()) if start <= address <= start + len(buffer) - nbytes]
+        assert hits, f"{nbytes} bytes at {address:#x} are not pinned"
         return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
 
     def synchronize(self, stream: Any) -> None:
@@ -164,9 +165,13 @@ class FakeGpu(Device):
         assert stream not in self.capturing, "a stream that is recorded cannot be waited for"
         with self._lock:
             work, self.streams[stream][:] = list(self.streams[stream]), []
-        for each, addresses in work:
-            each()
-            self.device_ms += bool(addresses)  # a copy, a kernel or the network; an event takes no time
+        self._do(work)
+
+    def _do(self, work: list[Work]) -> None:
+        events = {id(event) for event in self.events}
+        for launch, addresses in work:
+            launch()
+            self.device_ms += not set(addresses) <= events  # a copy, a kernel or the network; an event takes no time
 
     def begin_capture(self, stream: int) -> None:
         self.note("begin_capture")
@@ -183,8 +188,8 @@ class FakeGpu(Device):
     def launch_graph(self, graph: Graph, stream: int) -> None:
         self.note("launch_graph")
         assert graph.alive, "a graph is launched that was given back"
-        for each, addresses in graph.work:
-            self.enqueue(stream, each, *addresses)
+        for launch, addresses in graph.work:
+            self.enqueue(stream, launch, *addresses)
 
     def free_graph(self, graph: Graph) -> None:
         self.note("free_graph")
@@ -199,13 +204,24 @@ class FakeGpu(Device):
 
     def free_event(self, event: list[float]) -> None:
         self.note("free_event")
-        self.events = [each for each in self.events if each is not event]
+        self.events = [other for other in self.events if other is not event]
 
     def record_event(self, event: list[float], stream: int) -> None:
         self.note("record_event")
-        assert any(each is event for each in self.events), "an event is used that was given back"
+        assert any(other is event for other in self.events), "an event is used that was given back"
         event.clear()
-        self.enqueue(stream, lambda: event.append(self.device_ms))
+        self.enqueue(stream, lambda: event.append(self.device_ms), id(event))
+
+    def wait_event(self, event: list[float]) -> None:
+        self.note("wait_event")
+        assert any(other is event for other in self.events), "an event is waited for that was given back"
+        with self._lock:
+            queue = next(
+                (queue for queue in self.streams.values() if any(used == (id(event),) for _, used in queue)), []
+            )
+            last = max((index for index, (_, used) in enumerate(queue) if used == (id(event),)), default=-1)
+            work, queue[:] = queue[: last + 1], queue[last + 1 :]
+        self._do(work)
 
     def elapsed_ms(self, start: list[float], stop: list[float]) -> float:
         self.note("elapsed_ms")
@@ -215,27 +231,37 @@ class FakeGpu(Device):
 
     def load(self, ptx: str, symbol: str) -> tuple[Kernel, Entry]:
         self.note("load", symbol)
+        self.loaded.add(symbol)
         return next(
             (kernel, entry) for kernel in map(load, KERNELS) for entry in kernel.entries if entry.symbol == symbol
         )
 
+    def unload(self) -> None:
+        self.note("unload")
+        self.loaded.clear()
+
     def launch(self, launch: Launch) -> None:
         kernel, entry = launch.function
         self.note("launch", kernel.name)
+        assert entry.symbol in self.loaded, "a function is launched whose module was unloaded"
         self.enqueue(launch.stream, lambda: self._run(kernel, entry, launch.arguments), *launch.arguments)
 
     def _run(self, kernel: Kernel, entry: Entry, arguments: tuple[int, ...]) -> None:
-        given = {each.name: value for each, value in zip(entry.parameters, arguments, strict=True)}
-        scalars = {each.name: given[each.name] for each in entry.parameters if each.kind == "int32"}
+        values = {parameter.name: value for parameter, value in zip(entry.parameters, arguments, strict=True)}
+        scalars = {
+            parameter.name: values[parameter.name] for parameter in entry.parameters if parameter.kind == "int32"
+        }
         shapes = kernel.shapes(scalars, entry)
         arrays = {
-            each.name: self.view(given[each.name], int(np.prod(shapes[each.name])) * DTYPES[each.dtype].itemsize)
-            .view(DTYPES[each.dtype])
-            .reshape(shapes[each.name])
-            for each in entry.parameters
-            if each.kind == "pointer"
+            parameter.name: self.view(
+                values[parameter.name], int(np.prod(shapes[parameter.name])) * DTYPES[parameter.dtype].itemsize
+            )
+            .view(DTYPES[parameter.dtype])
+            .reshape(shapes[parameter.name])
+            for parameter in entry.parameters
+            if parameter.kind == "pointer"
         }
-        out = next(each for each in entry.parameters if each.direction == "out")
+        out = next(parameter for parameter in entry.parameters if parameter.direction == "out")
         inputs = {name: values for name, values in arrays.items() if name != out.name}
         arrays[out.name][...] = rounded(kernel.reference(entry, inputs, scalars)[out.name].value, out.dtype)
 

@@ -42,10 +42,15 @@ class FakeTrt:
     DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
 
     def __init__(
-        self, gpu: FakeGpu, network: Network, input_shape: Sequence[int], output_shape: Sequence[int],
-        batches: tuple[int, int, int] = (1, 2, 4), dtype: str = "float32",
+        self,
+        gpu: FakeGpu,
+        network: Network,
+        input_shape: Sequence[int],
+        output_shape: Sequence[int],
+        batches: tuple[int, int, int] = (1, 2, 4),
+        dtype: str = "float32",
         names: Sequence[str] = ("pixel_values", "logits"),
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.gpu, self.network, self.batches, self.names = gpu, network, batches, list(names)
         self.shapes = {"pixel_values": tuple(input_shape), "logits": tuple(output_shape)}
         self.dtype = np.dtype(dtype)
@@ -55,6 +60,7 @@ class FakeTrt:
         self.refused: set[str] = set()  # names of methods that return failure
         self.capturable = True
         self.cache = b""
+        self.compiled_later = 0  # kernels that images asked for
         self.contexts: list[FakeContext] = []
         self.refitted: list[str] = []
         self.layer_ms: dict[str, float] = {}  # what a profiler is told
@@ -151,20 +157,24 @@ class FakeConfig:
         return FakeCache(self._trt)
 
     def set_runtime_cache(self, cache: "FakeCache") -> bool:
+        self._trt.gpu.note("set_runtime_cache")
+        cache.is_set = True
         assert (self.cuda_graph_strategy, self.dynamic_shapes_kernel_specialization_strategy) == ("disabled", "eager")
         return True
 
 
 class FakeCache:
     def __init__(self, trt: FakeTrt) -> None:
-        self._trt = trt
+        self._trt, self.is_set = trt, False
 
     def deserialize(self, blob: bytes) -> bool:
+        self._trt.gpu.note("deserialize")
+        assert not self.is_set, "a cache is filled after it was given to a configuration"
         self._trt.cache = blob
         return blob.startswith(b"kernels")
 
     def serialize(self) -> bytes:
-        return b"kernels of a GPU"
+        return b"kernels of a GPU" + b" and more" * self._trt.compiled_later
 
 
 class FakeContext:

@@ -96,7 +96,7 @@ def _rotary(entry: Entry, rows: int, width: int, first_scale: int, rng: np.rando
 def _image_to_tensor(entry: Entry, rows: int, width: int, first_scale: int, rng: np.random.Generator) -> Case:
     """Resize ``rows`` x ``width`` pixels: keep, enlarge and reduce in turn, some with padding or gaps in memory."""
     channels = (3, 1)[first_scale % 2]
-    contract = Preprocessing(
+    preprocessing = Preprocessing(
         image_size=_size(rows, width, first_scale),
         resize="linear_antialias" if first_scale % 4 in (1, 2) and width <= 1024 else "linear",
         window=(0.0, 255.0) if first_scale % 3 else (20.0, 180.0),
@@ -106,7 +106,7 @@ def _image_to_tensor(entry: Entry, rows: int, width: int, first_scale: int, rng:
     row_stride = width * pixel_stride + gap
     batch = 2 if rows * width < 4096 else 1
     strides = (rows * row_stride, row_stride, pixel_stride)
-    scalars = image_to_tensor.scalars(contract, (batch, rows, width, channels), SPACING_MM, strides)
+    scalars = image_to_tensor.scalars(preprocessing, (batch, rows, width, channels), SPACING_MM, strides)
     return scalars, {"pixels": rng.integers(0, 256, (batch, strides[0]), np.uint8)}
 
 
@@ -114,9 +114,9 @@ def _logits_to_mask(entry: Entry, rows: int, width: int, first_scale: int, rng: 
     """Label ``rows`` x ``width`` pixels from as many, more, and fewer logits; finite ones, as a network gives them."""
     classes = (4, 1, 9)[first_scale % 3]
     size = _size(rows, width, first_scale)
-    contract = Preprocessing(image_size=size, spacing_mm=1.0 if first_scale % 4 == 3 else None)
+    preprocessing = Preprocessing(image_size=size, spacing_mm=1.0 if first_scale % 4 == 3 else None)
     batch = 2 if rows * width < 4096 else 1
-    scalars = logits_to_mask.scalars(contract, batch, classes, (rows, width), SPACING_MM)
+    scalars = logits_to_mask.scalars(preprocessing, batch, classes, (rows, width), SPACING_MM)
     values = scaled_rows(rng, (batch, classes * size[0] * size[1]), entry.dtype, first_scale, FINITE)
     return scalars, {"logits": values.reshape(batch, classes, *size)}
 

@@ -20,8 +20,8 @@ FLOAT8 = {"e4m3": (ml_dtypes.float8_e4m3fn, 448.0), "e5m2": (ml_dtypes.float8_e5
 
 
 def _limits(kind: str) -> tuple[int, int]:
-    found = np.iinfo(DTYPES[kind])
-    return int(found.min), int(found.max)
+    limits = np.iinfo(DTYPES[kind])
+    return int(limits.min), int(limits.max)
 
 
 def _integer_to_integer(a: np.ndarray, *, source: str, target: str, sat: bool) -> np.ndarray:
@@ -110,10 +110,10 @@ def _float8_pair_to_halves(pair: np.ndarray, *, kind: str) -> np.ndarray:
 
 
 def _table() -> Mapping[str, Operation]:
-    found: dict[str, Operation] = {}
+    operations: dict[str, Operation] = {}
 
     def put(name: str, target: str, source: str, compute: Callable[..., np.ndarray], count: int = 1) -> None:
-        found[f"cvt.{name}.{target}.{source}".replace("..", ".")] = Operation(
+        operations[f"cvt.{name}.{target}.{source}".replace("..", ".")] = Operation(
             (target,), (source,) * count, compute, any_width=True
         )
 
@@ -159,12 +159,12 @@ def _table() -> Mapping[str, Operation]:
                 put(f"{mode}{satfinite}", f"{kind}x2", "f32", compute, count=2)
     for kind in FLOAT8:
         into = partial(_to_float8_pair, kind=kind)
-        found[f"cvt.rn.satfinite.{kind}x2.f32"] = Operation(("b16",), ("f32", "f32"), into)
+        operations[f"cvt.rn.satfinite.{kind}x2.f32"] = Operation(("b16",), ("f32", "f32"), into)
         halves = partial(_half_pair_to_float8, kind=kind)
-        found[f"cvt.rn.satfinite.{kind}x2.f16x2"] = Operation(("b16",), ("f16x2",), halves)
+        operations[f"cvt.rn.satfinite.{kind}x2.f16x2"] = Operation(("b16",), ("f16x2",), halves)
         out = partial(_float8_pair_to_halves, kind=kind)
-        found[f"cvt.rn.f16x2.{kind}x2"] = Operation(("f16x2",), ("b16",), out)
-    return found
+        operations[f"cvt.rn.f16x2.{kind}x2"] = Operation(("f16x2",), ("b16",), out)
+    return operations
 
 
 CONVERSIONS: Mapping[str, Operation] = _table()

@@ -76,10 +76,10 @@ def excesses(
 ) -> dict[str, float]:
     """Return the largest error of each output as a multiple of what the kernel's tolerance allows."""
     expected = kernel.reference(entry, inputs, scalars)
-    found: dict[str, float] = {}
+    excess_of: dict[str, float] = {}
     for parameter in entry.parameters:
         if parameter.direction == "out":
             name, tolerance = parameter.name, kernel.tolerance[parameter.dtype]
             ratio = tolerance.excess(outputs[name], expected[name], parameter.dtype)
-            found[name] = float(ratio.max(initial=0.0)) if not np.isnan(ratio).any() else float("inf")
-    return found
+            excess_of[name] = float(ratio.max(initial=0.0)) if not np.isnan(ratio).any() else float("inf")
+    return excess_of

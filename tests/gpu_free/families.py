@@ -62,12 +62,12 @@ def sum_or_product(name: str, parts: list[str], kind: str) -> Oracle:
         return carried(name, parts, kind)
     width = WIDTH[kind]
     if name in ("mul", "mad", "madc"):
-        form = next(part for part in parts if part in ("lo", "hi", "wide"))
+        half = next(part for part in parts if part in ("lo", "hi", "wide"))
 
         def product(*row: Bits) -> Bits:
             full = integer(row[0], kind) * integer(row[1], kind)
-            total = full >> width if form == "hi" else full
-            size = 2 * width if form == "wide" else width
+            total = full >> width if half == "hi" else full
+            size = 2 * width if half == "wide" else width
             total %= 1 << size
             return (total + sum(row[2:])) if "cc" in parts else (total + sum(row[2:])) % (1 << size)
 
@@ -132,11 +132,11 @@ def set_predicate(name: str, parts: list[str], kind: str) -> Oracle:
     def oracle(a: Bits, b: Bits, *rest: Bits) -> Bits:
         if "ftz" in parts:
             a, b = flush(a, kind), flush(b, kind)
-        found = compare(parts[0], a, b, kind)
+        result = compare(parts[0], a, b, kind)
         for word, combine in (("and", int.__and__), ("or", int.__or__), ("xor", int.__xor__)):
             if word in parts:
-                return combine(int(found), rest[0])
-        return int(found)
+                return combine(int(result), rest[0])
+        return int(result)
 
     return oracle
 

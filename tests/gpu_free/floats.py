@@ -120,7 +120,7 @@ APPROXIMATE: Mapping[str, tuple[Callable[..., np.ndarray], int]] = {  # function
 
 
 def _float32() -> Mapping[str, Operation]:
-    found: dict[str, Operation] = {}
+    operations: dict[str, Operation] = {}
     for name, count in {"add": 2, "sub": 2, "mul": 2, "fma": 3, "div": 2, "sqrt": 1, "rcp": 1}.items():
         exact_modes = name in EXACT
         modes = {f".{mode}": mode for mode in (MODES if exact_modes else MODES[:1])}
@@ -129,34 +129,34 @@ def _float32() -> Mapping[str, Operation]:
             for ftz in ("", ".ftz"):
                 for sat in ("", ".sat") if exact_modes else ("",):
                     compute = partial(_rounded, name=name, kind="f32", mode=mode, ftz=bool(ftz), sat=bool(sat))
-                    found[f"{name}{spelled}{ftz}{sat}.f32"] = Operation(("f32",), ("f32",) * count, compute)
+                    operations[f"{name}{spelled}{ftz}{sat}.f32"] = Operation(("f32",), ("f32",) * count, compute)
     for name, (function, count) in APPROXIMATE.items():
         for ftz in ("",) if name.startswith("tanh") else ("", ".ftz"):
             compute = partial(_approximate, function=function, ftz=bool(ftz))
-            found[f"{name}{ftz}.f32"] = Operation(("f32",), ("f32",) * count, compute)
+            operations[f"{name}{ftz}.f32"] = Operation(("f32",), ("f32",) * count, compute)
     for name in ("min", "max"):
         for ftz in ("", ".ftz"):
             for nan in ("", ".NaN"):
                 compute = partial(_extreme, name=name, kind="f32", ftz=bool(ftz), nan=bool(nan))
-                found[f"{name}{ftz}{nan}.f32"] = Operation(("f32",), ("f32", "f32"), compute)
+                operations[f"{name}{ftz}{nan}.f32"] = Operation(("f32",), ("f32", "f32"), compute)
     for ftz in ("", ".ftz"):
-        found[f"neg{ftz}.f32"] = Operation(("f32",), ("f32",), partial(_negated, kind="f32", ftz=bool(ftz)))
-        found[f"abs{ftz}.f32"] = Operation(("f32",), ("f32",), partial(_absolute, kind="f32", ftz=bool(ftz)))
-    return found
+        operations[f"neg{ftz}.f32"] = Operation(("f32",), ("f32",), partial(_negated, kind="f32", ftz=bool(ftz)))
+        operations[f"abs{ftz}.f32"] = Operation(("f32",), ("f32",), partial(_absolute, kind="f32", ftz=bool(ftz)))
+    return operations
 
 
 def _float64() -> Mapping[str, Operation]:
-    found: dict[str, Operation] = {}
+    operations: dict[str, Operation] = {}
     for name, count in {"add": 2, "sub": 2, "mul": 2, "fma": 3, "div": 2, "sqrt": 1, "rcp": 1}.items():
         for mode in ("", ".rn") if count == 2 and name != "div" else (".rn",):
-            found[f"{name}{mode}.f64"] = Operation(("f64",), ("f64",) * count, partial(_in_float64, name=name))
+            operations[f"{name}{mode}.f64"] = Operation(("f64",), ("f64",) * count, partial(_in_float64, name=name))
     for name in ("min", "max"):
-        found[f"{name}.f64"] = Operation(
+        operations[f"{name}.f64"] = Operation(
             ("f64",), ("f64", "f64"), partial(_extreme, name=name, kind="f64", ftz=False, nan=False)
         )
-    found["neg.f64"] = Operation(("f64",), ("f64",), partial(_negated, kind="f64", ftz=False))
-    found["abs.f64"] = Operation(("f64",), ("f64",), partial(_absolute, kind="f64", ftz=False))
-    return found
+    operations["neg.f64"] = Operation(("f64",), ("f64",), partial(_negated, kind="f64", ftz=False))
+    operations["abs.f64"] = Operation(("f64",), ("f64",), partial(_absolute, kind="f64", ftz=False))
+    return operations
 
 
 def _half(kind: str) -> Mapping[str, Operation]:
@@ -171,12 +171,12 @@ def _half(kind: str) -> Mapping[str, Operation]:
             single[name + nan] = 2, partial(_extreme, name=name, kind=kind, ftz=False, nan=bool(nan))
     single["neg"] = 1, partial(_negated, kind=kind, ftz=False)
     single["abs"] = 1, partial(_absolute, kind=kind, ftz=False)
-    found: dict[str, Operation] = {}
+    operations: dict[str, Operation] = {}
     for name, (count, compute) in single.items():
-        found[f"{name}.{kind}"] = Operation((kind,), (kind,) * count, compute)
+        operations[f"{name}.{kind}"] = Operation((kind,), (kind,) * count, compute)
         packed = partial(_packed, kind=kind, compute=compute)
-        found[f"{name}.{kind}x2"] = Operation((f"{kind}x2",), (f"{kind}x2",) * count, packed)
-    return found
+        operations[f"{name}.{kind}x2"] = Operation((f"{kind}x2",), (f"{kind}x2",) * count, packed)
+    return operations
 
 
 def _compared(a: np.ndarray, b: np.ndarray, *rest: np.ndarray, name: str, ftz: bool, combine: str) -> np.ndarray:
@@ -184,29 +184,29 @@ def _compared(a: np.ndarray, b: np.ndarray, *rest: np.ndarray, name: str, ftz: b
         a, b = flush(a), flush(b)
     a, b = _wide(a), _wide(b)
     unordered = np.isnan(a) | np.isnan(b)
-    found = COMPARISONS[name.removesuffix("u")](a, b) if name not in ("num", "nan") else ~unordered
+    result = COMPARISONS[name.removesuffix("u")](a, b) if name not in ("num", "nan") else ~unordered
     if name == "nan":
-        found = unordered
+        result = unordered
     elif name.endswith("u"):
-        found = found | unordered
+        result = result | unordered
     else:
-        found = found & ~unordered
-    return COMBINATIONS[combine](found, *rest)
+        result = result & ~unordered
+    return COMBINATIONS[combine](result, *rest)
 
 
 COMPARISONS: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")
 }
 COMBINATIONS: Mapping[str, Callable[..., np.ndarray]] = {
-    "": lambda found: found,
-    ".and": lambda found, other: found & other,
-    ".or": lambda found, other: found | other,
-    ".xor": lambda found, other: found ^ other,
+    "": lambda result: result,
+    ".and": lambda result, other: result & other,
+    ".or": lambda result, other: result | other,
+    ".xor": lambda result, other: result ^ other,
 }
 
 
 def _comparisons() -> Mapping[str, Operation]:
-    found: dict[str, Operation] = {}
+    operations: dict[str, Operation] = {}
     names = (*COMPARISONS, *(f"{name}u" for name in COMPARISONS), "num", "nan")
     for kind in ("f16", "bf16", "f32", "f64"):
         for name in names:
@@ -214,8 +214,8 @@ def _comparisons() -> Mapping[str, Operation]:
                 for combine in COMBINATIONS:
                     takes = (kind, kind, "pred") if combine else (kind, kind)
                     compute = partial(_compared, name=name, ftz=bool(ftz), combine=combine)
-                    found[f"setp.{name}{combine}{ftz}.{kind}"] = Operation(("pred",), takes, compute)
-    return found
+                    operations[f"setp.{name}{combine}{ftz}.{kind}"] = Operation(("pred",), takes, compute)
+    return operations
 
 
 FLOATS: Mapping[str, Operation] = {**_float32(), **_float64(), **_half("f16"), **_half("bf16"), **_comparisons()}

@@ -64,8 +64,8 @@ def _high_product(a: np.ndarray, b: np.ndarray, kind: str) -> np.ndarray:
     return high.view(DTYPES[kind])
 
 
-def _multiply_add(a: np.ndarray, b: np.ndarray, c: np.ndarray, *, form: str, kind: str) -> np.ndarray:
-    return PRODUCTS[form](a, b, kind) + c
+def _multiply_add(a: np.ndarray, b: np.ndarray, c: np.ndarray, *, half: str, kind: str) -> np.ndarray:
+    return PRODUCTS[half](a, b, kind) + c
 
 
 PRODUCTS: Mapping[str, Callable[[np.ndarray, np.ndarray, str], np.ndarray]] = {
@@ -75,7 +75,7 @@ PRODUCTS: Mapping[str, Callable[[np.ndarray, np.ndarray, str], np.ndarray]] = {
 }
 
 
-def _with_carry(*arguments: np.ndarray, name: str, carry_in: bool, carry_out: bool, form: str, kind: str):
+def _with_carry(*arguments: np.ndarray, name: str, carry_in: bool, carry_out: bool, half: str, kind: str):
     """Add, subtract or multiply-add with the carry flag (set by a borrow for sub) in, out, or both."""
     carry = arguments[-1].astype(DTYPES[kind]) if carry_in else DTYPES[kind].type(0)
     if name == "sub":
@@ -83,7 +83,7 @@ def _with_carry(*arguments: np.ndarray, name: str, carry_in: bool, carry_out: bo
         total = first - second - carry
         overflowed = (first < second) | ((first == second) & (carry != 0))
     else:
-        first = arguments[0] if name == "add" else PRODUCTS[form](arguments[0], arguments[1], kind)
+        first = arguments[0] if name == "add" else PRODUCTS[half](arguments[0], arguments[1], kind)
         second = arguments[1] if name == "add" else arguments[2]
         total = first + second + carry
         overflowed = (total < first) | ((total == first) & (carry != 0))
@@ -100,8 +100,8 @@ def _field_extracted(a: np.ndarray, position: np.ndarray, length: np.ndarray) ->
         return field
     sign_at = np.minimum(start + count - 1, bits - 1)
     negative = (count > 0) & ((_right(unsigned, np.maximum(sign_at, 0)) & unsigned.dtype.type(1)) == 1)
-    kept = np.clip(bits - start, 0, count)  # beyond the top of a, copies of the sign
-    return np.where(negative, (field & _ones(kept, bits)) | ~_ones(kept, bits), field).view(a.dtype)
+    width = np.clip(bits - start, 0, count)  # beyond the top of a, copies of the sign
+    return np.where(negative, (field & _ones(width, bits)) | ~_ones(width, bits), field).view(a.dtype)
 
 
 def _field_inserted(a: np.ndarray, b: np.ndarray, position: np.ndarray, length: np.ndarray) -> np.ndarray:
@@ -172,7 +172,7 @@ def _compared(a: np.ndarray, b: np.ndarray, *rest: np.ndarray, name: str, combin
 
 
 def _plain() -> Mapping[str, Operation]:
-    found: dict[str, Operation] = {}
+    operations: dict[str, Operation] = {}
     for bits in WIDTHS:
         for kind in (f"s{bits}", f"u{bits}"):
             two: dict[str, Callable[..., np.ndarray]] = {
@@ -186,65 +186,65 @@ def _plain() -> Mapping[str, Operation]:
             }
             for name, compute in two.items():
                 wrapped = partial(_wrapped, compute=compute, kind=kind)
-                found[f"{name}.{kind}"] = Operation((kind,), (kind, kind), wrapped)
-            found[f"mul.hi.{kind}"] = Operation((kind,), (kind, kind), partial(_high_product, kind=kind))
-            found[f"shr.{kind}"] = Operation((kind,), (kind, "u32"), _right)
-            for form in ("lo", "hi"):
-                compute = partial(_multiply_add, form=form, kind=kind)
-                found[f"mad.{form}.{kind}"] = Operation((kind,), (kind,) * 3, compute)
+                operations[f"{name}.{kind}"] = Operation((kind,), (kind, kind), wrapped)
+            operations[f"mul.hi.{kind}"] = Operation((kind,), (kind, kind), partial(_high_product, kind=kind))
+            operations[f"shr.{kind}"] = Operation((kind,), (kind, "u32"), _right)
+            for half in ("lo", "hi"):
+                compute = partial(_multiply_add, half=half, kind=kind)
+                operations[f"mad.{half}.{kind}"] = Operation((kind,), (kind,) * 3, compute)
             if bits < 64:
                 twice = f"{kind[0]}{2 * bits}"
-                found[f"mul.wide.{kind}"] = Operation((twice,), (kind, kind), partial(_wide_product, kind=kind))
-                compute = partial(_multiply_add, form="wide", kind=kind)
-                found[f"mad.wide.{kind}"] = Operation((twice,), (kind, kind, twice), compute)
-        found[f"neg.s{bits}"] = Operation((f"s{bits}",), (f"s{bits}",), np.negative)
-        found[f"abs.s{bits}"] = Operation((f"s{bits}",), (f"s{bits}",), np.abs)
-        found[f"shl.b{bits}"] = Operation((f"b{bits}",), (f"b{bits}", "u32"), _left)
-        found[f"shr.b{bits}"] = Operation((f"b{bits}",), (f"b{bits}", "u32"), _right)
-    return found
+                operations[f"mul.wide.{kind}"] = Operation((twice,), (kind, kind), partial(_wide_product, kind=kind))
+                compute = partial(_multiply_add, half="wide", kind=kind)
+                operations[f"mad.wide.{kind}"] = Operation((twice,), (kind, kind, twice), compute)
+        operations[f"neg.s{bits}"] = Operation((f"s{bits}",), (f"s{bits}",), np.negative)
+        operations[f"abs.s{bits}"] = Operation((f"s{bits}",), (f"s{bits}",), np.abs)
+        operations[f"shl.b{bits}"] = Operation((f"b{bits}",), (f"b{bits}", "u32"), _left)
+        operations[f"shr.b{bits}"] = Operation((f"b{bits}",), (f"b{bits}", "u32"), _right)
+    return operations
 
 
 def _logic() -> Mapping[str, Operation]:
-    found: dict[str, Operation] = {}
+    operations: dict[str, Operation] = {}
     for kind in ("pred", "b16", "b32", "b64"):
         for name, compute in {"and": operator.and_, "or": operator.or_, "xor": operator.xor}.items():
-            found[f"{name}.{kind}"] = Operation((kind,), (kind, kind), compute)
-        found[f"not.{kind}"] = Operation((kind,), (kind,), np.invert)
+            operations[f"{name}.{kind}"] = Operation((kind,), (kind, kind), compute)
+        operations[f"not.{kind}"] = Operation((kind,), (kind,), np.invert)
     for kind in ("b32", "b64"):
-        found[f"clz.{kind}"] = Operation(("u32",), (kind,), _leading_zeros)
-        found[f"popc.{kind}"] = Operation(("u32",), (kind,), lambda a: np.bitwise_count(a).astype(np.uint32))
-        found[f"brev.{kind}"] = Operation((kind,), (kind,), _reversed_bits)
-        found[f"bfi.{kind}"] = Operation((kind,), (kind, kind, "u32", "u32"), _field_inserted)
+        operations[f"clz.{kind}"] = Operation(("u32",), (kind,), _leading_zeros)
+        operations[f"popc.{kind}"] = Operation(("u32",), (kind,), lambda a: np.bitwise_count(a).astype(np.uint32))
+        operations[f"brev.{kind}"] = Operation((kind,), (kind,), _reversed_bits)
+        operations[f"bfi.{kind}"] = Operation((kind,), (kind, kind, "u32", "u32"), _field_inserted)
         for sign in "us":
             typed = sign + kind[1:]
-            found[f"bfe.{typed}"] = Operation((typed,), (typed, "u32", "u32"), _field_extracted)
-    found["prmt.b32"] = Operation(("b32",), ("b32",) * 3, _permuted)
-    found["lop3.b32"] = Operation(("b32",), ("b32",) * 4, _table_lookup)
-    for way in "lr":
+            operations[f"bfe.{typed}"] = Operation((typed,), (typed, "u32", "u32"), _field_extracted)
+    operations["prmt.b32"] = Operation(("b32",), ("b32",) * 3, _permuted)
+    operations["lop3.b32"] = Operation(("b32",), ("b32",) * 4, _table_lookup)
+    for direction in "lr":
         for limit in ("wrap", "clamp"):
-            compute = partial(_funnel, left=way == "l", wrap=limit == "wrap")
-            found[f"shf.{way}.{limit}.b32"] = Operation(("b32",), ("b32", "b32", "u32"), compute)
-    return found
+            compute = partial(_funnel, left=direction == "l", wrap=limit == "wrap")
+            operations[f"shf.{direction}.{limit}.b32"] = Operation(("b32",), ("b32", "b32", "u32"), compute)
+    return operations
 
 
 def _choices() -> Mapping[str, Operation]:
-    found: dict[str, Operation] = {}
+    operations: dict[str, Operation] = {}
     for bits in WIDTHS:
         for kind in (f"b{bits}", f"u{bits}", f"s{bits}", *((f"f{bits}",) if bits > 16 else ())):
-            found[f"selp.{kind}"] = Operation((kind,), (kind, kind, "pred"), _select)
+            operations[f"selp.{kind}"] = Operation((kind,), (kind, kind, "pred"), _select)
         for kind in (f"b{bits}", f"u{bits}", f"s{bits}"):
             names = ("eq", "ne") if kind.startswith("b") else tuple(COMPARISONS)
             aliases = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"} if kind.startswith("u") else {}
-            for name, meaning in {**{each: each for each in names}, **aliases}.items():
+            for name, meaning in {**{other: other for other in names}, **aliases}.items():
                 for combine in COMBINATIONS:
                     takes = (kind, kind, "pred") if combine else (kind, kind)
                     compute = partial(_compared, name=meaning, combine=combine)
-                    found[f"setp.{name}{combine}.{kind}"] = Operation(("pred",), takes, compute)
-    return found
+                    operations[f"setp.{name}{combine}.{kind}"] = Operation(("pred",), takes, compute)
+    return operations
 
 
 def _carries() -> Mapping[str, Operation]:
-    found: dict[str, Operation] = {}
+    operations: dict[str, Operation] = {}
     for bits in (32, 64):
         for kind in (f"u{bits}", f"s{bits}"):
             unsigned = f"u{bits}"  # the carry is that of unsigned addition for both
@@ -257,16 +257,16 @@ def _carries() -> Mapping[str, Operation]:
                 gives = (unsigned, "cc") if carry_out else (unsigned,)
                 extra = ("cc",) if carry_in else ()
                 for name in ("add", "sub"):
-                    compute = partial(_with_carry, name=name, form="", **flags)
-                    found[f"{name}{spelled}.{kind}"] = Operation(gives, (unsigned,) * 2 + extra, compute)
-                for form in ("lo", "hi"):
-                    if form == "hi" and kind[0] == "s":
+                    compute = partial(_with_carry, name=name, half="", **flags)
+                    operations[f"{name}{spelled}.{kind}"] = Operation(gives, (unsigned,) * 2 + extra, compute)
+                for half in ("lo", "hi"):
+                    if half == "hi" and kind[0] == "s":
                         continue  # a signed high product is another function
-                    compute = partial(_with_carry, name="mad", form=form, **flags)
+                    compute = partial(_with_carry, name="mad", half=half, **flags)
                     carry, tail = ("c", ".cc") if spelled == "c.cc" else (("c", "") if carry_in else ("", ".cc"))
-                    name = f"mad{carry}.{form}{tail}.{kind}"
-                    found[name] = Operation(gives, (unsigned,) * 3 + extra, compute)
-    return found
+                    name = f"mad{carry}.{half}{tail}.{kind}"
+                    operations[name] = Operation(gives, (unsigned,) * 3 + extra, compute)
+    return operations
 
 
 INTEGERS: Mapping[str, Operation] = {**_plain(), **_logic(), **_choices(), **_carries()}

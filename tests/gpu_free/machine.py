@@ -115,13 +115,13 @@ class _Batch:
         self.epochs = np.zeros(self.size, np.int64)
         self.warp_epochs = np.zeros(self.size, np.int64)
         self.waiting = np.full(self.size, -1)  # the barrier at which a thread waits
-        places: Mapping[str, np.ndarray] = {
+        slots: Mapping[str, np.ndarray] = {
             "%tid": np.stack([thread % block[0], thread // block[0] % block[1], thread // (block[0] * block[1])]),
             "%ctaid": blocks[self.block_of].T,
             "%ntid": np.broadcast_to(np.array(block)[:, None], (3, self.size)),
             "%nctaid": np.broadcast_to(np.array(grid)[:, None], (3, self.size)),
         }
-        special = {f"{name}.{axis}": rows[part] for name, rows in places.items() for part, axis in enumerate("xyz")}
+        special = {f"{name}.{axis}": rows[part] for name, rows in slots.items() for part, axis in enumerate("xyz")}
         special["%laneid"] = lane % 32
         symbols = spaces.symbols()
         self.registers = Registers(
@@ -135,8 +135,8 @@ class _Batch:
         """Run until every thread has left."""
         while True:
             while self.ready:
-                place = min(self.ready)
-                self._advance(place, self.ready.pop(place))
+                position = min(self.ready)
+                self._advance(position, self.ready.pop(position))
             if self.parked:
                 self._meet_anyway()
             elif (self.waiting >= 0).any():
@@ -145,19 +145,19 @@ class _Batch:
                 break
         self.spaces.end_batch()
 
-    def _advance(self, place: int, lanes: np.ndarray) -> None:
+    def _advance(self, position: int, lanes: np.ndarray) -> None:
         """Execute from ``place`` until a branch, a wait or the end."""
         code = self.function.code
-        while place < len(code):
-            if place in self.ready:
-                lanes = np.sort(np.concatenate([lanes, self.ready.pop(place)]))
-            instruction = code[place]
+        while position < len(code):
+            if position in self.ready:
+                lanes = np.sort(np.concatenate([lanes, self.ready.pop(position)]))
+            instruction = code[position]
             self.report.instructions += 1
             active = self._guarded(instruction, lanes)
             opcode = instruction.opcode
             if opcode in BRANCHES:
                 rest = _without(lanes, active)
-                self._at(place + 1, rest)
+                self._at(position + 1, rest)
                 self._at(self._target(instruction), active)
                 return
             if opcode in EXITS:
@@ -166,25 +166,25 @@ class _Batch:
                 if not len(lanes):
                     return
             elif opcode in BARRIERS:
-                self._wait(instruction, place, active)
-                self._at(place + 1, _without(lanes, active))
+                self._wait(instruction, position, active)
+                self._at(position + 1, _without(lanes, active))
                 return
             elif opcode in SHUFFLES or opcode == WARP_BARRIER:
                 rest = _without(lanes, active)
-                self._at(place + 1, rest)
+                self._at(position + 1, rest)
                 if len(active):
-                    self._meet(instruction, place, active)
+                    self._meet(instruction, position, active)
                 return
             elif len(active):
                 self._execute(instruction, active)
-            place += 1
+            position += 1
         self.exited[lanes] = True
 
-    def _at(self, place: int, lanes: np.ndarray) -> None:
+    def _at(self, position: int, lanes: np.ndarray) -> None:
         """Let threads go on from ``place``, together with those that stand there."""
         if len(lanes):
-            others = self.ready.get(place)
-            self.ready[place] = lanes if others is None else np.sort(np.concatenate([lanes, others]))
+            others = self.ready.get(position)
+            self.ready[position] = lanes if others is None else np.sort(np.concatenate([lanes, others]))
 
     def _guarded(self, instruction: Instruction, lanes: np.ndarray) -> np.ndarray:
         if instruction.guard is None:
@@ -233,8 +233,8 @@ class _Batch:
     def _access(self, instruction: Instruction, lanes: np.ndarray) -> None:
         access = ACCESSES[instruction.opcode]
         threads = self._threads(lanes)
-        place = instruction.operands[1 if access.is_load else 0]
-        where = self.registers.address(place, access.space, lanes, instruction)
+        pointer = instruction.operands[1 if access.is_load else 0]
+        where = self.registers.address(pointer, access.space, lanes, instruction)
         if access.is_load:
             values = self.spaces.load(
                 access, where, threads, self.number_of_block[lanes], self.warp_epochs[lanes], instruction
@@ -248,30 +248,30 @@ class _Batch:
 
     # Waiting for others.
 
-    def _meet(self, instruction: Instruction, place: int, lanes: np.ndarray) -> None:
+    def _meet(self, instruction: Instruction, position: int, lanes: np.ndarray) -> None:
         """Shuffle, or synchronise a warp, where every thread that the mask names is here; the others wait."""
-        if place in self.parked:
-            lanes = np.sort(np.concatenate([lanes, self.parked.pop(place)]))
+        if position in self.parked:
+            lanes = np.sort(np.concatenate([lanes, self.parked.pop(position)]))
         masks = self.registers.read(instruction.operands[-1], "b32", lanes, instruction)
         missing = masks & ~self._bits(self.exited)[lanes // 32] & ~self._bits_of(lanes)[lanes // 32]
         warp_waits = np.zeros(self.size // 32, bool)
         warp_waits[lanes[missing != 0] // 32] = True
         waits = warp_waits[lanes // 32]
         if waits.any():
-            self.parked[place] = lanes[waits]
+            self.parked[position] = lanes[waits]
         if not waits.all():
-            self._together(instruction, lanes[~waits], masks[~waits])
-            self._at(place + 1, lanes[~waits])
+            self._execute_together(instruction, lanes[~waits], masks[~waits])
+            self._at(position + 1, lanes[~waits])
 
-    def _together(self, instruction: Instruction, lanes: np.ndarray, masks: np.ndarray) -> None:
+    def _execute_together(self, instruction: Instruction, lanes: np.ndarray, masks: np.ndarray) -> None:
         own = masks >> (lanes % 32).astype(np.uint32) & np.uint32(1)
         if not own.all():
             text = f"lane {lanes[own == 0][0] % 32} is not in its own mask {masks[own == 0][0]:#010x}"
             self.report.add("shuffle", instruction, text, int((own == 0).sum()))
-        here = self._bits_of(lanes)
+        arrived = self._bits_of(lanes)
         for mask in np.unique(masks):
             same = self._bits_of(lanes[masks == mask])
-            if ((same != 0) & (here & mask != same)).any():
+            if ((same != 0) & (arrived & mask != same)).any():
                 self.report.add("shuffle", instruction, f"not every lane that {mask:#010x} names has this mask")
         if instruction.opcode == WARP_BARRIER:
             if (masks & ~self._bits(self.exited)[lanes // 32] != ~self._bits(self.exited)[lanes // 32]).any():
@@ -291,21 +291,21 @@ class _Batch:
 
     def _meet_anyway(self) -> None:
         """End a wait for lanes that never come."""
-        place = min(self.parked)
-        lanes, instruction = self.parked.pop(place), self.function.code[place]
+        position = min(self.parked)
+        lanes, instruction = self.parked.pop(position), self.function.code[position]
         masks = self.registers.read(instruction.operands[-1], "b32", lanes, instruction)
-        here = self._bits_of(lanes)[lanes // 32]
-        absent = int((masks & ~here)[0])
+        mask = self._bits_of(lanes)[lanes // 32]
+        absent = int((masks & ~mask)[0])
         self.report.add("shuffle", instruction, f"the mask names lanes that do not come: {absent:#010x}", len(lanes))
         if instruction.opcode != WARP_BARRIER:
-            shuffle(instruction, lanes, masks & here, self.registers, self.report)
-        self._at(place + 1, lanes)
+            shuffle(instruction, lanes, masks & mask, self.registers, self.report)
+        self._at(position + 1, lanes)
 
-    def _wait(self, instruction: Instruction, place: int, lanes: np.ndarray) -> None:
+    def _wait(self, instruction: Instruction, position: int, lanes: np.ndarray) -> None:
         number, *count = (self.registers.read(operand, "u32", lanes, instruction) for operand in instruction.operands)
         if count or (number != 0).any():
             raise PtxError(f"line {instruction.line}: only barrier 0 of a whole block is known: {instruction.text}")
-        self.waiting[lanes] = place
+        self.waiting[lanes] = position
 
     def _pass_barriers(self) -> None:
         """Let the blocks go on, all of whose remaining threads wait."""
@@ -313,18 +313,18 @@ class _Batch:
         left = (self.exited & exists).reshape(-1, self.block_lanes)
         waiting = self.waiting.reshape(-1, self.block_lanes)
         for row in np.flatnonzero((waiting >= 0).any(axis=1)):
-            places = np.unique(waiting[row][waiting[row] >= 0])
-            instruction = self.function.code[places[0]]
+            positions = np.unique(waiting[row][waiting[row] >= 0])
+            instruction = self.function.code[positions[0]]
             if left[row].any():
                 text = f"{int(left[row].sum())} threads of the block have left before it"
                 self.report.add("divergent_barrier", instruction, text)
-            if len(places) > 1:
-                lines = ", ".join(str(self.function.code[place].line) for place in places)
+            if len(positions) > 1:
+                lines = ", ".join(str(self.function.code[position].line) for position in positions)
                 self.report.add("divergent_barrier", instruction, f"threads of one block wait at lines {lines}")
         lanes = np.flatnonzero(self.waiting >= 0)
         self.epochs[lanes] += 1
-        for place in np.unique(self.waiting[lanes]):
-            self._at(int(place) + 1, lanes[self.waiting[lanes] == place])
+        for position in np.unique(self.waiting[lanes]):
+            self._at(int(position) + 1, lanes[self.waiting[lanes] == position])
         self.waiting[lanes] = -1
 
 

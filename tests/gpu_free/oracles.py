@@ -41,14 +41,16 @@ Real = Fraction | float  # a float only for infinity and NaN
 
 def decode(bits: Bits, kind: str) -> tuple[bool, Real]:
     """Return the sign and the magnitude."""
-    form = FORMATS[kind]
-    negative, rest = bool(bits >> form.width - 1), bits & (1 << form.width - 1) - 1
-    if rest >= form.infinity:
-        return negative, math.inf if rest == form.infinity else math.nan
-    exponent, fraction = rest >> form.precision - 1, rest & (1 << form.precision - 1) - 1
+    number_format = FORMATS[kind]
+    negative, rest = bool(bits >> number_format.width - 1), bits & (1 << number_format.width - 1) - 1
+    if rest >= number_format.infinity:
+        return negative, math.inf if rest == number_format.infinity else math.nan
+    exponent, fraction = rest >> number_format.precision - 1, rest & (1 << number_format.precision - 1) - 1
     if exponent:
-        fraction |= 1 << form.precision - 1
-    return negative, Fraction(fraction) * Fraction(2) ** (max(exponent, 1) - form.bias - form.precision + 1)
+        fraction |= 1 << number_format.precision - 1
+    return negative, Fraction(fraction) * Fraction(2) ** (
+        max(exponent, 1) - number_format.bias - number_format.precision + 1
+    )
 
 
 def value(bits: Bits, kind: str) -> Real:
@@ -58,14 +60,14 @@ def value(bits: Bits, kind: str) -> Real:
 
 def encode(exact: Fraction, kind: str, mode: str = "rn", negative_zero: bool = False) -> Bits:
     """Round a real number; ``negative_zero``: which zero an exact zero is."""
-    form = FORMATS[kind]
-    sign = 1 << form.width - 1
+    number_format = FORMATS[kind]
+    sign = 1 << number_format.width - 1
     if exact == 0:
         return sign if negative_zero else 0
     negative, magnitude = exact < 0, abs(exact)
     exponent = magnitude.numerator.bit_length() - magnitude.denominator.bit_length()
     exponent -= magnitude < Fraction(2) ** exponent
-    step = Fraction(2) ** (max(exponent, 1 - form.bias) - form.precision + 1)
+    step = Fraction(2) ** (max(exponent, 1 - number_format.bias) - number_format.precision + 1)
     whole, rest = divmod(magnitude, step)
     up = {
         "rn": rest * 2 > step or (rest * 2 == step and whole % 2 == 1),
@@ -74,27 +76,27 @@ def encode(exact: Fraction, kind: str, mode: str = "rn", negative_zero: bool = F
         "rp": not negative and rest > 0,
     }[mode]
     rounded = (whole + up) * step
-    largest = (2 - Fraction(2) ** (1 - form.precision)) * Fraction(2) ** form.bias
+    largest = (2 - Fraction(2) ** (1 - number_format.precision)) * Fraction(2) ** number_format.bias
     if rounded > largest:
         infinite = mode == "rn" or (mode == "rm" and negative) or (mode == "rp" and not negative)
-        bits = form.infinity if infinite else form.infinity - 1
+        bits = number_format.infinity if infinite else number_format.infinity - 1
     else:
-        smallest = Fraction(2) ** (1 - form.bias)
+        smallest = Fraction(2) ** (1 - number_format.bias)
         if rounded < smallest:
-            bits = int(rounded / (smallest / (1 << form.precision - 1)))
+            bits = int(rounded / (smallest / (1 << number_format.precision - 1)))
         else:
             exponent = rounded.numerator.bit_length() - rounded.denominator.bit_length()
             exponent -= rounded < Fraction(2) ** exponent
-            bits = (exponent + form.bias << form.precision - 1) + int(
-                (rounded / Fraction(2) ** exponent - 1) * (1 << form.precision - 1)
+            bits = (exponent + number_format.bias << number_format.precision - 1) + int(
+                (rounded / Fraction(2) ** exponent - 1) * (1 << number_format.precision - 1)
             )
     return bits | sign if negative else bits
 
 
 def flush(bits: Bits, kind: str) -> Bits:
-    form = FORMATS[kind]
-    subnormal = bits >> form.precision - 1 & (1 << form.width - form.precision) - 1 == 0
-    return bits & 1 << form.width - 1 if subnormal else bits
+    number_format = FORMATS[kind]
+    subnormal = bits >> number_format.precision - 1 & (1 << number_format.width - number_format.precision) - 1 == 0
+    return bits & 1 << number_format.width - 1 if subnormal else bits
 
 
 def saturate(bits: Bits, kind: str) -> Bits:
@@ -108,10 +110,10 @@ def arithmetic(name: str, arguments: tuple[Bits, ...], kind: str, mode: str) -> 
     """Return add, sub, mul, fma, div, rcp or sqrt, rounded once."""
     if name == "rcp":
         return arithmetic("div", (encode(Fraction(1), kind), *arguments), kind, mode)
-    form = FORMATS[kind]
+    number_format = FORMATS[kind]
     parts = [decode(bits, kind) for bits in arguments]
     if any(isinstance(size, float) and math.isnan(size) for _, size in parts):
-        return form.nan
+        return number_format.nan
     if name == "sub":
         parts[1] = (not parts[1][0], parts[1][1])
         name = "add"
@@ -127,15 +129,15 @@ def arithmetic(name: str, arguments: tuple[Bits, ...], kind: str, mode: str) -> 
     if name == "div":
         (s, x), (t, y) = parts
         if x == y and x in (0, math.inf):
-            return form.nan
+            return number_format.nan
         quotient = math.inf if y == 0 or x == math.inf else Fraction(0) if y == math.inf else x / y
         return _finished((s != t, quotient), kind, mode)
     (s, x), (t, y) = parts
     if math.nan in (x, y) or any(isinstance(size, float) and math.isnan(size) for size in (x, y)):
-        return form.nan
+        return number_format.nan
     if x == math.inf or y == math.inf:
         if x == y and s != t:
-            return form.nan
+            return number_format.nan
         return _finished((s if x == math.inf else t, math.inf), kind, mode)
     total = Fraction(-x if s else x) + Fraction(-y if t else y)
     if total == 0:
@@ -145,9 +147,9 @@ def arithmetic(name: str, arguments: tuple[Bits, ...], kind: str, mode: str) -> 
 
 def _finished(result: tuple[bool, Real], kind: str, mode: str) -> Bits:
     negative, size = result
-    form = FORMATS[kind]
+    number_format = FORMATS[kind]
     if isinstance(size, float):
-        return form.nan if math.isnan(size) else form.infinity | negative << form.width - 1
+        return number_format.nan if math.isnan(size) else number_format.infinity | negative << number_format.width - 1
     return encode(Fraction(-size if negative else size), kind, mode, negative_zero=negative)
 
 
@@ -170,7 +172,7 @@ def compare(name: str, a: Bits, b: Bits, kind: str) -> bool:
     """Return setp's comparison."""
     if kind in FORMATS:
         x, y = value(a, kind), value(b, kind)
-        unordered = any(isinstance(each, float) and math.isnan(each) for each in (x, y))
+        unordered = any(isinstance(operand, float) and math.isnan(operand) for operand in (x, y))
         if name in ("num", "nan"):
             return unordered == (name == "nan")
         if unordered:
@@ -249,7 +251,11 @@ def float8(bits: Bits, kind: str) -> Bits:
     number = value(bits, "f32")
     codes = [(number8, code) for code in range(128) if (number8 := float8_value(code, kind)) is not None]
     size = abs(number)
-    best = min(codes, key=lambda each: (abs(each[0] - size), each[1] % 2)) if size <= codes[-1][0] else codes[-1]
+    best = (
+        min(codes, key=lambda size_and_code: (abs(size_and_code[0] - size), size_and_code[1] % 2))
+        if size <= codes[-1][0]
+        else codes[-1]
+    )
     return best[1] | (bits >> 31) << 7
 
 

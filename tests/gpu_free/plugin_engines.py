@@ -44,7 +44,7 @@ def model(
     outputs: Mapping[str, int],
     constants: Mapping[str, tuple[int, np.ndarray]],
 ) -> bytes:
-    called = sorted({each.op_type for each in nodes if each.domain == DOMAIN})
+    called = sorted({node.op_type for node in nodes if node.domain == DOMAIN})
     graph = helper.make_graph(
         nodes,
         "g",
@@ -52,13 +52,13 @@ def model(
         [helper.make_tensor_value_info(name, kind, None) for name, kind in outputs.items()],
         [helper.make_tensor(name, kind, value.shape, value.ravel()) for name, (kind, value) in constants.items()],
     )
-    made = helper.make_model(
+    onnx_model = helper.make_model(
         graph,
         functions=[functions.ir.to_proto(functions.function(name)) for name in called],
         ir_version=11,
         opset_imports=[helper.make_opsetid("", functions.OPSET), helper.make_opsetid(DOMAIN, 1)],
     )
-    return made.SerializeToString()
+    return onnx_model.SerializeToString()
 
 
 def block(dtype: int, *, weight: int = WIDTH, table: int = TensorProto.FLOAT, **changed: Any) -> bytes:
@@ -96,10 +96,10 @@ def int8_block(dtype: int) -> bytes:
     }
     rng = np.random.default_rng(0)
     for name, (inputs, attributes, width) in calls.items():
-        made = [f"{name}_y", "sum"] if name == "QuantizedAddRMSNorm" else [f"{name}_y"]
+        outputs = [f"{name}_y", "sum"] if name == "QuantizedAddRMSNorm" else [f"{name}_y"]
         nodes += [
-            node(name, inputs, made, **attributes),
-            helper.make_node("DequantizeLinear", [made[0], "step"], [f"{name}_f"]),
+            node(name, inputs, outputs, **attributes),
+            helper.make_node("DequantizeLinear", [outputs[0], "step"], [f"{name}_f"]),
             helper.make_node("DequantizeLinear", [f"{name}_m", "steps"], [f"{name}_mf"], axis=1),
             helper.make_node("MatMul", [f"{name}_f", f"{name}_mf"], [f"{name}_z"], name=f"product_{name}"),
         ]

@@ -128,7 +128,7 @@ def parse(text: str) -> Module:
             functions[function.name] = function
             position = end + 1
     outside.append(text[position:])
-    variables = {found.name: found for part in outside for found in map(_variable, VARIABLE.finditer(part))}
+    variables = {variable.name: variable for part in outside for variable in map(_variable, VARIABLE.finditer(part))}
     for function in functions.values():
         _check_names(function, variables)
     return Module(version[1], target[1], functions, variables)
@@ -161,7 +161,10 @@ def _number(text: str) -> int:
 
 def _function(head: re.Match[str], body: str, first_line: int) -> Function:
     kind, _, name, parameters, attributes, _ = head.groups()
-    sizes = {found[2]: int(found[1][1:]) // 8 * int(found[3] or 1) for found in PARAMETER.finditer(parameters)}
+    sizes = {
+        parameter[2]: int(parameter[1][1:]) // 8 * int(parameter[3] or 1)
+        for parameter in PARAMETER.finditer(parameters)
+    }
     limit = re.search(r"\.(?:max|req)ntid\s+(\d+)(?:\s*,\s*(\d+))?(?:\s*,\s*(\d+))?", attributes)
     threads = int(limit[1]) * int(limit[2] or 1) * int(limit[3] or 1) if limit else None
     function = Function(name, kind == "entry", sizes, threads)
@@ -218,8 +221,8 @@ def _declare(scope: dict[str, tuple[str, int]], statement: str) -> None:
     suffix = scope.get("", ("", 0))[0]
     for name in (name.strip() for name in names.split(",")):
         prefix = re.fullmatch(r"(%?[\w$]+)<(\d+)>", name)
-        for each in (f"{prefix[1]}{number}" for number in range(int(prefix[2]))) if prefix else (name,):
-            scope[each] = each + suffix, bits
+        for register in (f"{prefix[1]}{number}" for number in range(int(prefix[2]))) if prefix else (name,):
+            scope[register] = register + suffix, bits
 
 
 def _instruction(statement: str, line: int, scopes: list[dict[str, tuple[str, int]]]) -> Instruction:
@@ -228,14 +231,14 @@ def _instruction(statement: str, line: int, scopes: list[dict[str, tuple[str, in
         raise PtxError(f"line {line}: no instruction: {statement}")
     guard = None
     if match[2]:
-        found = _operand(match[2], scopes, line)
-        if not isinstance(found, Register):
+        operand = _operand(match[2], scopes, line)
+        if not isinstance(operand, Register):
             raise PtxError(f"line {line}: no predicate guards {statement}")
-        guard = Register(found.name, found.bits, negated=bool(match[1]))
+        guard = Register(operand.name, operand.bits, negated=bool(match[1]))
     operands: list[Operand] = []
     for part in _split(match[4]):
         if "|" in part:  # two results of one instruction: d|p
-            operands.extend(_operand(each.strip(), scopes, line) for each in part.split("|"))
+            operands.extend(_operand(word.strip(), scopes, line) for word in part.split("|"))
         else:
             operands.append(_operand(part, scopes, line))
     return Instruction(match[3], tuple(operands), guard, line, statement)

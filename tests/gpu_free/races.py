@@ -37,8 +37,8 @@ class SharedLog:
         """Keep one instruction's accesses: ``width`` bytes at each address, which names variable and offset."""
         self.instructions.append(instruction)
         number = len(self.instructions) - 1
-        place = (blocks.astype(np.int64) << 44) | (epochs.astype(np.int64) << 28) | addresses
-        self.parts.append((place, lanes, warp_epochs, np.full(len(lanes), is_write), np.full(len(lanes), number)))
+        key = (blocks.astype(np.int64) << 44) | (epochs.astype(np.int64) << 28) | addresses
+        self.parts.append((key, lanes, warp_epochs, np.full(len(lanes), is_write), np.full(len(lanes), number)))
         self.widths.append(width)
 
     def check(self, report: Report) -> None:
@@ -53,11 +53,11 @@ class SharedLog:
                     column.append(array)
         joined = [np.concatenate(column) for column in columns]
         order = np.argsort(joined[0], kind="stable")
-        place, lane, warp_epoch, is_write, number = (array[order] for array in joined)
-        starts = np.flatnonzero(np.diff(place, prepend=-1))
+        key, lane, warp_epoch, is_write, number = (array[order] for array in joined)
+        starts = np.flatnonzero(np.diff(key, prepend=-1))
         several = np.minimum.reduceat(lane, starts) != np.maximum.reduceat(lane, starts)
         suspicious = np.flatnonzero(several & np.logical_or.reduceat(is_write, starts))
-        ends = np.append(starts[1:], len(place))
+        ends = np.append(starts[1:], len(key))
         for group in suspicious[:CANDIDATES]:
             chosen = slice(starts[group], ends[group])
             self._pairs(lane[chosen], warp_epoch[chosen], is_write[chosen], number[chosen], report)

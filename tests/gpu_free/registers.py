@@ -71,21 +71,21 @@ class Registers:
             return
         if not isinstance(operand, Register):
             raise PtxError(f"line {instruction.line}: no register: {instruction.text}")
-        wanted = BITS[operand.bits]
-        if values.dtype.itemsize != wanted.itemsize or (values.dtype == bool) != (operand.bits == 1):
-            if not any_width or values.dtype.itemsize > wanted.itemsize or operand.bits == 1:
+        dtype = BITS[operand.bits]
+        if values.dtype.itemsize != dtype.itemsize or (values.dtype == bool) != (operand.bits == 1):
+            if not any_width or values.dtype.itemsize > dtype.itemsize or operand.bits == 1:
                 raise PtxError(f"line {instruction.line}: {operand.name} holds no {kind}: {instruction.text}")
             signed = values.dtype.kind == "i"
             values = values.view(f"{'i' if signed else 'u'}{values.dtype.itemsize}")
-            values = values.astype(f"{'i' if signed else 'u'}{wanted.itemsize}")
-        bits = values.view(wanted)
+            values = values.astype(f"{'i' if signed else 'u'}{dtype.itemsize}")
+        bits = values.view(dtype)
         if len(lanes) == self.size:
             self.bits[operand.name] = bits
             self.unwritten.pop(operand.name, None)
             return
         old = self.bits.get(operand.name)
         if old is None:
-            new, unwritten = np.zeros(self.size, wanted), np.ones(self.size, bool)
+            new, unwritten = np.zeros(self.size, dtype), np.ones(self.size, bool)
         else:
             new, unwritten = old.copy(), self.unwritten.get(operand.name)  # what another register shares stays as it is
             unwritten = None if unwritten is None else unwritten.copy()

@@ -92,9 +92,9 @@ def narrow(values: np.ndarray, kind: str, mode: str = "rn") -> np.ndarray:
 
 
 def _directed(rounded: np.ndarray, exact: np.ndarray, mode: str) -> np.ndarray:
-    got = rounded.astype(np.float64)
-    too_high = (got > exact) & ((mode == "rm") | ((mode == "rz") & (exact > 0)))
-    too_low = (got < exact) & ((mode == "rp") | ((mode == "rz") & (exact < 0)))
+    nearest = rounded.astype(np.float64)
+    too_high = (nearest > exact) & ((mode == "rm") | ((mode == "rz") & (exact > 0)))
+    too_low = (nearest < exact) & ((mode == "rp") | ((mode == "rz") & (exact < 0)))
     finite = np.isfinite(exact)
     down, up = (np.nextafter(rounded, np.array(end, rounded.dtype)) for end in (-np.inf, np.inf))
     return np.where(too_high & finite, down, np.where(too_low & finite, up, rounded))

@@ -20,20 +20,20 @@ def covering(cases: Iterable[Any], key: Callable[..., Hashable]) -> list[Any]:
     """
     parameters = [_parameters(case) for case in cases]
     groups: dict[Hashable, list[int]] = {}
-    for place, each in enumerate(parameters):
-        if not each.marks:
-            groups.setdefault(key(*each.values), []).append(place)
-    kept = {places[number * STRIDE % len(places)] for number, places in enumerate(groups.values())}
+    for index, case in enumerate(parameters):
+        if not case.marks:
+            groups.setdefault(key(*case.values), []).append(index)
+    selected = {indices[number * STRIDE % len(indices)] for number, indices in enumerate(groups.values())}
     return [
-        each if each.marks or place in kept else each._replace(marks=(pytest.mark.kernels,))
-        for place, each in enumerate(parameters)
+        case if case.marks or index in selected else case._replace(marks=(pytest.mark.kernels,))
+        for index, case in enumerate(parameters)
     ]
 
 
-def kept(test: Callable[..., None], number: int = 0) -> list[Sequence[Any]]:
+def selected_cases(test: Callable[..., None], number: int = 0) -> list[Sequence[Any]]:
     """Return the values of the cases of a test's decorator ``number`` that ``make test`` runs."""
     decorators = [mark for mark in getattr(test, "pytestmark", ()) if mark.name == "parametrize"]
-    return [each.values for each in map(_parameters, decorators[number].args[1]) if not each.marks]
+    return [case.values for case in map(_parameters, decorators[number].args[1]) if not case.marks]
 
 
 def form(entry: Entry) -> Hashable:

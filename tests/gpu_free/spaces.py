@@ -18,7 +18,7 @@ TYPES = (*(f"{sign}{bits}" for sign in "bus" for bits in (8, 16, 32, 64)), "f32"
 
 
 def _accesses() -> dict[str, Access]:
-    found: dict[str, Access] = {}
+    accesses: dict[str, Access] = {}
     for kind in TYPES:
         bits = int(kind[1:])
         for vector, count in VECTORS.items():
@@ -27,13 +27,13 @@ def _accesses() -> dict[str, Access]:
             for space in ("global", "shared", "local", *(("param",) if count == 1 else ())):
                 for hint in HINTS if space == "global" else ("",):
                     load, store = f"ld.{space}{hint}{vector}.{kind}", f"st.{space}{hint}{vector}.{kind}"
-                    found[load] = Access(True, space, kind, bits, count, False)
+                    accesses[load] = Access(True, space, kind, bits, count, False)
                     if space != "param":
-                        found[store] = Access(False, space, kind, bits, count, False)
+                        accesses[store] = Access(False, space, kind, bits, count, False)
                     if space == "global":
-                        found[f"ld.global{hint}.nc{vector}.{kind}"] = Access(True, space, kind, bits, count, True)
-                        found[f"ld.global.nc{hint}{vector}.{kind}"] = Access(True, space, kind, bits, count, True)
-    return found
+                        accesses[f"ld.global{hint}.nc{vector}.{kind}"] = Access(True, space, kind, bits, count, True)
+                        accesses[f"ld.global.nc{hint}{vector}.{kind}"] = Access(True, space, kind, bits, count, True)
+    return accesses
 
 
 ACCESSES: Mapping[str, Access] = _accesses()
@@ -71,14 +71,16 @@ class Spaces:
             )
             self.parameters[name] = (self._base("global", len(self.arrays)) + argument.start).to_bytes(8, "little")
             self.arrays.append(array)
-        constants = [each for each in variables if each.space in ("global", "const")]
-        self.outside = {each.name: self._base("global", len(self.arrays) + at) for at, each in enumerate(constants)}
-        for each in constants:
-            if not each.content:
-                raise PtxError(f"{each.name}: a global variable without a value")
-            self.arrays.append(GlobalArray(each.name, np.frombuffer(each.content, np.uint8), is_output=False))
-        self.shared = [each for each in variables if each.space == "shared"]
-        self.local = [each for each in variables if each.space == "local"]
+        constants = [variable for variable in variables if variable.space in ("global", "const")]
+        self.outside = {
+            variable.name: self._base("global", len(self.arrays) + at) for at, variable in enumerate(constants)
+        }
+        for variable in constants:
+            if not variable.content:
+                raise PtxError(f"{variable.name}: a global variable without a value")
+            self.arrays.append(GlobalArray(variable.name, np.frombuffer(variable.content, np.uint8), is_output=False))
+        self.shared = [variable for variable in variables if variable.space == "shared"]
+        self.local = [variable for variable in variables if variable.space == "local"]
         self.dynamic_bytes = shared_bytes
         self.segments: dict[str, list[Segment]] = {"global": list(self.arrays)}
         self.log = SharedLog()
@@ -89,15 +91,17 @@ class Spaces:
 
     def symbols(self) -> dict[str, int]:
         """Return every variable's address."""
-        found = dict(self.outside)
+        addresses = dict(self.outside)
         for space, variables in (("shared", self.shared), ("local", self.local)):
-            found |= {each.name: self._base(space, number) for number, each in enumerate(variables)}
-        return found
+            addresses |= {variable.name: self._base(space, number) for number, variable in enumerate(variables)}
+        return addresses
 
     def start_batch(self, blocks: int, lanes: int) -> None:
         """Lay out shared and local variables, unwritten."""
         for space, variables, copies in (("shared", self.shared, blocks), ("local", self.local, lanes)):
-            self.segments[space] = [Segment(each.name, self._bytes(each), copies=copies) for each in variables]
+            self.segments[space] = [
+                Segment(variable.name, self._bytes(variable), copies=copies) for variable in variables
+            ]
         self.log = SharedLog()
 
     def _bytes(self, variable: Variable) -> int:
@@ -121,7 +125,7 @@ class Spaces:
                     self.report.add("unwritten_output", None, text)
         for argument in self.arguments:
             if not isinstance(argument, int) and argument.is_output:
-                array = next(each for each in self.arrays if each.name == argument.name)
+                array = next(candidate for candidate in self.arrays if candidate.name == argument.name)
                 argument.values[...] = array.values().view(argument.values.dtype).reshape(argument.values.shape)
 
     def load(
@@ -137,7 +141,7 @@ class Spaces:
         if isinstance(where, Address):
             return np.broadcast_to(self._parameter(where, access, instruction), (len(threads.lanes), access.width))
         result = np.zeros((len(threads.lanes), access.width), np.uint8)
-        for segment, rows, index, some in self._found(access, where, threads, instruction):
+        for segment, rows, index, some in self._segments_of(access, where, threads, instruction):
             result[rows] = segment.read(index, access.width)
             missing = segment.has_unwritten(index, access.width)
             if missing.any():
@@ -161,7 +165,7 @@ class Spaces:
     ) -> None:
         """Write (threads, bytes); what is outside or misaligned is not written."""
         assert not isinstance(where, Address)
-        for segment, rows, index, some in self._found(access, where, threads, instruction):
+        for segment, rows, index, some in self._segments_of(access, where, threads, instruction):
             if isinstance(segment, GlobalArray):
                 segment.stored(some, block_of[rows], index, access, instruction, self.report)
                 if not segment.is_output:
@@ -170,7 +174,7 @@ class Spaces:
                 self._note(access, where[rows], some, warp_epochs[rows], True, instruction)
             segment.write(index, access.width, values[rows])
 
-    def _found(self, access: Access, where: np.ndarray, threads: Threads, instruction: Instruction):
+    def _segments_of(self, access: Access, where: np.ndarray, threads: Threads, instruction: Instruction):
         """Yield every segment that is meant, which threads mean it, and where: index in units of the access."""
         region = REGION[access.space]
         numbers = (where + region // 2) // region - 1

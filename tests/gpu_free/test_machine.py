@@ -131,8 +131,8 @@ def test_shuffles_read_the_lane_that_ptx_names(name: str) -> None:
     operands, lanes = SHUFFLED[name.split(".")[2]]
     source = np.arange(64, dtype=np.uint32) * 10
     body = f"ld.global.u32 %r1, [%d4]; {name} %r2, %r1, {operands}, -1; st.global.u32 [%d5], %r2;"
-    wanted = np.concatenate([source[lanes], source[32 + lanes]])
-    np.testing.assert_array_equal(clean(body, source, np.zeros_like(source)), wanted)
+    expected = np.concatenate([source[lanes], source[32 + lanes]])
+    np.testing.assert_array_equal(clean(body, source, np.zeros_like(source)), expected)
     body = body.replace("%r2, %r1", "%r2|%p1, %r1").replace("[%d5], %r2", "[%d5], %r3")
     body = body.replace("st.global", "selp.u32 %r3, 1, 0, %p1; st.global")
     in_range = {"up": lanes != LANE, "down": lanes != LANE}.get(name.split(".")[2], np.ones(32, bool))
@@ -141,8 +141,8 @@ def test_shuffles_read_the_lane_that_ptx_names(name: str) -> None:
 
 def test_a_shuffle_in_segments_stays_in_its_segment() -> None:
     body = "shfl.sync.down.b32 %r2, %r0, 1, 6151, -1; st.global.u32 [%d5], %r2;"  # 6151: segments of eight lanes
-    wanted = np.where(np.arange(64) % 8 < 7, np.arange(64) + 1, np.arange(64))
-    np.testing.assert_array_equal(clean(body, np.zeros(64, np.uint32), np.zeros(64, np.uint32)), wanted)
+    expected = np.where(np.arange(64) % 8 < 7, np.arange(64) + 1, np.arange(64))
+    np.testing.assert_array_equal(clean(body, np.zeros(64, np.uint32), np.zeros(64, np.uint32)), expected)
 
 
 def test_half_a_warp_may_shuffle_by_itself() -> None:
@@ -264,9 +264,9 @@ UNKNOWN: Mapping[str, tuple[str, str]] = {  # what -> a body, what the error nam
 }
 
 
-@pytest.mark.parametrize("what", UNKNOWN)
-def test_what_is_unknown_is_refused_by_name(what: str) -> None:
-    body, message = UNKNOWN[what]
+@pytest.mark.parametrize("instruction", UNKNOWN)
+def test_what_is_unknown_is_refused_by_name(instruction: str) -> None:
+    body, message = UNKNOWN[instruction]
     with pytest.raises(PtxError, match=r"line \d+: .*" + message):
         run(body, np.zeros(64, np.uint32), np.zeros(64, np.uint32), threads=32)
 

@@ -26,11 +26,24 @@ def specials(kind: str) -> list[Bits]:
     if width == 1:
         return [0, 1]
     if kind in FORMATS:
-        form = FORMATS[kind]
-        one, sign, quiet = encode_one(kind), 1 << width - 1, 1 << form.precision - 2
-        size = [0, 1, 3, (1 << form.precision - 1) - 1, 1 << form.precision - 1, one, one + 1, one - 1]
-        size += [one + (1 << form.precision - 1), one + (3 << form.precision - 3), one - (1 << form.precision - 1)]
-        size += [form.infinity - 1, form.infinity, form.infinity | quiet]
+        number_format = FORMATS[kind]
+        one, sign, quiet = encode_one(kind), 1 << width - 1, 1 << number_format.precision - 2
+        size = [
+            0,
+            1,
+            3,
+            (1 << number_format.precision - 1) - 1,
+            1 << number_format.precision - 1,
+            one,
+            one + 1,
+            one - 1,
+        ]
+        size += [
+            one + (1 << number_format.precision - 1),
+            one + (3 << number_format.precision - 3),
+            one - (1 << number_format.precision - 1),
+        ]
+        size += [number_format.infinity - 1, number_format.infinity, number_format.infinity | quiet]
         return [*size, *(bits | sign for bits in size)]
     return sorted(
         {0, 1, 2, 3, (1 << width) - 1, (1 << width) - 2, 1 << width - 1, (1 << width - 1) - 1, 0xFF % (1 << width)}
@@ -50,12 +63,12 @@ def draw(kind: str, generator: random.Random) -> Bits:
         return generator.choice(specials(kind))
     bits = generator.getrandbits(WIDTH[kind])
     if kind in FORMATS and choice < 0.85:
-        form = FORMATS[kind]
-        exponent = form.bias + generator.randint(-12, 12)
+        number_format = FORMATS[kind]
+        exponent = number_format.bias + generator.randint(-12, 12)
         bits = (
-            bits & (1 << form.precision - 1) - 1
-            | exponent << form.precision - 1
-            | bits >> form.width - 1 << form.width - 1
+            bits & (1 << number_format.precision - 1) - 1
+            | exponent << number_format.precision - 1
+            | bits >> number_format.width - 1 << number_format.width - 1
         )
     return bits
 
@@ -96,12 +109,12 @@ def computed(operation: Operation, rows: list[tuple[Bits, ...]]) -> list[tuple[B
         assert result.dtype.itemsize == DTYPES[kind].itemsize
         assert (result.dtype == bool) == (WIDTH[kind] == 1)
         view = result if result.dtype == bool else np.ascontiguousarray(result).view(f"u{result.dtype.itemsize}")
-        bits.append([int(each) for each in view])
+        bits.append([int(value) for value in view])
     return list(zip(*bits, strict=True))
 
 
-def same(got: Bits, wanted: Bits, kind: str) -> bool:
-    return got == wanted or (wanted == NAN and kind in FORMATS and is_nan(got, kind))
+def same(actual: Bits, expected: Bits, kind: str) -> bool:
+    return actual == expected or (expected == NAN and kind in FORMATS and is_nan(actual, kind))
 
 
 def is_approximate(name: str) -> bool:
@@ -116,14 +129,14 @@ def test_opcodes_give_the_oracle_s_bits(family: str) -> None:
         oracle = FAMILIES[family](family, name.split(".")[1:], name.split(".")[-1])
         rows = arguments_for(name, operation)
         for row, results in zip(rows, computed(operation, rows), strict=True):
-            got = results[0]
-            wanted = oracle(*row)
+            actual = results[0]
+            expected = oracle(*row)
             if operation.gives[-1] == "cc":  # the oracle's number is longer than the register
                 width = WIDTH[operation.gives[0]]
-                assert results[1] == (wanted >> width & 1), (name, [f"{bits:#x}" for bits in row])
-                wanted %= 1 << width
+                assert results[1] == (expected >> width & 1), (name, [f"{bits:#x}" for bits in row])
+                expected %= 1 << width
             shown = [f"{bits:#x}" for bits in row]
-            assert same(got, wanted, operation.gives[0]), f"{name} {shown}: {got:#x}, not {wanted:#x}"
+            assert same(actual, expected, operation.gives[0]), f"{name} {shown}: {actual:#x}, not {expected:#x}"
 
 
 APPROXIMATE: Mapping[str, Callable[..., float]] = {
@@ -151,7 +164,7 @@ def test_approximate_opcodes_are_exact_to_one_rounding(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "argument", "wanted"),
+    ("name", "argument", "expected"),
     [
         ("ex2.approx.f32", -np.inf, 0.0),
         ("ex2.approx.f32", np.inf, np.inf),
@@ -165,10 +178,10 @@ def test_approximate_opcodes_are_exact_to_one_rounding(name: str) -> None:
         ("rsqrt.approx.f32", -1.0, np.nan),
     ],
 )
-def test_approximate_opcodes_at_the_ends(name: str, argument: float, wanted: float) -> None:
+def test_approximate_opcodes_at_the_ends(name: str, argument: float, expected: float) -> None:
     with np.errstate(all="ignore"):
         (result,) = OPCODES[name].compute(np.array([argument], np.float32))
-    np.testing.assert_equal(float(result), wanted)
+    np.testing.assert_equal(float(result), expected)
 
 
 def test_the_oracle_agrees_with_numpy_s_own_rounding() -> None:

@@ -31,16 +31,16 @@ def shuffle(
     low, b = lane & segment, b & 31
     high = low | (c & 31 & ~segment)
     mode = instruction.opcode.split(".")[2]
-    wanted, in_range = SOURCES[mode](lane, b & ~segment if mode == "idx" else b, low, high)
-    wanted = np.where(in_range, wanted, lane)
+    source_lane, in_range = SOURCES[mode](lane, b & ~segment if mode == "idx" else b, low, high)
+    source_lane = np.where(in_range, source_lane, lane)
     everyone = np.zeros(registers.size, np.uint32)
-    here = np.zeros(registers.size, bool)
-    everyone[lanes], here[lanes] = values, True
-    from_lane = lanes - lane + wanted
-    absent = ~here[from_lane] | (masks >> wanted.astype(np.uint32) & np.uint32(1) == 0)
+    is_covered = np.zeros(registers.size, bool)
+    everyone[lanes], is_covered[lanes] = values, True
+    from_lane = lanes - lane + source_lane
+    absent = ~is_covered[from_lane] | (masks >> source_lane.astype(np.uint32) & np.uint32(1) == 0)
     if absent.any():
         example = np.flatnonzero(absent)[0]
-        text = f"lane {lane[example]} reads lane {wanted[example]}, which takes no part"
+        text = f"lane {lane[example]} reads lane {source_lane[example]}, which takes no part"
         report.add("shuffle", instruction, text, int(absent.sum()))
     registers.write(target, "b32", everyone[from_lane], lanes, instruction)
     if has_predicate:

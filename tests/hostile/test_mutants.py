@@ -124,11 +124,11 @@ def test_no_mutant_of_a_bundle_is_ever_taken_for_the_bundle(tiny_bundle, tmp_pat
         flip_bits(content, rng)
         (bundle / MANIFEST).write_bytes(content)
         try:
-            found = load_bundle(bundle)
+            loaded = load_bundle(bundle)
         except MedsegError:
             continue
         read += 1
-        variant = found.variant(found.default)
+        variant = loaded.variant(loaded.default)
         for name in (variant.graph, variant.weights):
             assert sha256(bundle / name) == json.loads(original)["files"][name]["sha256"]
     assert read < 100

@@ -25,7 +25,7 @@ FEWEST_IMAGES = {"pydicom": 70, "nibabel": 5, "Pillow": 550}  # a reader that re
 
 def outcomes(name: str, root: Path) -> Iterator[tuple[Path, str]]:
     """Read every file below a folder; yield it with what came of it."""
-    for path in sorted(each for each in root.rglob("*") if each.is_file()):
+    for path in sorted(candidate for candidate in root.rglob("*") if candidate.is_file()):
         start = time.process_time()
         try:
             image = read_image(path)
@@ -43,10 +43,10 @@ def outcomes(name: str, root: Path) -> Iterator[tuple[Path, str]]:
 
 
 def check(name: str, root: Path) -> None:
-    found = dict(outcomes(name, root))
-    counts = Counter(found.values())
+    results = dict(outcomes(name, root))
+    counts = Counter(results.values())
     print(f"{name}: {', '.join(f'{count} {outcome}' for outcome, count in counts.most_common())}")
-    assert len(found) == sum(path.is_file() for path in root.rglob("*"))
+    assert len(results) == sum(path.is_file() for path in root.rglob("*"))
     assert counts["image"] >= FEWEST_IMAGES[name]
 
 

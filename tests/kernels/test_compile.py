@@ -111,10 +111,10 @@ def test_defines_architectures_and_compilers_are_kept_apart(small, compilations)
 @pytest.mark.parametrize("content", ["", "half a f", "{other}", "\udcff"], ids=["empty", "short", "edited", "bytes"])
 def test_a_damaged_cache_entry_is_compiled_again(content, small, cache, compilations):
     ptx = compile.compile_ptx(small, ENTRY)
-    (kept,) = cache.iterdir()
-    other = kept.read_text().replace("0f3DCCCCCD", "0f3E4CCCCD")
-    assert other != kept.read_text()
-    kept.write_text(content.format(other=other), errors="surrogateescape")
+    (cache_file,) = cache.iterdir()
+    other = cache_file.read_text().replace("0f3DCCCCCD", "0f3E4CCCCD")
+    assert other != cache_file.read_text()
+    cache_file.write_text(content.format(other=other), errors="surrogateescape")
     assert compile.compile_ptx(small, ENTRY) == ptx
     assert compile.compile_ptx(small, ENTRY) == ptx
     assert len(compilations) == 2
@@ -164,10 +164,10 @@ def test_no_cuda_installation_is_asked(small, monkeypatch):
 
 def test_ptxas_and_the_disassembler_agree_with_the_source(small):
     ptx = compile.compile_ptx(small, ENTRY)
-    found = assemble.opcodes(ptx, "sm_86")
-    assert assemble.count(found, "LDG") == assemble.count(found, "STG") == 1
-    assert assemble.count(found, "LDG", "128") == 0
-    assert assemble.count(found, "FFMA") == 0
+    opcode_counts = assemble.opcodes(ptx, "sm_86")
+    assert assemble.count(opcode_counts, "LDG") == assemble.count(opcode_counts, "STG") == 1
+    assert assemble.count(opcode_counts, "LDG", "128") == 0
+    assert assemble.count(opcode_counts, "FFMA") == 0
     used = assemble.usage(ptx, "sm_86")
     assert 4 < used.registers < 32
     assert (used.spill_bytes, used.stack_bytes, used.shared_bytes) == (0, 0, 0)
@@ -206,8 +206,8 @@ def built(tmp_path_factory) -> Path:
 def test_the_manifest_has_every_field_and_the_digests_are_true(built):
     rows = json.loads((built / "manifest.json").read_text())["kernels"]
     assert all(hashlib.sha256((built / row["ptx"]).read_bytes()).hexdigest() == row["sha256"] for row in rows)
-    by_place = {(row["target"], row["entry"]): row for row in rows}
-    row = by_place["jetpack6", "medseg_logits_to_mask_float16"]
+    row_of = {(row["target"], row["entry"]): row for row in rows}
+    row = row_of["jetpack6", "medseg_logits_to_mask_float16"]
     assert row.keys() == {
         "name",
         "entry",
@@ -227,7 +227,7 @@ def test_the_manifest_has_every_field_and_the_digests_are_true(built):
         "spills",
         "max_width",
     }
-    assert all(each.keys() == {"name", "kind", "dtype", "direction"} for each in row["parameters"])
+    assert all(parameter.keys() == {"name", "kind", "dtype", "direction"} for parameter in row["parameters"])
     assert {key: row[key] for key in ("name", "dtype", "arch", "ptx_version", "cuda", "block", "spills")} == {
         "name": "logits_to_mask",
         "dtype": "float16",
@@ -241,7 +241,7 @@ def test_the_manifest_has_every_field_and_the_digests_are_true(built):
     assert row["parameters"][-1] == {"name": "mask", "kind": "pointer", "dtype": "uint8", "direction": "out"}
     assert row["grid"] == load("logits_to_mask").grid_rule
     assert row["max_width"] == 16384
-    assert by_place["sm_80", "medseg_rmsnorm_float16"]["static_shared_bytes"] > 0
+    assert row_of["sm_80", "medseg_rmsnorm_float16"]["static_shared_bytes"] > 0
     assert all(16 <= row["registers"] <= 255 for row in rows)
 
 
@@ -257,8 +257,8 @@ def test_functions_that_need_a_newer_device_are_left_out(built):
 )
 def test_a_library_gives_the_newest_that_device_and_driver_understand(capability, cuda, target, built):
     kernel = load("logits_to_mask")
-    found = open_library(built)(kernel, kernel.entries[0], capability, cuda)
-    assert found == (built / target / f"{kernel.entries[0].name}.ptx").read_text()
+    ptx = open_library(built)(kernel, kernel.entries[0], capability, cuda)
+    assert ptx == (built / target / f"{kernel.entries[0].name}.ptx").read_text()
 
 
 @pytest.mark.parametrize(("capability", "cuda"), [(75, (13, 0)), (80, (12, 6)), (87, (12, 5))])
@@ -294,7 +294,9 @@ def test_a_library_refuses_damage_and_other_arguments(built, tmp_path):
         find(kernel, entry, 80, (13, 0))
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"schema": 99, "kernels": []}', '{"schema": 1}'])
+@pytest.mark.parametrize(
+    "content", [None, "{", "[]", '{"schema": 99, "kernels": []}', '{"schema": 1}', '{"schema": 1, "kernels": [{}]}']
+)
 def test_a_folder_without_a_readable_manifest_is_refused(content, tmp_path):
     if content is not None:
         (tmp_path / "manifest.json").write_text(content)
@@ -305,7 +307,7 @@ def test_a_folder_without_a_readable_manifest_is_refused(content, tmp_path):
 def test_a_declaration_that_differs_from_the_source_is_not_built(small, monkeypatch, tmp_path):
     entry = dataclasses.replace(ENTRY, parameters=(*ENTRY.parameters[:2], scalar("more"), ENTRY.parameters[2]))
     monkeypatch.setattr(manifest, "load", lambda _: dataclasses.replace(small, entries=(entry,)))
-    with pytest.raises(MedsegError, match=r"small\.cu: small_float32 takes other arguments"):
+    with pytest.raises(MedsegError, match=r"small\.cu: the PTX of small_float32 has other arguments"):
         manifest.build(tmp_path / "out", ["sm_80"], ["small"])
     assert not (tmp_path / "out").exists()
 
@@ -317,7 +319,7 @@ def test_only_a_folder_of_kernels_is_replaced(small, monkeypatch, tmp_path):
     manifest.build(out, ["sm_86"], ["small"])
     assert sorted(contents(out)) == ["manifest.json", "sm_86/small_float32.ptx"]
     (out / "manifest.json").unlink()
-    with pytest.raises(UsageError, match="holds something else"):
+    with pytest.raises(UsageError, match="holds other files"):
         manifest.build(out, ["sm_86"], ["small"])
     assert (out / "sm_86" / "small_float32.ptx").exists()
 

@@ -33,6 +33,8 @@ class FakeDriverModule:
         self.results = {
             "cuDriverGetVersion": (13000,),
             "cuCtxGetCurrent": (0x77,),
+            "cuDeviceGet": (0,),
+            "cuCtxGetDevice": (0,),
             "cuDeviceGetName": (b"GPU\0\0\0",),
             "cuMemAlloc": (0x1000,),
             "cuMemAllocHost": (0x2000,),
@@ -92,6 +94,7 @@ CALLS = {
     "new_event": ((), [("cuEventCreate", 0)], "event"),
     "free_event": (("event",), [("cuEventDestroy", "event")], None),
     "record_event": (("event", 0x30), [("cuEventRecord", "event", 0x30)], None),
+    "wait_event": (("event",), [("cuEventSynchronize", "event")], None),
     "elapsed_ms": (("first", "second"), [("cuEventElapsedTime", "first", "second")], 1.25),
 }
 
@@ -149,7 +152,7 @@ def test_the_real_module_has_every_function_with_as_many_arguments():
         for function, *arguments in calls:
             first_line = (inspect.getdoc(getattr(driver, function)) or "").splitlines()[0]
             inside = first_line.partition("(")[2].rpartition(")")[0]
-            assert len([each for each in inside.split(",") if each.strip()]) == len(arguments), first_line
+            assert len([argument for argument in inside.split(",") if argument.strip()]) == len(arguments), first_line
     assert hasattr(driver.CUstreamCaptureMode, "CU_STREAM_CAPTURE_MODE_THREAD_LOCAL")
     assert int(driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY) == 2
     assert int(driver.CUstream_flags.CU_STREAM_NON_BLOCKING) == 1

@@ -30,8 +30,8 @@ def tied(classes: int, size: tuple[int, int]) -> np.ndarray:
     rng = np.random.default_rng(classes)
     random = rng.integers(-1, 2, (2, classes, *size)).astype(np.float32)
     random[random == 0] *= rng.choice([-1.0, 1.0], (random == 0).sum())
-    flat = [np.full((classes, *size), value, np.float32) for value in (-1.0, 0.0, 1.0)]
-    return np.concatenate([random, np.stack(flat)])
+    uniform = [np.full((classes, *size), value, np.float32) for value in (-1.0, 0.0, 1.0)]
+    return np.concatenate([random, np.stack(uniform)])
 
 
 def doubled(values: np.ndarray, axis: int) -> np.ndarray:
@@ -44,21 +44,21 @@ def doubled(values: np.ndarray, axis: int) -> np.ndarray:
     return both.reshape(shape)
 
 
-def wanted(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def expected_labels(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Return the labels by definition, one pixel at a time: the first class that no other exceeds."""
     exact = logits.astype(np.float64)
     for axis in (2, 3):
         exact = doubled(exact, axis) if size[axis - 2] != exact.shape[axis] else exact
     labels = np.empty((len(exact), *size), np.uint8)
-    for place in np.ndindex(*labels.shape):
-        scores = exact[place[0], :, *place[1:]].tolist()
-        labels[place] = scores.index(max(scores)) if len(scores) > 1 else int(scores[0] > 0)
+    for index in np.ndindex(*labels.shape):
+        scores = exact[index[0], :, *index[1:]].tolist()
+        labels[index] = scores.index(max(scores)) if len(scores) > 1 else int(scores[0] > 0)
     return labels
 
 
 def by_numpy(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    contract = Preprocessing(image_size=(logits.shape[2], logits.shape[3]))
-    return np.stack([restore(one, size, contract, None) for one in logits])
+    preprocessing = Preprocessing(image_size=(logits.shape[2], logits.shape[3]))
+    return np.stack([restore(one, size, preprocessing, None) for one in logits])
 
 
 def by_graph(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -69,26 +69,26 @@ def by_graph(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def launch_of(logits: np.ndarray, size: tuple[int, int], dtype: str) -> Case:
-    contract = Preprocessing(image_size=(logits.shape[2], logits.shape[3]))
-    scalars = logits_to_mask.scalars(contract, len(logits), logits.shape[1], size)
+    preprocessing = Preprocessing(image_size=(logits.shape[2], logits.shape[3]))
+    scalars = logits_to_mask.scalars(preprocessing, len(logits), logits.shape[1], size)
     return Case(inputs={"logits": logits.astype(DTYPES[dtype])}, scalars=scalars)
 
 
 WAYS: Mapping[str, Callable[[np.ndarray, tuple[int, int]], np.ndarray]] = {"NumPy": by_numpy, "graph": by_graph}
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("labels_of", WAYS)
 @pytest.mark.parametrize("classes", CLASSES)
-def test_numpy_and_the_graph_take_the_lowest_of_equal_classes(way, classes):
+def test_numpy_and_the_graph_take_the_lowest_of_equal_classes(labels_of, classes):
     for canvas, size in SIZES:
         logits = tied(classes, canvas)
-        np.testing.assert_array_equal(WAYS[way](logits, size), wanted(logits, size))
+        np.testing.assert_array_equal(WAYS[labels_of](logits, size), expected_labels(logits, size))
 
 
 @pytest.mark.parametrize("classes", CLASSES)
 def test_labels_are_those_of_argmax_and_comparisons_take_the_same(classes):
     logits = tied(classes, (8, 16))
-    expected = wanted(logits, (8, 16))
+    expected = expected_labels(logits, (8, 16))
     np.testing.assert_array_equal(np.stack([labels_of(one) for one in logits]), expected)
     np.testing.assert_array_equal(verify.labels_of(logits), expected)
     if classes > 1:
@@ -104,7 +104,7 @@ def test_the_kernel_takes_the_lowest_of_equal_classes(entry):
     launches = [launch_of(logits, size, entry.dtype) for logits, size in cases]
     program, ptx = shared_builder().program(KERNEL, entry, "address"), ptx_of(KERNEL, entry)
     (outputs,) = run(program, KERNEL, entry, launches, ORDERS[:1])
-    for (logits, size), launch, found in zip(cases, launches, outputs, strict=True):
-        np.testing.assert_array_equal(found["mask"], wanted(logits, size))
+    for (logits, size), launch, output in zip(cases, launches, outputs, strict=True):
+        np.testing.assert_array_equal(output["mask"], expected_labels(logits, size))
         executed = execute(KERNEL, entry, launch.scalars, launch.inputs, ptx)
-        np.testing.assert_array_equal(executed.outputs["mask"], found["mask"])
+        np.testing.assert_array_equal(executed.outputs["mask"], output["mask"])

@@ -53,13 +53,13 @@ def test_an_adapter_asks_the_driver_for_the_launch_that_is_declared(name, tmp_pa
         importlib.metadata.version(name)  # a stand-in that another test imported is in no list of packages
     except importlib.metadata.PackageNotFoundError:
         pytest.skip(f"{name} is not installed; kernels/README.md says how to build it without a GPU")
-    found = importlib.util.find_spec(MODULES[name])
-    assert found is not None
+    spec = importlib.util.find_spec(MODULES[name])
+    assert spec is not None
     for entry_name in ARRAYS:
         kernel = load(entry_name.split("_float")[0])
         (tmp_path / entry_name).write_text(ptx_of(kernel, kernel.entry(entry_name)))
     calls = json.dumps({entry: (ARRAYS[entry], SCALARS[entry]) for entry in ARRAYS})
-    launches = fake.python(fake.build(tmp_path, functions_of(found.origin, name)), LAUNCH, name, tmp_path, calls)
+    launches = fake.python(fake.build(tmp_path, functions_of(spec.origin, name)), LAUNCH, name, tmp_path, calls)
     for launched, entry_name in zip(launches, ARRAYS, strict=True):
         kernel = load(entry_name.split("_float")[0])
         entry = kernel.entry(entry_name)

@@ -23,7 +23,7 @@ from gpu_free.host.host import (
     run,
     shared_builder,
 )
-from gpu_free.selection import covering, kept
+from gpu_free.selection import covering, selected_cases
 
 from medseg_trt.kernels import KERNELS, load
 from medseg_trt.kernels.kernel import Entry, Kernel, pointer
@@ -111,8 +111,9 @@ def selection(shared_only: bool = False) -> list:
             continue
         types = list(dict.fromkeys(entry.dtype for entry in kernel.entries))
         for position, dtype in enumerate(types):
-            for form, entry in enumerate(entry for entry in kernel.entries if entry.dtype == dtype):
-                marks = () if (form + number) % len(types) == position else (pytest.mark.slow,)
+            entries = [entry for entry in kernel.entries if entry.dtype == dtype]
+            for format_number, entry in enumerate(entries):
+                marks = () if (format_number + number) % len(types) == position else (pytest.mark.slow,)
                 chosen.append(pytest.param(kernel, entry, id=entry.name, marks=marks))
     return covering(chosen, lambda kernel, entry: kernel.name)
 
@@ -249,9 +250,9 @@ def test_a_name_that_the_header_lacks_is_refused(builder, tmp_path):
 
 
 def test_make_test_has_every_kernel_and_every_checker():
-    assert [kernel.name for kernel, _ in kept(test_the_host_build_is_within_the_contract_and_equals_the_ptx)] == [
-        *KERNELS
-    ]
+    assert [
+        kernel.name for kernel, _ in selected_cases(test_the_host_build_is_within_the_contract_and_equals_the_ptx)
+    ] == [*KERNELS]
     sharing = [name for name in KERNELS if "__shared__" in load(name).source.read_text()]
-    assert [kernel.name for kernel, _ in kept(test_threads_that_share_memory_do_not_race)] == sharing
-    assert {checker(fault) for (fault,) in kept(test_a_fault_is_named)} == {*FINDINGS.values()}
+    assert [kernel.name for kernel, _ in selected_cases(test_threads_that_share_memory_do_not_race)] == sharing
+    assert {checker(fault) for (fault,) in selected_cases(test_a_fault_is_named)} == {*FINDINGS.values()}

@@ -27,7 +27,7 @@ def contract(canvas, spacing, **changes) -> Preprocessing:
     return Preprocessing(image_size=canvas, spacing_mm=None if spacing is None else 1.0, **{**IMAGENET, **changes})
 
 
-def pictures(size, channels) -> np.ndarray:
+def random_images(size, channels) -> np.ndarray:
     """Return generated noise."""
     return np.random.default_rng(7).integers(0, 256, (2, *size, channels), dtype=np.uint8)
 
@@ -46,31 +46,31 @@ def expected_mask(logits, scalars):
 def test_a_tensor_is_what_prepare_makes(method, channels, window):
     for size, canvas, spacing in itertools.product(SIZES, CANVASES, SPACINGS):
         p = contract(canvas, spacing, resize=method, window=window)
-        pixels = pictures(size, channels)
-        found = expected_tensor(pixels, image_to_tensor.scalars(p, pixels.shape, spacing)).value
-        wanted = np.stack([prepare(each, p, spacing) for each in pixels])
-        assert np.abs(found - wanted).max() < NEAR_PREPARE
+        pixels = random_images(size, channels)
+        tensor = expected_tensor(pixels, image_to_tensor.scalars(p, pixels.shape, spacing)).value
+        expected = np.stack([prepare(image, p, spacing) for image in pixels])
+        assert np.abs(tensor - expected).max() < NEAR_PREPARE
 
 
 @pytest.mark.parametrize("antialias", [False, True])
 def test_a_tensor_is_what_pytorch_makes(antialias):
     p = Preprocessing(image_size=(50, 90), resize="linear_antialias" if antialias else "linear")
-    pixels = pictures((120, 61), 3)
-    found = expected_tensor(pixels, image_to_tensor.scalars(p, pixels.shape)).value
+    pixels = random_images((120, 61), 3)
+    tensor = expected_tensor(pixels, image_to_tensor.scalars(p, pixels.shape)).value
     planes = torch.from_numpy(pixels).permute(0, 3, 1, 2).double() / 255
-    wanted = F.interpolate(planes, (50, 90), mode="bilinear", antialias=antialias)
-    np.testing.assert_allclose(found, wanted.numpy(), atol=1e-6)  # the scalars are float32
+    expected = F.interpolate(planes, (50, 90), mode="bilinear", antialias=antialias)
+    np.testing.assert_allclose(tensor, expected.numpy(), atol=1e-6)  # the scalars are float32
 
 
 def test_strides_reach_a_crop_of_a_padded_frame():
-    frame = pictures((70, 64), 4)
+    frame = random_images((70, 64), 4)
     crop = frame[:, 10:50, 8:44, :3]
     p = contract((48, 64), None)
     strides = (frame[0].size, 64 * 4, 4)
     buffer = frame.reshape(-1)[10 * 64 * 4 + 8 * 4 :]
     buffer = np.concatenate([buffer, np.zeros(2 * frame[0].size - buffer.size, np.uint8)]).reshape(2, -1)
-    found = expected_tensor(buffer, image_to_tensor.scalars(p, crop.shape, strides=strides)).value
-    assert np.abs(found - np.stack([prepare(each, p, None) for each in crop])).max() < NEAR_PREPARE
+    tensor = expected_tensor(buffer, image_to_tensor.scalars(p, crop.shape, strides=strides)).value
+    assert np.abs(tensor - np.stack([prepare(image, p, None) for image in crop])).max() < NEAR_PREPARE
 
 
 @pytest.mark.parametrize("classes", [1, 2, 9])
@@ -82,8 +82,8 @@ def test_a_mask_is_what_restore_makes(classes, spacing):
         logits = rng.normal(size=(2, classes, *canvas)).astype(np.float32)
         logits[:, :, :10] = logits[:, :1, :10]  # equal logits: the lower label
         expected = expected_mask(logits, logits_to_mask.scalars(p, 2, classes, size, spacing))
-        wanted = np.stack([restore(each, size, p, spacing) for each in logits])
-        differs = expected.value != wanted
+        restored = np.stack([restore(image_logits, size, p, spacing) for image_logits in logits])
+        differs = expected.value != restored
         assert np.all(expected.slack[differs] > 0)  # only where logits are all but equal
         assert differs.mean() < 1e-3
 
@@ -115,7 +115,7 @@ def corner_centres(pixels, p):
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_the_tolerance_passes_rounding_and_catches_faults(dtype):
     p = contract((48, 64), None, resize="linear")
-    pixels = pictures((90, 61), 3)
+    pixels = random_images((90, 61), 3)
     scalars = image_to_tensor.scalars(p, pixels.shape)
     expected = expected_tensor(pixels, scalars)
     tolerance = IMAGE_TO_TENSOR.tolerance[dtype]
@@ -166,7 +166,7 @@ def restore_nearest(logits, size):
         ({}, (1, 8, 8, 2), "2 channels; 1 or 3"),
         ({"resize": "nearest"}, (1, 8, 8, 3), "not with nearest"),
         ({"resize": "spline3"}, (1, 8, 8, 3), "not with spline3"),
-        ({"channel_order": "bgr"}, (1, 8, 8, 3), "cannot make bgr of rgb"),
+        ({"channel_order": "bgr"}, (1, 8, 8, 3), "bgr is not supported"),
         ({}, (1, 16385, 8, 3), "16385 x 8 pixels"),
         ({}, (1, 0, 8, 3), "0 x 8 pixels"),
     ],
@@ -185,7 +185,7 @@ def test_masks_that_cannot_be_numbered_are_refused(classes, size, message):
 
 
 def test_labels_that_are_resized_with_a_spline_are_refused():
-    with pytest.raises(ValueError, match="with resize=spline3 labels are"):
+    with pytest.raises(ValueError, match="resize=spline3 resizes labels"):
         logits_to_mask.scalars(contract((8, 8), None, resize="spline3"), 1, 2, (8, 8))
 
 
@@ -203,9 +203,20 @@ def test_bytes_moved_are_what_must_move():
 
 @pytest.mark.parametrize("kernel", [IMAGE_TO_TENSOR, LOGITS_TO_MASK], ids=lambda kernel: kernel.name)
 def test_the_grid_reaches_every_pixel_and_no_block_is_empty(kernel):
-    height, width = ("image_height", "image_width") if kernel is IMAGE_TO_TENSOR else ("height", "width")
-    for size in ((1, 1), (32, 64), (1, 2048), (1, 2049), (333, 111)):
-        blocks, pictures_, one = kernel.grid({height: size[0], width: size[1], "batch": 3})
-        assert (pictures_, one) == (3, 1)
-        assert 0 <= blocks * 2048 - size[0] * size[1] < 2048
-    assert kernel.block == (2048 // 16, 1, 1)
+    for size in ((32, 64), (1, 2048), (16, 2064), (256, 256)):
+        for source, pixels_of_thread in ((size, 16), ((size[0] + 1, size[1]), 1)):
+            p = Preprocessing(image_size=size if kernel is IMAGE_TO_TENSOR else source)
+            if kernel is IMAGE_TO_TENSOR:
+                scalars = image_to_tensor.scalars(p, (3, *source, 1))
+            else:
+                scalars = logits_to_mask.scalars(p, 3, 9, size)
+            blocks, images, one = kernel.grid(scalars)
+            assert (images, one) == (3, 1)
+            assert 0 <= blocks * kernel.block[0] * pixels_of_thread - size[0] * size[1] < 128 * pixels_of_thread
+
+
+def test_a_picture_whose_rows_are_not_aligned_is_gathered_by_a_thread_per_pixel():
+    p = Preprocessing(image_size=(256, 256))
+    assert IMAGE_TO_TENSOR.grid(image_to_tensor.scalars(p, (1, 256, 256, 3))) == (32, 1, 1)
+    for strides in ((256 * 770, 770, 3), (256 * 1024, 1024, 4)):
+        assert IMAGE_TO_TENSOR.grid(image_to_tensor.scalars(p, (1, 256, 256, 3), strides=strides)) == (512, 1, 1)

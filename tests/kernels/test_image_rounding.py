@@ -32,7 +32,7 @@ SIZES = [  # source, network's picture
 WINDOWS = [(0.0, 255.0), (30.3, 200.7), (254.0, 255.0)]  # whole numbers; every difference rounds; values of 0 and 1
 
 
-def pictures(size: tuple[int, int]) -> np.ndarray:
+def synthetic_images(size: tuple[int, int]) -> np.ndarray:
     """Return constants of every value, ramps along each axis, stripes, and noise: (pictures, height, width, 1)."""
     rows, columns = np.indices(size)
     noise = np.random.default_rng(0).integers(0, 256, (4, *size))
@@ -42,9 +42,9 @@ def pictures(size: tuple[int, int]) -> np.ndarray:
 
 
 def case(size, canvas, window) -> Case:
-    pixels = pictures(size)
-    contract = Preprocessing(image_size=canvas, resize="linear_antialias", window=window)
-    scalars = image_to_tensor.scalars(contract, pixels.shape)
+    pixels = synthetic_images(size)
+    preprocessing = Preprocessing(image_size=canvas, resize="linear_antialias", window=window)
+    scalars = image_to_tensor.scalars(preprocessing, pixels.shape)
     return Case(inputs={"pixels": pixels.reshape(len(pixels), -1)}, scalars=scalars)
 
 
@@ -67,10 +67,10 @@ def excess(tensor: np.ndarray, launch: Case, entry=FLOAT32) -> float:
 @pytest.mark.parametrize("entry", KERNEL.entries, ids=lambda entry: entry.name)
 def test_long_sums_stay_within_the_derived_bound(builder, entry):
     (outputs,) = run(builder.program(KERNEL, entry, "address"), KERNEL, entry, CASES, ORDERS[:1])
-    found = [excess(one["tensor"], launch, entry) for one, launch in zip(outputs, CASES, strict=True)]
-    assert max(found) <= 1, CASES[int(np.argmax(found))].scalars
+    excesses = [excess(one["tensor"], launch, entry) for one, launch in zip(outputs, CASES, strict=True)]
+    assert max(excesses) <= 1, CASES[int(np.argmax(excesses))].scalars
     # A bound that no input comes near says nothing: of float16's, the last rounding is nearly everything.
-    assert max(found) > {"float16": 0.99, "float32": 0.5}[entry.dtype]
+    assert max(excesses) > {"float16": 0.99, "float32": 0.5}[entry.dtype]
 
 
 def test_the_error_does_not_grow_with_the_number_of_weights(builder):
@@ -89,12 +89,12 @@ def test_sums_that_round_at_every_step_exceed_the_bound(builder, tmp_path):
     (tmp_path / KERNEL.source.name).write_text(source.replace(old, "error = 0.0f * added;"))
     naive = replace(KERNEL, source=tmp_path / KERNEL.source.name)
     (outputs,) = run(builder.program(naive, FLOAT32, "address"), naive, FLOAT32, CASES, ORDERS[:1])
-    found = [excess(one["tensor"], launch) for one, launch in zip(outputs, CASES, strict=True)]
-    assert max(found) > NAIVE_OF_BOUND
+    excesses = [excess(one["tensor"], launch) for one, launch in zip(outputs, CASES, strict=True)]
+    assert max(excesses) > NAIVE_OF_BOUND
 
 
 def test_the_ptx_gives_the_same_bits_of_a_long_sum(builder):
-    short = [replace(each, inputs=dict(each.inputs)) for each in CASES[3:5]]
+    short = [replace(launch, inputs=dict(launch.inputs)) for launch in CASES[3:5]]
     (outputs,) = run(builder.program(KERNEL, FLOAT32, "address"), KERNEL, FLOAT32, short, ORDERS[:1])
     ptx = ptx_of(KERNEL, FLOAT32)
     for launch, one in zip(short, outputs, strict=True):

@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 from gpu_free.host.checks import CHECKS
 from gpu_free.host.host import CompileError, missing
-from gpu_free.mutants import MUTANTS, SOUND, break_kernel, catch, kernel_name
-from gpu_free.selection import covering, kept
+from gpu_free.mutant import kernel_name
+from gpu_free.mutants import MUTANTS, SOUND, break_kernel, catch
+from gpu_free.selection import covering, selected_cases
 
 from medseg_trt.kernels import KERNELS, load
 
@@ -55,12 +56,12 @@ def test_every_kernel_and_every_check_has_a_mutant():
 
 
 def test_make_test_has_a_mutant_of_every_kernel_and_every_check_and_loses_none():
-    names = [name for (name,) in kept(test_a_mutant_is_caught)]
+    names = [name for (name,) in selected_cases(test_a_mutant_is_caught)]
     assert {kernel_name(MUTANTS[name].entry) for name in names} == set(KERNELS)
     assert {check for name in names for check in MUTANTS[name].checks} == set(CHECKS)
-    assert {check for _, check in kept(test_the_unbroken_kernel_passes)} == set(CHECKS)
-    every = test_a_mutant_is_caught.pytestmark[0].args[1]
-    assert [case.values for case in every] == [(name,) for name in MUTANTS]
+    assert {check for _, check in selected_cases(test_the_unbroken_kernel_passes)} == set(CHECKS)
+    cases = test_a_mutant_is_caught.pytestmark[0].args[1]
+    assert [case.values for case in cases] == [(name,) for name in MUTANTS]
 
 
 def test_what_changes_nothing_survives(tmp_path):

@@ -36,11 +36,11 @@ def differences(node: Node, declared: onnx.FunctionProto) -> list[str]:
     read, written = split(node.entry("float16", attributes_of(node)))
     pairs = {
         "domain": (NAMESPACE, declared.domain),
-        "inputs": ([each.name for each in read], list(declared.input)),
-        "outputs": ([each.name for each in written], list(declared.output)),
+        "inputs": ([parameter.name for parameter in read], list(declared.input)),
+        "outputs": ([parameter.name for parameter in written], list(declared.output)),
         "attributes": ({*node.attributes, *PLUGIN}, {*declared.attribute}),
     }
-    return [f"{what}: {kernel} is not {graph}" for what, (kernel, graph) in pairs.items() if kernel != graph]
+    return [f"{aspect}: {kernel} is not {graph}" for aspect, (kernel, graph) in pairs.items() if kernel != graph]
 
 
 def test_every_node_of_the_graph_has_a_kernel_and_every_rule_a_node():
@@ -64,25 +64,30 @@ def test_a_node_that_differs_from_its_kernel_is_found():
     norm = declaration("AddRMSNorm")
     norm.output.reverse()
     norm.attribute.remove("epsilon")
-    assert [each.split(":")[0] for each in differences(NODES["AddRMSNorm"], norm)] == ["outputs", "attributes"]
+    assert [difference.split(":")[0] for difference in differences(NODES["AddRMSNorm"], norm)] == [
+        "outputs",
+        "attributes",
+    ]
 
 
 @pytest.mark.parametrize("name", NODES)
 def test_every_type_of_input_has_a_function_and_every_argument_a_value(name):
     node = NODES[name]
     for dtype, entry in node.entries(attributes_of(node)).items():
-        given = node.arguments([(2, 5, 60)], attributes_of(node))
-        assert {each.name for each in entry.parameters if each.kind == "int32"} <= given.keys()
+        values = node.arguments([(2, 5, 60)], attributes_of(node))
+        assert {parameter.name for parameter in entry.parameters if parameter.kind == "int32"} <= values.keys()
         read, written = split(entry)
         assert read[0].dtype == dtype
         outputs = node.output_dims([(2, 5, 60)], attributes_of(node), len(written))
-        scalars = {each.name: given[each.name] for each in entry.parameters if each.kind == "int32"}
+        scalars = {
+            parameter.name: values[parameter.name] for parameter in entry.parameters if parameter.kind == "int32"
+        }
         shapes = node.kernel.shapes(scalars, entry)
-        for each, dims in zip(written, outputs, strict=True):
-            assert np.prod(dims) == np.prod(shapes[each.name])
+        for parameter, dims in zip(written, outputs, strict=True):
+            assert np.prod(dims) == np.prod(shapes[parameter.name])
 
 
-def answers(node: Node, dtype: str, inputs: dict[str, Array]) -> list[Array]:
+def node_outputs(node: Node, dtype: str, inputs: dict[str, Array]) -> list[Array]:
     """Return what ONNX Runtime makes of the node's body."""
     read, written = split(node.entry(dtype, attributes_of(node)))
     attributes: dict[str, Any] = attributes_of(node)
@@ -90,17 +95,24 @@ def answers(node: Node, dtype: str, inputs: dict[str, Array]) -> list[Array]:
     graph = helper.make_graph(
         [
             helper.make_node(
-                node.name, [each.name for each in read], [each.name for each in written], domain=NAMESPACE, **attributes
+                node.name,
+                [parameter.name for parameter in read],
+                [parameter.name for parameter in written],
+                domain=NAMESPACE,
+                **attributes,
             )
         ],
         "one call",
-        [helper.make_tensor_value_info(each.name, kinds[each.dtype], inputs[each.name].shape) for each in read],
-        [helper.make_tensor_value_info(each.name, kinds[each.dtype], None) for each in written],
+        [
+            helper.make_tensor_value_info(parameter.name, kinds[parameter.dtype], inputs[parameter.name].shape)
+            for parameter in read
+        ],
+        [helper.make_tensor_value_info(parameter.name, kinds[parameter.dtype], None) for parameter in written],
     )
     imports = [helper.make_opsetid("", 23), helper.make_opsetid(NAMESPACE, 1)]
     model = helper.make_model(graph, functions=[declaration(node.name)], opset_imports=imports, ir_version=10)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return [np.asarray(each) for each in session.run(None, inputs)]
+    return [np.asarray(parameter) for parameter in session.run(None, inputs)]
 
 
 # float32: a rational sigmoid in ONNX Runtime, 3e-6 seen, and a norm of 60 numbers. float16: the body rounds the SiLU
@@ -116,18 +128,21 @@ def test_the_kernel_computes_what_the_node_means(name, dtype):
     read, written = split(entry)
     rng = np.random.default_rng(0)
     shapes = {"weight": (60,), "bias": (60,), "cos": (5, 6), "sin": (5, 6)}
-    inputs = {each.name: rng.normal(size=shapes.get(each.name, (2, 5, 60))).astype(DTYPES[each.dtype]) for each in read}
-    scalars = node.launch_scalars(entry, [inputs[each.name].shape for each in read], attributes)
-    wanted = node.kernel.shapes(scalars, entry)
-    flat = {key: value.reshape(wanted[key]) for key, value in inputs.items()}
-    found = execute(node.kernel, entry, scalars, flat, ptx_of(node.kernel, entry)).outputs
-    for each, expected in zip(written, answers(node, dtype, inputs), strict=True):
-        given, wide = found[each.name].reshape(expected.shape).astype(np.float64), expected.astype(np.float64)
-        if each.dtype == "int8":
-            assert np.abs(given - wide).max() <= 1  # one rounding instead of two or three: the next step
-            assert (given == wide).mean() > 0.98
+    inputs = {
+        parameter.name: rng.normal(size=shapes.get(parameter.name, (2, 5, 60))).astype(DTYPES[parameter.dtype])
+        for parameter in read
+    }
+    scalars = node.launch_scalars(entry, [inputs[parameter.name].shape for parameter in read], attributes)
+    kernel_shapes = node.kernel.shapes(scalars, entry)
+    reshaped = {key: value.reshape(kernel_shapes[key]) for key, value in inputs.items()}
+    measured = execute(node.kernel, entry, scalars, reshaped, ptx_of(node.kernel, entry)).outputs
+    for parameter, expected in zip(written, node_outputs(node, dtype, inputs), strict=True):
+        actual, wide = measured[parameter.name].reshape(expected.shape).astype(np.float64), expected.astype(np.float64)
+        if parameter.dtype == "int8":
+            assert np.abs(actual - wide).max() <= 1  # one rounding instead of two or three: the next step
+            assert (actual == wide).mean() > 0.98
         else:
-            np.testing.assert_allclose(given, wide, rtol=LIMITS[dtype], atol=LIMITS[dtype])
+            np.testing.assert_allclose(actual, wide, rtol=LIMITS[dtype], atol=LIMITS[dtype])
 
 
 @pytest.mark.parametrize(
@@ -138,7 +153,7 @@ def test_the_kernel_computes_what_the_node_means(name, dtype):
         ("SwiGLU", [(2, 5, 61)], r"gate_up has shape \(2, 5, 61\); it must be \(10, 60\)"),
         ("Rotary", [(2, 5, 61), (5, 6), (5, 6)], r"qkv has shape \(2, 5, 61\); it must be \(2, 5, 60\)"),
         ("Rotary", [(2, 5, 60), (4, 6), (5, 6)], r"cos has shape \(4, 6\); it must be \(5, 6\)"),
-        ("Rotary", [(2, 5, 55), (5, 5), (5, 5)], "a head has 11 columns; they turn in pairs"),
+        ("Rotary", [(2, 5, 55), (5, 5), (5, 5)], "a head has 11 columns; it must be even"),
         ("Rotary", [(5, 60), (5, 6), (5, 6)], "qkv has 2 axes, not 3 to 3"),
         ("SwiGLU", [(60,)], "gate_up has 1 axes, not 2 to 8"),
     ],

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from gpu_free.cases import CASES, SCALES
 from gpu_free.execute import Execution, excesses, execute, ptx_of
-from gpu_free.selection import covering, form, kept
+from gpu_free.selection import covering, form, selected_cases
 
 from medseg_trt.kernels import KERNELS, load
 from medseg_trt.kernels.kernel import DTYPES, Array, Entry, Expected, Kernel, distance, float_bits
@@ -33,7 +33,7 @@ def kernel_of(name: str, entry_name: str) -> str:
     return name
 
 
-def made(entry_name: str, kernel: Kernel, rows: int, width: int, first_scale: int):
+def make_case(entry_name: str, kernel: Kernel, rows: int, width: int, first_scale: int):
     """Return scalars and inputs, the same on every run."""
     rng = np.random.default_rng(zlib.crc32(f"{entry_name} {rows} {width} {first_scale}".encode()))
     with np.errstate(over="ignore"):  # the largest numbers are infinite in float16
@@ -50,7 +50,7 @@ def check(
     starts: Mapping[str, int] | None = None,
 ) -> Execution:
     """Run one case and assert that nothing is wrong with it."""
-    scalars, inputs = made(entry.name, kernel, rows, width, first_scale)
+    scalars, inputs = make_case(entry.name, kernel, rows, width, first_scale)
     execution = execute(kernel, entry, scalars, inputs, ptx, starts=starts)
     with np.errstate(invalid="ignore"):
         worst = excesses(kernel, entry, scalars, inputs, execution.outputs)
@@ -73,7 +73,7 @@ def selection(name: str, entry_name: str) -> list[tuple[tuple[int, str], int, in
     to the oldest, which most cards get.
     """
     kernel, number = load(name), ENTRIES.index((name, entry_name))
-    alike = [each.name for each in kernel.entries if each.dtype == kernel.entry(entry_name).dtype]
+    alike = [other.name for other in kernel.entries if other.dtype == kernel.entry(entry_name).dtype]
     share = [
         target for index, target in enumerate(TARGETS) if index % len(alike) == alike.index(entry_name) % len(TARGETS)
     ]
@@ -89,9 +89,11 @@ def test_the_default_run_meets_every_target_with_every_kernel_and_type() -> None
         for name, entry_name in ENTRIES
         for target, *_ in selection(name, entry_name)
     }
-    wanted = {(name, load(name).entry(entry_name).dtype, target) for name, entry_name in ENTRIES for target in TARGETS}
-    assert met == wanted
-    assert {rows for each in ENTRIES for _, rows, *_ in selection(*each)} == {1, 3, 17}  # 256: below
+    expected = {
+        (name, load(name).entry(entry_name).dtype, target) for name, entry_name in ENTRIES for target in TARGETS
+    }
+    assert met == expected
+    assert {rows for case in ENTRIES for _, rows, *_ in selection(*case)} == {1, 3, 17}  # 256: below
 
 
 @pytest.mark.parametrize(("name", "entry_name"), ENTRIES)
@@ -115,7 +117,7 @@ def test_256_rows_of_4096_move_no_more_than_they_must(name: str, entry_name: str
     kernel = load(name)
     entry = kernel.entry(entry_name)
     execution = check(kernel, entry, ptx_of(kernel, entry), 256, 4096, 0)
-    scalars, _ = made(entry_name, kernel, 256, 4096, 0)
+    scalars, _ = make_case(entry_name, kernel, 256, 4096, 0)
     least = kernel.bytes_moved(scalars, entry)
     assert least <= execution.report.moved_bytes <= 1.01 * least
     if name in ROW_KERNELS:
@@ -162,12 +164,12 @@ FAULTS: Mapping[str, tuple[str, str, str, str]] = {  # fault -> entry, text in t
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_broken_kernel_is_caught(fault: str) -> None:
     entry_name, text, replacement, trips = FAULTS[fault]
-    name = next(name for name, each in ENTRIES if each == entry_name)
+    name = next(name for name, other in ENTRIES if other == entry_name)
     kernel = load(name)
     entry = kernel.entry(entry_name)
     ptx = ptx_of(kernel, entry)
     assert text in ptx
-    scalars, inputs = made(entry_name, kernel, 17, 768, 0)
+    scalars, inputs = make_case(entry_name, kernel, 17, 768, 0)
     execution = execute(kernel, entry, scalars, inputs, ptx.replace(text, replacement))
     with np.errstate(invalid="ignore"):
         worst = max(excesses(kernel, entry, scalars, inputs, execution.outputs).values())
@@ -216,14 +218,14 @@ def covered(cases: Iterable[Sequence[str]]) -> set[tuple[str, str, Hashable]]:
 
 
 def test_make_test_covers_every_kernel_with_every_type_and_every_form() -> None:
-    wanted = {
+    expected = {
         (name, entry.dtype, form(other))
         for name in KERNELS
         for entry, other in itertools.product(load(name).entries, repeat=2)
     }
-    assert len(wanted) == len(ENTRIES)
-    assert covered(kept(test_shipped_ptx_keeps_its_contract)) == wanted
-    assert covered(ENTRIES[1:]) < wanted  # one that is left out is noticed
+    assert len(expected) == len(ENTRIES)
+    assert covered(selected_cases(test_shipped_ptx_keeps_its_contract)) == expected
+    assert covered(ENTRIES[1:]) < expected  # one that is left out is noticed
 
 
 PER_KERNEL = (
@@ -235,6 +237,6 @@ PER_KERNEL = (
 
 def test_make_test_runs_every_other_test_on_every_kernel_and_every_type() -> None:
     for test in PER_KERNEL:
-        assert [name for name, _ in kept(test)] == list(KERNELS)
-        assert {dtype for _, dtype, _ in covered(kept(test))} == {"float16", "bfloat16", "float32"}
-    assert [name for name, _ in kept(test_rows_that_no_block_holds_at_once, 1)] == list(ANY_WIDTH)
+        assert [name for name, _ in selected_cases(test)] == list(KERNELS)
+        assert {dtype for _, dtype, _ in covered(selected_cases(test))} == {"float16", "bfloat16", "float32"}
+    assert [name for name, _ in selected_cases(test_rows_that_no_block_holds_at_once, 1)] == list(ANY_WIDTH)

@@ -40,10 +40,10 @@ def digests() -> Mapping[str, str]:
 
 
 def test_every_node_is_registered_once(digests):
-    assert register(trt) == digests == {name: each.digest for name, each in NODES.items()}
-    creators = [each for each in trt.get_plugin_registry().all_creators if each.plugin_namespace == DOMAIN]
-    assert sorted(each.name for each in creators) == sorted(BODIES)
-    assert {each.plugin_version for each in creators} == {PLUGIN["plugin_version"]}
+    assert register(trt) == digests == {name: creator.digest for name, creator in NODES.items()}
+    creators = [creator for creator in trt.get_plugin_registry().all_creators if creator.plugin_namespace == DOMAIN]
+    assert sorted(creator.name for creator in creators) == sorted(BODIES)
+    assert {creator.plugin_version for creator in creators} == {PLUGIN["plugin_version"]}
 
 
 @pytest.mark.parametrize("precision", TYPES)
@@ -52,16 +52,16 @@ def test_an_engine_for_two_cards_has_every_node_as_a_layer_of_ours(precision, di
     assert len(plan) > 1000
     layers = log.layers()
     ours = {name: line for name, line in layers.items() if "LayerType: custom_layer" in line}
-    found = {re.sub(r"_myl.*", "", name): line for name, line in ours.items()}
-    assert sorted(found) == ["my_AddRMSNorm", "my_RMSNorm", "my_Rotary", "my_SwiGLU"]
-    for name, line in found.items():
+    line_of_node = {re.sub(r"_myl.*", "", name): line for name, line in ours.items()}
+    assert sorted(line_of_node) == ["my_AddRMSNorm", "my_RMSNorm", "my_Rotary", "my_SwiGLU"]
+    for name, line in line_of_node.items():
         inputs, outputs = line.split("Outputs:")
         assert f"[ONNX Layer: {name}]" in line
         assert set(re.findall(r"Datatype: (\w+)", outputs)) == {NAMES[precision]}
         assert "Row major linear" in inputs
-    shapes = re.findall(r"Dimensions: \[([-\d,]+)\]", found["my_Rotary"].split("Outputs:")[1])
+    shapes = re.findall(r"Dimensions: \[([-\d,]+)\]", line_of_node["my_Rotary"].split("Outputs:")[1])
     assert shapes == ["-1,2,5,16", "-1,1,5,16", "-1,1,5,16"]
-    assert re.findall(r"Dimensions: \[([-\d,]+)\]", found["my_SwiGLU"].split("Outputs:")[1]) == ["-1,5,32"]
+    assert re.findall(r"Dimensions: \[([-\d,]+)\]", line_of_node["my_SwiGLU"].split("Outputs:")[1]) == ["-1,5,32"]
 
 
 def test_quantised_nodes_feed_int8_products(digests):
@@ -131,12 +131,12 @@ STORED: list[np.ndarray] = []  # a field points into its array, and keeps it not
 
 def fields(**values: float) -> Any:
     kinds = {float: (np.float32, trt.PluginFieldType.FLOAT32), int: (np.int32, trt.PluginFieldType.INT32)}
-    made: list[Any] = []
+    plugin_fields: list[Any] = []
     for name, value in values.items():
         dtype, kind = kinds[type(value)]
         STORED.append(np.array([value], dtype))
-        made.append(trt.PluginField(name, STORED[-1], kind))
-    return trt.PluginFieldCollection(made)
+        plugin_fields.append(trt.PluginField(name, STORED[-1], kind))
+    return trt.PluginFieldCollection(plugin_fields)
 
 
 ROTARY = {"num_heads": 2, "num_kv_heads": 1, "interleaved": 1}
@@ -151,27 +151,31 @@ def test_what_is_serialised_makes_the_same_plugin():
         f"rotary_{dtype}_interleaved_table" for dtype in ("float16", "bfloat16", "float32")
     }
     norm = creator("QuantizedRMSNorm").create_plugin("norm", fields(epsilon=1e-6, scale=0.03), trt.TensorRTPhase.BUILD)
-    stored = {each.name: each.data[0] for each in norm.get_fields_to_serialize()}
+    stored = {field.name: field.data[0] for field in norm.get_fields_to_serialize()}
     assert {name: float_bits(float(value)) for name, value in stored.items()} == {
         "epsilon": float_bits(1e-6),
         "scale": float_bits(0.03),
     }
 
 
-def tensor(shape: tuple[int, ...], kind: str, form: str = "LINEAR") -> Any:
+def tensor(shape: tuple[int, ...], kind: str, memory_format: str = "LINEAR") -> Any:
     desc = trt.PluginTensorDesc()
-    desc.dims, desc.type, desc.format = trt.Dims(shape), getattr(trt.DataType, kind), getattr(trt.TensorFormat, form)
+    desc.dims, desc.type, desc.format = (
+        trt.Dims(shape),
+        getattr(trt.DataType, kind),
+        getattr(trt.TensorFormat, memory_format),
+    )
     return desc
 
 
 def dynamic(desc: Any) -> Any:
-    made = trt.DynamicPluginTensorDesc()
-    made.desc = desc
-    return made
+    descriptor = trt.DynamicPluginTensorDesc()
+    descriptor.desc = desc
+    return descriptor
 
 
 @pytest.mark.parametrize(
-    ("kinds", "wanted"),
+    ("kinds", "expected"),
     [
         ("HALF FLOAT FLOAT HALF HALF HALF", [True] * 6),
         ("FLOAT FLOAT FLOAT FLOAT FLOAT FLOAT", [True] * 6),
@@ -179,16 +183,16 @@ def dynamic(desc: Any) -> Any:
         ("INT8 FLOAT FLOAT INT8 INT8 INT8", [False] * 6),
     ],
 )
-def test_types_are_negotiated_as_the_kernel_declares_them(kinds, wanted):
+def test_types_are_negotiated_as_the_kernel_declares_them(kinds, expected):
     rotary = creator("Rotary").create_plugin("rotary", fields(**ROTARY), trt.TensorRTPhase.BUILD)
     tensors = [dynamic(tensor((1, 1, 1), kind)) for kind in kinds.split()]
-    assert [rotary.supports_format_combination(index, tensors, 3) for index in range(6)] == wanted
+    assert [rotary.supports_format_combination(index, tensors, 3) for index in range(6)] == expected
 
 
 def test_only_row_major_tensors_are_taken():
     swiglu = creator("SwiGLU").create_plugin("swiglu", fields(), trt.TensorRTPhase.BUILD)
     rows, channels = dynamic(tensor((1, 8, 4), "HALF")), dynamic(tensor((1, 8, 4), "HALF", "CHW4"))
-    assert [swiglu.supports_format_combination(1, [rows, each], 1) for each in (rows, channels)] == [True, False]
+    assert [swiglu.supports_format_combination(1, [rows, other], 1) for other in (rows, channels)] == [True, False]
     assert not swiglu.supports_format_combination(0, [channels, rows], 1)
 
 
@@ -202,6 +206,9 @@ class Recorded(Driver):
 
     def load(self, ptx: str, symbol: str) -> Any:
         return symbol
+
+    def unload(self) -> None:
+        raise AssertionError("a plugin unloads nothing")
 
     def launch(self, launch: Launch) -> None:
         self.launches.append(launch)
@@ -245,18 +252,18 @@ def test_enqueue_of_a_quantised_node_passes_the_bits_of_its_floats():
 
 
 def test_plugins_of_two_contexts_share_no_module():
-    made: list[Recorded] = []
+    drivers: list[Recorded] = []
 
     def launcher() -> Launcher:
-        made.append(Recorded())
-        return Launcher(made[-1], lambda *_: "ptx")
+        drivers.append(Recorded())
+        return Launcher(drivers[-1], lambda *_: "ptx")
 
     plugin = creator("SwiGLU", launcher).create_plugin("swiglu", fields(), trt.TensorRTPhase.RUNTIME)
     contexts = [plugin.attach_to_context(None), plugin.attach_to_context(None)]
-    assert made == []  # no device is opened before something runs
-    for each in (*contexts, *contexts):
-        each.enqueue([tensor((2, 8), "HALF")], [tensor((2, 4), "HALF")], (2**20,), (2**21,), 0, 0)
-    assert [len(each.launches) for each in made] == [2, 2]
+    assert drivers == []  # no device is opened before something runs
+    for other in (*contexts, *contexts):
+        other.enqueue([tensor((2, 8), "HALF")], [tensor((2, 4), "HALF")], (2**20,), (2**21,), 0, 0)
+    assert [len(other.launches) for other in drivers] == [2, 2]
 
 
 def test_shapes_that_change_to_wrong_ones_are_refused_before_a_launch():
@@ -285,7 +292,7 @@ def classic(creators: list[Any]) -> ModuleType:
 def test_classic_tensorrt_goes_the_same_way():
     creators: list[Any] = []
     assert register(classic(creators)) == register(classic(creators))
-    assert [each.name for each in creators] == list(NODES)
+    assert [creator.name for creator in creators] == list(NODES)
 
 
 def test_somebody_elses_plugin_of_that_name_is_an_error():

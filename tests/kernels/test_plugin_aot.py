@@ -52,13 +52,13 @@ class SymInt32(ShapeExpr):
 class ShapeExprs(list[ShapeExpr]):
     @classmethod
     def from_tuple(cls, values: Any) -> "ShapeExprs":
-        return cls(each if isinstance(each, ShapeExpr) else ShapeExpr(each) for each in values)
+        return cls(value if isinstance(value, ShapeExpr) else ShapeExpr(value) for value in values)
 
 
 class SymIntExprs(list[SymInt32]):
     @classmethod
     def from_tuple(cls, values: Any) -> "SymIntExprs":
-        assert all(isinstance(each, SymInt32) for each in values)  # TensorRT takes no other integers
+        assert all(isinstance(value, SymInt32) for value in values)  # TensorRT takes no other integers
         return cls(values)
 
 
@@ -96,16 +96,17 @@ class Plugins:
     def register(self, name: str) -> Any:
         def decorate(describe: Any) -> Any:
             signature = inspect.signature(describe)
-            kinds = {key: each.annotation for key, each in signature.parameters.items()}
+            kinds = {key: parameter.annotation for key, parameter in signature.parameters.items()}
             tensors = [key for key, kind in kinds.items() if issubclass(kind, TensorDesc)]
             attributes = {key: kind for key, kind in kinds.items() if key not in tensors}
             assert [*kinds] == [*tensors, *attributes]  # tensors first
             assert set(attributes.values()) <= {int, float, str, bool, bytes}
-            assert all(each.default is each.empty for each in signature.parameters.values())
+            assert all(parameter.default is parameter.empty for parameter in signature.parameters.values())
             assert not {"outputs", "stream", "tactic"} & {*attributes}
-            made = signature.return_annotation
+            return_type = signature.return_annotation
             assert all(
-                issubclass(each, TensorDesc) for each in (get_args(made) if get_origin(made) is tuple else [made])
+                issubclass(parameter, TensorDesc)
+                for parameter in (get_args(return_type) if get_origin(return_type) is tuple else [return_type])
             )
             self.known[name] = Registered(describe, tensors, attributes)
             return describe
@@ -130,7 +131,9 @@ class Plugins:
 
 def stand_in(creators: list[Any] | None = None, *, aot: bool = True) -> tuple[ModuleType, Plugins]:
     plugins, module = Plugins(), ModuleType("tensorrt")
-    classes = {each.__name__: each for each in (ShapeExprs, SymInt32, SymIntExprs, TensorDesc, KernelLaunchParams)}
+    classes = {
+        class_.__name__: class_ for class_ in (ShapeExprs, SymInt32, SymIntExprs, TensorDesc, KernelLaunchParams)
+    }
     decorators = {"register": plugins.register, **({"aot_impl": plugins.aot_impl} if aot else {})}
     module.__dict__.update(
         DataType=DataType,
@@ -158,51 +161,56 @@ def find_ptx(kernel: Any, entry: Any, capability: int, cuda: Any) -> str:
 def test_what_tensorrt_would_launch_is_what_the_launcher_launches(name, dtype):
     module, plugins = stand_in()
     digests = register_ahead_of_time(module, 89, (13, 0), find_ptx)
-    assert digests == {each: node.digest for each, node in NODES.items()}
+    assert digests == {parameter: node.digest for parameter, node in NODES.items()}
     node, plugin = NODES[name], plugins.known[f"medseg::{name}"]
     attributes = {key: kind(ATTRIBUTES[key]) for key, kind in plugin.attributes.items()}
     entry = node.entry(dtype, attributes)
     read, written = split(entry)
-    shapes = [SHAPES.get(each.name, [(2, 5, 60)])[0] for each in read]
-    wanted = node.launch_scalars(entry, shapes, attributes)
+    shapes = [SHAPES.get(parameter.name, [(2, 5, 60)])[0] for parameter in read]
+    expected = node.launch_scalars(entry, shapes, attributes)
 
     fakes = [
-        TensorDesc(ShapeExprs(ShapeExpr() for _ in shape), KINDS[each.dtype])
-        for each, shape in zip(read, shapes, strict=True)
+        TensorDesc(ShapeExprs(ShapeExpr() for _ in shape), KINDS[parameter.dtype])
+        for parameter, shape in zip(read, shapes, strict=True)
     ]
     outputs = plugin.describe(*fakes, **attributes)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    assert [each.dtype for each in outputs] == [KINDS[each.dtype] for each in written]
+    assert [parameter.dtype for parameter in outputs] == [KINDS[parameter.dtype] for parameter in written]
 
     tensors = [
-        TensorDesc(ShapeExprs.from_tuple(shape), KINDS[each.dtype]) for each, shape in zip(read, shapes, strict=True)
+        TensorDesc(ShapeExprs.from_tuple(shape), KINDS[parameter.dtype])
+        for parameter, shape in zip(read, shapes, strict=True)
     ]
     outputs = plugin.describe(*tensors, **attributes)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     dims = node.output_dims(shapes, attributes, len(written))
-    assert [[each.value for each in output.shape_expr] for output in outputs] == dims
+    assert [[parameter.value for parameter in output.shape_expr] for output in outputs] == dims
 
     symbol, ptx, launch, extra = plugin.implement(*tensors, *attributes.values(), outputs, 0)
     assert (symbol, ptx) == (entry.symbol, f"{entry.name} for sm_89, CUDA (13, 0)")
     grid = [launch.grid_x, launch.grid_y, launch.grid_z]
-    assert tuple(ShapeExpr(each).value for each in grid) == node.kernel.grid(wanted)
+    assert tuple(ShapeExpr(parameter).value for parameter in grid) == node.kernel.grid(expected)
     assert (launch.block_x, launch.block_y, launch.block_z) == node.kernel.block
     assert launch.shared_mem == node.kernel.shared_bytes
-    names = [each.name for each in entry.parameters if each.kind == "int32"]
-    assert [each.value for each in extra] == [wanted[each] for each in names]
+    names = [parameter.name for parameter in entry.parameters if parameter.kind == "int32"]
+    assert [parameter.value for parameter in extra] == [expected[parameter] for parameter in names]
     if "epsilon" in attributes:
-        assert float_bits(1e-6) in [each.value for each in extra]
+        assert float_bits(1e-6) in [parameter.value for parameter in extra]
 
 
 def test_the_abi_of_every_node_is_tensorrts():
     """Inputs' addresses, then integers, then outputs' addresses: TensorRT knows no other order."""
     for node in NODES.values():
         for entry in node.entries({**ATTRIBUTES}).values():
-            places = [
-                0 if each.kind == "pointer" and each.direction == "in" else 1 if each.kind == "int32" else 2
-                for each in entry.parameters
+            argument_places = [
+                0
+                if parameter.kind == "pointer" and parameter.direction == "in"
+                else 1
+                if parameter.kind == "int32"
+                else 2
+                for parameter in entry.parameters
             ]
-            assert places == sorted(places)
+            assert argument_places == sorted(argument_places)
 
 
 def test_types_that_no_kernel_takes_are_refused():

@@ -24,9 +24,12 @@ DATA_TYPES = {"float16": "FLOAT16", "bfloat16": "BFLOAT16", "float32": "FLOAT"}
 @pytest.fixture(scope="module")
 def driver() -> CudaBindings:
     try:
-        return cast("CudaBindings", open_driver("cuda-bindings"))
+        opened = cast("CudaBindings", open_driver("cuda-bindings"))
     except DeviceError as error:
         pytest.skip(str(error))
+    if f"SM{opened.capability}" not in trt.ComputeCapability.__members__:
+        pytest.skip(f"TensorRT-RTX {trt.__version__} does not build for sm{opened.capability}")
+    return opened
 
 
 def execute(driver: CudaBindings, plan: bytes, inputs: dict[str, Array], outputs: dict[str, Array]) -> dict[str, Array]:
@@ -57,21 +60,21 @@ def test_an_engine_with_plugins_computes_what_the_references_say(dtype, driver):
         "v": (BATCH, 1, TOKENS, 16),
         "z": (BATCH, TOKENS, WIDTH // 2),
     }
-    found = execute(
+    measured = execute(
         driver, plan, {"x": x, "r": r}, {name: np.zeros(shape, DTYPES[dtype]) for name, shape in shapes.items()}
     )
 
     ones, halves = np.ones(WIDTH, DTYPES[dtype]), np.ones(WIDTH // 2, DTYPES[dtype])
     norm, total = reference("AddRMSNorm", dtype, [x, r, ones], epsilon=1e-6)
     angles = np.ones((TOKENS, 8), np.float32), np.zeros((TOKENS, 8), np.float32)
-    turned = reference("Rotary", dtype, [norm, *angles], num_heads=2, num_kv_heads=1, interleaved=0)
+    rotated = reference("Rotary", dtype, [norm, *angles], num_heads=2, num_kv_heads=1, interleaved=0)
     (product,) = reference("SwiGLU", dtype, [total])
     (last,) = reference("RMSNorm", dtype, [product, halves], epsilon=1e-6)
     # Every kernel is within one rounding of its reference; a norm hands an error of its input on as it is.
     limit = {"float16": 2**-9, "bfloat16": 2**-6, "float32": 1e-5}[dtype]
-    for name, expected in zip("qkvz", (*turned, last), strict=True):
-        given, wanted = found[name].astype(np.float64), expected.reshape(shapes[name]).astype(np.float64)
-        np.testing.assert_allclose(given, wanted, rtol=limit, atol=limit)
+    for name, expected in zip("qkvz", (*rotated, last), strict=True):
+        actual, target = measured[name].astype(np.float64), expected.reshape(shapes[name]).astype(np.float64)
+        np.testing.assert_allclose(actual, target, rtol=limit, atol=limit)
 
 
 def reference(name: str, dtype: str, inputs: list[Array], **attributes: Any) -> list[Array]:
@@ -79,10 +82,12 @@ def reference(name: str, dtype: str, inputs: list[Array], **attributes: Any) -> 
     node = NODES[name]
     entry = node.entry(dtype, attributes)
     read, written = split(entry)
-    scalars = node.launch_scalars(entry, [each.shape for each in inputs], attributes)
+    scalars = node.launch_scalars(entry, [parameter.shape for parameter in inputs], attributes)
     shapes = node.kernel.shapes(scalars, entry)
-    named = {each.name: value.reshape(shapes[each.name]) for each, value in zip(read, inputs, strict=True)}
+    named = {
+        parameter.name: value.reshape(shapes[parameter.name]) for parameter, value in zip(read, inputs, strict=True)
+    }
     expected = node.kernel.reference(entry, named, scalars)
     lead = {"Rotary": (), "SwiGLU": (*inputs[0].shape[:-1], -1)}.get(name, inputs[0].shape)
-    values = [expected[each.name].value.astype(DTYPES[each.dtype]) for each in written]
+    values = [expected[parameter.name].value.astype(DTYPES[parameter.dtype]) for parameter in written]
     return [value.reshape(lead) if lead else value for value in values]

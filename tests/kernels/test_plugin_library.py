@@ -88,7 +88,7 @@ def test_headers_that_do_not_compile_leave_nothing_behind(tmp_path):
     (tmp_path / "NvInferRuntime.h").write_text("#error not these\n")
     with pytest.raises(MedsegError, match=r"does not compile with the headers in .*not these"):
         build_library(tmp_path / "a.so", ["sm_80"], tmp_path)
-    assert [each.name for each in tmp_path.iterdir()] == ["NvInferRuntime.h"]
+    assert [file.name for file in tmp_path.iterdir()] == ["NvInferRuntime.h"]
 
 
 @pytest.mark.network
@@ -114,7 +114,10 @@ def drive(folder: Path, library: Path, name: str, dtype: str, shapes: list[tuple
     node = NODES[name]
     read = split(node.entry(dtype, ATTRIBUTES))[0]
     attributes = [f"{key}={ATTRIBUTES[key]:g}" for key in node.attributes]
-    inputs = [f"{','.join(map(str, shape))}:{DATA_TYPES[each.dtype]}" for each, shape in zip(read, shapes, strict=True)]
+    inputs = [
+        f"{','.join(map(str, shape))}:{DATA_TYPES[parameter.dtype]}"
+        for parameter, shape in zip(read, shapes, strict=True)
+    ]
     return fake.run(folder, [folder / "harness", library, name, *attributes, *inputs])
 
 
@@ -136,7 +139,7 @@ SHAPES: Mapping[str, list[tuple[int, ...]]] = {
 def test_the_library_launches_what_python_launches(name, dtype, harness, library):
     node = NODES[name]
     entry = node.entry(dtype, ATTRIBUTES)
-    arrays = [each.name for side in split(entry) for each in side]
+    arrays = [parameter.name for side in split(entry) for parameter in side]
     addresses = {array: (index + 1) << 20 for index, array in enumerate(arrays)}
     scalars = node.launch_scalars(entry, SHAPES[name], ATTRIBUTES)
     (launched,) = drive(harness, library, name, dtype, SHAPES[name])

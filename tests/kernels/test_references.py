@@ -239,9 +239,9 @@ def test_interleaved_rotary_multiplies_complex_numbers_as_meta_does():
     expected = kernel.reference(entry, inputs, scalars)
     heads = torch.view_as_complex(tensor(inputs["qkv"]).double().reshape(2, 5, 10, 4, 2))
     angles = torch.complex(tensor(inputs["cos"][3:]).double(), tensor(inputs["sin"][3:]).double())[:, None]
-    turned = torch.view_as_real(heads[:, :, :8] * angles).reshape(2, 5, 8, 8).transpose(1, 2)
-    np.testing.assert_allclose(expected["q"].value, turned[:, :6], rtol=0, atol=1e-15)
-    np.testing.assert_allclose(expected["k"].value, turned[:, 6:], rtol=0, atol=1e-15)
+    rotated = torch.view_as_real(heads[:, :, :8] * angles).reshape(2, 5, 8, 8).transpose(1, 2)
+    np.testing.assert_allclose(expected["q"].value, rotated[:, :6], rtol=0, atol=1e-15)
+    np.testing.assert_allclose(expected["k"].value, rotated[:, 6:], rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("layout", ["half", "interleaved"])
@@ -281,8 +281,8 @@ def test_the_tolerance_of_rotary_catches_swapped_halves_and_float32_angles():
     far = {**scalars, "first_position": 5000}  # where transformers' float32 angles are off by up to 2.4e-4
     expected = kernel.reference(entry, inputs, far)["q"]
     table = kernel.entry("rotary_float32_half_table")
-    turned = kernel.reference(table, rotary_case(table, 8, first_position=5000)[1], far)["q"].value
-    assert worst(kernel, expected, turned.astype(np.float32), "float32") > 1
+    rotated = kernel.reference(table, rotary_case(table, 8, first_position=5000)[1], far)["q"].value
+    assert worst(kernel, expected, rotated.astype(np.float32), "float32") > 1
 
 
 def onnx_quantise(values: Array, scale: float, dtype: int) -> Array:

@@ -33,7 +33,7 @@ class Built:
     entry: Entry
     ptx: str
     used: Usage
-    found: Mapping[str, int]  # opcodes
+    opcode_counts: Mapping[str, int]  # opcodes
 
 
 def build(kernel: Kernel, entry: Entry, target: Target) -> Built:
@@ -42,9 +42,9 @@ def build(kernel: Kernel, entry: Entry, target: Target) -> Built:
 
 
 def assembled(kernel: Kernel, entry: Entry, ptx: str, target: Target) -> Built:
-    found = opcodes(ptx, target.real, target.toolchain)
+    opcode_counts = opcodes(ptx, target.real, target.toolchain)
     used = usage(ptx, target.real, target.toolchain)
-    return Built(kernel=kernel, entry=entry, ptx=ptx, used=used, found=found)
+    return Built(kernel=kernel, entry=entry, ptx=ptx, used=used, opcode_counts=opcode_counts)
 
 
 def no_spill(built: Built) -> bool:
@@ -52,7 +52,7 @@ def no_spill(built: Built) -> bool:
 
 
 def no_local_memory(built: Built) -> bool:
-    return built.used.stack_bytes == 0 and not any(count(built.found, name) for name in LOCAL)
+    return built.used.stack_bytes == 0 and not any(count(built.opcode_counts, name) for name in LOCAL)
 
 
 def registers_within_budget(built: Built) -> bool:
@@ -61,19 +61,19 @@ def registers_within_budget(built: Built) -> bool:
 
 
 def loads_of_16_bytes(built: Built) -> bool:
-    return count(built.found, "LDG", "128") > 0
+    return count(built.opcode_counts, "LDG", "128") > 0
 
 
 def store_bits(kernel: Kernel, entry: Entry) -> int:
     """Return how wide the widest store should be: what 16 loaded bytes become, at most 16 bytes."""
-    itemsizes = [DTYPES[each.dtype].itemsize for each in entry.parameters if each.direction == "out"]
+    itemsizes = [DTYPES[parameter.dtype].itemsize for parameter in entry.parameters if parameter.direction == "out"]
     lanes = 16 if kernel.name in WHOLE_STRIPS else 16 // DTYPES[entry.dtype].itemsize
     return min(128, 8 * lanes * itemsizes[0])
 
 
 def widest_stores(built: Built) -> bool:
     bits = store_bits(built.kernel, built.entry)
-    return count(built.found, "STG", *([] if bits == 32 else [str(bits)])) > 0
+    return count(built.opcode_counts, "STG", *([] if bits == 32 else [str(bits)])) > 0
 
 
 def nothing_to_contract(built: Built) -> bool:
@@ -82,7 +82,7 @@ def nothing_to_contract(built: Built) -> bool:
 
 
 def arguments_as_declared(built: Built) -> bool:
-    return ptx_parameters(built.ptx, built.entry.symbol) == [each.kind for each in built.entry.parameters]
+    return ptx_parameters(built.ptx, built.entry.symbol) == [parameter.kind for parameter in built.entry.parameters]
 
 
 GATES: Mapping[str, Callable[[Built], bool]] = {
@@ -116,10 +116,10 @@ GRID = [
 def covering() -> list[tuple[str, str, str]]:
     """Return one function of every second kernel for every target, other ones for the next target."""
     chosen: list[tuple[str, str, str]] = []
-    for turn, target in enumerate(TARGETS):
-        for name in list(KERNELS)[turn % 2 :: 2]:
+    for number, target in enumerate(TARGETS):
+        for name in list(KERNELS)[number % 2 :: 2]:
             choices = [case for case in GRID if case[:2] == (target, name)]
-            chosen.append(choices[turn // 2 * 5 % len(choices)])
+            chosen.append(choices[number // 2 * 5 % len(choices)])
     return chosen
 
 
@@ -140,7 +140,7 @@ def test_every_kernel_passes_the_gates_on_every_architecture(case):
 def fused(ptx: str, target: Target) -> tuple[int, int]:
     """Return the number of FFMA as they are, and where ptxas must not contract."""
     as_it_is, forbidden = (
-        count(opcodes(ptx, target.real, target.toolchain, contract=contract), "FFMA") for contract in (True, False)
+        count(opcodes(ptx, target.real, target.toolchain, fuse_multiply_add=fuse), "FFMA") for fuse in (True, False)
     )
     return as_it_is, forbidden
 
@@ -172,8 +172,8 @@ def test_the_selection_covers_every_kernel_every_target_and_several_types():
 def plugin_order(parameters: tuple[Parameter, ...]) -> bool:
     """Say whether arguments stand as TensorRT's ahead-of-time plugins pass them."""
     groups = [
-        {("pointer", "in"): 0, ("int32", "in"): 1, ("pointer", "out"): 2}.get((each.kind, each.direction), 3)
-        for each in parameters
+        {("pointer", "in"): 0, ("int32", "in"): 1, ("pointer", "out"): 2}.get((parameter.kind, parameter.direction), 3)
+        for parameter in parameters
     ]
     return groups == sorted(groups) and {0, 2} <= set(groups) <= {0, 1, 2}
 
@@ -215,7 +215,7 @@ def planted(change: Callable[[str], str], tmp_path) -> Built:
 
 
 def limit_registers(text: str) -> str:
-    return text.replace("__launch_bounds__(128)", "__launch_bounds__(512, 4)")  # 40 for each thread, at most
+    return text.replace("__launch_bounds__(128)", "__maxnreg__(32)")  # it uses more
 
 
 def index_by_variable(text: str) -> str:
@@ -254,7 +254,7 @@ def another_argument(text: str) -> str:
         (store_one_by_one, "widest_stores"),
         (another_argument, "arguments_as_declared"),
     ],
-    ids=lambda each: getattr(each, "__name__", each),
+    ids=lambda value: getattr(value, "__name__", value),
 )
 def test_a_violation_in_the_source_is_caught(change, gate, tmp_path):
     assert gate in red(planted(change, tmp_path))

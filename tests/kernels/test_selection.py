@@ -15,9 +15,9 @@ MARKS = ("kernels", "slow")
 
 def recipe(target: str) -> str:
     """Return what a target of the Makefile runs."""
-    found = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE)
-    assert found, f"the Makefile has no target {target}"
-    return found[1]
+    match = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE)
+    assert match, f"the Makefile has no target {target}"
+    return match[1]
 
 
 def selects(target: str, marks: set[str]) -> bool:
@@ -26,9 +26,9 @@ def selects(target: str, marks: set[str]) -> bool:
     return not expression or Expression.compile(expression).evaluate(lambda name, **_: name in marks)
 
 
-@pytest.mark.parametrize("given", list(product((False, True), repeat=len(MARKS))))
-def test_a_test_that_is_not_slow_is_in_one_of_two_targets_and_a_slow_one_in_none(given):
-    marks = {name for name, has in zip(MARKS, given, strict=True) if has}
+@pytest.mark.parametrize("present", list(product((False, True), repeat=len(MARKS))))
+def test_a_test_that_is_not_slow_is_in_one_of_two_targets_and_a_slow_one_in_none(present):
+    marks = {name for name, has in zip(MARKS, present, strict=True) if has}
     assert selects("test", marks) + selects("test-kernels", marks) == ("slow" not in marks)
     assert selects("kernels-check", marks)
 

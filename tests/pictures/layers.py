@@ -137,7 +137,10 @@ def _ordered_rows(graph: nx.DiGraph, rank: Mapping[str, int]) -> list[list[str]]
             position = {node: index / max(len(row) - 1, 1) for row in rows for index, node in enumerate(row)}
             neighbours = graph.successors if upward else graph.predecessors
             own = {node: [position[other] for other in neighbours(node)] for node in rows[level]}
-            middle = {node: sum(found) / len(found) if found else position[node] for node, found in own.items()}
+            middle = {
+                node: sum(positions) / len(positions) if positions else position[node]
+                for node, positions in own.items()
+            }
             rows[level].sort(key=lambda node: middle[node])
         if _crossings(graph, rows) < _crossings(graph, best):
             best = [list(row) for row in rows]

@@ -108,7 +108,9 @@ def _functions(tree: ast.Module) -> Iterator[tuple[str, ast.AST]]:
         if isinstance(node, ast.FunctionDef):
             yield node.name, node
         elif isinstance(node, ast.ClassDef):
-            yield from ((f"{node.name}.{each.name}", each) for each in node.body if isinstance(each, ast.FunctionDef))
+            yield from (
+                (f"{node.name}.{method.name}", method) for method in node.body if isinstance(method, ast.FunctionDef)
+            )
 
 
 def _defined(tree: ast.Module) -> set[str]:
@@ -116,13 +118,13 @@ def _defined(tree: ast.Module) -> set[str]:
 
 
 def _names(tree: ast.AST) -> set[str]:
-    found = set[str]()
+    names = set[str]()
     for node in ast.walk(tree):
         if isinstance(node, ast.Name):
-            found.add(node.id)
+            names.add(node.id)
         elif isinstance(node, ast.Attribute):
-            found.add(node.attr)
-    return found
+            names.add(node.attr)
+    return names
 
 
 def make(root: Path) -> str:

@@ -51,11 +51,11 @@ TREE = {
 
 def test_the_committed_picture_of_the_layers_shows_the_imports_of_the_code():
     svg = (ROOT / "toolkit" / "layers.svg").read_text(encoding="utf-8")
-    found = read_layers(read_modules())
-    assert drawn_edges(svg) == found.edges, STALE
-    assert {box["data-box"] for box in elements(svg, "data-box")} == set(found.members), STALE
+    layers = read_layers(read_modules())
+    assert drawn_edges(svg) == layers.edges, STALE
+    assert {box["data-box"] for box in elements(svg, "data-box")} == set(layers.members), STALE
     text = " ".join(ElementTree.fromstring(svg).itertext())
-    assert all(name in text for names in found.members.values() for name in names), STALE
+    assert all(name in text for names in layers.members.values() for name in names), STALE
 
 
 def test_the_committed_picture_of_the_way_names_the_files_of_the_code():

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from fakes.bundles import FakeMachine
-from fakes.keys import write_keys
 from measured_here import SHORT, measure_here
 from once import made_once
 from session_here import SessionHere
@@ -76,6 +75,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 
 def make_built(root: Path) -> None:
     """Make everything that ``built`` names, and keep what ``build --json`` printed."""
+    from fakes.keys import write_keys  # which cryptography is needed for
+
     data = write_volumes(root / "data", count=3)
     private, public = write_keys(root)
     checkpoint = make_checkpoint(root)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tiny import write_pictures, write_volumes
 
-TINY = ["--set", "architecture=transunet-tiny", "--set", "preprocessing.image_size=[32,32]", "--set", "augmentation=[]"]
+TINY = ["--set", "architecture=unet-tiny", "--set", "preprocessing.image_size=[32,32]", "--set", "augmentation=[]"]
 
 
 def medseg_trt(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -61,7 +61,7 @@ def test_from_a_folder_of_pictures_to_masks_and_figures(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["infer", "images"], 2, "medseg-trt build --ckpt model.pt"),
+        (["infer", "images"], 2, "medseg-trt build --ckpt run/best.pt"),
         (["infer", "nowhere.png", "--bundle", "BUNDLE"], 1, "nowhere.png does not exist"),
         (["infer", "text.txt", "--bundle", "BUNDLE"], 1, "supported: .png"),
         (["infer", "images", "--bundle", "images"], 5, "is no bundle"),
@@ -71,7 +71,7 @@ def test_from_a_folder_of_pictures_to_masks_and_figures(tmp_path):
         (["evaluate", "--data", "."], 2, "--ckpt model.pt"),
         (["train", "--recipe", "organ-demo", "--data", "."], 2, "folder, organs-demo"),
         (["train", "--recipe", "folder", "--data", "nowhere"], 1, "does not exist"),
-        (["inspect", "arch:unet"], 2, "llm-transunet"),
+        (["inspect", "arch:vnet"], 2, "llm-transunet"),
         (["inspect", "arch:transunet", "--image-size", "250"], 2, "try 240 or 256"),
         (["samples", "get", "lungs"], 2, "organs"),
         (["block", "extract", "text.txt"], 5, "text.txt"),
@@ -80,7 +80,7 @@ def test_from_a_folder_of_pictures_to_masks_and_figures(tmp_path):
 def test_a_mistake_gets_one_line_that_says_what_to_do(arguments, code, message, tiny_bundle, tmp_path):
     write_pictures(tmp_path, count=1)
     (tmp_path / "text.txt").write_text("just text")
-    ran = medseg_trt(*(str(tiny_bundle) if each == "BUNDLE" else each for each in arguments), cwd=tmp_path)
+    ran = medseg_trt(*(str(tiny_bundle) if argument == "BUNDLE" else argument for argument in arguments), cwd=tmp_path)
     assert ran.returncode == code, ran.stderr
     lines = ran.stderr.strip().splitlines()
     assert message in lines[-1]

@@ -17,7 +17,7 @@ from medseg_trt.inspection.describe import describe
 from medseg_trt.spec import to_dict
 from medseg_trt.train import runs
 from medseg_trt.train.checkpoint import load_checkpoint
-from medseg_trt.train.datasets.official import open_recorded
+from medseg_trt.train.recorded_data import open_recorded
 
 
 def medseg_trt(*arguments, raises=None):
@@ -53,17 +53,17 @@ def test_a_good_data_set_ends_with_0_and_a_table(tmp_path):
 def test_a_leak_ends_with_1_and_json_alone_on_stdout(tmp_path):
     root = write_clinicdb(tmp_path, kaggle=True)
     printed = medseg_trt("data", "check", root, "--set", "data.count=any", "--json", raises=InputError)
-    found = json.loads(printed)
-    assert found["problems"][0].startswith("4 patients or sequences are in two splits")
-    assert found["how"]["split_seed"] == 41
+    result = json.loads(printed)
+    assert result["problems"][0].startswith("4 patients or sequences are in two splits")
+    assert result["how"]["split_seed"] == 41
     medseg_trt("data", "check", root, "--set", "data.count=any", "--set", "data.group_by=sequence")
     medseg_trt("data", "check", root, "--set", "data.counts=any", raises=UsageError)
 
 
 def test_an_archive_is_evaluated_as_it_was_trained_on(trained):
     data, run, _ = trained
-    found = json.loads(medseg_trt("evaluate", "--ckpt", run / "best.pt", "--data", data, "--split", "test", "--json"))
-    scored = next(iter(found["splits"][0]["networks"].values()))
+    result = json.loads(medseg_trt("evaluate", "--ckpt", run / "best.pt", "--data", data, "--split", "test", "--json"))
+    scored = next(iter(result["splits"][0]["networks"].values()))
     assert [case["case"] for case in scored["cases"]] == json.loads((run / "data.json").read_text())["splits"]["test"]
 
 
@@ -86,15 +86,17 @@ def test_a_build_is_verified_on_the_archive_and_its_bundle_names_no_case_of_it(t
     told = json.dumps(to_dict(Provenance.of(checkpoint, run / "best.pt")))
     for private in (str(data), "Dataset_BUSI", *images.judged.cases):
         assert private not in told
-    assert checkpoint.provenance["data"]["sha256"] in told
+    assert checkpoint.provenance.data is not None
+    assert str(checkpoint.provenance.data.sha256) in told
 
 
 def test_the_place_of_a_split_manifest_is_not_in_a_bundle(trained):
     data, run, _ = trained
     checkpoint = load_checkpoint(run / "best.pt")
-    recipe = checkpoint.provenance["recipe"]
+    recipe = checkpoint.provenance.recipe
+    assert recipe is not None
     options = {**recipe["data"], "manifest": str(run / "data.json")}
-    given = replace(checkpoint, provenance={**checkpoint.provenance, "recipe": {**recipe, "data": options}})
+    given = replace(checkpoint, provenance=replace(checkpoint.provenance, recipe={**recipe, "data": options}))
     told = to_dict(Provenance.of(given, run / "best.pt"))
     assert told["provenance"]["recipe"]["data"]["manifest"] == "data.json"
     assert str(data.parent) not in json.dumps(told)
@@ -102,7 +104,7 @@ def test_the_place_of_a_split_manifest_is_not_in_a_bundle(trained):
 
 def test_a_description_counts_cases_instead_of_listing_them(trained):
     _, run, _ = trained
-    described = describe(str(run / "best.pt"), 32, 1)["provenance"]["data"]["manifest"]
+    described = describe(str(run / "best.pt"), 32, 1).to_dict()["provenance"]["data"]["manifest"]
     assert described == {"splits": {"train": 11, "val": 3, "test": 4}}
 
 
@@ -112,5 +114,5 @@ def test_data_of_another_set_are_read_as_is_asked_for(trained, tmp_path):
     shutil.move(other / "Original", other / "images")
     shutil.move(other / "Ground Truth", other / "masks")
     arguments = ("evaluate", "--ckpt", run / "best.pt", "--data", other, "--split", "test", "--json")
-    found = json.loads(medseg_trt(*arguments, "--set", "data.dataset=clinicdb"))
-    assert found["splits"][0]["title"].startswith("CVC-ClinicDB, polyps, split test")
+    result = json.loads(medseg_trt(*arguments, "--set", "data.dataset=clinicdb"))
+    assert result["splits"][0]["title"].startswith("CVC-ClinicDB, polyps, split test")

@@ -16,6 +16,7 @@ from tiny import write_nifti, write_volumes
 from medseg_trt import pipeline
 from medseg_trt.building import variants
 from medseg_trt.bundles.bundle import load_bundle
+from medseg_trt.bundles.tables import execution_table
 from medseg_trt.cli import main
 from medseg_trt.imaging import segment
 from medseg_trt.sessions.backends import BACKENDS
@@ -50,7 +51,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_the_table_has_a_row_for_every_way_to_run_the_bundle(built, typed, monkeypatch):
     bundle = load_bundle(built.bundle)
-    dropped = replace(bundle, content=replace(bundle.content, dropped=("int8 with openvino in bf16: it died",)))
+    dropped = replace(
+        bundle, content=replace(bundle.content, rejected_executions=("int8 with openvino in bf16: it died",))
+    )
     monkeypatch.setattr(pipeline, "build", lambda *_: dropped)
     monkeypatch.setenv("COLUMNS", "300")
     code, out, _ = typed("build", "--ckpt", built.checkpoint)
@@ -62,8 +65,9 @@ def test_the_table_has_a_row_for_every_way_to_run_the_bundle(built, typed, monke
         assert bundle.variant(execution).precision in line
         assert f"{execution.median_ms:.2f}" in line
     header = next(line for line in out.splitlines() if "back-end" in line)
-    assert [word.strip() for word in header.split("┃")[1:-1]] == bundle.table()[0]
+    assert [word.strip() for word in header.split("┃")[1:-1]] == execution_table(bundle)[0]
     assert out.splitlines()[-1] == "not used: int8 with openvino in bf16: it died"
+    assert "the first row passed its check and took" in out
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
@@ -114,7 +118,10 @@ def test_bench_has_a_row_for_every_precision(built, typed, tmp_path):
     assert code == 0, err
     reference, *rows = json.loads(out)["rows"]
     assert reference["backend"] == "pytorch"
-    assert len(rows) == len({row["name"] for row in rows}) == len(built.manifest["build"]["precisions"])
+    executed = {(entry["variant"], entry["compute_dtype"]) for entry in built.manifest["executions"]}
+    precisions = {built.manifest["variants"][name]["precision"]: dtype for name, dtype in executed if dtype != "bf16"}
+    assert {row["name"].split()[1] for row in rows} - {"bf16"} == precisions.keys()  # of bf16 where it is computed
+    assert len(rows) == len({row["name"] for row in rows})
     assert all(row["agreement"]["labels"] > 0.9 for row in rows)
 
 
@@ -166,12 +173,14 @@ def test_a_gate_that_cannot_hold_leaves_with_3_and_the_old_bundle_stays(
     built, tiny_bundle, typed, in_process, tmp_path, monkeypatch
 ):
     def too_wide(observe, images, names, original=variants.calibrate):
-        found = original(observe, images, names)
+        observed = original(observe, images, names)
         wide = {
-            name: replace(each, low=1e4 * each.low, high=1e4 * each.high, bound=1e4 * each.bound)
-            for name, each in found.ranges.items()
+            name: replace(
+                activation, low=1e4 * activation.low, high=1e4 * activation.high, bound=1e4 * activation.bound
+            )
+            for name, activation in observed.ranges.items()
         }
-        return replace(found, ranges=wide)
+        return replace(observed, ranges=wide)
 
     monkeypatch.setattr(variants, "calibrate", too_wide)
     out = shutil.copytree(tiny_bundle, tmp_path / "model.medseg")
@@ -188,7 +197,7 @@ def test_a_gate_that_cannot_hold_leaves_with_3_and_the_old_bundle_stays(
 # Masks made inside the graph
 
 
-@pytest.mark.parametrize("spacing_mm", [None, 1.5])  # stretched, or cropped and padded
+@pytest.mark.parametrize("spacing_mm", [pytest.param(None, marks=pytest.mark.slow), 1.5])  # stretched, or cropped
 def test_masks_from_the_graph_are_the_same_bytes(built, typed, in_process, tmp_path, monkeypatch, spacing_mm):
     loaded = load_checkpoint(built.checkpoint)
     placed = replace(loaded, preprocessing=replace(loaded.preprocessing, spacing_mm=spacing_mm))
@@ -198,7 +207,7 @@ def test_masks_from_the_graph_are_the_same_bytes(built, typed, in_process, tmp_p
         code, _, err = typed(*command, "-o", tmp_path / f"{outputs}.medseg")
         assert code == 0, err
     for execution in load_bundle(tmp_path / "mask.medseg").content.executions:
-        assert execution.verification["own_masks_agreement"] == 1
+        assert execution.verification.own_masks_agreement == 1
     for backend in CPU_BACKENDS:
         written = {}
         for name in ("logits", "mask"):

@@ -16,24 +16,24 @@ PYPROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_te
 
 
 def test_what_is_installed_is_named_with_its_version():
-    found = {each.ability: each for each in examine()}
+    findings = {finding.ability: finding for finding in examine()}
     # The tests need all of the others.
-    assert {name for name in ABILITIES if not found[name].ready} <= {
+    assert {name for name in ABILITIES if not findings[name].ready} <= {
         "build engines with TensorRT-RTX",
         "infer on an NVIDIA GPU with TensorRT-RTX",
         "infer on an NVIDIA GPU with ONNX Runtime",
     }
-    assert re.search(r"torch \d+\.\d+", found["train"].detail)
-    assert re.search(r"nvidia-cuda-nvrtc 13\.0\.\d+", found["compile CUDA kernels"].detail)
+    assert re.search(r"torch \d+\.\d+", findings["train"].detail)
+    assert re.search(r"nvidia-cuda-nvrtc 13\.0\.\d+", findings["compile CUDA kernels"].detail)
 
 
 def test_what_is_missing_comes_with_the_command_that_installs_it(monkeypatch):
     original = importlib.util.find_spec
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name == "torch" else original(name))
-    found = {each.ability: each for each in examine()}
-    assert found["train"].detail == "torch missing; install: pip install 'medseg-trt[train]'"
-    assert not found["build bundles"].ready
-    assert found["infer on the CPU with ONNX Runtime"].ready
+    findings = {finding.ability: finding for finding in examine()}
+    assert findings["train"].detail == "torch missing; install: pip install 'medseg-trt[train]'"
+    assert not findings["build bundles"].ready
+    assert findings["infer on the CPU with ONNX Runtime"].ready
 
 
 def test_every_command_it_gives_installs_the_package():
@@ -54,9 +54,9 @@ def test_every_command_it_gives_installs_the_package():
 def test_what_a_backend_or_a_compiler_lacks_is_said(monkeypatch, module, ability, command):
     original = importlib.util.find_spec
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name == module else original(name))
-    found = {each.ability: each for each in examine()}[ability]
-    assert not found.ready
-    assert found.detail.endswith(command)
+    finding = {item.ability: item for item in examine()}[ability]
+    assert not finding.ready
+    assert finding.detail.endswith(command)
 
 
 def test_a_wheel_without_a_module_of_its_own_is_missed_too(monkeypatch):
@@ -68,8 +68,8 @@ def test_a_wheel_without_a_module_of_its_own_is_missed_too(monkeypatch):
         return original(package)
 
     monkeypatch.setattr(doctor, "version", version)
-    found = {each.ability: each for each in examine()}["compile CUDA kernels"]
-    assert found.detail == "nvidia-cuda-nvcc missing; install: pip install 'medseg-trt[kernels]'"
+    findings = {finding.ability: finding for finding in examine()}["compile CUDA kernels"]
+    assert findings.detail == "nvidia-cuda-nvcc missing; install: pip install 'medseg-trt[kernels]'"
 
 
 def test_no_driver_is_said_in_words(monkeypatch):
@@ -85,4 +85,4 @@ def test_the_command_prints_the_same_as_json():
     as_json, as_text = (CliRunner().invoke(cli, ["doctor", *option]) for option in (["--json"], []))
     abilities = json.loads(as_json.stdout)["abilities"]
     assert len(abilities) == len(as_text.stdout.splitlines())
-    assert all(each["ability"] in as_text.stdout and each["detail"] in as_text.stdout for each in abilities)
+    assert all(finding["ability"] in as_text.stdout and finding["detail"] in as_text.stdout for finding in abilities)

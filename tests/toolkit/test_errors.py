@@ -21,12 +21,12 @@ EXIT_CODES = {
 
 
 def test_every_error_has_the_exit_code_that_is_documented():
-    found = {
-        name: each.exit_code
-        for name, each in vars(errors).items()
-        if isinstance(each, type) and issubclass(each, MedsegError)
+    exit_codes = {
+        name: error.exit_code
+        for name, error in vars(errors).items()
+        if isinstance(error, type) and issubclass(error, MedsegError)
     }
-    assert found == EXIT_CODES
+    assert exit_codes == EXIT_CODES
     documented = re.findall(r"(\w+Error) +(\d)\b", errors.__doc__ or "")
     assert {name: int(code) for name, code in documented} == EXIT_CODES
 

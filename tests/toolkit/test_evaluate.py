@@ -23,11 +23,11 @@ def test_checkpoint_and_bundle_stand_side_by_side_with_the_same_figures(tiny_bun
     image = read_image(data / "images" / "scan1.nii.gz")
     truth = read_labels(data / "masks" / "scan1.nii.gz", image, 3)
     (mask,) = infer([data / "images" / "scan1.nii.gz"], tiny_bundle)
-    for label, found, again in zip((1, 2), from_bundle.means, from_checkpoint.means, strict=True):
+    for label, score, again in zip((1, 2), from_bundle.means, from_checkpoint.means, strict=True):
         true, predicted = truth == label, mask.labels == label
-        assert found.dice == pytest.approx(2 * (true & predicted).sum() / (true.sum() + predicted.sum()))
-        assert found.iou == pytest.approx((true & predicted).sum() / (true | predicted).sum())
-        assert again.dice == pytest.approx(found.dice, abs=1e-3)  # a tie may fall the other way in a pixel
+        assert score.dice == pytest.approx(2 * (true & predicted).sum() / (true.sum() + predicted.sum()))
+        assert score.iou == pytest.approx((true & predicted).sum() / (true | predicted).sum())
+        assert again.dice == pytest.approx(score.dice, abs=1e-3)  # a tie may fall the other way in a pixel
     assert board.header()[1:] == [
         "model/model.pt (pytorch)\nDice / IoU",
         f"{tiny_bundle.parent.name}/model.medseg (onnxruntime)\nDice / IoU",
@@ -42,7 +42,7 @@ def test_the_title_says_which_split_of_what(tiny_bundle, data):
 
 
 def test_networks_that_share_a_short_name_are_told_apart(tmp_path, data):
-    paths = [make_checkpoint(tmp_path / place / "run", architecture="transunet-tiny") for place in ("a", "b")]
+    paths = [make_checkpoint(tmp_path / folder / "run", architecture="transunet-tiny") for folder in ("a", "b")]
     (board,) = evaluate_all(paths, [], data, ["val"], "auto")
     assert len(board.evaluations) == 2
 
@@ -58,9 +58,9 @@ def test_an_absent_class_is_shown_as_absent(tiny_bundle, tmp_path):
     (board,) = evaluate_all([], [tiny_bundle], data, ["val"], "auto")
     cells = dict(board.cells())
     assert cells["bar"] in ("absent", "absent, false alarm")
-    (found,) = board.evaluations.values()
+    (evaluation,) = board.evaluations.values()
     assert float(cells["mean"].split(" / ")[0]) == pytest.approx(
-        found.means[0].dice, abs=5e-4
+        evaluation.means[0].dice, abs=5e-4
     )  # the absent class is in no mean
 
 
@@ -77,19 +77,43 @@ def test_an_unknown_split_lists_the_known_ones(tiny_bundle, data):
 
 def test_distances_are_in_millimetres_of_the_scan_and_in_pixels_of_a_picture(tiny_bundle, data, tmp_path):
     (board,) = evaluate_all([], [tiny_bundle], data, ["val"], "auto", hd95=True)
-    (found,) = board.evaluations.values()
+    (evaluation,) = board.evaluations.values()
     image = read_image(data / "images" / "scan1.nii.gz")
     truth = read_labels(data / "masks" / "scan1.nii.gz", image, 3)
     (mask,) = infer([data / "images" / "scan1.nii.gz"], tiny_bundle)
-    for label, mean in zip((1, 2), found.means, strict=True):
+    for label, mean in zip((1, 2), evaluation.means, strict=True):
         assert mean.hd95 == pytest.approx(hd95(mask.labels == label, truth == label, (3.0, 1.5, 2.0)))
     assert board.header()[1].endswith("Dice / IoU / HD95 mm")
     assert board.cells()[0][1].count("/") == 2
 
-    pictures = write_pictures(tmp_path / "pictures", count=3)
+    images = write_pictures(tmp_path / "pictures", count=3)
     checkpoint = make_checkpoint(tmp_path, classes=LESION, architecture="transunet-tiny")
-    (board,) = evaluate_all([checkpoint], [], pictures, ["val"], "auto", hd95=True)
-    (found,) = board.evaluations.values()
-    assert found.hd95_unit == "pixels"
-    for case in found.cases:
+    (board,) = evaluate_all([checkpoint], [], images, ["val"], "auto", hd95=True)
+    (evaluation,) = board.evaluations.values()
+    assert evaluation.hd95_unit == "pixels"
+    for case in evaluation.cases:
         assert case.scores[0].hd95 is None or 0 <= case.scores[0].hd95 < 46  # the diagonal of 32 x 32 pixels
+
+
+def test_augmentation_is_scored_beside_the_network_with_its_cost(tiny_bundle, data):
+    (board,) = evaluate_all([], [tiny_bundle], data, ["val"], "auto", tta="flips")
+    plain, augmented = board.evaluations
+    assert augmented == f"{plain}, tta flips"
+    assert list(board.costs) == [plain, augmented]
+    assert board.costs[augmented] > board.costs[plain] > 0  # four runs for one
+    (line,) = board.cost_lines()
+    assert line.startswith(f"{augmented}: Dice {board.evaluations[plain].mean_dice:.4f} → ")
+    assert json.loads(json.dumps(board.to_dict()))["ms_per_slice"] == board.costs
+
+
+def test_infer_draws_the_masks_that_evaluate_scores_with_augmentation(tiny_bundle, data):
+    (board,) = evaluate_all([], [tiny_bundle], data, ["val"], "auto", tta="rot90")
+    evaluation = list(board.evaluations.values())[1]
+    image = read_image(data / "images" / "scan1.nii.gz")
+    truth = read_labels(data / "masks" / "scan1.nii.gz", image, 3)
+    (mask,) = infer([data / "images" / "scan1.nii.gz"], tiny_bundle, tta="rot90")
+    (plain,) = infer([data / "images" / "scan1.nii.gz"], tiny_bundle)
+    assert (mask.labels != plain.labels).any()
+    for label, score in zip((1, 2), evaluation.means, strict=True):
+        true, predicted = truth == label, mask.labels == label
+        assert score.dice == pytest.approx(2 * (true & predicted).sum() / (true.sum() + predicted.sum()))

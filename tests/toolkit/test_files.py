@@ -42,6 +42,16 @@ def test_a_file_appears_when_it_is_complete(tmp_path):
     assert everything(tmp_path / "new") == ["deeper", "deeper/mask.v1.nii.gz"]
 
 
+def test_where_no_file_can_be_created_the_error_names_the_one_that_was_wanted(tmp_path, monkeypatch):
+    def refuse(path, *_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(files.os, "open", refuse)
+    with pytest.raises(PermissionError) as caught, atomic_file(tmp_path / "areas.csv"):
+        pass
+    assert caught.value.filename == str(tmp_path / "areas.csv")
+
+
 def write_half(atomic: AbstractContextManager[Path], stop: type[BaseException]) -> None:
     """Stop when a part is written, into a file or into a file of a folder."""
     with atomic as temporary:
@@ -171,10 +181,10 @@ def test_a_loop_of_links_is_refused_or_left_unfollowed(tmp_path):
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
     try:
-        found = inside(tmp_path, "a")
+        path = inside(tmp_path, "a")
     except ArtefactError:  # Python 3.12 and older
         return
-    assert found.parent == tmp_path.resolve()
+    assert path.parent == tmp_path.resolve()
 
 
 def test_the_cache_lies_where_the_user_says(tmp_path, monkeypatch):
@@ -193,6 +203,7 @@ def test_the_umask_of_the_process_is_never_touched(tmp_path, monkeypatch):
         temporary.write_text("content")
     with atomic_folder(tmp_path / "folder"):
         pass
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder"}
 
 
 @pytest.mark.parametrize(

@@ -67,9 +67,9 @@ def commands(group: click.Group) -> Iterator[click.Command]:
 
 
 def test_every_command_with_json_keeps_stdout_for_it():
-    with_json = [each for each in commands(cli) if any("--json" in option.opts for option in each.params)]
+    with_json = [command for command in commands(cli) if any("--json" in option.opts for option in command.params)]
     assert len(with_json) >= 14
-    assert [each.name for each in with_json if not hasattr(each.callback, "__wrapped__")] == []
+    assert [command.name for command in with_json if not hasattr(command.callback, "__wrapped__")] == []
 
 
 @pytest.mark.parametrize("path", sorted(COMMANDS.glob("*.py")), ids=lambda path: path.stem)

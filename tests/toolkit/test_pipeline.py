@@ -60,7 +60,7 @@ def test_what_lies_outside_the_field_of_view_is_warned_of(trained_on, tmp_path, 
 def test_a_bundle_is_verified_on_real_images_and_does_not_say_where_they_lie(trained_on, tmp_path):
     checkpoint, data = trained_on
     bundle = build(checkpoint, None, tmp_path / "a.medseg")
-    assert bundle.default.verification["images"] == "5 real images of generated, split val"
+    assert bundle.default.verification.images == "5 real images of generated, split val"
     assert bundle.manifest()["source"]["provenance"]["data"].keys() == {"name", "sha256"}
     texts = [path.read_bytes() for path in bundle.folder.iterdir()]
     assert not any(str(data.parent).encode() in text for text in texts)  # a hospital's folders are nobody's business

@@ -12,6 +12,7 @@ from medseg_trt.bench.timed_session import MeasuredSession
 from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.errors import ArtefactError, InputError
 from medseg_trt.processes import STATUS, ChildProcess, Progress, process_memory
+from medseg_trt.sessions.session_request import SessionRequest
 from medseg_trt.sessions.subprocess_session import ChildSession
 
 ROOT = Path(__file__).parents[2]
@@ -157,7 +158,9 @@ def test_memory_is_that_of_this_process():
 
 @pytest.mark.parametrize("session_class", [ChildSession, MeasuredSession])
 def test_a_session_imports_nothing_from_the_current_folder(planted, tiny_bundle, session_class):
-    with session_class(default_graph(tiny_bundle), "fp32", "onnxruntime", 1, "fp32") as session:
+    graph = default_graph(tiny_bundle)
+    request = SessionRequest(backend="onnxruntime", path=graph, precision="fp32", compute_dtype="fp32", threads=1)
+    with session_class(request) as session:
         assert session.run(np.zeros((1, 3, 32, 32), np.float32)).shape[0] == 1
 
 

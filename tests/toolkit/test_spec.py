@@ -9,12 +9,12 @@ import pytest
 
 from medseg_trt.errors import ArtefactError
 from medseg_trt.imaging.overlay import ALPHA
+from medseg_trt.network_spec import ModelSpec
 from medseg_trt.spec import (
     BlockSpec,
     BuildSpec,
     Classes,
     InsertSpec,
-    ModelSpec,
     Preprocessing,
     from_dict,
     palette,
@@ -62,11 +62,11 @@ SPECS = [
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: type(spec).__name__)
 def test_a_spec_comes_back_from_json_as_it_was(spec):
     data = json.loads(json.dumps(to_dict(spec)))
-    found = from_dict(type(spec), data, "config.json")
-    assert found == spec
-    assert json.dumps(to_dict(found)) == json.dumps(to_dict(spec))  # lists have become tuples again
+    restored = from_dict(type(spec), data, "config.json")
+    assert restored == spec
+    assert json.dumps(to_dict(restored)) == json.dumps(to_dict(spec))  # lists have become tuples again
     for field in fields(spec):
-        assert type(getattr(found, field.name)) is type(getattr(spec, field.name))
+        assert type(getattr(restored, field.name)) is type(getattr(spec, field.name))
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: type(spec).__name__)
@@ -85,7 +85,7 @@ MODEL, PICTURE, NAMED, INSERT = SPECS[3], SPECS[5], SPECS[7], SPECS[9]
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: type(spec).__name__)
 def test_an_unknown_field_is_refused_by_name(spec):
-    with pytest.raises(ArtefactError, match=r"config\.json: \w+ surprise: "):
+    with pytest.raises(ArtefactError, match=r"config\.json: \w+ surprise is not a known field"):
         from_dict(type(spec), changed(spec, surprise=1), "config.json")
 
 
@@ -93,7 +93,7 @@ def test_an_unknown_field_is_refused_by_name(spec):
     ("spec", "values", "where"),
     [
         (MODEL, {"num_classes": "many"}, "num_classes"),
-        (MODEL, {"image_size": [224]}, r"image_size\.1"),
+        (MODEL, {"image_size": [224]}, "image_size"),
         (MODEL, {"image_size": [224, 224, 3]}, "image_size"),
         (MODEL, {"image_size": [224.5, 224]}, r"image_size\.0"),
         (MODEL, {"block": {"hidden_size": None}}, r"block\.hidden_size"),
@@ -114,13 +114,14 @@ def test_an_unknown_field_is_refused_by_name(spec):
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused_with_its_place(spec, values, where):
-    with pytest.raises(ArtefactError, match=rf"^config\.json: {type(spec).__name__} {where}.*: .") as caught:
+    pattern = rf"^config\.json: {type(spec).__name__} {where}.*(:| is| must) ."
+    with pytest.raises(ArtefactError, match=pattern) as caught:
         from_dict(type(spec), changed(spec, **values), "config.json")
     assert "\n" not in str(caught.value)
 
 
 def test_a_missing_field_and_what_is_no_object_are_refused():
-    with pytest.raises(ArtefactError, match=r"config\.json: ModelSpec image_size: "):
+    with pytest.raises(ArtefactError, match=r"config\.json: ModelSpec image_size is missing"):
         from_dict(ModelSpec, {"num_classes": 2}, "config.json")
     for data in (None, [], "text", 3):
         with pytest.raises(ArtefactError, match=r"config\.json: ModelSpec"):
@@ -219,8 +220,8 @@ def test_a_model_written_before_there_were_inserts_is_the_published_one():
             "causal": False,
         },
     }
-    found = from_dict(ModelSpec, written, "model.pt")
-    assert found.insert == InsertSpec(
+    restored = from_dict(ModelSpec, written, "model.pt")
+    assert restored.insert == InsertSpec(
         residual="none",
         norm="ones",
         placement="before_norm",
@@ -229,7 +230,7 @@ def test_a_model_written_before_there_were_inserts_is_the_published_one():
         num_layers=1,
         trainable=False,
     )
-    assert found.insert_position == 2
+    assert restored.insert_position == 2
 
 
 @pytest.mark.parametrize(("placement", "position"), [("before_norm", 12), ("after_norm", 13), (1, 1), (12, 12)])

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from medseg_trt.train.block.blocks import random_block
 from medseg_trt.train.checkpoint import trained_weights
 from medseg_trt.train.datasets.prepared import PreparedSlices
-from medseg_trt.train.global_batch import BatchNorm2d, BatchShard, assign_shard
 from medseg_trt.train.loop import make_optimizer, train_epoch
+from medseg_trt.train.models.global_batch import BatchNorm2d, BatchShard, assign_shard
 from medseg_trt.train.models.model import build_model
 from medseg_trt.train.training_process import TrainingProcess
 
@@ -93,12 +93,12 @@ FAULTS = (own_statistics, own_dice, own_masks, own_gradients)
 
 def main() -> None:
     """Take the steps of every case, and of the first one with every fault."""
-    found = {case: take_steps(case) for case in CASES}
+    steps_of_case = {case: take_steps(case) for case in CASES}
     for fault in FAULTS:
         with fault():
-            found[fault.__name__] = take_steps("several classes")
+            steps_of_case[fault.__name__] = take_steps("several classes")
     if TrainingProcess().rank == 0:
-        torch.save(found, sys.argv[1])
+        torch.save(steps_of_case, sys.argv[1])
 
 
 if __name__ == "__main__":

@@ -56,11 +56,11 @@ def test_loss_and_dice_are_drawn_over_the_epochs_that_have_them(tmp_path, drawn)
 @pytest.mark.parametrize("history", [HISTORY, HISTORY[:1], UNVALIDATED, []])
 def test_the_file_is_a_real_png_at_every_stage_of_a_run(tmp_path, history):
     draw_curve(history, tmp_path / "curve.png")
-    with PIL.Image.open(tmp_path / "curve.png") as picture:
-        picture.load()
-        assert picture.format == "PNG"
-        assert min(picture.size) >= 300
-        assert np.unique(np.asarray(picture)).size > 2  # axes and text: more than an empty sheet
+    with PIL.Image.open(tmp_path / "curve.png") as image:
+        image.load()
+        assert image.format == "PNG"
+        assert min(image.size) >= 300
+        assert np.unique(np.asarray(image)).size > 2  # axes and text: more than an empty sheet
     assert [path.name for path in tmp_path.iterdir()] == ["curve.png"]
 
 

@@ -21,7 +21,7 @@ def dice_by_hand(prediction, truth):
     return 2 * np.sum(prediction & truth) / (np.sum(prediction) + np.sum(truth))
 
 
-def answer(*logits):
+def constant_network(*logits):
     """Return a network that gives every slice the same logits, whatever it sees."""
     always = np.asarray(logits, np.float32)
     return lambda batch: np.broadcast_to(always, (len(batch), *always.shape)).copy()
@@ -41,25 +41,25 @@ def perfect(num_logits, masks):
 
 
 def test_a_perfect_network_scores_one(tmp_path):
-    pictures = cases_of(write_pictures(tmp_path / "pictures"))
-    masks = [picture(int(case.name.removeprefix("case")))[1] for case in pictures]
-    found = evaluate(perfect(1, masks), pictures, CANVAS, LESION)
-    assert found.mean_dice == 1.0
-    assert [mean.iou for mean in found.means] == [1.0]
+    cases = cases_of(write_pictures(tmp_path / "pictures"))
+    masks = [picture(int(case.name.removeprefix("case")))[1] for case in cases]
+    evaluation = evaluate(perfect(1, masks), cases, CANVAS, LESION)
+    assert evaluation.mean_dice == 1.0
+    assert [mean.iou for mean in evaluation.means] == [1.0]
 
     volumes = cases_of(write_volumes(tmp_path / "volumes", 2, 5, (32, 32)))
     masks = [picture(100 * volume + number)[1] for volume in (0, 1) for number in range(5)]
-    found = evaluate(perfect(3, masks), volumes, CANVAS, TWO_ORGANS, batch=3)
-    assert [(mean.name, mean.dice, mean.cases) for mean in found.means] == [("disc", 1.0, 2), ("bar", 1.0, 2)]
+    evaluation = evaluate(perfect(3, masks), volumes, CANVAS, TWO_ORGANS, batch=3)
+    assert [(mean.name, mean.dice, mean.cases) for mean in evaluation.means] == [("disc", 1.0, 2), ("bar", 1.0, 2)]
     # The same masks in another order are no longer right, so the answers above were not compared with themselves.
     assert evaluate(perfect(3, masks[::-1]), volumes, CANVAS, TWO_ORGANS, batch=3).mean_dice < 1
 
 
 def test_a_network_that_finds_nothing_scores_zero(tmp_path):
     cases = cases_of(write_pictures(tmp_path))
-    found = evaluate(answer(np.full((32, 32), -1.0)), cases, CANVAS, LESION)
-    assert found.mean_dice == 0.0
-    (mean,) = found.means
+    evaluation = evaluate(constant_network(np.full((32, 32), -1.0)), cases, CANVAS, LESION)
+    assert evaluation.mean_dice == 0.0
+    (mean,) = evaluation.means
     assert (mean.dice, mean.cases, mean.missed) == (0.0, 4, 4)
 
 
@@ -69,12 +69,12 @@ def test_a_class_that_is_nowhere_is_absent_and_not_in_the_mean(tmp_path):
     labels[:16] = 2  # in RAS the first x are the patient's left: the right half of our columns
     write_nifti(root / "masks" / "scan0.nii.gz", labels)
     case = Case(image=root / "images" / "scan0.nii.gz", mask=root / "masks" / "scan0.nii.gz")
-    everything_two = answer(*[np.full((32, 32), value) for value in (0.0, 0.0, 1.0)])
-    found = evaluate(everything_two, [case], CANVAS, TWO_ORGANS)
-    disc, bar = found.means
+    everything_two = constant_network(*[np.full((32, 32), value) for value in (0.0, 0.0, 1.0)])
+    evaluation = evaluate(everything_two, [case], CANVAS, TWO_ORGANS)
+    disc, bar = evaluation.means
     assert (disc.dice, disc.iou, disc.absent) == (None, None, 1)
     assert bar.dice == pytest.approx(2 / 3)  # half the pixels are right, all are predicted: 2 * 1/2 / (1 + 1/2)
-    assert found.mean_dice == bar.dice
+    assert evaluation.mean_dice == bar.dice
 
 
 def test_nothing_to_score_is_zero_not_an_error():
@@ -93,9 +93,9 @@ def test_figures_are_those_of_the_source_pixels_not_of_the_canvas(tmp_path, size
     at_source = torch.nn.functional.interpolate(torch.from_numpy(logits)[None], size=size, mode="bilinear").numpy()[0]
     prediction = at_source[0] > 0
     assert np.abs(at_source).min() > 1e-5  # so that no float32 rounding, 2**-24 of a value of about 1, turns a label
-    found = evaluate(answer(*logits), cases, CANVAS, LESION)
+    evaluation = evaluate(constant_network(*logits), cases, CANVAS, LESION)
     on_canvas = []
-    for case, scored in zip(cases, found.cases, strict=True):
+    for case, scored in zip(cases, evaluation.cases, strict=True):
         truth = picture(int(case.name.removeprefix("case")), size)[1] == 1
         assert scored.case == case.name
         (score,) = scored.scores
@@ -105,8 +105,8 @@ def test_figures_are_those_of_the_source_pixels_not_of_the_canvas(tmp_path, size
             torch.from_numpy(truth[None, None].astype(float)), size=(32, 32), mode="nearest-exact"
         ).numpy()[0, 0]
         on_canvas.append(dice_by_hand(logits[0] > 0, small_truth > 0))
-    dice = [scored.scores[0].dice or 0.0 for scored in found.cases]
-    assert found.mean_dice == np.mean(dice)
+    dice = [scored.scores[0].dice or 0.0 for scored in evaluation.cases]
+    assert evaluation.mean_dice == np.mean(dice)
     # The canvas is another grid: scoring there, the mistake this test is for, gives other figures for every picture.
     assert all(abs(ours - theirs) > 1e-4 for ours, theirs in zip(dice, on_canvas, strict=True))
 
@@ -116,8 +116,8 @@ def test_what_the_canvas_cuts_away_counts_as_missed(tmp_path):
     write_nifti(tmp_path / "mask.nii.gz", np.ones((40, 40, 2), np.uint8), spacing_mm=(1, 1, 1))
     case = Case(image=tmp_path / "scan.nii.gz", mask=tmp_path / "mask.nii.gz")
     cropped = Preprocessing(image_size=(32, 32), spacing_mm=1.0)
-    found = evaluate(answer(np.ones((32, 32))), [case], cropped, LESION)
-    (score,) = found.cases[0].scores
+    evaluation = evaluate(constant_network(np.ones((32, 32))), [case], cropped, LESION)
+    (score,) = evaluation.cases[0].scores
     assert (score.truth_pixels, score.predicted_pixels) == (2 * 40 * 40, 2 * 32 * 32)
     assert score.dice == 2 * 32 * 32 / (32 * 32 + 40 * 40)
 
@@ -130,11 +130,11 @@ def test_a_volume_is_one_case_not_the_mean_of_its_slices(tmp_path):
     write_nifti(tmp_path / "scan.nii.gz", np.zeros((32, 32, 2), np.uint8))
     write_nifti(tmp_path / "masks" / "scan.nii.gz", truth)
     case = Case(image=tmp_path / "scan.nii.gz", mask=tmp_path / "masks" / "scan.nii.gz")
-    found = evaluate(answer(np.ones((32, 32))), [case], CANVAS, LESION)
-    together = 2 * (1 + 1 / 8) / (2 + 1 + 1 / 8)
+    evaluation = evaluate(constant_network(np.ones((32, 32))), [case], CANVAS, LESION)
+    dice_of_volume = 2 * (1 + 1 / 8) / (2 + 1 + 1 / 8)
     mean_of_slices = (1 + 2 / 8 / (1 + 1 / 8)) / 2
-    assert found.mean_dice == pytest.approx(together)
-    assert abs(together - mean_of_slices) > 0.1
+    assert evaluation.mean_dice == pytest.approx(dice_of_volume)
+    assert abs(dice_of_volume - mean_of_slices) > 0.1
 
 
 def test_how_many_slices_go_through_at_once_changes_nothing(tmp_path):

@@ -77,12 +77,12 @@ def test_a_run_leaves_its_files_and_nothing_else(source, tmp_path):
     data, block = source
     out = tmp_path / "run"
     best = train(tiny_recipe("train.epochs=1"), data, out, block=block)
-    (kept,) = (path for path in out.iterdir() if path.suffix == ".safetensors")
-    assert {path.name for path in out.iterdir()} == RUN_FILES | {kept.name}
-    assert kept.read_bytes() == block.read_bytes()
+    (block_file,) = (path for path in out.iterdir() if path.suffix == ".safetensors")
+    assert {path.name for path in out.iterdir()} == RUN_FILES | {block_file.name}
+    assert block_file.read_bytes() == block.read_bytes()
     assert best == out / "best.pt"
-    with PIL.Image.open(out / "curve.png") as picture:
-        assert picture.format == "PNG"
+    with PIL.Image.open(out / "curve.png") as curve:
+        assert curve.format == "PNG"
 
 
 def test_several_classes_are_learned_too(tmp_path, source, no_curve):
@@ -138,9 +138,9 @@ def test_validation_scores_what_the_checkpoint_holds(source, tmp_path, no_curve)
     train(tiny_recipe("train.epochs=2"), data, tmp_path / "run", block=block)
     checkpoint = load_checkpoint(tmp_path / "run" / "last.pt")
     # Dropout or BatchNorm left in training mode would give other answers than the file does.
-    found = evaluate(runner(checkpoint.model()), data.cases("val"), checkpoint.preprocessing, data.classes)
-    assert history_of(tmp_path / "run")[-1]["dice_of_class"] == {mean.name: mean.dice for mean in found.means}
-    assert 0 < found.mean_dice < 1
+    evaluation = evaluate(runner(checkpoint.model()), data.cases("val"), checkpoint.preprocessing, data.classes)
+    assert history_of(tmp_path / "run")[-1]["dice_of_class"] == {mean.name: mean.dice for mean in evaluation.means}
+    assert 0 < evaluation.mean_dice < 1
 
 
 @pytest.mark.parametrize(
@@ -175,14 +175,14 @@ def test_every_step_has_the_rate_of_the_schedule(slices, monkeypatch):
     recipe = tiny_recipe(
         "train.batch_size=5", "train.min_learning_rate=0.001", "train.warmup_steps=2", "train.schedule=cosine"
     )
-    found = rates(recipe, slices, monkeypatch)
+    used_rates = rates(recipe, slices, monkeypatch)
     # Twelve slices make two whole batches of five; three epochs take six steps, the first two of them warm up.
     done = np.arange(4) / 4
     expected = [0.005, 0.01, *(0.001 + 0.009 * (1 + np.cos(np.pi * done)) / 2)]
-    np.testing.assert_allclose(found, np.array(expected)[:, np.newaxis], rtol=1e-12)  # both in float64
+    np.testing.assert_allclose(used_rates, np.array(expected)[:, np.newaxis], rtol=1e-12)  # both in float64
     # A schedule that begins anew with every epoch, or counts the dropped batch of two, is far from this.
     anew = np.tile(0.001 + 0.009 * (1 + np.cos(np.pi * np.arange(2) / 2)) / 2, 3)
-    assert abs(found.ravel() - anew).max() > 1e-3
+    assert abs(used_rates.ravel() - anew).max() > 1e-3
 
 
 def test_gradients_are_clipped_to_the_recipes_norm(slices, monkeypatch):
@@ -267,8 +267,8 @@ def test_a_bad_mask_stops_before_the_first_step_whichever_split_it_is_in(tmp_pat
     monkeypatch.setattr(loop, "train_epoch", lambda *_: pytest.fail("a training step was taken"))
     for split in ("train", "val"):
         root = write_volumes(tmp_path / split, 4, 2)
-        every = [{"image": f"scan{index}"} for index in range(4)]
-        write_description(root, {"train": every[:3], "val": every[3:]})
+        entries = [{"image": f"scan{index}"} for index in range(4)]
+        write_description(root, {"train": entries[:3], "val": entries[3:]})
         bad = root / "masks" / {"train": "scan2.nii.gz", "val": "scan3.nii.gz"}[split]
         bad.write_bytes((root / "images" / "scan0.nii.gz").read_bytes())  # grey values
         with pytest.raises(InputError, match=f"{bad} holds the values"):
@@ -295,7 +295,7 @@ def test_without_validation_the_latest_epoch_is_the_best(tmp_path, source, no_cu
     best = train(tiny_recipe("train.epochs=2"), open_folder(root), tmp_path / "run", block=source[1])
     assert "no validation split" in caplog.text
     assert all("dice" not in row for row in history_of(tmp_path / "run"))
-    assert load_checkpoint(best).provenance["epoch"] == 2
+    assert load_checkpoint(best).provenance.epoch == 2
 
 
 def items(slices, recipe, epoch, order):

@@ -13,13 +13,13 @@ import torch
 from tiny import tiny_recipe
 from torch import nn
 
-from medseg_trt.train import global_batch
 from medseg_trt.train.datasets.prepared import PreparedSlices
-from medseg_trt.train.epoch_slices import EpochSlices
-from medseg_trt.train.global_batch import Dropout
+from medseg_trt.train.epoch_slices import EpochSlices, dropout_seed
 from medseg_trt.train.loop import make_optimizer, train_epoch
-from medseg_trt.train.runs import Progress
+from medseg_trt.train.models import global_batch
+from medseg_trt.train.models.global_batch import Dropout
 from medseg_trt.train.training_process import TrainingProcess
+from medseg_trt.train.training_state import Progress
 
 SLICES, BATCH = 12, 4
 STEPS = SLICES // BATCH
@@ -35,9 +35,9 @@ class Recorder(nn.Module):
         self.masks: list[torch.Tensor] = []
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        kept = self.dropout(torch.ones_like(images))
-        self.masks.append(kept.detach() > 0)
-        return self.layer(images * kept)
+        dropped_out = self.dropout(torch.ones_like(images))
+        self.masks.append(dropped_out.detach() > 0)
+        return self.layer(images * dropped_out)
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +60,19 @@ def masks_of(slices, seed=7, epoch=1, *changes, process=None, progress=None, kee
 
 
 def test_every_seed_epoch_and_step_has_masks_of_its_own(slices):
-    # The generator is started with the sum of both, so that seeds nearer to each other than a run has epochs share
-    # masks, in other epochs: of other slices and weights.
-    runs = {(seed, epoch): masks_of(slices, seed, epoch) for seed in (100, 200) for epoch in (1, 2, 3)}
-    every = [mask for masks in runs.values() for mask in masks]
-    assert len(every) == 6 * STEPS
-    assert len(set(every)) == len(every)
+    runs = {(seed, epoch): masks_of(slices, seed, epoch) for seed in (100, 101) for epoch in (1, 2, 3)}
+    all_masks = [mask for masks in runs.values() for mask in masks]
+    assert len(all_masks) == 6 * STEPS
+    assert len(set(all_masks)) == len(all_masks)
+
+
+def test_no_two_pairs_of_seed_and_epoch_share_a_stream():
+    """``seed + epoch`` has 69 values on this grid, and ``[seed, epoch]`` padded or swapped would repeat some, too."""
+    pairs = [(seed, epoch) for seed in range(50) for epoch in range(1, 21)]
+    assert len({seed + epoch for seed, epoch in pairs}) == 69
+    generators = [torch.Generator().manual_seed(dropout_seed(seed, epoch)) for seed, epoch in pairs]
+    streams = {torch.rand(4, generator=generator).numpy().tobytes() for generator in generators}
+    assert len(streams) == len(pairs) == 1000
 
 
 def test_rows_of_a_batch_have_masks_of_their_own(slices):
@@ -92,18 +99,18 @@ def test_workers_do_not_matter(slices):
 
 @pytest.mark.parametrize("done", range(1, STEPS))
 def test_an_epoch_that_is_resumed_goes_on_with_the_masks_that_it_would_have_had(slices, done):
-    kept: list[Progress] = []
-    whole = masks_of(slices, 7, 2, "train.save_every_steps=1", keep=kept.append)
-    assert [len(progress.losses) for progress in kept] == list(range(1, STEPS))
+    saved: list[Progress] = []
+    whole = masks_of(slices, 7, 2, "train.save_every_steps=1", keep=saved.append)
+    assert [len(progress.losses) for progress in saved] == list(range(1, STEPS))
     torch.rand(17)
-    assert masks_of(slices, 7, 2, progress=kept[done - 1]) == whole[done:]
+    assert masks_of(slices, 7, 2, progress=saved[done - 1]) == whole[done:]
 
 
 @pytest.mark.parametrize("accumulate", [2, 4])
 def test_micro_batches_have_the_rows_of_the_batchs_mask(slices, accumulate):
-    together, apart = masks_of(slices), masks_of(slices, 7, 1, f"train.accumulate={accumulate}")
-    assert len(apart) == accumulate * STEPS
-    assert b"".join(apart) == b"".join(together)
+    whole_batch, micro_batches = masks_of(slices), masks_of(slices, 7, 1, f"train.accumulate={accumulate}")
+    assert len(micro_batches) == accumulate * STEPS
+    assert b"".join(micro_batches) == b"".join(whole_batch)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -114,7 +121,7 @@ def test_processes_have_the_rows_of_the_batchs_mask(slices, accumulate, monkeypa
     for rank in range(2):
         process = TrainingProcess()
         process.processes, process.rank = 2, rank
-        monkeypatch.setattr(process, "no_average", lambda model, wanted: torch.enable_grad())
+        monkeypatch.setattr(process, "skip_averaging", lambda model, more_follow: torch.enable_grad())
         shares.append(masks_of(slices, 7, 1, f"train.accumulate={accumulate}", process=process))
     merged = [share for pair in zip(*shares, strict=True) for share in pair]  # by micro-batch, then by process
     assert b"".join(merged) == b"".join(masks_of(slices))

@@ -1,6 +1,6 @@
-"""Show every network the same images, case by case, and keep what their masks are worth; worst slices with pictures.
+"""Run all networks on the same cases, and record the scores of their masks and their worst slices.
 
-All scores are at the images' own size. Only the case at hand and the worst slices are in memory.
+All scores are at the size of the images. Only the current case and the worst slices are in memory.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -25,7 +25,7 @@ from medseg_trt.export.gate import compare
 from medseg_trt.export.verify import labels_of
 from medseg_trt.imaging.images import Image
 from medseg_trt.imaging.preprocess import restore
-from medseg_trt.imaging.segment import Run, prepared_slices
+from medseg_trt.imaging.segment import Finish, Run, prepared_slices
 from medseg_trt.metrics.intervals import CONFIDENCE, MIN_UNITS, Interval, change_interval
 from medseg_trt.metrics.overlap import ClassScore, confusion, mean_scores, scores
 from medseg_trt.spec import Classes, Preprocessing
@@ -38,7 +38,7 @@ AGREEMENT = "agreement with the reference in Dice"
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class SliceImages:
-    """What a worst slice looks like."""
+    """The arrays of a worst slice."""
 
     pixels: ndarray  # (height, width, channels), raw
     truth: ndarray | None  # labels
@@ -48,7 +48,7 @@ class SliceImages:
 
 @dataclass(kw_only=True)
 class AccuracyRecord:
-    """What is known of one network so far."""
+    """The scores of one network so far."""
 
     cases: list[CaseAccuracy] = field(default_factory=list[CaseAccuracy])
     slices: list[SliceCounts] = field(default_factory=list[SliceCounts])
@@ -61,9 +61,9 @@ class AccuracyRecord:
     power: float = 0.0
 
     def agreement(self) -> Agreement | Missing:
-        """Return how far the answers are from the reference's."""
+        """Return the agreement with the reference."""
         if not self.all_labels:
-            return Missing(reason=self.failure or "no image was shown")
+            return Missing(reason=self.failure or "there is no image")
         return Agreement(
             max_abs_error=self.max_abs_error,
             labels=self.same_labels / self.all_labels,
@@ -73,7 +73,7 @@ class AccuracyRecord:
 
 @dataclass(kw_only=True)
 class NetworkScores:
-    """The networks by name, the reference first, and what HD95 is measured in."""
+    """The records by name of the network, the reference first, and the units of HD95."""
 
     networks: dict[str, AccuracyRecord]
     labelled: bool
@@ -81,28 +81,28 @@ class NetworkScores:
 
     @property
     def hd95_unit(self) -> str | None:
-        """Millimetres or pixels; None where the images have no unit in common."""
+        """Millimetres or pixels; None if the images have no common unit."""
         return next(iter(self.units)) if len(self.units) == 1 else None
 
     def accuracy(self, name: str) -> Accuracy | Missing:
-        """Return how good a network's masks are."""
-        found, unit = self.networks[name], self.hd95_unit
-        if found.failure is not None or not found.cases:
-            return Missing(reason=found.failure or "no image was shown")
+        """Return the scores of a network's masks."""
+        record, unit = self.networks[name], self.hd95_unit
+        if record.failure is not None or not record.cases:
+            return Missing(reason=record.failure or "there is no image")
         cases = [
-            case if unit else replace(case, scores=tuple(replace(each, hd95=None) for each in case.scores))
-            for case in found.cases
+            case if unit else replace(case, scores=tuple(replace(score, hd95=None) for score in case.scores))
+            for case in record.cases
         ]
         means = mean_scores([case.scores for case in cases])
         return Accuracy(
             metric="Dice" if self.labelled else AGREEMENT,
-            mean_dice=_mean(each.dice for each in means),
-            mean_iou=_mean(each.iou for each in means),
-            mean_hd95=_mean(each.hd95 for each in means),
+            mean_dice=_mean(score.dice for score in means),
+            mean_iou=_mean(score.iou for score in means),
+            mean_hd95=_mean(score.hd95 for score in means),
             hd95_unit=unit,
             means=means,
             cases=tuple(cases),
-            slices=tuple(found.slices),
+            slices=tuple(record.slices),
         )
 
 
@@ -112,15 +112,17 @@ def compare_all(
     preprocessing: Preprocessing,
     classes: Classes,
     on_case: Callable[[str, Image], None],
+    finish: Finish,
 ) -> NetworkScores:
-    """Show every case to every network; one that fails is shown no more.
+    """Run every network on every case; a network that fails is left out from then on.
 
     Args:
         runs: the networks, the reference first.
         cases: name, image and labels; without labels the reference's mask is the truth.
-        preprocessing: the contract of all of them.
-        classes: their labels.
-        on_case: told of every case that was read.
+        preprocessing: of all networks.
+        classes: of all networks.
+        on_case: called with every case.
+        finish: corrects the labels of every network.
 
     Raises:
         MedsegError: the reference fails.
@@ -132,43 +134,46 @@ def compare_all(
         compared.labelled = truth is not None
         compared.units.add("pixels" if image.spacing_mm is None else "mm")
         inputs = prepared_slices(image, preprocessing)
-        answers: dict[str, tuple[ndarray, ndarray]] = {}
+        outputs: dict[str, tuple[ndarray, ndarray]] = {}
         for name, run in runs.items():
-            found = compared.networks[name]
-            if found.failure is not None:
+            record = compared.networks[name]
+            if record.failure is not None:
                 continue
             try:
                 logits = np.concatenate([run(inputs[start : start + BATCH]) for start in range(0, len(inputs), BATCH)])
             except MedsegError as error:
                 if name == reference_name:
                     raise
-                found.failure = str(error)
+                record.failure = str(error)
                 continue
             if not np.isfinite(logits).all():
                 if name == reference_name:
                     raise InputError(f"{case}: the reference's logits are not finite, so nothing can be compared")
-                found.failure = f"{case}: the logits are not finite: a number is too large for its type"
+                record.failure = f"{case}: the logits are not finite: a value overflows its type"
                 continue
-            labels = np.stack([restore(each, image.size, preprocessing, image.spacing_in_plane) for each in logits])
-            answers[name] = logits, labels
-        reference_logits, reference_labels = answers[reference_name]
-        for name, (logits, labels) in answers.items():
-            found = compared.networks[name]
-            _add_agreement(found, logits, reference_logits)
-            _add_scores(found, case, image, labels, reference_labels if truth is None else truth, classes)
+            labels = np.stack(
+                [restore(slice_logits, image.size, preprocessing, image.spacing_in_plane) for slice_logits in logits]
+            )
+            outputs[name] = logits, finish(image, labels)
+        reference_logits, reference_labels = outputs[reference_name]
+        for name, (logits, labels) in outputs.items():
+            record = compared.networks[name]
+            _add_agreement(record, logits, reference_logits)
+            _add_scores(record, case, image, labels, reference_labels if truth is None else truth, classes)
             if name != reference_name:
-                _add_worst(found, compared.networks[reference_name], case, image, truth, reference_labels, labels)
+                _add_worst(record, compared.networks[reference_name], case, image, truth, reference_labels, labels)
     return compared
 
 
 def differences(reference: Accuracy, candidate: Accuracy, verdict: Verdict) -> tuple[Difference, ...]:
-    """Pair the scores of two networks: of all classes together, then of every class.
+    """Return the paired differences of two networks, for the mean over the classes and for every class.
 
-    The mean Dice is the verdict's. Cases are paired where there are at least five, else slices; HD95 is one of a case.
+    The mean Dice is that of the verdict. Cases are paired if there are at least five, else slices; HD95 is always
+    paired by case.
     """
     by_case = len(reference.cases) >= MIN_UNITS
-    names = [each.name for each in reference.means]
-    found = [
+    names = [score.name for score in reference.means]
+    paired = [
         Difference(
             metric="Dice",
             class_name=None,
@@ -184,35 +189,35 @@ def differences(reference: Accuracy, candidate: Accuracy, verdict: Verdict) -> t
     ]
     for metric, attribute in (("Dice", "dice"), ("IoU", "iou"), ("HD95", "hd95")):
         units: Unit = "cases" if by_case or metric == "HD95" else "slices"
-        pair = [_table(each, attribute, units) for each in (reference, candidate)]
-        missing = np.isnan(pair[0]) | np.isnan(pair[1])
-        before, after = (np.where(missing, np.nan, each) for each in pair)
+        tables = [_table(accuracy, attribute, units) for accuracy in (reference, candidate)]
+        missing = np.isnan(tables[0]) | np.isnan(tables[1])
+        before, after = (np.where(missing, np.nan, values) for values in tables)
         columns = [(None, slice(None)), *((name, slice(index, index + 1)) for index, name in enumerate(names))]
         for name, column in columns[metric == "Dice" :]:
             rows = ~missing[:, column].all(axis=1)
             if rows.any():
                 interval = change_interval(before[rows, column], after[rows, column])
-                found.append(_difference(metric, name, units, before[rows, column], after[rows, column], interval))
-    return tuple(found)
+                paired.append(_difference(metric, name, units, before[rows, column], after[rows, column], interval))
+    return tuple(paired)
 
 
 def verdict(
     reference: AccuracyRecord, candidate: AccuracyRecord, limit: float, allowed: float, metric: str
 ) -> Verdict | Missing:
-    """Judge a network's masks: Dice must surely not fall by more than ``limit``, nor too many pixels change.
+    """Judge a network's masks: neither the drop of Dice nor the share of changed pixels may exceed its limit.
 
-    It is the gate of ``build``, on these images: a class that a mask finds where there is none counts, too.
+    This is the gate of ``build`` on these images; false alarms count as well.
     """
     if candidate.failure is not None or len(candidate.slices) != len(reference.slices):
-        return Missing(reason=candidate.failure or "it was not shown all images")
-    counts = [np.array([each.counts for each in found.slices], np.int64) for found in (reference, candidate)]
-    gate = compare(counts[0], counts[1], [each.case for each in reference.slices], limit, metric)
+        return Missing(reason=candidate.failure or "it did not run on all images")
+    counts = [np.array([counted.counts for counted in record.slices], np.int64) for record in (reference, candidate)]
+    gate = compare(counts[0], counts[1], [counted.case for counted in reference.slices], limit, metric)
     disagreement = 1 - candidate.same_labels / candidate.all_labels
-    words = f"{gate}"
+    text = f"{gate}"
     if disagreement > allowed:
-        words = (
+        text = (
             f"{100 * disagreement:.2f} % of the pixels have another label than the reference's, "
-            f"and {100 * allowed:.2f} % may; {words}"
+            f"and {100 * allowed:.2f} % may; {text}"
         )
     return Verdict(
         holds=gate.holds and disagreement <= allowed,
@@ -224,38 +229,38 @@ def verdict(
         limit=limit,
         confidence=CONFIDENCE,
         unit="cases" if gate.unit == "cases" else "slices",
-        pairs=len({each.case for each in reference.slices}) if gate.unit == "cases" else gate.images,
-        words=words,
+        pairs=len({counted.case for counted in reference.slices}) if gate.unit == "cases" else gate.images,
+        words=text,
     )
 
 
-def _add_agreement(found: AccuracyRecord, logits: ndarray, reference: ndarray) -> None:
-    found.max_abs_error = max(found.max_abs_error, float(np.abs(logits - reference).max()))
+def _add_agreement(record: AccuracyRecord, logits: ndarray, reference: ndarray) -> None:
+    record.max_abs_error = max(record.max_abs_error, float(np.abs(logits - reference).max()))
     same = labels_of(logits) == labels_of(reference)
-    found.same_labels += int(same.sum())
-    found.all_labels += same.size
-    found.noise += float(np.square(logits - reference, dtype=np.float64).sum())
-    found.power += float(np.square(reference, dtype=np.float64).sum())
+    record.same_labels += int(same.sum())
+    record.all_labels += same.size
+    record.noise += float(np.square(logits - reference, dtype=np.float64).sum())
+    record.power += float(np.square(reference, dtype=np.float64).sum())
 
 
 def _add_scores(
-    found: AccuracyRecord, case: str, image: Image, labels: ndarray, truth: ndarray, classes: Classes
+    record: AccuracyRecord, case: str, image: Image, labels: ndarray, truth: ndarray, classes: Classes
 ) -> None:
     spacing = image.spacing_mm or PIXELS
-    if len(labels) == 1:  # a 2-D image: its surface is its outline
+    if len(labels) == 1:  # the surface of a 2-D image is its outline
         scored = scores(labels[0], truth[0], classes, spacing[1:])
     else:
         scored = scores(labels, truth, classes, spacing)
-    found.cases.append(CaseAccuracy(case=case, scores=scored))
+    record.cases.append(CaseAccuracy(case=case, scores=scored))
     for index, (mask, true) in enumerate(zip(labels, truth, strict=True)):
         matrix = confusion(mask, true, len(classes.names))
         counts = np.stack([matrix.diagonal(), matrix.sum(axis=0), matrix.sum(axis=1)], axis=1)[1:]
         triples = tuple((int(right), int(predicted), int(there)) for right, predicted, there in counts)
-        found.slices.append(SliceCounts(case=case, slice=index, counts=triples))
+        record.slices.append(SliceCounts(case=case, slice=index, counts=triples))
 
 
 def _add_worst(
-    found: AccuracyRecord,
+    record: AccuracyRecord,
     reference: AccuracyRecord,
     case: str,
     image: Image,
@@ -263,13 +268,13 @@ def _add_worst(
     reference_labels: ndarray,
     labels: ndarray,
 ) -> None:
-    """Keep the slices that lost most; of those that lost the same, those with the most changed pixels."""
-    ours, theirs = (each.slices[-len(labels) :] for each in (found, reference))
-    for index, (mine, its) in enumerate(zip(ours, theirs, strict=True)):
+    """Keep the slices with the largest loss of Dice, and among equals those with the most changed pixels."""
+    record_slices, reference_slices = (item.slices[-len(labels) :] for item in (record, reference))
+    for index, (counts, reference_counts) in enumerate(zip(record_slices, reference_slices, strict=True)):
         changed = int((labels[index] != reference_labels[index]).sum())
         if not changed:
             continue
-        score, reference_score = _slice_dice(mine, its)
+        score, reference_score = _slice_dice(counts, reference_counts)
         entry = WorstCase(
             case=case,
             slice=index,
@@ -284,29 +289,29 @@ def _add_worst(
             reference=reference_labels[index].copy(),
             candidate=labels[index].copy(),
         )
-        found.worst.append((entry, images))
-    found.worst.sort(key=lambda each: (each[0].difference, -each[0].changed_pixels))
-    del found.worst[WORST:]
+        record.worst.append((entry, images))
+    record.worst.sort(key=lambda item: (item[0].difference, -item[0].changed_pixels))
+    del record.worst[WORST:]
 
 
-def _slice_dice(mine: SliceCounts, its: SliceCounts) -> tuple[float | None, float | None]:
-    """Return the mean Dice of both over the classes that are in the truth or in either mask."""
-    counts = [np.array(each.counts, np.float64) for each in (mine, its)]
+def _slice_dice(candidate: SliceCounts, reference: SliceCounts) -> tuple[float | None, float | None]:
+    """Return the mean Dice of both masks over the classes in the truth or in either mask."""
+    counts = [np.array(array.counts, np.float64) for array in (candidate, reference)]
     occurs = counts[0][:, 2] + counts[0][:, 1] + counts[1][:, 1] > 0
     if not occurs.any():
         return None, None
-    sums = [each[:, 1] + each[:, 2] for each in counts]
+    sums = [array[:, 1] + array[:, 2] for array in counts]
     dice = [
-        np.where(both > 0, 2 * each[:, 0] / np.maximum(both, 1), 1.0) for each, both in zip(counts, sums, strict=True)
+        np.where(both > 0, 2 * array[:, 0] / np.maximum(both, 1), 1.0) for array, both in zip(counts, sums, strict=True)
     ]
     return float(dice[0][occurs].mean()), float(dice[1][occurs].mean())
 
 
 def _table(accuracy: Accuracy, attribute: str, unit: Unit) -> ndarray:
-    """Return a score by unit and class; NaN where the truth lacks the class or there is no such score."""
+    """Return a score by unit and class; NaN if the truth lacks the class or there is no score."""
     if unit == "cases":
-        return np.array([[_score(each, attribute) for each in case.scores] for case in accuracy.cases], np.float64)
-    counts = np.array([each.counts for each in accuracy.slices], np.float64)  # slices, classes, 3
+        return np.array([[_score(score, attribute) for score in case.scores] for case in accuracy.cases], np.float64)
+    counts = np.array([score.counts for score in accuracy.slices], np.float64)  # slices, classes, 3
     right, predicted, there = counts[..., 0], counts[..., 1], counts[..., 2]
     below = predicted + there if attribute == "dice" else predicted + there - right
     above = 2 * right if attribute == "dice" else right
@@ -341,5 +346,5 @@ def _mean_of_means(values: ndarray) -> float:
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    found = [value for value in values if value is not None]
-    return sum(found) / len(found) if found else None
+    existing = [value for value in values if value is not None]
+    return sum(existing) / len(existing) if existing else None

@@ -1,4 +1,4 @@
-"""What ``report.json`` holds of the masks. Dice and IoU are 0 … 1."""
+"""Dataclasses of ``report.json`` for masks. Dice and IoU are 0 … 1."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,7 +10,7 @@ Unit = Literal["cases", "slices"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Agreement:
-    """How far a row's answers are from the reference's on the same images, whatever the truth."""
+    """Agreement of a row's logits and labels with the reference's on the same images."""
 
     max_abs_error: float  # of the logits
     labels: float  # share of the network's pixels with the same label, 0 … 1
@@ -21,7 +21,7 @@ class Agreement:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CaseAccuracy:
-    """The scores of one case, class by class."""
+    """The scores of one case by class."""
 
     case: str
     scores: tuple[ClassScore, ...]
@@ -31,7 +31,7 @@ class CaseAccuracy:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SliceCounts:
-    """The pixels of every class but the background in one slice: right, in the mask, in the truth."""
+    """Pixel counts of every class except the background in one slice: correct, predicted, true."""
 
     case: str
     slice: int
@@ -42,16 +42,16 @@ class SliceCounts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Accuracy:
-    """How good a row's masks are, at the images' own size."""
+    """Scores of a row's masks at the size of the images."""
 
-    metric: str  # "Dice", or "agreement with the reference in Dice" where nobody has drawn masks
+    metric: str  # "Dice", or "agreement with the reference in Dice" for images without masks
     mean_dice: float | None  # over the classes that occur
     mean_iou: float | None
     mean_hd95: float | None
     hd95_unit: str | None  # "mm" or "pixels"; None: HD95 was not measured
     means: tuple[MeanScore, ...]  # by class, over the cases that have it
     cases: tuple[CaseAccuracy, ...]
-    slices: tuple[SliceCounts, ...]  # what a bootstrap can resample where there are few cases
+    slices: tuple[SliceCounts, ...]  # for the bootstrap where there are few cases
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -62,24 +62,24 @@ class Difference:
 
     metric: Literal["Dice", "IoU", "HD95"]
     class_name: str | None  # None: the mean over the classes
-    unit: Unit  # what was paired and resampled
+    unit: Unit  # that is paired and resampled
     pairs: int
     reference: float
     candidate: float
     difference: float  # candidate minus reference
     low: float  # the interval of the difference
     high: float
-    confidence: float | None  # of the interval, 0 … 1; None: the ends are the range of too few pairs for an interval
+    confidence: float | None  # of the interval, 0 … 1; None: too few pairs, low and high are their range
 
     __pydantic_config__ = {"extra": "forbid"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """Whether a row's masks are as good as the reference's: a test of non-inferiority in Dice."""
+    """The result of a non-inferiority test of a row's Dice against the reference's."""
 
     holds: bool
-    reference: float  # mean Dice, as the gate of a build counts it: a class found where there is none counts 0
+    reference: float  # mean Dice as in the gate of a build: a false alarm counts 0
     candidate: float
     drop: float  # negative where the row is better
     drop_low: float  # the interval
@@ -95,7 +95,7 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorstCase:
-    """A slice on which a row does worst against the reference."""
+    """One of the slices with the largest loss of Dice against the reference."""
 
     case: str
     slice: int

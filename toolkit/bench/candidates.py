@@ -1,51 +1,78 @@
-"""Choose what a measurement compares: the reference, and executions of a bundle, each with the way to run it."""
+"""Choose the networks of a measurement: the reference, and executions of a bundle."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from medseg_trt.bundles.bundle import Bundle
 from medseg_trt.bundles.manifest import Execution
+from medseg_trt.devices import CPU, ComputeDevice
 from medseg_trt.engines.choice import installed_version, judged_engines
 from medseg_trt.engines.fingerprint import FOLDER
-from medseg_trt.engines.gpu import Gpu, find_gpu
+from medseg_trt.engines.gpu import Gpu
 from medseg_trt.errors import MissingExtraError, UsageError
 from medseg_trt.sessions.backends import BACKENDS, is_installed
 from medseg_trt.sessions.open import gpu_executions
+from medseg_trt.sessions.pytorch_forms import EAGER, FORMATS, FORMS, PEERS_ON_GPU
+from medseg_trt.sessions.session_request import SessionRequest
 from medseg_trt.spec import LIBRARY_NAMES
 
 EXACT = "fp32"
-EXACT_DISAGREEMENT = 0.001  # share of pixels that may have another label where nothing was rounded
-ROUNDED_FACTOR = 3  # by which a rounded network may disagree more often here than on the images of its build
+EXACT_DISAGREEMENT = 0.001  # share of pixels that may have another label in fp32
+ANY_DISAGREEMENT = 1.0  # no build has measured how often a peer disagrees: its Dice is judged alone
+ROUNDED_FACTOR = 3  # how many times as often a network of reduced precision may disagree here as at its build
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
     """A network, and how it is run."""
 
-    name: str  # its own in the report, and the same in the next one
-    role: Literal["reference", "variant"]
+    name: str  # unique in a report, and the same in every report
+    role: Literal["reference", "variant", "peer"]
     backend: str
     path: Path  # of the graph, of the checkpoint, or of the bundle for an engine
-    graph: Path | None  # whose products and bytes can be counted
+    graph: Path | None  # for counting multiply-accumulates and bytes
     precision: str  # of the stored weights
     compute: str  # what float parts are computed in
     flavour: str
-    files: tuple[Path, ...]  # that it consists of
+    files: tuple[Path, ...]  # of the network, for its size on the disk
     executed: bool  # whether it can run here
-    statement: str  # in words: what is run here, and what only was built or simulated
-    allowed: float  # share of the network's pixels that may have another label than the reference's
+    execution_note: str  # what ran here, and what was only built or simulated
+    allowed: float  # share of pixels that may have another label than the reference's
+    device: ComputeDevice = CPU  # of PyTorch, or which GPU a back-end of GPUs takes
+
+    @property
+    def form(self) -> str:
+        """How PyTorch runs it, a key of ``pytorch_forms.FORMS``."""
+        return self.flavour if self.backend == "pytorch" else EAGER
+
+    @property
+    def request(self) -> SessionRequest:
+        """How a process opens it."""
+        return SessionRequest(
+            backend=self.backend,
+            path=self.path,
+            precision=self.precision,
+            compute_dtype=self.compute,
+            device=self.device,
+            form=self.form,
+        )
 
     @property
     def label(self) -> str:
-        """The precision in one word: ``bf16`` is the fp32 graph computed in bfloat16."""
+        """The precision as ``--precision`` has it: ``bf16`` is the fp32 graph computed in bfloat16."""
         return precision_label(self.precision, self.compute)
 
     @property
     def arithmetic(self) -> str:
-        """What most of its products are computed in: fp32, bf16 or int8."""
-        return "int8" if "int8" in self.precision else self.compute
+        """The number format of most multiplications: fp32, bf16, int8 or, on a GPU, fp8 or fp16."""
+        if "int8" in self.precision:
+            return "int8"
+        if self.backend in BACKENDS and BACKENDS[self.backend].gpu:  # a CPU computes graphs of fewer bits in float32
+            formats = (("fp8", "fp8"), ("16", "fp16"))
+            return next((name for part, name in formats if part in self.precision), self.compute)
+        return self.compute
 
     @property
     def size_mb(self) -> float:
@@ -58,9 +85,28 @@ def precision_label(precision: str, compute: str) -> str:
     return compute if precision == EXACT else precision
 
 
-def checkpoint_candidate(checkpoint: Path, block: Path | None) -> Candidate:
-    """Return the PyTorch network itself, the reference."""
-    return Candidate(
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchDevice:
+    """Where the networks of a measurement run."""
+
+    asked: ComputeDevice
+    gpu: Gpu | None  # that rows on a GPU take
+    pytorch: ComputeDevice = CPU  # where the reference runs
+
+    @property
+    def obstacle(self) -> str:
+        """Why no row runs on a GPU."""
+        return "this machine has no NVIDIA GPU" if self.asked.gpu_allowed else "--device cpu"
+
+    @property
+    def on_gpu(self) -> ComputeDevice:
+        """The GPU, as a back-end takes it."""
+        return ComputeDevice("cuda", self.asked.number)
+
+
+def checkpoint_candidates(checkpoint: Path, block: Path | None, device: BenchDevice) -> list[Candidate]:
+    """Return the PyTorch network of a checkpoint as the reference and, on a GPU, other ways to run it as peers."""
+    reference = Candidate(
         name="pytorch fp32",
         role="reference",
         backend="pytorch",
@@ -68,38 +114,69 @@ def checkpoint_candidate(checkpoint: Path, block: Path | None) -> Candidate:
         graph=None,
         precision=EXACT,
         compute=EXACT,
-        flavour="eager",
+        flavour=EAGER,
         files=(checkpoint, *([block] if block else [])),
         executed=True,
-        statement="the checkpoint itself, run here by PyTorch in float32",
+        execution_note=f"the checkpoint, run here by PyTorch in float32 on {device.pytorch}",
         allowed=EXACT_DISAGREEMENT,
+        device=device.pytorch,
     )
+    if device.pytorch == CPU:
+        return [reference]
+    peers = [
+        replace(
+            reference,
+            name=f"pytorch {arithmetic}" + ("" if form == EAGER else f", {form}"),
+            role="peer",
+            compute=arithmetic,
+            flavour=form,
+            execution_note=f"the checkpoint, run here by PyTorch: {FORMATS[arithmetic]}, {FORMS[form].words}",
+            allowed=ANY_DISAGREEMENT,
+        )
+        for arithmetic, form in PEERS_ON_GPU
+    ]
+    on_cpu = replace(
+        reference,
+        name="pytorch fp32 on the CPU",
+        role="peer",
+        execution_note="the checkpoint, run here by PyTorch in float32 on the CPU; no ratio is formed with it",
+        device=CPU,
+    )
+    return [reference, *peers, on_cpu]
 
 
-def bundle_candidates(bundle: Bundle, backends: Sequence[str], with_reference: bool) -> list[Candidate]:
-    """Return the best execution of every precision, or with ``backends`` of every precision on each of them.
+def bundle_candidates(
+    bundle: Bundle, backends: Sequence[str], with_reference: bool, device: BenchDevice
+) -> list[Candidate]:
+    """Return the fastest execution of every precision, or with ``backends`` every precision on each of them.
 
-    Engines that the bundle holds are there as well, whether they can run here or not.
+    Engines of the bundle are included, also those that cannot run on this machine.
 
     Args:
-        bundle: what was built.
-        backends: keys of ``sessions.backends.BACKENDS``; none: whatever is fastest here, as ``infer`` would take it.
-        with_reference: make the bundle's own float32 network the first one, the reference.
+        bundle: the bundle to measure.
+        backends: keys of ``sessions.backends.BACKENDS``; none: the fastest installed one, as in ``infer``.
+        with_reference: put the bundle's fp32 network first, as the reference.
+        device: rows of the other kind of device are left out where one was asked for.
 
     Raises:
-        UsageError: there is no such back-end, or the bundle has nothing for it, or no float32 network as a reference.
-        MissingExtraError: a back-end that was named is not installed, or there is none for the reference.
+        UsageError: an unknown back-end, one that the bundle has nothing for, or no fp32 network as a reference.
+        MissingExtraError: a requested back-end, or every back-end of the reference, is not installed.
     """
     for name in backends:
         _require_usable(bundle, name)
     executions = bundle.content.executions
     groups: dict[tuple[str, str], list[Execution]] = {}
     for execution in executions:
-        if not backends or execution.backend in backends:
-            label = precision_label(bundle.variant(execution).precision, execution.compute)
+        if not BACKENDS[execution.backend].gpu and (not backends or execution.backend in backends):
+            label = precision_label(bundle.variant(execution).precision, execution.compute_dtype)
             groups.setdefault((label, execution.backend if backends else ""), []).append(execution)
-    chosen = [next((each for each in group if is_installed(each.backend)), group[0]) for group in groups.values()]
-    on_gpus = _on_gpus(bundle, backends)
+    chosen = [
+        next((execution for execution in group if is_installed(execution.backend)), group[0])
+        for group in groups.values()
+    ]
+    on_gpus = _on_gpus(bundle, backends, device)
+    if not with_reference and device.asked.kind == "cuda":
+        return on_gpus
     if not with_reference:
         return [*(_candidate(bundle, execution, "variant") for execution in chosen), *on_gpus]
     reference = _reference(bundle, chosen)
@@ -109,9 +186,9 @@ def bundle_candidates(bundle: Bundle, backends: Sequence[str], with_reference: b
 
 def _reference(bundle: Bundle, chosen: Sequence[Execution]) -> Execution:
     exact = [
-        each
-        for each in (*chosen, *bundle.content.executions)
-        if precision_label(bundle.variant(each).precision, each.compute) == EXACT
+        execution
+        for execution in (*chosen, *bundle.content.executions)
+        if precision_label(bundle.variant(execution).precision, execution.compute_dtype) == EXACT
     ]
     if not exact:
         raise UsageError(
@@ -141,100 +218,110 @@ def _not_installed(backend: str) -> MissingExtraError:
     )
 
 
-def _on_gpus(bundle: Bundle, backends: Sequence[str]) -> list[Candidate]:
-    """Return the engines of a bundle, and its graphs on those back-ends of GPUs that are named."""
-    found: list[Candidate] = []
-    gpu = find_gpu()
+def _on_gpus(bundle: Bundle, backends: Sequence[str], device: BenchDevice) -> list[Candidate]:
+    """Return the engines of a bundle, and its graphs on the requested GPU back-ends."""
+    candidates: list[Candidate] = []
     for name, kind in BACKENDS.items():
         if not kind.gpu or name not in (backends or LIBRARY_NAMES):
             continue
         for execution in gpu_executions(bundle, name):
-            found.append((_engine if kind.engines else _graph_on_gpu)(bundle, execution, gpu))
-    return found
+            candidates.append((_engine if kind.engines else _graph_on_gpu)(bundle, execution, device))
+    return candidates
 
 
-def _engine(bundle: Bundle, execution: Execution, gpu: Gpu | None) -> Candidate:
-    """Return the engine of a variant that fits this machine, or else the first one, with the reason."""
+def _engine(bundle: Bundle, execution: Execution, device: BenchDevice) -> Candidate:
+    """Return the engine of a variant that fits this machine, or else the closest one, with the reason."""
     variant, library = bundle.variant(execution), execution.backend
     version, title = installed_version(library), LIBRARY_NAMES[library]
-    engines = judged_engines(bundle, library, version, variant.precision, gpu)
-    chosen, sentences = min(engines, key=lambda each: len(each[1]))
-    obstacle = " ".join(sentences) if gpu else "no NVIDIA GPU is here."
+    engines = judged_engines(bundle, library, version, variant.precision, device.gpu)
+    chosen, reasons = min(engines, key=lambda judgement: len(judgement[1]))
+    obstacle = " ".join(reasons) if device.gpu else f"{device.obstacle}."
     built = f"built for {', '.join(chosen.targets)} by {title} {chosen.version}"
-    judged = execution.verification.get("by", "another back-end")
+    judged = execution.verification.by
     plan = bundle.folder / FOLDER / chosen.plan
     return Candidate(
-        name=f"{library} {variant.precision}",
+        name=f"{library} {variant.precision}{_block_suffix(bundle)}",
         role="variant",
         backend=library,
         path=bundle.folder,
         graph=bundle.folder / variant.graph,
         precision=variant.precision,
-        compute=execution.compute,
-        flavour=variant.flavour,
+        compute=execution.compute_dtype,
+        flavour=variant.dialect,
         files=(plan,),
         executed=not obstacle,
-        statement=f"{built}, not executed: {obstacle} Its graph's masks were judged with {judged}, a simulation"
+        execution_note=f"{built}, not executed: {obstacle} Its graph's masks were judged with {judged}, a simulation"
         if obstacle
         else f"{built}, run here",
         allowed=_allowed(execution),
+        device=device.on_gpu,
     )
 
 
-def _graph_on_gpu(bundle: Bundle, execution: Execution, gpu: Gpu | None) -> Candidate:
+def _graph_on_gpu(bundle: Bundle, execution: Execution, device: BenchDevice) -> Candidate:
     variant, package = bundle.variant(execution), BACKENDS[execution.backend].package
-    runs, graph = gpu is not None, bundle.folder / variant.graph
+    runs, graph = device.gpu is not None, bundle.folder / variant.graph
     return Candidate(
-        name=f"{execution.backend} {variant.precision}",
+        name=f"{execution.backend} {variant.precision}{_block_suffix(bundle)}",
         role="variant",
         backend=execution.backend,
         path=graph,
         graph=graph,
         precision=variant.precision,
-        compute=execution.compute,
-        flavour=variant.flavour,
+        compute=execution.compute_dtype,
+        flavour=variant.dialect,
         files=(graph, bundle.folder / variant.weights),
         executed=runs,
-        statement=f"run here by {package}" if runs else "not executed: no NVIDIA GPU is here",
+        execution_note=f"run here by {package}" if runs else f"not executed: {device.obstacle}",
         allowed=_allowed(execution),
+        device=device.on_gpu,
     )
 
 
 def _allowed(execution: Execution) -> float:
-    """Return the share of pixels that may have another label than the reference's where numbers are rounded."""
-    return EXACT_DISAGREEMENT + ROUNDED_FACTOR * (1 - execution.verification["agreement"])
+    """Return the share of pixels that may have another label than the reference's, in reduced precision."""
+    return EXACT_DISAGREEMENT + ROUNDED_FACTOR * (1 - execution.verification.agreement)
 
 
 def _candidate(bundle: Bundle, execution: Execution, role: Literal["reference", "variant"]) -> Candidate:
     variant = bundle.variant(execution)
     is_here = is_installed(execution.backend)
-    label = precision_label(variant.precision, execution.compute)
-    floats = "" if label == execution.compute or execution.compute == EXACT else f", {execution.compute} floats"
-    exact = variant.precision == execution.compute == EXACT
+    label = precision_label(variant.precision, execution.compute_dtype)
+    floats = (
+        ""
+        if label == execution.compute_dtype or execution.compute_dtype == EXACT
+        else f", {execution.compute_dtype} floats"
+    )
+    exact = variant.precision == execution.compute_dtype == EXACT and not bundle.is_block_replaced
     return Candidate(
-        name=f"{execution.backend} {label}{floats}",
+        name=f"{execution.backend} {label}{floats}{_block_suffix(bundle)}",
         role=role,
         backend=execution.backend,
         path=bundle.folder / variant.graph,
         graph=bundle.folder / variant.graph,
         precision=variant.precision,
-        compute=execution.compute,
-        flavour=variant.flavour,
+        compute=execution.compute_dtype,
+        flavour=variant.dialect,
         files=(bundle.folder / variant.graph, bundle.folder / variant.weights),
         executed=is_here,
-        statement=_statement(execution, is_here),
+        execution_note=_execution_note(execution, is_here),
         allowed=EXACT_DISAGREEMENT if exact else _allowed(execution),
     )
 
 
-def _statement(execution: Execution, is_here: bool) -> str:
+def _block_suffix(bundle: Bundle) -> str:
+    """Return the rung of a replaced language block, which every row of it names."""
+    return f", block {bundle.block}" if bundle.is_block_replaced else ""
+
+
+def _execution_note(execution: Execution, is_here: bool) -> str:
     package = BACKENDS[execution.backend].package
     if is_here:
         return f"run here by {package}"
-    judged = execution.verification.get("by", "another back-end")
+    judged = execution.verification.by
     if execution.executed:
-        return f"not executed: {package} is not installed here; at the build, elsewhere, it ran"
+        return f"not executed: {package} is not installed here; it ran at the build, on another machine"
     return (
-        f"built, never executed: {package} was not installed at the build and is not here; "
+        f"built, never executed: {package} was not installed at the build and is not installed here; "
         f"its masks were judged with {judged}, a simulation"
     )

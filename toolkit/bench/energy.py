@@ -1,6 +1,6 @@
-"""Read a machine's own meters of energy: RAPL of Intel and AMD, NVML of NVIDIA's cards, Jetson's tegrastats.
+"""Read the energy meters of a machine: RAPL of Intel and AMD, NVML of NVIDIA GPUs, Jetson's tegrastats.
 
-A meter counts for everything on it, not for one process: measure on an idle machine.
+A meter covers all processes: measure on an idle machine.
 """
 
 import ctypes
@@ -25,31 +25,31 @@ TEGRASTATS_INPUT = re.compile(r"\b(?:VDD_IN|POM_5V_IN|VIN_SYS_5V0|VDD_GPU_SOC)\s
 
 
 class Meter(ABC):
-    """Something that counts joules."""
+    """An energy meter."""
 
     name: str  # and what it covers
 
     @abstractmethod
     def joules(self) -> float:
-        """Return the energy since some moment in the past; only differences mean anything."""
+        """Return the energy since an arbitrary time; only differences are meaningful."""
 
-    def close(self) -> None:  # noqa: B027  # most meters hold nothing
+    def close(self) -> None:  # noqa: B027  # most meters hold no resources
         """Stop counting."""
 
 
 @dataclass
 class Rapl(Meter):
-    """The packages' counters in ``/sys/class/powercap``, which start again at their largest value."""
+    """The packages' counters in ``/sys/class/powercap``, which wrap around."""
 
     domains: tuple[Path, ...]
 
     def __post_init__(self) -> None:
         self.name = f"RAPL, {len(self.domains)} processor package(s), without memory and fans"
-        self._ranges = [int((each / "max_energy_range_uj").read_text()) for each in self.domains]
+        self._ranges = [int((domain / "max_energy_range_uj").read_text()) for domain in self.domains]
         self._last, self._total = self._read(), 0
 
     def joules(self) -> float:
-        """Return the energy of all packages since the meter was opened; ask more often than the counters run over."""
+        """Return the energy of all packages since the meter was opened; call it at least once per wrap-around."""
         now = self._read()
         steps = zip(now, self._last, self._ranges, strict=True)
         self._total += sum((new - old) % (limit + 1) for new, old, limit in steps)
@@ -57,20 +57,20 @@ class Rapl(Meter):
         return self._total / 1e6
 
     def _read(self) -> list[int]:
-        return [int((each / "energy_uj").read_text()) for each in self.domains]
+        return [int((domain / "energy_uj").read_text()) for domain in self.domains]
 
 
 @dataclass
 class Nvml(Meter):
-    """The total energy counter of the first card, in millijoules since the driver was loaded."""
+    """The total energy counter of the first GPU, in millijoules since the driver was loaded."""
 
     library: Any
     device: ctypes.c_void_p
 
-    name = "NVML, the first card"
+    name = "NVML, the first GPU"
 
     def joules(self) -> float:
-        """Return the energy of the card."""
+        """Return the energy of the GPU."""
         total = ctypes.c_ulonglong()
         if self.library.nvmlDeviceGetTotalEnergyConsumption(self.device, ctypes.byref(total)):
             raise OSError("NVML stopped counting")
@@ -78,7 +78,7 @@ class Nvml(Meter):
 
 
 class Tegrastats(Meter):
-    """The board's input power, ten times a second, summed up."""
+    """The board's input power, sampled ten times per second and integrated."""
 
     name = "tegrastats, the whole board"
 
@@ -110,19 +110,19 @@ class Tegrastats(Meter):
 
 
 def input_watts(line: str) -> float:
-    """Return the input power that a line of tegrastats names, 0 where it names none."""
+    """Return the input power in a line of tegrastats, or 0."""
     return sum(int(milliwatts) for milliwatts in TEGRASTATS_INPUT.findall(line)) / 1000
 
 
 def open_meter(device: str, powercap: Path = POWERCAP) -> Meter | Missing:
-    """Open the meter for a device, or say why there is none."""
+    """Open the meter for a device, or return the reason why there is none."""
     if command := shutil.which("tegrastats"):
         return Tegrastats(command)
     return _rapl(powercap) if device.upper().startswith("CPU") else _nvml()
 
 
 def energy(run: Callable[[], int], meter: Meter, clock: Callable[[], float] = time.perf_counter) -> Energy | Missing:
-    """Run some images on a meter; ``run`` returns how many they were."""
+    """Measure the energy of ``run``, which returns its number of images."""
     try:
         began, before = clock(), meter.joules()
         images = run()
@@ -137,11 +137,11 @@ def energy(run: Callable[[], int], meter: Meter, clock: Callable[[], float] = ti
 def _rapl(powercap: Path) -> Meter | Missing:
     domains = sorted(path for path in powercap.glob("*-rapl:*") if path.name.count(":") == 1)
     if not domains:
-        return Missing(reason=f"this machine shows no energy counters: {powercap} has no RAPL domain")
+        return Missing(reason=f"this machine has no energy counters: {powercap} has no RAPL domain")
     try:
         return Rapl(tuple(domains))
     except PermissionError:
-        return Missing(reason=f"the energy counters are there, but not for this user: {domains[0] / 'energy_uj'}")
+        return Missing(reason=f"this user may not read the energy counters: {domains[0] / 'energy_uj'}")
     except (OSError, ValueError) as error:
         return Missing(reason=f"the energy counters cannot be read: {error}")
 
@@ -150,10 +150,10 @@ def _nvml() -> Meter | Missing:
     try:
         library = ctypes.CDLL(NVML)
     except OSError:
-        return Missing(reason=f"NVIDIA's driver is not here: there is no {NVML}")
+        return Missing(reason=f"no NVIDIA driver is installed: there is no {NVML}")
     device, total = ctypes.c_void_p(), ctypes.c_ulonglong()
     if library.nvmlInit_v2() or library.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(device)):
-        return Missing(reason="NVML finds no card")
+        return Missing(reason="NVML finds no GPU")
     if library.nvmlDeviceGetTotalEnergyConsumption(device, ctypes.byref(total)):
-        return Missing(reason="this card counts no energy")
+        return Missing(reason="this GPU has no energy counter")
     return Nvml(library, device)

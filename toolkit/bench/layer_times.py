@@ -1,8 +1,8 @@
-"""Find out where a network's time goes: what the back-end itself says of every step, in a process of its own.
+"""Profile the layers of a network with the back-end's own profiler, in a child process.
 
-A step is what the back-end made of the graph's nodes; by its name, or by its neighbours where it has lost that, it is
-led back to the part of the network. Looking costs time, so the steps' sum is more than the latency.
-``python -P -m medseg_trt.bench.layer_times`` is the child.
+A step is what the back-end compiled from one or more nodes of the graph. It is assigned to a part of the network by its
+name, or by its neighbours where it has lost its name. Profiling costs time, so their sum exceeds the latency. The
+child is ``python -P -m medseg_trt.bench.layer_times``.
 """
 
 import json
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from medseg_trt.export.engine_layers import EngineLayer
     from medseg_trt.export.graph.node_costs import NodeCost
 
-RUNS = 20  # counted, after as many uncounted ones as WARM_UP
+RUNS = 20  # that are counted, after WARM_UP uncounted runs
 WARM_UP = 3
 TIMEOUT_S = 300.0
 PRODUCTS = (
@@ -38,13 +38,13 @@ PRODUCTS = (
     "FullyConnected",
     "Attention",
     "ScaledDotProductAttention",
-)  # within a kind's name
+)  # substrings of the kind of a step that multiplies matrices
 OTHER = "other"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """What a back-end executes."""
+    """One entry of a back-end's profile."""
 
     name: str
     kind: str
@@ -67,11 +67,11 @@ def profile(
         costs: of the graph's nodes.
     """
     if backend not in PROFILERS:
-        return Missing(reason=f"{backend} says nothing of single steps here")
+        return Missing(reason=f"{backend} has no profiler of layers here")
     request = {"backend": backend, "path": str(graph.resolve()), "precision": precision, "compute": compute}
     try:
         with (
-            TemporaryDirectory() as folder,  # a back-end that leaves files leaves them there
+            TemporaryDirectory() as folder,  # for files that a back-end leaves behind
             ChildProcess(
                 "medseg_trt.bench.layer_times",
                 request,
@@ -88,41 +88,57 @@ def profile(
 
 
 def summed_up(tool: str, steps: Sequence[Step], costs: Sequence["NodeCost"]) -> Profile | Missing:
-    """Lead the steps back to the network's parts, and sum up."""
+    """Assign the steps to the network's parts, and sum up their times."""
     total = fsum(step.ms for step in steps)
     if not total:
-        return Missing(reason=f"{tool} names no step that took time")
+        return Missing(reason=f"{tool} lists no step that took time")
     known = {name: cost for cost in costs for name in cost.names}
-    found = [_cost_of(step.name, known) for step in steps]
-    layers: list[LayerTime] = []
-    for step, cost, part in zip(steps, found, _parts(found), strict=True):
-        is_product = cost is not None and any(word in step.kind for word in PRODUCTS)
-        layers.append(
-            LayerTime(
-                name=step.name, kind=step.kind, kernel=step.kernel, part=part, runs=RUNS,
-                ms=step.ms, share=step.ms / total, macs=cost.macs or None if cost and is_product else None,
-                bytes=step.bytes,
-            )
-        )  # fmt: skip
+    step_costs = [_cost_of(step.name, known) for step in steps]
+    layers = [
+        _layer_time(step, cost, part, total)
+        for step, cost, part in zip(steps, step_costs, _parts(step_costs), strict=True)
+    ]
     macs: dict[str, int] = defaultdict(int)
     for cost in costs:
         macs[cost.part] += cost.macs
-    parts = [
-        PartTime(
-            part=part, ms=fsum(each.ms for each in layers if each.part == part),
-            share=fsum(each.share for each in layers if each.part == part), macs=macs.get(part, 0),
-            steps=sum(each.part == part for each in layers),
-        )
-        for part in dict.fromkeys([*macs, *(each.part for each in layers)])
-    ]  # fmt: skip
+    names = dict.fromkeys([*macs, *(layer.part for layer in layers)])
+    parts = [_part_time(name, [layer for layer in layers if layer.part == name], macs.get(name, 0)) for name in names]
     return Profile(
-        tool=tool, runs=RUNS, total_ms=total, parts=tuple(sorted(parts, key=lambda each: -each.ms)),
-        layers=tuple(sorted(layers, key=lambda each: -each.ms)),
-    )  # fmt: skip
+        tool=tool,
+        runs=RUNS,
+        total_ms=total,
+        parts=tuple(sorted(parts, key=lambda part: -part.ms)),
+        layers=tuple(sorted(layers, key=lambda layer: -layer.ms)),
+    )
 
 
-def _parts(found: Sequence["NodeCost | None"]) -> list[str]:
-    """Return the part of every step; one that has lost its name lies in a part if the steps before and after it do."""
+def _layer_time(step: Step, cost: "NodeCost | None", part: str, total_ms: float) -> LayerTime:
+    is_product = any(kind in step.kind for kind in PRODUCTS)
+    return LayerTime(
+        name=step.name,
+        kind=step.kind,
+        kernel=step.kernel,
+        part=part,
+        runs=RUNS,
+        ms=step.ms,
+        share=step.ms / total_ms,
+        macs=cost.macs or None if cost is not None and is_product else None,
+        bytes=step.bytes,
+    )
+
+
+def _part_time(name: str, layers: Sequence[LayerTime], macs: int) -> PartTime:
+    return PartTime(
+        part=name,
+        ms=fsum(layer.ms for layer in layers),
+        share=fsum(layer.share for layer in layers),
+        macs=macs,
+        steps=len(layers),
+    )
+
+
+def _parts(step_costs: Sequence["NodeCost | None"]) -> list[str]:
+    """Return the part of every step; a step without a known name is in a part if both its neighbours are."""
 
     def filled(costs: Iterable["NodeCost | None"]) -> list[str]:
         last, parts = OTHER, list[str]()
@@ -131,19 +147,19 @@ def _parts(found: Sequence["NodeCost | None"]) -> list[str]:
             parts.append(last)
         return parts
 
-    before, after = filled(found), filled(reversed(found))[::-1]
+    before, after = filled(step_costs), filled(reversed(step_costs))[::-1]
     return [first if first == second else OTHER for first, second in zip(before, after, strict=True)]
 
 
 def _cost_of(step: str, known: Mapping[str, "NodeCost"]) -> "NodeCost | None":
-    """Find the node that a step was made from: its name begins with the node's, or with that of a value it makes."""
+    """Return the node that a step was compiled from: its name begins with that of the node or of one of its outputs."""
     words = step.partition("/")[0]
     candidates = [name for name in known if words == name or words.startswith(f"{name}_")]
     return known[max(candidates, key=len)] if candidates else None
 
 
 def _feeds(image: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Return the inputs of a graph for a prepared image; one that makes masks makes one of the network's own size."""
+    """Return the inputs of a graph for a prepared image; masks are computed at the network's size."""
     own = image.shape[2:]
     return {INPUT: image, **size_inputs([name for name in names if name != INPUT], own, own)}
 
@@ -162,21 +178,23 @@ def _onnxruntime(path: Path, precision: str, compute: str, image: np.ndarray, fo
 
 
 def steps_of_trace(events: Sequence[Mapping[str, Any]]) -> list[Step]:
-    """Read ONNX Runtime's trace: one event a node and run, in microseconds; the runs of the warm-up are left out."""
-    found: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    """Read ONNX Runtime's trace: one event per node and run, in microseconds; warm-up runs are left out."""
+    events_of_node: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            found[event["args"]["node_index"]].append(event)
-    return [
-        Step(
-            name=taken[0]["name"].removesuffix("_kernel_time"), kind=taken[0]["args"]["op_name"],
-            kernel=taken[0]["args"]["provider"],
-            ms=float(np.median([event["dur"] for event in taken[WARM_UP:]])) / 1000,
-            bytes=sum(int(taken[0]["args"][key]) for key in ("parameter_size", "activation_size", "output_size")),
-        )
-        for taken in found.values()
-        if len(taken) > WARM_UP
-    ]  # fmt: skip
+            events_of_node[event["args"]["node_index"]].append(event)
+    return [_step_of_events(node_events) for node_events in events_of_node.values() if len(node_events) > WARM_UP]
+
+
+def _step_of_events(events: Sequence[Mapping[str, Any]]) -> Step:
+    name, arguments = events[0]["name"], events[0]["args"]
+    return Step(
+        name=name.removesuffix("_kernel_time"),
+        kind=arguments["op_name"],
+        kernel=arguments["provider"],
+        ms=float(np.median([event["dur"] for event in events[WARM_UP:]])) / 1000,
+        bytes=sum(int(arguments[key]) for key in ("parameter_size", "activation_size", "output_size")),
+    )
 
 
 def _openvino(path: Path, precision: str, compute: str, image: np.ndarray, folder: Path) -> tuple[str, list[Step]]:
@@ -187,29 +205,36 @@ def _openvino(path: Path, precision: str, compute: str, image: np.ndarray, folde
     feeds = _feeds(image, [value.any_name for value in request.model_inputs])
     for _ in range(WARM_UP + RUNS):
         request.infer(feeds)
-    steps = [  # times are averages over the runs of this request, the first ones included
-        Step(name=node.node_name, kind=node.node_type, kernel=node.exec_type,
-             ms=1000 * node.real_time.total_seconds(), bytes=None)
+    steps = [  # times are averages over all runs of this request, warm-up included
+        Step(
+            name=node.node_name,
+            kind=node.node_type,
+            kernel=node.exec_type,
+            ms=1000 * node.real_time.total_seconds(),
+            bytes=None,
+        )
         for node in request.profiling_info
         if node.status == openvino.ProfilingInfo.Status.EXECUTED
-    ]  # fmt: skip
+    ]
     return f"OpenVINO {openvino.__version__.partition('-')[0]} PERF_COUNT", steps
 
 
 def _engine(
     library: str, path: Path, precision: str, compute: str, image: np.ndarray, folder: Path
 ) -> tuple[str, list[Step]]:
-    """Time the layers of the engine of a bundle; the names are the builder's, and its report knows their nodes."""
+    """Time the layers of a bundle's engine; the layer report beside the plan maps their names to nodes."""
     from medseg_trt.inspection.engine import read_layer_report
+    from medseg_trt.sessions.session_request import SessionRequest
     from medseg_trt.sessions.subprocess_session import open_network
     from medseg_trt.sessions.tensorrt import TensorRtSession
 
-    with open_network(library, path, precision, None, compute) as session:
+    request = SessionRequest(backend=library, path=path, precision=precision, compute_dtype=compute)
+    with open_network(request) as session:
         assert isinstance(session, TensorRtSession)
         assert session.plan is not None
-        taken = session.layer_times(image, RUNS)
+        times = session.layer_times(image, RUNS)
         known = {layer.name: layer for layer in read_layer_report(session.plan).layers}
-    steps = [_step(name, float(np.median(found)), known.get(name)) for name, found in taken.items()]
+    steps = [_step(name, float(np.median(samples)), known.get(name)) for name, samples in times.items()]
     return f"{LIBRARY_NAMES[library]} IProfiler", steps
 
 
@@ -229,7 +254,7 @@ PROFILERS: Mapping[str, Profiler] = {
 
 
 def main() -> None:
-    """Profile the graph that the parent names with the image that it sends, and reply with the steps."""
+    """Profile the requested graph with the image that the parent sends, and reply with the steps."""
     with parent() as (request, connection):
         announced = connection.receive()
         assert announced is not None

@@ -1,12 +1,12 @@
-"""Limits that a measurement must keep, from the command line: ``speed=1.2x,dice=-0.005``.
+"""Check the limits of ``--gate``, such as ``speed=1.2x,dice=-0.005``.
 
-A limit holds where the unfavourable end of the interval keeps it. What is not sure does not pass, and neither does what
-was not measured.
+A limit holds if the unfavourable end of the interval holds it. Undecided limits fail, and so do unmeasured quantities.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import isfinite
+from typing import Any
 
 from medseg_trt.bench.accuracy_schema import Verdict
 from medseg_trt.bench.missing import Missing
@@ -15,41 +15,50 @@ from medseg_trt.bench.timing_schema import Speedup
 from medseg_trt.errors import AccuracyGateError, SpeedGateError, UsageError
 from medseg_trt.metrics.intervals import Interval
 
+OUTCOMES = {"holds": "holds", "fails": "does not hold", "undecided": "may not hold"}
 EXAMPLE = "write for example speed=1.2x,dice=-0.005: at least 1.2 times as fast, Dice at most 0.005 lower"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gate:
-    """What is asked for; None: nothing."""
+    """Limits; None: no limit."""
 
-    speed: float | None = None  # times as fast, at least
-    dice: float | None = None  # change of the mean, at least; negative: so much may be lost
+    speed: float | None = None  # at least so many times as fast
+    dice: float | None = None  # least change of the mean; negative: largest loss
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Judged:
-    """One limit, put to one network."""
+class JudgedLimit:
+    """A limit, checked for one network."""
 
     name: str
-    what: str  # "speed" or "dice"
+    quantity: str  # "speed" or "dice"
     limit: float
-    found: Interval | Missing
+    interval: Interval | Missing
 
     @property
     def holds(self) -> bool:
-        """Whether the limit surely holds."""
-        return isinstance(self.found, Interval) and self.found.at_least(self.limit) == "holds"
+        """Whether the whole interval holds the limit."""
+        return isinstance(self.interval, Interval) and self.interval.at_least(self.limit) == "holds"
 
     def __str__(self) -> str:
-        limit = f"{self.limit:g}x" if self.what == "speed" else f"{self.limit:+g}"
-        if isinstance(self.found, Missing):
-            return f"{self.name}: {self.what} cannot be judged against {limit}: {self.found.reason}"
-        form: Callable[[float], str] = "{:.3f}x".format if self.what == "speed" else "{:+.4f}".format
-        found, answer = self.found, self.found.at_least(self.limit)
-        words = {"holds": "holds", "fails": "does not hold", "undecided": "is not sure to hold"}[answer]
-        return (
-            f"{self.name}: {self.what} {form(found.estimate)} ({form(found.low)} … {form(found.high)}), {limit} {words}"
-        )
+        limit = f"{self.limit:g}x" if self.quantity == "speed" else f"{self.limit:+g}"
+        if isinstance(self.interval, Missing):
+            return f"{self.name}: {self.quantity} cannot be judged against {limit}: {self.interval.reason}"
+        form: Callable[[float], str] = "{:.3f}x".format if self.quantity == "speed" else "{:+.4f}".format
+        estimate, low, high = map(form, (self.interval.estimate, self.interval.low, self.interval.high))
+        outcome = OUTCOMES[self.interval.at_least(self.limit)]
+        return f"{self.name}: {self.quantity} {estimate} ({low} … {high}), {limit} {outcome}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data that JSON can hold."""
+        return {
+            "name": self.name,
+            "what": self.quantity,
+            "limit": self.limit,
+            "found": asdict(self.interval),
+            "holds": self.holds,
+        }
 
 
 def parse_gate(text: str) -> Gate:
@@ -72,32 +81,31 @@ def parse_gate(text: str) -> Gate:
     return Gate(**limits)
 
 
-def judge_report(report: Report, gate: Gate) -> list[Judged]:
-    """Put the limits to the variants of one report, against its reference: Dice to all, speed to the fastest.
-
-    The fastest is the one that the report names, or, where it names none, the first that ran.
-    """
-    ran = [row for row in report.rows[1:] if row.executed]
+def judge_report(report: Report, gate: Gate) -> list[JudgedLimit]:
+    """Check the Dice of all variants, and the speed of the fastest one, or of the first if the report names none."""
+    executed = [row for row in report.rows[1:] if row.executed and row.role != "peer"]
     judged = [
-        Judged(name=row.name, what="dice", limit=gate.dice, found=_dice(row)) for row in ran if gate.dice is not None
+        JudgedLimit(name=row.name, quantity="dice", limit=gate.dice, interval=_dice(row))
+        for row in executed
+        if gate.dice is not None
     ]
     if gate.speed is not None:
-        fastest = [row for row in ran if row.name == report.summary.fastest] or ran
+        fastest = [row for row in executed if row.name == report.summary.fastest] or executed
         name = fastest[0].name if fastest else "bench"
-        speed = _speed(fastest[0]) if fastest else Missing(reason="nothing but the reference ran here")
-        judged.append(Judged(name=name, what="speed", limit=gate.speed, found=speed))
+        speed = _speed(fastest[0]) if fastest else Missing(reason="only the reference ran here")
+        judged.append(JudgedLimit(name=name, quantity="speed", limit=gate.speed, interval=speed))
     return judged
 
 
-def require(judged: Sequence[Judged]) -> None:
-    """Raise where a limit does not surely hold.
+def require(judged: Sequence[JudgedLimit]) -> None:
+    """Raise an error unless every limit holds.
 
     Raises:
-        AccuracyGateError: Dice fell, or may have.
-        SpeedGateError: the masks hold, but not the speed.
+        AccuracyGateError: a limit of Dice does not hold, or may not.
+        SpeedGateError: all limits of Dice hold, but not those of speed.
     """
-    failed = [each for each in judged if not each.holds]
-    lost = [each for each in failed if each.what == "dice"]
+    failed = [limit for limit in judged if not limit.holds]
+    lost = [limit for limit in failed if limit.quantity == "dice"]
     if lost:
         raise AccuracyGateError("; ".join(map(str, lost)))
     if failed:
@@ -105,16 +113,18 @@ def require(judged: Sequence[Judged]) -> None:
 
 
 def _speed(row: Row) -> Interval | Missing:
-    found = row.speedup["model"]
-    if not isinstance(found, Speedup):
-        return found
+    speedup = row.speedup["model"]
+    if not isinstance(speedup, Speedup):
+        return speedup
     return Interval(
-        estimate=found.ratio, low=found.low, high=found.high, units=found.rounds, confidence=found.confidence
+        estimate=speedup.ratio, low=speedup.low, high=speedup.high, units=speedup.rounds, confidence=speedup.confidence
     )
 
 
 def _dice(row: Row) -> Interval | Missing:
-    found = row.verdict
-    if not isinstance(found, Verdict):
-        return found
-    return Interval(estimate=0.0 - found.drop, low=0.0 - found.drop_high, high=0.0 - found.drop_low, units=found.pairs)
+    verdict = row.verdict
+    if not isinstance(verdict, Verdict):
+        return verdict
+    return Interval(
+        estimate=0.0 - verdict.drop, low=0.0 - verdict.drop_high, high=0.0 - verdict.drop_low, units=verdict.pairs
+    )

@@ -1,6 +1,5 @@
-"""The images of a measurement: a split with masks, a folder without, or generated noise."""
+"""The images of a measurement: a split with masks, a folder without masks, or generated noise."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,12 @@ from numpy import ndarray
 from medseg_trt.bench.schema import CaseFile, Images
 from medseg_trt.bundles.bundle import Bundle
 from medseg_trt.errors import InputError, UsageError, require
-from medseg_trt.files import CHUNK_BYTES
+from medseg_trt.files import sha256
 from medseg_trt.imaging.images import Image, Source, find_images
 from medseg_trt.train.datasets.folder import Case, read_case, read_case_image
-from medseg_trt.train.datasets.official import is_labelled, open_recorded
+from medseg_trt.train.datasets.official import is_labelled
+from medseg_trt.train.provenance import parse_provenance
+from medseg_trt.train.recorded_data import open_recorded
 
 NOISE_IMAGES = 8
 SEED = 0
@@ -22,12 +23,12 @@ SEED = 0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeasuredCases:
-    """What all networks are shown."""
+    """The cases that all networks run on."""
 
     cases: tuple[Case, ...]
     data: str
     split: str
-    what: str  # in words, between "of" and the end
+    description: str  # begins with "of"
     labelled: bool
     num_labels: int
 
@@ -52,13 +53,13 @@ class MeasuredCases:
                 slices=image.num_slices,
                 height=image.size[0],
                 width=image.size[1],
-                sha256=_digest(by_name[name].image),
+                sha256=sha256(*_files(by_name[name].image)),
             )
             for name, image in read
         )
         slices = sum(entry.slices for entry in entries)
         return Images(
-            description=f"{slices} slices {self.what}",
+            description=f"{slices} slices {self.description}",
             timed=timed,
             data=self.data,
             split=self.split,
@@ -69,17 +70,17 @@ class MeasuredCases:
 
 
 def measured_cases(data: Path | None, split: str, bundle: Bundle, scratch: Path) -> MeasuredCases:
-    """Find the images.
+    """Return the cases of a measurement.
 
     Args:
-        data: a data set, or a folder of images without masks; None: seeded noise of the network's size.
-        split: of the data set, which is divided as it was for the training.
+        data: a data set, or a folder of images without masks; None: seeded noise at the network's size.
+        split: of the data set, which is divided as in training.
         bundle: of the network.
-        scratch: where noise is written.
+        scratch: the folder for generated noise.
 
     Raises:
         InputError: the data cannot be used.
-        UsageError: it has other classes than the network.
+        UsageError: the data have other classes than the network.
     """
     names = bundle.classes.names
     num_labels = len(names)
@@ -87,7 +88,12 @@ def measured_cases(data: Path | None, split: str, bundle: Bundle, scratch: Path)
         noise = _noise(scratch, bundle.preprocessing.image_size)
         cases = tuple(Case(image=source, mask=source) for source in find_images([noise]))
         return MeasuredCases(
-            cases=cases, data="noise", split="none", what="of generated noise", labelled=False, num_labels=num_labels
+            cases=cases,
+            data="noise",
+            split="none",
+            description="of generated noise",
+            labelled=False,
+            num_labels=num_labels,
         )
     if not is_labelled(data):
         sources = find_images([data / "images" if (data / "images").is_dir() else data])
@@ -97,14 +103,14 @@ def measured_cases(data: Path | None, split: str, bundle: Bundle, scratch: Path)
             data=data.resolve().name,
             split="none",
             labelled=False,
-            what=f"of {data.resolve().name}, without masks",
+            description=f"of {data.resolve().name}, without masks",
             num_labels=num_labels,
         )
-    folder = open_recorded(data, bundle.content.source["provenance"])
+    folder = open_recorded(data, parse_provenance(bundle.content.source["provenance"], str(bundle.folder)))
     if folder.classes.names != names:
         raise UsageError(
             f"{data} has the classes {', '.join(folder.classes.names)}, but the network knows {', '.join(names)}; "
-            "give the data it was made for"
+            "give the data it was trained for"
         )
     cases = folder.cases(split)
     if not cases:
@@ -113,14 +119,14 @@ def measured_cases(data: Path | None, split: str, bundle: Bundle, scratch: Path)
         cases=cases,
         data=folder.name,
         split=split,
-        what=f"of {folder.name}, split {split}",
+        description=f"of {folder.name}, split {split}",
         labelled=True,
         num_labels=num_labels,
     )
 
 
 def one_image_file(image: Image, scratch: Path, source: Source | Path) -> tuple[Path, str]:
-    """Return the file of one image to time the whole way with, and what it is: of a volume, its middle slice alone.
+    """Return the file of one image for the end-to-end timing, and its description; of a volume, the middle slice.
 
     Raises:
         MissingExtraError: nibabel, which writes the slice, is not installed.
@@ -133,8 +139,8 @@ def one_image_file(image: Image, scratch: Path, source: Source | Path) -> tuple[
     spacing = image.spacing_mm or (1.0, 1.0, 1.0)
     path = scratch / "slice.nii.gz"
     values = image.pixels[middle, ::-1, ::-1, 0].T[..., np.newaxis]  # LPS becomes NIfTI's RAS
-    whole = values.astype(np.int16)
-    values = whole if np.array_equal(whole, values) else values.astype(np.float32)
+    integers = values.astype(np.int16)
+    values = integers if np.array_equal(integers, values) else values.astype(np.float32)
     nibabel.save(nibabel.Nifti1Image(np.ascontiguousarray(values), np.diag([*spacing[::-1], 1.0])), path)
     return path, f"one slice of {image.size[0]} x {image.size[1]} pixels, as a compressed NIfTI file of its own"
 
@@ -150,10 +156,5 @@ def _noise(scratch: Path, size: tuple[int, int]) -> Path:
     return folder
 
 
-def _digest(source: Source | Path) -> str:
-    digest = hashlib.sha256()
-    for path in source.files if isinstance(source, Source) else (source,):
-        with path.open("rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                digest.update(chunk)
-    return digest.hexdigest()
+def _files(source: Source | Path) -> tuple[Path, ...]:
+    return tuple(source.files) if isinstance(source, Source) else (source,)

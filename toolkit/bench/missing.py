@@ -1,11 +1,11 @@
-"""The value of a figure that was not measured: the reason in words."""
+"""The value of a figure that was not measured."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Missing:
-    """A figure that does not exist, and why."""
+    """A missing figure, with the reason."""
 
     reason: str
 

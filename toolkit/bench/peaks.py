@@ -1,7 +1,7 @@
-"""Measure what this machine can do at most, in the same run: large matrix products, and a copy.
+"""Measure the peaks of this machine: large matrix products, and a copy.
 
-The products are a chain as in a language layer, run by the row's own back-end in its own arithmetic. What they reach is
-no theoretical figure but what software gets out of this machine today, which is the roof that a network has.
+The products are a chain as in a language layer, run by each row's back-end in its number format. The peaks are achieved
+figures, not theoretical ones: they are the roof for the networks measured in the same run.
 Source: Williams, Waterman & Patterson 2009, "Roofline: An Insightful Visual Performance Model".
 """
 
@@ -19,6 +19,7 @@ from medseg_trt.bench.profile_schema import Peak, Roofline
 from medseg_trt.bench.timing_schema import Latency
 from medseg_trt.errors import MedsegError, require
 from medseg_trt.machine import cores
+from medseg_trt.sessions.session_request import SessionRequest
 from medseg_trt.sessions.subprocess_session import ChildSession
 
 OPSET = 18
@@ -28,35 +29,35 @@ COPY_BYTES = 1 << 28  # larger than any cache
 REPEATS = 7  # the best of them is the peak
 
 
-def peaks(ways: Sequence[tuple[str, str]], width: int = WIDTH, rows: int = ROWS) -> tuple[Peak, ...] | Missing:
-    """Measure the peak of every arithmetic, by the fastest of the back-ends that run it.
+def peaks(executions: Sequence[tuple[str, str]], width: int = WIDTH, rows: int = ROWS) -> tuple[Peak, ...] | Missing:
+    """Measure the peak of every arithmetic with the fastest back-end that runs it.
 
     Args:
-        ways: (back-end, arithmetic) pairs; an arithmetic is fp32, bf16 or int8.
+        executions: (back-end, arithmetic) pairs; an arithmetic is fp32, bf16 or int8.
         width: of the matrices.
-        rows: that are multiplied, in each of three channels.
+        rows: of the left matrix, in each of three channels.
     """
     try:
         require("onnx", "export")
     except MedsegError as error:
         return Missing(reason=str(error))
     copied, copy = _copy_rate()
-    found: dict[str, Peak] = {}
-    for backend, arithmetic in dict.fromkeys(ways):
+    peak_of: dict[str, Peak] = {}
+    for backend, arithmetic in dict.fromkeys(executions):
         try:
             rate, description = _gemm_rate(backend, arithmetic, width, rows)
-        except MedsegError:  # it cannot do this at all; another may
+        except MedsegError:  # not supported by this back-end; another one may
             continue
-        if arithmetic not in found or rate > found[arithmetic].gmacs_per_s:
+        if arithmetic not in peak_of or rate > peak_of[arithmetic].gmacs_per_s:
             words = f"{LAYERS} products of {CHANNELS * rows} x {width} by {width} x {width}, {description}"
-            found[arithmetic] = Peak(
+            peak_of[arithmetic] = Peak(
                 arithmetic=arithmetic, gmacs_per_s=rate, gemm=words, gbytes_per_s=copied, copy=copy
             )
-    return tuple(found.values()) or Missing(reason="no back-end here runs a plain matrix product")
+    return tuple(peak_of.values()) or Missing(reason="no back-end here runs a plain matrix product")
 
 
 def roofline(latency: Latency, macs: int, moved: int, peak: Peak) -> Roofline:
-    """Put a network under the roof: how fast it multiplies, by how much it multiplies for each byte that it moves."""
+    """Return the share of the machine's peak that a network reaches, given its multiply-accumulates per byte moved."""
     intensity = macs / moved
     reached, roof = macs / latency.median_ms / 1e6, min(peak.gmacs_per_s, intensity * peak.gbytes_per_s)
     return Roofline(
@@ -71,14 +72,15 @@ def roofline(latency: Latency, macs: int, moved: int, peak: Peak) -> Roofline:
 
 
 def _gemm_rate(backend: str, arithmetic: str, width: int, rows: int) -> tuple[float, str]:
-    """Return 10^9 multiply-accumulates a second, and what made them."""
+    """Return 10^9 multiply-accumulates per second, and the description of the back-end."""
     compute = "bf16" if arithmetic == "bf16" else "fp32"
     image = np.random.default_rng(0).normal(0, 0.5, (1, CHANNELS, rows, width)).astype(np.float32)
     with TemporaryDirectory() as folder:
         path = Path(folder, "products.onnx")
         write_products(path, arithmetic, width, rows)
         precision = "int8" if arithmetic == "int8" else "fp32"
-        with ChildSession(path, precision, backend, None, compute) as session:
+        request = SessionRequest(backend=backend, path=path, precision=precision, compute_dtype=compute)
+        with ChildSession(request) as session:
             session.time(image, 0.0, 2)
             best_ms = min(session.time(image, 0.0, REPEATS))
             description = session.description
@@ -94,7 +96,7 @@ def write_products(path: Path, arithmetic: str, width: int, rows: int) -> None:
     constants: list[Any] = []
     value = "pixel_values"
     for layer in range(LAYERS):
-        answer = "logits" if layer == LAYERS - 1 else f"product{layer}"
+        product = "logits" if layer == LAYERS - 1 else f"product{layer}"
         if arithmetic == "int8":
             arrays = {
                 f"scale{layer}": np.array(4 / 255, np.float32),
@@ -108,13 +110,13 @@ def write_products(path: Path, arithmetic: str, width: int, rows: int) -> None:
                 helper.make_node("QuantizeLinear", [value, scale, zero], [f"codes{layer}"]),
                 helper.make_node("DequantizeLinear", [f"codes{layer}", scale, zero], [f"rounded{layer}"]),
                 helper.make_node("DequantizeLinear", [weight, weight_scale, weight_zero], [f"matrix{layer}"], axis=1),
-                helper.make_node("MatMul", [f"rounded{layer}", f"matrix{layer}"], [answer]),
+                helper.make_node("MatMul", [f"rounded{layer}", f"matrix{layer}"], [product]),
             ]
         else:
             arrays = {f"weight{layer}": random.normal(0, width**-0.5, (width, width)).astype(np.float32)}
-            nodes.append(helper.make_node("MatMul", [value, f"weight{layer}"], [answer]))
+            nodes.append(helper.make_node("MatMul", [value, f"weight{layer}"], [product]))
         constants += [numpy_helper.from_array(array, name) for name, array in arrays.items()]
-        value = answer
+        value = product
     shape = [1, CHANNELS, rows, width]
     graph = helper.make_graph(
         nodes,
@@ -127,7 +129,7 @@ def write_products(path: Path, arithmetic: str, width: int, rows: int) -> None:
 
 
 def _copy_rate() -> tuple[float, str]:
-    """Return 10^9 bytes a second, read and written, and how they were copied."""
+    """Return 10^9 bytes per second, read and written, and how they were copied."""
     threads = cores()
     source = np.ones(COPY_BYTES // 8)
     target = np.zeros_like(source)

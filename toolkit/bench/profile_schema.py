@@ -1,20 +1,20 @@
-"""What ``report.json`` holds of layers, machine peaks and rooflines."""
+"""Dataclasses of ``report.json`` for layers, machine peaks and rooflines."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerTime:
-    """What one step of the network takes, as the back-end says."""
+    """The time of one step of the network, from the back-end's profiler."""
 
     name: str
     kind: str  # the operator
-    kernel: str  # the back-end's implementation, where it says
-    part: str  # of the network: resnet, vit, block, decoder; "other" where that cannot be told
+    kernel: str  # the back-end's implementation, if it reports one
+    part: str  # of the network: resnet, vit, block, decoder; "other" if unknown
     runs: int
     ms: float  # of one inference
     share: float  # of all steps, 0 … 1
-    macs: int | None  # multiply-accumulates; None where the step multiplies no matrices or cannot be told
+    macs: int | None  # multiply-accumulates; None: no matrix product, or unknown
     bytes: int | None  # of weights and values read and written, each once
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -22,7 +22,7 @@ class LayerTime:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PartTime:
-    """What a part of the network takes."""
+    """The time of a part of the network."""
 
     part: str
     ms: float
@@ -35,7 +35,7 @@ class PartTime:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Profile:
-    """Where a row's time goes; taken in a run of its own, since looking costs time."""
+    """The profile of a row, measured in a separate run, because profiling costs time."""
 
     tool: str
     runs: int
@@ -48,20 +48,21 @@ class Profile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Peak:
-    """What this machine reached in the same run: a large matrix product, and a copy."""
+    """The peaks of a device of this machine in the same run: a large matrix product, and a copy."""
 
-    arithmetic: str  # fp32, bf16 or int8
+    arithmetic: str  # fp32, fp16, bf16 or int8
     gmacs_per_s: float  # 10^9 multiply-accumulates a second
-    gemm: str  # what was multiplied, by what
+    gemm: str  # the product and the back-end
     gbytes_per_s: float  # 10^9 bytes a second, read and written
     copy: str
+    device: str = "CPU"  # as sessions name it
 
     __pydantic_config__ = {"extra": "forbid"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Roofline:
-    """A row against its machine's roof."""
+    """A row compared with the machine's roofline."""
 
     arithmetic: str  # of Peak
     macs: int  # of one image

@@ -1,4 +1,4 @@
-"""What ``report.json`` holds of speed, memory and energy. Times are milliseconds, sizes 10^6 bytes."""
+"""Dataclasses of ``report.json`` for speed, memory and energy. Times are milliseconds, sizes 10^6 bytes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,15 +8,15 @@ from medseg_trt.bench.missing import Missing
 
 Scope = Literal["model", "model+transfers", "end-to-end"]
 SCOPES: Mapping[Scope, str] = {
-    "model": "the network alone, its input prepared and in place; no decoding, no resizing",
-    "model+transfers": "the network, and the way of the input to the device and of the answer back",
-    "end-to-end": "from the image file to the mask file on the disk: read, prepare, run, bring back to size, write",
+    "model": "the network alone, with its input prepared in memory; no decoding, no resizing",
+    "model+transfers": "the network, with transfers of the input to the device and of the logits back",
+    "end-to-end": "from the image file to the mask file on the disk: read, prepare, run, restore the size, write",
 }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tier:
-    """How long is measured."""
+    """Duration and number of runs of a measurement."""
 
     name: str  # quick, report, certify, or "custom" where an option changed it
     warmup_ms: float  # of every row and scope, uncounted
@@ -30,9 +30,9 @@ class Tier:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Latency:
-    """How long one row took for one batch in one scope, after its warm-up."""
+    """Times of one row for one batch in one scope, after the warm-up."""
 
-    rounds_ms: tuple[tuple[float, ...], ...]  # every single time; in each round every row has its turn
+    rounds_ms: tuple[tuple[float, ...], ...]  # every single time; every row runs in each round
     runs: int
     mean_ms: float
     min_ms: float
@@ -46,20 +46,20 @@ class Latency:
     variation: float  # coefficient of variation: standard deviation by mean
     stable: bool  # whether the variation is low enough for this kind of device
     warmup_runs: int
-    timer: str  # what measured: the host's clock, or CUDA events
-    set_aside_ms: tuple[float, ...] = ()  # steps of the clock that no run can take; reported, in no other figure
+    timer: str  # the host's clock, or CUDA events
+    set_aside_ms: tuple[float, ...] = ()  # clock errors; excluded from all other figures
 
     __pydantic_config__ = {"extra": "forbid"}
 
     @property
     def samples_ms(self) -> list[float]:
         """All times, one after the other."""
-        return [sample for taken in self.rounds_ms for sample in taken]
+        return [sample for samples in self.rounds_ms for sample in samples]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Speedup:
-    """How many times as fast as the reference a row is in one scope: the ratio of the two ``median_ms``."""
+    """The speed of a row relative to the reference in one scope: the ratio of the two ``median_ms``."""
 
     ratio: float
     low: float  # the interval
@@ -71,26 +71,39 @@ class Speedup:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class OnGpu:
+    """What a row's time on a GPU consists of besides the network: medians of all rounds, milliseconds."""
+
+    enqueue_ms: float  # that the host takes to enqueue the network, by its own clock
+    upload_ms: float | Missing  # of the input
+    download_ms: float | Missing  # of the logits
+    sm_mhz: tuple[int, ...]  # clock at the end of each round; empty where nvidia-smi does not say
+    held_back_by: tuple[str, ...]  # what lowered the clock in at least one round
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Start:
-    """How long it takes until there is a first answer, the best of several processes of their own."""
+    """Times from the start of a process to its first output, the best of several processes."""
 
     starts: int
-    import_ms: float  # from the start of the process until the back-end's package is there
+    import_ms: float  # from the start of the process until the back-end's package is imported
     load_ms: float  # read the weights, optimise, compile
     first_ms: float  # the first inference after it
-    to_first_mask_ms: float  # all of it, from the start of the process
-    file_cache: str  # whether the files had to come from the disk
+    to_first_mask_ms: float  # the sum of these times
+    file_cache: str  # whether the files were read from the disk
 
     __pydantic_config__ = {"extra": "forbid"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Throughput:
-    """How many images a second go through, as fast as they can be handed over."""
+    """Images per second with one or several concurrent callers."""
 
     batch: int  # images at once
-    streams: int  # callers at the same time
-    threads: int | None  # of each; None: the back-end's own choice
+    streams: int  # concurrent callers
+    threads: int | None  # of each caller; None: the back-end's default
     images_per_s: float
     images: int
     seconds: float
@@ -100,11 +113,11 @@ class Throughput:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Memory:
-    """What a row's own process takes, of the host and of the device."""
+    """Memory of a row's process, on the host and on the device."""
 
     loaded_mb: float  # resident after loading
-    peak_mb: float  # resident at its highest until all latencies were measured
-    anonymous_mb: float  # of the last, what is not a mapped file
+    peak_mb: float  # highest resident memory until all latencies were measured
+    anonymous_mb: float  # resident memory without mapped files, after the latencies
     device_mb: float | Missing
 
     __pydantic_config__ = {"extra": "forbid"}
@@ -112,7 +125,7 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Energy:
-    """What one image takes, everything else on the meter included."""
+    """Energy per image, including everything else that the meter covers."""
 
     joules_per_image: float
     watts: float  # mean

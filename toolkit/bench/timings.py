@@ -1,4 +1,4 @@
-"""Time all rows of a report, each in a process of its own: starts, three scopes, throughput, memory, energy."""
+"""Time all rows of a report, one process per row: starts, three scopes, throughput, memory, energy."""
 
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -11,12 +11,14 @@ import numpy as np
 from numpy import ndarray
 
 from medseg_trt.bench.candidates import Candidate
-from medseg_trt.bench.claims import objection
+from medseg_trt.bench.claims import objection, other_device
+from medseg_trt.bench.device_rounds import DeviceRounds, binding_warnings
 from medseg_trt.bench.energy import Meter, energy, open_meter
+from medseg_trt.bench.gpu_clocks import read_clock
 from medseg_trt.bench.measure import HOST_CLOCK, RoundTimes, interleaved_rounds, latency, timing_warnings
 from medseg_trt.bench.missing import Missing
-from medseg_trt.bench.timed_session import MeasuredSession, WholeWay
-from medseg_trt.bench.timing_schema import Energy, Latency, Memory, Scope, Speedup, Start, Throughput, Tier
+from medseg_trt.bench.timed_session import EndToEndCase, MeasuredSession
+from medseg_trt.bench.timing_schema import Energy, Latency, Memory, OnGpu, Scope, Speedup, Start, Throughput, Tier
 from medseg_trt.errors import MedsegError
 from medseg_trt.machine import cores
 from medseg_trt.metrics.intervals import speed_interval
@@ -25,17 +27,18 @@ from medseg_trt.progress import LOG
 BATCHES = (1, 4, 8)
 THROUGHPUT_SHARE, MIN_THROUGHPUT_S = 0.1, 0.3  # of the tier's seconds, for every combination of batch and callers
 ENERGY_S = 2.0  # RAPL counts a thousand times a second
-ON_CPU = "the processor reads images where they are, so nothing is transferred: the same as the model alone"
-NO_TIME = "every time was one that no run can take"
-NOT_REACHED = "not reached: the measurement was ended before"
-NO_DEVICE_TIME = "this back-end does not tell how long it takes on the GPU without the copies there and back"
+ON_CPU = "the processor reads images from its own memory, so nothing is transferred: the same as the model alone"
+NO_TIME = "every time was implausible: negative, or a thousand times the median"
+NOT_REACHED = "not reached: the measurement was interrupted before"
+NO_DEVICE_TIME = "this back-end does not report the time on the GPU without transfers"
 CUDA_EVENTS = "CUDA events"
+GPU_WARMUP_S = 0.2  # before each turn: a GPU's clock falls within milliseconds of idleness
 FILE_CACHE = "warm: the files had been read before, so the disk is not in these times"
 
 
 @dataclass(kw_only=True)
 class Timings:
-    """What was measured of one row so far."""
+    """The measurements of one row so far."""
 
     start: Start | Missing
     latency: dict[Scope, Latency | Missing] = field(default_factory=dict[Scope, Latency | Missing])
@@ -43,6 +46,7 @@ class Timings:
     throughput: tuple[Throughput, ...] | None = None
     memory: Memory | Missing | None = None
     energy: Energy | Missing | None = None
+    on_gpu: OnGpu | Missing | None = None
     failure: str | None = None
     warnings: list[str] = field(default_factory=list[str])
 
@@ -50,26 +54,24 @@ class Timings:
 def open_candidates(
     candidates: Sequence[Candidate], image: ndarray, starts: int, stack: ExitStack
 ) -> tuple[dict[str, MeasuredSession], dict[str, Timings]]:
-    """Start every candidate, several times if wanted, each time in a new process; keep the last one open.
+    """Start every candidate ``starts`` times, each time in a new process; keep the last session open.
 
-    One that does not start has a failure instead of a session.
+    A candidate that does not start has a failure instead of a session.
     """
     sessions: dict[str, MeasuredSession] = {}
     timings: dict[str, Timings] = {}
     for number, candidate in enumerate(candidates, 1):
         LOG.info("load network %d of %d: %s", number, len(candidates), candidate.name)
-        opened: list[tuple[float, float, float]] = []
+        start_times: list[tuple[float, float, float]] = []
         try:
             for start in range(starts):
-                session = MeasuredSession(
-                    candidate.path, candidate.precision, candidate.backend, None, candidate.compute
-                )
+                session = MeasuredSession(candidate.request)
                 try:
                     (first_ms,) = session.time(image, 0.0, 1)
                 except BaseException:
                     session.close()
                     raise
-                opened.append((session.open_ms + first_ms, session.load_ms, first_ms))
+                start_times.append((session.open_ms + first_ms, session.load_ms, first_ms))
                 if start < starts - 1:
                     session.close()
                 else:
@@ -77,7 +79,7 @@ def open_candidates(
         except MedsegError as error:
             timings[candidate.name] = Timings(start=Missing(reason=str(error)), failure=str(error))
             continue
-        total, load, first = min(opened)
+        total, load, first = min(start_times)
         timings[candidate.name] = Timings(
             start=Start(
                 starts=starts,
@@ -95,19 +97,21 @@ def time_all(
     sessions: Mapping[str, MeasuredSession],
     timings: Mapping[str, Timings],
     batch: ndarray,
-    way: WholeWay | Missing,
+    case: EndToEndCase | Missing,
     tier: Tier,
     throughput_batches: Sequence[int] = BATCHES,
+    gpu_number: int = 0,
 ) -> None:
     """Fill in the timings of all open sessions.
 
     Args:
         sessions: by row.
-        timings: by row; rows without a session stay as they are.
+        timings: by row; rows without a session stay unchanged.
         batch: (batch, 3, H, W) float32, for the network alone.
-        way: from file to file, or why that cannot be gone.
-        tier: how long.
-        throughput_batches: images at once.
+        case: for the end-to-end scope, or the reason why it cannot be measured.
+        tier: duration and number of runs.
+        throughput_batches: batch sizes.
+        gpu_number: of the GPU that sessions run on, for its clock.
     """
     LOG.info("time %d networks alone, %g s each", len(sessions), tier.duration_s)
     loaded = {name: _memory(session) for name, session in sessions.items()}
@@ -119,8 +123,8 @@ def time_all(
     )
     for name in sessions:
         timings[name].latency.setdefault("model+transfers", Missing(reason=ON_CPU))
-    _time_on_devices(sessions, timings, batch, tier)
-    _time_end_to_end(sessions, timings, way, tier)
+    _time_on_devices(sessions, timings, batch, tier, gpu_number)
+    _time_end_to_end(sessions, timings, case, tier)
     for name, session in sessions.items():
         row = timings[name]
         if row.failure is not None:
@@ -133,121 +137,147 @@ def time_all(
             row.failure = str(error)
 
 
-def speedups(reference: Timings, row: Timings) -> dict[Scope, Speedup | Missing]:
-    """Return how many times as fast as the reference a row is, in every scope."""
-    found: dict[Scope, Speedup | Missing] = {}
-    for scope, found_there in reference.latency.items():
-        same = isinstance(found_there, Missing) and found_there.reason == ON_CPU  # then it is the model's time
-        theirs = reference.latency.get("model", found_there) if same else found_there
-        ours = row.latency.get(scope, Missing(reason="not measured"))
-        if isinstance(ours, Missing) or isinstance(theirs, Missing):
-            found[scope] = ours if isinstance(ours, Missing) else theirs  # pyright: ignore[reportArgumentType]
-            continue
-        found[scope] = _speedup(theirs, ours)
-    return found
+def speedups(reference: Timings, row: Timings, reference_device: str, device: str) -> dict[Scope, Speedup | Missing]:
+    """Return the ratio of the reference's median to the row's, in every scope; none between two devices."""
+    refused = other_device(reference_device, device)
+    if refused is not None:
+        return dict.fromkeys(row.latency, Missing(reason=refused))
+    factors: dict[Scope, Speedup | Missing] = {}
+    for scope, slow in reference.latency.items():
+        fast = row.latency.get(scope, Missing(reason="not measured"))
+        if isinstance(fast, Missing):
+            factors[scope] = fast
+        elif isinstance(slow, Missing):
+            factors[scope] = slow
+        else:
+            factors[scope] = _speedup(slow, fast)
+    return factors
 
 
-def _speedup(theirs: Latency, ours: Latency) -> Speedup | Missing:
-    interleaved = len(theirs.rounds_ms) == len(ours.rounds_ms)  # a clock jump can remove a whole round
-    speed = speed_interval(theirs.rounds_ms, ours.rounds_ms, interleaved=interleaved)
-    refused = objection(theirs, ours, speed)
+def _speedup(reference: Latency, row: Latency) -> Speedup | Missing:
+    interleaved = len(reference.rounds_ms) == len(row.rounds_ms)  # a clock jump can remove a whole round
+    speed = speed_interval(reference.rounds_ms, row.rounds_ms, interleaved=interleaved)
+    refused = objection(reference, row, speed)
     if refused is not None or speed.confidence is None:
-        return Missing(reason=f"no factor is claimed: {refused}")
+        return Missing(reason=f"no ratio is claimed: {refused}")
     return Speedup(
         ratio=speed.estimate, low=speed.low, high=speed.high, confidence=speed.confidence, rounds=speed.units
     )
 
 
 def _time_end_to_end(
-    sessions: Mapping[str, MeasuredSession], timings: Mapping[str, Timings], way: WholeWay | Missing, tier: Tier
+    sessions: Mapping[str, MeasuredSession], timings: Mapping[str, Timings], case: EndToEndCase | Missing, tier: Tier
 ) -> None:
     alive = {name: session for name, session in sessions.items() if timings[name].failure is None}
-    if isinstance(way, Missing):
+    if isinstance(case, Missing):
         for name in alive:
-            timings[name].latency["end-to-end"] = way
+            timings[name].latency["end-to-end"] = case
         return
     LOG.info("time %d networks from the image file to the mask file, %g s each", len(alive), tier.duration_s)
     stages: dict[str, dict[str, list[float]]] = {name: {} for name in alive}
 
-    def turn(name: str, seconds: float, runs: int) -> list[float]:
-        samples, parts = alive[name].whole_way(way, seconds, runs)
-        for stage, taken in parts.items():
-            stages[name].setdefault(stage, []).extend(taken)
+    def timed_round(name: str, seconds: float, runs: int) -> list[float]:
+        samples, parts = alive[name].time_end_to_end(case, seconds, runs)
+        for stage, stage_samples in parts.items():
+            stages[name].setdefault(stage, []).extend(stage_samples)
         return samples
 
-    _time_interleaved(alive, timings, dict.fromkeys(alive, "end-to-end"), turn, tier)
+    _time_interleaved(alive, timings, dict.fromkeys(alive, "end-to-end"), timed_round, tier)
     for name in alive:
         timings[name].stages_ms = {stage: median(samples) for stage, samples in stages[name].items() if samples}
 
 
 def _time_on_devices(
-    sessions: Mapping[str, MeasuredSession], timings: Mapping[str, Timings], batch: ndarray, tier: Tier
+    sessions: Mapping[str, MeasuredSession],
+    timings: Mapping[str, Timings],
+    batch: ndarray,
+    tier: Tier,
+    gpu_number: int,
 ) -> None:
-    """Time the networks on GPUs without what is copied there and back, by the devices' own clocks."""
-    alive = {name: each for name, each in sessions.items() if timings[name].failure is None and not _on_cpu(each)}
-    untold: set[str] = set()
+    """Time the networks on GPUs without transfers, by the devices' own clocks."""
+    alive = {
+        name: session for name, session in sessions.items() if timings[name].failure is None and not _on_cpu(session)
+    }
+    without_clock: set[str] = set()
+    rounds_of = {name: DeviceRounds() for name in alive}
 
-    def turn(name: str, seconds: float, runs: int) -> list[float]:
-        samples = alive[name].time_on_device(batch, seconds, runs)
-        if samples is None:
-            untold.add(name)
-        return samples or []
+    def timed_round(name: str, seconds: float, runs: int) -> list[float]:
+        times = alive[name].time_on_device(batch, seconds, runs)
+        if times is None:
+            without_clock.add(name)
+            return []
+        rounds_of[name].add(times)
+        return times.compute_ms
 
-    _time_interleaved(alive, timings, dict.fromkeys(alive, "model"), turn, tier, CUDA_EVENTS)
-    for name in untold:
-        timings[name].latency["model"] = Missing(reason=NO_DEVICE_TIME)
+    def look_at_clock(name: str) -> None:
+        rounds_of[name].look(lambda: read_clock(gpu_number))
+
+    scopes: dict[str, Scope] = dict.fromkeys(alive, "model")
+    _time_interleaved(alive, timings, scopes, timed_round, tier, CUDA_EVENTS, look_at_clock)
+    for name, rounds in rounds_of.items():
+        row = timings[name]
+        row.on_gpu, alone = rounds.summary(), row.latency["model"]
+        if isinstance(row.on_gpu, OnGpu) and isinstance(alone, Latency):
+            row.warnings += binding_warnings(alone, row.on_gpu)
+    for name in without_clock:
+        timings[name].latency["model"] = timings[name].on_gpu = Missing(reason=NO_DEVICE_TIME)
 
 
 def _time_interleaved(
     sessions: Mapping[str, MeasuredSession],
     timings: Mapping[str, Timings],
     scopes: Mapping[str, Scope],
-    turn: Callable[[str, float, int], list[float]],
+    timed_round: Callable[[str, float, int], list[float]],
     tier: Tier,
     timer: str = HOST_CLOCK,
+    after_turn: Callable[[str], None] = lambda _name: None,
 ) -> None:
-    """Give every row its turns and sum up what they took, even where an interrupt ends them."""
-    taken: dict[str, RoundTimes] = {}
+    """Time all rows in interleaved rounds and summarise them, also after an interrupt."""
+    times_of: dict[str, RoundTimes] = {}
+    rounds = {name: partial(timed_round, name) for name in sessions}
+    warmups_s = {name: GPU_WARMUP_S for name, session in sessions.items() if not _on_cpu(session) and tier.duration_s}
     try:
-        interleaved_rounds({name: partial(turn, name) for name in sessions}, tier, found=taken)
+        interleaved_rounds(rounds, tier, times=times_of, turn_warmup_s=warmups_s, after_turn=after_turn)
     finally:
-        _keep_whole_rounds(taken)
-        for name, each in taken.items():
+        _keep_whole_rounds(times_of)
+        for name, times in times_of.items():
             row, device, scope = timings[name], sessions[name].device, scopes[name]
-            found = latency(each, device, timer)
-            row.failure = row.failure or each.failure
-            row.latency[scope] = found or Missing(reason=each.failure or (NO_TIME if each.rounds_ms else NOT_REACHED))
-            row.warnings += timing_warnings(found, device, scope) if found is not None else []
+            summary = latency(times, device, timer)
+            row.failure = row.failure or times.failure
+            row.latency[scope] = summary or Missing(
+                reason=times.failure or (NO_TIME if times.rounds_ms else NOT_REACHED)
+            )
+            row.warnings += timing_warnings(summary, device, scope) if summary is not None else []
 
 
-def _keep_whole_rounds(taken: Mapping[str, RoundTimes]) -> None:
+def _keep_whole_rounds(times_of: Mapping[str, RoundTimes]) -> None:
     """Drop the round that an interrupt cut short, where others are complete, so that rounds stay pairs."""
-    alive = [each for each in taken.values() if each.failure is None]
-    whole = min((len(each.rounds_ms) for each in alive), default=0)
-    for each in alive if whole else ():
-        each.rounds_ms = each.rounds_ms[:whole]
+    alive = [times for times in times_of.values() if times.failure is None]
+    complete = min((len(times.rounds_ms) for times in alive), default=0)
+    for times in alive if complete else ():
+        times.rounds_ms = times.rounds_ms[:complete]
 
 
 def _throughput(session: MeasuredSession, batch: ndarray, tier: Tier, batches: Sequence[int]) -> tuple[Throughput, ...]:
     seconds = max(MIN_THROUGHPUT_S, THROUGHPUT_SHARE * tier.duration_s)
     callers = cores()
-    ways: list[tuple[int, int, int | None]] = [(size, 1, None) for size in batches]
+    settings: list[tuple[int, int, int | None]] = [(size, 1, None) for size in batches]
     if callers > 1:
-        ways.append((1, callers, 1 if _on_cpu(session) else None))  # on a GPU they share what is there
-    found: list[Throughput] = []
-    for size, streams, threads in ways:
-        count, spent = session.throughput(np.resize(batch, (size, *batch.shape[1:])), streams, threads, seconds)
-        found.append(
+        settings.append((1, callers, 1 if _on_cpu(session) else None))  # on a GPU they share one session
+    throughputs: list[Throughput] = []
+    for size, streams, threads in settings:
+        count, elapsed_s = session.throughput(np.resize(batch, (size, *batch.shape[1:])), streams, threads, seconds)
+        throughputs.append(
             Throughput(
                 batch=size,
                 streams=streams,
                 threads=threads,
-                images_per_s=size * count / spent,
+                images_per_s=size * count / elapsed_s,
                 images=size * count,
-                seconds=spent,
+                seconds=elapsed_s,
             )
         )
-    return tuple(found)
+    return tuple(throughputs)
 
 
 def _energy(session: MeasuredSession, batch: ndarray) -> Energy | Missing:
@@ -263,14 +293,14 @@ def _energy(session: MeasuredSession, batch: ndarray) -> Energy | Missing:
 def _memory(session: MeasuredSession) -> Mapping[str, float]:
     try:
         return session.memory()
-    except MedsegError:  # it died; whoever asks it next says so
+    except MedsegError:  # it died; the next call reports it
         return {}
 
 
 def _memory_of(session: MeasuredSession, loaded: Mapping[str, float]) -> Memory | Missing:
     now = session.memory()
     if not loaded or not now:
-        return Missing(reason="this system does not say what a process takes: there is no /proc")
+        return Missing(reason="this system does not report the memory of a process: there is no /proc")
     return Memory(
         loaded_mb=loaded["resident_mb"],
         peak_mb=now["peak_resident_mb"],
@@ -280,24 +310,24 @@ def _memory_of(session: MeasuredSession, loaded: Mapping[str, float]) -> Memory 
 
 
 def _device_memory(session: MeasuredSession) -> float | Missing:
-    """Ask NVIDIA's own tool what a process takes of its card."""
+    """Return the memory of the GPU that the process uses, in 10^6 bytes, as nvidia-smi reports it."""
     if _on_cpu(session):
         return Missing(reason="it runs on the processor, in the host's memory")
-    question = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(question, capture_output=True, text=True, check=True, timeout=20)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError) as error:
-        return Missing(reason=f"nvidia-smi does not answer: {error}")
+        return Missing(reason=f"nvidia-smi failed: {error}")
     return used_mb(done.stdout, session.process_id)
 
 
-def used_mb(answer: str, process_id: int) -> float | Missing:
-    """Read nvidia-smi's table of processes: their numbers, and MiB."""
-    for line in answer.splitlines():
+def used_mb(table: str, process_id: int) -> float | Missing:
+    """Read a process's 10^6 bytes from nvidia-smi's table of process ids and MiB."""
+    for line in table.splitlines():
         number, _, mebibytes = line.partition(",")
         if number.strip() == str(process_id) and mebibytes.strip().isdigit():
             return int(mebibytes) * 1.048576
-    return Missing(reason="nvidia-smi does not list the process; within a container it often cannot")
+    return Missing(reason="nvidia-smi does not list the process; inside a container it often cannot")
 
 
 def _on_cpu(session: MeasuredSession) -> bool:

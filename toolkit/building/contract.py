@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from medseg_trt.spec import Classes, ModelSpec, Preprocessing
+from medseg_trt.network_spec import NetworkSpec
+from medseg_trt.spec import Classes, Preprocessing
 
 if TYPE_CHECKING:
     from medseg_trt.train.checkpoint import Checkpoint
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 class Contract:
     """The network, how its input is made of an image, and what its labels mean."""
 
-    model: ModelSpec
+    model: NetworkSpec
     preprocessing: Preprocessing
     classes: Classes
 

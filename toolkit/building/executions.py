@@ -14,12 +14,15 @@ from numpy import ndarray
 
 from medseg_trt.building.reference import Reference
 from medseg_trt.bundles.manifest import Execution, Variant
+from medseg_trt.bundles.verification import Verification
+from medseg_trt.devices import CPU, ComputeDevice
 from medseg_trt.errors import AccuracyGateError, ArtefactError, DeviceError, MedsegError, UsageError
 from medseg_trt.progress import LOG
 from medseg_trt.sessions.backends import BACKENDS, is_installed
 from medseg_trt.sessions.base import Session
 from medseg_trt.sessions.mask_probe import check_masks
 from medseg_trt.sessions.onnxruntime import needs_options
+from medseg_trt.sessions.session_request import SessionRequest
 from medseg_trt.sessions.subprocess_session import ChildSession
 from medseg_trt.spec import BuildSpec
 
@@ -29,7 +32,7 @@ GOLDEN_MARGIN = {True: 10, False: 2}  # exact or rounded: another processor adds
 MIN_GAIN = 0.05  # what 8-bit arithmetic must save, or it is not worth its rounding
 FLOAT = ("fp32", "fp16")
 GRAPH_OF = {"bf16": "fp32"}  # a precision that is only a way to run another one's graph
-STAND_IN = "onnxruntime"  # runs every flavour; judges a graph whose own back-end is not installed
+STAND_IN = "onnxruntime"  # runs every dialect; judges a graph whose own back-end is not installed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +40,7 @@ class ExecutionTrials:
     """What came of all ways to run the variants."""
 
     executions: tuple[Execution, ...]  # the best first
-    dropped: tuple[str, ...]  # those that are not to be used, each with its reason
+    rejected: tuple[str, ...]  # those that are not to be used, each with its reason
 
     @property
     def verified(self) -> frozenset[str]:
@@ -52,13 +55,13 @@ def try_executions(
     reference: Reference,
     golden: tuple[ndarray, ndarray],
 ) -> ExecutionTrials:
-    """Run every variant with every back-end that can read its flavour; compare, then time.
+    """Run every variant with every back-end that can read its dialect; compare, then time.
 
     Args:
         folder: where the graphs are.
         variants: the graphs by name.
         spec: what was asked for.
-        reference: what the answers are compared with.
+        reference: what the logits and masks are compared with; where it runs on a GPU, back-ends of GPUs are tried too.
         golden: the golden input, and PyTorch's logits for it.
 
     Raises:
@@ -68,34 +71,37 @@ def try_executions(
     wanted = spec.backend
     if wanted != "auto" and wanted not in BACKENDS:
         raise UsageError(f"no back-end is called {wanted!r}; choose one of: auto, {', '.join(BACKENDS)}")
-    if wanted != "auto" and BACKENDS[wanted].gpu:
-        raise UsageError(f"a build does not try {wanted}; leave --backend out here, and give it to infer")
-    found: list[Execution] = []
-    dropped: list[str] = []
+    device = reference.device
+    if wanted != "auto" and BACKENDS[wanted].gpu and device.kind != "cuda":
+        raise UsageError(
+            f"a build tries {wanted} with --device cuda alone; leave --backend out here, and give it to infer"
+        )
+    verified: list[Execution] = []
+    rejected: list[str] = []
     reasons: dict[str, MedsegError] = {}
     for name, variant in variants.items():
-        for backend, compute in _ways(variant, wanted, _computes(variant, spec.precisions)):
-            what = _what(name, backend, compute)
+        for backend, compute_dtype in _ways(variant, wanted, _compute_dtypes(variant, spec.precisions), device):
+            label = _label(name, backend, compute_dtype)
             try:
-                found.append(_try(folder, name, variant, backend, compute, reference, golden))
+                verified.append(_try(folder, name, variant, backend, compute_dtype, reference, golden))
             except DeviceError as error:  # this machine cannot; that is no fault of the graph
-                dropped.append(f"{what}: {error}")
+                rejected.append(f"{label}: {error}")
             except (AccuracyGateError, ArtefactError) as error:
-                dropped.append(f"{what}: {error}")
+                rejected.append(f"{label}: {error}")
                 reasons[variant.precision] = error
-                LOG.warning("%s is not used: %s", what, error)
-    timed, died = _timed(folder, variants, found, golden[0])
+                LOG.warning("%s is not used: %s", label, error)
+    timed, died = _timed(folder, variants, verified, golden[0], device)
     for execution, error in died:
-        what = _what(execution.variant, execution.backend, execution.compute)
-        dropped.append(f"{what}: {error}")
+        label = _label(execution.variant, execution.backend, execution.compute_dtype)
+        rejected.append(f"{label}: {error}")
         reasons[variants[execution.variant].precision] = error
-        LOG.warning("%s is not used: %s", what, error)
+        LOG.warning("%s is not used: %s", label, error)
     for precision, error in reasons.items():
-        if not any(variants[each.variant].precision == precision for each in timed):
+        if not any(variants[execution.variant].precision == precision for execution in timed):
             raise error
     if not timed:
-        raise DeviceError(f"nothing here can run what was built: {'; '.join(dropped)}")
-    return ExecutionTrials(executions=_ranked(timed, variants), dropped=tuple(dropped))
+        raise DeviceError(f"nothing here can run what was built: {'; '.join(rejected)}")
+    return ExecutionTrials(executions=_ranked(timed, variants), rejected=tuple(rejected))
 
 
 def default_graph(executions: Sequence[Execution], variants: Mapping[str, Variant]) -> str | None:
@@ -110,22 +116,22 @@ def default_graph(executions: Sequence[Execution], variants: Mapping[str, Varian
     return None
 
 
-def _what(name: str, backend: str, compute: str) -> str:
-    return f"{name} with {backend} in {compute}"
+def _label(name: str, backend: str, compute_dtype: str) -> str:
+    return f"{name} with {backend} in {compute_dtype}"
 
 
-def _ways(variant: Variant, wanted: str, computes: Sequence[str]) -> list[tuple[str, str]]:
+def _ways(variant: Variant, wanted: str, compute_dtypes: Sequence[str], device: ComputeDevice) -> list[tuple[str, str]]:
     return [
-        (name, compute)
+        (name, compute_dtype)
         for name, backend in BACKENDS.items()
-        if not backend.gpu
-        if wanted in ("auto", name) and variant.flavour in backend.flavours
-        for compute in computes
-        if compute in backend.computes
+        if not backend.gpu or (device.kind == "cuda" and not backend.engines and is_installed(name))
+        if wanted in ("auto", name) and variant.dialect in backend.dialects
+        for compute_dtype in compute_dtypes
+        if compute_dtype in backend.compute_dtypes
     ]
 
 
-def _computes(variant: Variant, precisions: Sequence[str]) -> list[str]:
+def _compute_dtypes(variant: Variant, precisions: Sequence[str]) -> list[str]:
     """Return what the float parts of a variant may be computed in: what eight bits leave over in bfloat16, too."""
     if variant.precision == "fp32":
         return [name for name in ("fp32", "bf16") if name in precisions]
@@ -137,62 +143,76 @@ def _try(
     name: str,
     variant: Variant,
     backend: str,
-    compute: str,
+    compute_dtype: str,
     reference: Reference,
     golden: tuple[ndarray, ndarray],
 ) -> Execution:
-    here = is_installed(backend)
-    runner = backend if here else STAND_IN
-    with _child(folder, variant, runner, compute if here else "fp32") as session:
-        verification = verify_session(session, variant, compute, reference)
+    is_here = is_installed(backend)
+    runner = backend if is_here else STAND_IN
+    with _child(folder, variant, runner, compute_dtype if is_here else "fp32", reference.device) as session:
+        figures = verify_session(session, variant, compute_dtype, reference)
         check_masks(session, reference.contract.preprocessing, golden[0])
         error = float(np.abs(session.run(golden[0]) - golden[1]).max())
     return Execution(
-        variant=name, backend=backend, compute=compute, executed=here,
-        golden_error=GOLDEN_MARGIN[_is_exact(variant, compute)] * max(error, reference.spec.max_abs_error),
-        verification={"by": session.description, **verification},
-    )  # fmt: skip
+        variant=name,
+        backend=backend,
+        compute_dtype=compute_dtype,
+        executed=is_here,
+        golden_error=GOLDEN_MARGIN[_is_exact(variant, compute_dtype)] * max(error, reference.spec.max_abs_error),
+        verification=Verification(by=session.description, **figures),
+    )
 
 
-def verify_session(session: Session, variant: Variant, compute: str, reference: Reference) -> dict[str, Any]:
+def verify_session(session: Session, variant: Variant, compute_dtype: str, reference: Reference) -> dict[str, Any]:
     """Compare a session with PyTorch: all of its logits where nothing was rounded, else its masks.
+
+    Where the block was replaced, an unrounded session has the logits of the network with the replacement, and its masks
+    are judged as well.
 
     Raises:
         AccuracyGateError: it is not allowed to differ so much.
     """
-    LOG.info("verify %s against PyTorch on %s", session.description, reference.images.description)
+    LOG.info("verify %s against %s on %s", session.description, reference.name, reference.images.description)
     masks = reference.in_graph_masks(session) if session.gives_masks else None
-    if _is_exact(variant, compute):
-        return reference.check_logits(session.run) | ({} if masks is None else reference.check_masks_of_graph(masks))
+    if _is_exact(variant, compute_dtype):
+        logits_check = reference.check_logits(session.run)
+        if reference.deployed is None:
+            return logits_check | ({} if masks is None else reference.check_masks_of_graph(masks))
     verdict, figures = reference.verdict(session.run, masks)
     if not verdict.holds:
-        raise AccuracyGateError(f"{session.description} draws other masks than PyTorch: {verdict}")
+        raise AccuracyGateError(f"{session.description} draws other masks than {reference.name}: {verdict}")
     return figures
 
 
-def _is_exact(variant: Variant, compute: str) -> bool:
-    return variant.precision == compute == "fp32"
+def _is_exact(variant: Variant, compute_dtype: str) -> bool:
+    return variant.precision == compute_dtype == "fp32"
 
 
 def _timed(
-    folder: Path, variants: Mapping[str, Variant], executions: Sequence[Execution], image: ndarray
+    folder: Path,
+    variants: Mapping[str, Variant],
+    executions: Sequence[Execution],
+    image: ndarray,
+    device: ComputeDevice,
 ) -> tuple[list[Execution], list[tuple[Execution, ArtefactError]]]:
     """Return the executions with their times, and those that died meanwhile with the reason."""
     best: dict[int, float] = {}
     died: dict[int, ArtefactError] = {}
     for _ in range(ROUNDS if len(executions) > 1 else 1):
-        for place, execution in enumerate(executions):
-            if execution.executed and place not in died:
+        for index, execution in enumerate(executions):
+            if execution.executed and index not in died:
                 try:
-                    with _child(folder, variants[execution.variant], execution.backend, execution.compute) as session:
+                    with _child(
+                        folder, variants[execution.variant], execution.backend, execution.compute_dtype, device
+                    ) as session:
                         median = float(np.median(session.time(image, SECONDS, MIN_RUNS)))
                 except ArtefactError as error:
-                    died[place] = error
+                    died[index] = error
                 else:
-                    best[place] = min(median, best.get(place, median))
+                    best[index] = min(median, best.get(index, median))
     numbered = list(enumerate(executions))
-    timed = [replace(each, median_ms=best.get(place)) for place, each in numbered if place not in died]
-    return timed, [(each, died[place]) for place, each in numbered if place in died]
+    timed = [replace(execution, median_ms=best.get(index)) for index, execution in numbered if index not in died]
+    return timed, [(execution, died[index]) for index, execution in numbered if index in died]
 
 
 def _ranked(executions: Sequence[Execution], variants: Mapping[str, Variant]) -> tuple[Execution, ...]:
@@ -202,12 +222,22 @@ def _ranked(executions: Sequence[Execution], variants: Mapping[str, Variant]) ->
         return float("inf") if execution.median_ms is None else execution.median_ms
 
     ranked = sorted(executions, key=time_of)
-    floats = [each for each in ranked if variants[each.variant].precision in FLOAT]
+    floats = [execution for execution in ranked if variants[execution.variant].precision in FLOAT]
     if floats and floats[0] is not ranked[0] and time_of(ranked[0]) > (1 - MIN_GAIN) * time_of(floats[0]):
         ranked.remove(floats[0])
         ranked.insert(0, floats[0])
     return tuple(ranked)
 
 
-def _child(folder: Path, variant: Variant, backend: str, compute: str) -> ChildSession:
-    return ChildSession(folder / variant.graph, variant.precision, backend, None, compute)
+def execution_child(folder: Path, variant: Variant, execution: Execution, device: ComputeDevice = CPU) -> ChildSession:
+    """Open an execution that was verified, in a process of its own; ``device`` says which GPU, if it takes one."""
+    return _child(folder, variant, execution.backend, execution.compute_dtype, device)
+
+
+def _child(folder: Path, variant: Variant, backend: str, compute_dtype: str, device: ComputeDevice) -> ChildSession:
+    path = folder / variant.graph
+    return ChildSession(
+        SessionRequest(
+            backend=backend, path=path, precision=variant.precision, compute_dtype=compute_dtype, device=device
+        )
+    )

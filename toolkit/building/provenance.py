@@ -25,7 +25,7 @@ class Provenance:
     @classmethod
     def of(cls, checkpoint: "Checkpoint", path: Path) -> "Provenance":
         """Describe a checkpoint that was read from ``path``, without paths and names of the training images."""
-        provenance = dict(checkpoint.provenance)
+        provenance = checkpoint.provenance.to_dict()
         if provenance.get("data"):
             fields = provenance["data"].items()
             provenance["data"] = {name: value for name, value in fields if name not in PRIVATE_FIELDS}

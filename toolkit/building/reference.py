@@ -1,17 +1,19 @@
-"""Compare a network with the PyTorch reference: by its logits where it must be the same, by its masks where it may not.
+"""Compare a network with the reference: by its logits where it must be the same, by its masks where it may not.
 
-The reference's own answers are computed once.
+The reference is PyTorch, or for a network that came as an ONNX file, that file. Its logits are computed once.
 """
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy import ndarray
 
 from medseg_trt.building.contract import Contract
-from medseg_trt.building.reference_images import ReferenceImages
+from medseg_trt.building.reference_images import JudgedImages, ReferenceImages
+from medseg_trt.devices import CPU, ComputeDevice
 from medseg_trt.errors import AccuracyGateError
 from medseg_trt.export.gate import GateVerdict, compare
 from medseg_trt.export.verify import labels_of, run_in_batches, verify_logits
@@ -30,6 +32,8 @@ class Reference:
     contract: Contract
     images: ReferenceImages
     spec: BuildSpec
+    device: ComputeDevice = CPU  # where it runs, and where graphs are tried
+    deployed: Run | None = None  # the network with a replaced block, of which float32 graphs are copies
     _logits: ndarray = field(init=False)
     _masks: list[ndarray] = field(init=False)
     _remembering: Run = field(init=False)
@@ -37,7 +41,25 @@ class Reference:
     def __post_init__(self) -> None:
         self._logits = run_in_batches(self.network, self.images.judged.inputs, 1)
         self._masks = self._masks_of(self._logits)
-        self._remembering = _remembering(self.network)
+        self._remembering = _remembering(self.deployed or self.network)
+
+    @property
+    def name(self) -> str:
+        """What is compared with, for messages: "PyTorch", or what else runs the unchanged network."""
+        return self.images.judged.reference
+
+    def with_deployed(self, deployed: Run) -> "Reference":
+        """Return the same reference for graphs of a network whose block is replaced.
+
+        Logits are compared with that network's, masks still with those of the checkpoint's.
+        """
+        changed = copy.copy(self)
+        changed.deployed, changed._remembering = deployed, _remembering(deployed)
+        return changed
+
+    def with_judged(self, judged: JudgedImages) -> "Reference":
+        """Return a reference that judges the masks of other images."""
+        return replace(self, images=replace(self.images, judged=judged))
 
     def check_logits(self, run: Run) -> dict[str, Any]:
         """Compare the logits, image by image, batch by batch, row by row.
@@ -58,7 +80,7 @@ class Reference:
         agreement = float(np.mean(same))
         if not agreement >= self.spec.min_agreement:
             raise AccuracyGateError(
-                f"the masks that the graph makes agree with PyTorch's on {100 * agreement:.2f} % of the pixels only"
+                f"the masks that the graph makes agree with {self.name}'s on {100 * agreement:.2f} % of the pixels only"
             )
         return {"own_masks_agreement": agreement}
 
@@ -83,9 +105,11 @@ class Reference:
         judged = self.images.judged
         if not np.isfinite(logits).all():
             raise AccuracyGateError("the logits are not finite: a number is too large for its type")
-        found = self._masks_of(logits) if masks is None else masks
+        candidate_masks = self._masks_of(logits) if masks is None else masks
         num_labels = len(self.contract.classes.names)
-        reference, candidate = (judged.counts(each, self._masks, num_labels) for each in (self._masks, found))
+        reference, candidate = (
+            judged.counts(compared, self._masks, num_labels) for compared in (self._masks, candidate_masks)
+        )
         verdict = compare(reference, candidate, judged.cases, self.spec.max_dice_drop, judged.metric)
         error = self.error_of(logits)
         return verdict, {
@@ -94,7 +118,7 @@ class Reference:
             "max_abs_error": float(np.abs(logits - self._logits).max()),
             "agreement": float((labels_of(logits) == labels_of(self._logits)).mean()),
             "sqnr_db": -10 * float(np.log10(error)) if error else None,
-            "gate": {**to_dict(verdict), "holds": verdict.holds},
+            "gate": verdict,
         }
 
     def error_of(self, logits: ndarray) -> float:
@@ -107,13 +131,13 @@ class Reference:
 
 
 def _remembering(run: Run) -> Run:
-    """Return the network with a memory: every graph is compared with the same answers to the same few images."""
-    answers: dict[str, ndarray] = {}
+    """Return the network with a cache: every graph is compared with the same logits of the same few images."""
+    cached: dict[str, ndarray] = {}
 
-    def answer(batch: ndarray) -> ndarray:
+    def run_cached(batch: ndarray) -> ndarray:
         key = image_digest(batch)
-        if key not in answers:
-            answers[key] = run(batch)
-        return answers[key]
+        if key not in cached:
+            cached[key] = run(batch)
+        return cached[key]
 
-    return answer
+    return run_cached

@@ -5,7 +5,7 @@ for judgement.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy import ndarray
 from medseg_trt.errors import InputError, UsageError
 from medseg_trt.export.verify import noise
 from medseg_trt.imaging.digest import image_digests
-from medseg_trt.imaging.images import Image, find_images, read_image
+from medseg_trt.imaging.images import Image, Source, find_images, read_image
 from medseg_trt.imaging.preprocess import for_image, prepare, restore
 from medseg_trt.metrics.overlap import confusion
 from medseg_trt.progress import LOG
@@ -29,12 +29,14 @@ from medseg_trt.train.datasets.folder import (
     read_case,
     read_case_image,
 )
-from medseg_trt.train.datasets.official import is_labelled, open_recorded
+from medseg_trt.train.datasets.official import is_labelled
 from medseg_trt.train.datasets.splits import split_files
+from medseg_trt.train.recorded_data import open_recorded
 
 MAX_VERIFIED = 8
 MAX_JUDGED = 64
 MAX_CALIBRATION = 32
+SECOND_SPLIT = "test"  # judged besides the validation split where a replacement of the block is chosen
 NOISE_SPACINGS = (1.3, 0.8)  # of rows and columns, in the network's: rows are cropped, columns padded
 
 Inputs = Float32[ndarray, "_ 3 height width"]
@@ -48,19 +50,20 @@ class JudgedImages:
     sizes: tuple[tuple[int, int], ...]
     spacings: tuple[tuple[float, float] | None, ...]
     cases: tuple[str, ...]  # the case of each slice
-    truths: tuple[UInt8[ndarray, "_ _"], ...] | None  # None: nobody has drawn masks, PyTorch's are the truth
+    truths: tuple[UInt8[ndarray, "_ _"], ...] | None  # None: nobody has drawn masks, the reference's are the truth
+    reference: str = "PyTorch"  # name of the network that is the reference
 
     @property
     def metric(self) -> str:
         """What the scores of these images are."""
-        return "Dice" if self.truths is not None else "agreement with PyTorch in Dice"
+        return "Dice" if self.truths is not None else f"agreement with {self.reference} in Dice"
 
     def masks(
         self, logits: Float32[ndarray, "images classes height width"], preprocessing: Preprocessing
     ) -> list[ndarray]:
         """Return the labels of every slice at its own size."""
-        places = zip(logits, self.sizes, self.spacings, strict=True)
-        return [restore(each, size, preprocessing, spacing) for each, size, spacing in places]
+        slices = zip(logits, self.sizes, self.spacings, strict=True)
+        return [restore(of_slice, size, preprocessing, spacing) for of_slice, size, spacing in slices]
 
     def counts(
         self, masks: Sequence[ndarray], reference_masks: Sequence[ndarray], num_labels: int
@@ -82,6 +85,7 @@ class ReferenceImages:
     description: str  # which they are, and whether they are real
     judged: JudgedImages
     calibration: Inputs | None  # None where there are no images to spare
+    labelled: DataFolder | None = None  # that they are of; None for noise and for images without masks
 
 
 def reference_images(checkpoint: Checkpoint, data: Path | None) -> ReferenceImages:
@@ -90,7 +94,7 @@ def reference_images(checkpoint: Checkpoint, data: Path | None) -> ReferenceImag
     Args:
         checkpoint: its preprocessing is used, and without ``data`` the folder that it was trained on, if that is still
             what it was; else seeded noise, with a warning.
-        data: a data folder, or a folder of images without masks: then PyTorch's masks are the truth.
+        data: a data folder, or a folder of images without masks: then the reference's masks are the truth.
 
     Raises:
         InputError: ``data`` cannot be used.
@@ -98,7 +102,7 @@ def reference_images(checkpoint: Checkpoint, data: Path | None) -> ReferenceImag
     """
     if data is not None and not is_labelled(data):
         return _unlabelled(checkpoint, data)
-    folder = open_recorded(data, checkpoint.provenance) if data is not None else _recorded_folder(checkpoint)
+    folder = _labelled_folder(checkpoint, data)
     if folder is None:
         return _noise(checkpoint)
     names = (folder.classes.names, checkpoint.classes.names)
@@ -109,7 +113,40 @@ def reference_images(checkpoint: Checkpoint, data: Path | None) -> ReferenceImag
     read = ((case.name, *read_case(case, len(checkpoint.classes.names))) for case in cases)
     judged = _judged(checkpoint, read, -(-MAX_JUDGED // len(cases)), folder.name)
     calibration = _calibration(checkpoint, folder.cases("train")) if split == "val" else None
-    return _checked(judged, calibration, f"of {folder.name}, split {split}")
+    return replace(_checked(judged, calibration, f"of {folder.name}, split {split}"), labelled=folder)
+
+
+def second_judged_images(checkpoint: Checkpoint, data: Path | None) -> JudgedImages | None:
+    """Return slices of the test split, where the data folder has a validation split besides; None elsewhere.
+
+    Raises:
+        InputError: ``data`` cannot be used, or every image of the split is of one grey.
+    """
+    folder = _labelled_folder(checkpoint, data)
+    if folder is None or not folder.splits.get("val") or not folder.splits.get(SECOND_SPLIT):
+        return None
+    cases = folder.cases(SECOND_SPLIT)
+    read = ((case.name, *read_case(case, len(checkpoint.classes.names))) for case in cases)
+    return _judged(checkpoint, read, -(-MAX_JUDGED // len(cases)), folder.name)
+
+
+def calibration_cases(checkpoint: Checkpoint, data: Path | None) -> tuple[Case, ...]:
+    """Return the training cases that no judged image is of; empty where there are none.
+
+    Raises:
+        InputError: ``data`` cannot be used.
+    """
+    if data is not None and not is_labelled(data):
+        calibrating, _ = _halves(data)
+        return tuple(Case(image=source, mask=source) for source in calibrating)
+    folder = _labelled_folder(checkpoint, data)
+    return folder.cases("train") if folder is not None and folder.splits.get("val") else ()
+
+
+def _labelled_folder(checkpoint: Checkpoint, data: Path | None) -> DataFolder | None:
+    if data is not None:
+        return open_recorded(data, checkpoint.provenance) if is_labelled(data) else None
+    return _recorded_folder(checkpoint)
 
 
 def _noise(checkpoint: Checkpoint) -> ReferenceImages:
@@ -126,83 +163,91 @@ def _noise(checkpoint: Checkpoint) -> ReferenceImages:
     return ReferenceImages(verified=inputs, description="generated noise", judged=judged, calibration=None)
 
 
-def _checked(judged: JudgedImages, calibration: Inputs | None, where: str) -> ReferenceImages:
+def _checked(judged: JudgedImages, calibration: Inputs | None, origin: str) -> ReferenceImages:
     shared = (
         set(image_digests(judged.inputs)) & set(image_digests(calibration)) if calibration is not None else set[str]()
     )
     if shared:
         raise UsageError(
-            f"{len(shared)} of the images {where} are also calibration images, so they cannot judge the result; "
+            f"{len(shared)} of the images {origin} are also calibration images, so they cannot judge the result; "
             "remove the copies, or give other splits in dataset.json"
         )
-    verified = judged.inputs[_evenly(len(judged.inputs), MAX_VERIFIED)]
+    verified = judged.inputs[evenly_spread(len(judged.inputs), MAX_VERIFIED)]
     return ReferenceImages(
-        verified=verified, description=f"{len(verified)} real images {where}", judged=judged, calibration=calibration
+        verified=verified, description=f"{len(verified)} real images {origin}", judged=judged, calibration=calibration
     )
 
 
 def _judged(
-    checkpoint: Checkpoint, cases: Iterator[tuple[str, Image, ndarray | None]], each: int, name: str
+    checkpoint: Checkpoint, cases: Iterator[tuple[str, Image, ndarray | None]], per_case: int, name: str
 ) -> JudgedImages:
-    """Take up to ``each`` slices of every case, with their labels where there are some."""
-    found = list(_spread(checkpoint, cases, each))[:MAX_JUDGED]
-    if not found:
+    """Take up to ``per_case`` slices of every case, with their labels where there are some."""
+    slices = list(spread_slices(checkpoint, cases, per_case))[:MAX_JUDGED]
+    if not slices:
         raise InputError(f"every validation image of {name} is of one grey; there is nothing to judge masks on")
-    case_names, inputs, sizes, spacings, truths = zip(*found, strict=True)
+    case_names, inputs, sizes, spacings, truths = zip(*slices, strict=True)
     return JudgedImages(
-        inputs=np.stack(inputs), sizes=sizes, spacings=spacings, cases=case_names,
+        inputs=np.stack(inputs),
+        sizes=sizes,
+        spacings=spacings,
+        cases=case_names,
         truths=None if truths[0] is None else truths,
-    )  # fmt: skip
+    )
 
 
 def _unlabelled(checkpoint: Checkpoint, data: Path) -> ReferenceImages:
-    sources = find_images([data / "images" if (data / "images").is_dir() else data])
-    calibrating, judging = split_files(sources, SPLIT_SEED)
-    LOG.warning("%s has no masks, so masks are compared with PyTorch's, not with the truth", data)
+    calibrating, judging = _halves(data)
+    LOG.warning("%s has no masks, so masks are compared with the unchanged network's, not with the truth", data)
     read = ((source.name, read_image(source), None) for source in judging)
     judged = _judged(checkpoint, read, -(-MAX_JUDGED // len(judging)), data.name)
     calibration = _calibration(checkpoint, [Case(image=source, mask=source) for source in calibrating])
     return _checked(judged, calibration, f"of {data.resolve().name}")
 
 
+def _halves(data: Path) -> tuple[Sequence[Source], Sequence[Source]]:
+    """Return the images of a folder without masks that calibrate, and those that are judged."""
+    sources = find_images([data / "images" if (data / "images").is_dir() else data])
+    return split_files(sources, SPLIT_SEED)
+
+
 def _calibration(checkpoint: Checkpoint, cases: Sequence[Case]) -> Inputs | None:
     """Return slices, evenly spread over the cases."""
-    chosen = [cases[place] for place in _evenly(len(cases), MAX_CALIBRATION)]
+    chosen = [cases[index] for index in evenly_spread(len(cases), MAX_CALIBRATION)]
     read = ((case.name, read_case_image(case), None) for case in chosen)
-    found = [prepared for _, prepared, *_ in _spread(checkpoint, read, -(-MAX_CALIBRATION // len(chosen)))]
-    return np.stack(found[:MAX_CALIBRATION]) if found else None
+    slices = [prepared for _, prepared, *_ in spread_slices(checkpoint, read, -(-MAX_CALIBRATION // len(chosen)))]
+    return np.stack(slices[:MAX_CALIBRATION]) if slices else None
 
 
-def _spread(
-    checkpoint: Checkpoint, cases: Iterator[tuple[str, Image, ndarray | None]], each: int
+def spread_slices(
+    checkpoint: Checkpoint, cases: Iterator[tuple[str, Image, ndarray | None]], per_case: int
 ) -> Iterator[tuple[str, ndarray, tuple[int, int], tuple[float, float] | None, ndarray | None]]:
-    """Yield up to ``each`` slices of every case, without those of one grey: they say nothing, and all look alike."""
+    """Yield up to ``per_case`` slices of every case, without those of one grey, which all look alike."""
     for name, image, labels in cases:
         contract = for_image(checkpoint.preprocessing, image.pixels)
         low, high = contract.window
         clipped = (pixels.clip(low, high) for pixels in image.pixels)
-        places = [place for place, pixels in enumerate(clipped) if pixels.min() != pixels.max()]
-        for index in _evenly(len(places), each):
-            place, spacing = places[index], image.spacing_in_plane
-            prepared = prepare(image.pixels[place], contract, spacing)
-            yield name, prepared, image.size, spacing, None if labels is None else labels[place]
+        varied = [number for number, pixels in enumerate(clipped) if pixels.min() != pixels.max()]
+        for index in evenly_spread(len(varied), per_case):
+            number, spacing = varied[index], image.spacing_in_plane
+            prepared = prepare(image.pixels[number], contract, spacing)
+            yield name, prepared, image.size, spacing, None if labels is None else labels[number]
 
 
-def _evenly(length: int, count: int) -> list[int]:
-    """Return up to ``count`` places in a sequence, evenly spread, the first and the last among them."""
+def evenly_spread(length: int, count: int) -> list[int]:
+    """Return up to ``count`` indices of a sequence, evenly spread, the first and the last among them."""
     return np.unique(np.linspace(0, length - 1, min(count, length)).round().astype(int)).tolist()
 
 
 def _recorded_folder(checkpoint: Checkpoint) -> DataFolder | None:
     """Return the folder that the checkpoint was trained on, if it is there and unchanged."""
-    recorded = checkpoint.provenance.get("data")
-    reason = "the checkpoint does not say what it was trained on"
+    recorded = checkpoint.provenance.data
+    reason = "the network does not say what it was trained on"
     if recorded:
         reason = "where the training's data lie is not known here"
     if recorded and checkpoint.data_folder is not None:
         try:
             folder = open_recorded(checkpoint.data_folder, checkpoint.provenance)
-            if manifest_sha256(folder.manifest()) == recorded["sha256"]:
+            if manifest_sha256(folder.manifest()) == recorded.sha256:
                 return folder
             reason = f"{folder.root} has changed since the training"
         except InputError as error:

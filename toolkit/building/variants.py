@@ -1,4 +1,4 @@
-"""Make the graphs of a bundle: every precision that is asked for, in every form and flavour that a back-end wants.
+"""Make the graphs of a bundle: every precision asked for, in every quantised format and dialect that a back-end wants.
 
 What rounds numbers is judged by its masks before it is written: while the gate does not hold, the layers that do the
 most harm go back to float, one group at a time.
@@ -39,10 +39,12 @@ from medseg_trt.export.precision.quantize import (
 )
 from medseg_trt.export.precision.sensitive_layers import sensitive_layers
 from medseg_trt.export.precision.smooth import smooth, smoothable
+from medseg_trt.network_spec import NetworkSpec
 from medseg_trt.progress import LOG
 from medseg_trt.sessions.backends import is_installed
+from medseg_trt.sessions.session_request import SessionRequest
 from medseg_trt.sessions.subprocess_session import ChildSession
-from medseg_trt.spec import ModelSpec, to_dict
+from medseg_trt.spec import to_dict
 
 MIN_INT8_SHARE = 0.8  # of all MACs, or it is not called int8
 IN_FILE_NAMES = str.maketrans("=+,", "--_")
@@ -54,17 +56,19 @@ KEEPS_CASTS = "onnxruntime"  # OpenVINO drops a cast to 16 bits and back, and wi
 class GraphTarget:
     """A way to write a precision down."""
 
-    flavour: str  # of export.graph.dialects
-    form: str  # of export.quantize
+    dialect: str  # of export.graph.dialects
+    quant_format: str  # of export.quantize
     backend: str  # that it is meant for, and is judged with where that is installed
 
 
 GRAPH_TARGETS: Mapping[str, GraphTarget] = {
-    "canonical": GraphTarget(flavour="canonical", form="int8", backend="onnxruntime"),
-    "plain": GraphTarget(flavour="plain", form="uint8", backend="openvino"),
-    "uint8": GraphTarget(flavour="canonical", form="uint8_outputs", backend="onnxruntime"),
+    "canonical": GraphTarget(dialect="canonical", quant_format="int8", backend="onnxruntime"),
+    "plain": GraphTarget(dialect="plain", quant_format="uint8", backend="openvino"),
+    "convolved": GraphTarget(dialect="convolved", quant_format="uint8", backend="openvino"),
+    "uint8": GraphTarget(dialect="canonical", quant_format="uint8_outputs", backend="onnxruntime"),
 }
-ONLY_INTEGERS = "uint8"  # says nothing new of a precision without integer activations
+ONLY_INTEGERS = ("convolved", "uint8")  # say nothing new of a precision without integer activations
+STAND_IN_TARGET = "uint8"  # judged where OpenVINO is not installed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +76,7 @@ class _Prepared:
     """A float graph that is ready to be quantised, and what was found out on the way."""
 
     graph: OnnxGraph
-    model: ModelSpec
+    model: NetworkSpec
     name: str
     precision: Mapping[str, str]  # of each part
     calibration: Calibration | None
@@ -108,7 +112,7 @@ def make_variants(
     """
     prepared = _prepare(graph, name, contract.model, reference)
     is_for_cpus = prepared.calibration is not None and "+" not in name  # no CPU multiplies codes into 16-bit floats
-    forms = [key for key in GRAPH_TARGETS if key != ONLY_INTEGERS or is_for_cpus]
+    forms = [key for key in GRAPH_TARGETS if key not in ONLY_INTEGERS or is_for_cpus]
     if any(FP8 in scheme_components(scheme) for scheme in prepared.precision.values()):
         forms = ["canonical"]  # ONNX before opset 19, which the others are written in, has no such numbers
     relaxed = _relaxed(prepared, name, forms, reference) if set(prepared.precision.values()) != {FLOAT} else None
@@ -116,29 +120,29 @@ def make_variants(
     graphs = {key: _written(prepared, key, kept) for key in forms}
     share = int8_share(graphs["canonical"])
     if scheme_components(name)[0] == INT8 and share < MIN_INT8_SHARE:
+        parts = dict.fromkeys(gemm.part for gemm in gemms(graph))
         raise AccuracyGateError(
             f"only {100 * share:.0f} % of the MACs would be in int8, less than {100 * MIN_INT8_SHARE:.0f} %; "
-            "name the parts that shall be: --precision vit=int8,block=int8"
+            f"name the parts that shall be: --precision {','.join(f'{part}=int8' for part in parts)}"
         )
     stem = name.translate(IN_FILE_NAMES)
     files = {f"{stem}.onnx" if key == "canonical" else f"{stem}-{key}.onnx": key for key in forms}
     if outputs == "mask":
-        graphs = {key: with_masks(each, contract.preprocessing) for key, each in graphs.items()}
+        graphs = {key: with_masks(written, contract.preprocessing) for key, written in graphs.items()}
     save_graphs({file: graphs[key] for file, key in files.items()}, folder, f"weights-{stem}.bin")
     done = {**passes, **prepared.notes, "int8_share": share, "gate": to_dict(relaxed) if relaxed else None}
     groups = relaxed.kept_float if relaxed else ()
-    return {
-        file.removesuffix(".onnx"): Variant(
-            precision=name, flavour=key, graph=file, weights=f"weights-{stem}.bin",
-            passes=done | {
-                "policy": policy_digest(prepared.precision, GRAPH_TARGETS[key].form, GRAPH_TARGETS[key].flavour, groups)
-            },
-        )
-        for file, key in files.items()
-    }  # fmt: skip
+
+    def variant(file: str, key: str) -> Variant:
+        target = GRAPH_TARGETS[key]
+        policy = policy_digest(prepared.precision, target.quant_format, target.dialect, groups)
+        passes = {**done, "policy": policy}
+        return Variant(precision=name, dialect=key, graph=file, weights=f"weights-{stem}.bin", passes=passes)
+
+    return {file.removesuffix(".onnx"): variant(file, key) for file, key in files.items()}
 
 
-def _prepare(graph: OnnxGraph, name: str, model: ModelSpec, reference: Reference) -> _Prepared:
+def _prepare(graph: OnnxGraph, name: str, model: NetworkSpec, reference: Reference) -> _Prepared:
     """Calibrate and smooth where integers need it, and look for numbers that 16 bits cannot hold."""
     precision, images = parse_precision(name), reference.images.calibration
     notes: dict[str, Any] = {"parts": precision}
@@ -159,53 +163,64 @@ def _prepare(graph: OnnxGraph, name: str, model: ModelSpec, reference: Reference
         with observer(graph, values) as observe:
             calibration = calibrate(observe, images, values)
         notes |= {
-            "left_in_float": list(kept), "smoothed": [to_dict(each) for each in smoothings],
+            "left_in_float": list(kept),
+            "smoothed": [to_dict(smoothing) for smoothing in smoothings],
             "calibration": to_dict(calibration),
-        }  # fmt: skip
+        }
     halves = {part for part, scheme in precision.items() if TYPES.keys() & scheme_components(scheme)}
     unsafe: frozenset[str] = frozenset()
     if halves:
         chosen = [gemm.name for gemm in gemms(graph) if gemm.part in halves]
         with observer(graph, observed_values(graph, chosen)) as observe:
-            found = too_large(graph, chosen, observe, reference.images.verified)
-        unsafe = frozenset(each.gemm for each in found)
-        notes |= {"too_large_for_16_bits": [to_dict(each) for each in found]}
+            overflows = too_large(graph, chosen, observe, reference.images.verified)
+        unsafe = frozenset(overflow.gemm for overflow in overflows)
+        notes |= {"too_large_for_16_bits": [to_dict(overflow) for overflow in overflows]}
     return _Prepared(
-        graph=graph, model=model, name=name, precision=precision, calibration=calibration, keep_float=frozenset(kept),
-        keep_wide=unsafe, notes=notes,
-    )  # fmt: skip
+        graph=graph,
+        model=model,
+        name=name,
+        precision=precision,
+        calibration=calibration,
+        keep_float=frozenset(kept),
+        keep_wide=unsafe,
+        notes=notes,
+    )
 
 
 def _written(prepared: _Prepared, key: str, kept: frozenset[str]) -> OnnxGraph:
     written = GRAPH_TARGETS[key]
     quantised = quantise(
-        prepared.graph, prepared.precision, prepared.calibration, quant_format=written.form,
-        keep_float=kept | prepared.keep_float, keep_wide=prepared.keep_wide,
-    )  # fmt: skip
-    return derive(written.flavour, quantised, prepared.model.image_size, prepared.model.num_classes)
+        prepared.graph,
+        prepared.precision,
+        prepared.calibration,
+        quant_format=written.quant_format,
+        keep_float=kept | prepared.keep_float,
+        keep_wide=prepared.keep_wide,
+    )
+    return derive(written.dialect, quantised, prepared.model.image_size, prepared.model.num_classes)
 
 
 def _relaxed(prepared: _Prepared, name: str, forms: Sequence[str], reference: Reference) -> FloatFallback:
     """Find the groups of layers that must stay in float for the gate to hold."""
     key = next(
         key
-        for key in ("plain", ONLY_INTEGERS, "canonical")
+        for key in ("plain", STAND_IN_TARGET, "canonical")
         if key in forms and is_installed(GRAPH_TARGETS[key].backend)
     )
     groups = groups_of(prepared.graph)
     rounded = {group: names for group, names in groups.items() if _is_rounded(prepared, names)}
 
-    def answers(kept: frozenset[str]) -> ndarray:
-        return _answers(prepared, key, kept, reference.images.judged.inputs)
+    def logits(kept: frozenset[str]) -> ndarray:
+        return _logits(prepared, key, kept, reference.images.judged.inputs)
 
     def judge(kept: frozenset[str]) -> GateVerdict:
-        verdict, _ = reference.verdict_of(answers(_names(prepared.graph, kept)))
+        verdict, _ = reference.verdict_of(logits(_names(prepared.graph, kept)))
         LOG.info("%s%s: %s", name, f" without {', '.join(sorted(kept))}" if kept else "", verdict)
         return verdict
 
     def error_alone(group: str) -> float:
         others = frozenset(gemm for other, names in rounded.items() if other != group for gemm in names)
-        return reference.error_of(answers(others))
+        return reference.error_of(logits(others))
 
     def within_budget(kept: frozenset[str]) -> bool:
         if scheme_components(name)[0] != INT8:
@@ -216,26 +231,30 @@ def _relaxed(prepared: _Prepared, name: str, forms: Sequence[str], reference: Re
     if not relaxed.verdict.holds:
         kept = f", even with {', '.join(relaxed.kept_float)} in float" if relaxed.kept_float else ""
         raise AccuracyGateError(
-            f"{name} draws other masks than PyTorch{kept}: {relaxed.verdict}. Nothing was written; choose another "
-            "--precision, or allow more: --max-dice-drop"
+            f"{name} draws other masks than {reference.name}{kept}: {relaxed.verdict}. Nothing was written; choose "
+            "another --precision, or allow more: --max-dice-drop"
         )
+    if relaxed.verdict.remark is not None:
+        LOG.warning("%s: %s", name, relaxed.verdict.remark)
     return relaxed
 
 
-def _answers(prepared: _Prepared, key: str, kept: frozenset[str], images: ndarray) -> ndarray:
+def _logits(prepared: _Prepared, key: str, kept: frozenset[str], images: ndarray) -> ndarray:
     """Return the logits of images; 16-bit numbers are rounded for real, which a CPU would not do."""
     graph, backend = _written(prepared, key, kept), GRAPH_TARGETS[key].backend
     if any(TYPES.keys() & scheme_components(scheme) for scheme in prepared.precision.values()):
         graph, backend = rounded_graph(graph), KEEPS_CASTS
     with TemporaryDirectory() as folder:
         save_graphs({"tried.onnx": graph}, Path(folder), "weights.bin")
-        with ChildSession(Path(folder, "tried.onnx"), prepared.name, backend, None, FLOAT) as session:
+        path = Path(folder, "tried.onnx")
+        request = SessionRequest(backend=backend, path=path, precision=prepared.name, compute_dtype=FLOAT)
+        with ChildSession(request) as session:
             return np.concatenate([session.run(image[np.newaxis]) for image in images])
 
 
 def _names(graph: OnnxGraph, groups: Sequence[str] | frozenset[str]) -> frozenset[str]:
-    found = groups_of(graph)
-    return frozenset(name for group in groups for name in found[group])
+    names = groups_of(graph)
+    return frozenset(name for group in groups for name in names[group])
 
 
 def _is_rounded(prepared: _Prepared, names: Sequence[str]) -> bool:

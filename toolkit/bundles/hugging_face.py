@@ -1,6 +1,8 @@
 """The manifest in Hugging Face's terms: ``config.json`` and ``preprocessor_config.json``."""
 
-from typing import Any
+import json
+from collections.abc import Mapping
+from typing import Any, cast
 
 from medseg_trt.bundles.manifest import Manifest
 from medseg_trt.spec import Preprocessing
@@ -37,3 +39,10 @@ def preprocessor_config(preprocessing: Preprocessing) -> dict[str, Any]:
         "image_mean": list(preprocessing.mean),
         "image_std": list(preprocessing.std),
     }
+
+
+def differing_fields(stored: object, expected: Mapping[str, Any]) -> list[str]:
+    """Return the fields of a stored file that say something else than the manifest; older files have fewer fields."""
+    fields = cast("dict[str, Any]", stored) if isinstance(stored, dict) else {}
+    written = json.loads(json.dumps(expected))
+    return [name for name, value in written.items() if name in fields and fields[name] != value]

@@ -26,12 +26,12 @@ def _transformers() -> ModuleType:
     """
     for package, tested in TESTED.items():
         try:
-            found = version(package)
+            installed = version(package)
         except PackageNotFoundError:
-            found = "missing"
-        if not found.startswith(f"{tested}."):
+            installed = "missing"
+        if not installed.startswith(f"{tested}."):
             raise MissingExtraError(
-                f"Optimum needs {package} {tested}, and here it is {found}. "
+                f"Optimum needs {package} {tested}, and here it is {installed}. "
                 "Install it, best in an environment of its own: pip install 'medseg-trt[cpu,optimum]'"
             )
     require("onnxruntime", "cpu")
@@ -72,12 +72,12 @@ def _check(name: str) -> None:
     if DEFAULT_GRAPH not in bundle.content.files:
         raise ArtefactError(
             f"{name} has no {DEFAULT_GRAPH}: at its build ONNX Runtime was verified with no graph. Build it again with "
-            "ONNX Runtime: medseg-trt build --ckpt model.pt --backend onnxruntime"
+            "ONNX Runtime: medseg-trt build --ckpt run/best.pt --backend onnxruntime"
         )
     if bundle.content.build.outputs == "mask":
         raise ArtefactError(
             f"{name} was built with --outputs mask, and Optimum cannot give its graph the size of the source image. "
-            "Build it again: medseg-trt build --ckpt model.pt --outputs logits"
+            "Build it again: medseg-trt build --ckpt run/best.pt --outputs logits"
         )
 
 

@@ -87,7 +87,7 @@ def verify(manifest: Path, content: bytes, key_file: Path) -> str:
     if not path.is_file():
         raise ArtefactError(
             f"{manifest.parent} is not signed, and {key_file} was given to verify it; it is not used. "
-            "Sign it when it is built: medseg-trt build --ckpt model.pt --sign sign.pem"
+            "Sign it when it is built: medseg-trt build --ckpt run/best.pt --sign sign.pem"
         )
     signature = path.read_bytes() if path.stat().st_size == SIGNATURE_BYTES else b""
     try:

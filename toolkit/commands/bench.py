@@ -7,7 +7,17 @@ from pathlib import Path
 import click
 
 from medseg_trt.commands.help import ExampleCommand
-from medseg_trt.commands.options import FILE, FOLDER, output_options, print_json, print_table, verify_option
+from medseg_trt.commands.options import (
+    FILE,
+    FOLDER,
+    device_option,
+    output_options,
+    print_json,
+    print_table,
+    print_text,
+    tta_option,
+    verify_option,
+)
 from medseg_trt.errors import AccuracyGateError, MedsegError, UsageError
 
 
@@ -16,6 +26,7 @@ from medseg_trt.errors import AccuracyGateError, MedsegError, UsageError
     examples=(
         "medseg-trt bench --bundle model.medseg --ckpt run/best.pt --data data/organs",
         "medseg-trt bench --bundle model.medseg --data images/ --backends openvino",
+        "medseg-trt bench --bundle model.medseg --data data/organs --tta flips",
         "medseg-trt bench --tier quick --gate speed=1.2x,dice=-0.005 -o report",
     ),
 )
@@ -58,10 +69,12 @@ from medseg_trt.errors import AccuracyGateError, MedsegError, UsageError
     help="Largest drop of the mean Dice, at the upper end of its interval.  [default: as in the build]",
 )
 @click.option("--gate", help="Limits, e.g. speed=1.2x,dice=-0.005; exit code 3 (dice) or 4 (speed) if one fails.")
+@tta_option
 @click.option("--profile/--no-profile", default=True, show_default=True, help="Also measure the layers.")
 @click.option(
     "-o", "--output", type=FOLDER, default=Path("report"), show_default=True, help="The folder of the report."
 )
+@device_option
 @verify_option
 @output_options
 def bench(
@@ -76,7 +89,9 @@ def bench(
     batch: int,
     max_dice_drop: float | None,
     gate: str | None,
+    tta: str | None,
     profile: bool,
+    device: str,
     output: Path,
     verify_key: Path | None,
     as_json: bool,
@@ -91,6 +106,7 @@ def bench(
     from medseg_trt.bench.limits import Gate, judge_report, parse_gate, require
     from medseg_trt.bench.report.write import HEADER, cells, write_report
     from medseg_trt.bundles.bundle import find_bundle
+    from medseg_trt.devices import parse_device
     from medseg_trt.spec import to_dict
 
     limits = parse_gate(gate) if gate is not None else Gate()
@@ -108,7 +124,9 @@ def bench(
             backends=names,
             batch=batch,
             max_dice_drop=max_dice_drop,
+            tta=tta,
             profile=profile,
+            device=parse_device(device),
             verify_key=verify_key,
             commands=(shlex.join(["medseg-trt", *sys.argv[1:]]),),
         ),
@@ -121,14 +139,17 @@ def bench(
         header, *rows = zip(HEADER, *cells(report), strict=True)  # one column per network
         title = f"{report.images.description}; batch {report.batch}, the network alone; times as fast: ratio of medians"
         print_table(title, header, rows)
-        click.echo(report.summary.headline)
+        print_text(report.summary.headline)
+        if report.augmentation is not None:
+            print_text(str(report.augmentation))
     page = write_report(measured, output)
     if not as_json:
-        click.echo(f"report: {page}")
+        print_text(f"report: {page}")
     if measured.ended_early:
         raise KeyboardInterrupt
-    failed = [row for row in report.rows if row.failure is not None]
-    wrong = [row for row in report.rows if isinstance(row.verdict, Verdict) and not row.verdict.holds]
+    own_rows = [row for row in report.rows if row.role != "peer"]
+    failed = [row for row in own_rows if row.failure is not None]
+    wrong = [row for row in own_rows if isinstance(row.verdict, Verdict) and not row.verdict.holds]
     if wrong:
         raise AccuracyGateError(f"other masks than the reference's: {', '.join(row.name for row in wrong)}; see {page}")
     if failed:

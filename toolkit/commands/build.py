@@ -1,5 +1,6 @@
 """``medseg-trt build``: export a checkpoint to a bundle."""
 
+import logging
 from pathlib import Path
 from typing import Literal, Unpack
 
@@ -7,8 +8,9 @@ import click
 
 from medseg_trt.commands.engine_options import EngineFields, engine_options, engine_spec
 from medseg_trt.commands.help import ExampleCommand
-from medseg_trt.commands.options import FILE, FOLDER, output_options, print_json, print_table
+from medseg_trt.commands.options import FILE, FOLDER, device_option, output_options, print_json, print_table, print_text
 from medseg_trt.errors import UsageError
+from medseg_trt.progress import LOG
 from medseg_trt.spec import LIBRARY_NAMES
 
 
@@ -17,12 +19,22 @@ from medseg_trt.spec import LIBRARY_NAMES
     examples=(
         "medseg-trt build --ckpt run/best.pt",
         "medseg-trt build --ckpt run/best.pt --data data/organs --precision fp32,int8",
+        "medseg-trt build --ckpt run/best.pt --data data/organs --block auto",
         "medseg-trt build --ckpt run/best.pt --precision vit=int8,block=w4a16",
         "medseg-trt build --ckpt run/best.pt --precision fp16 --target sm86,sm89,sm120",
         "medseg-trt build --ckpt run/best.pt --sign sign.pem -o model.medseg",
+        "medseg-trt build --onnx net.onnx --preprocessing net.json --data data/organs",
     ),
 )
-@click.option("--ckpt", "checkpoint", type=FILE, required=True, help="A checkpoint written by 'train' or 'import'.")
+@click.option("--ckpt", "checkpoint", type=FILE, help="A checkpoint written by 'train' or 'import'.")
+@click.option("--onnx", "onnx_file", type=FILE, help="Instead of a checkpoint: a network from elsewhere in ONNX.")
+@click.option(
+    "--preprocessing",
+    "description_file",
+    type=FILE,
+    help='With --onnx: JSON such as {"preprocessing": {"image_size": [256, 256], "window": [0, 255]}, '
+    '"classes": {"names": ["background", "lesion"]}}.',
+)
 @click.option(
     "-o", "--output", type=FOLDER, help="The bundle folder to write.  [default: the checkpoint's name with .medseg]"
 )
@@ -40,6 +52,13 @@ from medseg_trt.spec import LIBRARY_NAMES
     show_default=True,
     help="fp32, bf16, fp16, int8, fp8, w8a16 or w4a16; int8+fp16 computes the float parts of int8 in fp16. Several are "
     "comma-separated. A precision for each part: vit=int8,block=w8a16.",
+)
+@click.option(
+    "--block",
+    default="exact",
+    show_default=True,
+    help="The language block in the graphs: exact; affine, one matrix; narrow:r=512,k=1024,heads=4, a smaller layer; "
+    "or auto, the cheapest that passes the error on held-out tokens and the accuracy gate.",
 )
 @click.option(
     "--max-dice-drop",
@@ -69,44 +88,68 @@ from medseg_trt.spec import LIBRARY_NAMES
     type=FILE,
     help="Sign the bundle with this Ed25519 private key (PEM): openssl genpkey -algorithm ed25519 -out sign.pem.",
 )
+@device_option
 @output_options
 def build(
-    checkpoint: Path,
+    checkpoint: Path | None,
+    onnx_file: Path | None,
+    description_file: Path | None,
     output: Path | None,
     data_folder: Path | None,
     precisions: tuple[str, ...],
+    block: str,
     max_dice_drop: float,
     backend: str,
     targets: tuple[str, ...],
     outputs: Literal["logits", "mask"],
     sign_key: Path | None,
+    device: str,
     as_json: bool,
     **engine_fields: Unpack[EngineFields],
 ) -> None:
-    """Export a checkpoint to a verified bundle.
+    """Export a checkpoint, or an ONNX file, to a verified bundle.
 
-    Every graph is compared with PyTorch before it is written. Reduced precisions must pass the accuracy gate, else the
-    exit code is 3 and an existing bundle stays unchanged.
+    Every graph is compared with PyTorch, or with the ONNX file as it is, before it is written. Reduced precisions must
+    pass the accuracy gate, else the exit code is 3 and an existing bundle stays unchanged.
     """
     from medseg_trt import pipeline
+    from medseg_trt.bundles.tables import choice, engine_table, execution_table
+    from medseg_trt.devices import parse_device
+    from medseg_trt.sessions.backends import NO_BF16
     from medseg_trt.spec import BuildSpec, split_precisions
 
+    computes_on = parse_device(device)
     try:
         spec = BuildSpec(
             precisions=split_precisions(precisions),
             max_dice_drop=max_dice_drop,
+            block=block,
             outputs=outputs,
             backend="auto" if backend in LIBRARY_NAMES else backend,
             engines=engine_spec(backend, targets, engine_fields),
         )
     except ValueError as error:
         raise UsageError(f"--precision {','.join(precisions)}: {error}") from error
-    bundle = pipeline.build(checkpoint, spec, output, data_folder, sign_key)
+    if onnx_file is not None and description_file is not None and checkpoint is None:
+        if computes_on.kind == "cuda":
+            raise UsageError("--device chooses where a checkpoint runs; a network in ONNX is verified on the CPU")
+        bundle = pipeline.build_onnx(onnx_file, description_file, spec, output, data_folder, sign_key)
+    elif checkpoint is not None and onnx_file is None and description_file is None:
+        bundle = pipeline.build(checkpoint, spec, output, data_folder, sign_key, computes_on)
+    else:
+        raise UsageError("give --ckpt FILE, or --onnx FILE with --preprocessing FILE")
     if as_json:
         print_json({"bundle": str(bundle.folder), "manifest": bundle.manifest()})
         return
-    print_table(f"{bundle.folder}; infer uses the first row", *bundle.table())
+    print_table(f"{bundle.folder}; infer uses the first row", *execution_table(bundle))
     if bundle.content.engines:
-        print_table("engines, not executed; masks were verified with the graphs above", *bundle.engine_table())
-    for line in bundle.content.dropped:
-        click.echo(f"not used: {line}")
+        print_table("engines, not executed; masks were verified with the graphs above", *engine_table(bundle))
+    print_text(choice(bundle))
+    if bundle.postprocessing is not None:
+        print_table(f"post-processing, chosen on {bundle.postprocessing.description}", *bundle.postprocessing.table())
+    if bundle.content.block is not None and bundle.content.block.requested != "exact":
+        print_table(f"the language block: {bundle.content.block.rung}", *bundle.content.block.table())
+    asked = "bf16" in spec.precisions or LOG.isEnabledFor(logging.DEBUG)  # a build tries bf16 unasked
+    for line in bundle.content.rejected_executions:
+        if asked or not line.endswith(NO_BF16):
+            print_text(f"not used: {line}")

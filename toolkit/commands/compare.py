@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from medseg_trt.commands.help import ExampleCommand
-from medseg_trt.commands.options import ANY, output_options, print_json, print_table
+from medseg_trt.commands.options import ANY, output_options, print_json, print_table, print_text
 
 
 @click.command(
@@ -25,22 +25,21 @@ def compare(before: Path, after: Path, gate: str | None, as_json: bool) -> None:
     BEFORE and AFTER are report folders or report.json files. If both contain the same reference on the same machine,
     the speeds relative to the reference are compared.
     """
-    from medseg_trt.bench.compare import HEADER, cells, compare_reports, judge
+    from medseg_trt.bench.compare import HEADER, cells, compare_reports, judge, withheld_factors
     from medseg_trt.bench.limits import Gate, parse_gate, require
-    from medseg_trt.bench.schema import read_bench_report
+    from medseg_trt.bench.report_file import read_bench_report
     from medseg_trt.spec import to_dict
 
     limits = parse_gate(gate) if gate is not None else Gate()
     comparison = compare_reports(read_bench_report(before), read_bench_report(after))
     judged = judge(comparison, limits)
     if as_json:
-        verdicts = [{**to_dict(each), "holds": each.holds} for each in judged]
-        print_json({**to_dict(comparison), "gate": verdicts})
+        print_json({**to_dict(comparison), "gate": [limit.to_dict() for limit in judged]})
     else:
-        header, *rows = zip(HEADER, *cells(comparison), strict=True)  # a column each: figures are many
+        header, *rows = zip(HEADER, *cells(comparison), strict=True)  # one column per network
         print_table(f"{before} → {after}: the network alone, 90 % intervals", header, rows)
-        for note in [*comparison.notes, *map(str, judged)]:
-            click.echo(note)
+        for note in [*withheld_factors(comparison), *comparison.notes, *map(str, judged)]:
+            print_text(note)
         if any("*" in cell for cell in rows[2]):
-            click.echo("* by the speeds against the reference, which was measured in turn in both reports")
+            print_text("* from the speeds relative to the reference, which both reports measured in the same rounds")
     require(judged)

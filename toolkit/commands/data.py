@@ -5,8 +5,9 @@ from pathlib import Path
 import click
 
 from medseg_trt.commands.help import ExampleCommand
-from medseg_trt.commands.options import FOLDER, output_options, print_json, print_table
+from medseg_trt.commands.options import FOLDER, output_options, print_json, print_table, print_text
 from medseg_trt.errors import InputError
+from medseg_trt.progress import plural
 
 
 @click.group()
@@ -48,8 +49,9 @@ def data_check(folder: Path, changes: tuple[str, ...], as_json: bool) -> None:
         print_table("pixels of each class", *report.class_table())
         for kind, lines in (("wrong", report.problems), ("note", report.remarks)):
             for line in lines:
-                click.echo(f"{kind}: {line}")
+                print_text(f"{kind}: {line}")
         if not report.problems:
-            click.echo("nothing is wrong with this data set")
+            print_text("nothing is wrong with this data set")
     if report.problems:
-        raise InputError(f"{len(report.problems)} thing(s) are wrong with {folder}; they are named above")
+        count = len(report.problems)
+        raise InputError(f"{plural(count, 'problem')} in {folder}; {'it is' if count == 1 else 'they are'} named above")

@@ -15,5 +15,5 @@ def doctor(as_json: bool) -> None:
     from medseg_trt.doctor import examine
 
     findings = examine()
-    lines = [f"{'yes' if found.ready else 'no ':3}  {found.ability}: {found.detail}" for found in findings]
-    print_result(as_json, {"abilities": [asdict(found) for found in findings]}, "\n".join(lines))
+    lines = [f"{'yes' if finding.ready else 'no ':3}  {finding.ability}: {finding.detail}" for finding in findings]
+    print_result(as_json, {"abilities": [asdict(finding) for finding in findings]}, "\n".join(lines))

@@ -6,7 +6,7 @@ from typing import Any, TypedDict
 import click
 
 from medseg_trt.errors import DeviceError, UsageError
-from medseg_trt.spec import LIBRARY_NAMES, EngineSpec, Hardware
+from medseg_trt.spec import LIBRARY_NAMES, MAX_BATCH, SLICES_PER_BATCH, EngineSpec, Hardware
 
 
 class EngineFields(TypedDict):
@@ -20,6 +20,7 @@ class EngineFields(TypedDict):
     strip: bool
     version_compatible: bool
     hardware_compatible: Hardware
+    reproducible_engine: bool
 
 
 def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,12 +36,14 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--opt-batch",
             type=click.IntRange(1),
-            default=1,
-            show_default=True,
-            help="Engines: the batch size to optimise for.",
+            help=f"Engines: the batch size to optimise for.  [default: {SLICES_PER_BATCH}, or --max-batch]",
         ),
         click.option(
-            "--max-batch", type=click.IntRange(1), default=8, show_default=True, help="Engines: the largest batch size."
+            "--max-batch",
+            type=click.IntRange(1),
+            default=MAX_BATCH,
+            show_default=True,
+            help="Engines: the largest batch size.",
         ),
         click.option(
             "--workspace-gib",
@@ -63,17 +66,22 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             help="Engines: other GPUs to support (classic library).",
         ),
+        click.option(
+            "--reproducible-engine",
+            is_flag=True,
+            help="Engines: build on one core with fixed addresses, for identical bytes; fixed thread order needs root.",
+        ),
     ):
         command = option(command)
     return command
 
 
 def engine_spec(backend: str, targets: Sequence[str], fields: EngineFields) -> EngineSpec | None:
-    """Make the ``EngineSpec`` of the options; None if no engines are asked for.
+    """Make the ``EngineSpec`` of the options; None if no engines are requested.
 
     Raises:
         UsageError: options that contradict each other.
-        DeviceError: no GPU is named, and none is here.
+        DeviceError: no GPU is named, and this machine has none.
         MissingExtraError: no library is installed.
         ValueError: a value that cannot work.
     """
@@ -88,12 +96,14 @@ def engine_spec(backend: str, targets: Sequence[str], fields: EngineFields) -> E
     if not names:
         gpu = find_gpu()
         if gpu is None:
-            raise DeviceError(f"no GPU is here to build for; name some: --backend {backend} --target sm86,sm89,sm120")
+            raise DeviceError(
+                f"this machine has no GPU to build for; name some: --backend {backend} --target sm86,sm89,sm120"
+            )
         names = [gpu.sm]
     return EngineSpec(
         library=backend if backend in LIBRARY_NAMES else default_library(),
         targets=tuple(dict.fromkeys(names)),
-        opt_batch=fields["opt_batch"],
+        opt_batch=fields["opt_batch"] or min(SLICES_PER_BATCH, fields["max_batch"]),
         max_batch=fields["max_batch"],
         workspace_gib=fields["workspace_gib"],
         optimization_level=fields["optimization_level"],
@@ -101,4 +111,5 @@ def engine_spec(backend: str, targets: Sequence[str], fields: EngineFields) -> E
         stripped=fields["strip"],
         version_compatible=fields["version_compatible"],
         hardware=fields["hardware_compatible"],
+        reproducible=fields["reproducible_engine"],
     )

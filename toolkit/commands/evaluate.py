@@ -5,7 +5,20 @@ from pathlib import Path
 import click
 
 from medseg_trt.commands.help import ExampleCommand
-from medseg_trt.commands.options import FILE, FOLDER, output_options, print_json, print_table, verify_option
+from medseg_trt.commands.options import (
+    FILE,
+    FOLDER,
+    device_option,
+    output_options,
+    postprocess_option,
+    print_json,
+    print_table,
+    print_text,
+    tile_options,
+    tiles_of,
+    tta_option,
+    verify_option,
+)
 from medseg_trt.errors import UsageError
 
 
@@ -15,6 +28,8 @@ from medseg_trt.errors import UsageError
         "medseg-trt evaluate --ckpt run/best.pt --data data/organs --split test",
         "medseg-trt evaluate --bundle model.medseg --data data/organs --hd95",
         "medseg-trt evaluate --ckpt run/best.pt --data mydata --metric unext_batch",
+        "medseg-trt evaluate --bundle model.medseg --data data/organs --no-postprocess",
+        "medseg-trt evaluate --ckpt a.pt --ckpt b.pt --data mydata --ensemble",
     ),
 )
 @click.option("--ckpt", "checkpoints", type=FILE, multiple=True, help="A checkpoint; repeatable.")
@@ -50,7 +65,12 @@ from medseg_trt.errors import UsageError
     metavar="FIELD=VALUE",
     help="Change how the data is read, e.g. data.dataset=colondb.",
 )
+@click.option("--ensemble", is_flag=True, help="Also score all networks as one: the mean of their logits.")
+@postprocess_option
+@tta_option
+@tile_options
 @click.option("--hd95", is_flag=True, help="Also compute the 95th percentile of the Hausdorff distance.")
+@device_option
 @verify_option
 @output_options
 def evaluate(
@@ -61,13 +81,20 @@ def evaluate(
     backend: str,
     metric: str,
     batch: int,
+    ensemble: bool,
+    postprocess: bool,
+    tta: str | None,
+    tile: str | None,
+    overlap: float | None,
     hd95: bool,
     changes: tuple[str, ...],
+    device: str,
     verify_key: Path | None,
     as_json: bool,
 ) -> None:
     """Score networks on labelled images: Dice, IoU and HD95."""
     from medseg_trt import evaluate as evaluation
+    from medseg_trt.devices import parse_device
 
     if not checkpoints and not bundles:
         raise UsageError("nothing to evaluate; give --ckpt model.pt or --bundle model.medseg")
@@ -82,6 +109,11 @@ def evaluate(
         batch=batch,
         changes=changes,
         verify_key=verify_key,
+        ensemble=ensemble,
+        postprocess=postprocess,
+        tta=tta,
+        tiles=tiles_of(tile, overlap),
+        device=parse_device(device),
     )
     if as_json:
         print_json({"splits": [board.to_dict() for board in boards]})
@@ -89,3 +121,5 @@ def evaluate(
         for board in boards:
             print_table(board.heading(), board.header(), board.cells())
             print_table("How often each class was predicted:", *board.branches())
+            if board.costs:
+                print_text("\n".join(board.cost_lines()))

@@ -21,7 +21,7 @@ from medseg_trt.errors import UsageError
 @click.argument("source", type=FILE)
 @click.option("-o", "--output", type=FILE, default=Path("model.pt"), show_default=True, help="The file to write.")
 @click.option("--classes", help="The class names, comma-separated, background first.")
-@click.option("--image-size", help="In pixels: 224, or HEIGHTxWIDTH.  [default: the square training size]")
+@click.option("--image-size", help="In pixels: 224, or HEIGHTxWIDTH.  [default: the training size, or the recipe's]")
 @click.option("--block", "block_file", type=FILE, help="The frozen block, if the checkpoint does not contain it.")
 @click.option(
     "--recipe",
@@ -30,8 +30,9 @@ from medseg_trt.errors import UsageError
     help="The recipe whose preprocessing the network was trained with.",
 )
 @click.option(
-    "--architecture", help="The architecture.  [default: transunet or llm-transunet, detected from the weights]"
+    "--architecture", help="The architecture, if it has other sizes than the published one that the weights are of."
 )
+@click.option("--drop-auxiliary", is_flag=True, help="Leave out DS-TransUNet's auxiliary heads, which only train.")
 @output_options
 def import_(
     source: Path,
@@ -41,15 +42,17 @@ def import_(
     block_file: Path | None,
     recipe: str,
     architecture: str | None,
+    drop_auxiliary: bool,
     as_json: bool,
 ) -> None:
     """Convert a checkpoint of the authors' code.
 
-    SOURCE is a .pth file of Beckschen/TransUNet or LLM4MedSeg. The converted network computes the same logits.
+    SOURCE is a .pth file of Beckschen/TransUNet, LLM4MedSeg, Swin-Unet, DS-TransUNet, or U-Net (LeeJunHyun's,
+    Nest-of-Unets', milesial's). The converted network computes the same logits.
     """
     from medseg_trt.spec import Classes, to_dict
+    from medseg_trt.train.official_weights import import_official
     from medseg_trt.train.recipes.recipes import recipe as named_recipe
-    from medseg_trt.train.weights.official_weights import import_official
 
     try:
         names = Classes(names=tuple(name.strip() for name in classes.split(","))) if classes is not None else None
@@ -58,11 +61,12 @@ def import_(
     checkpoint = import_official(
         source,
         output,
-        contract=named_recipe(recipe).contract,
+        preprocessing=named_recipe(recipe).contract,
         classes=names,
         image_size=_size(image_size),
         block=block_file,
         architecture=architecture,
+        keep_auxiliary=not drop_auxiliary,
     )
     spec = checkpoint.spec
     result = {

@@ -36,11 +36,12 @@ def kernels_build(targets: str | None, output: Path, as_json: bool) -> None:
     require("ml_dtypes", "kernels")
     from medseg_trt.kernels.library import TARGETS
     from medseg_trt.kernels.manifest import build as build_kernels
+    from medseg_trt.spec import to_dict
 
     chosen = list(TARGETS) if targets is None else targets.split(",")
     manifest = build_kernels(output, chosen)
-    text = f"{output}: {len(manifest['kernels'])} functions for {', '.join(chosen)}"
-    print_result(as_json, {"folder": str(output), "manifest": manifest}, text)
+    text = f"{output}: {len(manifest.kernels)} functions for {', '.join(chosen)}"
+    print_result(as_json, {"folder": str(output), "manifest": to_dict(manifest)}, text)
 
 
 @kernels.command(
@@ -70,5 +71,5 @@ def kernels_plugins(targets: str | None, output: Path, as_json: bool) -> None:
 
     chosen = list(TARGETS) if targets is None else targets.split(",")
     digest = build_library(output, chosen)
-    found = {"library": str(output), "sha256": digest, "plugins": list(NODES), "architectures": chosen}
-    print_result(as_json, found, f"{output}: {len(NODES)} plugins for {', '.join(chosen)}, sha256 {digest}")
+    result = {"library": str(output), "sha256": digest, "plugins": list(NODES), "architectures": chosen}
+    print_result(as_json, result, f"{output}: {len(NODES)} plugins for {', '.join(chosen)}, sha256 {digest}")

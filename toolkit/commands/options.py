@@ -1,27 +1,105 @@
 """Shared by the commands: argument types, ``--json``, ``-q`` and ``-v``, and printing of results."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from medseg_trt.commands.json_output import only_json
+from medseg_trt.devices import DEVICE_HELP
+from medseg_trt.errors import UsageError
 from medseg_trt.progress import printable
+
+if TYPE_CHECKING:
+    from medseg_trt.tiling.windows import Tiles
 
 STDOUT = "medseg_trt.stdout"  # key of the context's meta: the ``JsonOutput`` of ``print_json``
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
 ANY = click.Path(path_type=Path)
+CELL_FRAME = 3  # characters of a table's cell: a space on either side, and a line
+LONGEST_WORD = 40  # characters that are kept in one line of a cell
+GROUPED_FROM = 10_000  # integers are written with separators
+
+postprocess_option = click.option(
+    "--no-postprocess",
+    "postprocess",
+    is_flag=True,
+    flag_value=False,
+    default=True,
+    help="Keep the network's raw masks: leave out the steps that the bundle stores.",
+)
+tta_option = click.option(
+    "--tta",
+    type=click.Choice(["flips", "rot90"]),
+    help="Test-time augmentation: the mean logits of flipped or turned copies of each slice; four times the runs.",
+)
+
+
+def tile_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--tile`` and ``--overlap`` to a command."""
+    tile = click.option(
+        "--tile",
+        metavar="auto|N",
+        help="Cut images into windows of N pixels, or of the network's size (auto).  [default: resize whole slices]",
+    )
+    overlap = click.option(
+        "--overlap", type=click.FloatRange(0, 1, max_open=True), help="Overlap of windows.  [default: 0.25]"
+    )
+    return tile(overlap(command))
+
+
+mpp_option = click.option(
+    "--mpp",
+    type=click.FloatRange(0, min_open=True),
+    help="Microns per pixel of 2-D images, at full resolution.  [default: what a TIFF or SVS file says]",
+)
+
+
+def tiles_of(tile: str | None, overlap: float | None, mpp: float | None = None) -> "Tiles | None":
+    """Return the windows that ``--tile``, ``--overlap`` and ``--mpp`` ask for; None without ``--tile``.
+
+    Raises:
+        UsageError: they are impossible, or there is an overlap of nothing.
+    """
+    from medseg_trt.tiling.windows import Tiles
+
+    if tile is None:
+        if overlap is not None:
+            raise UsageError("--overlap is that of windows; give --tile auto too")
+        if mpp is not None:
+            raise UsageError("--mpp is the scale of images that are cut into windows; give --tile auto too")
+        return None
+    try:
+        given = {} if overlap is None else {"overlap": overlap}
+        return Tiles(size=None if tile == "auto" else int(tile), mpp=mpp, **given)
+    except ValueError as error:
+        raise UsageError(f"--tile {tile}: give auto or a number of pixels from 1, for example --tile 512") from error
+
 
 verify_option = click.option(
     "--verify-key",
     type=FILE,
     help="The signer's public key (PEM). Unsigned, changed or differently signed bundles are refused.",
 )
+
+
+device_option = click.option(
+    "--device", default="auto", show_default=True, metavar="DEVICE", help=f"Where to compute: {DEVICE_HELP}"
+)
+
+
+def completed(names: Callable[[], Iterable[str]]) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+    """Return what completes an option's value in a shell; ``names`` is called only then."""
+
+    def complete(_context: click.Context, _parameter: click.Parameter, begun: str) -> list[str]:
+        return [name for name in names() if name.startswith(begun)]
+
+    return complete
 
 
 def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -65,30 +143,68 @@ def print_result(as_json: bool, result: dict[str, Any], text: str) -> None:
     if as_json:
         print_json(result)
     else:
-        click.echo("\n".join(map(printable, text.split("\n"))))
+        print_text(text)
+
+
+def print_text(text: str, *, err: bool = False) -> None:
+    """Print lines of text, which may hold names from files, without control characters."""
+    click.echo("\n".join(map(printable, text.split("\n"))), err=err)
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table: text in the first column, numbers in the others."""
+    """Print a table: text in the first column, numbers in the others.
+
+    Cells may hold names from files, so nothing in them is read as Rich's markup and control characters are escaped.
+    """
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table()
-    for index, name in enumerate(header):
-        table.add_column(name, justify="right" if index else "left", overflow="fold")  # numbers are never cut
-    for row in rows:
-        table.add_row(*row)
     console = Console(highlight=False)
-    console.print(title, markup=False, soft_wrap=True)
+    columns = [[printable(row[index]) for row in rows] for index in range(len(header))]
+    headings = [[printable(line) for line in name.split("\n")] for name in header]  # a name may have several lines
+    widths = _column_widths([[*lines, *cells] for lines, cells in zip(headings, columns, strict=True)], console.width)
+    table = Table()
+    for index, (lines, width) in enumerate(zip(headings, widths, strict=True)):
+        table.add_column(
+            Text("\n".join(lines)), justify="right" if index else "left", overflow="fold", min_width=width, width=width
+        )
+    for row in zip(*columns, strict=True):
+        table.add_row(*map(Text, row))
+    console.width = max(console.width, sum(widths) + CELL_FRAME * len(widths) + 1)
+    console.print("\n".join(map(printable, title.split("\n"))), markup=False, soft_wrap=True)
     console.print(table)
 
 
+def _column_widths(columns: Sequence[Sequence[str]], available: int) -> list[int]:
+    """Return the widths in which a table fits ``available`` characters, unless a word would have to be broken."""
+    from rich.cells import cell_len
+
+    widths = [max(map(cell_len, cells), default=0) for cells in columns]
+    words = [[cell_len(word) for cell in cells for word in cell.split()] for cells in columns]
+    least = [min(max(lengths, default=0), LONGEST_WORD) for lengths in words]
+    while sum(widths) + CELL_FRAME * len(widths) + 1 > available:
+        slack = [width - smallest for width, smallest in zip(widths, least, strict=True)]
+        if max(slack, default=0) <= 0:
+            break
+        widths[slack.index(max(slack))] -= 1
+    return widths
+
+
 def nested_lines(data: dict[str, Any], indent: str = "") -> list[str]:
-    """Format nested data as indented lines."""
+    """Format nested data as indented lines, without the fields that are not set."""
     lines: list[str] = []
     for name, value in data.items():
         if isinstance(value, dict):
-            lines += [f"{indent}{name}:", *nested_lines(value, indent + "  ")]
-        else:
-            lines.append(f"{indent}{name}: {f'{value:,}' if isinstance(value, int) else value}")
+            inside = nested_lines(value, indent + "  ")
+            lines += [f"{indent}{name}:", *inside] if inside else []
+        elif value not in (None, "", (), []):
+            lines.append(f"{indent}{name}: {_shown(name, value)}")
     return lines
+
+
+def _shown(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    is_count = isinstance(value, int) and value >= GROUPED_FROM and not name.endswith("seed")
+    return f"{value:,}" if is_count else str(value)

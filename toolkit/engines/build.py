@@ -8,29 +8,29 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from medseg_trt.bundles.bundle import MANIFEST, Bundle, load_bundle
+from medseg_trt.bundles.bundle import MANIFEST, Bundle
 from medseg_trt.bundles.manifest import BuiltEngine, FileEntry, Manifest, Variant
 from medseg_trt.bundles.signature import signature_of
-from medseg_trt.engines.child import Answer, build_in_child
-from medseg_trt.engines.choice import installed_version, runtime_environment
+from medseg_trt.engines.child import EngineBuild, build_in_child
+from medseg_trt.engines.choice import fingerprint_of, installed_version, runtime_environment
 from medseg_trt.engines.fingerprint import (
     FOLDER,
     EngineFingerprint,
     metadata_path,
     mismatches,
-    read_fingerprint,
     write_fingerprint,
 )
 from medseg_trt.engines.gpu import Gpu, find_gpu
 from medseg_trt.errors import MedsegError, MissingExtraError, UsageError
 from medseg_trt.export.engine_layers import LAYERS_SUFFIX
 from medseg_trt.export.tensorrt.build import LIBRARIES, check_engine_spec, cuda_of, dialect_for, require_library
-from medseg_trt.files import cache_folder, inside, sha256, write_json
+from medseg_trt.files import cache_folder, sha256, write_json
 from medseg_trt.progress import LOG
 from medseg_trt.spec import LIBRARY_NAMES, EngineSpec, to_dict
 
 FIRST_FP8_SM = 89
 MEMINFO = Path("/proc/meminfo")
+DEFAULT_SPEC = EngineSpec(library="tensorrt-rtx", targets=("sm89",))
 # Full-size builds in four precisions used BASE_BYTES and 2.9 to 3.0 times the size of the weights.
 BASE_BYTES, BYTES_PER_WEIGHT_BYTE = 600 << 20, 3.0
 EXECUTION_HINTS: Mapping[str, str] = {"bf16": "bf16 runs the fp32 graph on a CPU; there is no bf16 graph"}
@@ -42,7 +42,7 @@ class Engines:
     """The result of building engines."""
 
     built: tuple[BuiltEngine, ...]
-    dropped: tuple[str, ...]  # the engines that were not built, each with its reason
+    rejected: tuple[str, ...]  # the engines that were not built, each with its reason
 
 
 def check_engines(spec: EngineSpec, outputs: str, precisions: Iterable[str]) -> None:
@@ -88,75 +88,121 @@ def build_engines(
 
     Args:
         folder: of the bundle, with its graphs.
-        variants: the graphs by name; only those in the flavour that the library reads are built.
+        variants: the graphs by name; only those in the dialect that the library reads are built.
         verified: names of the graphs whose masks were verified.
         spec: accepted by ``check_engines``.
         precisions: the requested precisions, some of which have no graph.
 
     Raises:
-        MedsegError: all engines failed; if only some failed, they are dropped with their reasons.
+        MedsegError: all engines failed; if only some failed, they are rejected with their reasons.
     """
     trt_version = require_library(spec.library).__version__
-    flavour = dialect_for(spec.library, trt_version)
-    dropped = [f"{name} engine: {EXECUTION_HINTS[name]}" for name in precisions if name in EXECUTION_HINTS]
+    dialect = dialect_for(spec.library, trt_version)
+    rejected = [f"{name} engine: {EXECUTION_HINTS[name]}" for name in precisions if name in EXECUTION_HINTS]
     built: list[BuiltEngine] = []
     errors: list[MedsegError] = []
     for name, variant in variants.items():
-        if variant.flavour != flavour:
+        if variant.dialect != dialect:
             continue
         if name not in verified:
-            dropped.append(f"{variant.precision} engine: no back-end has verified its graph {variant.graph}")
+            rejected.append(f"{variant.precision} engine: no back-end has verified its graph {variant.graph}")
             continue
-        if flavour == "plain" and "int8" in variant.precision:
-            dropped.append(f"{variant.precision} engine: {PLAIN_INTEGERS}")
+        if dialect == "plain" and "int8" in variant.precision:
+            rejected.append(f"{variant.precision} engine: {PLAIN_INTEGERS}")
             continue
         try:
-            built.append(_build(folder, name, variant, spec))
+            built.append(_build(folder, name, variant, spec, folder))
         except MedsegError as error:
-            dropped.append(f"{variant.precision} engine: {error}")
+            rejected.append(f"{variant.precision} engine: {error}")
             LOG.warning("%s", error)
             errors.append(error)
     if errors and not built:
         raise errors[0]
-    return Engines(built=tuple(built), dropped=tuple(dropped))
+    return Engines(built=tuple(built), rejected=tuple(rejected))
 
 
-def rebuild_engines(bundle: Bundle) -> Bundle:
-    """Rebuild the engines of a bundle that cannot run on this machine, from the bundle's own graphs.
+def rebuild_engines(bundle: Bundle, gpu_number: int = 0) -> Bundle:
+    """Rebuild the engines of a bundle that cannot run on a GPU of this machine, from the bundle's own graphs.
 
-    New plans get new names and the manifest is replaced last, so that an interrupt leaves the bundle intact.
+    An engine gets the other library where its own does not build for this GPU: TensorRT-RTX does not for Hopper.
+
+    New plans get new names and the manifest is replaced last, so that an interrupt leaves the bundle intact. In the
+    bundle that is returned only the new engines are new: everything else is what the loaded manifest says, and with it
+    what its signature covers.
 
     Raises:
         UsageError: the bundle has no engines.
-        MissingExtraError: the library of an engine is not installed.
+        MissingExtraError: no library that builds for this GPU is installed.
     """
     content = bundle.content
     if not content.engines:
         raise UsageError(
-            f"{bundle.folder} has no engines to rebuild; build some: medseg-trt build --ckpt model.pt --target sm86"
+            f"{bundle.folder} has no engines to rebuild; build some: medseg-trt build --ckpt run/best.pt --target sm86"
         )
-    gpu = find_gpu()
+    gpu = find_gpu(gpu_number)
     engines: list[BuiltEngine] = []
     for engine in content.engines:
-        old = read_fingerprint(inside(bundle.folder, engine.plan))
+        old = fingerprint_of(bundle, engine)
         reasons = mismatches(old, runtime_environment(bundle, old, installed_version(old.library), gpu))
         if not reasons:
             LOG.info("%s can run on this machine; it is kept", engine.plan)
             engines.append(engine)
             continue
         LOG.info("%s Rebuilding it", " ".join(reasons))
-        spec = replace(engine.spec, targets=(gpu.sm,) if gpu else engine.spec.targets)
-        trt = require_library(spec.library)
-        check_engine_spec(spec, trt, gpu.sm if gpu else None)
-        engines.append(_build(bundle.folder, engine.variant, content.variants[engine.variant], spec))
-    if engines != list(content.engines):
-        _replace_engines(bundle, engines)
-    return load_bundle(bundle.folder)
+        spec = adapted_spec(engine.spec, gpu)
+        name = _variant_for(content, engine.variant, spec.library)
+        variant = content.variants[name]
+        with bundle.private_copy([variant.graph, variant.weights]) as source:
+            engines.append(_build(bundle.folder, name, variant, spec, source))
+    return bundle if engines == list(content.engines) else _replace_engines(bundle, engines)
 
 
-def _build(folder: Path, name: str, variant: Variant, spec: EngineSpec) -> BuiltEngine:
-    """Build one engine, and write its layer report and fingerprint."""
-    graph, weights = folder / variant.graph, folder / variant.weights
+def adapted_spec(spec: EngineSpec, gpu: Gpu | None) -> EngineSpec:
+    """Return how an engine is built for a GPU: with its own library if that can, else with the other one.
+
+    Raises:
+        UsageError: no installed library builds it for this GPU; the message has the reason of each.
+        MissingExtraError: there is no GPU, and its own library is not installed.
+    """
+    if gpu is None:
+        check_engine_spec(spec, require_library(spec.library), None)
+        return spec
+    reasons: list[str] = []
+    for library in (spec.library, *(name for name in LIBRARIES if name != spec.library)):
+        if installed_version(library) is None:
+            reasons.append(f"{LIBRARY_NAMES[library]} is not installed: pip install 'medseg-trt[{library}]'")
+            continue
+        unsupported = dict.fromkeys(LIBRARIES[library].refuses) if library != spec.library else {}
+        defaults = {name: getattr(DEFAULT_SPEC, name) for name in unsupported}
+        adapted = replace(spec, library=library, targets=(gpu.sm,), **defaults)
+        try:
+            check_engine_spec(adapted, require_library(library), gpu.sm)
+        except UsageError as error:
+            reasons.append(str(error))
+            continue
+        if library != spec.library:
+            LOG.info("the engine is built with %s now: %s", LIBRARY_NAMES[library], "; ".join(reasons))
+        return adapted
+    raise UsageError(f"no engine can be built for {gpu.name}, {gpu.sm}: {'; '.join(reasons)}")
+
+
+def _variant_for(content: Manifest, name: str, library: str) -> str:
+    """Return the variant of the same precision in the dialect that a library reads.
+
+    Raises:
+        UsageError: the bundle has none.
+    """
+    dialect = dialect_for(library, require_library(library).__version__)
+    precision = content.variants[name].precision
+    for other, variant in content.variants.items():
+        if (variant.precision, variant.dialect) == (precision, dialect):
+            return other
+    raise UsageError(f"the bundle has no {precision} graph that {LIBRARY_NAMES[library]} reads; build it again here")
+
+
+def _build(folder: Path, name: str, variant: Variant, spec: EngineSpec, source: Path) -> BuiltEngine:
+    """Build one engine from the graph in ``source``, and write it with its layer report and fingerprint."""
+    graph, weights = source / variant.graph, source / variant.weights
     (folder / FOLDER).mkdir(exist_ok=True)
     plan = _free_path(folder / FOLDER, f"{name}-{'-'.join(spec.targets)}{'-plugins' if spec.plugins else ''}")
     _warn_of_memory(weights, plan.name)
@@ -164,20 +210,20 @@ def _build(folder: Path, name: str, variant: Variant, spec: EngineSpec) -> Built
         "building an engine of %s for %s with %s", variant.graph, ", ".join(spec.targets), LIBRARY_NAMES[spec.library]
     )
     gpu = None if LIBRARIES[spec.library].cross_builds else find_gpu()
-    answer = build_in_child(graph, plan, spec, _cache_file(spec, gpu))
-    LOG.info("the equivalent shell command: %s", answer.built.command)
-    for repair in answer.built.repairs:
+    build = build_in_child(graph, plan, spec, _cache_file(spec, gpu))
+    LOG.info("the equivalent shell command: %s", build.output.command)
+    for repair in build.output.repairs:
         LOG.info("changed in a copy of the graph: %s", repair)
-    failed_expectations = _write_layer_report(graph, plan, spec, answer)
-    write_fingerprint(_fingerprint(variant, spec, gpu, answer, plan, (graph, weights)), plan.parent)
+    failed_expectations = _write_layer_report(graph, plan, spec, build)
+    write_fingerprint(_fingerprint(variant, spec, gpu, build, plan, (graph, weights)), plan.parent)
     return BuiltEngine(
         plan=f"{FOLDER}/{plan.name}",
         variant=name,
         spec=spec,
-        wall_s=answer.wall_s,
-        processor_s=answer.processor_s,
-        peak_resident_mb=answer.peak_resident_mb,
-        unmet=failed_expectations,
+        wall_s=build.wall_s,
+        processor_s=build.processor_s,
+        peak_resident_mb=build.peak_resident_mb,
+        failed_expectations=failed_expectations,
     )
 
 
@@ -187,7 +233,7 @@ def _free_path(folder: Path, stem: str) -> Path:
     return next(folder / name for name in names if not (folder / name).exists())
 
 
-def _write_layer_report(graph: Path, plan: Path, spec: EngineSpec, answer: Answer) -> tuple[str, ...]:
+def _write_layer_report(graph: Path, plan: Path, spec: EngineSpec, build: EngineBuild) -> tuple[str, ...]:
     """Write the layer report and return the failed expectations."""
     import onnx
     import onnx_ir as ir
@@ -197,7 +243,7 @@ def _write_layer_report(graph: Path, plan: Path, spec: EngineSpec, answer: Answe
     from medseg_trt.export.tensorrt.graph import engine_graph
 
     model = onnx.load_from_string(engine_graph(graph, plugins=spec.plugins).serialized)
-    report = layer_report(answer.built.layers, OnnxGraph(model=ir.from_proto(model)))
+    report = layer_report(build.output.layers, OnnxGraph(model=ir.from_proto(model)))
     write_json(plan.with_suffix(LAYERS_SUFFIX), to_dict(report))
     failed_expectations = tuple(
         f"{outcome.name}: not for {len(outcome.failed)} of {outcome.asked}"
@@ -212,7 +258,7 @@ def _write_layer_report(graph: Path, plan: Path, spec: EngineSpec, answer: Answe
 
 
 def _fingerprint(
-    variant: Variant, spec: EngineSpec, gpu: Gpu | None, answer: Answer, plan: Path, sources: tuple[Path, Path]
+    variant: Variant, spec: EngineSpec, gpu: Gpu | None, build: EngineBuild, plan: Path, sources: tuple[Path, Path]
 ) -> EngineFingerprint:
     graph, weights = sources
     return EngineFingerprint(
@@ -220,17 +266,17 @@ def _fingerprint(
         sha256=sha256(plan),
         bytes=plan.stat().st_size,
         library=spec.library,
-        version=answer.built.version,
+        version=build.output.version,
         targets=spec.targets,
         gpu=gpu.name if gpu else None,
         driver=gpu.driver if gpu else None,
         cuda=cuda_of(spec.library),
         precision=variant.precision,
-        flavour=variant.flavour,
+        dialect=variant.dialect,
         graph=graph.name,
         graph_sha256=sha256(graph),
         weights_sha256=sha256(weights),
-        plugins=answer.built.plugins,
+        plugins=build.output.plugins,
         batch=(1, spec.opt_batch, spec.max_batch),
         stripped=spec.stripped,
         version_compatible=spec.version_compatible,
@@ -239,13 +285,13 @@ def _fingerprint(
             "optimization_level": spec.optimization_level,
             "workspace_gib": spec.workspace_gib,
             "plugins": spec.plugins,
-            "repairs": list(answer.built.repairs),
+            "repairs": list(build.output.repairs),
         },
     )
 
 
-def _replace_engines(bundle: Bundle, engines: list[BuiltEngine]) -> None:
-    """Write a manifest with other engines, and remove the files of the old ones last."""
+def _replace_engines(bundle: Bundle, engines: list[BuiltEngine]) -> Bundle:
+    """Write a manifest with other engines, and remove the files of the old ones last; return the new bundle."""
     folder, content = bundle.folder, bundle.content
     new = {path for engine in engines for path in _files_of(folder, engine)}
     old = {path for engine in content.engines for path in _files_of(folder, engine)}
@@ -255,10 +301,11 @@ def _replace_engines(bundle: Bundle, engines: list[BuiltEngine]) -> None:
     manifest: Manifest = replace(content, engines=tuple(engines), files=files)
     write_json(folder / MANIFEST, to_dict(manifest))
     if (signature := signature_of(folder / MANIFEST)).is_file():
-        LOG.warning("%s has changed since it was signed; its signature is removed", folder)
+        LOG.warning("%s has changed since it was signed; its signature is removed, so sign it again", folder)
         signature.unlink()
     for path in old - new:
         path.unlink(missing_ok=True)
+    return replace(bundle, content=manifest, manifest_sha256=sha256(folder / MANIFEST))
 
 
 def _files_of(folder: Path, engine: BuiltEngine) -> tuple[Path, ...]:

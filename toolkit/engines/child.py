@@ -1,16 +1,19 @@
-"""Build an engine in a process of its own: a builder that dies takes nothing with it, and its memory is free again.
+"""Build an engine in a child process, so that a crash of the builder is an error and its memory is freed.
 
-The child is ``python -P -m medseg_trt.engines.child``; ``medseg_trt.processes`` describes the messages.
+The child is ``python -P -m medseg_trt.engines.child``; ``medseg_trt.processes`` describes the messages. Its working
+folder has links to the folders of graph and plan, so that no path of this machine gets into the plan.
 
-The builder numbers and sorts by addresses and by which thread comes first, so that it would write another plan every
-time. Therefore the child keeps to one core and to fixed addresses, its allocator to fixed rules, and it stands in a
-folder where graph and plan have names of their own, whatever the folders that they are in are called.
+The builder's output depends on addresses and on the order of its threads: two builds of one graph differ in some
+bytes. With ``EngineSpec.reproducible`` the child runs on one core at a fixed priority, with fixed addresses and a
+deterministic allocator. It then blocks that core, needs root for the priority, and has no address randomisation, so
+this is not the default.
 
-Source: personality(2), mallopt(3) and glibc's manual, "Memory Allocation Tunables".
+Source: personality(2), sched(7), mallopt(3) and glibc's manual, "Memory Allocation Tunables".
 """
 
 import contextlib
 import ctypes
+import json
 import os
 import sys
 import time
@@ -26,37 +29,38 @@ from medseg_trt.progress import track
 from medseg_trt.spec import EngineSpec, from_dict, to_dict
 
 FIXED_ADDRESSES = 0x0040000  # ADDR_NO_RANDOMIZE of <sys/personality.h>
-ASK = 0xFFFFFFFF
-# Texts that hold a time come and go, now shorter and now longer; nothing may depend on where they lay. So freed blocks
-# are not cached but melt into what is free beside them, and the thresholds do not follow what was freed before.
+QUERY = 0xFFFFFFFF  # reads the personality without changing it
+# The builder allocates texts with times in them, whose lengths vary. Freed blocks are merged with their free neighbours
+# instead of cached, and the thresholds are constant, so that later addresses do not depend on these lengths.
 ALLOCATOR = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0:glibc.malloc.trim_threshold=17179869184"
-# So that no thread cuts another short: the first one, which needs root, allows none to; with the second, at least none
-# that wakes up does. A builder takes seconds, and another core stays for everybody else.
+# Threads are not preempted: with SCHED_FIFO, which needs root, by none; with SCHED_BATCH not by threads that wake up.
 POLICIES = ((os.SCHED_FIFO, 1), (os.SCHED_BATCH, 0)) if sys.platform == "linux" else ()
-SHELL_STATE = ("PWD", "OLDPWD", "SHLVL", "_")  # where and how deep a shell stands
+SHELL_STATE = ("PWD", "OLDPWD", "SHLVL", "_")  # variables that differ between shells
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
-    """What a child made, and what it took."""
+class EngineBuild:
+    """The result of a child process, and its resources."""
 
-    built: BuilderOutput
-    peak_resident_mb: float  # of the child; 0 where the system does not say
+    output: BuilderOutput
+    peak_resident_mb: float  # of the child; 0 if the system does not report it
     wall_s: float  # from its start to its end
-    processor_s: float  # that it used
+    processor_s: float  # CPU time of the child
 
 
-def build_in_child(graph: Path, plan: Path, spec: EngineSpec, cache: Path | None) -> Answer:
-    """Build one engine while its progress is shown.
+def build_in_child(graph: Path, plan: Path, spec: EngineSpec, cache: Path | None) -> EngineBuild:
+    """Build one engine and show the progress.
 
     Raises:
         MedsegError: as in ``build_engine``.
         ArtefactError: the child died; the message names the signal.
     """
     request = {
-        "graph": f"graph/{graph.name}", "plan": f"plan/{plan.name}", "spec": to_dict(spec),
+        "graph": f"graph/{graph.name}",
+        "plan": f"plan/{plan.name}",
+        "spec": to_dict(spec),
         "cache": str(cache.resolve()) if cache else None,
-    }  # fmt: skip
+    }
     began = time.perf_counter()
     with (
         TemporaryDirectory() as folder,
@@ -66,7 +70,7 @@ def build_in_child(graph: Path, plan: Path, spec: EngineSpec, cache: Path | None
             f"the builder of {plan.name}",
             consequence="no engine was written",
             cwd=_links(Path(folder), graph=graph, plan=plan),
-            environment=_environment(),
+            environment=child_environment(spec),
         ) as child,
     ):
         steps = _outermost_steps(child.progress())
@@ -75,25 +79,31 @@ def build_in_child(graph: Path, plan: Path, spec: EngineSpec, cache: Path | None
             pass
         reply = child.receive()
         child.finish()
-    built = from_dict(BuilderOutput, reply["built"], "the builder")
-    usage = {name: reply[name] for name in ("peak_resident_mb", "processor_s")}
-    return Answer(built=built, wall_s=time.perf_counter() - began, **usage)
+    return EngineBuild(
+        output=from_dict(BuilderOutput, reply["built"], "the builder"),
+        peak_resident_mb=reply["peak_resident_mb"],
+        wall_s=time.perf_counter() - began,
+        processor_s=reply["processor_s"],
+    )
 
 
 def _links(folder: Path, **files: Path) -> Path:
-    """Let a folder hold a link to the folder of each file, by its keyword."""
+    """Create links in a folder to the folders of files, named by their keywords."""
     for name, path in files.items():
         (folder / name).symlink_to(path.parent.resolve(), target_is_directory=True)
     return folder
 
 
-def _environment() -> dict[str, str]:
+def child_environment(spec: EngineSpec) -> dict[str, str]:
+    """Return the environment variables of the child."""
+    if not spec.reproducible:
+        return dict(os.environ)
     kept = {name: value for name, value in os.environ.items() if name not in SHELL_STATE}
     return {**kept, "PYTHONHASHSEED": "0", "GLIBC_TUNABLES": ALLOCATOR}
 
 
 def _outermost_steps(reports: Iterable[Progress]) -> Iterator[int]:
-    """Yield the number of steps of the outermost phase, then each step that is done."""
+    """Yield the number of steps of the outermost phase, then the number of finished steps."""
     outermost = None
     for report in reports:
         if outermost is None:
@@ -103,9 +113,12 @@ def _outermost_steps(reports: Iterable[Progress]) -> Iterator[int]:
             yield report.done
 
 
-def _settle() -> None:
-    """Keep to one core, and start again with fixed addresses; where the system forbids that, go on without."""
-    if not sys.platform.startswith("linux"):
+def prepare_process(spec: EngineSpec) -> None:
+    """For a reproducible engine, restrict this process to one core and restart it with fixed addresses.
+
+    What the system does not permit is left out: then the plans of two builds may differ.
+    """
+    if not spec.reproducible or not sys.platform.startswith("linux"):
         return
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     for policy, priority in POLICIES if (os.cpu_count() or 1) > 1 else ():
@@ -114,13 +127,12 @@ def _settle() -> None:
             break
     personality = ctypes.CDLL(None).personality
     personality.argtypes = [ctypes.c_ulong]
-    now = personality(ASK)
-    if now != -1 and not now & FIXED_ADDRESSES and personality(now | FIXED_ADDRESSES) != -1:
+    current = personality(QUERY)
+    if current != -1 and not current & FIXED_ADDRESSES and personality(current | FIXED_ADDRESSES) != -1:
         os.execv(sys.executable, sys.orig_argv)
 
 
-def _serve(request: Mapping[str, Any], connection: Connection) -> None:
-    spec = from_dict(EngineSpec, request["spec"], "the request")
+def _serve(request: Mapping[str, Any], spec: EngineSpec, connection: Connection) -> None:
     cache = Path(request["cache"]) if request["cache"] else None
     built = build_engine(Path(request["graph"]), Path(request["plan"]), spec, connection.send_progress, cache)
     peak_resident_mb = process_memory().get("peak_resident_mb", 0.0)
@@ -128,7 +140,13 @@ def _serve(request: Mapping[str, Any], connection: Connection) -> None:
     connection.send({"built": to_dict(built), **usage})
 
 
+def main() -> None:
+    """Build the engine that the parent requests."""
+    spec = from_dict(EngineSpec, json.loads(sys.argv[1])["spec"], "the request")
+    prepare_process(spec)  # may restart the process, so it precedes any message
+    with parent() as (request, connection):
+        _serve(request, spec, connection)
+
+
 if __name__ == "__main__":
-    _settle()
-    with parent() as (opening, end):
-        _serve(opening, end)
+    main()

@@ -1,22 +1,25 @@
 """Choose the engine of a bundle that matches this machine, by the fingerprints beside the plans; no plan is opened."""
 
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from medseg_trt.bundles.bundle import Bundle
+from medseg_trt.bundles.manifest import BuiltEngine
 from medseg_trt.engines.fingerprint import (
     EngineFingerprint,
     RuntimeEnvironment,
     metadata_path,
     mismatches,
-    read_fingerprint,
+    parse_fingerprint,
     rebuild_hint,
 )
-from medseg_trt.engines.gpu import Gpu
-from medseg_trt.errors import ArtefactError, UsageError
-from medseg_trt.files import inside
+from medseg_trt.engines.gpu import Gpu, find_gpu
+from medseg_trt.errors import ArtefactError, DeviceError, UsageError
 from medseg_trt.kernels.device import Device
 from medseg_trt.kernels.nodes import NODES
-from medseg_trt.spec import CUDA_WHEELS
+from medseg_trt.spec import CUDA_WHEELS, LIBRARY_NAMES
+
+GRAPHS_ON_GPU = "onnxruntime-cuda"  # runs the graphs of a bundle that has no engine for a GPU
 
 
 def engines_of(bundle: Bundle, library: str) -> list[EngineFingerprint]:
@@ -25,15 +28,26 @@ def engines_of(bundle: Bundle, library: str) -> list[EngineFingerprint]:
     Raises:
         ArtefactError: a fingerprint is damaged or belongs to another plan.
     """
-    fingerprints: list[EngineFingerprint] = []
-    for engine in bundle.content.engines:
-        plan = inside(bundle.folder, engine.plan)
-        fingerprint = read_fingerprint(plan)
-        if fingerprint.plan != plan.name or fingerprint.sha256 != bundle.content.files[engine.plan].sha256:
-            raise ArtefactError(f"{metadata_path(plan)} is the fingerprint of another plan; it is untrusted")
-        if fingerprint.library == library:
-            fingerprints.append(fingerprint)
-    return fingerprints
+    fingerprints = [fingerprint_of(bundle, engine) for engine in bundle.content.engines]
+    return [fingerprint for fingerprint in fingerprints if fingerprint.library == library]
+
+
+def fingerprint_of(bundle: Bundle, engine: BuiltEngine) -> EngineFingerprint:
+    """Return the fingerprint of one of a bundle's engines.
+
+    Raises:
+        ArtefactError: it is damaged, belongs to another plan, or names a graph that the bundle does not have.
+    """
+    metadata = metadata_path(Path(engine.plan)).as_posix()
+    path, content = bundle.folder / metadata, bundle.content
+    fingerprint = parse_fingerprint(path, bundle.read(metadata))
+    if fingerprint.plan != Path(engine.plan).name or fingerprint.sha256 != content.files[engine.plan].sha256:
+        raise ArtefactError(f"{path} is the fingerprint of another plan; it is not to be trusted")
+    if fingerprint.graph not in {variant.graph for variant in content.variants.values()}:
+        raise ArtefactError(
+            f"{path} names {fingerprint.graph}, which is no graph of the bundle; build the engine again"
+        )
+    return fingerprint
 
 
 def installed_version(library: str) -> str | None:
@@ -94,10 +108,43 @@ def fitting_engine(
     candidates = judged_engines(bundle, library, library_version, precision, gpu)
     if not candidates:
         raise UsageError(
-            f"{bundle.folder} holds no {precision} engine for {library}; build one: medseg-trt build --ckpt model.pt "
-            f"--precision {precision} --backend {library} --target sm{device.capability}"
+            f"{bundle.folder} holds no {precision} engine for {library}; build one: medseg-trt build "
+            f"--ckpt run/best.pt --precision {precision} --backend {library} --target sm{device.capability}"
         )
     for fingerprint, reasons in candidates:
         if not reasons:
             return fingerprint
     raise ArtefactError(f"{' '.join(candidates[0][1])} {rebuild_hint(bundle.folder)}")
+
+
+def best_on_gpu(bundle: Bundle, precision: str | None, number: int) -> tuple[str, str | None]:
+    """Return the back-end and the precision for a GPU: an engine that fits it, or else ONNX Runtime with the graphs.
+
+    Engines are taken in the order in which the build ranked their precisions.
+
+    Raises:
+        DeviceError: there is no such GPU.
+    """
+    gpu = require_gpu(number)
+    content = bundle.content
+    ranked = dict.fromkeys(content.variants[execution.variant].precision for execution in content.executions)
+    for name in ranked if precision is None else (precision,):
+        for library in LIBRARY_NAMES:
+            version = installed_version(library)
+            if version is not None and any(
+                not reasons for _, reasons in judged_engines(bundle, library, version, name, gpu)
+            ):
+                return library, name
+    return GRAPHS_ON_GPU, precision
+
+
+def require_gpu(number: int) -> Gpu:
+    """Return a GPU by its number.
+
+    Raises:
+        DeviceError: there is none.
+    """
+    gpu = find_gpu(number)
+    if gpu is None:
+        raise DeviceError(f"--device cuda:{number}: the driver lists no such NVIDIA GPU; see medseg-trt doctor")
+    return gpu

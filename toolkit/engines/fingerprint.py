@@ -7,13 +7,14 @@ the metadata file records it, and each mismatch is reported as a sentence.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from medseg_trt.errors import ArtefactError
 from medseg_trt.files import parse_json, read_limited, write_json
 from medseg_trt.spec import LIBRARY_NAMES, Hardware, from_dict, to_dict
 
-SCHEMA = 1
+SCHEMA, OLDER = 2, 1  # both are read
+RENAMED: Mapping[str, str] = {"flavour": "dialect"}  # fields of the older schema: old name -> new name
 MAX_BYTES = 1 << 20  # of a metadata file
 FOLDER = "engines"  # of a bundle
 FIRST_COMPATIBLE_SM = 80  # of the hardware level "ampere_plus"
@@ -34,7 +35,7 @@ class EngineFingerprint:
     driver: str | None = None  # of that machine
     cuda: str | None = None  # the CUDA version the library is built for, "13" or "13.0"
     precision: str  # of the variant
-    flavour: str
+    dialect: str
     graph: str  # file name of the ONNX graph in the bundle
     graph_sha256: str
     weights_sha256: str
@@ -97,10 +98,33 @@ def read_fingerprint(path: Path) -> EngineFingerprint:
     metadata = metadata_path(path)
     if not metadata.is_file():
         raise ArtefactError(f"{metadata} is missing, so {path.name} cannot be identified; build the engine again")
-    fingerprint = from_dict(EngineFingerprint, parse_json(metadata, read_limited(metadata, MAX_BYTES)), str(metadata))
+    return parse_fingerprint(metadata, read_limited(metadata, MAX_BYTES))
+
+
+def parse_fingerprint(metadata: Path, content: bytes) -> EngineFingerprint:
+    """Return the fingerprint in a metadata file.
+
+    Args:
+        metadata: path of the file.
+        content: its bytes.
+
+    Raises:
+        ArtefactError: it is damaged, or belongs to another plan.
+    """
+    fingerprint = from_dict(EngineFingerprint, _current_fields(parse_json(metadata, content)), str(metadata))
     if metadata_path(metadata.with_name(fingerprint.plan)) != metadata:
         raise ArtefactError(f"{metadata} describes {fingerprint.plan}, another plan; build the engine again")
     return fingerprint
+
+
+def _current_fields(value: object) -> object:
+    """Return the fields of an earlier schema under today's names; anything else stays as it is."""
+    if not isinstance(value, dict):
+        return value
+    fields = cast("dict[str, Any]", value)
+    if fields.get("schema") != OLDER:
+        return fields
+    return {RENAMED.get(name, name): content for name, content in fields.items()} | {"schema": SCHEMA}
 
 
 def mismatches(fingerprint: EngineFingerprint, environment: RuntimeEnvironment) -> list[str]:

@@ -11,7 +11,7 @@ DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
-    """The first GPU that the driver lists."""
+    """A GPU of this machine."""
 
     name: str
     sm: str  # "sm86"
@@ -19,8 +19,8 @@ class Gpu:
     driver: str | None  # None: unknown
 
 
-def find_gpu() -> Gpu | None:
-    """Return the first GPU; None: there is no driver or no device."""
+def find_gpu(number: int = 0) -> Gpu | None:
+    """Return a GPU by the driver's number; None: there is no driver or no such device."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -30,7 +30,7 @@ def find_gpu() -> Gpu | None:
     if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or count.value == 0:
         return None
     status_codes = [
-        driver.cuDeviceGet(ctypes.byref(device), 0),
+        driver.cuDeviceGet(ctypes.byref(device), number),
         driver.cuDeviceGetName(name, len(name), device),
         driver.cuDriverGetVersion(ctypes.byref(cuda)),
         *(

@@ -18,6 +18,7 @@ from jaxtyping import Float64, Num, UInt8
 from numpy import ndarray
 
 from medseg_trt.errors import InputError
+from medseg_trt.imaging.areas import Area, areas_of
 from medseg_trt.imaging.dicom_signature import SIGNATURE_BYTES, starts_like_dicom
 from medseg_trt.imaging.label_values import as_labels, pixels_per_label
 from medseg_trt.imaging.signatures import SAME_KIND, identify, readable
@@ -41,7 +42,8 @@ READERS: Mapping[str, str] = {  # suffix of a format -> module that reads it
     ".dcm": "medseg_trt.imaging.formats.dicom",
 }
 DICOM = ".dcm"  # files with other names are DICOM too if their first bytes say so
-MASK_SUFFIXES = (".png", ".tif", ".nii.gz")  # of the files that ``write_mask`` writes
+SEGMENTATION_SUFFIX = ".seg.dcm"  # of ``formats.dicom_seg``
+MASK_SUFFIXES = (".png", ".tif", ".nii.gz", SEGMENTATION_SUFFIX)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +79,11 @@ class Geometry:
     affine_mm: Float64[ndarray, "4 4"]  # from (column, row, slice, 1) of ``Image.pixels`` to scanner coordinates
     reorientation: Float64[ndarray, "3 2"]  # nibabel's orientation transform, stored axes -> (column, row, slice)
 
+    @property
+    def is_known(self) -> bool:
+        """Whether the file states where the patient's sides are; a NIfTI header may leave it open."""
+        return bool(self.header["sform_code"] or self.header["qform_code"])
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Image:
@@ -105,16 +112,6 @@ class Image:
         return self.spacing_mm and self.spacing_mm[1:]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Area:
-    """How much of an image one class covers; None where the spacing is unknown or the unit does not apply."""
-
-    name: str
-    pixels: int
-    mm2: float | None  # for a single slice with a known spacing
-    ml: float | None  # millilitres, for a volume with a known spacing
-
-
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Mask:
     """The label of every pixel of an image, and the geometry needed to write them in the image's layout."""
@@ -126,6 +123,7 @@ class Mask:
     geometry: Geometry | None = None
     exif: int = 1
     stem: str | None = None
+    unusual: str | None = None  # in which way the image is unlike the training images; None: no such way is known
 
     @property
     def name(self) -> str:
@@ -137,7 +135,13 @@ class Mask:
             raise ValueError(f"label {self.labels.max()} has no name; there are {len(self.classes.names)} classes")
 
     @classmethod
-    def of(cls, image: Image, labels: UInt8[ndarray, "slices height width"], classes: Classes) -> "Mask":
+    def of(
+        cls,
+        image: Image,
+        labels: UInt8[ndarray, "slices height width"],
+        classes: Classes,
+        unusual: str | None = None,
+    ) -> "Mask":
         """Create the mask of ``image`` without keeping a reference to its pixels.
 
         Raises:
@@ -153,23 +157,13 @@ class Mask:
             geometry=image.geometry,
             exif=image.exif,
             stem=image.stem,
+            unusual=unusual,
         )
 
     def areas(self) -> tuple[Area, ...]:
         """Measure every class except the background."""
         counts = pixels_per_label(self.labels, len(self.classes.names))
-        between_slices, between_rows, between_columns = self.spacing_mm or (float("nan"),) * 3
-        pixel_mm2 = between_rows * between_columns
-        is_slice, known = len(self.labels) == 1, self.spacing_mm is not None
-        return tuple(
-            Area(
-                name=name,
-                pixels=count,
-                mm2=count * pixel_mm2 if known and is_slice else None,
-                ml=count * pixel_mm2 * between_slices / 1000 if known and not is_slice else None,
-            )
-            for name, count in list(zip(self.classes.names, counts.tolist(), strict=True))[1:]
-        )
+        return areas_of(counts.tolist(), self.classes, self.spacing_mm, is_slice=len(self.labels) == 1)
 
 
 def find_images(inputs: Sequence[Path]) -> list[Source]:

@@ -115,10 +115,13 @@ def sources_in(folder: Path) -> list[Source]:
     """Return the images and DICOM series directly in a folder, in natural order; there may be none.
 
     Raises:
-        InputError: the folder cannot be listed.
+        InputError: the folder cannot be listed, or a file in it cannot be read.
         MissingExtraError: there are DICOM files and pydicom is not installed.
     """
-    known, _, dicom_files = _by_kind(_entries(folder).files)
+    entries = _entries(folder)
+    if entries.refused:
+        raise entries.refused[0].error
+    known, _, dicom_files = _by_kind(entries.files)
     sources = [source_of_file(path) for path in known]
     sources += _series(folder, dicom_files, lambda _reason, _paths: None)  # the caller reports the rest
     return sorted(sources, key=lambda source: natural_key(source.name))
@@ -133,7 +136,7 @@ def _is_folder(path: Path) -> bool:
     try:
         mode = path.stat().st_mode
     except OSError as error:
-        raise InputError(_why_unusable(path, error)) from error
+        raise InputError(why_unusable(path, error)) from error
     if stat.S_ISDIR(mode):
         return True
     if not stat.S_ISREG(mode):
@@ -152,7 +155,7 @@ def _list_folder(folder: Path, seen: set[tuple[int, int]], lists: _Lists) -> Non
     known, others, dicom_files = _by_kind(entries.files)
     sources = [source_of_file(path) for path in known]
     sources += _series(folder, dicom_files, leave_out)
-    leave_out(OTHER_KIND, _without_detached(others, known))
+    leave_out(OTHER_KIND, without_detached(others, known))
     leave_out(IRREGULAR, entries.irregular)
     refused = entries.refused
     budget = iter(range(MAX_SEARCHED))
@@ -188,7 +191,7 @@ def _entries(folder: Path) -> _Entries:
     try:
         paths = sorted(folder.iterdir(), key=lambda path: natural_key(path.name))
     except OSError as error:
-        raise InputError(_why_unusable(folder, error)) from error
+        raise InputError(why_unusable(folder, error)) from error
     entries = _Entries()
     for path in paths:
         if path.name.startswith("."):
@@ -203,7 +206,7 @@ def _entries(folder: Path) -> _Entries:
             else:
                 entries.irregular.append(path)
         except OSError as error:
-            entries.refused.append(Refused(path=path, error=InputError(_why_unusable(path, error))))
+            entries.refused.append(Refused(path=path, error=InputError(why_unusable(path, error))))
         except InputError as error:
             entries.refused.append(Refused(path=path, error=error))
     return entries
@@ -230,7 +233,8 @@ def _series(folder: Path, dicom_files: Sequence[Path], leave_out: Any) -> list[S
     return sources
 
 
-def _without_detached(others: Sequence[Path], known: Sequence[Path]) -> list[Path]:
+def without_detached(others: Sequence[Path], known: Sequence[Path]) -> list[Path]:
+    """Return the unsupported files of a folder without those that hold the voxels of a detached header."""
     headers = {path.stem for path in known if path.suffix.lower() == DETACHED_HEADER}
     return [path for path in others if path.name.split(".")[0] not in headers and path.stem not in headers]
 
@@ -283,7 +287,8 @@ def _require_readable(path: Path) -> None:
         raise InputError(f"{path} cannot be read: Permission denied")
 
 
-def _why_unusable(path: Path, error: OSError) -> str:
+def why_unusable(path: Path, error: OSError) -> str:
+    """Return one line for a file or folder that cannot be used, with what to do about a broken link."""
     if isinstance(error, FileNotFoundError):
         if not path.is_symlink():
             return f"{path} does not exist"
@@ -319,7 +324,7 @@ def _deep_images(items: Sequence[LeftOut]) -> str:
     commands = " ".join(shlex.quote(str(path)) for path in named[:EXAMPLES]) + (" …" if len(named) > EXAMPLES else "")
     return (
         f"{sum(item.count for item in items)} image file(s) in {len(items)} sub-folder(s) are left out; only DICOM is "
-        f"searched for in sub-folders, one level deep. To use them, name: {commands}"
+        f"searched for in sub-folders, one level deep, unless infer is given --tree. To use them, name: {commands}"
     )
 
 

@@ -16,6 +16,10 @@ MAX_SLICES = 12  # of a volume
 TILE_WIDTH = 256  # small slices are enlarged to it
 LONGEST_TILE = 512  # of a montage; a single 2-D image may be four times as long
 LEGEND_HEIGHT = 22
+CAPTION_TOP = 18  # below the number of the first slice
+MARGIN = 3  # pixels between a border and the letter of a side
+ANCHORS = {(0.0, 0.5): "lm", (1.0, 0.5): "rm", (0.5, 0.0): "mt", (0.5, 1.0): "mb"}  # of Pillow, by border
+SLICE_AXIS = 2  # of the columns of ``Geometry.affine_mm``
 
 
 def write_overlay(image: Image, mask: Mask, window: tuple[float, float], path: Path) -> None:
@@ -28,17 +32,48 @@ def write_overlay(image: Image, mask: Mask, window: tuple[float, float], path: P
         path: the PNG file to write.
     """
     import PIL.Image
+    from PIL import ImageDraw
 
-    tiles = [tile(image, mask, window, index) for index in _slices_to_show(mask.labels)]
+    shown = _slices_to_show(mask.labels)
+    tiles = [tile(image, mask, window, index) for index in shown]
     columns = isqrt(len(tiles) - 1) + 1
     height, width, _ = tiles[0].shape
     sheet = np.zeros((ceil(len(tiles) / columns) * height, columns * width, 3), np.uint8)
     for index, tile_pixels in enumerate(tiles):
         top, left = index // columns * height, index % columns * width
         sheet[top : top + height, left : left + width] = tile_pixels
-    overlay = _with_legend(PIL.Image.fromarray(sheet), mask)
+    drawn = PIL.Image.fromarray(sheet)
+    if len(shown) < image.num_slices:
+        ImageDraw.Draw(drawn).text((4, CAPTION_TOP), f"{len(shown)} of {image.num_slices} slices", **_text_style())
+    overlay = _with_legend(drawn, mask)
     with atomic_file(path) as temporary:
         overlay.save(temporary, format="PNG")
+
+
+def _draw_sides(drawn: Any, image: Image) -> None:
+    """Write L and R, the patient's sides, at the borders of Pillow's image where the file states them."""
+    from PIL import ImageDraw
+
+    width, height = drawn.size
+    draw = ImageDraw.Draw(drawn)
+    for (across, down), letter in patient_sides(image).items():
+        position = (MARGIN + across * (width - 2 * MARGIN), MARGIN + down * (height - 2 * MARGIN))
+        draw.text(position, letter, anchor=ANCHORS[across, down], **_text_style())
+
+
+def patient_sides(image: Image) -> dict[tuple[float, float], str]:
+    """Return the borders at the patient's left and right, as parts of width and height, with their letters.
+
+    None, where the file does not state them or they lie in front and behind: of a sagittal slice.
+    """
+    if image.geometry is None or not image.geometry.is_known:
+        return {}
+    rightward = image.geometry.affine_mm[0, :3] / np.linalg.norm(image.geometry.affine_mm[:3, :3], axis=0)
+    axis = int(np.abs(rightward).argmax())  # column, row or slice
+    if axis == SLICE_AXIS:
+        return {}
+    first, last = "LR" if rightward[axis] > 0 else "RL"
+    return {(0.0, 0.5): first, (1.0, 0.5): last} if axis == 0 else {(0.5, 0.0): first, (0.5, 1.0): last}
 
 
 def _slices_to_show(labels: ndarray) -> list[int]:
@@ -63,9 +98,8 @@ def tile(image: Image, mask: Mask, window: tuple[float, float], index: int) -> U
     alpha = np.where(_contours(labels), 1.0, ALPHA * (labels > 0))[..., np.newaxis]
     blended = PIL.Image.fromarray((pixels * (1 - alpha) + colors * alpha).round().astype(np.uint8))
     if image.num_slices > 1:
-        ImageDraw.Draw(blended).text(
-            (4, 2), f"slice {index}", fill="white", font=_font(), stroke_width=1, stroke_fill="black"
-        )
+        ImageDraw.Draw(blended).text((4, 2), f"slice {index}", **_text_style())
+    _draw_sides(blended, image)
     return np.array(blended)
 
 
@@ -114,6 +148,10 @@ def _with_legend(overlay: Any, mask: Mask) -> Any:
         draw.rectangle((left + 5, top + 5, left + 16, top + 16), fill=color)
         draw.text((left + LEGEND_HEIGHT, top + 2), name, fill="white", font=font)
     return sheet
+
+
+def _text_style() -> dict[str, Any]:
+    return {"fill": "white", "font": _font(), "stroke_width": 1, "stroke_fill": "black"}
 
 
 def _font() -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float32, Num, UInt8
 from numpy import ndarray
 
-from medseg_trt.errors import require
+from medseg_trt.errors import InputError, require
 from medseg_trt.spec import SPLINE_ORDERS, Preprocessing, Resize
 
 Size = tuple[int, int]  # height, width in pixels
@@ -42,6 +42,7 @@ def prepare(
 
     Raises:
         ValueError: the channels are neither 1 nor 3, a pixel is NaN or infinite, or the spacing is not positive.
+        InputError: the image is in colour, and ``p.channel_order`` is "grey".
     """
     return resize_and_normalize(clip_and_scale(pixels, p), p, spacing_mm)
 
@@ -53,9 +54,12 @@ def clip_and_scale(
 
     Raises:
         ValueError: the channels are neither 1 nor 3, or a pixel is NaN or infinite.
+        InputError: the image is in colour, and ``p.channel_order`` is "grey".
     """
     if pixels.shape[2] not in (1, 3):
         raise ValueError(f"the image has {pixels.shape[2]} channels; 1 or 3 are supported")
+    if p.channel_order == "grey" and pixels.shape[2] != 1:
+        raise InputError("the image is in colour, and the network was made for grey images: convert it to grey first")
     _require_finite(pixels, "pixels")
     low, high = p.window
     values = np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)
@@ -183,7 +187,7 @@ def resize(
 
 def golden(
     p: Preprocessing,
-) -> tuple[Float32[ndarray, "height width 3"], Float32[ndarray, "3 image_height image_width"]]:
+) -> tuple[Float32[ndarray, "height width channels"], Float32[ndarray, "3 image_height image_width"]]:
     """Return seeded noise that extends beyond both ends of the window, and ``prepare``'s output for it.
 
     One axis is reduced and the other enlarged; where ``p`` has a spacing, one is cropped and the other padded.
@@ -193,6 +197,7 @@ def golden(
     noise = np.random.PCG64(0).random_raw(size[0] * size[1] * 3).reshape(*size, 3) / 2.0**64
     low, high = p.window
     pixels = (low + (high - low) * (1.5 * noise - 0.25)).astype(np.float32)
+    pixels = pixels[..., :1] if p.channel_order == "grey" else pixels
     spacing_mm = None if p.spacing_mm is None else (1.3 * p.spacing_mm, 0.8 * p.spacing_mm)
     return pixels, prepare(pixels, for_image(p, pixels[np.newaxis]), spacing_mm)
 

@@ -13,6 +13,7 @@ from medseg_trt.spec import Preprocessing
 
 Run = Callable[[np.ndarray], np.ndarray]  # (batch, 3, H, W) float32 -> logits (batch, classes, H, W) float32
 MaskRun = Callable[[np.ndarray, Size, Size], np.ndarray]  # ``Session.masks``
+Finish = Callable[[Image, np.ndarray], np.ndarray]  # labels of a whole image (slices, height, width) -> corrected ones
 PixelRun = Callable[[np.ndarray], np.ndarray]  # raw (batch, height, width, channels) -> labels uint8 of that size
 
 

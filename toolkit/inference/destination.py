@@ -6,9 +6,11 @@ from pathlib import Path
 
 from medseg_trt.bundles.bundle import Bundle
 from medseg_trt.imaging.images import Image, Mask, Source, find_images, read_image
-from medseg_trt.inference.outcomes import Refused, Skipped
+from medseg_trt.imaging.slide_mask import SlideMask
+from medseg_trt.inference.outcomes import Refused, Skipped, SlideToSegment
 from medseg_trt.inference.resume import Record
 from medseg_trt.sessions.base import Session
+from medseg_trt.tiling.segment import with_mpp
 
 
 class Destination:
@@ -29,13 +31,16 @@ class Destination:
 
     def read(
         self, sources: Sequence[Source], bundle: Bundle, session: Session, batch: int
-    ) -> Iterator[Image | Skipped | Refused]:
+    ) -> Iterator[Image | SlideToSegment | Skipped | Refused]:
         """Yield one item for every source, in order; called in a thread of its own."""
-        return map(read_image, sources)
+        return (with_mpp(read_image(source), bundle.tiles) for source in sources)
 
     def write(self, source: Source, image: Image, mask: Mask, bundle: Bundle) -> bool:
         """Write a mask and return whether that succeeded."""
         return True
+
+    def write_slide(self, source: Source, mask: SlideMask) -> None:
+        """Note the mask of a slide, which has been written where ``read`` asked for it."""
 
     def keep(self, source: Source, record: Record) -> None:
         """Note that the mask of an earlier run is kept."""

@@ -1,8 +1,11 @@
-"""The three outcomes of an image in a run of ``infer``."""
+"""The outcomes of an image in a run of ``infer``."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from medseg_trt.imaging.formats.slide import Slide
 from medseg_trt.imaging.images import Image, Mask
+from medseg_trt.imaging.slide_mask import SlideMask
 from medseg_trt.inference.resume import Record
 
 
@@ -29,4 +32,19 @@ class Refused:
     image: Image | None = None  # None: it could not be read
 
 
-Outcome = Segmented | Skipped | Refused
+@dataclass(frozen=True, slots=True, eq=False)
+class SlideToSegment:
+    """A slide, and the file that its mask is written to."""
+
+    slide: Slide
+    path: Path
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SlideSegmented:
+    """The mask of a slide has been written."""
+
+    mask: SlideMask
+
+
+Outcome = Segmented | SlideSegmented | Skipped | Refused

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from medseg_trt.errors import UsageError
 from medseg_trt.imaging.images import MASK_SUFFIXES, Source
-from medseg_trt.inference.areas_table import AREAS, read_areas
+from medseg_trt.inference.areas_table import AREAS, require_own_areas
 from medseg_trt.inference.resume import FOLDER, OVERLAYS, overlay_path
 
 Identity = tuple[int, int]  # device and number: the same file under whatever path
@@ -22,10 +22,7 @@ def require_safe(output: Path, sources: Sequence[Source]) -> None:
         UsageError: a file would be replaced, or ``areas.csv`` is another kind of file.
     """
     _require_distinct_stems(sources)
-    folders = [output, output / FOLDER, output / OVERLAYS]
-    for folder in folders[1:]:
-        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-            raise UsageError(f"{folder} is a link or a file; remove it, or choose another folder with -o")
+    folders = [output, *require_own_folders(output)]
     identities = {identity for folder in folders if (identity := _identity(folder)) is not None}
     inputs: set[Identity] = set()
     for file in (file for source in sources for file in source.files):
@@ -44,7 +41,20 @@ def require_safe(output: Path, sources: Sequence[Source]) -> None:
             raise UsageError(
                 f"{path} is a link or one of the images, and a mask would replace it; choose another folder with -o"
             )
-    read_areas(output / AREAS)
+    require_own_areas(output)
+
+
+def require_own_folders(output: Path, *further: Path) -> list[Path]:
+    """Return the folders of records and of overlays in an output folder, and further ones.
+
+    Raises:
+        UsageError: one of them is a link or a file.
+    """
+    folders = [output / FOLDER, output / OVERLAYS, *further]
+    for folder in folders:
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+            raise UsageError(f"{folder} is a link or a file; remove it, or choose another folder with -o")
+    return folders
 
 
 def _outputs(output: Path, sources: Sequence[Source]) -> Iterator[Path]:

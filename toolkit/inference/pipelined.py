@@ -21,10 +21,13 @@ from medseg_trt.errors import InputError, MedsegError
 from medseg_trt.imaging.images import Image, Mask
 from medseg_trt.imaging.preprocess import outside_fraction
 from medseg_trt.imaging.segment import SegmentationStages, segmentation_stages
-from medseg_trt.inference.outcomes import Outcome, Refused, Segmented, Skipped
+from medseg_trt.inference.outcomes import Outcome, Refused, Segmented, Skipped, SlideSegmented, SlideToSegment
 from medseg_trt.inference.prefetch import POLL_S, Prefetcher, StoppedError
 from medseg_trt.progress import LOG, track
 from medseg_trt.sessions.base import Session
+from medseg_trt.spec import Preprocessing
+from medseg_trt.tiling.segment import tiled
+from medseg_trt.tiling.slides import segment_slide
 
 MAX_PENDING_BYTES = 128 << 20  # of pixels: a volume of 512 x 512 x 256 in 16 bits
 
@@ -36,6 +39,7 @@ class _PendingImage:
     image: Image
     num_batches: int
     steps: SegmentationStages | None  # None: preparing them failed
+    unusual: str | None = None  # see ``Bundle.unusual``
     errors: list[Exception] = field(default_factory=list[Exception])  # after the first, no stage works on the image
 
 
@@ -48,7 +52,9 @@ class _SliceBatch:
     values: ndarray | None  # the network's input, then its output; None after an error
 
 
-Item = _SliceBatch | Skipped | Refused  # what passes from stage to stage; only slices are worked on
+# What passes from stage to stage; slices are worked on by all, and slides by the second alone.
+Item = _SliceBatch | SlideToSegment | SlideSegmented | Skipped | Refused
+Read = Image | SlideToSegment | Skipped | Refused
 
 
 class _MemoryBudget:
@@ -71,9 +77,11 @@ class _MemoryBudget:
 
 
 def segment_many(
-    images: Iterable[Image | Skipped | Refused], session: Session, bundle: Bundle, batch: int, label: str | None = None
+    images: Iterable[Read], session: Session, bundle: Bundle, batch: int, label: str | None = None
 ) -> Generator[Outcome, None, None]:
     """Yield the outcome of every image, in order; ``Skipped`` and ``Refused`` pass through unchanged.
+
+    Slides are segmented and written by rows.
 
     Another thread iterates over ``images``, a few batches ahead of the caller, and reads large images one at a time.
     When the caller stops, for any reason, the threads end before this generator does. An error of one image, lack of
@@ -90,7 +98,7 @@ def segment_many(
     budget = _MemoryBudget()
     with Prefetcher() as prefetcher:
         prepared = prefetcher.prefetch(_prepare(images, session, bundle, batch, budget, prefetcher))
-        outputs = prefetcher.prefetch(_run(prepared))
+        outputs = prefetcher.prefetch(_run(prepared, session, bundle, label, prefetcher))
         for outcome in prefetcher.prefetch(_finish(outputs, bundle, label), depth=1):
             yield outcome
             if isinstance(outcome, Segmented | Refused) and outcome.image is not None:
@@ -98,22 +106,30 @@ def segment_many(
 
 
 def _prepare(
-    images: Iterable[Image | Skipped | Refused],
+    images: Iterable[Read],
     session: Session,
     bundle: Bundle,
     batch: int,
     budget: _MemoryBudget,
     prefetcher: Prefetcher,
 ) -> Iterator[Item]:
+    warned = False
     for image in images:
         if not isinstance(image, Image):
             yield image
             continue
+        if not warned and has_foreign_values(image, bundle.preprocessing):
+            warned = True
+            LOG.warning(
+                "%s holds values of a picture, 0 … 255, but the network was trained on %g … %g (window); "
+                "are these CT values?",
+                *(image.stem or image.path.name, *bundle.preprocessing.window),
+            )
         budget.add(image.pixels.nbytes)
         starts = range(0, image.num_slices, batch)
         pending = _PendingImage(image=image, num_batches=len(starts), steps=None)
         with _collect_errors(pending):
-            pending = replace(pending, steps=_steps(image, session, bundle))
+            pending = replace(pending, steps=_steps(image, session, bundle), unusual=_unusual(image, bundle))
         for start in starts:
             values = None
             with _collect_errors(pending):
@@ -124,14 +140,22 @@ def _prepare(
 
 
 def _steps(image: Image, session: Session, bundle: Bundle) -> SegmentationStages:
+    if bundle.tiles is not None:
+        windows = tiled(session.run, image, bundle.preprocessing, bundle.tiles)
+        return segmentation_stages(session.run, image, bundle.preprocessing, pixels_to_masks=windows)
     _warn_about_field_of_view(image, bundle)
     masks = session.masks if session.gives_masks else None
     on_device = session.device_pipeline(image.pixels, image.spacing_in_plane)
     return segmentation_stages(session.run, image, bundle.preprocessing, masks, on_device)
 
 
-def _run(items: Iterable[Item]) -> Iterator[Item]:
+def _run(
+    items: Iterable[Item], session: Session, bundle: Bundle, label: str | None, prefetcher: Prefetcher
+) -> Iterator[Item]:
     for item in items:
+        if isinstance(item, SlideToSegment):
+            yield _slide(item, session, bundle, label, prefetcher)
+            continue
         if not isinstance(item, _SliceBatch):
             yield item
             continue
@@ -142,8 +166,32 @@ def _run(items: Iterable[Item]) -> Iterator[Item]:
         yield replace(item, values=values)
 
 
+def _slide(
+    item: SlideToSegment, session: Session, bundle: Bundle, label: str | None, prefetcher: Prefetcher
+) -> SlideSegmented | Refused:
+    """Segment a slide and write its mask by rows, all in this stage."""
+    assert bundle.tiles is not None
+
+    def check() -> None:
+        prefetcher.wait_for(lambda: True)
+
+    try:
+        mask = segment_slide(
+            session.run, item.slide, bundle.preprocessing, bundle.classes, bundle.tiles, item.path, label, check
+        )
+    except InputError as error:
+        return Refused(error)
+    except (MedsegError, StoppedError, OSError):
+        raise
+    except Exception as error:
+        return Refused(error)
+    return SlideSegmented(mask)
+
+
 def _finish(items: Iterator[Item], bundle: Bundle, label: str | None) -> Iterator[Outcome]:
     for first in items:
+        if isinstance(first, SlideToSegment):
+            raise TypeError("a slide passed the stage that segments it")
         if not isinstance(first, _SliceBatch):
             yield first
             continue
@@ -166,7 +214,7 @@ def _mask(pending: _PendingImage, batches: Iterable[_SliceBatch], bundle: Bundle
             return None
         finished = pending.steps.finish(batch.values)
         labels[batch.start : batch.start + len(finished)] = finished
-    return Mask.of(pending.image, labels, bundle.classes)
+    return Mask.of(pending.image, bundle.finish(pending.image, labels), bundle.classes, pending.unusual)
 
 
 @contextmanager
@@ -180,6 +228,19 @@ def _collect_errors(pending: _PendingImage) -> Generator[None, None, None]:
         raise
     except Exception as error:
         pending.errors.append(error)
+
+
+def has_foreign_values(image: Image, preprocessing: Preprocessing) -> bool:
+    """Return whether an image is an 8-bit picture, while the network takes Hounsfield units, which go below 0."""
+    is_picture = image.geometry is None and image.num_slices == 1 and image.pixels.dtype == np.uint8
+    return is_picture and preprocessing.window[0] < 0 and not preprocessing.own_window
+
+
+def _unusual(image: Image, bundle: Bundle) -> str | None:
+    """Compare an image with the training images, and say in one line where it is far outside."""
+    if (reason := bundle.unusual(image)) is not None:
+        LOG.warning("%s is unlike the training images: %s", image.stem or image.path.name, reason)
+    return reason
 
 
 def _warn_about_field_of_view(image: Image, bundle: Bundle) -> None:

@@ -1,26 +1,32 @@
 """Record which images of an output folder are finished, so that an interrupted run can resume.
 
 Each image has one record in ``.finished/``, written after the image's files and renamed into place. A record is valid
-only if this user wrote it and nobody else may change it; the image, the bundle and the options are the same; and the
-mask and the overlay are unchanged. A record holds no file name: names follow from the image's.
+only if it is sealed with this user's key (``record_seal``); this user wrote it and nobody else may change it; the
+image, the bundle and the options are the same; and the mask and the overlay are unchanged. A record holds no file name:
+names follow from the image's.
 """
 
 import hashlib
 import json
 import os
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from medseg_trt.errors import ArtefactError
 from medseg_trt.files import PARTIAL, open_regular, remove_abandoned, sha256_of, write_json
 from medseg_trt.imaging.images import MASK_SUFFIXES
+from medseg_trt.inference.record_seal import is_sealed, seal
 from medseg_trt.progress import LOG
 from medseg_trt.spec import from_dict, to_dict
 
 FOLDER = ".finished"
+RECORD_SUFFIX = ".json"
 OVERLAYS = "overlays"
 MAX_RECORD_BYTES = 1 << 20
+SEAL = "seal"  # beside the fields of a record
 MAX_NAME_BYTES = 255  # of a file, on every common file system
 OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
@@ -47,16 +53,30 @@ def overlay_path(folder: Path, stem: str) -> Path:
     return folder / OVERLAYS / f"{stem}.png"
 
 
-def save_record(folder: Path, stem: str, record: Record) -> None:
-    """Write the record of an image; ``stem`` is its name in the output folder, without suffix."""
-    path = _record_path(folder, stem)
-    write_json(path, to_dict(record))
+def save_record(folder: Path, stem: str, record: Record, seal_key: bytes) -> None:
+    """Write the record of an image.
+
+    Args:
+        folder: the output folder.
+        stem: the image's name there, without suffix.
+        record: of its files.
+        seal_key: from ``record_seal.record_key``.
+    """
+    path, fields = _record_path(folder, stem), to_dict(record)
+    write_json(path, {**fields, SEAL: seal(seal_key, _sealed_content(stem, fields))})
     if (mode := path.stat().st_mode) & OTHERS_MAY_WRITE:  # the umask allows a group to write
         path.chmod(stat.S_IMODE(mode) & ~OTHERS_MAY_WRITE)
 
 
-def load_record(folder: Path, stem: str, key: str) -> Record | None:
-    """Return an image's record if it is valid; None if it is missing, damaged or out of date."""
+def load_record(folder: Path, stem: str, key: str | None, seal_key: bytes) -> Record | None:
+    """Return an image's record if it is valid; None if it is missing, damaged, another user's or out of date.
+
+    Args:
+        folder: the output folder.
+        stem: the image's name there, without suffix.
+        key: of the image, the bundle and the options; None leaves its comparison to the caller.
+        seal_key: from ``record_seal.record_key``.
+    """
     path = _record_path(folder, stem)
     try:
         with open_regular(path) as file:
@@ -65,14 +85,19 @@ def load_record(folder: Path, stem: str, key: str) -> Record | None:
         if not _is_own(status):
             LOG.warning("%s may have been written by others, so its image is segmented again", path)
             return None
-        record = from_dict(Record, json.loads(content), str(path))
+        fields = _fields(content)
+        digits = fields.pop(SEAL, None)
+        if not is_sealed(seal_key, _sealed_content(stem, fields), digits):
+            LOG.warning("%s was not written by a run of this user on this machine; its image is segmented again", path)
+            return None
+        record = from_dict(Record, fields, str(path))
         files = {folder / f"{stem}{record.mask_suffix}": record.mask_sha256}
         if record.overlay_sha256 is not None:
             files[overlay_path(folder, stem)] = record.overlay_sha256
         unchanged = all(_digest(file) == digest for file, digest in files.items())
     except (OSError, ValueError, RecursionError, ArtefactError):
         return None
-    return record if record.key == key and unchanged else None
+    return record if unchanged and key in (None, record.key) else None
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -83,10 +108,22 @@ def remove_leftovers(folder: Path) -> None:
                 remove_abandoned(path)
 
 
+def _fields(content: bytes) -> dict[str, Any]:
+    fields = json.loads(content)
+    if not isinstance(fields, dict):
+        raise ValueError("a record is an object")
+    return cast("dict[str, Any]", fields)
+
+
+def _sealed_content(stem: str, fields: Mapping[str, Any]) -> bytes:
+    """Return what a seal covers: a record is of one image, so that it cannot be copied to another."""
+    return json.dumps([stem, fields], sort_keys=True).encode()
+
+
 def _record_path(folder: Path, stem: str) -> Path:
-    name = f"{stem}.json"
+    name = f"{stem}{RECORD_SUFFIX}"
     if len(os.fsencode(name)) > MAX_NAME_BYTES:
-        name = f"{hashlib.sha256(os.fsencode(stem)).hexdigest()}.json"
+        name = f"{hashlib.sha256(os.fsencode(stem)).hexdigest()}{RECORD_SUFFIX}"
     return folder / FOLDER / name
 
 

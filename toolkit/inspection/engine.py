@@ -1,4 +1,4 @@
-"""Say what an engine is, from the two files beside its plan. The plan is code, and is never deserialised here."""
+"""Describe an engine from the two files beside its plan. The plan is code, and is never deserialised here."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -17,11 +17,11 @@ MAX_BYTES = 64 << 20  # of a report
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InspectedEngine:
-    """What lies beside a plan."""
+    """The fingerprint and the layer report of a plan."""
 
     path: Path
     fingerprint: EngineFingerprint
-    state: str  # of the plan: intact, or what is wrong with it
+    state: str  # of the plan: intact, missing or damaged
     report: LayerReport
 
     def to_dict(self) -> dict[str, Any]:
@@ -39,15 +39,20 @@ class InspectedEngine:
         return header, [_row(layer) for layer in self.report.layers]
 
     def outcome_table(self) -> tuple[list[str], list[list[str]]]:
-        """Return what was expected, as a header and rows of text."""
-        return ["expected", "found", "of", "the first that is not"], [
-            [each.name, str(each.asked - len(each.failed)), str(each.asked), each.failed[0] if each.failed else ""]
-            for each in self.report.outcomes
+        """Return the expectations, as a header and rows of text."""
+        return ["expectation", "holds for", "of", "first failure"], [
+            [
+                outcome.name,
+                str(outcome.asked - len(outcome.failed)),
+                str(outcome.asked),
+                outcome.failed[0] if outcome.failed else "",
+            ]
+            for outcome in self.report.outcomes
         ]
 
 
 def inspect_engine(plan: Path) -> InspectedEngine:
-    """Read what lies beside a plan.
+    """Read the fingerprint and the layer report of a plan.
 
     Raises:
         ArtefactError: a file beside it is missing or damaged.
@@ -66,12 +71,12 @@ def read_layer_report(plan: Path) -> LayerReport:
     """
     path = plan.with_suffix(LAYERS_SUFFIX)
     if not path.is_file():
-        raise ArtefactError(f"{path} is missing, so nobody knows the layers of {plan.name}; build the engine again")
+        raise ArtefactError(f"{path} is missing, so the layers of {plan.name} are unknown; build the engine again")
     return from_dict(LayerReport, parse_json(path, read_limited(path, MAX_BYTES)), str(path))
 
 
 def shares(layers: Iterable[EngineLayer]) -> dict[str, float]:
-    """Return the share, 0 … 1, of the multiply-accumulates that each type does, the largest first."""
+    """Return the share, 0 … 1, of the multiply-accumulates in each type, the largest first."""
     macs = Counter[str]()
     for layer in layers:
         macs[layer.dtype] += layer.macs

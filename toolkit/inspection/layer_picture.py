@@ -1,7 +1,7 @@
 """Draw the layers of an engine as an SVG: a band for every part of the network, a box for every kernel, in order.
 
-The colour is the type that a kernel computes in; its height grows with the logarithm of its work, which is its
-multiply-accumulates, or its bytes where it has none. A box tells the rest when the mouse rests on it.
+The colour is the type that a kernel computes in. The height is proportional to the logarithm of its
+multiply-accumulates, or of its bytes if it has none. The tooltip of a box has the details.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from medseg_trt.export.engine_layers import CUSTOM, EngineLayer, LayerReport
 from medseg_trt.inspection.engine import shares
 from medseg_trt.spec import LIBRARY_NAMES
 
-COLORS: Mapping[str, str] = {  # Okabe & Ito's, which the colour-blind tell apart
+COLORS: Mapping[str, str] = {  # Okabe & Ito's colour-blind-safe set
     "Float": "#999999",
     "Half": "#56B4E9",
     "BFloat16": "#0072B2",
@@ -24,7 +24,7 @@ COLORS: Mapping[str, str] = {  # Okabe & Ito's, which the colour-blind tell apar
 }
 OTHER = "#DDDDDD"
 PER_ROW, BOX, GAP, HIGHEST, LEFT = 60, 15, 2, 60, 90  # boxes in a row; pixels
-LEAST_WORK, MOST_WORK = 3.0, 10.0  # powers of ten that the lowest and the highest box stand for
+LEAST_WORK, MOST_WORK = 3.0, 10.0  # powers of ten of the lowest and the highest box
 
 
 def draw_layers(report: LayerReport, fingerprint: EngineFingerprint) -> str:
@@ -54,7 +54,7 @@ def draw_layers(report: LayerReport, fingerprint: EngineFingerprint) -> str:
 
 
 def _legend(layers: Sequence[EngineLayer]) -> list[str]:
-    """Say which colour is which type, and how much of the multiply-accumulates is done in it."""
+    """Return the legend: the colour of every type, and its share of the multiply-accumulates."""
     part_of_macs, x, lines = shares(layers), 10, list[str]()
     for dtype in dict.fromkeys([*part_of_macs, *(layer.dtype for layer in layers)]):
         share = f"{dtype}: {100 * part_of_macs[dtype]:.1f} % of MACs" if dtype in part_of_macs else dtype
@@ -68,13 +68,13 @@ def _legend(layers: Sequence[EngineLayer]) -> list[str]:
 
 def _row(layers: Sequence[EngineLayer], label: str, top: int) -> list[str]:
     lines = [f'<text x="10" y="{top + HIGHEST}">{escape(label)}</text>'] if label else []
-    for place, layer in enumerate(layers):
+    for index, layer in enumerate(layers):
         height = _height(layer)
         edge = 'stroke="black" stroke-width="1.5"' if layer.is_product else 'stroke="none"'
         edge = 'stroke="black" stroke-width="2" stroke-dasharray="3,2"' if layer.kind == CUSTOM else edge
         lines.append(
-            f'<rect x="{LEFT + place * (BOX + GAP)}" y="{top + HIGHEST - height}" width="{BOX}" height="{height}" '
-            f"fill={quoteattr(COLORS.get(layer.dtype, OTHER))} {edge}><title>{escape(_told(layer))}</title></rect>"
+            f'<rect x="{LEFT + index * (BOX + GAP)}" y="{top + HIGHEST - height}" width="{BOX}" height="{height}" '
+            f"fill={quoteattr(COLORS.get(layer.dtype, OTHER))} {edge}><title>{escape(_tooltip(layer))}</title></rect>"
         )
     return lines
 
@@ -85,6 +85,6 @@ def _height(layer: EngineLayer) -> int:
     return round(HIGHEST * min(max(share, 0.08), 1))
 
 
-def _told(layer: EngineLayer) -> str:
+def _tooltip(layer: EngineLayer) -> str:
     work = f"{layer.macs / 1e6:.2f} MMAC, " if layer.macs else ""
     return f"{layer.name} ({layer.kind}, {layer.dtype}), {work}{layer.bytes / 1e3:.1f} kB, {', '.join(layer.nodes)}"

@@ -1,10 +1,12 @@
 """HD95: the 95th percentile of the distances between the surfaces of two masks.
 
-The surface is the set of mask pixels with a direct neighbour (4 in a slice, 6 in a volume) outside the mask; beyond the
-array everything is outside. Two definitions are in use, and they give different values for the same masks.
+The surface is the set of mask pixels with a direct neighbour (4 in a slice, 6 in a volume) outside the mask; pixels
+beyond the array count as outside. The percentile is that of the distances of both directions together, as in MedPy's
+``hd95``, which TransUNet and later papers report. MONAI takes the larger of the percentiles of the two directions: a
+different value for the same masks.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float64
@@ -17,35 +19,17 @@ PERCENTILE = 95
 Distances = Float64[ndarray, "..."]  # one per surface point
 
 
-def _pooled(forward: Distances, backward: Distances) -> float:
-    """Return the percentile of the distances in both directions together."""
-    return float(np.percentile(np.concatenate([forward, backward]), PERCENTILE))
-
-
-def _max_directed(forward: Distances, backward: Distances) -> float:
-    """Return the larger of the percentiles of the two directions."""
-    return float(max(np.percentile(forward, PERCENTILE), np.percentile(backward, PERCENTILE)))
-
-
-DEFINITIONS: Mapping[str, Callable[[Distances, Distances], float]] = {
-    "pooled": _pooled,  # MedPy's ``hd95``, which TransUNet and its followers report
-    "max_directed": _max_directed,  # MONAI's ``compute_hausdorff_distance(percentile=95)``
-}
-
-
 def hd95(
     prediction: Bool[ndarray, "..."],
     truth: Bool[ndarray, "..."],
     spacing_mm: Sequence[float] | None = None,
-    definition: str = "pooled",
 ) -> float | None:
-    """Return the 95th percentile Hausdorff distance; None where a mask is empty.
+    """Return the 95th percentile Hausdorff distance; None if a mask is empty.
 
     Args:
         prediction: a mask of any number of axes.
         truth: a mask of the same shape.
         spacing_mm: millimetres between pixels along each axis; without it the result is in pixels.
-        definition: a key of ``DEFINITIONS``.
 
     Raises:
         ValueError: the shapes differ, or ``spacing_mm`` does not have one number per axis.
@@ -59,7 +43,7 @@ def hd95(
     first, second = (surface_points(mask) * spacing for mask in (prediction, truth))
     if not len(first) or not len(second):
         return None
-    return DEFINITIONS[definition](_nearest(first, second), _nearest(second, first))
+    return float(np.percentile(np.concatenate([_nearest(first, second), _nearest(second, first)]), PERCENTILE))
 
 
 def surface_points(mask: Bool[ndarray, "..."]) -> Float64[ndarray, "points axes"]:

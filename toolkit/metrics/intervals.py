@@ -18,14 +18,14 @@ import numpy as np
 from jaxtyping import Float, Float64, Int64
 from numpy import ndarray
 
-CONFIDENCE = 0.90  # of an interval: the share of them that hold the true value; it lies beyond either end in 5 %
-TAIL_CONFIDENCE = 0.99  # of a tail latency, as MLPerf has it
+CONFIDENCE = 0.90  # of an interval: the share that contains the true value; 5 % lie below and 5 % above it
+TAIL_CONFIDENCE = 0.99  # of a tail latency, as in MLPerf
 RESAMPLES = 5_000
-MIN_UNITS = 5  # fewer show their range and no interval: of four, all lie on one side by chance one time in eight
+MIN_UNITS = 5  # for fewer, the range is given: four values are all on one side by chance in one of eight cases
 DRAWN_AT_ONCE = 1 << 22  # numbers, 32 MiB
 
-Answer = Literal["holds", "fails", "undecided"]
-Rounds = Sequence[Sequence[float]]  # latencies by round; a round is short beside a drift and long beside a hiccup
+Outcome = Literal["holds", "fails", "undecided"]
+Rounds = Sequence[Sequence[float]]  # latencies by round; a round is shorter than drift and longer than a hiccup
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,13 +35,13 @@ class Interval:
     estimate: float
     low: float
     high: float
-    units: int  # independent ones: cases, or rounds of a measurement
-    confidence: float | None = CONFIDENCE  # None where the ends are the range of fewer than MIN_UNITS
+    units: int  # number of independent units: cases, or rounds of a measurement
+    confidence: float | None = CONFIDENCE  # None: low and high are the range of fewer than MIN_UNITS
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    def at_least(self, limit: float) -> Answer:
-        """Say whether the true value is ``limit`` or more: the test of non-inferiority is that it surely is."""
+    def at_least(self, limit: float) -> Outcome:
+        """Test whether the true value is ``limit`` or more; non-inferiority requires "holds"."""
         if self.low >= limit:
             return "holds"
         return "fails" if self.high < limit else "undecided"
@@ -54,15 +54,15 @@ def coefficient_of_variation(samples: Sequence[float] | ndarray) -> float:
 
 
 def allowed_over_latency(queries: int, percentile: float | int, confidence: float = TAIL_CONFIDENCE) -> int:
-    """Return how many of so many queries may exceed a latency that is still, surely, above the percentile; or -1.
+    """Return the number of queries that may exceed a latency which bounds the percentile from above; -1: none does.
 
-    If one query in ``100 - percentile`` per cent truly exceeded it, so few would do so with a probability of at most
+    If ``100 - percentile`` per cent of all queries exceeded it, so few would do so with a probability of at most
     ``1 - confidence``.
 
     Args:
-        queries: how many there were.
+        queries: number of queries.
         percentile: 0 < percentile < 100.
-        confidence: that the percentile truly lies at or below the latency.
+        confidence: that the percentile is at or below the latency.
     """
     over = 1 - percentile / 100
     counts = np.arange(min(queries, int(queries * over) + 1) + 1)  # the median of a binomial is no farther up
@@ -75,7 +75,7 @@ def tail_latency(samples: Sequence[float] | ndarray, percentile: float | int) ->
     """Return MLPerf's early-stopping estimate of a percentile, which is at or above the true one with 99 %.
 
     Returns:
-        None where there are too few samples to say anything: the 90th percentile takes 64, the 99th takes 662.
+        None if there are too few samples: the 90th percentile needs 64, the 99th needs 662.
     """
     ordered = np.sort(_latencies(samples))
     allowed = allowed_over_latency(len(ordered), percentile)
@@ -83,7 +83,7 @@ def tail_latency(samples: Sequence[float] | ndarray, percentile: float | int) ->
 
 
 def sign_test_bound(values: Sequence[float], confidence: float = CONFIDENCE) -> float:
-    """Return the lower end of an interval of the true median of the values; 0 where there are too few.
+    """Return the lower end of an interval of the true median of the values; 0 if there are too few.
 
     The inverted sign test: the number of n values below the median is binomial.
     """

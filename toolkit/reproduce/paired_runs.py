@@ -1,9 +1,9 @@
-"""Say whether one network is better than another, from pairs of runs that share their seed, split and test images.
+"""Compare two networks from pairs of runs that share their seed, split and test images.
 
-Chance comes in twice: through the images that happen to be tested, and through the seed and the split of a training.
-The bootstrap draws test images anew, the same for all runs of a split, and then the runs. It is too narrow where there
-are few runs; Student's t interval over the runs' differences is not, and is widened for splits of one data set, whose
-training images overlap. A gain counts where both exclude zero.
+There are two sources of variance: the sample of test images, and the seed and split of the training. The bootstrap
+resamples test images, the same for all runs of a split, and then the runs; for few runs it is too narrow. Student's t
+interval over the differences of the runs is not, and it is widened for splits of one data set, whose training images
+overlap. A gain is distinguishable from zero if both intervals exclude zero.
 
 Sources: Efron & Tibshirani 1993, "An Introduction to the Bootstrap", chapter 8; Nadeau & Bengio 2003, "Inference for
 the Generalization Error", eq. 9.
@@ -20,18 +20,18 @@ from medseg_trt.metrics.overlap import ClassScore
 from medseg_trt.metrics.protocols import METRICS
 from medseg_trt.train.evaluate import Evaluation
 
-CONFIDENCE = 0.95  # that the interval holds the true gain
+CONFIDENCE = 0.95  # of both intervals of a single gain
 RESAMPLES = 5_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scores:
-    """One figure of one run: of every test case, image or batch, and of every class."""
+    """One figure of one run, by unit (test case, image or batch) and class."""
 
     names: tuple[str, ...]  # of the units
-    weights: tuple[float, ...]  # how many images each is
-    values: tuple[tuple[float | None, ...], ...]  # units, classes; None where there is no figure
-    mean: float | None  # as the metric counts it
+    weights: tuple[float, ...]  # number of images of each unit
+    values: tuple[tuple[float | None, ...], ...]  # units, classes; None: no figure
+    mean: float | None  # as in the metric mode
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -47,11 +47,11 @@ class Pair:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gain:
-    """By how much the second network's figure is larger, and how sure that is."""
+    """The difference of the second network's figure and the first's, with two intervals."""
 
-    estimate: float  # the mean over runs, of what both networks have a figure for
+    estimate: float  # the mean over runs, of units with a figure for both networks
     bootstrap: tuple[float, float]  # over test cases and runs
-    student: tuple[float, float] | None  # over runs; None for a single pair of them
+    student: tuple[float, float] | None  # over runs; None for a single pair
     runs: int
     units: int  # test cases, images or batches, of all splits
 
@@ -59,38 +59,40 @@ class Gain:
     def is_distinguishable(self) -> bool:
         """Whether zero lies outside of both intervals."""
         intervals = (self.bootstrap, self.student)
-        return all(each is not None and (each[0] > 0 or each[1] < 0) for each in intervals)
+        return all(interval is not None and (interval[0] > 0 or interval[1] < 0) for interval in intervals)
 
-    def sentence(self, *, lower_is_better: bool = False) -> str:
-        """Say in plain words whether the language block helps."""
+    def sentence(self, subject: str = "The LLaMA block's", *, lower_is_better: bool = False) -> str:
+        """Return a sentence on whether there is a gain; ``subject`` names whose."""
         change = f"{self.estimate:+.4g}, bootstrap {_text(self.bootstrap)}"
         if self.student is None:
-            return f"One pair of runs cannot tell whether the LLaMA block's gain is other than zero ({change})."
+            whose = f"{subject[0].lower()}{subject[1:]}"
+            return f"One pair of runs cannot tell whether {whose} gain is other than zero ({change})."
         change += f", t over {self.runs} pairs of runs {_text(self.student)}"
         if not self.is_distinguishable:
-            return f"The LLaMA block's gain is not distinguishable from zero ({change})."
+            return f"{subject} gain is not distinguishable from zero ({change})."
         helps = (self.estimate > 0) != lower_is_better
-        what = "gain is distinguishable from zero" if helps else "loss is distinguishable from zero: it does harm"
-        return f"The LLaMA block's {what} ({change})."
+        effect = "gain is distinguishable from zero" if helps else "loss is distinguishable from zero"
+        return f"{subject} {effect} ({change})."
 
 
-def scores_of(found: Evaluation, figure: str) -> Scores:
+def scores_of(evaluation: Evaluation, figure: str) -> Scores:
     """Return one figure, "dice", "iou" or "hd95", of an evaluation."""
     return Scores(
-        names=tuple(case.case for case in found.cases),
-        weights=tuple(float(case.images) for case in found.cases),
-        values=tuple(tuple(_counted(score, figure, found) for score in case.scores) for case in found.cases),
-        mean=getattr(found, f"mean_{figure}"),
+        names=tuple(case.case for case in evaluation.cases),
+        weights=tuple(float(case.images) for case in evaluation.cases),
+        values=tuple(tuple(_counted(score, figure, evaluation) for score in case.scores) for case in evaluation.cases),
+        mean=getattr(evaluation, f"mean_{figure}"),
     )
 
 
-def gain(pairs: Sequence[Pair], test_over_train: float = 0.0) -> Gain | None:
-    """Bound the gain of the second networks over the first; None where nothing has a figure in both.
+def gain(pairs: Sequence[Pair], test_over_train: float = 0.0, confidence: float = CONFIDENCE) -> Gain | None:
+    """Return the gain of the second networks over the first; None if no unit has a figure for both.
 
     Args:
         pairs: the runs.
-        test_over_train: cases of the test split divided by those of the training split, where several splits of one
-            data set were taken; 0 where all runs share one split.
+        test_over_train: number of test cases divided by number of training cases if there are several splits of one
+            data set; 0 if all runs share one split.
+        confidence: of both intervals, 0 … 1; higher where several gains are judged together.
 
     Raises:
         ValueError: the two runs of a pair were not scored on the same cases.
@@ -112,27 +114,27 @@ def gain(pairs: Sequence[Pair], test_over_train: float = 0.0) -> Gain | None:
         return None
     chosen = random.integers(len(runs), size=(RESAMPLES, len(runs)))
     bootstrap = np.nanmean(np.array(resampled)[chosen, np.arange(RESAMPLES)[:, None]], axis=1)
-    low, high = np.nanquantile(bootstrap, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    low, high = np.nanquantile(bootstrap, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Gain(
         estimate=float(runs.mean()),
         bootstrap=(float(low), float(high)),
-        student=_student(runs, test_over_train),
+        student=_student(runs, test_over_train, confidence),
         runs=len(runs),
         units=sum(counts.shape[1] for counts in drawn.values()),
     )
 
 
 def mean_and_deviation(scores: Sequence[Scores]) -> tuple[float, float | None] | None:
-    """Return the mean over runs and their standard deviation (of the sample); None where a run has no figure."""
-    found = [each.mean for each in scores if each.mean is not None]
-    if not found or len(found) < len(scores):
+    """Return the mean over runs and their standard deviation (of the sample); None if a run has no figure."""
+    means = [score.mean for score in scores if score.mean is not None]
+    if not means or len(means) < len(scores):
         return None
-    return float(np.mean(found)), float(np.std(found, ddof=1)) if len(found) > 1 else None
+    return float(np.mean(means)), float(np.std(means, ddof=1)) if len(means) > 1 else None
 
 
-def _counted(score: ClassScore, figure: str, found: Evaluation) -> float | None:
-    """Return a class's figure in one unit, where the metric's mean counts it."""
-    return getattr(score, figure) if METRICS[found.metric].every_unit_counts or score.truth_pixels else None
+def _counted(score: ClassScore, figure: str, evaluation: Evaluation) -> float | None:
+    """Return a class's figure in one unit if the mean of the metric mode includes it."""
+    return getattr(score, figure) if METRICS[evaluation.metric].every_unit_counts or score.truth_pixels else None
 
 
 def _array(scores: Scores) -> Float64[ndarray, "units classes"]:
@@ -142,7 +144,7 @@ def _array(scores: Scores) -> Float64[ndarray, "units classes"]:
 def _means(
     weights: Float64[ndarray, "draws units"], values: Float64[ndarray, "units classes"]
 ) -> Float64[ndarray, " draws"]:
-    """Return, for every draw, the mean over classes of the weighted mean over units, without what has no figure."""
+    """Return the mean over classes of the weighted mean over units for every draw; missing figures are left out."""
     there = np.isfinite(values)
     total = weights @ np.where(there, values, 0.0)
     count = weights @ there.astype(np.float64)
@@ -153,13 +155,13 @@ def _means(
     return np.where(number > 0, np.where(counted, of_class, 0.0).sum(axis=1) / np.maximum(number, 1), np.nan)
 
 
-def _student(runs: Float64[ndarray, " runs"], test_over_train: float) -> tuple[float, float] | None:
+def _student(runs: Float64[ndarray, " runs"], test_over_train: float, confidence: float) -> tuple[float, float] | None:
     if len(runs) < 2:
         return None
     from scipy.stats import t
 
     error = np.sqrt((1 / len(runs) + test_over_train) * runs.var(ddof=1))
-    margin = float(t.ppf((1 + CONFIDENCE) / 2, len(runs) - 1) * error)
+    margin = float(t.ppf((1 + confidence) / 2, len(runs) - 1) * error)
     return float(runs.mean()) - margin, float(runs.mean()) + margin
 
 

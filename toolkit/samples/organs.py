@@ -1,7 +1,8 @@
-"""Make the data set ``organs`` out of the scans that TotalSegmentator ships to test itself.
+"""Convert the test scans of TotalSegmentator to the data set ``organs``.
 
-Images and masks become NIfTI files of the same grid, the eight organs of the Synapse (BTCV) task get the labels 1 to 8,
-and nothing else of a file's header goes along. The labels are TotalSegmentator's own predictions.
+Images and masks become NIfTI files on the same grid. The eight organs of the Synapse (BTCV) task get the labels 1 to 8,
+and other header fields are dropped. The one DICOM series is also kept as it is, anonymised by its authors. The labels
+are TotalSegmentator's predictions.
 """
 
 import gzip
@@ -21,7 +22,7 @@ from medseg_trt.progress import track
 REFERENCE = "totalsegmentator-2.18.0/tests/reference_files"
 LICENCE = "totalsegmentator-2.18.0/LICENSE"
 MAX_VOLUME_BYTES = 64 << 20  # of one decompressed NIfTI file; the largest here has 6 MiB
-SAME_PLACE_MM = 1e-2  # how far the grids of an image and its mask may lie apart
+GRID_TOLERANCE_MM = 1e-2  # largest distance between the grids of an image and its mask
 
 ORGANS = ("spleen", "kidney_right", "kidney_left", "gallbladder", "liver", "stomach", "pancreas", "aorta")
 CT_LABELS = (1, 2, 3, 4, 5, 6, 7, 52)  # TotalSegmentator's number of each organ in CT
@@ -86,7 +87,7 @@ ORGANS_MEMBERS = (LICENCE, *(name for scan in SCANS.values() for name in (scan.i
 
 
 def unpack_organs(members: Mapping[str, bytes], folder: Path) -> None:
-    """Write ``images/``, ``masks/``, ``dataset.json`` and the licence into ``folder``.
+    """Write ``images/``, ``masks/``, ``dicom/``, ``dataset.json`` and the licence into ``folder``.
 
     The same package gives the same bytes on the same machine.
 
@@ -101,8 +102,17 @@ def unpack_organs(members: Mapping[str, bytes], folder: Path) -> None:
         mask = on_grid_of(image, read_nifti(members[scan.mask], scan.mask), scan.mask)
         write_nifti(folder / "images" / f"{name}.nii.gz", image.voxels, image.affine)
         write_nifti(folder / "masks" / f"{name}.nii.gz", relabel(mask.voxels, scan.labels), image.affine)
+        if not scan.image.endswith(".nii.gz"):
+            write_series(folder / "dicom" / name, series)
     (folder / "LICENSE").write_bytes(members[LICENCE])
     write_json(folder / "dataset.json", DATASET)
+
+
+def write_series(folder: Path, files: Sequence[bytes]) -> None:
+    """Write the files of a DICOM series as they are; some of their UIDs are empty."""
+    folder.mkdir(parents=True)
+    for index, content in enumerate(files):
+        (folder / f"{index:03}.dcm").write_bytes(content)
 
 
 def relabel(
@@ -148,7 +158,7 @@ def read_dicom(files: Sequence[bytes], name: str) -> Volume:
 
     positions = np.array([plane.ImagePositionPatient for plane in slices], np.float64)  # (slices, 3)
     steps = np.diff(positions, axis=0)
-    if not np.allclose(steps, steps[0], atol=SAME_PLACE_MM):
+    if not np.allclose(steps, steps[0], atol=GRID_TOLERANCE_MM):
         raise ArtefactError(f"{name}: the slices of the series are not evenly spaced; one may be missing")
     between_rows, between_columns = (float(mm) for mm in slices[0].PixelSpacing)
 
@@ -173,7 +183,7 @@ def on_grid_of(image: Volume, mask: Volume, name: str) -> Volume:
     )
     voxels = np.ascontiguousarray(nib.orientations.apply_orientation(mask.voxels, turn))
     affine = mask.affine @ nib.orientations.inv_ornt_aff(turn, mask.voxels.shape)
-    if voxels.shape != image.voxels.shape or not np.allclose(affine, image.affine, atol=SAME_PLACE_MM):
+    if voxels.shape != image.voxels.shape or not np.allclose(affine, image.affine, atol=GRID_TOLERANCE_MM):
         raise ArtefactError(f"{name} does not lie on the grid of its image")
     return Volume(voxels=voxels, affine=affine)
 

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+from medseg_trt.bundles.manifest import COMPUTE_DTYPES
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Backend:
@@ -12,35 +14,37 @@ class Backend:
     module: str  # of ours; it has ``open_graph``
     package: str  # that it imports
     extra: str  # of medseg-trt, which installs the package
-    flavours: tuple[str, ...]  # of the graphs it is given, the one that it likes best first
-    computes: tuple[str, ...]  # what it can compute float parts in
+    dialects: tuple[str, ...]  # of the graphs that it reads, the preferred one first
+    compute_dtypes: tuple[str, ...]  # what it can compute float parts in
     function: str = "open_graph"  # of the module
-    gpu: bool = False  # not tried at the build: it is given what others were verified with, and the golden input
+    gpu: bool = False  # tried by a build on a GPU alone; else its graphs are verified with another back-end
     engines: bool = False  # runs an engine that was built from the graph, not the graph
 
+
+NO_BF16 = "this processor has no bfloat16 arithmetic; choose another precision than bf16"
 
 BACKENDS: Mapping[str, Backend] = {
     "onnxruntime": Backend(
         module="medseg_trt.sessions.onnxruntime",
         package="onnxruntime",
         extra="cpu",
-        flavours=("canonical", "uint8"),
-        computes=("fp32",),
+        dialects=("canonical", "uint8"),
+        compute_dtypes=COMPUTE_DTYPES["onnxruntime"],
     ),
     "openvino": Backend(
         module="medseg_trt.sessions.openvino",
         package="openvino",
         extra="openvino",
-        flavours=("plain",),
-        computes=("fp32", "bf16"),
+        dialects=("plain", "convolved"),
+        compute_dtypes=COMPUTE_DTYPES["openvino"],
     ),
     "onnxruntime-cuda": Backend(
         module="medseg_trt.sessions.onnxruntime_gpu",
         function="open_cuda",
         package="onnxruntime",
         extra="gpu",
-        flavours=("plain", "canonical"),  # it has no kernels for some of opset 23
-        computes=("fp32",),
+        dialects=("plain", "canonical"),  # it has no kernels for some of opset 23
+        compute_dtypes=("fp32",),
         gpu=True,
     ),
     "onnxruntime-tensorrt": Backend(
@@ -48,8 +52,8 @@ BACKENDS: Mapping[str, Backend] = {
         function="open_tensorrt",
         package="onnxruntime",
         extra="gpu",
-        flavours=("canonical",),  # the others' 8-bit activations are not symmetric
-        computes=("fp32",),
+        dialects=("canonical",),  # the others' 8-bit activations are not symmetric
+        compute_dtypes=("fp32",),
         gpu=True,
     ),
     "onnxruntime-tensorrt-rtx": Backend(
@@ -57,8 +61,8 @@ BACKENDS: Mapping[str, Backend] = {
         function="open_tensorrt_rtx",
         package="onnxruntime_ep_nv_tensorrt_rtx",
         extra="onnxruntime-rtx",
-        flavours=("canonical",),
-        computes=("fp32",),
+        dialects=("canonical",),
+        compute_dtypes=("fp32",),
         gpu=True,
     ),
     "tensorrt": Backend(
@@ -66,8 +70,8 @@ BACKENDS: Mapping[str, Backend] = {
         function="open_engine",
         package="tensorrt",
         extra="tensorrt",
-        flavours=("canonical", "plain"),
-        computes=("fp32",),
+        dialects=("canonical", "plain"),
+        compute_dtypes=("fp32",),
         gpu=True,
         engines=True,
     ),
@@ -76,8 +80,8 @@ BACKENDS: Mapping[str, Backend] = {
         function="open_engine",
         package="tensorrt_rtx",
         extra="tensorrt-rtx",
-        flavours=("canonical",),
-        computes=("fp32",),
+        dialects=("canonical",),
+        compute_dtypes=("fp32",),
         gpu=True,
         engines=True,
     ),

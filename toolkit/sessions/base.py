@@ -9,6 +9,7 @@ from numpy import ndarray
 from medseg_trt.errors import UsageError
 from medseg_trt.imaging.preprocess import Size
 from medseg_trt.imaging.segment import PixelRun
+from medseg_trt.sessions.device_times import DeviceTimes
 
 
 class Session(ABC):
@@ -49,11 +50,11 @@ class Session(ABC):
 
     def time_on_device(
         self, batch: Float32[ndarray, "batch 3 height width"], duration_s: float, min_runs: int
-    ) -> list[float] | None:
+    ) -> DeviceTimes | None:
         """Run prepared images that are on the device already, for ``duration_s`` and at least ``min_runs`` times.
 
         Returns:
-            The milliseconds of each run by the device's own clock, or None where the back-end does not tell them.
+            The times by the device's own clock, or None where the back-end does not tell them.
         """
         return None
 

@@ -50,13 +50,13 @@ def check_masks(session: MaskingNetwork, preprocessing: Preprocessing, image: Fl
     logits = session.run(image)[0]
     for size, spacing_mm in _probes(preprocessing):
         expected = restore(logits, size, preprocessing, spacing_mm)
-        found = session.masks(image, size, resampled_size(size, preprocessing, spacing_mm))[0]
-        share = float((found != expected).mean()) if found.shape == expected.shape else 1.0
+        masks = session.masks(image, size, resampled_size(size, preprocessing, spacing_mm))[0]
+        share = float((masks != expected).mean()) if masks.shape == expected.shape else 1.0
         if not share <= MAX_DISAGREEMENT:
             raise ArtefactError(
                 f"{session.description} makes other masks than its preprocessing asks for ({100 * share:.1f} % of the "
                 "pixels of a generated image); do not use them. Build the bundle again: "
-                "medseg-trt build --ckpt model.pt"
+                "medseg-trt build --ckpt run/best.pt"
             )
 
 

@@ -40,15 +40,15 @@ class OnnxRuntimeSession(Session):
         if list(batch.shape[1:]) != self._input.shape[1:]:
             raise ValueError(f"the batch is {batch.shape}, but the network takes {self._input.shape}")
         own = batch.shape[2:]
-        return self._answer(OUTPUT, batch, own, own)
+        return self._run(OUTPUT, batch, own, own)
 
     def masks(
         self, batch: Float32[ndarray, "batch 3 _ _"], size: Size, resampled: Size
     ) -> UInt8[ndarray, "batch height width"]:
         """Return the labels of a batch of prepared images at the size of their sources, see ``Session``."""
-        return self._answer(MASK, batch, size, resampled)
+        return self._run(MASK, batch, size, resampled)
 
-    def _answer(self, output: str, batch: ndarray, size: Sequence[int], resampled: Sequence[int]) -> ndarray:
+    def _run(self, output: str, batch: ndarray, size: Sequence[int], resampled: Sequence[int]) -> ndarray:
         sizes = size_inputs(self._sizes, size, resampled)
         return self._session.run([output], {self._input.name: batch, **sizes})[0]
 
@@ -57,22 +57,22 @@ class OnnxRuntimeSession(Session):
         self._session = None
 
 
-def open_graph(path: Path, precision: str, threads: int | None, compute: str) -> OnnxRuntimeSession:
+def open_graph(path: Path, precision: str, threads: int | None, compute_dtype: str) -> OnnxRuntimeSession:
     """Open an ONNX file.
 
     Args:
         path: the graph.
         precision: of the graph, for the description.
         threads: CPU threads; None leaves it to ONNX Runtime, which takes one per physical core.
-        compute: what its float parts are computed in; only fp32 here.
+        compute_dtype: what its float parts are computed in; only fp32 here.
 
     Raises:
         MissingExtraError: ONNX Runtime is not installed.
-        DeviceError: ``compute`` is another type.
+        DeviceError: ``compute_dtype`` is another type.
         ArtefactError: ONNX Runtime refuses the graph.
     """
-    if compute != "fp32":
-        raise DeviceError(f"ONNX Runtime's CPU kernels do not compute in {compute}; choose --backend openvino")
+    if compute_dtype != "fp32":
+        raise DeviceError(f"ONNX Runtime's CPU kernels do not compute in {compute_dtype}; choose --backend openvino")
     runtime = require("onnxruntime", "cpu")
     options = runtime.SessionOptions()
     options.log_severity_level = ERRORS_ONLY

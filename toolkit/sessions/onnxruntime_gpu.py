@@ -6,23 +6,36 @@ and the third is switched off.
 Source: ONNX Runtime, ``onnxruntime_session_options_config_keys.h`` (``session.record_ep_graph_assignment_info``).
 """
 
+import os
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 from numpy import ndarray
 
+from medseg_trt.engines.gpu import find_gpu
 from medseg_trt.errors import ArtefactError, DeviceError, MissingExtraError, require
+from medseg_trt.export.graph.interface import OUTPUT, size_inputs
+from medseg_trt.kernels.device import Device, open_device
+from medseg_trt.kernels.launch import CudaError
+from medseg_trt.progress import LOG
 from medseg_trt.sessions.backends import BACKENDS
+from medseg_trt.sessions.device_times import UNTIMED, DeviceTimes, time_in_flight
+from medseg_trt.sessions.engine_cache import ENGINES, KERNELS, EngineCache
 from medseg_trt.sessions.onnxruntime import ERRORS_ONLY, OnnxRuntimeSession
+from medseg_trt.sessions.stream_events import StreamEvents
+from medseg_trt.spec import MAX_BATCH
 
 RECORD = "session.record_ep_graph_assignment_info"
 NODES_NAMED = 5  # in a message
+KEEP_IN_FLIGHT = "disable_synchronize_execution_providers"  # of a run: it returns before the GPU is done
+TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"  # read by TensorRT and cuBLAS when they are loaded
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +46,8 @@ class Provider:
     title: str
     options: Mapping[str, str] = field(default_factory=dict[str, str])
     beside: tuple[str, ...] = ()  # others on the same GPU that may take what it leaves
+    environment: Mapping[str, str] = field(default_factory=dict[str, str])  # set before its libraries are loaded
+    cache: str = ""  # how its options for a cache begin; "": it builds nothing that is worth keeping
 
 
 CUDA = "onnxruntime-cuda"
@@ -43,45 +58,140 @@ PROVIDERS: Mapping[str, Provider] = {  # by back-end
         options={"use_tf32": "0"},  # else float32 is multiplied with 10 bits of fraction where the GPU can
     ),
     "onnxruntime-tensorrt": Provider(
-        name="TensorrtExecutionProvider", title="TensorRT", beside=("CUDAExecutionProvider",)
+        name="TensorrtExecutionProvider",
+        title="TensorRT",
+        beside=("CUDAExecutionProvider",),
+        environment={TF32_OVERRIDE: "0"},  # it has no option for it
+        cache=ENGINES,
     ),
-    "onnxruntime-tensorrt-rtx": Provider(name="NvTensorRTRTXExecutionProvider", title="TensorRT-RTX"),
+    "onnxruntime-tensorrt-rtx": Provider(name="NvTensorRTRTXExecutionProvider", title="TensorRT-RTX", cache=KERNELS),
 }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OwnStream:
+    """A stream of ours that ONNX Runtime computes in, so that events can be put around a run."""
+
+    device: Device
+    handle: int
+
+    def close(self) -> None:
+        """Destroy the stream."""
+        self.device.activate()
+        self.device.free_stream(self.handle)
 
 
 class OnnxRuntimeGpuSession(OnnxRuntimeSession):
     """An open ONNX Runtime session whose nodes are all on a GPU; an error in a run stays one."""
 
-    device = "GPU"
+    def __init__(
+        self,
+        session: Any,
+        backend: str,
+        description: str,
+        cuda: int = 0,
+        stream: OwnStream | None = None,
+        most: int | None = None,
+    ) -> None:
+        """Take a session.
 
-    def __init__(self, session: Any, backend: str, description: str) -> None:
+        Args:
+            session: ONNX Runtime's.
+            backend: a key of ``PROVIDERS``.
+            description: for a table.
+            cuda: the number of its GPU.
+            stream: that it computes in; None: one of its own, so that the device's time cannot be taken.
+            most: images that it takes at once; None: any number.
+        """
         super().__init__(session, description)
-        self.backend = backend
+        gpu = find_gpu(cuda)
+        self._most = most
+        self.backend, self._cuda, self._stream = backend, cuda, stream
+        self.device = f"GPU {gpu.name}" if gpu is not None else "GPU"
 
-    def _answer(self, *arguments: Any) -> ndarray:
+    def time_on_device(self, batch: ndarray, duration_s: float, min_runs: int) -> DeviceTimes | None:
+        """Time the network alone, its input and output bound to memory of the GPU; see ``Session``."""
+        if self._stream is None or (self._most is not None and len(batch) > self._most):
+            return None
+        runtime, stream = require("onnxruntime", "gpu"), self._stream
+        logits = self.run(batch)
+        device = "cuda", self._cuda
+        binding = self._session.io_binding()
+        source = runtime.OrtValue.ortvalue_from_numpy(batch, *device)
+        target = runtime.OrtValue.ortvalue_from_shape_and_type(list(logits.shape), np.float32, *device)
+        binding.bind_ortvalue_input(self._input.name, source)
+        for name, value in size_inputs(self._sizes, batch.shape[2:], batch.shape[2:]).items():
+            binding.bind_cpu_input(name, value)
+        binding.bind_ortvalue_output(OUTPUT, target)
+        options = runtime.RunOptions()
+        options.add_run_config_entry(KEEP_IN_FLIGHT, "1")
         try:
-            return super()._answer(*arguments)
+            stream.device.activate()
+            for _ in range(UNTIMED):
+                self._session.run_with_iobinding(binding, options)
+            stream.device.synchronize(stream.handle)
+            with StreamEvents(stream.device, stream.handle) as clock:
+                return time_in_flight(
+                    lambda: self._session.run_with_iobinding(binding, options), clock, duration_s, min_runs
+                )
+        except CudaError as error:
+            raise DeviceError(f"{self.description}: {error}") from error
+
+    def close(self) -> None:
+        """Free the network, and then its stream."""
+        super().close()
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def _run(self, output: str, batch: ndarray, size: Sequence[int], resampled: Sequence[int]) -> ndarray:
+        most = self._most or max(len(batch), 1)
+        parts = [batch[start : start + most] for start in range(0, max(len(batch), 1), most)]
+        run = super()._run
+        try:
+            return np.concatenate([run(output, part, size, resampled) for part in parts])
         except Exception as error:  # its errors have no common base but Exception
             raise DeviceError(f"{self.description}: {str(error).splitlines()[0]}") from error
 
 
-def open_cuda(path: Path, precision: str, threads: int | None, compute: str) -> OnnxRuntimeGpuSession:
+def open_cuda(
+    path: Path,
+    precision: str,
+    threads: int | None,
+    compute_dtype: str,
+    cuda: int = 0,
+    cache: EngineCache | None = None,
+) -> OnnxRuntimeGpuSession:
     """Open an ONNX file with the CUDA provider; see ``_open``."""
-    return _open(CUDA, path, precision)
+    return _open(CUDA, path, precision, cuda, cache)
 
 
-def open_tensorrt(path: Path, precision: str, threads: int | None, compute: str) -> OnnxRuntimeGpuSession:
+def open_tensorrt(
+    path: Path,
+    precision: str,
+    threads: int | None,
+    compute_dtype: str,
+    cuda: int = 0,
+    cache: EngineCache | None = None,
+) -> OnnxRuntimeGpuSession:
     """Open an ONNX file with the TensorRT provider; see ``_open``."""
-    return _open("onnxruntime-tensorrt", path, precision)
+    return _open("onnxruntime-tensorrt", path, precision, cuda, cache)
 
 
-def open_tensorrt_rtx(path: Path, precision: str, threads: int | None, compute: str) -> OnnxRuntimeGpuSession:
+def open_tensorrt_rtx(
+    path: Path,
+    precision: str,
+    threads: int | None,
+    compute_dtype: str,
+    cuda: int = 0,
+    cache: EngineCache | None = None,
+) -> OnnxRuntimeGpuSession:
     """Open an ONNX file with the TensorRT-RTX provider, which is a package of its own; see ``_open``."""
-    return _open("onnxruntime-tensorrt-rtx", path, precision)
+    return _open("onnxruntime-tensorrt-rtx", path, precision, cuda, cache)
 
 
-def _open(backend: str, path: Path, precision: str) -> OnnxRuntimeGpuSession:
-    """Open an ONNX file on the GPU.
+def _open(backend: str, path: Path, precision: str, cuda: int, cache: EngineCache | None) -> OnnxRuntimeGpuSession:
+    """Open an ONNX file on a GPU, by its number; ``cache`` is what the provider may keep for the next session.
 
     Raises:
         MissingExtraError: the provider is not installed.
@@ -92,30 +202,53 @@ def _open(backend: str, path: Path, precision: str) -> OnnxRuntimeGpuSession:
     options = runtime.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
     options.add_session_config_entry(RECORD, "1")
-    chosen = _choose(runtime, backend, options)
+    os.environ.update(provider.environment)
+    # A provider in a package of its own computes in a stream of its own.
+    stream = _own_stream(cuda) if BACKENDS[backend].package == "onnxruntime" else None
+    kept: dict[str, str] = {}
+    if cache is not None and provider.cache and (gpu := find_gpu(cuda)) is not None:
+        kept = cache.options(provider.cache, f"{gpu.name}, {gpu.driver}, ONNX Runtime {runtime.__version__}")
     try:
-        session = runtime.InferenceSession(str(path), options, **chosen, enable_fallback=0)
+        session = _session(runtime, path, options, _choose(runtime, backend, options, cuda, stream, kept), provider)
+        placed = placement(session)
+        require_placed(placed, provider)
+    except BaseException:
+        if stream is not None:
+            stream.close()
+        raise
+    shares = ", ".join(
+        f"{len(nodes)} nodes in {name.removesuffix('ExecutionProvider')}" for name, nodes in placed.items()
+    )
+    description = f"ONNX Runtime {runtime.__version__} {precision}, {provider.title}: {shares}"
+    return OnnxRuntimeGpuSession(session, backend, description, cuda, stream, MAX_BATCH if kept else None)
+
+
+def _own_stream(cuda: int) -> OwnStream | None:
+    """Return a new stream of a GPU; None where cuda-bindings or the GPU is missing, which ONNX Runtime says itself."""
+    try:
+        device = open_device(cuda)
+        return OwnStream(device=device, handle=device.new_stream())
+    except (DeviceError, CudaError) as error:
+        LOG.debug("the device's own time cannot be taken: %s", error)
+        return None
+
+
+def _session(runtime: ModuleType, path: Path, options: Any, chosen: Mapping[str, Any], provider: Provider) -> Any:
+    try:
+        return runtime.InferenceSession(str(path), options, **chosen, enable_fallback=0)
     except Exception as error:  # its errors have no common base but Exception
         first = str(error).splitlines()[0]
         raise ArtefactError(
             f"ONNX Runtime {runtime.__version__} with {provider.title} refuses {path}: {first}"
         ) from error
-    placed = placement(session)
-    require_placed(placed, provider)
-    shares = ", ".join(
-        f"{len(nodes)} nodes in {name.removesuffix('ExecutionProvider')}" for name, nodes in placed.items()
-    )
-    return OnnxRuntimeGpuSession(
-        session, backend, f"ONNX Runtime {runtime.__version__} {precision}, {provider.title}: {shares}"
-    )
 
 
 def placement(session: Any) -> dict[str, list[str]]:
     """Return the operators of a session's nodes by the provider that each one was given to."""
-    found: dict[str, list[str]] = {}
+    operators: dict[str, list[str]] = {}
     for part in session.get_provider_graph_assignment_info():
-        found.setdefault(part.ep_name, []).extend(node.op_type for node in part.get_nodes())
-    return found
+        operators.setdefault(part.ep_name, []).extend(node.op_type for node in part.get_nodes())
+    return operators
 
 
 def require_placed(placed: Mapping[str, list[str]], provider: Provider) -> None:
@@ -139,7 +272,14 @@ def require_placed(placed: Mapping[str, list[str]], provider: Provider) -> None:
         )
 
 
-def _choose(runtime: ModuleType, backend: str, options: Any) -> dict[str, Any]:
+def _choose(
+    runtime: ModuleType,
+    backend: str,
+    options: Any,
+    cuda: int,
+    stream: OwnStream | None,
+    kept: Mapping[str, str],
+) -> dict[str, Any]:
     """Return the arguments of a session that name the provider; one in a package of its own goes into the options.
 
     Raises:
@@ -155,8 +295,9 @@ def _choose(runtime: ModuleType, backend: str, options: Any) -> dict[str, Any]:
             )
         with redirect_stdout(sys.stderr):  # it prints what it cannot find
             runtime.preload_dlls()
-        beside = [(name, dict(PROVIDERS[CUDA].options)) for name in provider.beside]
-        return {"providers": [(provider.name, dict(provider.options)), *beside]}
+        provider_options = {"device_id": str(cuda)} | ({"user_compute_stream": str(stream.handle)} if stream else {})
+        beside = [(name, {**PROVIDERS[CUDA].options, **provider_options}) for name in provider.beside]
+        return {"providers": [(provider.name, {**provider.options, **kept, **provider_options}), *beside]}
     library = require(package, BACKENDS[backend].extra)
     if provider.name not in runtime.get_available_providers():
         runtime.register_execution_provider_library(library.get_ep_name(), library.get_library_path())
@@ -166,5 +307,7 @@ def _choose(runtime: ModuleType, backend: str, options: Any) -> dict[str, Any]:
             f"ONNX Runtime's {provider.title} provider finds no device; it needs an NVIDIA GPU and its driver. "
             "On the CPU: --backend onnxruntime"
         )
-    options.add_provider_for_devices(devices[:1], dict(provider.options))
+    if cuda >= len(devices):
+        raise DeviceError(f"ONNX Runtime's {provider.title} provider finds {len(devices)} device(s), not cuda:{cuda}")
+    options.add_provider_for_devices([devices[cuda]], {**provider.options, **kept})
     return {}

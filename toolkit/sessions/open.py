@@ -11,138 +11,218 @@ from pathlib import Path
 
 import numpy as np
 
-from medseg_trt.bundles.bundle import Bundle
+from medseg_trt.bundles.bundle import Bundle, is_signed
 from medseg_trt.bundles.manifest import Execution
-from medseg_trt.errors import ArtefactError, MissingExtraError, UsageError
+from medseg_trt.devices import AUTO, ComputeDevice
+from medseg_trt.engines.gpu import find_gpu
+from medseg_trt.errors import ArtefactError, MedsegError, MissingExtraError, UsageError
 from medseg_trt.imaging.preprocess import prepare, restore
 from medseg_trt.progress import LOG
 from medseg_trt.sessions.backends import BACKENDS, is_installed
 from medseg_trt.sessions.base import Session
+from medseg_trt.sessions.engine_cache import EngineCache
+from medseg_trt.sessions.first_run import limited_run
 from medseg_trt.sessions.mask_probe import check_masks
 
 GPU_MARGIN = 4  # of the golden error where numbers are rounded; a first bound, which no GPU has confirmed yet
 PIXEL_DISAGREEMENT = 0.01  # share of pixels: preparing differs in the last bits, which 8-bit engines may round up
-PROBE_SIZE = (173, 219)  # pixels of a generated picture: no multiple of anything
+PROBE_SIZE = (173, 219)  # pixels of a generated 2-D image: no multiple of anything
+MAX_REASON = 200  # characters of a library's message
 
 
 def open_session(
-    bundle: Bundle, backend: str = "auto", threads: int | None = None, precision: str | None = None
+    bundle: Bundle,
+    backend: str = "auto",
+    threads: int | None = None,
+    precision: str | None = None,
+    device: ComputeDevice = AUTO,
 ) -> Session:
-    """Open one of the bundle's executions, and see that it answers the golden input as it did at the build.
+    """Open one of the bundle's executions, and check that its output for the golden input is that of the build.
 
     Args:
         bundle: what ``load_bundle`` returned.
         backend: a key of ``BACKENDS``, or ``auto``: the fastest one of the build that is installed here.
         threads: CPU threads; None leaves it to the back-end, which takes one per physical core.
         precision: one of the bundle's; None takes the best.
+        device: where it runs; ``auto`` leaves it to the back-end.
 
     Raises:
-        UsageError: there is no such back-end, or the bundle has nothing for it.
+        UsageError: there is no such back-end, the bundle has nothing for it, or it does not run on the device.
+        DeviceError: the device is not there.
         MissingExtraError: its package is not installed.
-        ArtefactError: it refuses the graph, or the network answers otherwise than when it was built.
+        ArtefactError: it refuses the graph, a file has changed, the output is another one than at the build, or opening
+            and running it takes more than a network of its size does.
     """
-    execution = choose(bundle, backend, precision)
-    session = open_execution(bundle, execution, threads)
-    try:
-        _check_golden(session, bundle, execution)
-        check_masks(session, bundle.preprocessing, bundle.golden()[0])
-        _check_device_pipeline(session, bundle)
-    except BaseException:
-        session.close()
-        raise
-    LOG.info(
-        "run %s with %s on %s%s", bundle.folder, session.description, session.device,
-        f" ({_reason(bundle, execution)})" if backend == "auto" else "",
-    )  # fmt: skip
-    LOG.info("%s", _trust(bundle))
+    execution = choose(bundle, backend, precision, device)
+
+    def opened() -> Session:
+        session = open_execution(bundle, execution, threads, cuda=device.number)
+        try:
+            _check_golden(session, bundle, execution)
+            check_masks(session, bundle.preprocessing, bundle.golden()[0])
+            _check_device_pipeline(session, bundle)
+        except BaseException:
+            session.close()
+            raise
+        return session
+
+    if BACKENDS[execution.backend].gpu:
+        session = opened()  # the libraries of a GPU are bound to one thread, and map more memory than they use
+    else:
+        weights = bundle.variant(execution).weights
+        name = f"{bundle.folder / bundle.variant(execution).graph} with {execution.backend}"
+        session = limited_run(opened, name, bundle.content.files[weights].bytes)
+    reason = f" ({_reason(bundle, execution, device)})" if backend == "auto" else ""
+    LOG.info("run %s with %s on %s%s", bundle.folder, session.description, session.device, reason)
+    if bundle.signed_by is None and not is_signed(bundle):
+        LOG.debug("the files of %s are intact; it is not signed, so its origin was not checked", bundle.folder)
+    else:
+        LOG.info("%s", _origin(bundle))
     return session
 
 
-def open_execution(bundle: Bundle, execution: Execution, threads: int | None = None) -> Session:
-    """Open an execution of a bundle and ask it nothing; see ``open_session``, which does."""
-    variant = bundle.variant(execution)
+def open_execution(bundle: Bundle, execution: Execution, threads: int | None = None, *, cuda: int = 0) -> Session:
+    """Open an execution of a bundle and ask it nothing; see ``open_session``, which does.
+
+    ``cuda`` is the number of the GPU, for a back-end that takes one.
+    """
     if BACKENDS[execution.backend].engines:
-        return _opener(execution.backend)(bundle, execution)
-    return open_graph(execution.backend, bundle.folder / variant.graph, variant.precision, threads, execution.compute)
+        return _opener(execution.backend)(bundle, execution, cuda)
+    variant = bundle.variant(execution)
+    with bundle.private_copy([variant.graph, variant.weights]) as private:
+        try:
+            return open_graph(
+                execution.backend,
+                private / variant.graph,
+                variant.precision,
+                threads,
+                execution.compute_dtype,
+                cuda,
+                EngineCache.of(bundle, variant),
+            )
+        except ArtefactError as error:  # which names the copy, and that is gone by then
+            raise ArtefactError(str(error).replace(str(private), str(bundle.folder))) from error
 
 
-def open_graph(backend: str, path: Path, precision: str, threads: int | None, compute: str) -> Session:
+def open_graph(
+    backend: str,
+    path: Path,
+    precision: str,
+    threads: int | None,
+    compute_dtype: str,
+    cuda: int = 0,
+    cache: EngineCache | None = None,
+) -> Session:
     """Open an ONNX file with a back-end that runs graphs; see its module's function for the arguments and errors."""
-    return _opener(backend)(path, precision, threads, compute)
+    on_gpu = (cuda, cache) if BACKENDS[backend].gpu else ()
+    return _opener(backend)(path, precision, threads, compute_dtype, *on_gpu)
 
 
 def _opener(backend: str) -> Callable[..., Session]:
     return getattr(import_module(BACKENDS[backend].module), BACKENDS[backend].function)
 
 
-def choose(bundle: Bundle, backend: str = "auto", precision: str | None = None) -> Execution:
-    """Return the best execution of the bundle for a back-end and a precision.
+def choose(
+    bundle: Bundle, backend: str = "auto", precision: str | None = None, device: ComputeDevice = AUTO
+) -> Execution:
+    """Return the best execution of the bundle for a back-end, a precision and a device.
 
     Raises:
-        UsageError: there is no such back-end, or the bundle has no such execution.
+        UsageError: there is no such back-end, the bundle has no such execution, or the back-end does not run there.
+        DeviceError: there is no such GPU.
         MissingExtraError: none of the back-ends that could be taken is installed.
     """
     if backend != "auto" and backend not in BACKENDS:
         raise UsageError(f"no back-end is called {backend!r}; choose one of: auto, {', '.join(BACKENDS)}")
+    if backend != "auto":
+        _require_on(device, backend)
+    elif device.kind == "cuda":
+        from medseg_trt.engines.choice import best_on_gpu
+
+        backend, precision = best_on_gpu(bundle, precision, device.number)
     on_gpu = backend != "auto" and BACKENDS[backend].gpu
-    found = [
+    known_executions = gpu_executions(bundle, backend) if on_gpu else bundle.content.executions
+    candidates = [
         execution
-        for execution in (gpu_executions(bundle, backend) if on_gpu else bundle.content.executions)
-        if backend in ("auto", execution.backend) and precision in (None, bundle.variant(execution).precision)
+        for execution in known_executions
+        if backend in ("auto", execution.backend)
+        and precision in (None, bundle.variant(execution).precision)
+        and _runs_on(device, execution)
     ]
-    if not found:
+    if not candidates:
         wanted = " ".join(part for part in (backend if backend != "auto" else "", precision or "") if part)
         content = bundle.content
-        known = dict.fromkeys(f"{each.backend} {bundle.variant(each).precision}" for each in content.executions)
+        known = dict.fromkeys(
+            f"{execution.backend} {bundle.variant(execution).precision}" for execution in content.executions
+        )
         known |= dict.fromkeys(
-            f"{each.spec.library} {content.variants[each.variant].precision}" for each in content.engines
+            f"{engine.spec.library} {content.variants[engine.variant].precision}" for engine in content.engines
         )
         raise UsageError(f"{bundle.folder} holds nothing for {wanted}; it holds {', '.join(known)}{_how(backend)}")
-    for execution in found:
+    for execution in candidates:
         if is_installed(execution.backend):
             return execution
-    first = BACKENDS[found[0].backend]
+    first = BACKENDS[candidates[0].backend]
     raise MissingExtraError(f"{first.package} is not installed. Install it: pip install 'medseg-trt[{first.extra}]'")
+
+
+def _runs_on(device: ComputeDevice, execution: Execution) -> bool:
+    """Say whether the device of an execution may be used, and is there."""
+    if not BACKENDS[execution.backend].gpu:
+        return True
+    return device.gpu_allowed and (not execution.executed or find_gpu(device.number) is not None)
+
+
+def _require_on(device: ComputeDevice, backend: str) -> None:
+    """Refuse a back-end that does not run on a device."""
+    gpu = BACKENDS[backend].gpu
+    if device.kind == "auto" or gpu == (device.kind == "cuda"):
+        return
+    runs, others = ("a GPU", "cuda") if gpu else ("the processor", "cpu")
+    raise UsageError(
+        f"{backend} runs on {runs}, not on --device {device}; choose --device {others}, or another back-end"
+    )
 
 
 def _how(backend: str) -> str:
     """Say how a bundle gets engines, where it is asked for one."""
     if backend == "auto" or not BACKENDS[backend].engines:
         return ""
-    return f". Build an engine: medseg-trt build --ckpt model.pt --backend {backend} --target sm86"
+    return f". Build an engine: medseg-trt build --ckpt run/best.pt --backend {backend} --target sm86"
 
 
 def gpu_executions(bundle: Bundle, backend: str) -> list[Execution]:
-    """Return what a back-end of GPUs would run: the variants in a flavour that it reads, the best first.
+    """Return what a back-end of GPUs would run: the variants in a dialect that it reads, the best first.
 
     Where it runs engines, the variants that there is an engine of.
     They were verified with another back-end. On the GPU, rounded numbers are added up in another precision and order.
     """
-    found: dict[str, Execution] = {}
-    for flavour in BACKENDS[backend].flavours:
+    by_precision: dict[str, Execution] = {}
+    for dialect in BACKENDS[backend].dialects:
         for execution in bundle.content.executions:
             variant = bundle.variant(execution)
-            if execution.compute == "fp32" and variant.flavour == flavour:
+            if execution.compute_dtype == "fp32" and variant.dialect == dialect:
                 margin = 1 if variant.precision == "fp32" else GPU_MARGIN
-                found.setdefault(
-                    variant.precision,
-                    replace(
-                        execution, backend=backend, executed=False, median_ms=None,
-                        golden_error=margin * execution.golden_error,
-                    ),
-                )  # fmt: skip
+                golden_error = margin * execution.golden_error
+                candidate = replace(
+                    execution, backend=backend, executed=False, median_ms=None, golden_error=golden_error
+                )
+                by_precision.setdefault(variant.precision, candidate)
     if BACKENDS[backend].engines:
         from medseg_trt.engines.choice import engines_of
 
         built = {engine.precision for engine in engines_of(bundle, backend)}
-        found = {precision: execution for precision, execution in found.items() if precision in built}
+        by_precision = {name: execution for name, execution in by_precision.items() if name in built}
     best_first = dict.fromkeys(bundle.variant(execution).precision for execution in bundle.content.executions)
-    return [found[precision] for precision in best_first if precision in found]
+    return [by_precision[precision] for precision in best_first if precision in by_precision]
 
 
-def _reason(bundle: Bundle, chosen: Execution) -> str:
+def _reason(bundle: Bundle, chosen: Execution, device: ComputeDevice) -> str:
     """Say why ``auto`` took this one."""
     best = bundle.default
+    if BACKENDS[chosen.backend].gpu:
+        kind = "an engine that fits it" if BACKENDS[chosen.backend].engines else "the bundle has no engine for it"
+        return f"auto on --device {device}: {kind}"
     if chosen is not best:
         return f"auto: {BACKENDS[best.backend].package}, the fastest at the build, is not installed here"
     if chosen.median_ms is None:
@@ -150,14 +230,11 @@ def _reason(bundle: Bundle, chosen: Execution) -> str:
     return f"auto: the fastest of {len(bundle.content.executions)} at the build, {chosen.median_ms:.1f} ms an image"
 
 
-def _trust(bundle: Bundle) -> str:
-    """Say what is known of where a bundle comes from."""
+def _origin(bundle: Bundle) -> str:
+    """Say what is known of who built a signed bundle."""
     if bundle.signed_by is not None:
         return f"{bundle.folder} is signed with the key {bundle.signed_by}"
-    return (
-        f"{bundle.folder} is what its manifest says; that shows damage, not malice. "
-        "With the key of who built it: --verify-key verify.pem"
-    )
+    return f"{bundle.folder} is signed, and its signature was not checked; to check it: --verify-key verify.pem"
 
 
 def _check_device_pipeline(session: Session, bundle: Bundle) -> None:
@@ -173,17 +250,23 @@ def _check_device_pipeline(session: Session, bundle: Bundle) -> None:
     if share > PIXEL_DISAGREEMENT:
         raise ArtefactError(
             f"{session.description} on this machine gives other masks than the CPU where it prepares pixels itself "
-            f"({100 * share:.1f} % of a generated picture); do not use these masks. Choose another --backend"
+            f"({100 * share:.1f} % of a generated 2-D image); do not use these masks. Choose another --backend"
         )
 
 
 def _check_golden(session: Session, bundle: Bundle, execution: Execution) -> None:
     inputs, expected = bundle.golden()
-    found = session.run(inputs)
-    error = np.abs(found - expected).max() if found.shape == expected.shape else np.inf
+    try:
+        logits = session.run(inputs)
+    except (MedsegError, MemoryError):
+        raise
+    except Exception as error:  # the libraries' errors have no common base but Exception
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ArtefactError(f"{session.description} cannot run {bundle.folder}: {reason[:MAX_REASON]}") from error
+    error = np.abs(logits - expected).max() if logits.shape == expected.shape else np.inf
     if not error <= execution.golden_error:
         raise ArtefactError(
-            f"{session.description} on this machine answers the bundle's golden input with logits that are off by "
+            f"{session.description} on this machine gives logits of the bundle's golden input that are off by "
             f"{error:.3g}, more than {execution.golden_error:g}; do not use these masks. Rebuild here: "
-            "medseg-trt build --ckpt model.pt"
+            "medseg-trt build --ckpt run/best.pt"
         )

@@ -15,6 +15,7 @@ from numpy import ndarray
 from medseg_trt.errors import ArtefactError, DeviceError, require
 from medseg_trt.export.graph.interface import INPUT, MASK, OUTPUT, size_inputs
 from medseg_trt.imaging.preprocess import Size
+from medseg_trt.sessions.backends import NO_BF16
 from medseg_trt.sessions.base import Session
 
 TYPES = {"fp32": "f32", "bf16": "bf16"}  # OpenVINO's names
@@ -42,51 +43,51 @@ class OpenVinoSession(Session):
         if list(batch.shape[1:]) != self._shape[1:]:
             raise ValueError(f"the batch is {batch.shape}, but the network takes {self._shape}")
         own = batch.shape[2:]
-        return np.concatenate([self._answer(OUTPUT, image, own, own) for image in batch])
+        return np.concatenate([self._run(OUTPUT, image, own, own) for image in batch])
 
     def masks(
         self, batch: Float32[ndarray, "batch 3 _ _"], size: Size, resampled: Size
     ) -> UInt8[ndarray, "batch height width"]:
         """Return the labels of a batch of prepared images at the size of their sources, see ``Session``."""
-        return np.concatenate([self._answer(MASK, image, size, resampled) for image in batch])
+        return np.concatenate([self._run(MASK, image, size, resampled) for image in batch])
 
     def close(self) -> None:
         """Free the network."""
         self._request = None
 
-    def _answer(self, output: str, image: ndarray, size: Sequence[int], resampled: Sequence[int]) -> ndarray:
+    def _run(self, output: str, image: ndarray, size: Sequence[int], resampled: Sequence[int]) -> ndarray:
         sizes = size_inputs(self._sizes, size, resampled)
         self._request.infer({INPUT: image[np.newaxis], **sizes}, share_inputs=True)
         return self._request.get_tensor(output).data.copy()
 
 
-def open_graph(path: Path, precision: str, threads: int | None, compute: str) -> OpenVinoSession:
+def open_graph(path: Path, precision: str, threads: int | None, compute_dtype: str) -> OpenVinoSession:
     """Compile an ONNX file.
 
     Args:
         path: the graph, of plain operators: OpenVINO refuses other domains even where a function says what they mean.
         precision: of the graph, for the description.
         threads: CPU threads; None leaves it to OpenVINO.
-        compute: what its float parts are computed in: fp32, or bf16 where the processor has it.
+        compute_dtype: what its float parts are computed in: fp32, or bf16 where the processor has it.
 
     Raises:
         MissingExtraError: OpenVINO is not installed.
         DeviceError: the processor has no bfloat16.
         ArtefactError: OpenVINO refuses the graph.
     """
-    model = compiled(path, threads, compute)
-    rest = "" if compute == precision else f", float parts in {compute}"
+    model = compiled(path, threads, compute_dtype)
+    rest = "" if compute_dtype == precision else f", float parts in {compute_dtype}"
     shown = "" if threads is None else f", {threads} thread{'s' if threads > 1 else ''}"
     return OpenVinoSession(model, f"OpenVINO {_release()} {precision}{rest}{shown}")
 
 
-def compiled(path: Path, threads: int | None, compute: str, further: Mapping[str, Any] | None = None) -> Any:
+def compiled(path: Path, threads: int | None, compute_dtype: str, further: Mapping[str, Any] | None = None) -> Any:
     """Return OpenVINO's own object for an ONNX file, compiled for one image.
 
     Args:
         path: the graph.
         threads: CPU threads; None leaves it to OpenVINO.
-        compute: what its float parts are computed in: fp32, or bf16 where the processor has it.
+        compute_dtype: what its float parts are computed in: fp32, or bf16 where the processor has it.
         further: more of OpenVINO's properties.
 
     Raises:
@@ -96,10 +97,10 @@ def compiled(path: Path, threads: int | None, compute: str, further: Mapping[str
     """
     openvino = require("openvino", "openvino")
     core = openvino.Core()
-    if compute == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        raise DeviceError("this processor has no bfloat16 arithmetic; choose another precision than bf16")
+    if compute_dtype == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise DeviceError(NO_BF16)
     options: dict[str, Any] = {
-        "INFERENCE_PRECISION_HINT": TYPES[compute],
+        "INFERENCE_PRECISION_HINT": TYPES[compute_dtype],
         "PERFORMANCE_HINT": "LATENCY",
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # else it rounds activations before 4- and 8-bit weights on its own
         **(further or {}),
@@ -108,7 +109,7 @@ def compiled(path: Path, threads: int | None, compute: str, further: Mapping[str
         options["INFERENCE_NUM_THREADS"] = threads
     try:
         model = core.read_model(str(path))
-        model.reshape({INPUT: [1, *(each.get_length() for each in list(model.input(0).partial_shape)[1:])]})
+        model.reshape({INPUT: [1, *(axis.get_length() for axis in list(model.input(0).partial_shape)[1:])]})
         return core.compile_model(model, "CPU", options)
     except Exception as error:  # its errors have no common base but Exception
         first = next((line for line in str(error).splitlines() if line.strip()), "no reason given")

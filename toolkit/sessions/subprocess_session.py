@@ -6,7 +6,6 @@ The child is ``python -P -m medseg_trt.sessions.subprocess_session``; ``medseg_t
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any, ClassVar
 
 from jaxtyping import Float32, UInt8
@@ -18,6 +17,7 @@ from medseg_trt.processes import ChildProcess, Connection, parent, process_memor
 from medseg_trt.sessions.backends import BACKENDS
 from medseg_trt.sessions.base import Session
 from medseg_trt.sessions.open import choose, open_execution, open_graph
+from medseg_trt.sessions.session_request import SessionRequest
 from medseg_trt.timing import timed_runs
 
 REFERENCES = {"pytorch": "medseg_trt.sessions.pytorch"}  # opens checkpoints, and is in no bundle
@@ -33,11 +33,9 @@ class ChildSession(Session):
 
     module: ClassVar[str] = "medseg_trt.sessions.subprocess_session"  # that the child runs
 
-    def __init__(self, path: Path, precision: str, backend: str, threads: int | None, compute: str) -> None:
-        arguments = {"path": str(path), "precision": precision, "threads": threads, "compute": compute}
-        name = f"{backend} with {path.name}"
-        self.backend, self.device, self.description = backend, "", name
-        self._child = ChildProcess(self.module, {"backend": backend, **arguments}, name)
+    def __init__(self, request: SessionRequest) -> None:
+        self.backend, self.device, self.description = request.backend, "", request.name
+        self._child = ChildProcess(self.module, request.to_dict(), request.name)
         try:
             opened = self._child.receive()
         except BaseException:
@@ -78,32 +76,27 @@ class ChildSession(Session):
         self._child.close()
 
 
-def open_network(backend: str, path: Path, precision: str, threads: int | None, compute: str) -> Session:
+def open_network(request: SessionRequest) -> Session:
     """Open a network in this process.
-
-    Args:
-        backend: a key of ``sessions.backends.BACKENDS`` or of ``REFERENCES``.
-        path: the graph, the checkpoint, or for an engine the folder of its bundle.
-        precision: of the stored weights.
-        threads: CPU threads; None leaves it to the back-end.
-        compute: what float parts are computed in.
 
     Raises:
         MedsegError: as ``sessions.open.open_session`` does.
     """
-    if backend in REFERENCES:
-        return import_module(REFERENCES[backend]).open_graph(path, precision, threads, compute)
-    if BACKENDS[backend].engines:
-        bundle = load_bundle(path)
-        return open_execution(bundle, choose(bundle, backend, precision))
-    return open_graph(backend, path, precision, threads, compute)
+    graph = (request.path, request.precision, request.threads, request.compute_dtype)
+    if request.backend in REFERENCES:
+        return import_module(REFERENCES[request.backend]).open_graph(*graph, request.device, request.form)
+    if BACKENDS[request.backend].engines:
+        bundle = load_bundle(request.path)
+        execution = choose(bundle, request.backend, request.precision)
+        return open_execution(bundle, execution, cuda=request.device.number)
+    return open_graph(request.backend, *graph, request.device.number)
 
 
 def serve(handlers: Mapping[str, Callable[..., Reply]]) -> None:
     """Open the session that the parent asks for, and answer its calls until it hangs up."""
     with parent() as (request, connection):
         began = time.perf_counter()
-        with open_network(request.pop("backend"), Path(request.pop("path")), **request) as session:
+        with open_network(SessionRequest.parse(request)) as session:
             load_ms = 1000 * (time.perf_counter() - began)
             opened = {name: getattr(session, name) for name in ("device", "description", "gives_masks")}
             connection.send({**opened, "load_ms": load_ms})

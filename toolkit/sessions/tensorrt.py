@@ -1,14 +1,13 @@
 """Run an engine of a bundle with TensorRT or TensorRT-RTX.
 
-A plan is code that runs here as soon as it is deserialised. So its bytes are read once, their digest is compared with
-the manifest's, its fingerprint with this machine, and only then does the library see them.
+A plan is code that runs as soon as it is deserialised. So its bytes are read once, their digest is compared with the
+manifest's and its fingerprint with this machine, and only then does the library get them.
 
-Pictures of 8 bits go to the GPU as they are and come back as masks: resizing, normalising and labelling are kernels
-between the copies. Everything else is prepared and labelled on the CPU, and the description says which it is. One thing
-differs: logits that are NaN are an error on the CPU, and background on the device, which does not look for them.
+2-D images of 8 bits are copied to the GPU as they are and come back as masks: kernels between the copies resize,
+normalise and label them. Everything else is prepared and labelled on the CPU; the description says which. One thing
+differs: NaN among the logits is an error on the CPU, and background on the device, which does not check for it.
 """
 
-import hashlib
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,24 +24,23 @@ from medseg_trt.engines import kernels as engine_kernels
 from medseg_trt.engines.choice import fitting_engine
 from medseg_trt.engines.fingerprint import FOLDER, EngineFingerprint
 from medseg_trt.errors import ArtefactError, DeviceError, require
-from medseg_trt.files import inside
 from medseg_trt.imaging.segment import PixelRun
 from medseg_trt.kernels import load
 from medseg_trt.kernels.device import Device, DeviceMemoryError, open_device
 from medseg_trt.kernels.image_to_tensor import scalars as tensor_scalars
 from medseg_trt.kernels.launch import CudaError, Launcher
-from medseg_trt.kernels.library import FILE, FindPtx, open_library
+from medseg_trt.kernels.library import FILE, FindPtx, ReadFile, open_library
 from medseg_trt.kernels.logits_to_mask import scalars as mask_scalars
 from medseg_trt.sessions.backends import BACKENDS
 from medseg_trt.sessions.base import Session
-from medseg_trt.sessions.tensorrt_cache import cache_file, load_kernels, save_kernels
+from medseg_trt.sessions.device_times import DeviceTimes
+from medseg_trt.sessions.tensorrt_cache import KernelCache, cache_file
 from medseg_trt.sessions.tensorrt_engine import Engine, EngineError
 from medseg_trt.sessions.tensorrt_stream import InferenceRequest, InferenceStream
 from medseg_trt.sessions.tensorrt_stream_pool import StreamPool
 from medseg_trt.spec import LIBRARY_NAMES, Preprocessing
 
 MAX_STREAMS = 2  # one computes while the other's thread prepares; each takes the engine's working memory once more
-RUNS_BETWEEN_LOOKS = 10  # at how long they have taken in all
 WARM_UPS = 2  # the first run compiles and loads, the second records
 
 
@@ -67,6 +65,7 @@ class TensorRtSession(Session):
         *,
         graphs: bool = True,
         plan: Path | None = None,
+        compiled: KernelCache | None = None,
     ) -> None:
         """Take an engine; it is closed with the session.
 
@@ -78,11 +77,13 @@ class TensorRtSession(Session):
             kernels: for ``device_pipeline``; None leaves pixels to the CPU.
             graphs: whether sequences that come again are recorded as CUDA graphs.
             plan: that it was deserialised from.
+            compiled: where kernels that the library compiles are kept, also those that later images asked for.
         """
         self.plan = plan
         self.backend, self.device, self.description = backend, f"GPU {device.name}", description
         self._engine, self._device, self._kernels = engine, device, kernels
-        launcher = Launcher(device, kernels.find_ptx) if kernels else Launcher(device)
+        self._compiled = compiled
+        self._launcher = launcher = Launcher(device, kernels.find_ptx) if kernels else Launcher(device)
         self._streams = StreamPool(lambda: InferenceStream(engine, device, launcher, graphs=graphs), MAX_STREAMS)
 
     def run(self, batch: Float32[ndarray, "batch 3 height width"]) -> Float32[ndarray, "batch classes height width"]:
@@ -95,27 +96,23 @@ class TensorRtSession(Session):
         source, target = self._engine.input, self._engine.output
         if batch.shape[1:] != source.shape:
             raise ValueError(f"the batch is {batch.shape}, but the network takes {source.shape}")
-        answer = np.empty((len(batch), *target.shape), np.float32)
+        logits = np.empty((len(batch), *target.shape), np.float32)
         prepared = np.ascontiguousarray(batch, source.dtype)
-        self._pass(prepared, answer, lambda images: InferenceRequest(images=images))
-        return answer
+        self._pass(prepared, logits, lambda images: InferenceRequest(images=images))
+        return logits
 
     def time_on_device(
         self, batch: Float32[ndarray, "batch 3 height width"], duration_s: float, min_runs: int
-    ) -> list[float]:
-        """Return the milliseconds of the network alone, by CUDA events; see ``Session``.
+    ) -> DeviceTimes:
+        """Return the times of the network alone, by CUDA events; see ``Session``.
 
         Raises:
             DeviceError: as ``run`` does.
         """
-        most, prepared = self._engine.most, np.ascontiguousarray(batch, self._engine.input.dtype)
-        pieces = [prepared[start : start + most] for start in range(0, len(prepared), most)]
-        taken = list[float]()
+        most = self._engine.most
+        sizes = [min(most, len(batch) - start) for start in range(0, len(batch), most)]
         with self._stream_in_use() as stream:
-            while len(taken) < min_runs or sum(taken) < 1000 * duration_s:
-                runs = max(min_runs - len(taken), RUNS_BETWEEN_LOOKS)
-                taken += [sum(each) for each in zip(*(stream.time(piece, runs) for piece in pieces), strict=True)]
-        return taken
+            return stream.time(sizes, duration_s, min_runs)
 
     def layer_times(self, image: Float32[ndarray, "batch 3 height width"], runs: int) -> dict[str, list[float]]:
         """Return the milliseconds of every layer of the engine in each of ``runs`` runs, by the library's own profiler.
@@ -138,7 +135,11 @@ class TensorRtSession(Session):
         if self._kernels is None or pixels.dtype != np.uint8:
             return None
         p, classes = self._kernels.preprocessing, self._engine.output.shape[0]
-        if p.spacing_mm is not None and spacing_mm is not None and not all(0 < each < np.inf for each in spacing_mm):
+        if (
+            p.spacing_mm is not None
+            and spacing_mm is not None
+            and not all(0 < length < np.inf for length in spacing_mm)
+        ):
             return None
         height, width, channels = pixels.shape[1:]
 
@@ -155,9 +156,9 @@ class TensorRtSession(Session):
             return None
 
         def masks(slices: UInt8[ndarray, "batch height width channels"]) -> UInt8[ndarray, "batch height width"]:
-            answer = np.empty(slices.shape[:3], np.uint8)
-            self._pass(np.ascontiguousarray(slices), answer, request)
-            return answer
+            labels = np.empty(slices.shape[:3], np.uint8)
+            self._pass(np.ascontiguousarray(slices), labels, request)
+            return labels
 
         return masks
 
@@ -171,14 +172,17 @@ class TensorRtSession(Session):
         """Wait for the threads that are in it, and free everything."""
         self._device.activate()
         self._streams.close()
+        if self._compiled is not None:
+            self._compiled.save()
         self._engine.close()
+        self._launcher.close()
 
-    def _pass(self, source: ndarray, answer: ndarray, request: Callable[[int], InferenceRequest]) -> None:
+    def _pass(self, source: ndarray, output: ndarray, request: Callable[[int], InferenceRequest]) -> None:
         """Send a batch through the network in pieces that the engine takes."""
         with self._stream_in_use() as stream:
             for start in range(0, len(source), self._engine.most):
                 part = slice(start, min(start + self._engine.most, len(source)))
-                answer[part] = stream.run(request(part.stop - part.start), source[part])
+                output[part] = stream.run(request(part.stop - part.start), source[part])
 
     @contextmanager
     def _stream_in_use(self) -> Generator[InferenceStream, None, None]:
@@ -190,7 +194,7 @@ class TensorRtSession(Session):
 
 
 @contextmanager
-def device_errors(device: Device, what: str) -> Generator[None, None, None]:
+def device_errors(device: Device, name: str) -> Generator[None, None, None]:
     """Turn what CUDA and TensorRT say into one line.
 
     Raises:
@@ -201,10 +205,10 @@ def device_errors(device: Device, what: str) -> Generator[None, None, None]:
     except (CudaError, EngineError) as error:
         if isinstance(error, DeviceMemoryError) or (isinstance(error, EngineError) and error.is_memory):
             raise DeviceError(
-                f"{what}: the GPU has not enough memory ({_free(device)}; {error}). End what else runs on it, or "
-                "build for smaller batches: medseg-trt build --ckpt model.pt --max-batch 1"
+                f"{name}: the GPU has not enough memory ({_free(device)}; {error}). End what else runs on it, or "
+                "build for smaller batches: medseg-trt build --ckpt run/best.pt --max-batch 1"
             ) from error
-        raise DeviceError(f"{what}: {error}") from error
+        raise DeviceError(f"{name}: {error}") from error
 
 
 def _free(device: Device) -> str:
@@ -214,8 +218,8 @@ def _free(device: Device) -> str:
         return "nobody knows how much is free"
 
 
-def open_engine(bundle: Bundle, execution: Execution) -> TensorRtSession:
-    """Open the engine of a bundle that fits this machine.
+def open_engine(bundle: Bundle, execution: Execution, cuda: int = 0) -> TensorRtSession:
+    """Open the engine of a bundle that fits a GPU of this machine, by its number.
 
     Raises:
         MissingExtraError: TensorRT or cuda-bindings is not installed.
@@ -225,41 +229,54 @@ def open_engine(bundle: Bundle, execution: Execution) -> TensorRtSession:
     """
     library, variant = execution.backend, bundle.variant(execution)
     trt = require(BACKENDS[library].package, BACKENDS[library].extra)
-    device = open_device()
-    found = fitting_engine(bundle, library, trt.__version__, variant.precision, device)
-    path = inside(bundle.folder, f"{FOLDER}/{found.plan}")
-    plan = read_verified(path, bundle.content.files[f"{FOLDER}/{found.plan}"].sha256)
-    if found.plugins:
+    device = open_device(cuda)
+    fingerprint = fitting_engine(bundle, library, trt.__version__, variant.precision, device)
+    plan_name = f"{FOLDER}/{fingerprint.plan}"
+    path, plan = bundle.folder / plan_name, bundle.read(plan_name)
+    if fingerprint.plugins:
         _register_plugins(trt, bundle)
     kernels, where = _pixel_kernels(bundle, device)
-    what = f"{LIBRARY_NAMES[library]} {trt.__version__} {variant.precision}, {where}"
-    engine = _load(trt, bundle, found, plan, device)
-    session = TensorRtSession(engine, device, library, what, kernels, plan=path)
+    description = f"{LIBRARY_NAMES[library]} {trt.__version__} {variant.precision}, {where}"
+    engine = _load(trt, bundle, fingerprint, plan, device)
+    compiled = KernelCache(engine, cache_file(fingerprint.sha256, device.name))
+    session = TensorRtSession(engine, device, library, description, kernels, plan=path, compiled=compiled)
     try:
-        with device_errors(device, what):
-            cache = cache_file(found.sha256, device.name)
-            load_kernels(engine, cache)
+        with device_errors(device, description):
+            compiled.load()
             session.warm_up()
-            save_kernels(engine, cache)
+            compiled.save()
     except BaseException:
         session.close()
         raise
     return session
 
 
-def _load(trt: Any, bundle: Bundle, found: EngineFingerprint, plan: bytes, device: Device) -> Engine:
+def _load(trt: Any, bundle: Bundle, fingerprint: EngineFingerprint, plan: bytes, device: Device) -> Engine:
     """Deserialise a plan, and give it its weights where it has none."""
-    path = bundle.folder / FOLDER / found.plan
+    path = bundle.folder / FOLDER / fingerprint.plan
     try:
-        engine = Engine(trt, found.library, plan, host_code=found.version_compatible or bool(found.plugins))
-        if found.stripped:
-            engine.refit(inside(bundle.folder, found.graph))
+        engine = Engine(
+            trt, fingerprint.library, plan, host_code=fingerprint.version_compatible or bool(fingerprint.plugins)
+        )
+        if fingerprint.stripped:
+            _refit(engine, bundle, fingerprint)
     except EngineError as error:
         if error.is_memory:
             with device_errors(device, str(path)):
                 raise
-        raise ArtefactError(f"{path}: {error}. Build it again: medseg-trt build --ckpt model.pt") from error
+        raise ArtefactError(f"{path}: {error}. Build it again: medseg-trt build --ckpt run/best.pt") from error
     return engine
+
+
+def _refit(engine: Engine, bundle: Bundle, fingerprint: EngineFingerprint) -> None:
+    """Give a plan without weights those of its graph, which the library opens by name."""
+    weights = [variant.weights for variant in bundle.content.variants.values() if variant.graph == fingerprint.graph]
+    with bundle.private_copy([fingerprint.graph, *weights]) as private:
+        engine.refit(private / fingerprint.graph)
+
+
+def _kernel_files(bundle: Bundle) -> ReadFile:
+    return lambda name: bundle.read(f"{engine_kernels.FOLDER}/{name}")
 
 
 def _register_plugins(trt: Any, bundle: Bundle) -> None:
@@ -267,7 +284,7 @@ def _register_plugins(trt: Any, bundle: Bundle) -> None:
 
     if f"{engine_kernels.FOLDER}/{FILE}" not in bundle.content.files:
         raise ArtefactError(f"{bundle.folder} has no kernels for its plugins; build it again with --plugins on")
-    register(trt, open_library(inside(bundle.folder, engine_kernels.FOLDER)))
+    register(trt, open_library(bundle.folder / engine_kernels.FOLDER, _kernel_files(bundle)))
 
 
 def _pixel_kernels(bundle: Bundle, device: Device) -> tuple[PixelKernels | None, str]:
@@ -278,21 +295,9 @@ def _pixel_kernels(bundle: Bundle, device: Device) -> tuple[PixelKernels | None,
             raise ValueError("the bundle has no kernels for it")
         tensor_scalars(p, (1, *p.image_size, 3))
         mask_scalars(p, 1, classes, p.image_size)
-        find_ptx = open_library(inside(bundle.folder, engine_kernels.FOLDER))
+        find_ptx = open_library(bundle.folder / engine_kernels.FOLDER, _kernel_files(bundle))
         for kernel in map(load, engine_kernels.FOR_PICTURES):
             find_ptx(kernel, kernel.entry(f"{kernel.name}_float32"), device.capability, device.cuda)
     except (ValueError, DeviceError) as obstacle:
-        return None, f"pictures prepared and labelled on the CPU ({obstacle})"
-    return PixelKernels(find_ptx=find_ptx, preprocessing=p), "8-bit pictures prepared and labelled on the GPU"
-
-
-def read_verified(path: Path, sha256: str) -> bytes:
-    """Return the bytes of a file, which are the very ones that were compared with a digest.
-
-    Raises:
-        ArtefactError: it is not what its digest says.
-    """
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise ArtefactError(f"{path} changed since the bundle was checked; it is not run. Copy the bundle again")
-    return content
+        return None, f"images prepared and labelled on the CPU ({obstacle})"
+    return PixelKernels(find_ptx=find_ptx, preprocessing=p), "8-bit images prepared and labelled on the GPU"

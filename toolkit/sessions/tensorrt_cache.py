@@ -20,22 +20,32 @@ def cache_file(plan_sha256: str, gpu: str) -> Path:
     return cache_folder("tensorrt-rtx") / name
 
 
-def load_kernels(engine: Engine, path: Path) -> bool:
-    """Give an engine the kernels of an earlier session, and say whether it took them."""
-    if not path.is_file() or path.stat().st_size > MAX_BYTES:
-        return False
-    content = path.read_bytes()
-    digest, blob = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
-    return hashlib.sha256(blob).digest() == digest and engine.load_kernels(blob)
+class KernelCache:
+    """The file with the compiled kernels of one engine."""
 
+    def __init__(self, engine: Engine, path: Path) -> None:
+        self._engine, self._path = engine, path
+        self._kept = b""  # digest of what the file holds, as far as this process knows
 
-def save_kernels(engine: Engine, path: Path) -> None:
-    """Keep what an engine has compiled; a cache that cannot be written is none."""
-    blob = engine.compiled_kernels()
-    if blob is None:
-        return
-    try:
-        with atomic_file(path) as temporary:
-            temporary.write_bytes(hashlib.sha256(blob).digest() + blob)
-    except OSError as error:
-        LOG.debug("the compiled kernels are not kept: %s", error)
+    def load(self) -> bool:
+        """Give the engine, which has no context yet, the kernels of an earlier session; say whether it took them."""
+        if not self._path.is_file() or self._path.stat().st_size > MAX_BYTES:
+            return False
+        content = self._path.read_bytes()
+        digest, blob = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
+        if hashlib.sha256(blob).digest() != digest or not self._engine.load_kernels(blob):
+            return False
+        self._kept = digest
+        return True
+
+    def save(self) -> None:
+        """Keep what the engine has compiled, if that is something new; a cache that cannot be written is none."""
+        blob = self._engine.compiled_kernels()
+        if blob is None or (digest := hashlib.sha256(blob).digest()) == self._kept:
+            return
+        try:
+            with atomic_file(self._path) as temporary:
+                temporary.write_bytes(digest + blob)
+            self._kept = digest
+        except OSError as error:
+            LOG.debug("the compiled kernels are not kept: %s", error)

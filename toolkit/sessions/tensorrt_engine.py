@@ -74,18 +74,19 @@ class Engine:
         self.input, self.output = self._tensors()
         self.least, self.usual, self.most = self._batches()
         self.activation_bytes = int(self._engine.device_memory_size_v2)
-        self._cache: Any = None
         self._config: Any = self._runtime_config() if library in COMPILES_HERE else None
+        self._cache: Any = None if self._config is None else self._config.create_runtime_cache()
+        self._cache_is_set = self._config is None
 
     @property
     def library(self) -> Any:
         """The library's module."""
         return self._trt
 
-    def error(self, what: str) -> EngineError:
+    def error(self, failure: str) -> EngineError:
         """Return the error that something failed, in the library's last words, which are forgotten then."""
         said, self._heard[:] = "; ".join(self._heard[-2:]), []
-        return EngineError(f"{what}: {said}" if said else f"{what}, and says no reason")
+        return EngineError(f"{failure}: {said}" if said else f"{failure}, and says no reason")
 
     def context(self, activations: int) -> "Context":
         """Return a new context that works in memory at ``activations``, of ``activation_bytes``.
@@ -94,6 +95,9 @@ class Engine:
             EngineError: there is none to be had.
         """
         with self._one_at_a_time:
+            if not self._cache_is_set:
+                self._config.set_runtime_cache(self._cache)
+                self._cache_is_set = True
             made = self._engine.create_execution_context(self._config or self._user_managed)
         if made is None:
             raise self.error("no execution context")
@@ -115,13 +119,21 @@ class Engine:
         if not (parser.refit_from_file(str(graph)) and refitter.refit_cuda_engine()):
             raise self.error(f"the weights of {graph.name} do not fit the engine")
 
+    def filled_up(self, images: int) -> int:
+        """Return the size of batch that so many images run in: the next power of two that the engine takes."""
+        return min(max(1 << (images - 1).bit_length(), self.least), self.most)
+
     def load_kernels(self, blob: bytes) -> bool:
-        """Take kernels that were compiled before; the library refuses those of another GPU, driver or version."""
-        return self._config is not None and bool(self._cache.deserialize(blob))
+        """Take kernels that were compiled before; the library refuses those of another GPU, driver or version.
+
+        It comes before the first context, since a cache is filled before it is given to a configuration.
+        Source: NVIDIA, TensorRT-RTX documentation, "Working with Runtime Cache".
+        """
+        return not self._cache_is_set and bool(self._cache.deserialize(blob))
 
     def compiled_kernels(self) -> bytes | None:
         """Return the kernels that were compiled so far; None where the library compiles none."""
-        return None if self._config is None else bytes(self._cache.serialize())
+        return None if self._cache is None else bytes(self._cache.serialize())
 
     def close(self) -> None:
         """Free the engine; its contexts are gone before."""
@@ -134,8 +146,6 @@ class Engine:
         config.cuda_graph_strategy = self._trt.CudaGraphStrategy.DISABLED
         eager = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
         config.dynamic_shapes_kernel_specialization_strategy = eager
-        self._cache = config.create_runtime_cache()
-        config.set_runtime_cache(self._cache)
         return config
 
     def _tensors(self) -> tuple[Tensor, Tensor]:
@@ -143,7 +153,7 @@ class Engine:
         if set(names) != {INPUT, OUTPUT}:
             raise ArtefactError(
                 f"the engine has the tensors {', '.join(names)}; only {INPUT} and {OUTPUT} can be run. "
-                "Build it again: medseg-trt build --ckpt model.pt --outputs logits"
+                "Build it again: medseg-trt build --ckpt run/best.pt --outputs logits"
             )
         source, target = (self._tensor(name) for name in (INPUT, OUTPUT))
         return source, target
@@ -170,7 +180,7 @@ class Context:
         self._engine, self._context = engine, context
 
     def prepare(self, batch: int, source: int, target: int) -> None:
-        """Say how many images there are, and at which addresses they and the answers lie.
+        """Say how many images there are, and at which addresses they and the outputs lie.
 
         Raises:
             EngineError: the engine does not take them.

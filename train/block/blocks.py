@@ -1,8 +1,8 @@
-"""The frozen LLaMA block: extract it from a language model's checkpoint once, keep it as one small safetensors file.
+"""The frozen LLaMA block: extracted from a language model's checkpoint into one small safetensors file.
 
-The file holds one decoder layer, or several of one model, oldest first, whose tensors are then called ``0.…``, ``1.…``.
-Its metadata hold the geometry and where the layers came from, and its bytes depend on nothing else, so that a
-checkpoint can name the block by SHA-256.
+The file contains one decoder layer, or several consecutive layers of one model, whose tensors are called ``0.…``,
+``1.…``. The metadata contain the geometry and the provenance. Equal blocks have equal bytes, so a checkpoint can
+identify its block by SHA-256.
 """
 
 import json
@@ -24,11 +24,11 @@ from medseg_trt.spec import BlockSpec, to_dict
 from medseg_trt.train.block.layer_choice import FINAL_NORM, LayerChoice, LayerNumber
 from medseg_trt.train.block.layer_geometry import block_spec, check_layer
 from medseg_trt.train.block.layer_readers import READERS
-from medseg_trt.train.models.llama import LlamaBlock
-from medseg_trt.train.weights.weight_files import is_finite, open_safetensors
+from medseg_trt.train.block.llama import LlamaBlock
+from medseg_trt.train.tensor_files.weight_files import is_finite, open_safetensors
 
 SCHEMA = 1
-METADATA_KEY = "medseg_trt"  # one entry only: safetensors writes several in a random order
+METADATA_KEY = "medseg_trt"  # a single entry, because safetensors writes several in random order
 MAX_METADATA_BYTES = 1 << 20
 SUFFIXES = ", ".join(filter(None, READERS))
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -36,10 +36,10 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FrozenBlock:
-    """The weights of one LLaMA decoder layer, all of one type, with its geometry and where it came from.
+    """The weights of one LLaMA decoder layer, all of one type, with geometry and provenance.
 
-    ``tensors`` have Hugging Face's names and half-split rotary layout; ``norm.weight``, which need not be there, is the
-    language model's own norm after its last layer. ``provenance`` is plain data that JSON can hold.
+    ``tensors`` have Hugging Face's names and half-split rotary layout; the optional ``norm.weight`` is the language
+    model's norm after its last layer. ``provenance`` is JSON-serialisable.
     """
 
     spec: BlockSpec
@@ -57,7 +57,7 @@ class FrozenBlock:
 
     @property
     def num_parameters(self) -> int:
-        """How many weights there are."""
+        """The number of weights."""
         return sum(tensor.numel() for tensor in self.tensors.values())
 
 
@@ -68,7 +68,7 @@ def extract(source: Path, layer: LayerNumber = "last", *, final_norm: bool = Fal
         source: a Hugging Face folder, one ``.safetensors`` or ``.bin`` shard of it with ``config.json`` beside it,
             Meta's folder or ``consolidated.00.pth`` with ``params.json`` beside it, a GGUF file, or a block file.
         layer: which layer, from 0, or "last".
-        final_norm: also take the language model's own norm after its last layer; a block file that has it keeps it.
+        final_norm: also read the language model's norm after its last layer; always kept from a block file.
 
     Raises:
         ArtefactError: the source is missing, damaged, of another architecture, or has no such layer or norm.
@@ -77,7 +77,7 @@ def extract(source: Path, layer: LayerNumber = "last", *, final_norm: bool = Fal
 
 
 def extract_last(source: Path, count: int, *, final_norm: bool = False) -> tuple[FrozenBlock, ...]:
-    """Read the last ``count`` decoder layers, oldest first; the arguments and errors are those of :func:`extract`."""
+    """Read the last ``count`` decoder layers in order; arguments and errors are those of :func:`extract`."""
     if count < 1:
         raise UsageError(f"{count} layers cannot be taken; give 1 or more")
     return _extract(source, LayerChoice(count=count, final_norm=final_norm))
@@ -92,7 +92,7 @@ def _extract(source: Path, choice: LayerChoice) -> tuple[FrozenBlock, ...]:
         return _chosen(load_block(source), choice, source)
     LOG.info("read %s of %s", choice, source)
     layers = READERS[suffix](source, choice)
-    LOG.info("left out: %s", ", ".join(layers[0].provenance["skipped"]) or "nothing")
+    LOG.debug("not needed by the block: %s", ", ".join(layers[0].provenance["skipped"]) or "nothing")
     return tuple(
         _checked(layer.spec, _same_type(layer.tensors, source), {**layer.provenance, "medseg_trt": __version__}, source)
         for layer in layers
@@ -100,25 +100,25 @@ def _extract(source: Path, choice: LayerChoice) -> tuple[FrozenBlock, ...]:
 
 
 def _chosen(blocks: Sequence[FrozenBlock], choice: LayerChoice, source: Path) -> tuple[FrozenBlock, ...]:
-    """Return the wanted layers of a block file."""
-    kept = [block for block in blocks if choice.layer in ("last", block.provenance.get("layer"))][-choice.count :]
-    if len(kept) < choice.count:
-        wanted = f"no layer {choice.layer}; leave the layer out" if choice.count == 1 else f"{len(blocks)} layer(s)"
-        raise ArtefactError(f"{source} is an extracted block and holds {wanted}")
-    if choice.final_norm and FINAL_NORM not in kept[-1].tensors:
+    """Return the chosen layers of a block file."""
+    chosen = [block for block in blocks if choice.layer in ("last", block.provenance.get("layer"))][-choice.count :]
+    if len(chosen) < choice.count:
+        request = f"no layer {choice.layer}; leave the layer out" if choice.count == 1 else f"{len(blocks)} layer(s)"
+        raise ArtefactError(f"{source} is an extracted block and holds {request}")
+    if choice.final_norm and FINAL_NORM not in chosen[-1].tensors:
         raise ArtefactError(
             f"{source} is an extracted block without the final norm; extract it again from the language model"
         )
-    return tuple(kept)
+    return tuple(chosen)
 
 
 def random_block(spec: BlockSpec, seed: int, std: float = 0.02) -> FrozenBlock:
-    """Make a block of seeded normal weights, the same on every machine; the norms are ones.
+    """Return a block of seeded normal weights, equal on every machine; the norms are ones.
 
     Args:
         spec: its geometry.
         seed: of NumPy's generator.
-        std: the standard deviation; 0.02 is what LLaMA starts its training from.
+        std: the standard deviation; 0.02 is LLaMA's initialisation.
     """
     random = np.random.default_rng(seed)
     with torch.device("meta"):
@@ -132,12 +132,12 @@ def random_block(spec: BlockSpec, seed: int, std: float = 0.02) -> FrozenBlock:
 
 
 def build_block(block: FrozenBlock, *, rotary: bool = False, causal: bool = False) -> LlamaBlock:
-    """Build the frozen module of one layer in float32 and evaluation mode; a final norm is no part of it.
+    """Build the frozen module of one layer in float32 and evaluation mode, without the final norm.
 
     Args:
         block: its weights.
-        rotary: switch the rotary embedding on, which the published model leaves out.
-        causal: switch the causal mask on, which the published model leaves out.
+        rotary: use the rotary embedding, which the published model does not.
+        causal: use the causal mask, which the published model does not.
 
     Raises:
         UsageError: the weights were trained with scaled rotary angles, which are not implemented.
@@ -153,13 +153,13 @@ def build_block(block: FrozenBlock, *, rotary: bool = False, causal: bool = Fals
 
 
 def save_block(block: FrozenBlock | Sequence[FrozenBlock], path: Path) -> str:
-    """Write a block of one layer or several, oldest first, as safetensors, whole or not at all; same block, same bytes.
+    """Write the layers of a block as safetensors, atomically; equal blocks give equal bytes.
 
     Returns:
         The file's SHA-256.
 
     Raises:
-        ValueError: there is no layer, or the layers have different geometries.
+        ValueError: no layers, or layers of different geometries.
     """
     safetensors_torch = require("safetensors.torch", "train")
     layers = (block,) if isinstance(block, FrozenBlock) else tuple(block)
@@ -180,11 +180,11 @@ def save_block(block: FrozenBlock | Sequence[FrozenBlock], path: Path) -> str:
 
 
 def load_block(path: Path, digest: str | None = None) -> tuple[FrozenBlock, ...]:
-    """Read the layers of a block that :func:`save_block` wrote, oldest first.
+    """Read the layers of a block that :func:`save_block` wrote, in the model's order.
 
     Args:
         path: the safetensors file.
-        digest: the SHA-256 that the file must have; it is compared before anything is parsed.
+        digest: the expected SHA-256, which is checked before the file is parsed.
 
     Raises:
         ArtefactError: the file is missing, damaged, not a block, or has another digest.
@@ -197,12 +197,12 @@ def load_block(path: Path, digest: str | None = None) -> tuple[FrozenBlock, ...]
         header = _header(file.metadata() or {}, path)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # safe_open is no mapping
     spec, provenances = block_spec(header["spec"], path), _provenances(header["provenance"], path)
-    parts = [tensors] if len(provenances) == 1 else _apart(tensors, len(provenances), path)
+    parts = [tensors] if len(provenances) == 1 else _tensors_of_layers(tensors, len(provenances), path)
     return tuple(_checked(spec, part, origin, path) for part, origin in zip(parts, provenances, strict=True))
 
 
 def provenance_of(blocks: Sequence[FrozenBlock]) -> dict[str, Any]:
-    """Return where the layers of one file came from: one layer's own provenance, or ``layers``, a list of them."""
+    """Return the provenance of the layers of one file: that of the only layer, or ``{"layers": [...]}``."""
     if len(blocks) == 1:
         return dict(blocks[0].provenance)
     return {"layers": [dict(block.provenance) for block in blocks]}
@@ -218,8 +218,8 @@ def _provenances(provenance: Mapping[str, Any], path: Path) -> list[Mapping[str,
     return layers
 
 
-def _apart(tensors: Mapping[str, Tensor], num_layers: int, path: Path) -> list[dict[str, Tensor]]:
-    """Divide the tensors of a file by the numbers of their layers."""
+def _tensors_of_layers(tensors: Mapping[str, Tensor], num_layers: int, path: Path) -> list[dict[str, Tensor]]:
+    """Group the tensors of a file by layer."""
     parts: list[dict[str, Tensor]] = [{} for _ in range(num_layers)]
     for key, tensor in tensors.items():
         number, _, name = key.partition(".")
@@ -241,7 +241,7 @@ def _header(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
             f"{path} is no extracted block; make one: medseg-trt block extract {path} -o block.safetensors"
         )
     if len(text) > MAX_METADATA_BYTES or len(metadata) > 1:
-        raise ArtefactError(f"{path} has more metadata than a block has; it is not to be trusted")
+        raise ArtefactError(f"{path} has more metadata than a block; it is not trusted")
     try:
         header = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -256,7 +256,7 @@ def _header(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
 
 
 def _same_type(tensors: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
-    """Bring tensors of several types to float32; one type is kept."""
+    """Convert tensors of different types to float32; keep a common type."""
     dtypes = {tensor.dtype for tensor in tensors.values()}
     if unusable := sorted(str(dtype) for dtype in dtypes - set(DTYPES)):
         raise ArtefactError(f"{source} has tensors of the type {', '.join(unusable)}; only {DTYPES} can be read")

@@ -1,8 +1,8 @@
-"""Read tensors out of a GGUF file without trusting its header.
+"""Read tensors from an untrusted GGUF file.
 
 The layout is GGUF version 2 and 3, little-endian: a header of typed metadata, one entry per tensor, then the data. The
-header is read here and not by ``gguf.GGUFReader``, which loops for as long as a damaged or hostile file tells it to;
-the ``gguf`` package knows the tensor types and dequantises. Source: ggml, ``docs/gguf.md``.
+header is not read by ``gguf.GGUFReader``, which loops without a limit on damaged or malicious files; the ``gguf``
+package provides the tensor types and the dequantisation. Source: ggml, ``docs/gguf.md``.
 """
 
 import mmap
@@ -33,17 +33,17 @@ UNQUANTISED: Mapping[str, torch.dtype] = {"F16": torch.float16, "BF16": torch.bf
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GgufTensor:
-    """Where one tensor lies in the file, and how it is stored."""
+    """The location and format of one tensor in the file."""
 
-    shape: tuple[int, ...]  # as PyTorch writes it: rows first
+    shape: tuple[int, ...]  # in PyTorch's order: rows first
     type_name: str  # a name of ``gguf.GGMLQuantizationType``, for example "Q4_1"
-    start: int  # byte in the file
+    start: int  # offset in the file, bytes
     size: int  # bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GgufFile:
-    """The header of a GGUF file: metadata without its arrays, and the tensors' places."""
+    """The header of a GGUF file: metadata without arrays, and the entries of the tensors."""
 
     path: Path
     metadata: Mapping[str, Any]
@@ -62,7 +62,7 @@ class GgufFile:
             return torch.from_numpy(data).view(UNQUANTISED[tensor.type_name]).reshape(tensor.shape)
         try:
             rows = data.reshape(*tensor.shape[:-1], -1)
-            with np.errstate(over="ignore", invalid="ignore"):  # the caller looks for values that are not finite
+            with np.errstate(over="ignore", invalid="ignore"):  # the caller checks that values are finite
                 values = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[tensor.type_name])
         except NotImplementedError as error:
             raise ArtefactError(
@@ -76,7 +76,7 @@ def open_gguf(path: Path) -> GgufFile:
     """Read and check the header of a GGUF file; no tensor is loaded.
 
     Raises:
-        ArtefactError: the file is no GGUF file, is cut short, or its header cannot be true.
+        ArtefactError: the file is no GGUF file or truncated, or its header is implausible.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -86,14 +86,14 @@ def open_gguf(path: Path) -> GgufFile:
 
 
 class _Cursor:
-    """Reads one little-endian value after another, and never past the end of the file."""
+    """Reads little-endian values one after another, within the bounds of the file."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data = data
         self.offset = 0
 
     def skip(self, size: int) -> int:
-        """Step over ``size`` bytes and return where they began."""
+        """Skip ``size`` bytes and return their offset."""
         start = self.offset
         if size > len(self.data) - start:
             raise ValueError(f"its header asks for {size} bytes at byte {start}, but the file ends at {len(self.data)}")
@@ -104,11 +104,11 @@ class _Cursor:
         """Read one number of a ``struct`` code."""
         return struct.unpack_from("<" + code, self.data, self.skip(struct.calcsize("<" + code)))[0]
 
-    def count(self, limit: int, what: str) -> int:
-        """Read how many of something there are."""
+    def count(self, limit: int, unit: str) -> int:
+        """Read a count and check its limit."""
         number = self.number("Q")
         if number > limit:
-            raise ValueError(f"its header claims {number} {what}; at most {limit} are believed")
+            raise ValueError(f"its header claims {number} {unit}; the limit is {limit}")
         return number
 
     def string(self) -> str:
@@ -118,7 +118,7 @@ class _Cursor:
         return self.data[start : start + size].decode("utf-8")
 
     def value(self) -> Any:
-        """Read a typed value; an array is stepped over and read as None."""
+        """Read a typed value; arrays are skipped and returned as None."""
         kind = self.number("I")
         if kind == STRING:
             return self.string()
@@ -127,7 +127,7 @@ class _Cursor:
         return self.number(_scalar(kind))
 
     def skip_array(self) -> None:
-        """Step over an array of numbers or strings."""
+        """Skip an array of numbers or strings."""
         kind, count = self.number("I"), self.count(MAX_ARRAY_ITEMS, "array items")
         if kind == STRING:
             for _ in range(count):
@@ -153,23 +153,23 @@ def _read_header(path: Path, data: mmap.mmap) -> GgufFile:
         )
     num_tensors, num_entries = cursor.count(MAX_TENSORS, "tensors"), cursor.count(MAX_METADATA, "metadata entries")
     metadata = dict(_unique("metadata entry", [(cursor.string(), cursor.value()) for _ in range(num_entries)]))
-    places = _unique("tensor", [_read_place(cursor) for _ in range(num_tensors)])
+    entries = _unique("tensor", [_read_entry(cursor) for _ in range(num_tensors)])
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 0 < alignment <= mmap.PAGESIZE:
         raise ValueError(f"general.alignment is {alignment!r}")
     origin = -(-cursor.offset // alignment) * alignment
-    tensors = {name: _tensor(name, place, origin, len(data)) for name, place in places}
+    tensors = {name: _tensor(name, entry, origin, len(data)) for name, entry in entries}
     return GgufFile(path=path, metadata=metadata, tensors=tensors)
 
 
-def _unique(what: str, entries: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+def _unique(kind: str, entries: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
     names = [name for name, _ in entries]
     if len(set(names)) < len(names):
-        raise ValueError(f"its header names a {what} twice")
+        raise ValueError(f"its header names a {kind} twice")
     return entries
 
 
-def _read_place(cursor: _Cursor) -> tuple[str, tuple[tuple[int, ...], int, int]]:
+def _read_entry(cursor: _Cursor) -> tuple[str, tuple[tuple[int, ...], int, int]]:
     name, num_dimensions = cursor.string(), cursor.number("I")
     if num_dimensions > MAX_DIMENSIONS:
         raise ValueError(f"its tensor {name!r} claims {num_dimensions} dimensions")
@@ -177,9 +177,9 @@ def _read_place(cursor: _Cursor) -> tuple[str, tuple[tuple[int, ...], int, int]]
     return name, (shape, cursor.number("I"), cursor.number("Q"))
 
 
-def _tensor(name: str, place: tuple[tuple[int, ...], int, int], origin: int, file_size: int) -> GgufTensor:
+def _tensor(name: str, entry: tuple[tuple[int, ...], int, int], origin: int, file_size: int) -> GgufTensor:
     gguf = require("gguf", "train")
-    shape, kind, offset = place
+    shape, kind, offset = entry
     quantisation = gguf.GGMLQuantizationType(kind)  # ValueError for an unknown number
     block_items, block_bytes = gguf.GGML_QUANT_SIZES[quantisation]
     if not shape or 0 in shape or shape[-1] % block_items:

@@ -11,7 +11,7 @@ from torch import Tensor
 from medseg_trt.errors import ArtefactError
 from medseg_trt.spec import BlockSpec, from_dict
 from medseg_trt.train.block.layer_choice import FINAL_NORM
-from medseg_trt.train.models.llama import LlamaBlock
+from medseg_trt.train.block.llama import LlamaBlock
 
 MAX_SIZE = 1 << 20  # of one axis of a layer; LLaMA-3 405B has 53248
 
@@ -23,14 +23,16 @@ def check_layer(spec: BlockSpec, shapes: Mapping[str, tuple[int, ...]]) -> None:
         ValueError: a tensor is missing, unknown, or has another shape.
     """
     with torch.device("meta"):
-        wanted = {name: tuple(tensor.shape) for name, tensor in LlamaBlock(spec).state_dict().items()}
+        expected_shapes = {name: tuple(tensor.shape) for name, tensor in LlamaBlock(spec).state_dict().items()}
     if FINAL_NORM in shapes:
-        wanted[FINAL_NORM] = (spec.hidden_size,)
-    if different := sorted(wanted.keys() ^ shapes.keys()):
-        raise ValueError(f"{different[0]} is {'missing' if different[0] in wanted else 'no tensor of a LLaMA layer'}")
+        expected_shapes[FINAL_NORM] = (spec.hidden_size,)
+    if different := sorted(expected_shapes.keys() ^ shapes.keys()):
+        raise ValueError(
+            f"{different[0]} is {'missing' if different[0] in expected_shapes else 'no tensor of a LLaMA layer'}"
+        )
     for name, shape in shapes.items():
-        if tuple(shape) != wanted[name]:
-            raise ValueError(f"{name} has the shape {tuple(shape)}, but its geometry asks for {wanted[name]}")
+        if tuple(shape) != expected_shapes[name]:
+            raise ValueError(f"{name} has the shape {tuple(shape)}, but its geometry requires {expected_shapes[name]}")
 
 
 def half_split(rows: Tensor, heads: int) -> Tensor:
@@ -39,7 +41,7 @@ def half_split(rows: Tensor, heads: int) -> Tensor:
 
 
 def block_spec(values: Mapping[str, Any], source: Path | str) -> BlockSpec:
-    """Build a geometry from untrusted values; sizes that no real model has are refused before anything is allocated.
+    """Build a geometry from untrusted values; implausible sizes are refused before any allocation.
 
     Raises:
         ArtefactError: a value is missing, unknown or out of range.
@@ -54,6 +56,6 @@ def block_spec(values: Mapping[str, Any], source: Path | str) -> BlockSpec:
 
 
 def head_dim_of(hidden: Any, heads: Any) -> Any:
-    """Return the default width of a head, ``hidden / heads``; None where the values are not valid sizes."""
+    """Return the default width of a head, ``hidden / heads``; None if the values are not valid sizes."""
     is_valid = isinstance(hidden, int) and isinstance(heads, int) and heads > 0 and hidden % heads == 0
     return hidden // heads if is_valid else None

@@ -17,7 +17,7 @@ from medseg_trt.train.block.hugging_face_folder import open_hugging_face
 from medseg_trt.train.block.layer_choice import LayerChoice, Layout, match
 from medseg_trt.train.block.layer_geometry import block_spec, check_layer, half_split, head_dim_of
 from medseg_trt.train.block.meta_file import MetaFile, open_meta, part_paths
-from medseg_trt.train.weights.weight_files import read_json
+from medseg_trt.train.tensor_files.weight_files import read_json
 
 GGUF_NAMES: Mapping[str, str] = {  # llama.cpp's name -> Hugging Face's
     "attn_norm.weight": "input_layernorm.weight",
@@ -48,14 +48,14 @@ HUGGING_FACE_LAYOUT = Layout(
 )
 META_LAYOUT = Layout(pattern=re.compile(r"layers\.(\d{1,6})\."), names=META_NAMES, final_norm=("norm.weight",))
 GGUF_LAYOUT = Layout(pattern=re.compile(r"blk\.(\d{1,6})\."), names=GGUF_NAMES, final_norm=("output_norm.weight",))
-MODEL_TYPES = ("llama", "mistral")  # the same layer; others with the same names compute something else (Gemma, Granite)
+MODEL_TYPES = ("llama", "mistral")  # the same layer; others with the same tensor names differ (Gemma, Granite)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layer:
-    """One decoder layer as it was read: Hugging Face's tensor names, half-split rotary layout.
+    """One decoder layer as read: Hugging Face's tensor names, half-split rotary layout.
 
-    The last one of a choice may carry the language model's final norm, as ``norm.weight``.
+    The last chosen layer may include the language model's final norm, ``norm.weight``.
     """
 
     spec: BlockSpec
@@ -105,7 +105,7 @@ def read_gguf(path: Path, choice: LayerChoice) -> tuple[Layer, ...]:
 
 
 def read_folder(source: Path, choice: LayerChoice) -> tuple[Layer, ...]:
-    """Read layers of a folder in Hugging Face's layout, or in Meta's where it has no ``config.json``.
+    """Read layers of a folder in Hugging Face's layout, or in Meta's if it has no ``config.json``.
 
     Raises:
         ArtefactError: as :func:`read_hugging_face` and :func:`read_meta`.
@@ -118,14 +118,14 @@ def read_hugging_face(source: Path, choice: LayerChoice) -> tuple[Layer, ...]:
     """Read layers of a Hugging Face folder, or of one ``*.safetensors`` or ``*.bin`` with ``config.json`` beside it.
 
     Raises:
-        ArtefactError: a file is damaged or missing, the model is not LLaMA's kind, or there is no such layer.
+        ArtefactError: a file is damaged or missing, the model is of another architecture, or has no such layer.
     """
     folder = source if source.is_dir() else source.parent
     config = read_json(folder / "config.json")
     spec = _hugging_face_spec(config, folder / "config.json")
     shards = open_hugging_face(source)
     num_layers = config.get("num_hidden_layers")
-    selection = match(choice, num_layers, shards.places, HUGGING_FACE_LAYOUT, source, shards.elsewhere)
+    selection = match(choice, num_layers, shards.file_of_key, HUGGING_FACE_LAYOUT, source, shards.elsewhere)
     values = shards.read(selection.keys)
     files = shards.files(selection.keys)
     digests = {path: sha256(path) for path in (folder / "config.json", *files)}
@@ -153,12 +153,12 @@ def read_hugging_face(source: Path, choice: LayerChoice) -> tuple[Layer, ...]:
 
 
 def read_meta(source: Path, choice: LayerChoice) -> tuple[Layer, ...]:
-    """Read layers of Meta's ``consolidated.NN.pth`` with ``params.json`` beside them; all parts are joined.
+    """Read layers of Meta's ``consolidated.NN.pth`` with ``params.json`` beside them; the parts are joined.
 
     Meta stores the rows of q and k for interleaved rotary pairs; they are reordered to half-split.
 
     Raises:
-        ArtefactError: a part is damaged or missing or holds code, or there is no such layer.
+        ArtefactError: a part is damaged or missing or holds code, or the layer does not exist.
     """
     file = open_meta(source)
     selection = match(choice, file.params.get("n_layers"), file.keys(), META_LAYOUT, source)
@@ -246,7 +246,7 @@ def _meta_spec(file: MetaFile, intermediate_size: int) -> BlockSpec:
     return block_spec(
         {
             "hidden_size": params.get("dim"),
-            "intermediate_size": intermediate_size,  # params.json has only what it was rounded up from
+            "intermediate_size": intermediate_size,  # params.json has only the value before rounding
             "num_heads": params.get("n_heads"),
             "num_kv_heads": params.get("n_kv_heads") or params.get("n_heads"),
             "head_dim": params.get("head_dim") or head_dim_of(params.get("dim"), params.get("n_heads")),
@@ -258,7 +258,7 @@ def _meta_spec(file: MetaFile, intermediate_size: int) -> BlockSpec:
 
 
 def _check_parts(file: MetaFile, query_rows: int, spec: BlockSpec) -> None:
-    """Name the first missing part, where the query rows divide into equal parts."""
+    """Report the first missing part if the query rows divide into equal parts."""
     num_parts, wanted_rows = len(file.parts), spec.num_heads * spec.head_dim
     rows_of_part = query_rows // num_parts
     if num_parts * rows_of_part < wanted_rows and rows_of_part and wanted_rows % rows_of_part == 0:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from medseg_trt.errors import ArtefactError
-from medseg_trt.train.weights.weight_files import open_pickled, read_json
+from medseg_trt.train.tensor_files.weight_files import open_pickled, read_json
 
 PART = re.compile(r"consolidated\.(\d{2})\.pth")
-SPLIT_AXIS: Mapping[str, int | None] = {  # by the end of a key: rows 0, columns 1, None where every part has the whole
+SPLIT_AXIS: Mapping[str, int | None] = {  # by the end of a key: 0: rows, 1: columns, None: complete in every part
     "attention_norm.weight": None,
     "attention.wq.weight": 0,
     "attention.wk.weight": 0,
@@ -32,7 +32,7 @@ SPLIT_AXIS: Mapping[str, int | None] = {  # by the end of a key: rows 0, columns
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MetaFile:
-    """The parts of one model, mapped and not read, and what ``params.json`` says of it."""
+    """The parts of one model, memory-mapped, and the content of ``params.json``."""
 
     params_path: Path
     params: Mapping[str, Any]
@@ -46,13 +46,13 @@ class MetaFile:
         """Return the shape of the joined tensor.
 
         Raises:
-            ArtefactError: a part lacks it, or the parts do not fit together.
+            ArtefactError: a part lacks it, or the parts do not match.
         """
         shares = self._shares(key)
         first, axis = shares[0], _axis(key)
         if len({(share.shape, share.dtype) for share in shares}) > 1 or first.dim() <= (axis or 0):
-            found = ", ".join(f"{tuple(share.shape)} {str(share.dtype).removeprefix('torch.')}" for share in shares)
-            raise ArtefactError(f"{self.params_path.parent}: the parts of {key} do not fit together: {found}")
+            kinds = ", ".join(f"{tuple(share.shape)} {str(share.dtype).removeprefix('torch.')}" for share in shares)
+            raise ArtefactError(f"{self.params_path.parent}: the parts of {key} do not fit together: {kinds}")
         shape = list(first.shape)
         if axis is not None:
             shape[axis] *= len(shares)
@@ -62,7 +62,7 @@ class MetaFile:
         """Join one tensor's shares in memory.
 
         Raises:
-            ArtefactError: the parts differ in what all of them should have.
+            ArtefactError: the parts differ in a tensor that is complete in all of them.
         """
         self.shape(key)
         shares, axis = self._shares(key), _axis(key)
@@ -80,7 +80,7 @@ class MetaFile:
 
 
 def open_meta(source: Path) -> MetaFile:
-    """Map a folder's parts, or one part and all that lie beside it.
+    """Memory-map the parts of a folder, or a part with all others in its folder.
 
     Raises:
         ArtefactError: ``params.json`` or a part is missing or damaged, or a part holds other things than tensors.
@@ -101,7 +101,7 @@ def part_paths(folder: Path) -> list[Path]:
 
 def _number(path: Path) -> int:
     match = PART.fullmatch(path.name)
-    return int(match[1]) if match else 0  # one file of another name is the whole model
+    return int(match[1]) if match else 0  # a single file of another name is the complete model
 
 
 def _axis(key: str) -> int | None:

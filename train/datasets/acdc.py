@@ -1,12 +1,12 @@
-"""ACDC: the heart in MR, at the end of its filling and of its beat, as volumes or as SSL4MIS's slices and volumes.
+"""ACDC: the heart in MR at end-diastole and end-systole, as volumes or as SSL4MIS's slices and volumes.
 
 Official: ``database/training/patient001/`` with ``Info.cfg``, ``patient001_frame01.nii.gz`` and ``…_gt.nii.gz`` of two
-frames, and a film ``patient001_4d.nii.gz``, which has no labels and is left alone. SSL4MIS's:
+frames, and a series ``patient001_4d.nii.gz``, which has no labels and is ignored. SSL4MIS's:
 ``ACDC_training_slices/patient100_frame13_slice_0.h5`` and ``ACDC_training_volumes/patient100_frame01.h5``, scaled to
 0 … 1; training takes the slices, validation and test the volumes.
 
-The paper gives no list of patients. 31 to 100 train, 21 to 30 validate and 1 to 20 test, as the regular expressions of
-the authors' ``dataset_ACDC.py`` have it.
+The paper gives no list of patients. 31 to 100 are for training, 21 to 30 for validation and 1 to 20 for the test, as in
+the regular expressions of the authors' ``dataset_ACDC.py``.
 """
 
 import re
@@ -85,8 +85,8 @@ VOLUMES = ("acdc_training_volumes", "")
 
 
 def _of(part: str, cases: list[Case]) -> tuple[Case, ...]:
-    wanted = _names(part)
-    return tuple(case for case in cases if case.group in wanted)
+    names = _names(part)
+    return tuple(case for case in cases if case.group in names)
 
 
 def _names(part: str) -> list[str]:
@@ -99,7 +99,7 @@ def _first(base: Path, names: tuple[str, ...]) -> Path | None:
 
 
 def _unlike_info(folder: Path, names: list[str]) -> str:
-    """Report frames other than those of ``Info.cfg`` (``ED: 1`` and ``ES: 12``); empty: there are none."""
+    """Report frames other than those of ``Info.cfg`` (``ED: 1`` and ``ES: 12``); empty: none."""
     path = folder / "Info.cfg"
     if not path.is_file():
         return f"{path} does not exist; if the archive was unzipped incompletely, unzip it again"

@@ -1,8 +1,8 @@
-"""BUSI: breast ultrasound, with several masks where a picture shows several lesions.
+"""BUSI: breast ultrasound, with several masks for images of several lesions.
 
-``Dataset_BUSI_with_GT/benign/benign (1).png`` goes with ``benign (1)_mask.png``, and ``benign (1)_mask_1.png`` where
-there is a second lesion. Which of them count, and whether the pictures without a lesion belong to it, the paper does
-not say: ``data.masks`` and ``data.normals``.
+``Dataset_BUSI_with_GT/benign/benign (1).png`` has the mask ``benign (1)_mask.png``, and ``benign (1)_mask_1.png`` for a
+second lesion. The paper does not state which masks count, nor whether images without a lesion are included; see
+``data.masks`` and ``data.normals``.
 """
 
 import re
@@ -22,7 +22,7 @@ IMAGE = r"((?:(?!_mask).)*)"
 
 
 def read(base: Path, options: DataOptions) -> DatasetScan:
-    """Find the pictures of the kinds that are asked for, and their masks."""
+    """Find the images of the selected kinds and their masks."""
     problems: list[str] = []
     cases: list[Case] = []
     kinds = WITH_LESION + (WITHOUT_LESION if options.normals == "include" else ())

@@ -1,4 +1,4 @@
-"""Check a whole data set: report its contents, its faults, and what limits the meaning of its figures."""
+"""Check a whole data set: report its contents, its faults, and limits of its figures."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -10,17 +10,23 @@ import numpy as np
 from medseg_trt.errors import InputError
 from medseg_trt.imaging.images import Source, read_labels
 from medseg_trt.imaging.label_values import pixels_per_label
-from medseg_trt.progress import track
+from medseg_trt.progress import plural, track
 from medseg_trt.train.datasets.data_report import CaseFacts, DataReport
 from medseg_trt.train.datasets.duplicates import ImageHash, find_duplicates, hash_image
 from medseg_trt.train.datasets.folder import Case, DataFolder, manifest_sha256, open_folder, read_case, shared_slices
 from medseg_trt.train.datasets.layout import ALL
 from medseg_trt.train.datasets.official import resolve_dataset, split_dataset, wrong_counts
 from medseg_trt.train.datasets.options import DataOptions
+from medseg_trt.train.datasets.pairs import first_few
 from medseg_trt.train.datasets.split_manifest import read_split_manifest, with_recorded_splits
 
 NIFTI = (".nii", ".nii.gz")
 MAX_NAMED = 3
+TWO_SPLITS = "in two splits"
+REMEDY = (
+    "Put all images of a patient into one split, or remove the copies; the splits of your own images are in "
+    'dataset.json: {"splits": {"train": [{"image": "scan1"}, {"image": "scan2"}], "val": [{"image": "scan3"}]}}'
+)
 NOTHING_TO_LEARN = "all masks of the training split are empty, so that nothing can be learnt; give masks with labels"
 
 
@@ -47,7 +53,11 @@ def check_data(root: Path, options: DataOptions | None = None) -> DataReport:
     problems += [f"the splits share slices: {overlap}" for overlap in shared_slices(data.splits)]
     problems += orientation_problems(data)
     for problem, pairs in _copies(facts, hashes).items():
-        (problems if problem.endswith("two splits") else remarks).append(_named(problem, pairs))
+        text = f"{plural(len(pairs), 'pair')} {problem}: {first_few(pairs)}"
+        if problem.endswith(TWO_SPLITS):
+            problems.append(f"{text}. {REMEDY}")
+        else:
+            remarks.append(text)
     problems += _shared_groups(facts, data) + _nothing_to_learn(facts)
     remarks += _remarks(facts, data)
     digest = manifest_sha256(data.manifest()) if not problems else None
@@ -65,7 +75,7 @@ def check_data(root: Path, options: DataOptions | None = None) -> DataReport:
 
 
 def require_usable(data: DataFolder) -> None:
-    """Check before training what would fail only later: the cases of all splits other than the training split.
+    """Check, before training, the cases of all splits other than the training split.
 
     Raises:
         InputError: one of them cannot be used, only some volumes state their orientation, or no mask of the training
@@ -157,8 +167,8 @@ def _copies(facts: Sequence[CaseFacts], hashes: Sequence[ImageHash]) -> Mapping[
     pairs_of: defaultdict[str, list[str]] = defaultdict(list)
     for pair in find_duplicates(hashes, [case.group for case in facts]):
         first, second = facts[pair.first], facts[pair.second]
-        where = "in one split" if first.split == second.split else "in two splits"
-        kind = "pairs of images hold the same pixels" if pair.is_exact else "pairs of images look alike"
+        where = "in one split" if first.split == second.split else TWO_SPLITS
+        kind = "of images hold the same pixels" if pair.is_exact else "of images look alike"
         pairs_of[f"{kind}, {where}"].append(f"{first.name} ({first.split}) and {second.name} ({second.split})")
     return pairs_of
 
@@ -179,7 +189,7 @@ def _nothing_to_learn(facts: Sequence[CaseFacts]) -> list[str]:
 
 
 def _remarks(facts: Sequence[CaseFacts], data: DataFolder) -> list[str]:
-    """Return facts that are no problems, but limit what the figures mean."""
+    """Return facts that are not faults but limit the meaning of the figures."""
     labelled = np.sum([case.pixels_of_label for case in facts], axis=0) if facts else np.zeros(0)
     spacings = {case.spacing_mm is None for case in facts}
     axes = [f"{axes or 'not said'} {count}" for axes, count in Counter(_stored_axes(data).values()).items()]

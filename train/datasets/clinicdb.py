@@ -1,7 +1,7 @@
 """CVC-ClinicDB: 612 frames of colonoscopy videos with a polyp.
 
-The challenge's archive has ``Original/1.tif`` and ``Ground Truth/1.tif``; Kaggle's has these two below ``TIF/`` and,
-with other files, below ``PNG/``, and ``metadata.csv``, which says of which sequence a frame is.
+The challenge's archive has ``Original/1.tif`` and ``Ground Truth/1.tif``. Kaggle's has both below ``TIF/`` and, with
+other files, below ``PNG/``, and ``metadata.csv`` with the sequence of every frame.
 """
 
 from pathlib import Path
@@ -30,7 +30,7 @@ def read(base: Path, _options: DataOptions) -> DatasetScan:
 
 
 def _locate(root: Path) -> Path | None:
-    """Prefer the archive's own TIFF files where Kaggle's pictures lie beside them."""
+    """Prefer the original TIFF files to Kaggle's PNG files."""
     kaggle = locator("tif/original", "tif/ground truth")(root)
     return below(kaggle, "tif") if kaggle is not None else locator("original", "ground truth")(root)
 

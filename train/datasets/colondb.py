@@ -1,7 +1,7 @@
-"""CVC-ColonDB: frames of colonoscopy videos with a polyp, 300 of them from the CVC, 380 as the community passes it on.
+"""CVC-ColonDB: frames of colonoscopy videos with a polyp, 300 from the CVC, 380 in the copies in use.
 
 The CVC's folder has ``1.bmp`` and its polyp's mask ``p1.bmp``; ``c1.bmp`` (contours) and ``s1.bmp`` (specular lights)
-are left alone. The community's has ``images/1.png`` and ``masks/1.png``. The paper gives no number; 380 is taken.
+are ignored. The copies in use have ``images/1.png`` and ``masks/1.png``. The paper gives no number; 380 is assumed.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What was found in a data set: facts of every case, and the tables and the plain data that are made of them."""
+"""The contents of a data set: facts of every case, and the tables and plain data derived from them."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -9,7 +9,7 @@ from medseg_trt.spec import Classes
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CaseFacts:
-    """What one case holds."""
+    """The contents of one case."""
 
     name: str
     split: str
@@ -28,7 +28,7 @@ class CaseFacts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataReport:
-    """What was found in a data set."""
+    """The contents and faults of a data set."""
 
     name: str
     layout: str
@@ -36,12 +36,12 @@ class DataReport:
     classes: Classes | None
     how: Mapping[str, object]
     cases: tuple[CaseFacts, ...]
-    digest: str | None  # of the manifest, where every file could be read
-    problems: tuple[str, ...]  # what makes figures wrong or training impossible
-    remarks: tuple[str, ...]  # what to know
+    digest: str | None  # of the manifest; None: a file cannot be read
+    problems: tuple[str, ...]  # faults that make figures wrong or training impossible
+    remarks: tuple[str, ...]  # facts that limit the figures
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data that JSON can hold."""
+        """Return JSON-serialisable data."""
         return {
             "name": self.name,
             "layout": self.layout,
@@ -65,7 +65,7 @@ class DataReport:
         return list(dict.fromkeys(case.split for case in self.cases))
 
     def pixels_of_class(self) -> dict[str, dict[str, int]]:
-        """Count, for every class, the pixels that it has in each split."""
+        """Count the pixels of every class in each split."""
         names = self.classes.names if self.classes else ()
         return {
             name: {
@@ -76,7 +76,7 @@ class DataReport:
         }
 
     def title(self) -> str:
-        """Say which data set it is and how it was divided."""
+        """Return the name of the data set and how it was divided."""
         how = ", ".join(f"{name}={value}" for name, value in self.how.items() if name != "dataset")
         return f"{self.name}{f' ({self.layout})' if self.layout else ''}{f', {how}' if how else ''}"
 
@@ -86,12 +86,12 @@ class DataReport:
         rows = [
             [
                 split,
-                *(str(found[name]) for name in ("cases", "slices", "groups", "empty_masks")),
-                *(_text(found[name]) for name in ("height", "width")),
-                " x ".join(map(_text, found["spacing_mm"])) if found["spacing_mm"] else "–",
-                _text(found["values"]),
+                *(str(summary[name]) for name in ("cases", "slices", "groups", "empty_masks")),
+                *(_text(summary[name]) for name in ("height", "width")),
+                " x ".join(map(_text, summary["spacing_mm"])) if summary["spacing_mm"] else "–",
+                _text(summary["values"]),
             ]
-            for split, found in self.splits().items()
+            for split, summary in self.splits().items()
         ]
         return header, rows
 
@@ -111,8 +111,8 @@ class DataReport:
         return ["class", *(f"{split}: share, cases" for split in names)], rows
 
 
-def _text(found: Sequence[float]) -> str:
-    low, high = found
+def _text(values: Sequence[float]) -> str:
+    low, high = values
     return f"{low:.4g}" if low == high else f"{low:.4g} … {high:.4g}"
 
 
@@ -132,5 +132,5 @@ def _summary(cases: Sequence[CaseFacts]) -> dict[str, Any]:
 
 
 def _range(values: Iterable[float]) -> list[float]:
-    found = [float(value) for value in values]
-    return [min(found), max(found)]
+    numbers = [float(value) for value in values]
+    return [min(numbers), max(numbers)]

@@ -1,4 +1,4 @@
-"""``dataset.json``: our own fields, or what nnU-Net and the Medical Segmentation Decathlon write into theirs."""
+"""``dataset.json``: medseg-trt's own fields, or those of nnU-Net and the Medical Segmentation Decathlon."""
 
 import json
 import math
@@ -9,12 +9,12 @@ from typing import Any
 
 from medseg_trt.errors import ArtefactError, InputError
 from medseg_trt.imaging.images import output_stem
-from medseg_trt.spec import Classes, from_dict
+from medseg_trt.spec import ClassCode, Classes, from_dict
 
 MAX_JSON_BYTES = 1 << 24
 FIRST_CHANNEL = "_0000"
 FOREIGN = ("channel_names", "modality", "labels", "numTraining", "training", "file_ending", "tensorImageSize")
-OURS = "name, classes, colors, window, note, split_notes and splits"
+OURS = "name, classes, colors, codes, window, note, split_notes and splits"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,11 +29,12 @@ class SplitEntry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Description:
-    """What ``dataset.json`` holds."""
+    """The content of ``dataset.json``."""
 
     name: str | None = None
     classes: tuple[str, ...] | None = None
     colors: tuple[tuple[int, int, int], ...] = ()
+    codes: tuple[ClassCode, ...] = ()
     window: tuple[float, float] | None = None
     note: str = ""
     split_notes: dict[str, str] = field(default_factory=dict)
@@ -45,9 +46,9 @@ class Description:
         if self.window is not None and not -math.inf < self.window[0] < self.window[1] < math.inf:
             raise ValueError(f"the window {self.window} is empty; give its lower end first")
         if self.classes is not None:
-            Classes(names=self.classes, colors=self.colors)
-        elif self.colors:
-            raise ValueError("colors are given, but no classes to go with them")
+            Classes(names=self.classes, colors=self.colors, codes=self.codes)
+        elif self.colors or self.codes:
+            raise ValueError("colors or codes are given, but no classes to go with them")
         for name, entries in (self.splits or {}).items():
             if not entries:
                 raise ValueError(f"the split {name!r} is empty")
@@ -57,19 +58,19 @@ class Description:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReadDescription:
-    """A description, and what another program's file says beyond it."""
+    """A description, with further facts from another program's file."""
 
     description: Description = Description()
-    origin: str = ""  # whose file it is; empty: ours, or none
-    cases: frozenset[str] | None = None  # the names that it lists for training
-    count: int | None = None  # how many cases it says there are
+    origin: str = ""  # the program whose file it is; empty: medseg-trt's, or no file
+    cases: frozenset[str] | None = None  # names listed for training
+    count: int | None = None  # number of cases according to the file
 
 
 def read_description(path: Path) -> ReadDescription:
-    """Read ``dataset.json``; where there is none, nothing is described.
+    """Read ``dataset.json``; without the file, the description is empty.
 
     Raises:
-        InputError: it is no file, too large, no valid JSON, or says what cannot be.
+        InputError: it is no file, too large, no valid JSON, or contradictory.
     """
     if not path.exists() and not path.is_symlink():
         return ReadDescription()
@@ -89,10 +90,10 @@ def read_description(path: Path) -> ReadDescription:
 
 
 def require_cases(read: ReadDescription, names: Sequence[str], path: Path) -> None:
-    """Refuse a folder that does not hold the cases that another program's file promises.
+    """Refuse a folder without the cases that another program's file lists.
 
     Raises:
-        InputError: some are missing or not listed, or their number is another.
+        InputError: cases are missing or not listed, or their number differs.
     """
     if read.cases is not None and (differing := sorted(read.cases ^ set(names))):
         where = "is listed, but not in the folder" if differing[0] in read.cases else "is in the folder, but not listed"
@@ -123,7 +124,7 @@ def _foreign(content: Mapping[str, Any], path: Path) -> ReadDescription:
     labels = content.get("labels")
     if not isinstance(labels, dict) or not labels:
         raise refuse("it names no labels")
-    numbers = dict(labels.items() if is_nnunet or not all(map(str.isdecimal, labels)) else _turned(labels))
+    numbers = dict(labels.items() if is_nnunet or not all(map(str.isdecimal, labels)) else _name_of_label(labels))
     if not all(str(number).isdecimal() for number in numbers.values()):
         raise refuse("a label is no single number (regions are lists of them), but a voxel here has one label")
     names = {int(number): name for name, number in numbers.items()}
@@ -147,7 +148,7 @@ def _foreign(content: Mapping[str, Any], path: Path) -> ReadDescription:
     )
 
 
-def _turned(labels: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _name_of_label(labels: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(str(name), number) for number, name in labels.items()]
 
 

@@ -1,10 +1,10 @@
-"""Anyone's own data: a folder with ``images/``, ``masks/`` (same names), and ``dataset.json`` where more is to be said.
+"""The user's own data: a folder with ``images/``, ``masks/`` (same names) and an optional ``dataset.json``.
 
 ``imagesTr/`` and ``labelsTr/`` are read as well, with the ``dataset.json`` of nnU-Net or the Medical Segmentation
 Decathlon, from which the classes come.
 
 ``dataset.json`` may hold ``name``, ``classes`` (label names, the background first), ``colors``, ``window`` (lower and
-upper end of the values that matter), ``note``, ``split_notes`` (what each split is, in words) and ``splits``:
+upper end of the values that matter), ``note``, ``split_notes`` (a description of each split) and ``splits``:
 ``{"train": [{"image": "ct_A", "slices": [0, 80]}, …], "val": […], "test": […]}``. ``slices`` is half-open, counted
 along the canonical axis (feet to head), and may be left out. Without ``splits`` a fifth of the files is for validation;
 without ``classes`` they are counted in the masks.
@@ -43,23 +43,23 @@ class Case:
     image: Source | Path
     mask: Source | Path
     slices: tuple[int, int] | None = None
-    more_masks: tuple[Path, ...] = ()  # of further lesions in the same picture
-    is_binary: bool = False  # the masks are grey pictures: whatever is brighter than half is label 1
+    more_masks: tuple[Path, ...] = ()  # of further lesions in the same image
+    is_binary: bool = False  # the masks are greyscale images: values above the middle are label 1
     relabel: tuple[int, ...] | None = None  # a stored value v is the label relabel[v]
     group: str | None = None  # the patient or the video sequence that it comes from
     relative_name: str | None = None  # of a data folder: the name with the sub-folders that it lies in
 
     @property
     def name(self) -> str:
-        """The image's name, with its sub-folders, and with the block of slices where it is not the whole."""
+        """The image's name with its sub-folders, and with the slice range of a part."""
         block = "" if self.slices is None else f"[{self.slices[0]}:{self.slices[1]}]"
         return (self.relative_name or output_stem(self.image)) + block
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """All files that the image and the mask consist of."""
+        """All files of the image and the mask."""
         parts = (self.image, self.mask, *self.more_masks)
-        return tuple(file for each in parts for file in (each.files if isinstance(each, Source) else (each,)))
+        return tuple(file for source in parts for file in (source.files if isinstance(source, Source) else (source,)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,22 +74,23 @@ class DataFolder:
     note: str = ""
     split_notes: Mapping[str, str] = field(
         default_factory=dict
-    )  # what each split really is, for whoever reads its figures
-    modality: str = ""  # what the pixels are, where the data set says it: a key of official.MODALITIES
-    layout: str = ""  # in which layout it was found
-    how: Mapping[str, object] = field(default_factory=dict)  # the choices that led to these splits and labels
-    remarks: tuple[str, ...] = ()  # what to know of how it was read
+    )  # a description of each split for readers of its figures
+    modality: str = ""  # from the data set, a key of official.MODALITIES
+    layout: str = ""  # the layout on disk
+    how: Mapping[str, object] = field(default_factory=dict)  # the options behind these splits and labels
+    remarks: tuple[str, ...] = ()  # facts about how it was read
+    has_given_splits: bool = True  # False: this program divided the files
 
     def cases(self, split: str) -> tuple[Case, ...]:
-        """Return the cases of a split, or say which splits there are."""
+        """Return the cases of a split; the error lists the splits."""
         if split not in self.splits:
             raise InputError(f"{self.root} has no split {split!r}; it has: {', '.join(self.splits)}")
         return self.splits[split]
 
     def manifest(self) -> dict[str, Any]:
-        """Return all that training depends on: classes, window, splits, and the SHA-256 of every file by relative name.
+        """Return everything that training depends on: classes, window, splits, and the SHA-256 of every file.
 
-        The folder's place and name are no part of it.
+        The path and name of the folder are not included.
         """
         files = sorted({file for cases in self.splits.values() for case in cases for file in case.files})
         return {
@@ -102,28 +103,32 @@ class DataFolder:
 
 
 def open_folder(root: Path) -> DataFolder:
-    """Find the images and masks of a data folder and how they are divided.
+    """Find the images and masks of a data folder and their splits.
 
     Raises:
         InputError: a folder, a mask or a name in ``dataset.json`` is missing, or it cannot be understood.
     """
     root = Path(root)
     read = read_description(root / "dataset.json")
-    described, found = read.description, find_pairs(root)
-    require_cases(read, list(found.pairs), root / "dataset.json")
-    remarks = list(found.remarks)
+    described, scan = read.description, find_pairs(root)
+    require_cases(read, list(scan.pairs), root / "dataset.json")
+    remarks = list(scan.remarks)
     if read.origin:
         remarks.append(f"dataset.json is {read.origin}; its classes are taken: {', '.join(described.classes or ())}")
     if described.classes is None:
-        classes, more = count_classes(found.pairs.values())
+        classes, more = count_classes(scan.pairs.values())
         remarks += more
     else:
-        classes = Classes(names=described.classes, colors=described.colors)
-    pairs = {name: Case(image=pair.image, mask=pair.mask, relative_name=name) for name, pair in found.pairs.items()}
+        classes = Classes(names=described.classes, colors=described.colors, codes=described.codes)
+    pairs = {name: Case(image=pair.image, mask=pair.mask, relative_name=name) for name, pair in scan.pairs.items()}
     if described.splits is not None:
         splits = {
             name: tuple(_case(pairs, entry, root) for entry in entries) for name, entries in described.splits.items()
         }
+        used = {case.relative_name for cases in splits.values() for case in cases}
+        if unused := [name for name in pairs if name not in used]:
+            count = f"{len(unused)} of {len(pairs)} pairs"
+            remarks.append(f"{count} are in no split of dataset.json and are left out: {_first(unused)}")
     else:
         splits = _divide(tuple(pairs.values()))
     if leaks := shared_slices(splits):
@@ -139,6 +144,7 @@ def open_folder(root: Path) -> DataFolder:
         note=described.note,
         split_notes=described.split_notes,
         remarks=tuple(remarks),
+        has_given_splits=described.splits is not None,
     )
 
 
@@ -177,7 +183,7 @@ def _labels(case: Case, image: Image, num_labels: int) -> UInt8[ndarray, "slices
 
 
 def _thresholded(mask: Source | Path, image: Image) -> UInt8[ndarray, "slices height width"]:
-    """Return 1 where a grey mask is brighter than half, 0 elsewhere; a mask of 0 and 1 as it is."""
+    """Binarise a greyscale mask at half of its range; a mask of 0 and 1 is unchanged."""
     values = read_labels(mask, image, None)
     brightest = values.max(initial=0)
     if 1 < brightest <= HALF_BRIGHT:
@@ -217,7 +223,7 @@ def _divide(cases: Sequence[Case]) -> dict[str, tuple[Case, ...]]:
 
 
 def shared_slices(splits: Mapping[str, Sequence[Case]]) -> list[str]:
-    """Return where two splits share slices: figures of what was trained on are too good."""
+    """Return the slices that two splits share, which make their figures too good."""
     seen: dict[Source | Path, list[tuple[str, Case]]] = {}
     leaks: list[str] = []
     for split, cases in splits.items():

@@ -1,4 +1,4 @@
-"""Pictures of one lesion in ``images/`` and their masks in ``masks/``, or UNeXt's ``masks/0/``, same names."""
+"""Images of one lesion in ``images/`` and their masks in ``masks/``, or UNeXt's ``masks/0/``, same names."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from medseg_trt.train.datasets.sequences import sequences
 
 
 def image_mask_layout(official: int) -> Layout:
-    """Return the layout of a data set with an official number of pictures."""
+    """Return the layout of a data set with an official number of images."""
 
     def read(base: Path, _options: DataOptions) -> DatasetScan:
         problems: list[str] = []

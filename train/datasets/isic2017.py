@@ -1,7 +1,7 @@
-"""ISIC 2017, task 1: photographs of skin lesions, which come divided into training, validation and test.
+"""ISIC 2017, task 1: photographs of skin lesions, with official training, validation and test splits.
 
-The folders are those of the challenge's six archives. The training folder also holds pictures of superpixels, which are
-no photographs; masks end with ``_segmentation``, in the test archive with a capital.
+The folders are those of the challenge's six archives. The training folder also contains superpixel images, which are
+ignored; mask names end with ``_segmentation``, in the test archive with a capital.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ IMAGE, MASK = r"(ISIC_\d+)", r"(ISIC_\d+)_segmentation"
 
 
 def read(base: Path, _options: DataOptions) -> DatasetScan:
-    """Find the photographs and masks of the archives that are there."""
+    """Find the photographs and masks of the archives present."""
     problems: list[str] = []
     parts: dict[str, tuple[Case, ...]] = {}
     for part, archive in ARCHIVES.items():

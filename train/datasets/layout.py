@@ -51,14 +51,14 @@ class Dataset:
     other_counts: Mapping[int, str] = field(default_factory=dict)  # case counts in use other than the official one
 
 
-def locator(*wanted: str) -> Callable[[Path], Path | None]:
+def locator(*names: str) -> Callable[[Path], Path | None]:
     """Return a function that finds the folder, at or below the given one, that contains all ``wanted``.
 
     ``wanted`` are relative paths of folders, in lower case; the case of names on disk is ignored.
     """
 
     def locate(root: Path) -> Path | None:
-        return next((base for base in folders(root) if all(below(base, path) for path in wanted)), None)
+        return next((base for base in folders(root) if all(below(base, path) for path in names)), None)
 
     return locate
 

@@ -1,4 +1,4 @@
-"""Find out from the masks alone which classes there are, where nothing names them."""
+"""Determine the classes from the masks if nothing names them."""
 
 from collections.abc import Iterable
 
@@ -7,19 +7,19 @@ import numpy as np
 from medseg_trt.errors import InputError
 from medseg_trt.imaging.images import read_image, read_labels
 from medseg_trt.imaging.label_values import looks_soft
-from medseg_trt.progress import LOG, track
+from medseg_trt.progress import LOG, plural, track
 from medseg_trt.spec import Classes
-from medseg_trt.train.datasets.pairs import Pair, plural
+from medseg_trt.train.datasets.pairs import Pair
 
 LESION = Classes(names=("background", "lesion"))
 MAX_NAMED = 5
 
 
 def count_classes(pairs: Iterable[Pair]) -> tuple[Classes, list[str]]:
-    """Return the classes of all masks, and what to know of how they are read.
+    """Return the classes of all masks, and facts about how they are read.
 
     Raises:
-        InputError: the values are not 0, 1, 2 … without a hole, nor 0 and 255, or look like those of soft edges.
+        InputError: the values are neither consecutive from 0, nor 0 and 255, or look like soft edges.
     """
     values_of = {
         pair.mask.path: frozenset(np.unique(read_labels(pair.mask, read_image(pair.image), None)).tolist())

@@ -2,20 +2,17 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from medseg_trt.errors import InputError, UsageError
 from medseg_trt.progress import LOG
-from medseg_trt.spec import from_dict
 from medseg_trt.train.datasets import acdc, busi, clinicdb, colondb, isic2017, synapse
 from medseg_trt.train.datasets.folder import Case, DataFolder, open_folder
 from medseg_trt.train.datasets.layout import ALL, Dataset, DatasetScan, Layout
 from medseg_trt.train.datasets.options import DataOptions
 from medseg_trt.train.datasets.pairs import PARTS
 from medseg_trt.train.datasets.split_manifest import (
-    SplitManifest,
     read_order,
     read_split_manifest,
     with_recorded_splits,
@@ -79,43 +76,11 @@ def open_dataset(name: str | None, root: Path, options: DataOptions | None = Non
     return data
 
 
-def open_recorded(root: Path, provenance: Mapping[str, Any], options: DataOptions | None = None) -> DataFolder:
-    """Open a data set as a model's training did: with its options, and with its splits where a manifest defined them.
-
-    Args:
-        root: the data set's folder.
-        provenance: of the model.
-        options: to use instead of the recorded ones.
-
-    Raises:
-        InputError: the folder cannot be read with these options.
-        UsageError: an option does not apply to the data set.
-    """
-    if options is None:
-        options = recorded_options(provenance)
-        manifest = provenance.get("data", {}).get("manifest")
-        if options.manifest is not None and manifest is None:  # a bundle, which does not name the cases
-            raise InputError(
-                f"the model was trained with the splits of {Path(options.manifest).name}, which is not in it; "
-                "give the file again: --set data.manifest=FILE"
-            )
-        if options.manifest is not None:
-            data = open_dataset(None, root, replace(options, manifest=None, order="natural"))
-            return with_recorded_splits(data, from_dict(SplitManifest, manifest, "the model"), "the model")
-    return open_dataset(None, root, options)
-
-
 def is_labelled(root: Path) -> bool:
     """Return whether a folder has masks, in any known layout."""
     return any((root / masks).exists() for _, masks in PARTS) or (
         root.is_dir() and bool(_matches(root, list(DATASETS), only_identifying=True))
     )
-
-
-def recorded_options(provenance: Mapping[str, Any]) -> DataOptions:
-    """Return the data options of a model's training; the defaults if none are recorded."""
-    recorded = provenance.get("recipe", {}).get("data")
-    return DataOptions() if recorded is None else from_dict(DataOptions, recorded, "the model's recipe")
 
 
 def resolve_dataset(name: str | None, root: Path, options: DataOptions) -> ResolvedDataset | None:

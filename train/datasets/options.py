@@ -1,4 +1,4 @@
-"""The choices that data sets and papers leave open, each with the default that is most likely the paper's."""
+"""Options for what data sets and papers leave open; each default is most likely the paper's choice."""
 
 import json
 from collections.abc import Sequence
@@ -18,19 +18,19 @@ Count = Literal["official", "any"] | int
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataOptions:
-    """Which data set a folder holds, and how it is read and divided: ``--set data.FIELD=VALUE``.
+    """The data set of a folder, and how it is read and divided: ``--set data.FIELD=VALUE``.
 
     ``dataset`` is a key of ``official.DATASETS``, or "folder" for ``images/`` and ``masks/`` with ``dataset.json``;
-    None detects it from the layout. ``count`` is how many cases must be there: the official number, any, or a number;
+    None detects it from the layout. ``count`` is the required number of cases: the official number, any, or a number;
     of ColonDB 300 and 380 are in use.
 
     ``order`` is the order of the files before the split of ``split_seed``: numbers in names count as numbers, or
-    letter by letter, or as the lines of ``manifest`` say. The authors' order was that of their disk, and is lost.
+    letter by letter, or as the lines of ``manifest`` say. The authors' order, that of their disk, is unknown.
     ``group_by`` keeps the frames of one sequence, or all of one patient, in one split. ``manifest`` without
-    ``order=manifest`` is the ``data.json`` of another run, whose very splits are taken.
+    ``order=manifest`` is the ``data.json`` of another run, whose splits are used.
 
-    ``masks`` merges BUSI's several masks of a picture, or takes the first alone; ``normals`` adds its pictures without
-    a lesion. ``organs`` is the order in which Synapse's eight organs are numbered.
+    ``masks`` merges several masks of a BUSI image, or uses only the first; ``normals`` adds BUSI's images without a
+    lesion. ``organs`` is the order in which Synapse's eight organs are numbered.
     """
 
     dataset: str | None = None

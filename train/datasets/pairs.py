@@ -1,4 +1,4 @@
-"""Pair the images of a folder with the masks of another by their names; nothing is left out unsaid."""
+"""Pair the images of a folder with the masks of another by name; omitted files are reported."""
 
 import difflib
 from collections.abc import Iterator, Mapping
@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medseg_trt.errors import InputError
-from medseg_trt.imaging.images import Source, natural_key, output_stem
+from medseg_trt.imaging.images import READERS, Source, natural_key, output_stem
 from medseg_trt.imaging.listing import sources_in
+from medseg_trt.progress import plural
 
 PARTS = (
     ("images", "masks"),
@@ -34,22 +35,23 @@ SEGMENTATION = ".seg"  # 3D Slicer's second suffix: v0.seg.nrrd
 SEGMENTATION_SUFFIXES = (".seg.nrrd", ".seg.nhdr")
 JUNK = ("thumbs.db", "desktop.ini")  # written by file managers
 JUNK_FOLDERS = ("__MACOSX",)
-HEADER_ALONE = ".nhdr"  # its voxels are in a file beside it
+HEADER_ALONE = ".nhdr"  # its voxels are in a separate file
 MAX_NAMED = 3
+MAX_ALONE = 10  # files without a partner, in one message
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pair:
     """An image and its mask."""
 
-    name: str  # of the image, with the sub-folders that it lies in, without what its ending adds
+    name: str  # of the image, with the sub-folders that it lies in, without the common ending
     image: Source
     mask: Source
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairedFolder:
-    """All pairs of a data folder, and what to know of how they were found."""
+    """All pairs of a data folder, and facts about how they were found."""
 
     pairs: Mapping[str, Pair]  # by name
     remarks: tuple[str, ...] = ()
@@ -57,21 +59,21 @@ class PairedFolder:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Tree:
-    """What lies in a folder and below it."""
+    """The contents of a folder and its sub-folders."""
 
     folder: Path
     sources: Mapping[str, Source]  # by name with sub-folders
-    others: tuple[Path, ...]  # of kinds that are not read
+    others: tuple[Path, ...]  # of unsupported kinds
 
 
 def find_pairs(root: Path) -> PairedFolder:
-    """Find every image below ``images/`` and its mask at the same place below ``masks/``, or imagesTr/ and labelsTr/.
+    """Find every image below ``images/`` and its mask below ``masks/``, or below ``imagesTr/`` and ``labelsTr/``.
 
-    Names must match but for the suffix, or but for one ending that all masks have, such as ``_mask``.
+    Relative paths must match except for the suffix and one common ending of all masks, such as ``_mask``.
 
     Raises:
         InputError: a folder is missing or cannot be listed, an image or a mask has no partner or shares its name with
-            another, or a link leads nowhere.
+            another, or a link is broken.
     """
     images, masks = (_tree(folder) for folder in _parts(root))
     endings = _endings(images, masks, root)
@@ -83,24 +85,19 @@ def find_pairs(root: Path) -> PairedFolder:
     return PairedFolder(pairs=pairs, remarks=tuple(_remarks(root, images, masks, pairs, endings)))
 
 
-def plural(count: int, noun: str) -> str:
-    """Return a count with its noun in the right number."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
 def first_few(names: list[str]) -> str:
     """Return the first few names, and whether there are more."""
     return ", ".join(names[:MAX_NAMED]) + (", …" if len(names) > MAX_NAMED else "")
 
 
 def files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[Path, list[Path]]]:
-    """Yield a folder and those below it, each with its files; what is hidden and what file managers write is left out.
+    """Yield a folder and those below it, each with its files; hidden files and files of file managers are omitted.
 
     Raises:
-        InputError: a folder cannot be listed, or a link leads nowhere or back.
+        InputError: a folder cannot be listed, or a link is broken or leads to a parent folder.
     """
-    here = folder.resolve()
-    if here in above:
+    own_folder = folder.resolve()
+    if own_folder in above:
         raise InputError(f"{folder} is a link that leads back to a folder above it; remove it")
     try:
         inside = sorted(folder.iterdir(), key=lambda path: natural_key(path.name))
@@ -113,14 +110,14 @@ def files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[tuple[Pa
     folders = [path for path in visible if path.is_dir() and path.name not in JUNK_FOLDERS]
     yield folder, [path for path in visible if not path.is_dir()]
     for path in folders:
-        yield from files_below(path, (*above, here))
+        yield from files_below(path, (*above, own_folder))
 
 
 def _parts(root: Path) -> tuple[Path, Path]:
     """Return the folders of the images and of the masks.
 
     Raises:
-        InputError: one is missing, or there are two of each.
+        InputError: a folder is missing, or both layouts are present.
     """
     complete = [parts for parts in PARTS if all((root / part).is_dir() for part in parts)]
     if len(complete) > 1:
@@ -168,7 +165,7 @@ def _name(source: Source, root: Path) -> str:
 
 
 def _endings(images: _Tree, masks: _Tree, root: Path) -> tuple[str, str]:
-    """Return what the names of all images and of all masks end with, beyond what pairs them.
+    """Return the common ending of all image names and of all mask names.
 
     Raises:
         InputError: no ending pairs all of them.
@@ -191,14 +188,14 @@ def _endings(images: _Tree, masks: _Tree, root: Path) -> tuple[str, str]:
 
 
 def _without(tree: _Tree, ending: str) -> frozenset[str] | None:
-    """Return the names without an ending; None where one of them does not end so."""
+    """Return the names without an ending; None if a name lacks the ending."""
     if not all(name.endswith(ending) and name != ending for name in tree.sources):
         return None
     return frozenset(name.removesuffix(ending) for name in tree.sources)
 
 
 def _unpaired(images: _Tree, masks: _Tree, root: Path) -> str:
-    """Say which name has no partner, and what comes nearest to it."""
+    """Name a file without a partner, and the most similar name."""
     alone = sorted(images.sources.keys() ^ masks.sources.keys(), key=natural_key)
     name = alone[0]
     has, lacks, other = ("image", "mask", masks) if name in images.sources else ("mask", "image", images)
@@ -210,9 +207,13 @@ def _unpaired(images: _Tree, masks: _Tree, root: Path) -> str:
         near = f"all other {lacks}s have their {has}"
     pairs = len(images.sources.keys() & masks.sources.keys())
     lonely = [plural(len(tree.sources) - pairs, kind) for kind, tree in (("image", images), ("mask", masks))]
+    listed = ", ".join(alone[:MAX_ALONE]) + (", …" if len(alone) > MAX_ALONE else "")
+    without = f"; these are without a partner: {listed}" if len(alone) > 1 else ""
     return (
-        f"{root}: {name} has no {lacks}; {near} ({plural(pairs, 'pair')}; without a partner: {' and '.join(lonely)}). "
-        f"Names must match but for the suffix, or but for one ending of all masks: {', '.join(MASK_ENDINGS[1:])}"
+        f"{root}: {name} has no {lacks}: there is no file of that name under {other.folder.name}/; {near} "
+        f"({plural(pairs, 'pair')}; without a partner: {' and '.join(lonely)}){without}. "
+        f"Names must match but for the suffix, or but for one ending of all masks: {', '.join(MASK_ENDINGS[1:])}. "
+        f"After a change: medseg-trt data check {root}"
     )
 
 
@@ -233,9 +234,18 @@ def _remarks(
                 f"{tree.folder.name}/ holds {plural(len(tree.others), 'file')} of other kinds, which are left out: "
                 f"{first_few(_names(list(tree.others)))}"
             )
-    tests = root / "imagesTs"
-    if images.folder.name == "imagesTr" and tests.is_dir():
-        yield f"{tests.name}/ is left out: its images have no masks here"
+    if beside := _not_read(root, images, masks):
+        yield (
+            f"only {images.folder.name}/ and {masks.folder.name}/ are read; beside them lie, and are left out: "
+            f"{first_few(beside)}"
+        )
+
+
+def _not_read(root: Path, images: _Tree, masks: _Tree) -> list[str]:
+    """Return the names of the other visible folders in a data folder, and of images."""
+    names = sorted(f"{path.name}{'/' * path.is_dir()}" for path in root.iterdir() if not path.name.startswith("."))
+    known = {f"{folder}/" for folder in (images.folder.name, masks.folder.name, *JUNK_FOLDERS)}
+    return [name for name in names if name not in known and name.lower().endswith(("/", *READERS))]
 
 
 def _names(paths: list[Path]) -> list[str]:

@@ -1,4 +1,4 @@
-"""All slices of a split, prepared once for the network and kept in files that every worker process maps."""
+"""All slices of a split, prepared once for the network in files that every worker process memory-maps."""
 
 import shutil
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ SOURCE_IMAGES, SOURCE_LABELS = "images", "labels"  # folders
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreparedSlices:
-    """The slices of a split as the network takes them; or, to be augmented first, at their source's size.
+    """The slices of a split at the network's size or, for augmentation first, at their source's size.
 
     Images are (slices, 3, height, width) float32, labels (slices, height, width) uint8, mapped from disk. At the
     source's size they differ in shape, grey slices have one channel, and values are 0 … 1.
@@ -29,11 +29,11 @@ class PreparedSlices:
 
     images: np.ndarray | VariableSizeArrays
     labels: np.ndarray | VariableSizeArrays
-    slices_of_class: tuple[np.ndarray, ...]  # for every label that occurs, the slices that hold it
-    resized_as: Preprocessing | None = None  # what is still to be done, at the source's size
+    slices_of_class: tuple[np.ndarray, ...]  # for every label that occurs, the slices that contain it
+    resized_as: Preprocessing | None = None  # the remaining preprocessing, at the source's size
 
     def finish(self, image: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return a slice, augmented or not, as the network takes it."""
+        """Return a slice, after optional augmentation, as the network's input."""
         if self.resized_as is None:
             return image, labels
         return resize_and_normalize(image, self.resized_as, None), prepare_labels(labels, self.resized_as, None)
@@ -42,7 +42,7 @@ class PreparedSlices:
 def mapped_slices(
     folder: Path, slices_of_class: tuple[np.ndarray, ...], resized_as: Preprocessing | None = None
 ) -> PreparedSlices:
-    """Return the slices that ``prepare_slices`` or ``source_slices`` has put into a folder, in whichever process."""
+    """Memory-map the slices that ``prepare_slices`` or ``source_slices`` wrote, in any process."""
     if resized_as is None:
         images, labels = (np.load(folder / name, mmap_mode="r") for name in (IMAGES, LABELS))
     else:
@@ -55,8 +55,7 @@ def prepare_slices(
 ) -> PreparedSlices:
     """Read, check and prepare every slice of ``cases`` into two files in ``folder``.
 
-    Every mask is checked here, before anything is trained: a label out of range on a GPU ends in an error that names
-    no file.
+    Every mask is checked before training: on a GPU a label out of range causes an error that names no file.
 
     Raises:
         InputError: a file cannot be used, or the disk is too full.
@@ -71,11 +70,11 @@ def prepare_slices(
     index = 0
     for case in track(cases, "prepare the slices"):
         image, masks = read_case(case, num_labels)
-        contract = for_image(preprocessing, image.pixels)
-        unscaled += _unlike_window(case, image.pixels, contract)
+        image_preprocessing = for_image(preprocessing, image.pixels)
+        unscaled += _unlike_window(case, image.pixels, image_preprocessing)
         for pixels, mask in zip(image.pixels, masks, strict=True):
-            images[index] = prepare(pixels, contract, image.spacing_in_plane)
-            labels[index] = prepare_labels(mask, contract, image.spacing_in_plane)
+            images[index] = prepare(pixels, image_preprocessing, image.spacing_in_plane)
+            labels[index] = prepare_labels(mask, image_preprocessing, image.spacing_in_plane)
             holds[index, np.unique(labels[index])] = True
             index += 1
     _warn_of_unscaled(unscaled)
@@ -97,10 +96,10 @@ def source_slices(cases: Sequence[Case], preprocessing: Preprocessing, num_label
     index = 0
     for case in track(cases, "prepare the slices"):
         image, masks = read_case(case, num_labels)
-        contract = for_image(preprocessing, image.pixels)
-        unscaled += _unlike_window(case, image.pixels, contract)
+        image_preprocessing = for_image(preprocessing, image.pixels)
+        unscaled += _unlike_window(case, image.pixels, image_preprocessing)
         for pixels, mask in zip(image.pixels, masks, strict=True):
-            images[index], labels[index] = clip_and_scale(pixels, contract), mask
+            images[index], labels[index] = clip_and_scale(pixels, image_preprocessing), mask
             holds[index, np.unique(mask)] = True
             index += 1
     _warn_of_unscaled(unscaled)
@@ -109,16 +108,17 @@ def source_slices(cases: Sequence[Case], preprocessing: Preprocessing, num_label
     )
 
 
-def _require_room(wanted: int, folder: Path) -> None:
+def _require_room(needed_bytes: int, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    if wanted > shutil.disk_usage(folder).free:
+    if needed_bytes > shutil.disk_usage(folder).free:
         raise InputError(
-            f"the disk of {folder} has no room for {wanted / 1e9:.1f} GB of prepared slices; choose another with -o"
+            f"the disk of {folder} has no room for {needed_bytes / 1e9:.1f} GB of prepared slices; "
+            "choose another with -o"
         )
 
 
 def _shapes(cases: Sequence[Case], num_labels: int) -> list[tuple[int, int, int]]:
-    """Return channels, height and width of every slice, once its mask has been checked."""
+    """Return channels, height and width of every slice, after checking its mask."""
     shapes: list[tuple[int, int, int]] = []
     for case in track(cases, "check the masks"):
         image, _ = read_case(case, num_labels)
@@ -140,7 +140,7 @@ def _warn_of_unscaled(unscaled: Sequence[str]) -> None:
 
 
 def _unlike_window(case: Case, pixels: np.ndarray, preprocessing: Preprocessing) -> list[str]:
-    """Name a case whose values are not those of an 8-bit picture though the window is: it turns all black or white."""
+    """Warn of a case whose values exceed the 8-bit window and would become all black or white."""
     low, high = pixels.min(), pixels.max()
     fits = pixels.dtype == np.uint8 or (low >= 0 and 1 < high <= EIGHT_BIT[1])
     if fits or preprocessing.window != EIGHT_BIT:

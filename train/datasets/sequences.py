@@ -1,4 +1,4 @@
-"""``metadata.csv``: which video sequence each frame is of, as the Kaggle archive of CVC-ClinicDB has it."""
+"""``metadata.csv``: the video sequence of each frame in the Kaggle archive of CVC-ClinicDB."""
 
 import csv
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ MAX_BYTES = 1 << 24
 
 
 def sequences(*folders: Path) -> Mapping[str, str]:
-    """Return the sequence of every frame, from the first folder that has the file; nothing where none has.
+    """Return the sequence of every frame, from the first folder with the file; empty without one.
 
     Raises:
         InputError: the file is not such a table.

@@ -1,4 +1,4 @@
-"""Give splits back: the ``data.json`` that a run wrote, or a list of names that says in which order files come."""
+"""Restore splits from the ``data.json`` of a run, or the order of files from a list of names."""
 
 import json
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ MAX_BYTES = 1 << 28  # ISIC 2017 takes 0.6 MiB
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SplitManifest:
-    """What ``DataFolder.manifest`` returns, as it is read again."""
+    """The parsed form of ``DataFolder.manifest``."""
 
     classes: tuple[str, ...]
     window: tuple[float, float] | None = None
@@ -29,7 +29,7 @@ def read_split_manifest(path: Path) -> SplitManifest:
     """Read the manifest of a run.
 
     Raises:
-        InputError: it cannot be read, or is none.
+        InputError: it cannot be read, or is no manifest.
     """
     try:
         return from_dict(SplitManifest, json.loads(_text(path)), str(path))
@@ -40,12 +40,12 @@ def read_split_manifest(path: Path) -> SplitManifest:
 
 
 def with_recorded_splits(data: DataFolder, recorded: SplitManifest, path: str) -> DataFolder:
-    """Return the data set divided as a manifest has it, once every file has the digest that is recorded.
+    """Return the data set with the splits of a manifest, after comparing the digest of every file.
 
     Args:
         data: the data set.
         recorded: the manifest.
-        path: where it was read, for the message.
+        path: of the manifest, for messages.
 
     Raises:
         InputError: classes or files are not those of the manifest.
@@ -60,19 +60,19 @@ def with_recorded_splits(data: DataFolder, recorded: SplitManifest, path: str) -
     if missing := [name for name in names if name not in cases]:
         raise InputError(f"{path} names {missing[0]}, which is not in {data.root} ({len(missing)} such case(s))")
     splits = {split: tuple(cases[name] for name in part) for split, part in recorded.splits.items()}
-    divided = replace(data, splits=splits, how=dict(recorded.how))
-    found = divided.manifest()["files"]
-    differing = [name for name in {**found, **recorded.files} if found.get(name) != recorded.files.get(name)]
+    divided = replace(data, splits=splits, how=dict(recorded.how), has_given_splits=True)
+    digests = divided.manifest()["files"]
+    differing = [name for name in {**digests, **recorded.files} if digests.get(name) != recorded.files.get(name)]
     if differing:
         raise InputError(f"{data.root / differing[0]} is not the file of {path} ({len(differing)} such file(s))")
     return divided
 
 
 def read_order(path: Path) -> list[str]:
-    """Return the names of cases in a text file, one a line.
+    """Return the names of cases in a text file, one per line.
 
     Raises:
-        InputError: it cannot be read, or a name comes twice.
+        InputError: it cannot be read, or a name occurs twice.
     """
     names = [line.strip() for line in _text(path).splitlines() if line.strip()]
     if len(set(names)) < len(names):

@@ -1,7 +1,7 @@
 """Divide cases into training, validation and test, by file, never by slice: neighbouring slices are near-duplicates.
 
-``shuffle_split`` and ``group_split`` give the very indices of scikit-learn's ``train_test_split`` and
-``GroupShuffleSplit``, which the papers' code calls; both take them from one permutation of NumPy's old generator.
+``shuffle_split`` and ``group_split`` return the same indices as scikit-learn's ``train_test_split`` and
+``GroupShuffleSplit``, which the papers' code calls; both use one permutation of NumPy's legacy generator.
 """
 
 import math
@@ -17,14 +17,14 @@ Case = TypeVar("Case")
 VALIDATION_SHARE = 0.2
 TEST_SHARE = 0.2
 PAPER_SEED = 41
-GAP_SLICES = 3  # left out on the border of a block of slices, where one patient must serve for both
+GAP_SLICES = 3  # gap between two blocks of slices of one patient
 
 
 def shuffle_split(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
     """Return (rest, held out) of the indices 0 … ``count`` - 1, each in the order in which it was drawn.
 
     Raises:
-        InputError: nothing would be left in one of the two.
+        InputError: one of the two would be empty.
     Source: scikit-learn 1.9, ``train_test_split(range(count), test_size=share, random_state=seed)``.
     """
     held_out = math.ceil(share * count)
@@ -71,7 +71,7 @@ def paper_split(
             rest, held_out = shuffle_split(len(indices), share, seed)
         else:
             rest, held_out = group_split([groups[index] for index in indices], share, seed)
-        return [indices[place] for place in rest], [indices[place] for place in held_out]
+        return [indices[position] for position in rest], [indices[position] for position in held_out]
 
     rest, test = divide(range(len(cases)), TEST_SHARE)
     train, val = divide(rest, VALIDATION_SHARE)

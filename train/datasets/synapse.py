@@ -1,12 +1,12 @@
 """BTCV, or "Synapse": abdominal CT with eight organs, as raw volumes or as TransUNet's slices and volumes.
 
-Raw: ``RawData/Training/img/img0001.nii.gz`` with ``label/label0001.nii.gz``, 30 scans of 13 organs, eight of which
-count. The volumes are turned to LPS and nothing is resampled; that Hounsfield units are cut at -125 and 275 and brought
-to 0 … 1 is the window's doing. Prepared: ``train_npz/case0005_slice000.npz`` and ``test_vol_h5/case0001.npy.h5``, whose
-values are 0 … 1 already and which lie as their makers laid them.
+Raw: ``RawData/Training/img/img0001.nii.gz`` with ``label/label0001.nii.gz``, 30 scans of 13 organs, eight of which are
+used. The volumes are reoriented to LPS and not resampled; the window clips Hounsfield units to -125 … 275 and scales
+them to 0 … 1. Prepared: ``train_npz/case0005_slice000.npz`` and ``test_vol_h5/case0001.npy.h5``, whose
+values are already 0 … 1, in the orientation of the files.
 
-The organs of TransUNet's files are numbered in another order than those that EMCAD's and CASCADE's scripts make of the
-raw labels. ``data.organs`` says which; of raw volumes it is the order that is made, of prepared ones that of the files.
+TransUNet's files number the organs in another order than the scripts of EMCAD and CASCADE. ``data.organs`` selects the
+order: for raw volumes that of the result, for prepared ones that of the files.
 """
 
 from collections.abc import Mapping, Sequence
@@ -117,7 +117,7 @@ def read_raw(base: Path, options: DataOptions) -> DatasetScan:
 
 
 def read_prepared(base: Path, options: DataOptions) -> DatasetScan:
-    """Find the training slices and the test volumes, in the order of TransUNet's lists where these are there."""
+    """Find the training slices and the test volumes, in the order of TransUNet's lists if present."""
     problems: list[str] = []
     slices = by_name(files(below(base, "train_npz"), SLICE), r"(case\d{4}_slice\d+)", problems)
     volumes = by_name(files(below(base, "test_vol_h5"), r"case\d{4}"), r"(case\d{4})", problems)
@@ -149,9 +149,9 @@ _IDS: Mapping[str, Sequence[str]] = {"train": TRAIN, "test": TEST}
 
 
 def _listed(base: Path, name: str) -> list[str]:
-    """Return the lines of one of TransUNet's lists, which lie beside the data or two folders above it."""
-    places = [*folders(base), *(above / "lists" / "lists_Synapse" for above in (base.parent, base.parent.parent))]
-    path = next((place / name for place in places if (place / name).is_file()), None)
+    """Return the lines of one of TransUNet's lists, in the data folder or up to two folders above it."""
+    candidates = [*folders(base), *(above / "lists" / "lists_Synapse" for above in (base.parent, base.parent.parent))]
+    path = next((candidate / name for candidate in candidates if (candidate / name).is_file()), None)
     if path is None:
         return []
     if path.stat().st_size > MAX_LIST_BYTES:

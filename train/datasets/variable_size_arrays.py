@@ -1,4 +1,4 @@
-"""Arrays of several shapes, one behind the other in one file that every process maps."""
+"""Arrays of different shapes, concatenated in one file that every process memory-maps."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ DATA, SHAPES = "values.npy", "shapes.npy"
 
 
 class VariableSizeArrays(Sequence[ndarray]):
-    """Read-only arrays by their number; to write one, assign to it.
+    """Arrays by index; assign to an index to write the array.
 
     Args:
         values: all values, flat.
@@ -24,7 +24,7 @@ class VariableSizeArrays(Sequence[ndarray]):
 
     @classmethod
     def create(cls, folder: Path, shapes: Sequence[tuple[int, ...]], dtype: type) -> "VariableSizeArrays":
-        """Make the files, with undefined values."""
+        """Create the files with undefined values."""
         folder.mkdir(parents=True)
         sizes = np.array(shapes, np.int64)
         np.save(folder / SHAPES, sizes)
@@ -33,7 +33,7 @@ class VariableSizeArrays(Sequence[ndarray]):
 
     @classmethod
     def open(cls, folder: Path) -> "VariableSizeArrays":
-        """Map the files that ``create`` made."""
+        """Memory-map the files of ``create``."""
         return cls(np.load(folder / DATA, mmap_mode="r"), np.load(folder / SHAPES))
 
     def __len__(self) -> int:

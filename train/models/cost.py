@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from medseg_trt.spec import ModelSpec
+from medseg_trt.network_spec import NetworkSpec
 from medseg_trt.train.models.model import build_model, count_parameters
 
 
@@ -19,7 +19,7 @@ class Cost:
     weight_bytes_fp32: int
 
 
-def cost(spec: ModelSpec) -> Cost:
+def cost(spec: NetworkSpec) -> Cost:
     """Count what an architecture costs.
 
     Only matrix products and convolutions are counted, attention's two products included; norms, resizing and

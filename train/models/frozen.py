@@ -11,12 +11,12 @@ from collections.abc import Mapping
 import torch
 
 from medseg_trt.train.models.model import LanguageInsert
-from medseg_trt.train.models.transunet import TransUNet
+from medseg_trt.train.models.segmentation_model import SegmentationModel
 
 FROZEN_DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def keep_frozen_in(model: TransUNet, name: str) -> None:
+def keep_frozen_in(model: SegmentationModel, name: str) -> None:
     """Bring the frozen layers of a network, which may have none, to the type that ``name`` is the key of."""
     if isinstance(model.insert, LanguageInsert):
         for layer in model.insert.layers:

@@ -1,4 +1,4 @@
-"""The architectures by name, and the model that a ModelSpec describes.
+"""The model that a spec describes, with the language block inside where it has one.
 
 LLM-TransUNet is TransUNet with a frozen LLaMA layer between the transformer and ``encoder_norm``: two trained linear
 maps without bias take the tokens to the layer's width and back. As published, there is no residual around them, no
@@ -9,6 +9,7 @@ Source: Jiang & Liu, MIDL 2024, and their code, ``networks/vit_seg_modeling.py``
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,83 +17,28 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from medseg_trt.errors import UsageError
+from medseg_trt.external_spec import ExternalSpec
 from medseg_trt.imaging.segment import Run
-from medseg_trt.spec import BlockSpec, InsertSpec, ModelSpec
+from medseg_trt.network_spec import ModelSpec, NetworkSpec
+from medseg_trt.networks import DSTransUNetSpec, SwinUNetSpec, UNetSpec
+from medseg_trt.spec import BlockSpec, InsertSpec
 from medseg_trt.train.block.blocks import FrozenBlock
-from medseg_trt.train.models.llama import LlamaBlock, RMSNorm
+from medseg_trt.train.block.llama import LlamaBlock, RMSNorm
+from medseg_trt.train.models.ds_transunet import DSTransUNet
+from medseg_trt.train.models.external import ExternalNetwork, external_spec, is_external
+from medseg_trt.train.models.presets import LLAMA_7B as LLAMA_7B
+from medseg_trt.train.models.presets import MODELS
+from medseg_trt.train.models.presets import SMOLLM2_135M as SMOLLM2_135M
+from medseg_trt.train.models.presets import TINY_LLAMA as TINY_LLAMA
+from medseg_trt.train.models.segmentation_model import SegmentationModel
+from medseg_trt.train.models.swin_unet import SwinUNet
 from medseg_trt.train.models.transunet import TransUNet
+from medseg_trt.train.models.unet import UNet
+from medseg_trt.train.models.unet_t import UNetT
 from medseg_trt.train.models.variants import final_norm, layer_weights
-
-LLAMA_7B = BlockSpec()
-SMOLLM2_135M = BlockSpec(
-    hidden_size=576, intermediate_size=1536, num_heads=9, num_kv_heads=3, head_dim=64, rms_norm_eps=1e-5, rope_theta=1e5
-)
-TINY_LLAMA = BlockSpec(hidden_size=64, intermediate_size=96, num_heads=4, num_kv_heads=2, head_dim=16)
 
 MAX_DRAWN = 1 << 20  # random numbers at once
 MAPPER_STD = 0.02  # of mapper_init=trunc02
-
-Preset = Callable[[tuple[int, int], int], ModelSpec]
-
-
-def transunet(image_size: tuple[int, int], num_classes: int) -> ModelSpec:
-    """R50-ViT-B/16 as published: 105 million parameters."""
-    return ModelSpec(architecture="transunet", image_size=image_size, num_classes=num_classes)
-
-
-def transunet_small(image_size: tuple[int, int], num_classes: int) -> ModelSpec:
-    """A TransUNet that a laptop's CPU trains in minutes."""
-    return ModelSpec(
-        architecture="transunet-small",
-        image_size=image_size,
-        num_classes=num_classes,
-        resnet_width=32,
-        resnet_units=(2, 2, 2),
-        hidden_size=192,
-        num_layers=4,
-        num_heads=6,
-        mlp_size=384,
-        dropout=0.1,
-        bridge_channels=128,
-        decoder_channels=(96, 64, 32, 16),
-    )
-
-
-def transunet_tiny(image_size: tuple[int, int], num_classes: int) -> ModelSpec:
-    """A TransUNet for tests, which runs in milliseconds."""
-    return ModelSpec(
-        architecture="transunet-tiny",
-        image_size=image_size,
-        num_classes=num_classes,
-        resnet_width=32,
-        resnet_units=(1, 1, 1),
-        hidden_size=48,
-        num_layers=2,
-        num_heads=4,
-        mlp_size=64,
-        bridge_channels=32,
-        decoder_channels=(32, 16, 16, 16),
-    )
-
-
-def with_block(preset: Preset, block: BlockSpec) -> Preset:
-    """Return the LLM-TransUNet of a TransUNet preset."""
-
-    def preset_with_block(image_size: tuple[int, int], num_classes: int) -> ModelSpec:
-        spec = preset(image_size, num_classes)
-        return replace(spec, architecture=f"llm-{spec.architecture}", block=block)
-
-    return preset_with_block
-
-
-MODELS: Mapping[str, Preset] = {
-    "transunet": transunet,
-    "llm-transunet": with_block(transunet, LLAMA_7B),
-    "transunet-small": transunet_small,
-    "llm-transunet-small": with_block(transunet_small, SMOLLM2_135M),
-    "transunet-tiny": transunet_tiny,
-    "llm-transunet-tiny": with_block(transunet_tiny, TINY_LLAMA),
-}
 
 
 def model_spec(
@@ -103,11 +49,11 @@ def model_spec(
     *,
     rotary: bool = False,
     causal: bool = False,
-) -> ModelSpec:
+) -> NetworkSpec:
     """Return the named architecture for an image size (height, width) and a number of classes.
 
     Args:
-        architecture: a key of ``MODELS``.
+        architecture: a key of ``MODELS``, or a network from elsewhere as in ``external``.
         image_size: height and width in pixels.
         num_classes: channels of the answer.
         insert: another use of the language block than the published one.
@@ -115,11 +61,13 @@ def model_spec(
         causal: switch the block's causal mask on, which the published model leaves out.
 
     Raises:
-        UsageError: no such architecture, the image size is not a multiple of 16, or the insert does not fit.
+        UsageError: no such architecture, it cannot have the image size, or the insert does not fit.
     """
-    if architecture not in MODELS:
+    if architecture not in MODELS and not is_external(architecture):
         raise UsageError(f"no architecture is called {architecture!r}; choose one of: {', '.join(MODELS)}")
     try:
+        if is_external(architecture):
+            return _external(architecture, image_size, num_classes, insert, rotary=rotary, causal=causal)
         spec = MODELS[architecture](image_size, num_classes)
         if spec.block is None and (rotary or causal):
             raise ValueError(f"{architecture} has no language block to change; choose an llm- architecture")
@@ -127,6 +75,20 @@ def model_spec(
         return replace(spec, block=block, insert=insert or spec.insert)
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def _external(
+    architecture: str,
+    image_size: tuple[int, int],
+    num_classes: int,
+    insert: InsertSpec | None,
+    *,
+    rotary: bool,
+    causal: bool,
+) -> NetworkSpec:
+    if rotary or causal or insert not in (None, InsertSpec()):
+        raise ValueError(f"{architecture} has no token map that this version knows, so it can have no language block")
+    return external_spec(architecture, image_size, num_classes)
 
 
 class LanguageInsert(nn.Module):
@@ -140,10 +102,12 @@ class LanguageInsert(nn.Module):
         insert = insert or InsertSpec()
         self.inner_residual = insert.residual in ("in", "both")
         self.outer_residual = insert.residual in ("out", "both")
-        num_layers = 0 if insert.weights == "none" else insert.num_layers
+        self.train_only = insert.train_only
+        num_layers = insert.num_layers if insert.has_layers else 0
         self.mapper1 = nn.Linear(hidden_size, spec.hidden_size, bias=False)
         layers = [LlamaBlock(spec, insert.parts) for _ in range(num_layers)]
-        self.block = layers[0] if len(layers) == 1 else nn.Sequential(*layers)
+        between = [nn.GELU()] if insert.weights == "gelu" else layers
+        self.block = between[0] if len(between) == 1 else nn.Sequential(*between)
         self.final_norm = nn.Identity() if insert.norm == "none" else RMSNorm(spec.hidden_size, spec.rms_norm_eps)
         self.mapper2 = nn.Linear(spec.hidden_size, hidden_size, bias=False)
         self.block.requires_grad_(insert.trainable)
@@ -156,6 +120,14 @@ class LanguageInsert(nn.Module):
 
     def forward(self, tokens: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch tokens hidden"]:
         """Return the tokens after the detour through the language model."""
+        if self.train_only:
+            if not self.training:
+                return tokens
+            through = -(-len(tokens) // 2)
+            return torch.cat([self._detour(tokens[:through]), tokens[through:]])
+        return self._detour(tokens)
+
+    def _detour(self, tokens: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch tokens hidden"]:
         mapped = self.mapper1(tokens)
         layers_type = next((weight.dtype for weight in self.block.parameters()), mapped.dtype)
         answer = self.final_norm(self.block(mapped.to(layers_type)).to(mapped.dtype)).to(tokens.dtype)
@@ -165,7 +137,21 @@ class LanguageInsert(nn.Module):
         return tokens + answer if self.outer_residual else answer
 
 
-def build_model(spec: ModelSpec, block: FrozenBlock | Sequence[FrozenBlock] | None = None) -> TransUNet:
+class AffineInsert(nn.Module):
+    """One trained affine map in the place of the language block and its two maps: ``insert.weights=affine``."""
+
+    def __init__(self, hidden_size: int, insert: InsertSpec) -> None:
+        super().__init__()
+        self.outer_residual = insert.residual == "out"
+        self.map = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, tokens: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch tokens hidden"]:
+        """Return the mapped tokens."""
+        mapped = self.map(tokens)
+        return tokens + mapped if self.outer_residual else mapped
+
+
+def build_model(spec: NetworkSpec, block: FrozenBlock | Sequence[FrozenBlock] | None = None) -> SegmentationModel:
     """Build the network that ``spec`` describes, with fresh trainable weights.
 
     All that lies outside the insert is drawn from one place of PyTorch's stream of random numbers: with one seed an
@@ -174,7 +160,7 @@ def build_model(spec: ModelSpec, block: FrozenBlock | Sequence[FrozenBlock] | No
     Args:
         spec: the architecture.
         block: the language layers' weights, one block a layer in the language model's order. Without a block that
-            ``spec.insert`` needs, an LLM-TransUNet starts from random frozen weights, which serves to count parameters.
+            ``spec.insert`` needs, the network starts from random frozen weights, which serves to count parameters.
 
     Raises:
         UsageError: the block's geometry is not the one in ``spec``, or it lacks layers or a norm that ``spec`` wants.
@@ -182,20 +168,41 @@ def build_model(spec: ModelSpec, block: FrozenBlock | Sequence[FrozenBlock] | No
     blocks = (block,) if isinstance(block, FrozenBlock) else tuple(block or ())
     if spec.block is None:
         if blocks:
-            raise UsageError(
-                f"{spec.architecture} has no language block; choose llm-{spec.architecture} or drop the block"
-            )
+            counterpart = f"llm-{spec.architecture}"
+            choice = f"choose {counterpart} or drop the block" if counterpart in MODELS else "drop the block"
+            raise UsageError(f"{spec.architecture} has no language block; {choice}")
         _draw_like_published(spec, None, torch.get_rng_state())
-        return TransUNet(spec)
+        return _network(spec, None)
     _check_blocks(spec.block, blocks)
     start = torch.get_rng_state()
-    insert = LanguageInsert(spec.hidden_size, spec.block, spec.insert)
+    if spec.insert.weights == "affine":
+        affine = AffineInsert(spec.token_width, spec.insert)
+        _draw_like_published(spec, affine, start)
+        return _network(spec, affine)
+    insert = LanguageInsert(spec.token_width, spec.block, spec.insert)
     if blocks or not spec.insert.needs_block_file:
         _fill(insert, spec.insert, spec.block, blocks)
     if spec.insert.mapper_init == "trunc02" and not insert.mapper1.weight.is_meta:
         _draw_maps(insert, start)
     _draw_like_published(spec, insert, start)
-    return TransUNet(spec, insert)
+    return _network(spec, insert)
+
+
+def _unet(spec: UNetSpec, insert: nn.Module | None) -> SegmentationModel:
+    return {"nearest": UNet, "transposed": UNetT}[spec.upsampling](spec, insert)
+
+
+CONSTRUCTORS: Mapping[type[NetworkSpec], Callable[[Any, nn.Module | None], SegmentationModel]] = {
+    ModelSpec: TransUNet,
+    SwinUNetSpec: SwinUNet,
+    DSTransUNetSpec: DSTransUNet,
+    UNetSpec: _unet,
+    ExternalSpec: ExternalNetwork,
+}
+
+
+def _network(spec: NetworkSpec, insert: nn.Module | None) -> SegmentationModel:
+    return CONSTRUCTORS[type(spec)](spec, insert)
 
 
 def frozen_names(model: nn.Module) -> set[str]:
@@ -203,17 +210,17 @@ def frozen_names(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
 
 
-def _draw_like_published(spec: ModelSpec, insert: LanguageInsert | None, start: Tensor) -> None:
+def _draw_like_published(spec: NetworkSpec, insert: nn.Module | None, start: Tensor) -> None:
     """Bring PyTorch's stream to where drawing the published insert of this architecture takes it from ``start``.
 
     What is drawn next are then the weights with which the published model has always begun.
     """
     preset = MODELS.get(f"llm-{spec.architecture.removeprefix('llm-')}")
-    block = preset(spec.image_size, spec.num_classes).block if preset is not None else None
-    if block is None:
+    published = preset(spec.image_size, spec.num_classes) if preset is not None else None
+    if published is None or published.block is None:
         return
     with torch.device("meta"):
-        left = _numbers_drawn(LanguageInsert(spec.hidden_size, block))
+        left = _numbers_drawn(LanguageInsert(published.token_width, published.block))
     if insert is not None and _numbers_drawn(insert) == left:
         return
     torch.set_rng_state(start)
@@ -233,7 +240,7 @@ def _draw_maps(insert: LanguageInsert, start: Tensor) -> None:
     torch.set_rng_state(end)
 
 
-def _numbers_drawn(insert: LanguageInsert) -> int:
+def _numbers_drawn(insert: nn.Module) -> int:
     return sum(weight.numel() for weight in insert.parameters() if weight.dim() > 1)  # norms start from ones
 
 

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from medseg_trt.spec import ModelSpec
-from medseg_trt.train.global_batch import BatchNorm2d, Dropout
+from medseg_trt.network_spec import ModelSpec
+from medseg_trt.train.models.global_batch import BatchNorm2d, Dropout
+from medseg_trt.train.models.segmentation_model import SegmentationModel, three_channels
 
 GROUPS = 32  # of every GroupNorm but the one in a bottleneck's shortcut
 NORM_EPS = 1e-6
@@ -154,7 +155,7 @@ class DecoderStage(nn.Module):
         return self.conv2(self.conv1(x))
 
 
-class TransUNet(nn.Module):
+class TransUNet(SegmentationModel):
     """Segment a picture: pixels in, logits of the same height and width out.
 
     Args:
@@ -164,8 +165,8 @@ class TransUNet(nn.Module):
     """
 
     def __init__(self, spec: ModelSpec, insert: nn.Module | None = None) -> None:
-        super().__init__()
-        self.spec = spec
+        super().__init__(spec)
+        self.insert_position, self.grid = spec.insert_position, spec.grid
         self.resnet = ResNetStem(spec.resnet_width, spec.resnet_units)
         self.patch_embedding = nn.Conv2d(self.resnet.channels_out, spec.hidden_size, 1)
         rows, columns = spec.grid
@@ -183,6 +184,11 @@ class TransUNet(nn.Module):
         )
         self.head = nn.Conv2d(widths[-1], spec.num_classes, 3, padding=1)
 
+    @property
+    def norm_after_insert(self) -> str | None:
+        """The name of the LayerNorm that takes what the insert returns, and nothing else; None: there is none."""
+        return "encoder_norm" if self.insert_position == len(self.layers) else None
+
     def forward(
         self, image: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch classes height width"]:
@@ -191,17 +197,15 @@ class TransUNet(nn.Module):
         Args:
             image: normalised pixels with 1 or 3 channels; one channel is repeated three times.
         """
-        if image.shape[1] == 1:
-            image = image.expand(-1, 3, -1, -1)
-        features, skips = self.resnet(image)
+        features, skips = self.resnet(three_channels(image))
         tokens = self.patch_embedding(features).flatten(2).transpose(1, 2)  # (b, 1024, 16, 16) -> (b, 256, 768)
         tokens = self.dropout(tokens + self.position_embedding)
         stages = [*self.layers, self.encoder_norm]
         if self.insert is not None:
-            stages.insert(self.spec.insert_position, self.insert)
+            stages.insert(self.insert_position, self.insert)
         for stage in stages:
             tokens = stage(tokens)
-        x = self.bridge(tokens.transpose(1, 2).unflatten(2, self.spec.grid))  # (b, 512, 16, 16)
+        x = self.bridge(tokens.transpose(1, 2).unflatten(2, self.grid))  # (b, 512, 16, 16)
         for decoder, skip in zip(self.decoder, [*skips, None], strict=True):
             x = decoder(x, skip)
         return self.head(x)

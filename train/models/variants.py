@@ -29,7 +29,7 @@ def layer_weights(insert: InsertSpec, geometry: BlockSpec, blocks: Sequence[Froz
     Raises:
         UsageError: there are more or fewer blocks than layers.
     """
-    if insert.weights == "none":
+    if not insert.has_layers:
         return []
     if insert.weights == "random":
         return [random_block(geometry, _seed(insert.seed, number)).tensors for number in range(insert.num_layers)]

@@ -1,7 +1,7 @@
 """Recipes of the demos, which train in minutes on two CPU cores."""
 
 from medseg_trt.spec import Preprocessing
-from medseg_trt.train.augment import Step
+from medseg_trt.train.recipes.augment import Step
 from medseg_trt.train.recipes.training_spec import Recipe, TrainSpec
 
 

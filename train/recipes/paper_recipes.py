@@ -26,8 +26,8 @@ juntaoJianggavin/LLM4MedSeg ``dataset_ACDC.py``.
 from dataclasses import replace
 
 from medseg_trt.spec import Preprocessing
-from medseg_trt.train.augment import Step
 from medseg_trt.train.datasets.options import DataOptions
+from medseg_trt.train.recipes.augment import Step
 from medseg_trt.train.recipes.training_spec import Recipe, TrainSpec
 
 

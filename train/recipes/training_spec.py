@@ -4,14 +4,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
+
 from medseg_trt.metrics.protocols import METRICS
 from medseg_trt.spec import InsertSpec, Preprocessing, Resize
-from medseg_trt.train.augment import SHAPE_CHANGING, Step
 from medseg_trt.train.datasets.options import DataOptions
+from medseg_trt.train.models.external import is_external, parse_external
 from medseg_trt.train.models.frozen import FROZEN_DTYPES
 from medseg_trt.train.models.model import MODELS
-from medseg_trt.train.schedules import SCHEDULES, ScheduleStep
-from medseg_trt.train.training_process import AUTOCASTS
+from medseg_trt.train.recipes.augment import SHAPE_CHANGING, Step
+from medseg_trt.train.recipes.loss_spec import LossSpec
+from medseg_trt.train.recipes.schedules import SCHEDULES, ScheduleStep
 
 InputScale = Literal["own", "unit", "imagenet", "unext"]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -19,9 +22,10 @@ INPUT_SCALES: Mapping[InputScale, Mapping[str, Any]] = {
     "own": {},
     "unit": {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)},
     "imagenet": {"mean": IMAGENET_MEAN, "std": IMAGENET_STD},
-    "unext": {"mean": IMAGENET_MEAN, "std": tuple(255 * each for each in IMAGENET_STD)},  # divides by 255 once more
+    "unext": {"mean": IMAGENET_MEAN, "std": tuple(255 * value for value in IMAGENET_STD)},  # divides by 255 once more
 }
 OPTIMIZERS = ("adamw", "adam", "sgd")
+AUTOCASTS: Mapping[str, torch.dtype | None] = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +45,8 @@ class TrainSpec:
     schedule_step: ScheduleStep = "before"  # when the rate changes
     warmup_steps: int = 0
     max_gradient_norm: float | None = None
+    max_gradient: float | None = None  # of every single value
+    loss: LossSpec = field(default_factory=LossSpec)
     drop_last: bool = True  # leave out a last batch that is short, unless it is the only one
     validate_every: int = 1  # epochs
     validate_with: str = "volume"  # a key of METRICS
@@ -72,12 +78,12 @@ class TrainSpec:
             raise ValueError("seed, workers and warmup_steps must be 0 or more")
         if self.learning_rate <= 0 or (self.slices_per_epoch is not None and self.slices_per_epoch < 1):
             raise ValueError("learning_rate must be positive, slices_per_epoch 1 or more")
-        for what, name, known in (
+        for field_name, name, known in (
             ("autocast", self.autocast, AUTOCASTS),
             ("frozen_dtype", self.frozen_dtype, FROZEN_DTYPES),
         ):
             if name not in known:
-                raise ValueError(f"{what} cannot be {name!r}; choose one of: {', '.join(known)}")
+                raise ValueError(f"{field_name} cannot be {name!r}; choose one of: {', '.join(known)}")
         if not 1 <= self.accumulate <= self.batch_size:
             raise ValueError(f"accumulate is {self.accumulate}; it must be 1 … batch_size, {self.batch_size}")
         if self.save_every_steps is not None and self.save_every_steps < 1:
@@ -102,7 +108,7 @@ class Recipe:
     ``pretrained``: "file" asks for the encoder's weights, ``--weights FILE``.
     """
 
-    architecture: str  # a key of MODELS
+    architecture: str  # a key of MODELS, or a network from elsewhere as in train.models.external
     preprocessing: Preprocessing
     augmentation: tuple[Step, ...] = ()
     train: TrainSpec
@@ -118,7 +124,9 @@ class Recipe:
     __pydantic_config__ = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
-        if self.architecture not in MODELS:
+        if is_external(self.architecture):
+            parse_external(self.architecture)
+        elif self.architecture not in MODELS:
             raise ValueError(f"no architecture is called {self.architecture!r}; choose one of: {', '.join(MODELS)}")
         if self.insert.trainable and self.train.frozen_dtype != "fp32":
             raise ValueError(

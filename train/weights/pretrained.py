@@ -23,9 +23,10 @@ from scipy import ndimage
 from torch import Tensor
 
 from medseg_trt.errors import ArtefactError
+from medseg_trt.network_spec import ModelSpec
 from medseg_trt.progress import LOG
 from medseg_trt.train.models.transunet import TransUNet
-from medseg_trt.train.weights.weight_files import is_finite, one_line, open_safetensors
+from medseg_trt.train.tensor_files.weight_files import is_finite, one_line, open_safetensors
 from medseg_trt.train.weights.weight_names import NPZ, TIMM, Elsewhere, Layout, Rule, names_elsewhere
 
 ENCODER_PARTS = ("resnet.", "patch_embedding.", "position_embedding", "layers.", "encoder_norm.")
@@ -68,22 +69,22 @@ def load_encoder(model: TransUNet, path: Path) -> list[str]:
         problem = "does not exist" if not path.is_file() else "cannot be read"
         raise ArtefactError(f"{path} {problem}; give the encoder's weights: {WHERE}")
     state = {name: value for name, value in model.state_dict().items() if name.startswith(ENCODER_PARTS)}
-    places = names_elsewhere(SUFFIXES[suffix], state)
+    sources = names_elsewhere(SUFFIXES[suffix], state)
     if suffix == ".npz":
-        unused = _from_npz(model, state, places, path)
+        unused = _from_npz(model, state, sources, path)
     else:
         with open_safetensors(path) as file:
             arrays = {name: _lazy(file, name) for name in file.keys()}  # noqa: SIM118  # safe_open is no mapping
-            unused = _fill(model, state, places, arrays, path)
+            unused = _fill(model, state, sources, arrays, path)
     LOG.info("%s: %d tensors of the encoder; unused: %s", path.name, len(state), ", ".join(unused) or "none")
     return unused
 
 
-def _from_npz(model: TransUNet, state: Mapping[str, Tensor], places: Mapping[str, Elsewhere], path: Path) -> list[str]:
+def _from_npz(model: TransUNet, state: Mapping[str, Tensor], sources: Mapping[str, Elsewhere], path: Path) -> list[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             arrays = {name.removesuffix(".npy"): _member(archive, name, path) for name in archive.namelist()}
-            return _fill(model, state, places, arrays, path)
+            return _fill(model, state, sources, arrays, path)
     except DAMAGE as error:
         raise ArtefactError(f"{path} is no usable .npz file: {one_line(error)}") from error
 
@@ -115,28 +116,29 @@ def _lazy(file: Any, name: str) -> Array:
 def _fill(
     model: TransUNet,
     state: Mapping[str, Tensor],
-    places: Mapping[str, Elsewhere],
+    sources: Mapping[str, Elsewhere],
     arrays: Mapping[str, Array],
     path: Path,
 ) -> list[str]:
-    """Copy every array to its place, once all of them are known to be there and of the right shape."""
+    """Copy every array to its tensor, once all of them are known to be there and of the right shape."""
     misfit = f"{path} is no encoder of {model.spec.architecture}"
-    if missing := sorted({place.name for place in places.values()} - arrays.keys()):
+    if missing := sorted({source.name for source in sources.values()} - arrays.keys()):
         raise ArtefactError(f"{misfit}: {len(missing)} missing, {', '.join(missing[:3])}; give {WHERE}")
+    assert isinstance(model.spec, ModelSpec)  # of a TransUNet
     heads = model.spec.num_heads
-    for ours, place in places.items():
-        wanted, found = _stored_shape(tuple(state[ours].shape), place.layout, heads), arrays[place.name].shape
-        if not FITS.get(place.layout, _same_but_for_ones)(found, wanted):
-            raise ArtefactError(f"{misfit}: {place.name} is {found}, but {wanted} is asked for")
-    for ours, place in places.items():
-        tensor = arrays[place.name].read()
+    for ours, source in sources.items():
+        wanted, stored = _stored_shape(tuple(state[ours].shape), source.layout, heads), arrays[source.name].shape
+        if not FITS.get(source.layout, _same_but_for_ones)(stored, wanted):
+            raise ArtefactError(f"{misfit}: {source.name} is {stored}, but {wanted} is asked for")
+    for ours, source in sources.items():
+        tensor = arrays[source.name].read()
         if not is_finite(tensor):
-            raise ArtefactError(f"{path}: {place.name} holds values that are not finite")
-        if place.layout == "position":
+            raise ArtefactError(f"{path}: {source.name} holds values that are not finite")
+        if source.layout == "position":
             tensor = resized_positions(tensor, model.spec.grid)
         with torch.no_grad():
-            state[ours].copy_(LAYOUTS[place.layout](tensor, state[ours]))
-    return sorted(arrays.keys() - {place.name for place in places.values()})
+            state[ours].copy_(LAYOUTS[source.layout](tensor, state[ours]))
+    return sorted(arrays.keys() - {source.name for source in sources.values()})
 
 
 def _third(number: int) -> Callable[[Tensor, Tensor], Tensor]:
@@ -174,20 +176,20 @@ def _stored_shape(shape: Shape, layout: Layout, heads: int) -> Shape:
     return shape
 
 
-def _same_but_for_ones(found: Shape, wanted: Shape) -> bool:
-    first, second = ([size for size in shape if size != 1] for shape in (found, wanted))
+def _same_but_for_ones(stored: Shape, wanted: Shape) -> bool:
+    first, second = ([size for size in shape if size != 1] for shape in (stored, wanted))
     return first == second
 
 
-def _same_count(found: Shape, wanted: Shape) -> bool:
-    return prod(found) == prod(wanted)
+def _same_count(stored: Shape, wanted: Shape) -> bool:
+    return prod(stored) == prod(wanted)
 
 
-def _fits_position(found: Shape, wanted: Shape) -> bool:
+def _fits_position(stored: Shape, wanted: Shape) -> bool:
     """Tell whether this is a square of tokens, perhaps with a class token, of the right width."""
-    if len(found) != 3 or found[0] != 1 or found[2] != wanted[2] or not 1 <= found[1] <= MAX_TOKENS:
+    if len(stored) != 3 or stored[0] != 1 or stored[2] != wanted[2] or not 1 <= stored[1] <= MAX_TOKENS:
         return False
-    return any(isqrt(count) ** 2 == count for count in (found[1], found[1] - 1))
+    return any(isqrt(count) ** 2 == count for count in (stored[1], stored[1] - 1))
 
 
 def resized_positions(stored: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -3,7 +3,7 @@
 Every rule matches one pattern completely, or leaves the nodes unchanged, and reports its matches. Attention stays the
 standard operator.
 
-Source: the patterns are those of ``train/models/llama.py`` after ``fold`` and ``trace``; Su et al. 2021 for the rotary
+Source: the patterns are those of ``train/block/llama.py`` after ``fold`` and ``trace``; Su et al. 2021 for the rotary
 embedding; Shazeer 2020, "GLU Variants Improve Transformer".
 """
 

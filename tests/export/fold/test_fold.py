@@ -11,7 +11,8 @@ from medseg_trt.export.fold import fold as fold_module
 from medseg_trt.export.fold.fold import RULES, fold, plain_report
 from medseg_trt.export.fold.fold_rule import FoldResult
 from medseg_trt.train.checkpoint import load_checkpoint
-from medseg_trt.train.models.transunet import Attention, ConvNormReLU, StdConv2d, TransUNet
+from medseg_trt.train.models.segmentation_model import SegmentationModel
+from medseg_trt.train.models.transunet import Attention, ConvNormReLU, StdConv2d
 
 OWN_RULES = ("standardised_convolutions", "batch_norms", "transformer_projections")  # the others have their own tests
 # Kernels are folded in float64 and rounded once to float32 (6e-8), and logits of order 1 pass about 30 layers; the
@@ -20,7 +21,7 @@ LOGITS_TOLERANCE = 5e-6
 
 
 @pytest.fixture
-def model(tmp_path) -> TransUNet:
+def model(tmp_path) -> SegmentationModel:
     return load_checkpoint(make_checkpoint(tmp_path)).model()
 
 

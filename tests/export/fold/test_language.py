@@ -20,9 +20,11 @@ from medseg_trt.export.fold.language import merge_language_projections
 from medseg_trt.export.fold.layers import Branch, FoldedInsert, InverseRMS, RotaryTable, WeightedRMSNorm
 from medseg_trt.export.graph.parts import part_of
 from medseg_trt.export.graph.trace import trace
-from medseg_trt.spec import InsertSpec, ModelSpec
-from medseg_trt.train.models.llama import RMSNorm
+from medseg_trt.network_spec import ModelSpec, NetworkSpec
+from medseg_trt.spec import InsertSpec
+from medseg_trt.train.block.llama import RMSNorm
 from medseg_trt.train.models.model import build_model, model_spec
+from medseg_trt.train.models.segmentation_model import SegmentationModel
 from medseg_trt.train.models.transunet import TransUNet
 
 SIZE = (32, 48)  # six tokens; as many rows as columns would hide a transposed grid
@@ -34,10 +36,11 @@ PUBLISHED = InsertSpec()
 LANGUAGE_RULES = ("mapper1", "final_norm", "mapper2", "rotary_tables", "norm_weights")
 
 
-def network(spec: ModelSpec, eps: float = 0.0) -> TransUNet:
+def network(spec: NetworkSpec, eps: float = 0.0) -> TransUNet:
     """Return a network of seeded random weights in float64, whose logits depend on every one of them."""
     torch.manual_seed(0)
     model = build_model(spec).eval().double()
+    assert isinstance(model, TransUNet)
     model.encoder_norm.eps = eps
     with torch.no_grad():
         model.position_embedding.normal_()
@@ -50,10 +53,12 @@ def network(spec: ModelSpec, eps: float = 0.0) -> TransUNet:
 
 
 def variant(insert: InsertSpec = PUBLISHED, *, rotary: bool = False, causal: bool = False) -> ModelSpec:
-    return model_spec("llm-transunet-tiny", SIZE, 3, insert, rotary=rotary, causal=causal)
+    spec = model_spec("llm-transunet-tiny", SIZE, 3, insert, rotary=rotary, causal=causal)
+    assert isinstance(spec, ModelSpec)
+    return spec
 
 
-def error(folded: TransUNet, model: TransUNet) -> float:
+def error(folded: nn.Module, model: TransUNet) -> float:
     images = torch.rand(2, 3, *SIZE, generator=torch.Generator().manual_seed(1)).to(model.position_embedding.dtype)
     with torch.inference_mode():
         expected = model(images)
@@ -84,7 +89,7 @@ VARIANTS = [
 ]
 
 
-def described(spec: ModelSpec) -> str:
+def described(spec: NetworkSpec) -> str:
     insert, block = spec.insert, spec.block
     if block is None:
         return spec.architecture
@@ -145,14 +150,14 @@ NO_RESIDUAL_FINAL = "the final norm stands between"
             dict.fromkeys(("language_projections", "mapper1", "final_norm", "mapper2"), "no language block"),
         ),
     ],
-    ids=lambda value: described(value) if isinstance(value, ModelSpec) else "",
+    ids=lambda value: described(value) if isinstance(value, NetworkSpec) else "",
 )
 def test_a_rule_counts_its_layers_or_gives_its_reason(spec, expected):
     _, report = fold(network(spec))
     for rule, wanted in expected.items():
-        found = report[rule]
-        assert found.count == (wanted if isinstance(wanted, int) else 0)
-        assert (wanted if isinstance(wanted, str) else "") in found.reason
+        counts = report[rule]
+        assert counts.count == (wanted if isinstance(wanted, int) else 0)
+        assert (wanted if isinstance(wanted, str) else "") in counts.reason
 
 
 def test_a_block_that_is_narrower_than_the_network_keeps_its_own_projections():
@@ -368,6 +373,7 @@ def test_tokens_of_any_magnitude_keep_their_output(scale):
     folded, report = fold(model)
     assert report["final_norm"].count == 1
     assert error(folded, model) < BUILD_LIMIT / 10
+    assert isinstance(folded, TransUNet)
     folded.encoder_norm.eps = 1e-6
     assert (error(folded, model) > BUILD_LIMIT) == (scale < 1)
 
@@ -388,7 +394,7 @@ def test_the_final_norm_stays_where_its_eps_matters(monkeypatch):
 # Size.
 
 
-def macs(model: TransUNet) -> int:
+def macs(model: SegmentationModel) -> int:
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad(), torch.device("meta"):
         model(torch.zeros(1, 3, *model.spec.image_size))

@@ -18,12 +18,13 @@ from tiny import make_checkpoint
 
 from medseg_trt.errors import MedsegError
 from medseg_trt.export.fold.fold import fold
+from medseg_trt.export.graph import dialects
 from medseg_trt.export.graph.dialects import DIALECTS, derive, plain
 from medseg_trt.export.graph.functions import DOMAIN, function
 from medseg_trt.export.graph.fusions.fuse import fuse
 from medseg_trt.export.graph.trace import KEPT_METADATA, OnnxGraph, trace
+from medseg_trt.train.block.llama import LlamaBlock
 from medseg_trt.train.checkpoint import load_checkpoint
-from medseg_trt.train.models.llama import LlamaBlock
 
 SIZE = (32, 48)
 RNG = np.random.default_rng(0)
@@ -101,6 +102,39 @@ def test_openvino_computes_the_logits_of_the_traced_graph_and_fuses_decompositio
     assert layers["Subgraph"] == count(canonical, "Attention")  # OpenVINO's fused attention
     assert layers["MVN"] == count(canonical, "GroupNormalization", "LayerNormalization")
     assert not layers.keys() & {"Softmax", "MatMul", "Gelu", "ReduceMean", "Swish", "Math", "GroupNormalization"}
+
+
+def test_convolved_group_norms_leave_no_mvn_and_no_view_of_groups(canonical):
+    convolved = derive("convolved", canonical, SIZE, 3)
+    layers = layer_types(compiled(convolved))
+    per_channel = sum(  # of a shortcut, with as many groups as channels
+        node.attributes.get_int("num_groups", 1) == node.inputs[0].shape[1]
+        for node in canonical.model.graph
+        if node.op_type == "GroupNormalization"
+    )
+    assert layers["MVN"] == count(canonical, "LayerNormalization") + per_channel
+    assert count(convolved, "InstanceNormalization") == per_channel
+
+
+@pytest.mark.parametrize("mean", [0.0, 10.0])
+def test_a_convolved_group_norm_is_the_group_norm_in_float64(mean):
+    """The variance as a difference of squares loses the digits of mean² / variance: at 10, some 100 roundings."""
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(2, 6, 4, 5)) + mean).astype(np.float32)
+    scale, bias = rng.normal(size=(2, 6)).astype(np.float32)
+    graph = small(
+        "GroupNormalization",
+        {"x": x, "scale": scale, "bias": bias},
+        constants=("scale", "bias"),
+        num_groups=3,
+        epsilon=1e-6,
+    )
+    grouped = x.astype(np.float64).reshape(2, 3, -1)
+    centred = grouped - grouped.mean(-1, keepdims=True)
+    normalised = (centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + 1e-6)).reshape(x.shape)
+    expected = normalised * scale[:, None, None] + bias[:, None, None]
+    output = run(plain(graph, dialects._convolved_group_norm), x=x)  # pyright: ignore[reportPrivateUsage]
+    assert distance(output, expected) < (1e-6 if mean == 0 else 1e-4)
 
 
 def test_the_plain_dialect_is_of_the_lowest_operator_set(flat, canonical):

@@ -62,11 +62,11 @@ def same_masks(session: Session, num_classes: int, preprocessing: Preprocessing,
 
     The order of the additions differs, so a pixel may flip where two classes tie to 1e-6: none of these does.
     """
-    expected = np.stack([restore(each[:num_classes], size, preprocessing, spacing) for each in IMAGES])
-    found = session.masks(IMAGES, size, resampled_size(size, preprocessing, spacing))
-    assert (found.dtype, found.shape) == (np.uint8, (3, *size))
-    np.testing.assert_array_equal(found, expected)
-    return found
+    expected = np.stack([restore(logits[:num_classes], size, preprocessing, spacing) for logits in IMAGES])
+    masks = session.masks(IMAGES, size, resampled_size(size, preprocessing, spacing))
+    assert (masks.dtype, masks.shape) == (np.uint8, (3, *size))
+    np.testing.assert_array_equal(masks, expected)
+    return masks
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
@@ -76,8 +76,8 @@ def test_masks_are_those_of_restore(tmp_path, backend, num_classes):
         assert session.gives_masks
         np.testing.assert_array_equal(session.run(IMAGES), IMAGES[:, :num_classes])
         for size in SOURCE_SIZES:
-            found = same_masks(session, num_classes, STRETCHED, size, None)
-            assert size == (1, 1) or len(np.unique(found)) == max(num_classes, 2)
+            masks = same_masks(session, num_classes, STRETCHED, size, None)
+            assert size == (1, 1) or len(np.unique(masks)) == max(num_classes, 2)
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
@@ -94,10 +94,10 @@ def rounded_towards_zero(self, op_type: str, first: ir.Value, second: ir.Value) 
 
 
 def everywhere(self, axis: int) -> ir.Value:
-    found = INSIDE(self, axis)
+    inside = INSIDE(self, axis)
     name = ("height", "width")[axis]
-    outside = self.append("Not", [found], ir.DataType.BOOL, [name])
-    return self.append("Or", [found, outside], ir.DataType.BOOL, [name])
+    outside = self.append("Not", [inside], ir.DataType.BOOL, [name])
+    return self.append("Or", [inside, outside], ir.DataType.BOOL, [name])
 
 
 class Replacing:
@@ -116,9 +116,9 @@ class Replacing:
 def with_operator(asked: str, given: str):
     def inside(self, axis: int) -> ir.Value:
         append, self.append = self.append, Replacing(self.append, {asked: given})
-        found = INSIDE(self, axis)
+        inside = INSIDE(self, axis)
         self.append = append
-        return found
+        return inside
 
     return inside
 
@@ -138,19 +138,19 @@ def test_a_centre_on_the_near_edge_is_inside_and_one_on_the_far_edge_is_not(tmp_
     with opened(with_masks(network(3), SPACED), "onnxruntime", tmp_path) as session:
         everywhere_one = np.zeros((1, 3, *SIZE), np.float32)
         everywhere_one[:, 1] = 1
-        (found,) = session.masks(everywhere_one, (41, 61), (82, 122))
-    rows, columns = np.flatnonzero(found.any(axis=1)), np.flatnonzero(found.any(axis=0))
+        (masks,) = session.masks(everywhere_one, (41, 61), (82, 122))
+    rows, columns = np.flatnonzero(masks.any(axis=1)), np.flatnonzero(masks.any(axis=0))
     assert (rows[0], rows[-1], columns[0], columns[-1]) == (12, 27, 18, 41)
-    assert found.sum() == len(rows) * len(columns)
+    assert masks.sum() == len(rows) * len(columns)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_wrong_placement_is_detected(tmp_path, monkeypatch, fault):
     monkeypatch.setattr(masks._Placement, *FAULTS[fault])
     with opened(with_masks(network(3), SPACED), "onnxruntime", tmp_path) as session:
-        found = [session.masks(IMAGES, size, resampled_size(size, SPACED, spacing)) for size, spacing in PLACES]
-    expected = [np.stack([restore(each, size, SPACED, spacing) for each in IMAGES]) for size, spacing in PLACES]
-    assert not all(np.array_equal(*pair) for pair in zip(found, expected, strict=True))
+        masks_by_size = [session.masks(IMAGES, size, resampled_size(size, SPACED, spacing)) for size, spacing in PLACES]
+    expected = [np.stack([restore(logits, size, SPACED, spacing) for logits in IMAGES]) for size, spacing in PLACES]
+    assert not all(np.array_equal(*pair) for pair in zip(masks_by_size, expected, strict=True))
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)

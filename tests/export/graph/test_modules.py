@@ -49,8 +49,8 @@ def test_a_layer_is_the_module_up_to_its_first_number(modules, group):
 
 def test_the_gemms_of_a_layer_are_together_in_the_order_of_the_graph():
     of = [f"{ROOT}/layers.{number}.{name}: a.B/c: aten.linear.default" for number in (1, 0) for name in ("fc1", "fc2")]
-    found = groups_of(chain(of))
-    assert list(found.items()) == [("layers.1", ["n0", "n1"]), ("layers.0", ["n2", "n3"])]
+    groups = groups_of(chain(of))
+    assert list(groups.items()) == [("layers.1", ["n0", "n1"]), ("layers.0", ["n2", "n3"])]
 
 
 @pytest.fixture(scope="module")
@@ -60,15 +60,15 @@ def graph() -> OnnxGraph:
 
 
 def test_every_gemm_of_a_network_is_in_one_group_of_its_own_part(graph):
-    found = groups_of(graph)
-    assert sorted(name for names in found.values() for name in names) == sorted(gemm.name for gemm in gemms(graph))
+    groups = groups_of(graph)
+    assert sorted(name for names in groups.values() for name in names) == sorted(gemm.name for gemm in gemms(graph))
     parts = {gemm.name: gemm.part for gemm in gemms(graph)}
-    assert all(len({parts[name] for name in names}) == 1 for names in found.values())
+    assert all(len({parts[name] for name in names}) == 1 for names in groups.values())
 
 
 def test_every_group_has_fewer_than_a_third_of_the_gemms(graph):
-    found = groups_of(graph)
+    groups = groups_of(graph)
     parts = {gemm.name: gemm.part for gemm in gemms(graph)}
-    assert {"layers.0", "layers.1", "resnet.root.0", "resnet.block2.0", "decoder.3", "head"} <= set(found)
-    assert {parts[names[0]] for names in found.values()} == {"resnet", "vit", "block", "decoder"}
-    assert max(len(names) for names in found.values()) < len(parts) / 3
+    assert {"layers.0", "layers.1", "resnet.root.0", "resnet.block2.0", "decoder.3", "head"} <= set(groups)
+    assert {parts[names[0]] for names in groups.values()} == {"resnet", "vit", "block", "decoder"}
+    assert max(len(names) for names in groups.values()) < len(parts) / 3

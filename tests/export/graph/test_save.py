@@ -52,7 +52,7 @@ class Scaled(torch.nn.Module):
 
 def external(path) -> dict[str, dict[str, str]]:
     tensors = onnx.load(path, load_external_data=False).graph.initializer
-    return {each.name: {entry.key: entry.value for entry in each.external_data} for each in tensors}
+    return {tensor.name: {entry.key: entry.value for entry in tensor.external_data} for tensor in tensors}
 
 
 @pytest.fixture
@@ -68,9 +68,9 @@ def test_written_graphs_compute_the_same_outputs(saved):
     reverse = WEIGHTS[2] @ WEIGHTS[1] @ WEIGHTS[0] + np.float32(0.5)
     for name, matrix in (("a.onnx", product), ("b.onnx", reverse)):
         session = onnxruntime.InferenceSession(saved / name, providers=["CPUExecutionProvider"])
-        (found,) = session.run(None, {"x": X})
+        (output,) = session.run(None, {"x": X})
         # Sums of 64 products in float32, twice more than X @ matrix rounds: 3e-4 of 500 seen.
-        np.testing.assert_allclose(np.asarray(found), X @ (matrix - np.float32(0.5)) + np.float32(0.5), atol=1e-2)
+        np.testing.assert_allclose(np.asarray(output), X @ (matrix - np.float32(0.5)) + np.float32(0.5), atol=1e-2)
 
 
 def test_a_shared_tensor_is_written_once_and_on_a_page(saved):

@@ -51,7 +51,7 @@ def test_the_graph_computes_the_logits_of_pytorch_for_every_batch(folded, saved)
 
 def test_the_written_model_is_standard_onnx_with_weights_beside_it(saved):
     model = onnx.load(saved / "fp32.onnx", load_external_data=False)
-    assert [(each.domain, each.version) for each in model.opset_import] == [("", OPSET)]
+    assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", OPSET)]
     assert not model.functions
     entries = [entry for tensor in model.graph.initializer for entry in tensor.external_data]
     assert {entry.value for entry in entries if entry.key == "location"} == {"weights.bin"}
@@ -80,7 +80,7 @@ def test_the_file_contains_no_path_of_this_machine(saved):
 def test_every_node_has_the_metadata_of_its_module(saved):
     nodes = onnx.load(saved / "fp32.onnx", load_external_data=False).graph.node
     modules = [{entry.key: entry.value for entry in node.metadata_props} for node in nodes]
-    assert all(each.keys() == {"namespace"} and "TransUNet" in each["namespace"] for each in modules)
+    assert all(properties.keys() == {"namespace"} and "TransUNet" in properties["namespace"] for properties in modules)
 
 
 def test_another_operator_set_than_asked_for_is_refused(graph):

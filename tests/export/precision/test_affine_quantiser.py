@@ -112,13 +112,13 @@ def test_a_graph_rounds_its_activation_as_the_affine_quantiser_does(form, low, h
     )
     quantised.model.graph.outputs.append(rounded)
     x = np.linspace(1.3 * low - 0.1, 1.3 * high + 0.1, 120, dtype=np.float32).reshape(1, 40, 3)  # and beyond both ends
-    found = outputs_of(quantised, {INPUT: x})[str(rounded.name)].ravel()
+    quantised_values = outputs_of(quantised, {INPUT: x})[str(rounded.name)].ravel()
     if QUANT_FORMATS[form].activation_type is np.int8:
         step, zero, first, last = Fraction(bound) / 127, 0, -128, 127
     else:
         step = (Fraction(high) - Fraction(low)) / 255
         zero, first, last = half_even(-Fraction(low) / step), 0, 255
-    for value, decoded in zip(x.ravel().tolist(), found.tolist(), strict=True):
+    for value, decoded in zip(x.ravel().tolist(), quantised_values.tolist(), strict=True):
         quotient = Fraction(value) / step
         if abs(abs(quotient - int(quotient)) - Fraction(1, 2)) < Fraction(1, 10**4):
             continue  # ONNX Runtime divides in float32, which decides a tie
@@ -155,20 +155,20 @@ def channels(seed: int) -> np.ndarray:
 @pytest.mark.parametrize(("coder", "largest"), [(per_channel, 127), (per_channel_fp8, 448)])
 def test_every_channel_of_a_weight_uses_its_whole_range(coder, largest, seed):
     weight = channels(seed)
-    found = coder(weight, GEMM)
+    scales = coder(weight, GEMM)
     exact = np.abs(weight.astype(np.float64)).max(axis=0) / largest
-    np.testing.assert_allclose(found.scales, exact, rtol=FLOAT32)
-    assert (np.abs(found.values.astype(np.float64)).max(axis=0) == largest).all()
+    np.testing.assert_allclose(scales.scales, exact, rtol=FLOAT32)
+    assert (np.abs(scales.values.astype(np.float64)).max(axis=0) == largest).all()
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_eight_bit_weights_are_rounded_half_to_even(seed):
     weight = channels(seed)
-    found = per_channel(weight, GEMM)
+    quantised_weight = per_channel(weight, GEMM)
     for row, column in np.ndindex(*weight.shape):
-        quotient = Fraction(float(weight[row, column])) / Fraction(float(found.scales[column]))
+        quotient = Fraction(float(weight[row, column])) / Fraction(float(quantised_weight.scales[column]))
         if abs(abs(quotient - int(quotient)) - Fraction(1, 2)) > Fraction(1, 10**4):
-            assert int(found.values[row, column]) == half_even(quotient)
+            assert int(quantised_weight.values[row, column]) == half_even(quotient)
     halves = np.zeros((64, 6), np.float32)
     halves[:6] = np.array([[127.0, 0.5, 1.5, -0.5, -1.5, 2.5]]).T
     np.testing.assert_array_equal(per_channel(halves, GEMM).values[:6, 0], [127, 0, 2, 0, -2, 2])
@@ -176,12 +176,12 @@ def test_eight_bit_weights_are_rounded_half_to_even(seed):
 
 def best_of_16_codes(block: np.ndarray) -> tuple[float, int]:
     """Return the least squared error of one block over all shrinks, in float64, and the smallest code then."""
-    found = []
+    errors = []
     for shrink in SHRINKS.astype(np.float64):
         scale = np.abs(block).max() / 7 * shrink
         codes = np.array([min(max(half_even(Fraction(float(v)) / Fraction(float(scale))), -8), 7) for v in block])
-        found.append((float(np.square(codes * scale - block).sum()), int(codes.min())))
-    return min(found)
+        errors.append((float(np.square(codes * scale - block).sum()), int(codes.min())))
+    return min(errors)
 
 
 BLOCKS: Mapping[str, np.ndarray] = {
@@ -198,9 +198,9 @@ BLOCKS: Mapping[str, np.ndarray] = {
 def test_four_bits_use_all_sixteen_values_for_the_least_error(name):
     gemm = replace(GEMM, weight_shape=(32, 1))
     block = BLOCKS[name].astype(np.float32)
-    found = per_block(block[:, np.newaxis], gemm)
-    error = float(np.square(found.dequantised().ravel() - block.astype(np.float64)).sum())
+    quantised_weight = per_block(block[:, np.newaxis], gemm)
+    error = float(np.square(quantised_weight.dequantised().ravel() - block.astype(np.float64)).sum())
     least, smallest = best_of_16_codes(block.astype(np.float64))
     assert error <= least * (1 + 1e-5)  # the search is in float32; without the code -8 it is 2 % worse or more
     if name in ("negative", "many at the lower end"):
-        assert smallest == int(found.values.astype(int).min()) == -8
+        assert smallest == int(quantised_weight.values.astype(int).min()) == -8

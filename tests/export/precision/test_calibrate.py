@@ -46,26 +46,26 @@ def error_of(values: np.ndarray, limits: Range, codes: type) -> float:
 @pytest.mark.parametrize("values", [NORMAL, OUTLIER, RECTIFIED], ids=["normal", "outlier", "rectified"])
 @pytest.mark.parametrize("codes", [np.int8, np.uint8])
 def test_mse_is_within_a_tenth_of_the_best_range_that_a_search_on_the_values_finds(values, codes):
-    found = range_of(values)
+    limit = range_of(values)
     whole = whole_range(values)
     shares = np.linspace(0.02, 1, 99)
     tried = (Range(low=share * whole.low, high=share * whole.high, bound=share * whole.bound) for share in shares)
     best = min(error_of(values, limits, codes) for limits in tried)
     # The search knows values, not bins, but moves both ends together; the estimate takes rounding for uniform noise.
-    assert error_of(values, found, codes) < 1.1 * best
+    assert error_of(values, limit, codes) < 1.1 * best
 
 
 def test_ranges_hold_zero_and_lie_within_what_was_seen():
     for values in (NORMAL, RECTIFIED, -RECTIFIED, RECTIFIED + 1):
-        found = range_of(values)
-        assert min(float(values.min()), 0) <= found.low <= 0 <= found.high <= max(float(values.max()), 0)
-        assert 0 < found.bound <= np.abs(values).max()
+        limit = range_of(values)
+        assert min(float(values.min()), 0) <= limit.low <= 0 <= limit.high <= max(float(values.max()), 0)
+        assert 0 < limit.bound <= np.abs(values).max()
 
 
 def test_a_value_that_is_always_zero_has_an_empty_range_and_a_scale_of_one():
-    found = range_of(np.zeros_like(NORMAL))
-    assert found == Range(low=0.0, high=0.0, bound=0.0)
-    assert quantisation_parameters(found, np.int8)[0] == quantisation_parameters(found, np.uint8)[0] == 1
+    limit = range_of(np.zeros_like(NORMAL))
+    assert limit == Range(low=0.0, high=0.0, bound=0.0)
+    assert quantisation_parameters(limit, np.int8)[0] == quantisation_parameters(limit, np.uint8)[0] == 1
 
 
 def test_images_are_shown_one_at_a_time_and_recorded_by_their_digest():
@@ -76,11 +76,11 @@ def test_images_are_shown_one_at_a_time_and_recorded_by_their_digest():
         shapes.append(batch.shape)
         return network(batch)
 
-    found = calibrate(seen, IMAGES, ["x", INPUT])
+    ranges = calibrate(seen, IMAGES, ["x", INPUT])
     assert set(shapes) == {(1, 3, 8, 8)}
-    assert found.images == tuple(hashlib.sha256(image.tobytes()).hexdigest() for image in IMAGES)
-    assert found.num_images == len(IMAGES)
-    assert found.ranges[INPUT].high == float(IMAGES.max())  # the graph's input needs no output
+    assert ranges.images == tuple(hashlib.sha256(image.tobytes()).hexdigest() for image in IMAGES)
+    assert ranges.num_images == len(IMAGES)
+    assert ranges.ranges[INPUT].high == float(IMAGES.max())  # the graph's input needs no output
 
 
 def test_the_order_of_the_images_does_not_change_a_range():
@@ -136,6 +136,6 @@ def test_another_network_than_the_one_to_quantise_is_refused():
 
 
 def test_a_stale_range_costs_what_the_tolerance_of_mse_would_show():
-    found = range_of(NORMAL)
-    stale = replace(found, bound=found.bound * 2)
-    assert error_of(NORMAL, stale, np.int8) > 1.1 * error_of(NORMAL, found, np.int8)
+    limit = range_of(NORMAL)
+    stale = replace(limit, bound=limit.bound * 2)
+    assert error_of(NORMAL, stale, np.int8) > 1.1 * error_of(NORMAL, limit, np.int8)

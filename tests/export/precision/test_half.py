@@ -125,13 +125,13 @@ def test_the_products_that_are_too_large_for_16_bits_are_named(graph):
     beyond = LARGEST["fp16"] / HEADROOM * 1.01
 
     def observe(image: np.ndarray) -> dict[str, np.ndarray]:
-        found = dict.fromkeys(largest, np.zeros(4, np.float32))
-        return found | {worst.output: np.array([0.0, -beyond], np.float32)}
+        limits = dict.fromkeys(largest, np.zeros(4, np.float32))
+        return limits | {worst.output: np.array([0.0, -beyond], np.float32)}
 
-    found = too_large(graph, names, observe, IMAGES)
+    overflows = too_large(graph, names, observe, IMAGES)
     readers = {gemm.name for gemm in gemms(graph) if worst.output in (gemm.activation, gemm.output)}
-    assert {each.gemm for each in found} == readers
-    assert found[0].largest == pytest.approx(beyond)
+    assert {overflow.gemm for overflow in overflows} == readers
+    assert overflows[0].largest == pytest.approx(beyond)
     assert too_large(graph, names, observe, IMAGES, dtype="bf16") == ()
     without = [name for name in names if name not in readers]
     assert too_large(graph, without, observe, IMAGES) == ()
@@ -170,8 +170,8 @@ def test_quantised_values_are_dequantised_to_16_bits_with_scales_of_16_bits(grap
         assert {value.dtype for value in (node.inputs[1], node.outputs[0]) if value} == {TYPES["fp16"]}
     (tmp_path / "wide").mkdir()
     (tmp_path / "half").mkdir()
-    found, expected = run(half, tmp_path / "half"), run(coded, tmp_path / "wide")
-    assert 0 < np.abs(found - expected).max() < 0.01 * np.abs(expected).max()
+    outputs, expected = run(half, tmp_path / "half"), run(coded, tmp_path / "wide")
+    assert 0 < np.abs(outputs - expected).max() < 0.01 * np.abs(expected).max()
 
 
 def test_a_product_stays_float32_where_16_bits_are_too_imprecise_for_its_scale(coded):

@@ -9,6 +9,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from processor import NO_EXACT_BYTE_PRODUCTS, saturates_byte_products
 from tiny import make_checkpoint, picture
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -102,12 +103,12 @@ def test_every_product_of_the_network_is_counted(graph, folded):
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         shapes(torch.zeros(1, 3, *SIZE, device="meta"))
     assert total_macs(graph) == counter.get_total_flops() // 2  # a multiplication and an addition are two to PyTorch
-    found = gemms(graph)
-    assert {gemm.part for gemm in found} == set(PART_NAMES)
-    assert len({gemm.name for gemm in found}) == len(found)
+    gemm_by_name = gemms(graph)
+    assert {gemm.part for gemm in gemm_by_name} == set(PART_NAMES)
+    assert len({gemm.name for gemm in gemm_by_name}) == len(gemm_by_name)
     products = [node for node in graph.model.graph if node.op_type in ("MatMul", "Conv")]
-    assert len(found) == len(products)
-    assert 0 < sum(gemm.macs for gemm in found) < total_macs(graph)  # the rest is attention's
+    assert len(gemm_by_name) == len(products)
+    assert 0 < sum(gemm.macs for gemm in gemm_by_name) < total_macs(graph)  # the rest is attention's
 
 
 @pytest.mark.parametrize("form", QUANT_FORMATS)
@@ -124,8 +125,8 @@ def test_int8_stays_close_and_is_int8(graph, calibration, exact, form, tmp_path)
 
 def test_fp8_stays_close_and_is_in_the_transformers_alone(graph, calibration, exact, tmp_path):
     quantised = quantise(graph, FP8, calibration)
-    found = gemm_precisions(quantised)
-    by_part = {gemm.part: found[gemm.name] for gemm in gemms(quantised)}
+    precisions = gemm_precisions(quantised)
+    by_part = {gemm.part: precisions[gemm.name] for gemm in gemms(quantised)}
     assert by_part == {"resnet": "fp32", "vit": "fp8", "block": "fp8", "decoder": "fp32"}
     assert sqnr_db(exact, logits(quantised, tmp_path)) > MIN_SQNR_DB_FP8
     check(quantised, SIZE, 3, opsets=DIALECTS["canonical"].opsets)
@@ -135,9 +136,12 @@ def test_weights_in_fp8_are_off_by_half_a_step_of_three_bits_at_most(graph):
     gemm = next(gemm for gemm in gemms(graph) if gemm.part == "vit" and gemm.output_axis == 1)
     weight = np.random.default_rng(0).standard_normal(gemm.weight_shape).astype(np.float32)
     weight[:, 0] = 0
-    found = per_channel_fp8(weight, gemm)
-    codes, smallest = found.values.astype(np.float32), found.scales * 2.0**-10  # half of e4m3's smallest step, 2^-9
-    error = np.abs(found.dequantised() - weight)
+    quantised_weight = per_channel_fp8(weight, gemm)
+    codes, smallest = (
+        quantised_weight.values.astype(np.float32),
+        quantised_weight.scales * 2.0**-10,
+    )  # half of e4m3's smallest step, 2^-9
+    error = np.abs(quantised_weight.dequantised() - weight)
     assert (error <= np.maximum(np.abs(weight) * 2.0**-4, smallest) * (1 + 1e-6)).all()
     assert (np.abs(codes).max(axis=0)[1:] == FP8_MAX).all()  # a channel uses the whole range, and nothing overflows
     assert (codes[:, 0] == 0).all()
@@ -215,6 +219,8 @@ def test_onnx_runtime_computes_every_gemm_but_the_last_in_integers(graph, calibr
     wanted = Counter(gemm.op_type for gemm in gemms(graph))
     assert kinds["MatMulIntegerToFloat"] == wanted["MatMul"]
     assert kinds["QLinearConv"] == wanted["Conv"] - 1  # the head makes the logits, which are not rounded
+    if saturates_byte_products():
+        pytest.skip(NO_EXACT_BYTE_PRODUCTS)
     assert sqnr_db(exact, outputs(session, IMAGES)["logits"]) > MIN_SQNR_DB["uint8_outputs"]
 
 
@@ -226,14 +232,16 @@ def test_openvino_computes_every_gemm_in_integers(graph, calibration, exact, tmp
     core = openvino.Core()
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
     compiled = core.compile_model(core.read_model(tmp_path / "plain.onnx"), "CPU", settings)
-    found = Counter[str]()
+    counts = Counter[str]()
     for operation in compiled.get_runtime_model().get_ops():
         said = operation.get_rt_info()
         kind, precision = (str(said[key].value) if key in said else "" for key in ("layerType", "runtimePrecision"))
         if kind in ("Convolution", "FullyConnected"):
-            found[f"{kind} {precision}"] += 1
+            counts[f"{kind} {precision}"] += 1
     wanted = Counter(gemm.op_type for gemm in gemms(graph))
-    assert found == {"Convolution u8": wanted["Conv"], "FullyConnected u8": wanted["MatMul"]}
+    assert counts == {"Convolution u8": wanted["Conv"], "FullyConnected u8": wanted["MatMul"]}
+    if saturates_byte_products():
+        pytest.skip(NO_EXACT_BYTE_PRODUCTS)
     assert sqnr_db(exact, compiled(IMAGES)[0]) > MIN_SQNR_DB["uint8"]
 
 
@@ -298,8 +306,8 @@ def test_the_tolerance_catches(graph, calibration, exact, fault, tmp_path):
 def test_kept_gemms_stay_float_and_lower_the_int8_share(graph, calibration, exact, tmp_path):
     largest = max(gemms(graph), key=lambda gemm: gemm.macs)
     mixed = quantise(graph, INT8, calibration, keep_float=[largest.name])
-    found = gemm_precisions(mixed)
-    assert {name for name, precision in found.items() if precision != "int8"} == {largest.name}
+    precisions = gemm_precisions(mixed)
+    assert {name for name, precision in precisions.items() if precision != "int8"} == {largest.name}
     lost = int8_share(quantise(graph, INT8, calibration)) - int8_share(mixed)
     assert lost == pytest.approx(largest.macs / total_macs(graph))
     assert quantise(graph, INT8, calibration, keep_float=names(graph)).num_nodes == graph.num_nodes
@@ -309,8 +317,8 @@ def test_parts_can_have_precisions_of_their_own(graph, calibration, exact, tmp_p
     wanted = parse_precision("vit=int8, block=w8a16,decoder=fp16")
     assert wanted == {"resnet": "fp32", "vit": "int8", "block": "w8a16", "decoder": "fp16"}
     mixed = quantise(graph, wanted, calibration, quant_format="uint8")
-    found = gemm_precisions(mixed)
-    assert {(gemm.part, found[gemm.name]) for gemm in gemms(mixed)} == set(wanted.items())
+    precisions = gemm_precisions(mixed)
+    assert {(gemm.part, precisions[gemm.name]) for gemm in gemms(mixed)} == set(wanted.items())
     assert sqnr_db(exact, logits(mixed, tmp_path)) > MIN_SQNR_DB["uint8"]
 
 
@@ -335,12 +343,12 @@ def test_of_int8_and_fp16_a_gemm_kept_float_is_in_fp16_and_one_kept_wide_is_in_i
     """Of ``int8+fp16``, a layer that must not be coded is in fp16, and one that fp16 does not hold still has codes."""
     first, second, *_ = [gemm.name for gemm in gemms(graph) if gemm.part == "vit"]
     mixed = quantise(graph, parse_precision("int8+fp16"), calibration, keep_float=[first], keep_wide=[second])
-    found = gemm_precisions(mixed)
-    assert (found[first], found[second]) == ("fp16", "int8")
+    precisions = gemm_precisions(mixed)
+    assert (precisions[first], precisions[second]) == ("fp16", "int8")
     nodes = {node.name: node for node in mixed.model.graph}
     assert nodes[first].outputs[0].dtype == ir.DataType.FLOAT16
     assert nodes[second].outputs[0].dtype == ir.DataType.FLOAT
-    assert set(found.values()) == {"int8", "fp16"}
+    assert set(precisions.values()) == {"int8", "fp16"}
 
 
 @pytest.mark.parametrize(

@@ -123,8 +123,8 @@ def names(graph: OnnxGraph) -> list[str]:
 def smoothed(graph, tmp_path_factory) -> tuple[OnnxGraph, Mapping[str, Smoothing]]:
     watched = observed_graph(graph, smoothable(graph, names(graph)))
     network = observe(watched, tmp_path_factory.mktemp("smooth") / "observed")
-    copy, found = smooth(graph, names(graph), network, IMAGES)
-    return copy, {each.value: each for each in found}
+    copy, smoothed = smooth(graph, names(graph), network, IMAGES)
+    return copy, {entry.value: entry for entry in smoothed}
 
 
 def test_smoothable_activations_are_those_whose_channels_constants_scale(graph):

@@ -93,39 +93,39 @@ def names(graph: OnnxGraph) -> list[str]:
 
 
 def test_gemms_are_listed_with_their_part_and_their_cost(graph):
-    found = {gemm.name: gemm for gemm in gemms(graph)}
-    assert {name: gemm.macs for name, gemm in found.items()} == {
+    products = {gemm.name: gemm for gemm in gemms(graph)}
+    assert {name: gemm.macs for name, gemm in products.items()} == {
         "node_a": 8 * 256 * 96,
         "node_twin": 8 * 256 * 96,
         "node_c": 8 * 96 * 20,
         "node_d": 8 * 20 * 32,
         "node_y": 4 * 6 * 14 * 2 * 9,
     }
-    assert total_macs(graph) == sum(gemm.macs for gemm in found.values())
-    assert [gemm.part for gemm in found.values()] == ["block"] * 4 + ["decoder"]
-    assert [gemm.output_axis for gemm in found.values()] == [1, 1, 1, 1, 0]
+    assert total_macs(graph) == sum(gemm.macs for gemm in products.values())
+    assert [gemm.part for gemm in products.values()] == ["block"] * 4 + ["decoder"]
+    assert [gemm.output_axis for gemm in products.values()] == [1, 1, 1, 1, 0]
 
 
 @pytest.mark.parametrize(("name", "axis"), [("wide", 1), ("kernel", 0)])
 def test_eight_bits_round_to_nearest_with_the_largest_weight_of_every_channel(name, axis):
     weight = WEIGHTS[name].astype(np.float64)
-    found = per_channel(WEIGHTS[name], gemm(name, axis))
-    others = tuple(each for each in range(weight.ndim) if each != axis)
+    quantised_weight = per_channel(WEIGHTS[name], gemm(name, axis))
+    others = tuple(other_axis for other_axis in range(weight.ndim) if other_axis != axis)
     steps = np.abs(weight).max(axis=others, keepdims=True) / 127
-    assert found.values.dtype == np.int8
-    assert np.abs(found.values.astype(int)).max(axis=others).tolist() == [127] * weight.shape[axis]
+    assert quantised_weight.values.dtype == np.int8
+    assert np.abs(quantised_weight.values.astype(int)).max(axis=others).tolist() == [127] * weight.shape[axis]
     # Half a step, and what float32 does to a quotient of up to 127.
-    assert (np.abs(found.dequantised() - weight) <= steps * (0.5 + 127 * 2**-22)).all()
+    assert (np.abs(quantised_weight.dequantised() - weight) <= steps * (0.5 + 127 * 2**-22)).all()
 
 
 def test_ties_round_to_even_and_a_channel_of_zeros_stays_zero():
     weight = np.zeros((256, 96), np.float32)
     weight[:, 0] = np.resize([127, 0.5, 1.5, -2.5, -0.5], 256)
     weight[:, 1] = 1e-42  # a subnormal number, whose scale would be zero
-    found = per_channel(weight, gemm("wide"))
-    assert found.values[:5, 0].tolist() == [127, 0, 2, -2, 0]
-    assert found.scales.tolist() == [1.0] * 96
-    assert not found.values[:, 1:].any()
+    quantised_weight = per_channel(weight, gemm("wide"))
+    assert quantised_weight.values[:5, 0].tolist() == [127, 0, 2, -2, 0]
+    assert quantised_weight.scales.tolist() == [1.0] * 96
+    assert not quantised_weight.values[:, 1:].any()
     blocks = per_block(weight, gemm("wide"))
     assert np.isfinite(blocks.scales).all()
     assert not blocks.dequantised()[:, 1:].any()
@@ -133,15 +133,15 @@ def test_ties_round_to_even_and_a_channel_of_zeros_stays_zero():
 
 def test_four_bits_are_better_than_rounding_to_the_nearest_of_the_whole_range():
     weight = WEIGHTS["wide"].astype(np.float64)
-    found = per_block(WEIGHTS["wide"], gemm("wide"))
-    assert found.values.dtype == ml_dtypes.int4
-    assert found.scales.shape == (2, 96)
+    quantised_weight = per_block(WEIGHTS["wide"], gemm("wide"))
+    assert quantised_weight.values.dtype == ml_dtypes.int4
+    assert quantised_weight.scales.shape == (2, 96)
     step = np.abs(weight.reshape(2, 128, 96)).max(axis=1, keepdims=True) / 7
     nearest = (np.rint(weight.reshape(2, 128, 96) / step) * step).reshape(256, 96)
-    error, plain = (np.square(tried - weight).sum() for tried in (found.dequantised(), nearest))
+    error, plain = (np.square(tried - weight).sum() for tried in (quantised_weight.dequantised(), nearest))
     # A sample of 128 normal numbers reaches 2.7 sigma; clipping it pays: 0.86 seen.
     assert error < 0.93 * plain
-    best_shrink = found.scales / (step[:, 0] if step.ndim == 3 else step)
+    best_shrink = quantised_weight.scales / (step[:, 0] if step.ndim == 3 else step)
     assert SHRINKS.min() - 1e-3 <= best_shrink.min() <= best_shrink.max() <= 1 + 1e-6
 
 
@@ -152,9 +152,11 @@ def test_blocks_divide_the_summed_axis_or_there_are_none(name, size):
 
 def test_blocks_of_a_transposed_matrix_lie_along_its_second_axis():
     transposed = replace(gemm("wide"), op_type="Gemm", weight_shape=(96, 256), output_axis=0)
-    found = per_block(np.ascontiguousarray(WEIGHTS["wide"].T), transposed)
-    assert (found.axis, found.scales.shape) == (1, (96, 2))
-    np.testing.assert_array_equal(found.dequantised().T, per_block(WEIGHTS["wide"], gemm("wide")).dequantised())
+    quantised_weight = per_block(np.ascontiguousarray(WEIGHTS["wide"].T), transposed)
+    assert (quantised_weight.axis, quantised_weight.scales.shape) == (1, (96, 2))
+    np.testing.assert_array_equal(
+        quantised_weight.dequantised().T, per_block(WEIGHTS["wide"], gemm("wide")).dequantised()
+    )
 
 
 @pytest.mark.parametrize("convert", [to_w8a16, to_w4a16])
@@ -194,7 +196,7 @@ def test_gemm_precisions_are_read_from_the_graph_and_shared_weights_are_stored_o
 
 def test_only_the_named_gemms_change_and_a_shared_weight_stays_for_the_others(graph, tmp_path):
     coded = to_w8a16(graph, ["node_a"])
-    assert {name for name, found in gemm_precisions(coded).items() if found != "fp32"} == {"node_a"}
+    assert {name for name, precision in gemm_precisions(coded).items() if precision != "fp32"} == {"node_a"}
     assert "wide" in coded.model.graph.initializers
     error = np.abs(run(coded, tmp_path) - run(graph, tmp_path, "float")).max()
     assert 0 < error < 0.05 * np.abs(run(graph, tmp_path, "again")).max()

@@ -42,7 +42,7 @@ def test_every_field_of_a_line_is_parsed():
     (layer,), unread = read(GEMM, macs={"node_linear_9": 4 * 64 * 48})
     assert unread == 0
     assert (layer.name, layer.kind, layer.kernel) == ("node_linear_9_myl0_93", "gemm", "__myelin_CASK_STUB")
-    assert [each.dtype for each in (*layer.inputs, *layer.constants, *layer.outputs)] == [
+    assert [tensor_entry.dtype for tensor_entry in (*layer.inputs, *layer.constants, *layer.outputs)] == [
         "Half",
         "Half",
         "Float",
@@ -102,7 +102,9 @@ def test_the_words_of_a_generated_kernel():
 def test_the_properties_of_a_layer_follow_from_its_name_and_types(name, kind, inputs, constants, outputs, properties):
     sides = [", ".join(tensor(dtype, 4, 4) for dtype in side) for side in (inputs, constants, outputs)]
     (layer,), _ = read(line(name, kind, *sides))
-    assert {each for each in ("only_moves", "decodes_weights", "is_product") if getattr(layer, each)} == properties
+    assert {
+        attribute for attribute in ("only_moves", "decodes_weights", "is_product") if getattr(layer, attribute)
+    } == properties
 
 
 @pytest.mark.parametrize(
@@ -115,7 +117,7 @@ def test_the_properties_of_a_layer_follow_from_its_name_and_types(name, kind, in
     ],
 )
 def test_a_product_computes_in_the_type_of_its_weight_unless_it_dequantises_it(inputs, constants, dtype):
-    sides = [", ".join(tensor(each, 4, 4) for each in side) for side in (inputs, constants, ["Float"])]
+    sides = [", ".join(tensor(tensor_name, 4, 4) for tensor_name in side) for side in (inputs, constants, ["Float"])]
     (layer,), _ = read(line("__myl_CastMulFc_myl0_70", "runtime_fusion", *sides))
     assert layer.dtype == dtype
 

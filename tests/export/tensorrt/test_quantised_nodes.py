@@ -18,8 +18,8 @@ from medseg_trt.export.graph.trace import INPUT, OnnxGraph, check, trace
 from medseg_trt.export.precision.calibrate import calibrate, observed_graph
 from medseg_trt.export.precision.quantize import parse_precision, quantise, values_to_calibrate
 from medseg_trt.export.tensorrt.quantised_nodes import join_quantisers
+from medseg_trt.train.block.llama import LlamaBlock
 from medseg_trt.train.checkpoint import load_checkpoint
-from medseg_trt.train.models.llama import LlamaBlock
 
 SIZE = (32, 48)
 IMAGES = np.stack([np.repeat(picture(seed, SIZE)[0][None] / 255, 3, axis=0) for seed in range(4)]).astype(np.float32)
@@ -67,9 +67,9 @@ def test_every_norm_before_an_int8_product_writes_the_int8(int8, tmp_path):
     assert sum(made.values()) == count == before["QuantizeLinear"] - after["QuantizeLinear"]
     check(joined, SIZE, 3, opsets=DIALECTS["canonical"].opsets)
     answers = []
-    for name, each in {"before": int8, "after": joined}.items():
+    for name, variant_graph in {"before": int8, "after": joined}.items():
         (tmp_path / name).mkdir()
-        (logits,) = opened(each, tmp_path / name).run(None, {INPUT: IMAGES})
+        (logits,) = opened(variant_graph, tmp_path / name).run(None, {INPUT: IMAGES})
         answers.append(np.asarray(logits))
     np.testing.assert_array_equal(*answers)  # the body does what the two nodes did
 
@@ -81,7 +81,9 @@ def test_joining_does_not_change_the_original_graph(int8):
 
 
 def of_swiglu(graph: OnnxGraph) -> tuple[ir.Node, ir.Node]:
-    (node,) = [each for each in graph.model.graph if (each.domain, each.op_type) == (DOMAIN, "SwiGLU")]
+    (node,) = [
+        candidate for candidate in graph.model.graph if (candidate.domain, candidate.op_type) == (DOMAIN, "SwiGLU")
+    ]
     (quantiser,) = node.outputs[0].consumers()
     return node, quantiser
 
@@ -98,7 +100,7 @@ def unsigned(graph: OnnxGraph) -> None:
     of_swiglu(graph)[1].outputs[0].type = ir.TensorType(ir.DataType.UINT8)
 
 
-def with_a_scale_for_each_column(graph: OnnxGraph) -> None:
+def with_scales_by_column(graph: OnnxGraph) -> None:
     value = ir.val("steps", const_value=ir.tensor(np.ones(4, np.float32), name="steps"))
     graph.model.graph.register_initializer(value)
     of_swiglu(graph)[1].replace_input_with(1, value)
@@ -109,7 +111,7 @@ def read_by_another_node(graph: OnnxGraph) -> None:
     graph.model.graph.append(ir.node("Identity", [node.outputs[0]], name="other"))
 
 
-@pytest.mark.parametrize("change", [asymmetric, unsigned, with_a_scale_for_each_column, read_by_another_node])
+@pytest.mark.parametrize("change", [asymmetric, unsigned, with_scales_by_column, read_by_another_node])
 def test_nodes_that_the_kernel_does_not_support_stay(change, int8):
     changed = OnnxGraph(model=int8.model.clone())
     change(changed)

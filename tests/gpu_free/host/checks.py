@@ -67,13 +67,13 @@ def ptx(kernel: Kernel, entry: Entry, sound: Kernel) -> str:
 
 def traffic(kernel: Kernel, entry: Entry, sound: Kernel) -> str:
     """Count what the PTX moves where vector accesses are possible; the sound kernel moves no more in wider accesses."""
-    before, after = (_moved(each, entry, sound) for each in (sound, kernel))
+    before, after = (_moved(variant, entry, sound) for variant in (sound, kernel))
     for table, expected in ((after.report.loads, before.report.loads), (after.report.stores, before.report.stores)):
-        for array, found in table.items():
-            if max(found.widths) < max(expected[array].widths):
-                return f"{array} moves {max(found.widths)} bytes an access, not {max(expected[array].widths)}"
-            if found.sectors > MORE_BYTES * expected[array].sectors:
-                return f"{array} touches {found.sectors} sectors, not {expected[array].sectors}"
+        for array, accesses in table.items():
+            if max(accesses.widths) < max(expected[array].widths):
+                return f"{array} moves {max(accesses.widths)} bytes an access, not {max(expected[array].widths)}"
+            if accesses.sectors > MORE_BYTES * expected[array].sectors:
+                return f"{array} touches {accesses.sectors} sectors, not {expected[array].sectors}"
     moved, least = after.report.moved_bytes, before.report.moved_bytes
     return f"{moved} bytes move, not {least}" if moved > MORE_BYTES * least else ""
 
@@ -82,10 +82,10 @@ def static(kernel: Kernel, entry: Entry, sound: Kernel) -> str:
     """Assemble the PTX: no register is spilt, no array lies in local memory, and 16-byte accesses are there."""
     arch = f"sm_{max(entry.min_arch, int(ARCH[3:]))}"
     text = ptx_of(kernel, entry)
-    used, found = usage(text, arch), opcodes(text, arch)
+    used, opcode_counts = usage(text, arch), opcodes(text, arch)
     if used.stack_bytes or used.spill_bytes:
         return f"{used.stack_bytes} bytes of local memory a thread, {used.spill_bytes} of spills"
-    wide = {name: count(found, name, "128") for name in ("LDG", "STG")}
+    wide = {name: count(opcode_counts, name, "128") for name in ("LDG", "STG")}
     expected = {name: count(opcodes(ptx_of(sound, entry), arch), name, "128") for name in wide}
     lost = [name for name in wide if wide[name] < expected[name]]
     return f"{wide[lost[0]]} {lost[0]}.128, not {expected[lost[0]]}" if lost else ""

@@ -203,7 +203,7 @@ def _request(kernel: Kernel, entry: Entry, case: Case, order: int) -> bytes:
     return b"".join(parts)
 
 
-def _split(answer: bytes, kernel: Kernel, entry: Entry, cases: Sequence[Case]) -> Iterator[dict[str, Array]]:
+def _split(output: bytes, kernel: Kernel, entry: Entry, cases: Sequence[Case]) -> Iterator[dict[str, Array]]:
     start = 0
     for case in cases:
         shapes = kernel.shapes(case.scalars, entry)
@@ -211,7 +211,7 @@ def _split(answer: bytes, kernel: Kernel, entry: Entry, cases: Sequence[Case]) -
         for parameter in entry.parameters:
             if parameter.direction == "out":
                 shape, dtype = shapes[parameter.name], DTYPES[parameter.dtype]
-                outputs[parameter.name] = np.frombuffer(answer, dtype, int(np.prod(shape)), start).reshape(shape)
+                outputs[parameter.name] = np.frombuffer(output, dtype, int(np.prod(shape)), start).reshape(shape)
                 start += outputs[parameter.name].nbytes
         yield outputs
 
@@ -219,10 +219,10 @@ def _split(answer: bytes, kernel: Kernel, entry: Entry, cases: Sequence[Case]) -
 def _finding(report: str, status: int) -> Finding:
     report = re.sub(r"[^\s(]*/([\w.]+:\d+)", r"\1", report)  # files by their names
     for pattern, check in FINDINGS.items():
-        if found := re.search(pattern, report):
-            text = re.sub(r" on address 0x.*| \(pid=\d+\)|, which requires.*", "", found[1]).strip()
-            place = re.search(r"[\w.]+\.cuh?:\d+", report)  # the first is where it happened
-            return Finding(check, f"{text}, {place[0]}" if place and place[0] not in text else text)
+        if match := re.search(pattern, report):
+            text = re.sub(r" on address 0x.*| \(pid=\d+\)|, which requires.*", "", match[1]).strip()
+            source_line = re.search(r"[\w.]+\.cuh?:\d+", report)  # the first is where it happened
+            return Finding(check, f"{text}, {source_line[0]}" if source_line and source_line[0] not in text else text)
     return Finding("exit", f"status {status}: {report.strip()[-300:]}")
 
 
@@ -233,7 +233,7 @@ def _numbers(*values: int) -> bytes:
 @cache
 def _headers() -> tuple[str, ...]:
     tools = TOOLCHAINS[DEFAULT]
-    folders = dict.fromkeys(wheel_file(*each, tools.extra).parent for each in tools.headers)
+    folders = dict.fromkeys(wheel_file(*header, tools.extra).parent for header in tools.headers)
     return tuple(part for folder in folders for part in ("-isystem", str(folder)))
 
 

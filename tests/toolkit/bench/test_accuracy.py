@@ -50,24 +50,25 @@ def compared(run: Any, shown: Any = None, runs: Any = None) -> Any:
         CONTRACT,
         CLASSES,
         lambda *_: None,
+        lambda _image, labels: labels,
     )
 
 
-def judged(found: Any, limit: float = 0.005, allowed: float = 1.0) -> Any:
-    return verdict(found.networks["reference"], found.networks["other"], limit, allowed, "Dice")
+def judged(network_scores: Any, limit: float = 0.005, allowed: float = 1.0) -> Any:
+    return verdict(network_scores.networks["reference"], network_scores.networks["other"], limit, allowed, "Dice")
 
 
 def test_scores_are_those_of_the_metrics_and_of_every_slice():
-    found = compared(shifted)
-    accuracy = found.accuracy("other")
+    network_scores = compared(shifted)
+    accuracy = network_scores.accuracy("other")
     assert isinstance(accuracy, Accuracy)
-    assert found.accuracy("reference").mean_dice == 1
+    assert network_scores.accuracy("reference").mean_dice == 1
     for number, case in enumerate(accuracy.cases):
         image, labels = volume(number)
         mask = np.roll(labels, 1, axis=2)
         assert case.scores == scores(mask, labels, CLASSES, image.spacing_mm)
     assert accuracy.hd95_unit == "mm"
-    assert accuracy.mean_dice == pytest.approx(sum(each.dice or 0.0 for each in accuracy.means) / 2)
+    assert accuracy.mean_dice == pytest.approx(sum(item.dice or 0.0 for item in accuracy.means) / 2)
     image, labels = volume(1)
     mask = np.roll(labels, 1, axis=2)
     last = accuracy.slices[-1]
@@ -80,14 +81,14 @@ def test_scores_are_those_of_the_metrics_and_of_every_slice():
 
 
 def test_agreement_is_of_the_networks_own_pixels():
-    found = compared(lambda batch: network(batch) * np.float32(1.01))
-    agreement = found.networks["other"].agreement()
+    network_scores = compared(lambda batch: network(batch) * np.float32(1.01))
+    agreement = network_scores.networks["other"].agreement()
     assert isinstance(agreement, Agreement)
     assert agreement.labels == 1
-    largest = max(np.abs(network(np.stack([each[:, :, 0]] * 3)[None] / 255)).max() for each in volume(0)[0].pixels)
+    largest = max(np.abs(network(np.stack([item[:, :, 0]] * 3)[None] / 255)).max() for item in volume(0)[0].pixels)
     assert agreement.max_abs_error == pytest.approx(0.01 * largest, rel=1e-3)
     assert agreement.sqnr_db == pytest.approx(40, abs=0.01)  # a hundredth of the signal
-    assert found.networks["reference"].agreement() == Agreement(max_abs_error=0.0, labels=1.0, sqnr_db=None)
+    assert network_scores.networks["reference"].agreement() == Agreement(max_abs_error=0.0, labels=1.0, sqnr_db=None)
 
 
 def test_masks_that_are_worse_do_not_hold_and_those_that_are_equal_do():
@@ -106,16 +107,16 @@ def test_pixels_may_not_change_even_where_dice_does_not():
     def wrong(batch: np.ndarray) -> np.ndarray:
         return np.roll(network(batch), 1, axis=1)
 
-    found = compared(None, runs={"reference": swapped, "other": wrong})
-    assert judged(found, limit=1.0, allowed=1.0).holds
-    refused = judged(found, limit=1.0, allowed=0.001)
+    network_scores = compared(None, runs={"reference": swapped, "other": wrong})
+    assert judged(network_scores, limit=1.0, allowed=1.0).holds
+    refused = judged(network_scores, limit=1.0, allowed=0.001)
     assert not refused.holds
     assert "of the pixels have another label than the reference's, and 0.10 % may" in refused.words
 
 
 def test_without_masks_the_references_are_the_truth():
-    found = compared(shifted, cases(labelled=False))
-    accuracy = found.accuracy("other")
+    network_scores = compared(shifted, cases(labelled=False))
+    accuracy = network_scores.accuracy("other")
     assert accuracy.metric == AGREEMENT
     assert accuracy.mean_dice == compared(shifted).accuracy("other").mean_dice  # the reference is always right here
 
@@ -129,11 +130,11 @@ def test_a_network_that_dies_is_a_failure_and_the_others_go_on():
             raise ArtefactError("it was killed by signal 11; it is not used")
         return network(batch)
 
-    found = compared(None, runs={"reference": network, "other": dies, "third": shifted})
-    assert found.networks["other"].failure == "it was killed by signal 11; it is not used"
-    assert found.accuracy("other") == Missing(reason="it was killed by signal 11; it is not used")
-    assert judged(found) == Missing(reason="it was killed by signal 11; it is not used")
-    assert len(found.accuracy("third").cases) == 2
+    network_scores = compared(None, runs={"reference": network, "other": dies, "third": shifted})
+    assert network_scores.networks["other"].failure == "it was killed by signal 11; it is not used"
+    assert network_scores.accuracy("other") == Missing(reason="it was killed by signal 11; it is not used")
+    assert judged(network_scores) == Missing(reason="it was killed by signal 11; it is not used")
+    assert len(network_scores.accuracy("third").cases) == 2
     assert len(calls) == 2
 
 
@@ -149,8 +150,8 @@ def test_logits_that_are_no_numbers_are_a_failure():
     def overflowed(batch: np.ndarray) -> np.ndarray:
         return network(batch) * np.float32(np.inf)
 
-    found = compared(overflowed)
-    assert found.networks["other"].failure == "case0: the logits are not finite: a number is too large for its type"
+    network_scores = compared(overflowed)
+    assert network_scores.networks["other"].failure == "case0: the logits are not finite: a value overflows its type"
     with pytest.raises(InputError, match="the reference's logits are not finite"):
         compared(None, runs={"reference": overflowed})
 
@@ -160,7 +161,7 @@ def test_without_a_common_unit_there_is_no_hd95():
     bare = Image(path=image.path, pixels=image.pixels)
     accuracy = compared(shifted, [*cases(), ("bare", bare, labels)]).accuracy("other")
     assert (accuracy.hd95_unit, accuracy.mean_hd95) == (None, None)
-    assert all(each.hd95 is None for case in accuracy.cases for each in case.scores)
+    assert all(item.hd95 is None for case in accuracy.cases for item in case.scores)
 
 
 def test_the_worst_slices_are_kept_with_their_pictures():
@@ -170,24 +171,26 @@ def test_the_worst_slices_are_kept_with_their_pictures():
             logits[-1, :, :4] = [[[1.0]], [[0.0]], [[0.0]]]  # background in four rows
         return logits
 
-    found = compared(spoils_one, cases(3)).networks["other"]
-    ((entry, pictures),) = found.worst
+    network_scores = compared(spoils_one, cases(3)).networks["other"]
+    ((entry, slice_images),) = network_scores.worst
     assert (entry.case, entry.slice) == ("case1", 1)
     assert entry.reference_dice == 1
     assert entry.difference == pytest.approx(entry.candidate_dice - 1)
     assert (
         entry.changed_pixels
         == int((volume(1)[1][1, :4] > 0).sum())
-        == int((pictures.candidate != pictures.reference).sum())
+        == int((slice_images.candidate != slice_images.reference).sum())
     )
-    assert np.array_equal(pictures.truth, volume(1)[1][1])
+    assert np.array_equal(slice_images.truth, volume(1)[1][1])
 
 
 def test_differences_are_paired_by_case_where_there_are_enough_else_by_slice():
     for count, unit, pairs in ((2, "slices", 4), (MIN_UNITS, "cases", MIN_UNITS)):
-        found = compared(shifted, cases(count))
-        paired = differences(found.accuracy("reference"), found.accuracy("other"), judged(found))
-        assert [(each.metric, each.class_name) for each in paired] == [
+        network_scores = compared(shifted, cases(count))
+        paired = differences(
+            network_scores.accuracy("reference"), network_scores.accuracy("other"), judged(network_scores)
+        )
+        assert [(item.metric, item.class_name) for item in paired] == [
             ("Dice", None),
             ("Dice", "low"),
             ("Dice", "high"),
@@ -198,10 +201,10 @@ def test_differences_are_paired_by_case_where_there_are_enough_else_by_slice():
             ("HD95", "low"),
             ("HD95", "high"),
         ]
-        for each in paired:
-            assert each.difference == pytest.approx(each.candidate - each.reference, abs=1e-12)
-            assert each.low <= each.difference <= each.high
-            assert (each.unit, each.pairs) == (("cases", count) if each.metric == "HD95" else (unit, pairs))
+        for item in paired:
+            assert item.difference == pytest.approx(item.candidate - item.reference, abs=1e-12)
+            assert item.low <= item.difference <= item.high
+            assert (item.unit, item.pairs) == (("cases", count) if item.metric == "HD95" else (unit, pairs))
         assert paired[1].difference < 0 < paired[-1].difference  # Dice is lost, the outlines lie farther apart
 
 
@@ -210,6 +213,6 @@ def test_a_class_that_no_image_has_is_left_out_of_the_differences():
         for name, image, labels in cases():
             yield name, image, (labels == 1).astype(np.uint8)
 
-    found = compared(shifted, only_low())
-    paired = differences(found.accuracy("reference"), found.accuracy("other"), judged(found))
-    assert {each.class_name for each in paired} == {None, "low"}
+    network_scores = compared(shifted, only_low())
+    paired = differences(network_scores.accuracy("reference"), network_scores.accuracy("other"), judged(network_scores))
+    assert {item.class_name for item in paired} == {None, "low"}

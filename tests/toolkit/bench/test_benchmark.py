@@ -2,6 +2,7 @@ import json
 import os
 import signal
 import sys
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,23 @@ from click.testing import CliRunner
 from measured_here import SHORT, MeasuredHere
 from tiny import write_pictures, write_volumes
 
-from medseg_trt.bench import benchmark, candidates, peaks, timings
+from medseg_trt.bench import benchmark, candidates, peaks, profiling, timings
 from medseg_trt.bench.accuracy_schema import Verdict
 from medseg_trt.bench.benchmark import ENDED, Bench, bench
 from medseg_trt.bench.missing import Missing
 from medseg_trt.bench.profile_schema import Profile, Roofline
-from medseg_trt.bench.schema import read_bench_report
+from medseg_trt.bench.report_file import read_bench_report
 from medseg_trt.bench.summary import summary
 from medseg_trt.bench.timed_session import MeasuredSession
 from medseg_trt.bench.timing_schema import SCOPES, Latency, Speedup
+from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.cli import cli, main
 from medseg_trt.errors import AccuracyGateError, MedsegError, MissingExtraError, UsageError
 from medseg_trt.files import write_json
+from medseg_trt.sessions.backends import BACKENDS
 from medseg_trt.spec import to_dict
+
+CPU_BACKENDS = [name for name, backend in BACKENDS.items() if not backend.gpu]
 
 
 @pytest.fixture(scope="module")
@@ -32,19 +37,28 @@ def data(tmp_path_factory):
     return write_volumes(tmp_path_factory.mktemp("data"))
 
 
+def labels_of(bundle: Path) -> dict[str, set[str]]:
+    """Return what each back-end runs of a bundle, as ``--precision`` has it."""
+    loaded, labels = load_bundle(bundle), defaultdict[str, set[str]](set)
+    for execution in loaded.content.executions:
+        precision = loaded.variant(execution).precision
+        labels[execution.backend].add(candidates.precision_label(precision, execution.compute_dtype))
+    return labels
+
+
 def of(tiny_bundle, data, **changes):
     chosen = {"checkpoint": tiny_bundle.parent / "model" / "model.pt", "data": data, "split": "val", "tier": SHORT}
     return Bench(bundle=tiny_bundle, **(chosen | changes))
 
 
-def measured_report(what: Bench, scratch: Path) -> Any:
+def measured_report(spec: Bench, scratch: Path) -> Any:
     """Return the report; what may be missing is not narrowed in every line of a test."""
-    return bench(what, scratch).report
+    return bench(spec, scratch).report
 
 
 def test_everything_is_measured_in_processes_of_their_own(tiny_bundle, data, tmp_path, monkeypatch):
     monkeypatch.setattr(peaks, "COPY_BYTES", 1 << 20)
-    monkeypatch.setattr(benchmark, "peaks", lambda ways: peaks.peaks(ways, width=64, rows=8))
+    monkeypatch.setattr(profiling, "peaks", lambda ways: peaks.peaks(ways, width=64, rows=8))
     monkeypatch.setattr(timings, "MIN_THROUGHPUT_S", 0.01)
     report = measured_report(of(tiny_bundle, data), tmp_path)
     reference, row = report.rows
@@ -55,24 +69,24 @@ def test_everything_is_measured_in_processes_of_their_own(tiny_bundle, data, tmp
     assert row.agreement.labels >= 0.9999
     assert row.verdict.holds
     assert row.accuracy.mean_dice == pytest.approx(reference.accuracy.mean_dice, abs=1e-3)
-    for each in report.rows:
-        assert each.executed
-        assert each.failure is None
+    for measured_row in report.rows:
+        assert measured_row.executed
+        assert measured_row.failure is None
         for scope in ("model", "end-to-end"):
-            assert isinstance(each.latency[scope], Latency)
-            assert each.latency[scope].runs >= 10
-            assert each.latency[scope].warmup_runs >= 1
-        assert isinstance(each.latency["model+transfers"], Missing)  # a CPU transfers nothing, and says so
-        assert each.start.to_first_mask_ms == pytest.approx(
-            each.start.import_ms + each.start.load_ms + each.start.first_ms
+            assert isinstance(measured_row.latency[scope], Latency)
+            assert measured_row.latency[scope].runs >= 10
+            assert measured_row.latency[scope].warmup_runs >= 1
+        assert isinstance(measured_row.latency["model+transfers"], Missing)  # a CPU transfers nothing, and says so
+        assert measured_row.start.to_first_mask_ms == pytest.approx(
+            measured_row.start.import_ms + measured_row.start.load_ms + measured_row.start.first_ms
         )
-        assert each.memory.peak_mb >= each.memory.loaded_mb > 10
-        assert [(way.batch, way.streams) for way in each.throughput][:3] == [(1, 1), (4, 1), (8, 1)]
-        assert all(way.images_per_s == pytest.approx(way.images / way.seconds) for way in each.throughput)
-        assert list(each.stages_ms) == ["read", "prepare and restore", "run", "write"]
+        assert measured_row.memory.peak_mb >= measured_row.memory.loaded_mb > 10
+        assert [(way.batch, way.streams) for way in measured_row.throughput][:3] == [(1, 1), (4, 1), (8, 1)]
+        assert all(way.images_per_s == pytest.approx(way.images / way.seconds) for way in measured_row.throughput)
+        assert list(measured_row.stages_ms) == ["read", "prepare and restore", "run", "write"]
     assert reference.memory.peak_mb > row.memory.peak_mb  # PyTorch itself is larger than all of the other
     speed = row.speedup["model"]  # on a busy machine no factor is claimed
-    assert isinstance(speed, Speedup) or speed.reason.startswith("no factor is claimed: ")
+    assert isinstance(speed, Speedup) or speed.reason.startswith("no ratio is claimed: ")
     assert isinstance(row.profile, Profile)
     assert {part.part for part in row.profile.parts} >= {"resnet", "vit", "block", "decoder"}
     assert sum(layer.share for layer in row.profile.layers) == pytest.approx(1)
@@ -94,16 +108,35 @@ def test_without_a_checkpoint_the_bundles_own_float_network_is_the_reference(tin
         ("onnxruntime fp32", "reference"),
         ("openvino fp32", "variant"),
     ]
-    assert report.reference.startswith("the bundle's own float32 network")
+    assert report.reference.startswith("the bundle's fp32 network")
     assert "no checkpoint was given" in report.reference
 
 
 @pytest.mark.usefixtures("measured_here")
+def test_the_gain_and_the_cost_of_augmentation_are_measured_on_the_same_slices(tiny_bundle, data, tmp_path):
+    report = measured_report(of(tiny_bundle, data, tta="flips"), tmp_path)
+    gain = report.augmentation
+    assert gain is not None
+    assert gain.network == report.rows[1].name
+    judged = report.rows[1].verdict
+    assert isinstance(judged, Verdict)
+    assert gain.before == pytest.approx(judged.candidate)
+    assert gain.low <= gain.after - gain.before <= gain.high
+    assert gain.ms_after > gain.ms_before > 0
+    assert str(gain).startswith(f"tta flips with {gain.network}: Dice {gain.before:.4f} → ")
+    with pytest.raises(UsageError, match="no test-time augmentation"):
+        measured_report(of(tiny_bundle, data, tta="shear"), tmp_path)
+
+
+@pytest.mark.usefixtures("measured_here")
 def test_images_without_masks_and_noise_will_do(tiny_bundle, tmp_path):
-    pictures = write_pictures(tmp_path / "pictures", count=3) / "images"
-    for folder, what in ((pictures, "3 slices of images, without masks"), (None, "8 slices of generated noise")):
+    unlabelled = write_pictures(tmp_path / "pictures", count=3) / "images"
+    for folder, description in (
+        (unlabelled, "3 slices of images, without masks"),
+        (None, "8 slices of generated noise"),
+    ):
         report = measured_report(of(tiny_bundle, folder), tmp_path)
-        assert report.images.description == what
+        assert report.images.description == description
         assert not report.images.labelled
         assert report.rows[1].accuracy.metric == "agreement with the reference in Dice"
         assert any("no masks" in line for line in report.summary.lines)
@@ -122,16 +155,16 @@ def test_a_network_that_gives_other_masks_is_not_timed(tiny_bundle, data, tmp_pa
     calls: list[str] = []
     timed: list[str] = []
     monkeypatch.setattr(MeasuredHere, "run", turned(MeasuredHere.run, calls))
-    original = MeasuredHere.whole_way
+    original = MeasuredHere.time_end_to_end
     monkeypatch.setattr(
-        MeasuredHere, "whole_way", lambda self, *rest: timed.append(self.backend) or original(self, *rest)
+        MeasuredHere, "time_end_to_end", lambda self, *rest: timed.append(self.backend) or original(self, *rest)
     )
     report = measured_report(of(tiny_bundle, data), tmp_path)
     _, row = report.rows
     assert isinstance(row.verdict, Verdict)
     assert not row.verdict.holds
     assert set(timed) == {"pytorch"}
-    assert row.latency["model"] == Missing(reason="it draws other masks than the reference, so it is not timed")
+    assert row.latency["model"] == Missing(reason="its masks differ from the reference's, so it is not timed")
     assert not report.summary.holds
     assert report.summary.fastest is None
     assert row.worst  # where it went wrong can be looked at
@@ -163,14 +196,14 @@ def test_a_wrong_network_ends_the_command_with_3_after_the_report_was_written(ti
 
 
 def test_a_process_that_is_killed_in_the_middle_is_an_explained_failure(tiny_bundle, data, tmp_path, monkeypatch):
-    original = MeasuredSession.whole_way
+    original = MeasuredSession.time_end_to_end
 
     def killed(self, way, duration_s, min_runs):
         if self.backend == "onnxruntime":
             os.kill(self.process_id, signal.SIGKILL)
         return original(self, way, duration_s, min_runs)
 
-    monkeypatch.setattr(MeasuredSession, "whole_way", killed)
+    monkeypatch.setattr(MeasuredSession, "time_end_to_end", killed)
     monkeypatch.setattr(timings, "MIN_THROUGHPUT_S", 0.01)
     report = measured_report(of(tiny_bundle, data, profile=False), tmp_path)
     reference, row = report.rows
@@ -189,26 +222,30 @@ def test_a_process_that_is_killed_in_the_middle_is_an_explained_failure(tiny_bun
 
 @pytest.mark.usefixtures("measured_here")
 def test_a_back_end_that_is_not_installed_is_a_row_that_was_not_executed(built, tmp_path, monkeypatch):
-    monkeypatch.setattr(candidates, "is_installed", lambda name: name != "openvino")
+    labels = labels_of(built.bundle)
+    absent, other = CPU_BACKENDS if labels[CPU_BACKENDS[0]] - labels[CPU_BACKENDS[1]] else CPU_BACKENDS[::-1]
+    names = {f"{absent} {label}" for label in labels[absent] - labels[other]}  # bf16, or INT8 where products saturate
+    monkeypatch.setattr(candidates, "is_installed", lambda backend: backend != absent)
     report = measured_report(of(built.bundle, built.data, checkpoint=built.checkpoint, max_dice_drop=0.3), tmp_path)
     missing = [row for row in report.rows if not row.executed]
-    assert [row.name for row in missing] == ["openvino bf16"]
-    (row,) = missing
-    assert row.statement == "not executed: openvino is not installed here; at the build, elsewhere, it ran"
+    assert {row.name for row in missing} == names != set()
+    row, *_ = missing
+    assert row.statement == f"not executed: {absent} is not installed here; it ran at the build, on another machine"
     assert (row.device, row.failure) == ("none", None)
     assert all(row.latency[scope] == Missing(reason=row.statement) for scope in SCOPES)
     assert row.accuracy == row.verdict == row.memory == row.energy == row.throughput == Missing(reason=row.statement)
     assert report.summary.holds  # what was not run is nobody's failure, and the summary names it
-    assert any(line == f"openvino bf16: {row.statement}." for line in report.summary.lines)
+    assert any(line == f"{row.name}: {row.statement}." for line in report.summary.lines)
 
 
 @pytest.mark.usefixtures("measured_here")
-def test_named_back_ends_give_a_row_for_every_precision_on_each(measured, built, tmp_path):
+def test_named_back_ends_give_a_row_for_every_precision_on_each(built, tmp_path):
     report = measured_report(
         of(built.bundle, built.data, checkpoint=built.checkpoint, max_dice_drop=0.3, backends=("openvino",)), tmp_path
     )
-    assert {row.backend for row in report.rows[1:]} == {"openvino"}
-    assert len(report.rows[1:]) == len({row.name for row in report.rows[1:]}) == len(measured.report.rows[1:])
+    labels = labels_of(built.bundle)["openvino"]
+    assert sorted(row.name for row in report.rows[1:]) == sorted(f"openvino {label}" for label in labels)
+    assert len(labels) > 3
 
 
 @pytest.mark.parametrize(
@@ -279,12 +316,12 @@ class Impatient(MeasuredHere):
         self.turn("time")
         return super().time(batch, duration_s, min_runs)
 
-    def whole_way(self, way, duration_s, min_runs):
-        self.turn("whole_way")
-        return super().whole_way(way, duration_s, min_runs)
+    def time_end_to_end(self, case, duration_s, min_runs):
+        self.turn("time_end_to_end")
+        return super().time_end_to_end(case, duration_s, min_runs)
 
 
-@pytest.mark.parametrize(("scope", "last"), [("time", 8), ("whole_way", 9)])
+@pytest.mark.parametrize(("scope", "last"), [("time", 8), ("time_end_to_end", 9)])
 def test_an_interrupt_keeps_what_was_measured(tiny_bundle, data, tmp_path, monkeypatch, measured_here, scope, last):
     monkeypatch.setattr(timings, "MeasuredSession", Impatient)
     monkeypatch.setattr(Impatient, "turns", 0)
@@ -298,7 +335,7 @@ def test_an_interrupt_keeps_what_was_measured(tiny_bundle, data, tmp_path, monke
     report = json.loads((tmp_path / "report/report.json").read_text())
     assert ENDED in report["warnings"]
     (row, *_) = report["rows"]
-    assert len(row["latency"][{"time": "model", "whole_way": "end-to-end"}[scope]]["rounds_ms"]) > 0
+    assert len(row["latency"][{"time": "model", "time_end_to_end": "end-to-end"}[scope]]["rounds_ms"]) > 0
     if scope == "time":
         assert "reason" in row["latency"]["end-to-end"]
     assert row["profile"] == {"reason": ENDED}

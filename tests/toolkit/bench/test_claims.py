@@ -30,40 +30,40 @@ def times(
 
 
 def timed(rounds_ms: list[list[float]]) -> Timings:
-    found = measure.latency(RoundTimes(rounds_ms=rounds_ms), "CPU")
-    assert found is not None
-    return Timings(start=START, latency={"model": found})
+    latency = measure.latency(RoundTimes(rounds_ms=rounds_ms), "CPU")
+    assert latency is not None
+    return Timings(start=START, latency={"model": latency})
 
 
 def speed(reference: list[list[float]], row: list[list[float]]) -> Speedup | Missing:
-    return speedups(timed(reference), timed(row))["model"]
+    return speedups(timed(reference), timed(row), "CPU", "CPU")["model"]
 
 
 @pytest.mark.parametrize("slow_rounds", [0, 7])
 def test_the_factor_is_that_of_the_medians_in_the_report_and_lies_in_its_interval(slow_rounds):
     """An independent reader has the rounds and the standard library alone."""
     pair = times(18.0, 0, slow_rounds=slow_rounds, slower=1.5), times(2.4, 1)
-    found = speed(*pair)
-    assert isinstance(found, Speedup)
-    medians = [timed(each).latency["model"].median_ms for each in pair]  # pyright: ignore[reportAttributeAccessIssue]
-    assert found.ratio == pytest.approx(medians[0] / medians[1], rel=1e-12)
+    claim = speed(*pair)
+    assert isinstance(claim, Speedup)
+    medians = [timed(part).latency["model"].median_ms for part in pair]  # pyright: ignore[reportAttributeAccessIssue]
+    assert claim.ratio == pytest.approx(medians[0] / medians[1], rel=1e-12)
     for median_ms, rounds in zip(medians, pair, strict=True):
         assert median_ms == pytest.approx(statistics.geometric_mean(map(statistics.median, rounds)), rel=1e-12)
-    assert found.low < found.ratio < found.high
-    assert found.confidence == 0.9
+    assert claim.low < claim.ratio < claim.high
+    assert claim.confidence == 0.9
 
 
 def test_rounds_of_another_number_are_not_paired_and_the_factor_stays_that_of_the_medians():
     pair = times(18.0, 0), times(2.4, 1)[:-3]
-    found = speed(*pair)
-    assert isinstance(found, Speedup)
+    claim = speed(*pair)
+    assert isinstance(claim, Speedup)
     medians = [statistics.geometric_mean(map(statistics.median, rounds)) for rounds in pair]
-    assert found.ratio == pytest.approx(medians[0] / medians[1], rel=1e-12)
+    assert claim.ratio == pytest.approx(medians[0] / medians[1], rel=1e-12)
 
 
 def hiccups(rounds: list[list[float]], of_rounds: float) -> list[list[float]]:
     """Let the first run of each round take so many times as long; no median moves."""
-    return [[each[0] * of_rounds, *each[1:]] for each in rounds]
+    return [[part[0] * of_rounds, *part[1:]] for part in rounds]
 
 
 @pytest.mark.parametrize(("row", "side"), [(1, "its times vary by"), (0, "the reference's times vary by")])
@@ -72,30 +72,30 @@ def test_times_that_vary_by_more_than_their_mean_claim_no_factor(row, side):
     assert isinstance(speed(*pair), Speedup)
     pair[row] = hiccups(pair[row], 60.0)
     assert measure.latency(RoundTimes(rounds_ms=pair[row]), "CPU").variation > 2.5  # pyright: ignore[reportOptionalMemberAccess]
-    found = speed(*pair)
-    assert isinstance(found, Missing)
-    assert found.reason.startswith(f"no factor is claimed: {side} ")
-    assert "above 100 %" in found.reason
+    claim = speed(*pair)
+    assert isinstance(claim, Missing)
+    assert claim.reason.startswith(f"no ratio is claimed: {side} ")
+    assert "above 100 %" in claim.reason
 
 
 def test_an_interval_that_spans_half_the_factor_claims_none():
     assert isinstance(speed(times(18.0, 0, slow_rounds=6, slower=1.8), times(2.4, 1)), Speedup)
-    found = speed(times(18.0, 0, slow_rounds=10, slower=5.0), times(2.4, 1))
-    assert isinstance(found, Missing)
-    assert "spans more than a factor of 1.5" in found.reason
+    claim = speed(times(18.0, 0, slow_rounds=10, slower=5.0), times(2.4, 1))
+    assert isinstance(claim, Missing)
+    assert "spans more than a factor of 1.5" in claim.reason
 
 
 def test_too_few_rounds_for_an_interval_claim_no_factor():
-    found = speed(times(18.0, 0)[:4], times(2.4, 1)[:4])
-    assert isinstance(found, Missing)
-    assert "4 round(s) are too few for an interval" in found.reason
+    claim = speed(times(18.0, 0)[:4], times(2.4, 1)[:4])
+    assert isinstance(claim, Missing)
+    assert "4 round(s) are too few for an interval" in claim.reason
 
 
 def test_an_interrupt_within_a_round_leaves_whole_rounds():
     taken = {"a": RoundTimes(rounds_ms=times(1.0, 0)[:7]), "b": RoundTimes(rounds_ms=times(2.0, 1)[:6])}
     taken["dead"] = RoundTimes(rounds_ms=times(2.0, 1)[:2], failure="it died")
     timings._keep_whole_rounds(taken)
-    assert [len(each.rounds_ms) for each in taken.values()] == [6, 6, 2]
+    assert [len(part.rounds_ms) for part in taken.values()] == [6, 6, 2]
 
 
 def test_the_limits_have_the_reasons_that_stand_beside_them():
@@ -134,7 +134,7 @@ def test_the_terminal_and_the_report_name_what_is_unstable(tiny_bundle, tmp_path
     ]
     ran = click.testing.CliRunner().invoke(cli, [*map(str, command)])
     report = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert report["schema"] == 3
+    assert report["schema"] == 4
     headline = report["summary"]["headline"]
     assert headline in ran.output
     unstable = [row["name"] for row in report["rows"] if not row["latency"]["model"].get("stable", True)]

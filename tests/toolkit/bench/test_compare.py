@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from medseg_trt import cli
 from medseg_trt.bench.accuracy_schema import Accuracy, SliceCounts, Verdict
-from medseg_trt.bench.compare import DiceChange, SpeedChange, compare_reports, judge
+from medseg_trt.bench.compare import DiceChange, SpeedChange, cells, compare_reports, judge, withheld_factors
 from medseg_trt.bench.limits import Gate, judge_report, parse_gate, require
 from medseg_trt.bench.missing import Missing
 from medseg_trt.bench.schema import CaseFile, Images, Report, Row, Summary
@@ -18,7 +18,7 @@ from medseg_trt.bench.timing_schema import SCOPES, Latency, Scope, Speedup, Tier
 from medseg_trt.errors import AccuracyGateError, InputError, MedsegError, SpeedGateError, UsageError
 from medseg_trt.files import write_json
 from medseg_trt.machine import Machine
-from medseg_trt.metrics.intervals import median_of_rounds
+from medseg_trt.metrics.intervals import Interval, median_of_rounds
 from medseg_trt.spec import Classes, to_dict
 
 CASES, SLICES, ROUNDS, RUNS = 12, 3, 20, 8
@@ -142,25 +142,27 @@ def report(seed: int = 0, machine: float = 1.0, slower: float = 1.0, dice: float
 
 
 def speed_of(before: Report, after: Report) -> SpeedChange:
-    found = compare_reports(before, after).rows[1].speed["model"]
-    assert isinstance(found, SpeedChange)
-    return found
+    change = compare_reports(before, after).rows[1].speed["model"]
+    assert isinstance(change, SpeedChange)
+    return change
 
 
 def dice_of(before: Report, after: Report) -> DiceChange:
-    found = compare_reports(before, after).rows[1].dice
-    assert isinstance(found, DiceChange)
-    return found
+    change = compare_reports(before, after).rows[1].dice
+    assert isinstance(change, DiceChange)
+    return change
 
 
-def reason(found: object) -> str:
-    assert isinstance(found, Missing)
-    return found.reason
+def reason(missing: object) -> str:
+    assert isinstance(missing, Missing)
+    return missing.reason
 
 
 def test_a_slow_hour_of_the_machine_is_no_change():
     """Half as fast altogether: the latencies say so, the speeds against the reference do not."""
     speed = speed_of(report(0), report(1, machine=2.0))
+    assert isinstance(speed.latency, Interval)
+    assert isinstance(speed.judged, Interval)
     assert speed.latency.high < 0.6
     assert speed.judged is speed.against_reference
     assert speed.judged.low < 1 < speed.judged.high
@@ -172,7 +174,8 @@ MOST_ALARMS = 10  # of 60 at 5 %: 3 are expected, and more than this come less t
 
 def count_slower(slower: float) -> int:
     pairs = ((report(2 * seed, machine=1.3), report(2 * seed + 1, slower=slower)) for seed in range(SEEDS))
-    return sum(speed_of(*pair).judged.high < 1 for pair in pairs)
+    judged = [speed_of(*pair).judged for pair in pairs]
+    return sum(isinstance(change, Interval) and change.high < 1 for change in judged)
 
 
 def test_three_per_cent_slower_is_found_and_no_change_is_not(monkeypatch):
@@ -186,8 +189,10 @@ def test_a_hundredth_of_dice_is_found_and_no_change_is_not():
     assert all(change.high < 0 for change in worse)
     assert np.mean([change.estimate for change in worse]) == pytest.approx(-0.01, abs=0.002)
     same = [dice_of(report(seed), report(seed + 50)) for seed in range(20)]
-    assert sum(found.change.high < 0 for found in same) <= 5  # of 20 at 5 %; more than 5 come once in 3,000 times
-    assert {(found.unit, found.change.units) for found in same} == {("cases", CASES)}
+    assert (
+        sum(dice_change.change.high < 0 for dice_change in same) <= 5
+    )  # of 20 at 5 %; more than 5 come once in 3,000 times
+    assert {(dice_change.unit, dice_change.change.units) for dice_change in same} == {("cases", CASES)}
 
 
 @pytest.mark.parametrize(
@@ -208,8 +213,8 @@ def test_a_gate_ends_with_its_exit_code(tmp_path, after, gate, error):
     ran = CliRunner().invoke(cli.cli, arguments)
     assert type(ran.exception) is (error or type(None)), ran.output
     assert "ORT int8" in ran.stdout
-    found = json.loads(CliRunner().invoke(cli.cli, [*arguments, "--json"]).stdout)
-    assert all(each["holds"] for each in found["gate"]) is (error is None)
+    printed = json.loads(CliRunner().invoke(cli.cli, [*arguments, "--json"]).stdout)
+    assert all(limit["holds"] for limit in printed["gate"]) is (error is None)
     assert error is None or error.exit_code == {SpeedGateError: 4, AccuracyGateError: 3}[error]
 
 
@@ -251,12 +256,12 @@ def test_a_gate_that_cannot_be_read_says_how_to_write_one(text):
         parse_gate(text)
 
 
-def other_classes(found: Report) -> Report:
-    return replace(found, classes=Classes(names=("background", "bar")))
+def other_classes(original: Report) -> Report:
+    return replace(original, classes=Classes(names=("background", "bar")))
 
 
-def other_backend(found: Report) -> Report:
-    return replace(found, rows=tuple(replace(each, backend="openvino") for each in found.rows))
+def other_backend(original: Report) -> Report:
+    return replace(original, rows=tuple(replace(old_row, backend="openvino") for old_row in original.rows))
 
 
 @pytest.mark.parametrize(
@@ -271,9 +276,9 @@ def test_what_has_nothing_in_common_is_refused(change, error, words):
         compare_reports(report(), change(report()))
 
 
-def with_cases(found: Report, change) -> Report:
-    cases = tuple(change(index, case) for index, case in enumerate(found.images.cases))
-    return replace(found, images=replace(found.images, cases=cases))
+def with_cases(original: Report, change) -> Report:
+    cases = tuple(change(index, case) for index, case in enumerate(original.images.cases))
+    return replace(original, images=replace(original.images, cases=cases))
 
 
 def test_other_images_are_compared_on_those_in_both():
@@ -293,7 +298,7 @@ def test_limits_are_put_to_the_variants_whatever_the_reference_is():
     after = report(1)
     after = replace(after, rows=(replace(after.rows[0], backend="onnxruntime"), after.rows[1]))
     judged = judge(compare_reports(report(), after), Gate(speed=0.5))
-    assert [(each.name, each.holds) for each in judged] == [("ORT int8", True)]
+    assert [(limit.name, limit.holds) for limit in judged] == [("ORT int8", True)]
 
 
 def test_what_a_reader_has_to_know_is_said():
@@ -303,7 +308,7 @@ def test_what_a_reader_has_to_know_is_said():
     comparison = compare_reports(report(), after)
     assert comparison.notes == (
         "in the first report alone: ORT int8",
-        "the machines are not the same: generated, 2 cores, and another, 8 cores",
+        "the machines differ: generated, 2 cores, and another, 8 cores",
         "other versions: numpy 2.0 → 2.1",
     )
 
@@ -312,8 +317,12 @@ def test_other_batches_other_machines_and_unlabelled_images_are_not_compared():
     batches = compare_reports(report(), replace(report(1), batch=4)).rows[1]
     assert "the batches are 1 and 4 images" in reason(batches.speed["model"])
     elsewhere = replace(report(1), machine=replace(report().machine, processor="another"))
-    speed = speed_of(report(), elsewhere)
-    assert speed.judged is speed.latency
+    refused = compare_reports(report(), elsewhere)
+    assert "it ran on CPU generated and on CPU another" in reason(speed_of(report(), elsewhere).judged)
+    assert cells(refused)[1][3:5] == ("–", "–")
+    assert any("it ran on CPU generated" in line for line in withheld_factors(refused))
+    with pytest.raises(SpeedGateError, match="speed cannot be judged"):
+        require(judge(refused, Gate(speed=0.5)))
     unlabelled = replace(report(1), images=replace(report().images, labelled=False))
     assert "have no masks" in reason(compare_reports(report(), unlabelled).rows[1].dice)
     assert compare_reports(report(), report(1)).rows[1].speed["end-to-end"] == NOT_MEASURED
@@ -326,11 +335,11 @@ def test_masks_that_were_drawn_anew_are_noticed():
     redrawn = replace(before.slices[0], counts=((1, 2, 3),))
     accurate = replace(before, slices=(redrawn, *before.slices[1:]))
     after = replace(after, rows=(after.rows[0], replace(after.rows[1], accuracy=accurate)))
-    assert "masks of the data folder are not the same" in reason(compare_reports(report(), after).rows[1].dice)
+    assert "masks of the data folder differ" in reason(compare_reports(report(), after).rows[1].dice)
 
 
 def judged_report(speed: tuple[float, float, float], drop: tuple[float, float, float]) -> Report:
-    found = report()
+    original = report()
     verdict = Verdict(
         holds=True,
         reference=0.9,
@@ -345,9 +354,9 @@ def judged_report(speed: tuple[float, float, float], drop: tuple[float, float, f
         words="generated",
     )
     speedup = Speedup(ratio=speed[0], low=speed[1], high=speed[2], confidence=0.9, rounds=20)
-    variant = replace(found.rows[1], verdict=verdict, speedup={**NOWHERE, "model": speedup})
+    variant = replace(original.rows[1], verdict=verdict, speedup={**NOWHERE, "model": speedup})
     slow = replace(variant, name="slow", speedup=NOWHERE)
-    return replace(found, rows=(found.rows[0], slow, variant))
+    return replace(original, rows=(original.rows[0], slow, variant))
 
 
 @pytest.mark.parametrize(
@@ -362,7 +371,7 @@ def judged_report(speed: tuple[float, float, float], drop: tuple[float, float, f
 def test_bench_puts_the_limits_to_its_own_rows(speed, drop, error: type[MedsegError] | None):
     """Dice to every one, speed to the fastest; the unfavourable end of the interval counts."""
     judged = judge_report(judged_report(speed, drop), Gate(speed=1.2, dice=-0.005))
-    assert [(each.name, each.what) for each in judged] == [
+    assert [(limit.name, limit.quantity) for limit in judged] == [
         ("slow", "dice"),
         ("ORT int8", "dice"),
         ("ORT int8", "speed"),
@@ -376,7 +385,7 @@ def test_bench_puts_the_limits_to_its_own_rows(speed, drop, error: type[MedsegEr
 
 def test_bench_without_a_variant_holds_no_speed():
     alone = replace(report(), rows=report().rows[:1], summary=replace(report().summary, fastest=None))
-    with pytest.raises(SpeedGateError, match="nothing but the reference ran here"):
+    with pytest.raises(SpeedGateError, match="only the reference ran here"):
         require(judge_report(alone, Gate(speed=1.0)))
 
 

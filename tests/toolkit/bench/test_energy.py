@@ -59,14 +59,14 @@ class Counter(Meter):
 
 def test_energy_is_that_of_one_image():
     clock = iter([100.0, 102.0])
-    found = energy(lambda: 20, Counter(50.0, 110.0), clock=lambda: next(clock))
-    assert found == Energy(joules_per_image=3.0, watts=30.0, meter="made up")
+    measured = energy(lambda: 20, Counter(50.0, 110.0), clock=lambda: next(clock))
+    assert measured == Energy(joules_per_image=3.0, watts=30.0, meter="made up")
 
 
 def test_a_counter_that_does_not_move_is_no_zero():
     clock = iter([100.0, 102.0])
-    found = energy(lambda: 20, Counter(50.0, 50.0), clock=lambda: next(clock))
-    assert found == Missing(reason="made up: the counter did not move")
+    measured = energy(lambda: 20, Counter(50.0, 50.0), clock=lambda: next(clock))
+    assert measured == Missing(reason="made up: the counter did not move")
 
 
 def test_a_meter_that_fails_says_why(powercap):
@@ -79,7 +79,7 @@ def test_a_meter_that_fails_says_why(powercap):
 def test_without_counters_the_reason_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert open_meter("CPU", tmp_path) == Missing(
-        reason=f"this machine shows no energy counters: {tmp_path} has no RAPL domain"
+        reason=f"this machine has no energy counters: {tmp_path} has no RAPL domain"
     )
 
 
@@ -89,13 +89,13 @@ def test_counters_that_only_root_may_read_are_named(powercap, monkeypatch):
 
     monkeypatch.setattr(Rapl, "_read", refuse)  # the tests may run as root, whom no mode stops
     assert open_meter("CPU", powercap) == Missing(
-        reason=f"the energy counters are there, but not for this user: {powercap / 'intel-rapl:0' / 'energy_uj'}"
+        reason=f"this user may not read the energy counters: {powercap / 'intel-rapl:0' / 'energy_uj'}"
     )
 
 
 def test_a_card_without_a_driver_has_no_meter(powercap, monkeypatch):
     monkeypatch.setattr(energy_module, "NVML", "libnone.so.1")
-    assert open_meter("CUDA:0", powercap) == Missing(reason="NVIDIA's driver is not here: there is no libnone.so.1")
+    assert open_meter("CUDA:0", powercap) == Missing(reason="no NVIDIA driver is installed: there is no libnone.so.1")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from medseg_trt.bench.missing import Missing
 from medseg_trt.bench.profile_schema import Peak, Profile
 from medseg_trt.errors import DeviceError
 from medseg_trt.export.graph.node_costs import NodeCost
+from medseg_trt.sessions.session_request import SessionRequest
 from medseg_trt.sessions.subprocess_session import ChildSession
 
 COSTS = (
@@ -34,25 +35,25 @@ def step(name: str, ms: float, kind: str = "Convolution") -> Step:
 
 def test_steps_are_led_back_to_the_longest_name_they_begin_with():
     steps = [step("conv_nchwc", 1.0), step("node_conv_1/WithoutBiases", 2.0), step("Reorder", 1.0)]
-    found = summed_up("tool", steps, COSTS)
-    assert isinstance(found, Profile)
-    assert [(layer.name, layer.part, layer.macs) for layer in found.layers] == [
+    profiled = summed_up("tool", steps, COSTS)
+    assert isinstance(profiled, Profile)
+    assert [(layer.name, layer.part, layer.macs) for layer in profiled.layers] == [
         ("node_conv_1/WithoutBiases", "decoder", 300),
         ("conv_nchwc", "resnet", 100),
         ("Reorder", "other", None),
     ]
-    assert [(part.part, part.ms, part.share, part.macs) for part in found.parts] == [
+    assert [(part.part, part.ms, part.share, part.macs) for part in profiled.parts] == [
         ("decoder", 2.0, 0.5, 300),
         ("resnet", 1.0, 0.25, 100),
         ("other", 1.0, 0.25, 0),
     ]
-    assert found.total_ms == 4
+    assert profiled.total_ms == 4
 
 
 def test_a_step_without_a_name_lies_where_both_its_neighbours_do():
     steps = [step("conv", 1.0), step("Mul_1", 1.0), step("conv_1", 1.0), step("Mul_2", 1.0), step("add", 1.0)]
-    found = {layer.name: layer.part for layer in profile_of(steps).layers}
-    assert found == {"conv": "resnet", "Mul_1": "other", "conv_1": "decoder", "Mul_2": "decoder", "add": "decoder"}
+    part_of = {layer.name: layer.part for layer in profile_of(steps).layers}
+    assert part_of == {"conv": "resnet", "Mul_1": "other", "conv_1": "decoder", "Mul_2": "decoder", "add": "decoder"}
 
 
 def test_only_products_are_given_multiply_accumulates():
@@ -61,7 +62,7 @@ def test_only_products_are_given_multiply_accumulates():
 
 
 def test_without_a_step_that_took_time_there_is_no_profile():
-    assert summed_up("tool", [step("conv", 0.0)], COSTS) == Missing(reason="tool names no step that took time")
+    assert summed_up("tool", [step("conv", 0.0)], COSTS) == Missing(reason="tool lists no step that took time")
 
 
 def event(name: str, index: str, microseconds: int) -> dict:
@@ -80,20 +81,20 @@ def test_the_runs_of_the_warm_up_are_not_in_a_trace():
     cold = [event("conv_kernel_time", "3", 9_000_000)] * WARM_UP
     warm = [event("conv_kernel_time", "3", microseconds) for microseconds in (1000, 1500, 2000)]
     other = [{"cat": "Session", "name": "model_run", "dur": 1}, {**event("conv_fence_before", "3", 5)}]
-    (found,) = steps_of_trace([*cold, *other, *warm])
-    assert (found.name, found.ms, found.bytes) == ("conv", 1.5, 7)
+    (traced,) = steps_of_trace([*cold, *other, *warm])
+    assert (traced.name, traced.ms, traced.bytes) == ("conv", 1.5, 7)
 
 
 def test_a_back_end_that_dies_while_it_is_looked_at_is_a_reason(tmp_path):
-    found = profile(tmp_path / "none.onnx", "onnxruntime", "fp32", "fp32", np.zeros((1, 3, 8, 8), np.float32), COSTS)
-    assert isinstance(found, Missing)
-    assert found.reason.startswith("onnxruntime could not be profiled: ")
-    assert "none.onnx" in found.reason
+    profiled = profile(tmp_path / "none.onnx", "onnxruntime", "fp32", "fp32", np.zeros((1, 3, 8, 8), np.float32), COSTS)
+    assert isinstance(profiled, Missing)
+    assert profiled.reason.startswith("onnxruntime could not be profiled: ")
+    assert "none.onnx" in profiled.reason
 
 
 def test_a_back_end_that_says_nothing_is_a_reason():
-    found = profile(Path("x"), "onnxruntime-cuda", "fp32", "fp32", np.zeros((1, 3, 8, 8), np.float32), COSTS)
-    assert found == Missing(reason="onnxruntime-cuda says nothing of single steps here")
+    profiled = profile(Path("x"), "onnxruntime-cuda", "fp32", "fp32", np.zeros((1, 3, 8, 8), np.float32), COSTS)
+    assert profiled == Missing(reason="onnxruntime-cuda has no profiler of layers here")
 
 
 def test_openvino_tells_its_steps(tiny_bundle):
@@ -109,11 +110,11 @@ def test_openvino_tells_its_steps(tiny_bundle):
     tool, steps = layer_times.PROFILERS["openvino"](
         tiny_bundle / "fp32-plain.onnx", "fp32", "fp32", np.zeros((1, 3, 32, 32), np.float32), tiny_bundle
     )
-    found = summed_up(tool, steps, costs)
-    assert isinstance(found, Profile)
+    profiled = summed_up(tool, steps, costs)
+    assert isinstance(profiled, Profile)
     assert tool.startswith("OpenVINO ")
-    assert {part.part for part in found.parts if part.ms} >= {"resnet", "vit", "block", "decoder"}
-    shares = {part.part: part.share for part in found.parts}
+    assert {part.part for part in profiled.parts if part.ms} >= {"resnet", "vit", "block", "decoder"}
+    shares = {part.part: part.share for part in profiled.parts}
     assert shares.get("other", 0) < 0.5  # most steps are led back
 
 
@@ -133,13 +134,13 @@ class Multiplier(ChildSession):
 
     milliseconds = {"onnxruntime": 4.0, "openvino": 2.0}
 
-    def __init__(self, path: Path, precision: str, backend: str, threads: int | None, compute: str) -> None:
+    def __init__(self, request: SessionRequest) -> None:
         import onnx
 
-        onnx.checker.check_model(onnx.load(path))
-        if compute == "bf16" and backend == "onnxruntime":
+        onnx.checker.check_model(onnx.load(request.path))
+        if request.compute_dtype == "bf16" and request.backend == "onnxruntime":
             raise DeviceError("no bfloat16")
-        self.backend, self.description = backend, f"{backend} {precision}"
+        self.backend, self.description = request.backend, f"{request.backend} {request.precision}"
 
     def time(self, batch: np.ndarray, duration_s: float, min_runs: int) -> list[float]:
         return [self.milliseconds[self.backend]] * min_runs
@@ -152,29 +153,29 @@ def test_the_peak_is_that_of_the_fastest_back_end(monkeypatch):
     monkeypatch.setattr(peaks, "ChildSession", Multiplier)
     monkeypatch.setattr(peaks, "COPY_BYTES", 1 << 16)
     ways = [("onnxruntime", "fp32"), ("openvino", "fp32"), ("onnxruntime", "int8"), ("onnxruntime", "bf16")]
-    found = peaks.peaks(ways, width=32, rows=8)
-    assert isinstance(found, tuple)
-    assert [(peak.arithmetic, peak.gmacs_per_s) for peak in found] == [
+    measured = peaks.peaks(ways, width=32, rows=8)
+    assert isinstance(measured, tuple)
+    assert [(peak.arithmetic, peak.gmacs_per_s) for peak in measured] == [
         ("fp32", 4 * 3 * 8 * 32**2 / 2.0 / 1e6),
         ("int8", 4 * 3 * 8 * 32**2 / 4.0 / 1e6),
     ]
-    assert "openvino fp32" in found[0].gemm
-    assert all(peak.gbytes_per_s > 0 for peak in found)
+    assert "openvino fp32" in measured[0].gemm
+    assert all(peak.gbytes_per_s > 0 for peak in measured)
     assert peaks.peaks([("onnxruntime", "bf16")], width=32, rows=8) == Missing(
         reason="no back-end here runs a plain matrix product"
     )
 
 
 @pytest.mark.parametrize(
-    ("answer", "found"),
+    ("table", "expected"),
     [
         ("12, 300\n4711, 1024\n", 1024 * 1.048576),
-        ("12, 300\n", Missing(reason="nvidia-smi does not list the process; within a container it often cannot")),
-        ("4711, [N/A]\n", Missing(reason="nvidia-smi does not list the process; within a container it often cannot")),
-        ("", Missing(reason="nvidia-smi does not list the process; within a container it often cannot")),
+        ("12, 300\n", Missing(reason="nvidia-smi does not list the process; inside a container it often cannot")),
+        ("4711, [N/A]\n", Missing(reason="nvidia-smi does not list the process; inside a container it often cannot")),
+        ("", Missing(reason="nvidia-smi does not list the process; inside a container it often cannot")),
     ],
 )
-def test_device_memory_is_read_from_nvidias_own_tool(answer, found):
+def test_device_memory_is_read_from_nvidias_own_tool(table, expected):
     from medseg_trt.bench.timings import used_mb
 
-    assert used_mb(answer, 4711) == found
+    assert used_mb(table, 4711) == expected

@@ -34,11 +34,11 @@ def graph() -> OnnxGraph:
 
 def test_it_tells_the_values_by_name(graph):
     with observer(graph, [OUTPUT, INPUT, "doubled"]) as observe:
-        found = observe(IMAGE)
-    np.testing.assert_array_equal(found["doubled"], 2 * IMAGE)
-    np.testing.assert_array_equal(found[OUTPUT], np.maximum(2 * IMAGE, 0))
-    np.testing.assert_array_equal(found[INPUT], IMAGE)
-    assert len(found) == 3
+        activations = observe(IMAGE)
+    np.testing.assert_array_equal(activations["doubled"], 2 * IMAGE)
+    np.testing.assert_array_equal(activations[OUTPUT], np.maximum(2 * IMAGE, 0))
+    np.testing.assert_array_equal(activations[INPUT], IMAGE)
+    assert len(activations) == 3
 
 
 def test_only_what_was_asked_for_is_told_and_the_graph_stays_as_it_was(graph):

@@ -19,9 +19,10 @@ from medseg_trt.bench.profile_schema import Profile
 from medseg_trt.building import executions, variants
 from medseg_trt.building.executions import default_graph
 from medseg_trt.building.reference import Reference
-from medseg_trt.bundles import bundle as bundle_module
+from medseg_trt.bundles import graph_check
 from medseg_trt.bundles.bundle import MANIFEST, load_bundle
 from medseg_trt.bundles.manifest import Execution, Variant
+from medseg_trt.bundles.verification import Verification
 from medseg_trt.errors import AccuracyGateError, ArtefactError, MedsegError
 from medseg_trt.export.graph import masks
 from medseg_trt.export.graph.interface import read_interface, require_interface, required_interface, size_inputs
@@ -33,7 +34,7 @@ from medseg_trt.spec import BuildSpec
 from medseg_trt.train.checkpoint import load_checkpoint, save_checkpoint
 
 SPACING_MM = 2.5
-REBUILD = "medseg-trt build --ckpt model.pt"
+REBUILD = "medseg-trt build --ckpt run/best.pt"
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +73,14 @@ MASKS = BuildSpec(outputs="mask", backend="onnxruntime")
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_masks_are_the_same_whether_the_graph_makes_them_or_not(bundles, data, backend):
-    found = {
+    agreed = {
         name: np.stack([mask.labels for mask in infer([data / "images"], folder, backend=backend)])
         for name, folder in bundles.items()
     }
-    assert len(np.unique(found["logits"])) > 1
+    assert len(np.unique(agreed["logits"])) > 1
     # The order of the additions differs, so a pixel may flip where two classes tie: none of these 10,080 does.
-    np.testing.assert_array_equal(found["mask"], found["logits"])
-    np.testing.assert_array_equal(found["real"], found["logits"])
+    np.testing.assert_array_equal(agreed["mask"], agreed["logits"])
+    np.testing.assert_array_equal(agreed["real"], agreed["logits"])
     for name in ("mask", "real"):
         bundle = load_bundle(bundles[name])
         graph = onnx.load(bundles[name] / bundle.variant(bundle.default).graph, load_external_data=False)
@@ -89,12 +90,12 @@ def test_masks_are_the_same_whether_the_graph_makes_them_or_not(bundles, data, b
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_a_graph_that_takes_two_sizes_is_profiled(bundles, backend):
     bundle = load_bundle(bundles["mask"])
-    execution = next(each for each in bundle.content.executions if each.backend == backend)
+    execution = next(candidate for candidate in bundle.content.executions if candidate.backend == backend)
     graph = bundle.folder / bundle.variant(execution).graph
     costs = node_costs(OnnxGraph(model=ir.load(graph)))
-    found = profile(graph, backend, "fp32", "fp32", bundle.golden()[0], costs)
-    assert isinstance(found, Profile), found
-    assert {part.part for part in found.parts} >= {"resnet", "vit", "decoder"}
+    layers = profile(graph, backend, "fp32", "fp32", bundle.golden()[0], costs)
+    assert isinstance(layers, Profile), layers
+    assert {part.part for part in layers.parts} >= {"resnet", "vit", "decoder"}
 
 
 def test_the_graph_for_other_tools_is_one_that_onnx_runtime_was_verified_with(bundles):
@@ -102,16 +103,21 @@ def test_the_graph_for_other_tools_is_one_that_onnx_runtime_was_verified_with(bu
     bundle = load_bundle(bundles["logits"])
     session = onnxruntime.InferenceSession(str(bundle.folder / "model.onnx"))
     image, logits = bundle.golden()
-    found = np.asarray(session.run(["logits"], {"pixel_values": image})[0])
-    assert np.abs(found - logits).max() <= 1e-4
-    executions = [each for each in bundle.content.executions if each.backend == "onnxruntime"]
-    graphs = [(bundle.folder / bundle.variant(each).graph).read_bytes() for each in executions]
+    output = np.asarray(session.run(["logits"], {"pixel_values": image})[0])
+    assert np.abs(output - logits).max() <= 1e-4
+    executions = [candidate for candidate in bundle.content.executions if candidate.backend == "onnxruntime"]
+    graphs = [(bundle.folder / bundle.variant(candidate).graph).read_bytes() for candidate in executions]
     assert (bundle.folder / "model.onnx").read_bytes() in graphs
 
 
 def execution(variant: str, backend: str, executed: bool = True) -> Execution:
     return Execution(
-        variant=variant, backend=backend, compute="fp32", executed=executed, golden_error=1.0, verification={}
+        variant=variant,
+        backend=backend,
+        compute_dtype="fp32",
+        executed=executed,
+        golden_error=1.0,
+        verification=Verification(by=backend, images="generated noise", num_images=1, max_abs_error=0.0, agreement=1.0),
     )
 
 
@@ -126,10 +132,10 @@ def execution(variant: str, backend: str, executed: bool = True) -> Execution:
 )
 def test_the_best_graph_of_onnx_runtime_is_chosen_whatever_else_is_faster(executions, expected):
     graphs = {
-        name: Variant(precision=precision, flavour="canonical", graph=f"{name}.onnx", weights="w.bin", passes={})
+        name: Variant(precision=precision, dialect="canonical", graph=f"{name}.onnx", weights="w.bin", passes={})
         for name, precision in (("fp32", "fp32"), ("int8-plain", "int8"), ("int8-fp16", "int8+fp16"))
     }
-    assert default_graph([execution(*each) for each in executions], graphs) == expected
+    assert default_graph([execution(*fields) for fields in executions], graphs) == expected
 
 
 def test_without_one_there_is_no_graph_for_other_tools_and_it_is_said(checkpoint, tmp_path, in_process, caplog):
@@ -151,7 +157,7 @@ def of_another_size(graph, preprocessing, original=masks.with_masks):
 CHECKS = {  # the checks of a build in the order in which they come
     "own masks": lambda patch: patch.setattr(Reference, "check_masks_of_graph", lambda *_: {}),
     "probe": lambda patch: patch.setattr(executions, "check_masks", lambda *_: None),
-    "interface": lambda patch: patch.setattr(bundle_module, "require_interface", lambda *_: None),
+    "interface": lambda patch: patch.setattr(graph_check, "require_interface", lambda *_: None),
 }
 
 
@@ -225,8 +231,11 @@ def test_a_graph_with_the_right_inputs_and_other_masks_is_refused_when_it_is_ope
 def test_inputs_and_outputs_are_what_onnx_reads(bundles):
     for path in [path for folder in bundles.values() for path in folder.glob("*.onnx")]:
         graph = onnx.load(path, load_external_data=False).graph
-        for found, values in ((read_interface(path).inputs, graph.input), (read_interface(path).outputs, graph.output)):
-            assert found == {
+        for described, values in (
+            (read_interface(path).inputs, graph.input),
+            (read_interface(path).outputs, graph.output),
+        ):
+            assert described == {
                 value.name: tuple(
                     axis.dim_value if axis.HasField("dim_value") else None for axis in value.type.tensor_type.shape.dim
                 )
@@ -247,9 +256,8 @@ def test_every_cut_of_a_graph_is_refused(bundles, tmp_path):
     manifest = load_bundle(bundles["mask"]).content
     required = required_interface(manifest.model, manifest.preprocessing, "mask")
     for length in np.linspace(0, len(content) - 1, 50).astype(int):
-        (tmp_path / "a.onnx").write_bytes(content[:length])
         with pytest.raises(ArtefactError):
-            require_interface(tmp_path / "a.onnx", required)
+            require_interface(tmp_path / "a.onnx", content[:length], required)
 
 
 def test_an_input_that_nobody_knows_is_not_left_out():

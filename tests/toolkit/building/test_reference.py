@@ -6,8 +6,9 @@ from medseg_trt.building.reference import Reference
 from medseg_trt.building.reference_images import JudgedImages, ReferenceImages
 from medseg_trt.errors import AccuracyGateError
 from medseg_trt.imaging.preprocess import Size, restore
+from medseg_trt.network_spec import ModelSpec
 from medseg_trt.sessions.base import Session
-from medseg_trt.spec import BuildSpec, Classes, ModelSpec, Preprocessing
+from medseg_trt.spec import BuildSpec, Classes, Preprocessing
 
 SIZE = (16, 16)
 IMAGES = np.random.default_rng(0).normal(size=(6, 3, *SIZE)).astype(np.float32)
@@ -55,7 +56,7 @@ def test_the_same_network_is_exact_and_loses_nothing():
     assert verdict.holds
     assert (verdict.drop, figures["max_abs_error"], figures["agreement"]) == (0, 0, 1)
     assert figures["sqnr_db"] is None  # there is no noise to compare with
-    assert figures["gate"]["holds"] is True
+    assert figures["gate"].holds
     assert verdict.metric == "agreement with PyTorch in Dice"
 
 
@@ -75,7 +76,7 @@ def test_other_masks_do_not_hold_and_the_figures_say_how_far():
     assert not verdict.holds
     assert verdict.limit == 0.005
     assert figures["agreement"] < 0.7
-    assert figures["gate"]["high"] == verdict.high
+    assert figures["gate"].high == verdict.high
     assert figures["num_images"] == 6
 
 
@@ -102,11 +103,11 @@ def test_the_noise_is_relative_to_the_signal():
     logits = network(IMAGES).astype(np.float64)
     noise = np.random.default_rng(2).normal(0, 0.01, logits.shape)
     expected = np.square(noise).sum() / np.square(logits).sum()
-    found = (logits + noise).astype(np.float32)
-    assert reference.error_of(found) == pytest.approx(
+    noisy_logits = (logits + noise).astype(np.float32)
+    assert reference.error_of(noisy_logits) == pytest.approx(
         expected, rel=1e-4
     )  # the sum is rounded to float32: 1e-7 of 1 / 0.01
-    assert reference.verdict_of(found)[1]["sqnr_db"] == pytest.approx(-10 * np.log10(expected), rel=1e-4)
+    assert reference.verdict_of(noisy_logits)[1]["sqnr_db"] == pytest.approx(-10 * np.log10(expected), rel=1e-4)
 
 
 def test_masks_are_compared_at_the_images_own_size(monkeypatch):
@@ -135,9 +136,11 @@ class Masking(Session):
 
     def masks(self, batch: np.ndarray, size: Size, resampled: Size) -> np.ndarray:
         assert resampled == SIZE
-        found = np.stack([restore(each, size, Preprocessing(image_size=SIZE), None) for each in network(batch)])
-        found[:, : self.fault] = (found[:, : self.fault] + 1) % 3
-        return found
+        masks = np.stack(
+            [restore(slice_logits, size, Preprocessing(image_size=SIZE), None) for slice_logits in network(batch)]
+        )
+        masks[:, : self.fault] = (masks[:, : self.fault] + 1) % 3
+        return masks
 
     def close(self) -> None: ...
 

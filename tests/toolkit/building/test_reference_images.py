@@ -36,9 +36,9 @@ def test_the_folder_of_the_training_is_used(tmp_path):
     images = reference_images(checkpoint, None)
     assert images.description == "5 real images of generated, split val"
     scan = read_image(data / "images" / "scan1.nii.gz")
-    for found, judged, pixels in zip(images.verified, images.judged.inputs, scan.pixels, strict=True):
-        np.testing.assert_array_equal(found, prepare(pixels, checkpoint.preprocessing, scan.spacing_in_plane))
-        np.testing.assert_array_equal(found, judged)
+    for verified, judged, pixels in zip(images.verified, images.judged.inputs, scan.pixels, strict=True):
+        np.testing.assert_array_equal(verified, prepare(pixels, checkpoint.preprocessing, scan.spacing_in_plane))
+        np.testing.assert_array_equal(verified, judged)
     train = read_image(data / "images" / "scan0.nii.gz")
     assert images.calibration is not None
     np.testing.assert_array_equal(

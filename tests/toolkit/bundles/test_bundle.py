@@ -31,9 +31,14 @@ def test_the_manifest_names_every_file_with_its_digest(tiny_bundle):
     files = {path.name for path in tiny_bundle.iterdir()} - {MANIFEST}
     assert bundle.content.files.keys() == files
     assert files == {
-        "fp32.onnx", "fp32-plain.onnx", "weights-fp32.bin", "model.onnx", "golden.npz", "config.json",
+        "fp32.onnx",
+        "fp32-plain.onnx",
+        "weights-fp32.bin",
+        "model.onnx",
+        "golden.npz",
+        "config.json",
         "preprocessor_config.json",
-    }  # fmt: skip
+    }
     assert all(sha256(tiny_bundle / name) == entry.sha256 for name, entry in bundle.content.files.items())
     assert (tiny_bundle / "model.onnx").read_bytes() == (
         tiny_bundle / bundle.variant(bundle.default).graph
@@ -43,7 +48,9 @@ def test_the_manifest_names_every_file_with_its_digest(tiny_bundle):
 def test_the_manifest_says_what_was_built_and_how_well_it_was_verified(tiny_bundle):
     manifest = load_bundle(tiny_bundle).manifest()
     assert manifest["source"]["sha256"] == sha256(tiny_bundle.parent / "model" / "model.pt")
-    assert {(each["backend"], each["variant"]) for each in manifest["executions"]} == {
+    assert {
+        (stored_execution["backend"], stored_execution["variant"]) for stored_execution in manifest["executions"]
+    } == {
         ("onnxruntime", "fp32"),
         ("openvino", "fp32-plain"),
     }
@@ -104,7 +111,7 @@ def test_a_path_out_of_the_bundle_is_refused(copy, name):
 
     edit_manifest(copy, redirect)
     shutil.copy(copy / "fp32.onnx", copy.parent / "stolen.onnx")
-    with pytest.raises(ArtefactError, match="leads out of"):
+    with pytest.raises(ArtefactError, match=r"leads out of|no plain file name"):
         load_bundle(copy)
 
 
@@ -153,14 +160,30 @@ def test_other_preprocessing_than_at_the_build_is_refused(copy, monkeypatch):
         load_bundle(copy)
 
 
-@pytest.mark.parametrize("place", [(0, 0, 0, 0), (0, 2, 31, 31), (0, 1, 16, 7)])
-def test_one_pixel_that_is_prepared_in_another_way_is_enough(copy, monkeypatch, place):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data["classes"].update(names=["background", "bar", "disc"]), "config.json differ in id2label"),
+        (lambda data: data["preprocessing"].update(own_window=True), "preprocessor_config.json differ in own_window"),
+        (lambda data: data["preprocessing"].update(channel_order="bgr"), "differ in channel_order"),
+    ],
+)
+def test_an_edited_manifest_is_refused(copy, change, message, monkeypatch):
+    stored = load_bundle(copy).golden()[0]
+    edit_manifest(copy, change)
+    monkeypatch.setattr(bundle_module, "golden_input", lambda _: stored)  # as if preparing showed no difference
+    with pytest.raises(ArtefactError, match=message):
+        load_bundle(copy)
+
+
+@pytest.mark.parametrize("index", [(0, 0, 0, 0), (0, 2, 31, 31), (0, 1, 16, 7)])
+def test_one_pixel_that_is_prepared_in_another_way_is_enough(copy, monkeypatch, index):
     """The mean over all pixels, 3e-7, would be below the tolerance."""
 
     def nearly(preprocessing):
-        found = golden_input(preprocessing).copy()
-        found[place] += np.float32(1e-3)
-        return found
+        changed_input = golden_input(preprocessing).copy()
+        changed_input[index] += np.float32(1e-3)
+        return changed_input
 
     monkeypatch.setattr(bundle_module, "golden_input", nearly)
     with pytest.raises(ArtefactError, match="prepares images in another way"):

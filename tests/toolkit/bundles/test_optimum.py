@@ -31,14 +31,14 @@ PINNED = {  # with what they need in other versions than the tests' environment 
     "tokenizers": "0.22.2",
     "huggingface_hub": "0.36.2",
 }
-# Logits of order 1 from ONNX Runtime both times: the same bits from the same graph, and 1.3e-6 apart between flavours.
+# Logits of order 1 from ONNX Runtime both times: the same bits from the same graph, and 1.3e-6 apart between dialects.
 SAME_LOGITS = 1e-5
 PROGRAM = """
 import json, sys
 import numpy as np, torch
 from transformers import AutoConfig
 
-found, folder = {}, sys.argv[1]
+hub_outcomes, folder = {}, sys.argv[1]
 
 def refusal(action, *arguments, **options):
     try:
@@ -46,7 +46,7 @@ def refusal(action, *arguments, **options):
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
-found["before"] = refusal(AutoConfig.from_pretrained, f"{folder}/canonical.medseg")
+hub_outcomes["before"] = refusal(AutoConfig.from_pretrained, f"{folder}/canonical.medseg")
 
 import medseg_trt.bundles.optimum
 from optimum.onnxruntime import ORTModelForSemanticSegmentation
@@ -58,13 +58,13 @@ batch = np.load(f"{folder}/batch.npy")
 for name in ("canonical.medseg", "plain.medseg"):
     model = load(name)
     np.save(f"{folder}/{name}.npy", model(pixel_values=torch.from_numpy(batch)).logits.numpy())
-found["config"] = model.config.to_dict()
-found["opened"] = str(model.session._model_path)
+hub_outcomes["config"] = model.config.to_dict()
+hub_outcomes["opened"] = str(model.session._model_path)
 model.save_pretrained(f"{folder}/saved")
 for name in ("damaged.medseg", "mask.medseg", "none.medseg", "saved"):
-    found[name] = refusal(load, name)
-found["hub"] = refusal(medseg_trt.bundles.optimum.MedsegConfig.from_dict, {}, name_or_path="someone/model")
-json.dump(found, open(f"{folder}/found.json", "w"))
+    hub_outcomes[name] = refusal(load, name)
+hub_outcomes["hub"] = refusal(medseg_trt.bundles.optimum.MedsegConfig.from_dict, {}, name_or_path="someone/model")
+json.dump(hub_outcomes, open(f"{folder}/hub_outcomes.json", "w"))
 """
 
 
@@ -105,11 +105,21 @@ def python(tmp_path_factory) -> Path:
     python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
     done = subprocess.run(
         [
-            sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-compile",
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            python,
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--no-compile",
             *(f"{name}=={version}" for name, version in PINNED.items()),
         ],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode and any(words in done.stderr for words in NO_NETWORK):
         pytest.skip("needs the package index, which pip cannot reach")
     assert done.returncode == 0, done.stderr
@@ -123,13 +133,13 @@ def python(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def bundles(tiny_bundle, tmp_path_factory) -> Path:
-    """Bundles of the same network: either flavour the best one, one that says it makes masks, one damaged."""
+    """Bundles of the same network: either dialect the best one, one that says it makes masks, one damaged."""
     folder = tmp_path_factory.mktemp("bundles")
-    for flavour in ("canonical", "plain"):
+    for dialect in ("canonical", "plain"):
         bundle = load_bundle(tiny_bundle)
-        first = sorted(bundle.content.executions, key=lambda each: bundle.variant(each).flavour != flavour)
+        first = sorted(bundle.content.executions, key=lambda candidate: bundle.variant(candidate).dialect != dialect)
         graph = bundle.variant(first[0]).graph
-        _seal_again(bundle, folder / f"{flavour}.medseg", graph, executions=tuple(first))
+        _seal_again(bundle, folder / f"{dialect}.medseg", graph, executions=tuple(first))
     _seal_again(load_bundle(tiny_bundle), folder / "none.medseg", None)
     build(tiny_bundle.parent / "model" / "model.pt", BuildSpec(outputs="mask"), folder / "mask.medseg")
     damaged = shutil.copytree(tiny_bundle, folder / "damaged.medseg") / "weights-fp32.bin"
@@ -147,23 +157,26 @@ def _seal_again(bundle: Bundle, folder: Path, graph: str | None, **changes: obje
 
 
 @pytest.fixture(scope="module")
-def found(python, bundles) -> dict[str, Any]:
-    """What ``PROGRAM`` found; it writes the logits beside the bundles."""
+def hub_outcomes(python, bundles) -> dict[str, Any]:
+    """What ``PROGRAM`` reports; it writes the logits beside the bundles."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     done = subprocess.run(
         [python, "-c", PROGRAM, bundles],
-        env=environment | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        env=environment | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
-    return json.loads((bundles / "found.json").read_text())
+    return json.loads((bundles / "hub_outcomes.json").read_text())
 
 
 @pytest.mark.network
 @pytest.mark.parametrize("name", ["canonical.medseg", "plain.medseg"])
-def test_its_logits_are_ours_whichever_flavour_is_the_best(found, bundles, name):
-    assert Path(found["opened"]).name == "model.onnx"
+def test_its_logits_are_ours_whichever_flavour_is_the_best(hub_outcomes, bundles, name):
+    assert Path(hub_outcomes["opened"]).name == "model.onnx"
     bundle = load_bundle(bundles / name)
-    assert bundle.variant(bundle.default).flavour == name.removesuffix(".medseg")
+    assert bundle.variant(bundle.default).dialect == name.removesuffix(".medseg")
     with open_session(bundle, "onnxruntime") as session:
         ours = session.run(np.load(bundles / "batch.npy"))
     theirs = np.load(bundles / f"{name}.npy")
@@ -173,10 +186,10 @@ def test_its_logits_are_ours_whichever_flavour_is_the_best(found, bundles, name)
 
 
 @pytest.mark.network
-def test_the_config_is_known_only_after_the_import_and_has_our_labels(found):
-    assert "medseg-trt" in found["before"]
-    assert "does not recognize" in found["before"]
-    config = found["config"]
+def test_the_config_is_known_only_after_the_import_and_has_our_labels(hub_outcomes):
+    assert "medseg-trt" in hub_outcomes["before"]
+    assert "does not recognize" in hub_outcomes["before"]
+    config = hub_outcomes["config"]
     assert config["id2label"] == {"0": "background", "1": "disc", "2": "bar"}
     assert (config["image_size"], config["num_channels"], config["num_logits"]) == ([32, 32], 3, 3)
 
@@ -192,7 +205,7 @@ def test_the_config_is_known_only_after_the_import_and_has_our_labels(found):
         ("hub", "someone/model is no folder on this machine"),
     ],
 )
-def test_what_it_cannot_open_safely_is_refused_in_one_line(found, name, message):
-    assert found[name].startswith("ArtefactError: ")
-    assert message in found[name]
-    assert "\n" not in found[name]
+def test_what_it_cannot_open_safely_is_refused_in_one_line(hub_outcomes, name, message):
+    assert hub_outcomes[name].startswith("ArtefactError: ")
+    assert message in hub_outcomes[name]
+    assert "\n" not in hub_outcomes[name]

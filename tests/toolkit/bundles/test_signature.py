@@ -55,9 +55,10 @@ def test_an_unsigned_bundle_is_refused_where_a_key_is_given(tiny_bundle, keys):
 
 
 def test_whoever_rehashes_fools_the_digests_and_not_the_signature(signed, keys):
-    graph = signed / "fp32.onnx"
-    graph.write_bytes(graph.read_bytes() + b"\x12\x01x")  # still a graph, whose producer is called x
+    content = (signed / "fp32.onnx").read_bytes() + b"\x12\x01x"  # still a graph, whose producer is called x
+    (signed / "fp32.onnx").write_bytes(content)
     refused(signed, None, "is not what manifest.json says it is")
+    (signed / "model.onnx").write_bytes(content)  # the same graph under its other name
     rehash(signed)
     assert load_bundle(signed).signed_by is None  # the digests agree again
     refused(signed, keys[1], "was changed since")
@@ -68,8 +69,8 @@ def test_every_flipped_byte_of_manifest_and_signature_is_refused(signed, keys):
     for path in (signed / MANIFEST, signature_of(signed / MANIFEST)):
         good = path.read_bytes()
         for _ in range(128):
-            place = int(rng.integers(len(good)))
-            path.write_bytes(good[:place] + bytes([good[place] ^ 1 << int(rng.integers(8))]) + good[place + 1 :])
+            index = int(rng.integers(len(good)))
+            path.write_bytes(good[:index] + bytes([good[index] ^ 1 << int(rng.integers(8))]) + good[index + 1 :])
             refused(signed, keys[1], "was changed since")
         for length in (0, 1, len(good) - 1):
             path.write_bytes(good[:length])
@@ -194,7 +195,15 @@ def test_build_signs_last_and_infer_verifies(built, tmp_path):
     assert verified.exit_code == 0, verified.output
     assert f"is signed with the key {fingerprint(read_public_key(built.verify_key))}" in verified.stderr
     plain = run("infer", pictures, "--bundle", built.bundle, "-o", tmp_path / "masks")
-    assert "that shows damage, not malice" in plain.stderr
+    assert "its signature was not checked; to check it: --verify-key" in plain.stderr
+    signature_of(built.bundle / MANIFEST).rename(tmp_path / "signature")
+    try:
+        unsigned = [
+            run("infer", pictures, "--bundle", built.bundle, "-o", tmp_path / "masks", *v) for v in ([], ["-v"])
+        ]
+    finally:
+        (tmp_path / "signature").rename(signature_of(built.bundle / MANIFEST))
+    assert ["origin was not checked" in result.stderr for result in unsigned] == [False, True]
 
 
 def test_a_bad_key_stops_a_build_before_it_begins(tmp_path, monkeypatch):

@@ -17,15 +17,33 @@ from medseg_trt.errors import ArtefactError
 from medseg_trt.spec import to_dict
 
 BUILT = EngineFingerprint(
-    plan="fp16-sm86.plan", sha256="5" * 64, bytes=7, library="tensorrt-rtx", version="1.7.1.116",
-    targets=("sm86", "sm89"), cuda="13", precision="fp16", flavour="canonical", graph="fp16.onnx",
-    graph_sha256="a" * 64, weights_sha256="b" * 64,
-    plugins={"RMSNorm": "c" * 64}, batch=(1, 1, 8), options={"level": 3},
-)  # fmt: skip
+    plan="fp16-sm86.plan",
+    sha256="5" * 64,
+    bytes=7,
+    library="tensorrt-rtx",
+    version="1.7.1.116",
+    targets=("sm86", "sm89"),
+    cuda="13",
+    precision="fp16",
+    dialect="canonical",
+    graph="fp16.onnx",
+    graph_sha256="a" * 64,
+    weights_sha256="b" * 64,
+    plugins={"RMSNorm": "c" * 64},
+    batch=(1, 1, 8),
+    options={"level": 3},
+)
 MACHINE = RuntimeEnvironment(
-    library="tensorrt-rtx", version="1.7.1.116", sm="sm86", gpu="NVIDIA A10", driver="580.65", cuda="13.0",
-    graph_sha256="a" * 64, weights_sha256="b" * 64, plugins={"RMSNorm": "c" * 64, "SwiGLU": "d" * 64},
-)  # fmt: skip
+    library="tensorrt-rtx",
+    version="1.7.1.116",
+    sm="sm86",
+    gpu="NVIDIA A10",
+    driver="580.65",
+    cuda="13.0",
+    graph_sha256="a" * 64,
+    weights_sha256="b" * 64,
+    plugins={"RMSNorm": "c" * 64, "SwiGLU": "d" * 64},
+)
 
 
 def test_a_fingerprint_is_read_as_it_was_written(tmp_path: Path):
@@ -81,14 +99,31 @@ def test_the_hint_names_a_command():
     assert "medseg-trt infer --rebuild --bundle model.medseg" in rebuild_hint(Path("model.medseg"))
 
 
+def test_a_metadata_file_of_schema_1_is_read_under_todays_names(tmp_path):
+    fields = to_dict(BUILT)
+    older = {"flavour" if name == "dialect" else name: value for name, value in fields.items()} | {"schema": 1}
+    path = tmp_path / "fp16-sm86.json"
+    path.write_text(json.dumps(older), encoding="utf-8")
+    assert read_fingerprint(path) == BUILT
+
+
 @pytest.mark.parametrize(
     "fault",
     [
-        {"plan": "../fp16-sm86.plan"}, {"plan": ""}, {"graph": "/etc/passwd"}, {"library": "cudnn"}, {"schema": 2},
-        {"batch": [2, 1, 8]}, {"batch": [0, 1, 8]}, {"cuda": "new"}, {"unknown": 1}, {"plan": "other.plan"},
+        {"plan": "../fp16-sm86.plan"},
+        {"plan": ""},
+        {"graph": "/etc/passwd"},
+        {"library": "cudnn"},
+        {"schema": 3},
+        {"batch": [2, 1, 8]},
+        {"batch": [0, 1, 8]},
+        {"cuda": "new"},
+        {"unknown": 1},
+        {"plan": "other.plan"},
         {"hardware": "all"},
+        {"schema": []},
     ],
-)  # fmt: skip
+)
 def test_a_hostile_metadata_file_is_refused(tmp_path, fault):
     path = tmp_path / "fp16-sm86.json"
     path.write_text(json.dumps(to_dict(BUILT) | fault), encoding="utf-8")

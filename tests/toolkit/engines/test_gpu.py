@@ -26,18 +26,22 @@ def driver(*, devices: int = 1, init: int = 0, attribute: int = 0) -> SimpleName
         return attribute
 
     return SimpleNamespace(
-        cuInit=lambda _: init, cuDeviceGetCount=put(devices), cuDeviceGet=put(0), cuDeviceGetName=name,
-        cuDriverGetVersion=put(13000), cuDeviceGetAttribute=capability,
-    )  # fmt: skip
+        cuInit=lambda _: init,
+        cuDeviceGetCount=put(devices),
+        cuDeviceGet=put(0),
+        cuDeviceGetName=name,
+        cuDriverGetVersion=put(13000),
+        cuDeviceGetAttribute=capability,
+    )
 
 
 @pytest.fixture
 def installed(monkeypatch, tmp_path):
-    def install(found: SimpleNamespace | None) -> None:
+    def install(driver_library: SimpleNamespace | None) -> None:
         def load(_: str) -> SimpleNamespace:
-            if found is None:
+            if driver_library is None:
                 raise OSError("no such library")
-            return found
+            return driver_library
 
         monkeypatch.setattr(ctypes, "CDLL", load)
         monkeypatch.setattr(gpu, "DRIVER_FILE", tmp_path / "version")
@@ -49,12 +53,12 @@ def test_a_gpu_is_named_with_its_kind_and_its_driver(installed, tmp_path):
     installed(driver())
     assert find_gpu() == Gpu(name="NVIDIA A10", sm="sm86", cuda="13.0", driver=None)
     (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27 2025\n")
-    found = find_gpu()
-    assert found is not None
-    assert found.driver == "580.65.06"
+    a10 = find_gpu()
+    assert a10 is not None
+    assert a10.driver == "580.65.06"
 
 
-@pytest.mark.parametrize("found", [None, driver(devices=0), driver(init=100), driver(attribute=1)])
-def test_without_a_driver_or_a_device_there_is_none(installed, found):
-    installed(found)
+@pytest.mark.parametrize("library", [None, driver(devices=0), driver(init=100), driver(attribute=1)])
+def test_without_a_driver_or_a_device_there_is_none(installed, library):
+    installed(library)
     assert find_gpu() is None

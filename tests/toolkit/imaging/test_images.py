@@ -28,8 +28,8 @@ def test_the_order_of_the_inputs_is_kept_and_duplicates_come_once(tmp_path):
     for path in paths:
         path.touch()
     assert [source.path for source in find_images(paths)] == paths
-    found = find_images([paths[2], tmp_path, paths[2]])
-    assert [source.path for source in found] == [paths[2], paths[1], paths[0]]
+    sources = find_images([paths[2], tmp_path, paths[2]])
+    assert [source.path for source in sources] == [paths[2], paths[1], paths[0]]
 
 
 def test_numbers_and_letters_in_names_can_be_compared(tmp_path):

@@ -9,11 +9,11 @@ from stored_images import (
     colours,
     opened,
     picture_image,
+    reoriented,
     save,
     save_array,
     save_volume,
     some_labels,
-    turned,
     volume_image,
 )
 from tiny import write_nifti
@@ -83,8 +83,10 @@ def test_float_labels_are_read_while_they_are_whole(tmp_path):
     labels = RNG.integers(0, 3, (5, 4, 3)).astype(np.float32)
     image = volume_image(tmp_path)
     path = write_nifti(tmp_path / "mask.nii", labels)
-    found = read_labels(path, image, 3)
-    np.testing.assert_array_equal(found, labels[::-1, ::-1].transpose(2, 1, 0))  # x and y run the other way in LPS
+    labels_read = read_labels(path, image, 3)
+    np.testing.assert_array_equal(
+        labels_read, labels[::-1, ::-1].transpose(2, 1, 0)
+    )  # x and y run the other way in LPS
     labels[2, 2, 2] = 0.5
     with pytest.raises(InputError, match=r"mask\.nii holds the values 0\.5 "):
         read_labels(write_nifti(path, labels), image, 3)
@@ -100,14 +102,14 @@ def test_numbers_that_do_not_fit_a_byte_do_not_wrap_round_to_labels(value, tmp_p
 
 def test_the_mask_of_a_volume_is_turned_as_its_image_even_if_it_is_stored_otherwise(tmp_path):
     labels = some_labels()
-    image = read_image(save_volume(tmp_path / "scan.nii", *turned(labels, (0, 1, 2), (False, True, False))))
-    mask = save_volume(tmp_path / "mask.nii", *turned(labels, (2, 0, 1), (True, False, False)))
+    image = read_image(save_volume(tmp_path / "scan.nii", *reoriented(labels, (0, 1, 2), (False, True, False))))
+    mask = save_volume(tmp_path / "mask.nii", *reoriented(labels, (2, 0, 1), (True, False, False)))
     np.testing.assert_array_equal(read_labels(mask, image, 3), labels)
 
 
 @pytest.mark.parametrize(("shift_mm", "refused"), [(0.029, False), (0.031, True), (1.5, True)])  # 2 % of 1.5 mm
 def test_a_mask_that_lies_elsewhere_is_refused(shift_mm, refused, tmp_path):
-    stored, affine = turned(some_labels(), (0, 1, 2), (False, False, False))
+    stored, affine = reoriented(some_labels(), (0, 1, 2), (False, False, False))
     image = read_image(save_volume(tmp_path / "scan.nii", stored, affine))
     affine[1, 3] += shift_mm
     mask = save_volume(tmp_path / "mask.nii", stored, affine, codes=(0, 1))

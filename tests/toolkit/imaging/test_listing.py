@@ -24,6 +24,7 @@ from medseg_trt.imaging.listing import (
     UNSEEN,
     Listing,
     list_images,
+    sources_in,
 )
 
 NOBODY = 65534
@@ -36,15 +37,15 @@ def touch(folder: Path, *names: str) -> None:
         path.touch()
 
 
-def names(found: Listing, root: Path) -> dict[str, list[str]]:
+def names(listing: Listing, root: Path) -> dict[str, list[str]]:
     """Return all that was found below ``root``, relative to it, by what became of it."""
     became: dict[str, list[str]] = {}
-    for source in found.sources:
+    for source in listing.sources:
         became.setdefault("images", []).append(source.path.relative_to(root).as_posix())
-    for refused in found.refused:
+    for refused in listing.refused:
         became.setdefault("refused", []).append(refused.path.relative_to(root).as_posix())
-    for each in found.left_out:
-        became.setdefault(each.reason, []).append(f"{each.path.relative_to(root).as_posix()} {each.count}")
+    for item in listing.left_out:
+        became.setdefault(item.reason, []).append(f"{item.path.relative_to(root).as_posix()} {item.count}")
     return became
 
 
@@ -64,17 +65,18 @@ def test_everything_in_a_folder_becomes_something(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(tmp_path / "s"))
-        found = list_images([tmp_path])
-    assert names(found, tmp_path) == {
+        listed = list_images([tmp_path])
+    assert names(listed, tmp_path) == {
         "images": ["a.png", "ct"],
         "refused": ["gone.png", "loop.png"],
         OTHER_KIND: ["b.webp 1", "notes 1"],
         IRREGULAR: ["pipe.png 1", "s 1"],
         DEEPER: ["more 2", "more/deep 1", "study/ct2 3"],
     }
-    assert found.warnings() == [
+    assert listed.warnings() == [
         f"{tmp_path}: 6 image file(s) in 3 sub-folder(s) are left out; only DICOM is searched for in sub-folders, one "
-        f"level deep. To use them, name: {tmp_path}/more {tmp_path}/more/deep {tmp_path}/study/ct2",
+        "level deep, unless infer is given --tree. To use them, name: "
+        f"{tmp_path}/more {tmp_path}/more/deep {tmp_path}/study/ct2",
         f"{tmp_path}: 2 item(s) that are neither a file nor a folder are left out (pipe.png, s)",
         f"{tmp_path}: 2 file(s) of other kinds are left out (b.webp, notes); supported: "
         f"{', '.join(listing.READERS)} and DICOM",
@@ -98,9 +100,9 @@ def test_a_broken_link_among_slices_is_refused_and_not_left_away(tmp_path, targe
     folder = scan(tmp_path / "images" / "ct")
     for name in ("loop.dcm", "without_suffix"):
         (folder / name).symlink_to(target)
-    found = list_images([tmp_path / "images"])
-    assert {refused.path for refused in found.refused} == {folder / "loop.dcm", folder / "without_suffix"}
-    assert [source.path for source in found.sources] == [folder]
+    listing = list_images([tmp_path / "images"])
+    assert {refused.path for refused in listing.refused} == {folder / "loop.dcm", folder / "without_suffix"}
+    assert [source.path for source in listing.sources] == [folder]
 
 
 def test_a_broken_link_says_what_it_leads_to_and_others_are_still_listed(tmp_path):
@@ -110,9 +112,9 @@ def test_a_broken_link_says_what_it_leads_to_and_others_are_still_listed(tmp_pat
         f"{tmp_path}/b.png is a link to ../.git/annex/b, which does not exist; "
         "fetch or mount the target, or remove the link"
     )
-    found = list_images([tmp_path, tmp_path / "b.png", tmp_path / "absent.png", tmp_path / "a.png"])
-    assert [source.path.name for source in found.sources] == ["a.png"]
-    assert [str(refused.error) for refused in found.refused] == [
+    listing = list_images([tmp_path, tmp_path / "b.png", tmp_path / "absent.png", tmp_path / "a.png"])
+    assert [source.path.name for source in listing.sources] == ["a.png"]
+    assert [str(refused.error) for refused in listing.refused] == [
         broken,
         broken,
         f"{tmp_path}/absent.png does not exist",
@@ -147,14 +149,14 @@ def test_what_may_not_be_read_is_refused_or_warned_of_and_the_rest_is_listed(ord
     touch(ordinary_folder, "a.png", "b.png", "IM0001", "closed/c.png", "more/deep/d.png")
     for name in ("b.png", "IM0001", "closed", "more/deep"):
         (ordinary_folder / name).chmod(0)
-    found = list_images([ordinary_folder])
-    assert names(found, ordinary_folder) == {
+    listing = list_images([ordinary_folder])
+    assert names(listing, ordinary_folder) == {
         "images": ["a.png"],
         "refused": ["b.png", "IM0001"],
         CLOSED: ["closed 1", "more/deep 1"],
     }
-    assert str(found.refused[1].error) == f"{ordinary_folder}/IM0001 cannot be read: Permission denied"
-    assert found.warnings() == [
+    assert str(listing.refused[1].error) == f"{ordinary_folder}/IM0001 cannot be read: Permission denied"
+    assert listing.warnings() == [
         f"{ordinary_folder}: 2 sub-folder(s) cannot be opened and are left out (closed, more/deep); "
         "check the permissions"
     ]
@@ -163,20 +165,28 @@ def test_what_may_not_be_read_is_refused_or_warned_of_and_the_rest_is_listed(ord
             find_images([ordinary_folder / path])
 
 
+def test_of_a_data_folder_no_unreadable_file_is_left_out(ordinary_folder):
+    touch(ordinary_folder, "a.png", "b.png")
+    assert [source.name for source in sources_in(ordinary_folder)] == ["a.png", "b.png"]
+    (ordinary_folder / "b.png").chmod(0)
+    with pytest.raises(InputError, match=r"b\.png cannot be read: Permission denied"):
+        sources_in(ordinary_folder)
+
+
 def test_dicom_that_holds_no_image_is_left_out_by_name(tmp_path):
     folder = scan(tmp_path / "ct")
     kind = GrayscaleSoftcopyPresentationStateStorage
     save(folder / "zstate", dataset(np.zeros((8, 8), np.int16), SOPClassUID=kind, Modality="PR", PixelData=None))
-    found = list_images([folder])
-    assert names(found, folder)[DICOM_WITHOUT_IMAGE] == ["zstate 1"]
-    assert found.warnings() == []  # the reader of DICOM says what it is
+    listing = list_images([folder])
+    assert names(listing, folder)[DICOM_WITHOUT_IMAGE] == ["zstate 1"]
+    assert listing.warnings() == []  # the reader of DICOM says what it is
 
 
 def test_our_own_folders_are_no_input_under_whatever_name(tmp_path):
     touch(tmp_path, "a.png", "masks/a.png", "model.medseg/golden.npz", "masks/overlays/a.png")
     (tmp_path / "again").symlink_to("masks")
-    found = list_images([tmp_path], ignored=[tmp_path / "again", tmp_path / "model.medseg"])
-    assert names(found, tmp_path) == {"images": ["a.png"]}
+    listing = list_images([tmp_path], ignored=[tmp_path / "again", tmp_path / "model.medseg"])
+    assert names(listing, tmp_path) == {"images": ["a.png"]}
 
 
 def test_a_tree_is_looked_through_once_and_not_for_ever(tmp_path, monkeypatch):
@@ -184,9 +194,9 @@ def test_a_tree_is_looked_through_once_and_not_for_ever(tmp_path, monkeypatch):
     (tmp_path / "more" / "0" / "up").symlink_to("../..")  # a ring
     assert len(names(list_images([tmp_path]), tmp_path)[DEEPER]) == 9
     monkeypatch.setattr(listing, "MAX_SEARCHED", 5)
-    found = list_images([tmp_path])
-    assert len(names(found, tmp_path)[UNSEEN]) == 1
-    assert any("sub-folders hold more than 5 files and were not all searched" in line for line in found.warnings())
+    listed = list_images([tmp_path])
+    assert len(names(listed, tmp_path)[UNSEEN]) == 1
+    assert any("sub-folders hold more than 5 files and were not all searched" in line for line in listed.warnings())
 
 
 def test_the_voxels_beside_a_detached_header_belong_to_it(tmp_path):

@@ -1,14 +1,16 @@
 """Overlays of generated pictures: colours on the labelled pixels, grey elsewhere, names below."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import PIL.Image
 import pytest
 from tiny import TWO_ORGANS
 
 from medseg_trt.imaging import overlay
-from medseg_trt.imaging.images import Image, Mask
+from medseg_trt.imaging.images import Image, Mask, read_image
 from medseg_trt.imaging.overlay import write_overlay
 from medseg_trt.spec import Classes
 
@@ -52,13 +54,13 @@ def split(picture: np.ndarray, height: int = SIZE[0]) -> tuple[np.ndarray, np.nd
 
 def rim(labels: np.ndarray) -> np.ndarray:
     """Return the labelled pixels that touch another label, found by looking at each one's neighbours."""
-    found = np.zeros(labels.shape, bool)
+    touching = np.zeros(labels.shape, bool)
     for row, column in zip(*np.nonzero(labels), strict=True):
         for down, right in ((1, 0), (-1, 0), (0, 1), (0, -1)):
             beside = row + down, column + right
-            if all(0 <= place < length for place, length in zip(beside, labels.shape, strict=True)):
-                found[row, column] |= labels[beside] != labels[row, column]
-    return found
+            if all(0 <= position < length for position, length in zip(beside, labels.shape, strict=True)):
+                touching[row, column] |= labels[beside] != labels[row, column]
+    return touching
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -151,10 +153,10 @@ def test_a_volume_shows_its_labelled_slices_twelve_at_most_evenly_spaced(
     image = volume(num_slices, (64, 64))
     picture = drawn(tmp_path, image, boxes(image, labelled))
     assert picture.shape[1] == columns * 256
-    found = [tile for tile in tiles(picture, columns, 256) if tile.any()]
+    drawn_tiles = [tile for tile in tiles(picture, columns, 256) if tile.any()]
     # Enlarged noise of 20 x 20 pixels has a mean that is 2 off at most; slices are 10 apart.
-    assert [round((brightness(tile) - 60) / 10) for tile in found] == shown
-    for tile in found:
+    assert [round((brightness(tile) - 60) / 10) for tile in drawn_tiles] == shown
+    for tile in drawn_tiles:
         assert shows(tile, DISC) == bool(labelled)
         assert shows(tile[:20, :60], (255, 255, 255))  # its number
 
@@ -189,6 +191,75 @@ def test_the_tiles_of_a_large_volume_are_reduced(tmp_path):
     image = volume(2, (1024, 512))
     picture = drawn(tmp_path, image, boxes(image))
     assert picture.shape[:2] == (512 + overlay.LEGEND_HEIGHT, 2 * 256)
+
+
+def letters(picture: np.ndarray, side: int) -> dict[str, np.ndarray]:
+    """Return where text is at the middles of the four borders of an image on black."""
+    middle, depth = slice(side // 2 - 10, side // 2 + 10), 16
+    borders = {
+        "left": picture[middle, :depth],
+        "right": picture[middle, side - depth : side],
+        "top": picture[:depth, middle],
+        "bottom": picture[side - depth : side, middle],
+    }
+    bright = {name: np.asarray(border > 200) for name, border in borders.items()}
+    return {name: np.asarray(border.all(axis=2)) for name, border in bright.items() if border.any()}
+
+
+def drawn_slice(folder: Path, directions: np.ndarray, shape: tuple[int, int, int] = (64, 64, 1)) -> np.ndarray:
+    """Write a black NIfTI volume with these axes, read it, and return its overlay; None states no orientation."""
+    header = nibabel.Nifti1Image(np.zeros(shape, np.int16), np.diag([*np.ones(3), 1.0]))
+    affine = np.eye(4)
+    affine[:3, :3] = directions
+    header.set_sform(affine, 1)
+    header.set_qform(affine, 1)
+    nibabel.save(header, folder / "scan.nii.gz")
+    image = read_image(folder / "scan.nii.gz")
+    return drawn(folder, image, Mask.of(image, np.zeros(image.pixels.shape[:3], np.uint8), TWO_ORGANS))
+
+
+def is_l(pixels: np.ndarray) -> bool:
+    """Return whether a letter is an L, whose upper half is a single stroke; that of an R has a bow."""
+    rows, columns = (np.flatnonzero(pixels.any(axis=axis)) for axis in (1, 0))
+    letter = pixels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    return not letter[: len(letter) // 2, letter.shape[1] // 2 :].any()
+
+
+@pytest.mark.parametrize("flip", [1.0, -1.0])
+def test_the_patients_sides_are_marked_also_of_a_flipped_volume(flip, tmp_path):
+    """Volumes are reoriented, so that the patient's right is at the left whatever the stored direction."""
+    marks = letters(drawn_slice(tmp_path, np.diag([flip, 1.0, 1.0]), (64, 64, 3)), overlay.TILE_WIDTH)
+    assert {name: "L" if is_l(pixels) else "R" for name, pixels in marks.items()} == {"left": "R", "right": "L"}
+
+
+@pytest.mark.parametrize(("flip", "left"), [(1.0, "L"), (-1.0, "R")])
+def test_the_sides_of_a_slice_that_keeps_its_axes_follow_the_affine(flip, left, tmp_path):
+    coronal = np.array([[flip, 0, 0], [0, 0, 1], [0, -1, 0]], float)  # columns, rows downwards, slices
+    marks = letters(drawn_slice(tmp_path, coronal), overlay.TILE_WIDTH)
+    assert {name: "L" if is_l(pixels) else "R" for name, pixels in marks.items()} == {
+        "left": left,
+        "right": "R" if left == "L" else "L",
+    }
+
+
+@pytest.mark.parametrize(("flip", "top"), [(1.0, "L"), (-1.0, "R")])
+def test_sides_along_the_rows_are_marked_above_and_below(flip, top, tmp_path):
+    marks = letters(drawn_slice(tmp_path, np.array([[0, flip, 0], [0, 0, 1], [1, 0, 0]], float)), overlay.TILE_WIDTH)
+    assert {name: "L" if is_l(pixels) else "R" for name, pixels in marks.items()} == {
+        "top": top,
+        "bottom": "R" if top == "L" else "L",
+    }
+
+
+def test_no_side_is_marked_where_none_is_known(tmp_path):
+    sagittal = np.array([[0, 0, 1], [1, 0, 0], [0, 1, 0]], float)
+    assert letters(drawn_slice(tmp_path, sagittal), overlay.TILE_WIDTH) == {}
+    flat = replace(volume(), pixels=np.zeros((1, *SIZE, 1), np.uint8))
+    assert letters(drawn(tmp_path, flat, boxes(flat, range(0))), SIZE[0]) == {}
+    nibabel.save(nibabel.Nifti1Image(np.zeros((64, 64, 1), np.int16), None), tmp_path / "bare.nii.gz")
+    bare = read_image(tmp_path / "bare.nii.gz")
+    assert bare.geometry is not None
+    assert letters(drawn(tmp_path, bare, Mask.of(bare, np.zeros((1, 64, 64), np.uint8), TWO_ORGANS)), 256) == {}
 
 
 def test_an_error_while_writing_leaves_the_old_overlay_and_nothing_half_done(tmp_path, monkeypatch):

@@ -45,10 +45,10 @@ def largest_difference(first: np.ndarray, second: np.ndarray) -> float:
 @pytest.mark.parametrize("method", ORACLES)
 def test_resize_is_what_pytorch_does(method, old, new):
     array = noise(2, 3, *old)
-    found = resize(array, new, method)
-    assert found.shape == (2, 3, *new)
-    assert found.dtype == np.float32
-    assert largest_difference(found, interpolated(array, new, **ORACLES[method])) <= RESIZE_TOLERANCE
+    resized = resize(array, new, method)
+    assert resized.shape == (2, 3, *new)
+    assert resized.dtype == np.float32
+    assert largest_difference(resized, interpolated(array, new, **ORACLES[method])) <= RESIZE_TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -108,20 +108,20 @@ COLOURED: dict[str, Any] = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3)}
 def test_a_picture_is_windowed_stretched_and_normalised(method, channels, source):
     p = Preprocessing(image_size=(32, 48), window=(-160.0, 240.0), resize=method, **COLOURED)
     pixels = np.random.default_rng(1).integers(-1000, 1000, (*source, channels), dtype=np.int16)
-    found = prepare(pixels, p, None)
-    assert found.shape == (3, 32, 48)
+    prepared = prepare(pixels, p, None)
+    assert prepared.shape == (3, 32, 48)
     # Divided by the smallest std, 0.2, the resizing's error is five times as large; one more rounding for the rest.
     tolerance = 6 * RESIZE_TOLERANCE
-    assert largest_difference(found, stretched(pixels, p)) <= tolerance
+    assert largest_difference(prepared, stretched(pixels, p)) <= tolerance
     shifted_window = Preprocessing(image_size=(32, 48), window=(-160.0, 240.01), resize=method, **COLOURED)
-    assert largest_difference(found, stretched(pixels, shifted_window)) > tolerance
+    assert largest_difference(prepared, stretched(pixels, shifted_window)) > tolerance
 
 
 def test_values_are_cut_to_the_window_before_they_are_mixed():
     p = Preprocessing(image_size=(16, 16), window=(0.0, 100.0))
     checkered = np.indices((32, 32)).sum(0) % 2 * 2000 - 1000  # -1000 and 1000, mixed about their mean
-    found = prepare(checkered[..., np.newaxis], p, None)
-    assert largest_difference(found[:, 4:-4, 4:-4], np.full((3, 8, 8), 0.5)) <= RESIZE_TOLERANCE
+    prepared = prepare(checkered[..., np.newaxis], p, None)
+    assert largest_difference(prepared[:, 4:-4, 4:-4], np.full((3, 8, 8), 0.5)) <= RESIZE_TOLERANCE
     mixed_first = resize(checkered.astype(np.float32), (16, 16), "linear_antialias")[4:-4, 4:-4]
     assert np.abs(mixed_first.clip(0, 100) / 100 - 0.5).min() > 0.4
 
@@ -140,11 +140,11 @@ def test_a_grey_picture_is_repeated_and_the_channels_of_a_coloured_one_are_kept_
     np.testing.assert_array_equal(three[0], three[1])
     np.testing.assert_array_equal(three[0], three[2])
     coloured = np.concatenate([grey, 255 - grey, np.zeros_like(grey)], axis=2)
-    found = prepare(coloured, p, None)
-    np.testing.assert_array_equal(found[0], three[0])
+    prepared = prepare(coloured, p, None)
+    np.testing.assert_array_equal(prepared[0], three[0])
     # two float32 sums of the same weights
-    assert largest_difference(found[0] + found[1], np.ones((48, 48))) <= 2 * RESIZE_TOLERANCE
-    assert not found[2].any()
+    assert largest_difference(prepared[0] + prepared[1], np.ones((48, 48))) <= 2 * RESIZE_TOLERANCE
+    assert not prepared[2].any()
 
 
 # image 32 x 48 at 2 mm: 64 mm x 96 mm
@@ -161,7 +161,7 @@ PLACED = [
 def test_a_known_spacing_pads_and_crops_about_the_centre(source, spacing_mm, resampled):
     p = Preprocessing(image_size=(32, 48), window=(-100.0, 300.0), spacing_mm=2.0, **COLOURED)
     pixels = np.random.default_rng(2).integers(-200, 400, (*source, 1), dtype=np.int16)
-    found = prepare(pixels, p, spacing_mm)
+    prepared = prepare(pixels, p, spacing_mm)
     values = (np.clip(pixels[..., 0].astype(np.float64), -100, 300) + 100) / 400
     whole = interpolated(values, resampled, **ORACLES["linear_antialias"])
     expected = np.zeros((32, 48))
@@ -174,8 +174,8 @@ def test_a_known_spacing_pads_and_crops_about_the_centre(source, spacing_mm, res
             places[-1] = (slice(0, None), slice(before, before + canvas))
     expected[places[0][0], places[1][0]] = whole[places[0][1], places[1][1]]
     expected = (expected - np.reshape(p.mean, (3, 1, 1))) / np.reshape(p.std, (3, 1, 1))
-    assert largest_difference(found, expected) <= 6 * RESIZE_TOLERANCE  # as for stretched pictures
-    assert largest_difference(found, np.roll(expected, 1, axis=1)) > 0.1  # one row too low
+    assert largest_difference(prepared, expected) <= 6 * RESIZE_TOLERANCE  # as for stretched pictures
+    assert largest_difference(prepared, np.roll(expected, 1, axis=1)) > 0.1  # one row too low
 
 
 def test_without_a_spacing_of_the_picture_or_of_the_contract_it_is_stretched():
@@ -225,8 +225,8 @@ def test_a_spacing_that_cannot_be_is_refused(spacing_mm):
 @pytest.mark.parametrize(("old", "new"), [((7, 9), (16, 48)), ((97, 33), (32, 16)), ((5, 61), (48, 16))])
 def test_labels_are_those_of_the_nearest_source_pixel(old, new):
     labels = np.random.default_rng(0).integers(0, 9, old, dtype=np.uint8)
-    found = prepare_labels(labels, Preprocessing(image_size=new), None)
-    np.testing.assert_array_equal(found, interpolated(labels, new, mode="nearest-exact"))
+    prepared = prepare_labels(labels, Preprocessing(image_size=new), None)
+    np.testing.assert_array_equal(prepared, interpolated(labels, new, mode="nearest-exact"))
 
 
 def disc(size: tuple[int, int], spacing_mm: tuple[float, float], radius_mm: float) -> np.ndarray:
@@ -253,24 +253,24 @@ def test_prepared_labels_lie_on_the_prepared_picture(size, spacing_mm, target_mm
     labels = disc(size, spacing_mm, 20.0)
     p = Preprocessing(image_size=(64, 64), window=(0.0, 1.0), spacing_mm=target_mm, resize=method)
     seen = prepare(labels[..., np.newaxis], p, spacing_mm)[0]
-    found = prepare_labels(labels, p, spacing_mm)
+    prepared = prepare_labels(labels, p, spacing_mm)
     # The rim is drawn twice, once in steps: the two centres differ by 0.11 pixels at most here, and one pixel if moved.
     tolerance = 0.2
-    assert np.abs(centre(seen) - centre(found)).max() < tolerance
+    assert np.abs(centre(seen) - centre(prepared)).max() < tolerance
     for axis in (0, 1):
-        assert np.abs(centre(seen) - centre(np.roll(found, 1, axis))).max() > tolerance
+        assert np.abs(centre(seen) - centre(np.roll(prepared, 1, axis))).max() > tolerance
 
 
 @pytest.mark.parametrize(("size", "spacing_mm", "target_mm"), DISCS)
 def test_restored_labels_lie_on_the_source(size, spacing_mm, target_mm):
     labels = disc(size, spacing_mm, 20.0)
     p = Preprocessing(image_size=(64, 64), spacing_mm=target_mm)
-    found = restore(one_hot(prepare_labels(labels, p, spacing_mm), 2), size, p, spacing_mm)
+    restored = restore(one_hot(prepare_labels(labels, p, spacing_mm), 2), size, p, spacing_mm)
     inside = restore(np.ones((1, 64, 64), np.float32), size, p, spacing_mm).astype(bool)
-    assert (labels[inside] != found[inside]).mean() < 0.02  # the rim; 0.01 at most here
-    millimetres = np.abs(centre(labels * inside) - centre(found)) * spacing_mm
+    assert (labels[inside] != restored[inside]).mean() < 0.02  # the rim; 0.01 at most here
+    millimetres = np.abs(centre(labels * inside) - centre(restored)) * spacing_mm
     assert millimetres.max() < 0.5  # a source pixel is up to 4 mm
-    moved = np.abs(centre(labels * inside) - centre(np.roll(found, 1, 0))) * spacing_mm
+    moved = np.abs(centre(labels * inside) - centre(np.roll(restored, 1, 0))) * spacing_mm
     assert moved.max() >= 0.5
 
 
@@ -295,18 +295,18 @@ def test_an_enlarged_picture_gives_every_label_back(source, target_mm):
 @pytest.mark.parametrize("source", [(97, 33), (20, 61), (32, 48)])
 def test_logits_are_brought_back_before_the_largest_is_chosen(classes, source):
     logits = np.random.default_rng(0).normal(size=(classes, 32, 48)).astype(np.float32)
-    found = restore(logits, source, Preprocessing(image_size=(32, 48)), None)
+    restored = restore(logits, source, Preprocessing(image_size=(32, 48)), None)
     planes = interpolated(logits, source, **ORACLES["linear"])
     expected = planes.argmax(0) if classes > 1 else planes[0] > 0
     best = np.sort(planes, axis=0)[::-1]
     margin = best[0] - best[1] if classes > 1 else np.abs(planes[0])
     clear = margin > 1e-5  # logits up to 4: float32 may decide otherwise below 4e-6
     assert clear.mean() > 0.99
-    np.testing.assert_array_equal(found[clear], expected[clear])
+    np.testing.assert_array_equal(restored[clear], expected[clear])
     if source != (32, 48):
         chosen_first = logits.argmax(0) if classes > 1 else logits[0] > 0
         early = interpolated(chosen_first, source, mode="nearest-exact")
-        assert (early != found).mean() > 0.05
+        assert (early != restored).mean() > 0.05
 
 
 def test_equal_logits_go_to_the_lower_label():
@@ -335,10 +335,10 @@ def test_the_size_of_the_bands_does_not_matter(band_values, monkeypatch):
 def test_what_was_cropped_away_becomes_background_and_is_counted():
     p = Preprocessing(image_size=(32, 48), spacing_mm=1.0)
     source = (64, 40)  # of 1 mm: half of the rows are cut off, and the columns are padded
-    found = restore(np.ones((1, 32, 48), np.float32), source, p, (1.0, 1.0))
+    restored = restore(np.ones((1, 32, 48), np.float32), source, p, (1.0, 1.0))
     expected = np.zeros(source, np.uint8)
     expected[16:48] = 1
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(restored, expected)
     assert outside_fraction(source, p, (1.0, 1.0)) == 0.5
 
 

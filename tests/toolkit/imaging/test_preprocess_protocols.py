@@ -34,10 +34,10 @@ def transunet_input(slice_, size, order):
 def test_a_slice_is_zoomed_as_transunet_does_it(method, order, source):
     p = Preprocessing(image_size=(32, 48), window=CT, resize=method)
     pixels = scan(source)
-    found = prepare(pixels[..., np.newaxis], p, (0.7, 0.7))
+    prepared = prepare(pixels[..., np.newaxis], p, (0.7, 0.7))
     expected = transunet_input(pixels, (32, 48), order)
-    assert found.shape == (3, 32, 48)
-    assert np.abs(found - expected).max() <= ROUNDING
+    assert prepared.shape == (3, 32, 48)
+    assert np.abs(prepared - expected).max() <= ROUNDING
     if source != (32, 48):  # the corners lie on one another there; half-pixel centres are a different picture
         ours = prepare(pixels[..., np.newaxis], Preprocessing(image_size=(32, 48), window=CT, resize="linear"), None)
         assert np.abs(ours - expected).max() > 0.05
@@ -79,9 +79,9 @@ def test_inference_follows_transunets_test_slice_by_slice():
         expected.append(ndimage.zoom(answer, (60 / 32, 50 / 32), order=0))
     p = Preprocessing(image_size=(32, 32), window=CT, resize="spline3")
     image = Image(path=Path("generated.nii"), pixels=volume[..., np.newaxis], spacing_mm=(3.0, 0.8, 0.8))
-    found = segment(network, image, p, batch=2)
+    mask = segment(network, image, p, batch=2)
     # A logit that ties within a rounding of the input may go the other way.
-    assert (found != np.stack(expected)).mean() < 1e-3
+    assert (mask != np.stack(expected)).mean() < 1e-3
 
 
 def test_unexts_input_is_normalised_and_then_divided_by_255_again_in_bgr():
@@ -95,9 +95,9 @@ def test_unexts_input_is_normalised_and_then_divided_by_255_again_in_bgr():
     )
     bgr = picture[..., ::-1].astype(np.float64)  # what cv2.imread returns
     expected = ((bgr / 255 - IMAGENET_MEAN) / IMAGENET_STD / 255).transpose(2, 0, 1)
-    found = prepare(picture, p, None)
-    assert np.abs(found - expected).max() <= ROUNDING / 50  # the values are below 0.011
-    assert np.abs(found[::-1] - expected).max() > 1e-3
+    prepared = prepare(picture, p, None)
+    assert np.abs(prepared - expected).max() <= ROUNDING / 50  # the values are below 0.011
+    assert np.abs(prepared[::-1] - expected).max() > 1e-3
     grey = picture[..., :1]
     assert np.abs(prepare(grey, p, None)[0] - prepare(grey, p, None)[2]).max() > 1e-5  # its means still differ
 
@@ -129,5 +129,5 @@ def test_the_golden_input_pins_the_protocols_too(change):
 
 
 def test_a_spline_has_no_pixel_spacing():
-    with pytest.raises(ValueError, match="spline3 stretches pictures"):
+    with pytest.raises(ValueError, match="spline3 stretches images"):
         Preprocessing(image_size=(32, 48), resize="spline3", spacing_mm=1.0)

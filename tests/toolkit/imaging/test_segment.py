@@ -67,8 +67,8 @@ def test_an_images_own_window_is_that_of_the_whole_image_whatever_the_batch(batc
 def test_the_labels_of_a_slice_stand_where_the_slice_stands():
     image = generated(num_slices=NUM_CLASSES)
     image.pixels[:] = (np.arange(NUM_CLASSES).reshape(-1, 1, 1, 1) + 0.5) * 100 / NUM_CLASSES
-    found = segment(levels, image, P, batch=3)
-    np.testing.assert_array_equal(found, np.broadcast_to(np.arange(NUM_CLASSES).reshape(-1, 1, 1), found.shape))
+    labels = segment(levels, image, P, batch=3)
+    np.testing.assert_array_equal(labels, np.broadcast_to(np.arange(NUM_CLASSES).reshape(-1, 1, 1), labels.shape))
 
 
 def test_the_spacing_in_the_plane_places_the_slice():
@@ -82,10 +82,10 @@ def test_the_spacing_in_the_plane_places_the_slice():
     for index, labels in enumerate(truth):
         expected = prepare_labels(labels, p, (4.0, 0.5))
         assert ((inputs[index, 0] > 0.5) == expected).mean() > 0.97  # the rim
-    found = segment(lambda inputs: inputs[:, :1] - np.float32(0.5), image, p, batch=2)
+    segmented = segment(lambda inputs: inputs[:, :1] - np.float32(0.5), image, p, batch=2)
     inside = slice(1, 9)  # 10 rows of 4 mm are more than 32 mm
-    np.testing.assert_array_equal(found[:, inside], truth[:, inside])
-    assert not found[:, [0, 9]].any()
+    np.testing.assert_array_equal(segmented[:, inside], truth[:, inside])
+    assert not segmented[:, [0, 9]].any()
 
 
 @pytest.mark.parametrize("answered", [0, 1, 3])

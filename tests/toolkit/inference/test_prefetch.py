@@ -34,7 +34,7 @@ def no_thread_is_left():
 
 def test_items_come_in_order_and_the_threads_end():
     with Prefetcher() as prefetcher:
-        doubled = prefetcher.prefetch(2 * each for each in prefetcher.prefetch(range(100)))
+        doubled = prefetcher.prefetch(2 * number for number in prefetcher.prefetch(range(100)))
         assert list(doubled) == list(range(0, 200, 2))
 
 
@@ -59,7 +59,7 @@ def test_stages_run_at_the_same_time():
 def test_no_more_is_taken_than_waits_and_is_at_hand(depth):
     taken = []
     with Prefetcher() as prefetcher:
-        items = prefetcher.prefetch((taken.append(each) or each for each in range(50)), depth)
+        items = prefetcher.prefetch((taken.append(number) or number for number in range(50)), depth)
         for done in range(1, 20):
             next(items)
             time.sleep(0.002)
@@ -150,23 +150,23 @@ def break_running(monkeypatch, victim: str, error: type[Exception]) -> None:
     numbers = iter(range(1000))
 
     def steps(*arguments, real=pipelined.segmentation_stages):
-        found = real(*arguments)
+        result = real(*arguments)
         if next(numbers) != int(victim[4]):
-            return found
+            return result
 
         def run(inputs):
             raise error
 
-        return type(found)(prepare=found.prepare, run=run, finish=found.finish)
+        return type(result)(prepare=result.prepare, run=run, finish=result.finish)
 
     monkeypatch.setattr(pipelined, "segmentation_stages", steps)
 
 
 def break_finishing(monkeypatch, victim: str, error: type[Exception]) -> None:
-    def of(image, labels, classes, real=Mask.of):
+    def of(image, *arguments, real=Mask.of):
         if image.path.name == victim:
             raise error
-        return real(image, labels, classes)
+        return real(image, *arguments)
 
     monkeypatch.setattr(pipelined.Mask, "of", of)
 
@@ -191,12 +191,12 @@ def test_an_error_that_ends_the_run_loses_nothing_that_came_before(tiny_bundle, 
         stage(patch, f"case{number}.png", ArtefactError)
         with pytest.raises(ArtefactError):
             infer_to_folder([data], tiny_bundle, out, on_error=unexpected)
-    before = [f"case{each}" for each in range(number)]
+    before = [f"case{index}" for index in range(number)]
     assert sorted(path.stem for path in out.glob("*.png")) == before
     assert sorted(path.stem for path in (out / ".finished").glob("*.json")) == before
     assert list(out.rglob(".partial-*")) == []
     with (out / "areas.csv").open(newline="") as file:
-        assert sorted({row["file"] for row in csv.DictReader(file)}) == [f"{each}.png" for each in before]
+        assert sorted({row["file"] for row in csv.DictReader(file)}) == [f"{name}.png" for name in before]
     written = infer_to_folder([data], tiny_bundle, out, resume=True, on_error=unexpected)
     assert (written.kept, len(written.masks)) == (number, 8)
 
@@ -300,9 +300,9 @@ def test_the_session_is_closed_after_the_last_run(tiny_bundle, data, tmp_path, m
         def call(session: Session, *arguments):
             calls.append(f"{name} begins")
             time.sleep(0.01)
-            found = real(session, *arguments)
+            result = real(session, *arguments)
             calls.append(f"{name} ends")
-            return found
+            return result
 
         return call
 
@@ -315,5 +315,5 @@ def test_the_session_is_closed_after_the_last_run(tiny_bundle, data, tmp_path, m
         with pytest.raises(KeyboardInterrupt):
             infer_to_folder([data], tiny_bundle, tmp_path / "out", on_error=unexpected)
     assert calls[-2:] == ["close begins", "close ends"]
-    assert [each for each in calls if each.startswith("run")] == ["run begins", "run ends"] * (len(calls) // 2 - 1)
-    assert np.count_nonzero([each == "run begins" for each in calls]) < 8
+    assert [call for call in calls if call.startswith("run")] == ["run begins", "run ends"] * (len(calls) // 2 - 1)
+    assert np.count_nonzero([call == "run begins" for call in calls]) < 8

@@ -207,3 +207,13 @@ def test_killed_at_any_moment_and_continued_gives_the_same_bytes(tiny_bundle, tm
         assert len(list(out.glob("[!.]*.png"))) < 40  # it was killed in the middle
     subprocess.run([*command, "-o", out, "--continue"], check=True, capture_output=True)
     assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("inside", ["", "masks"])
+def test_nothing_is_written_into_the_bundle(inside, tiny_bundle, images, tmp_path):
+    bundle = tmp_path / "copy.medseg"
+    shutil.copytree(tiny_bundle, bundle)
+    before = sorted(path.name for path in bundle.iterdir())
+    with pytest.raises(UsageError, match="is in the bundle"):
+        infer_to_folder([images], bundle, bundle / inside, on_error=unexpected)
+    assert sorted(path.name for path in bundle.iterdir()) == before

@@ -20,51 +20,51 @@ def test_the_published_architecture_is_counted_without_its_memory():
     code = (
         "import json, pathlib\n"
         "from medseg_trt.inspection.describe import describe\n"
-        "found = describe('arch:llm-transunet', 256, 1)\n"
+        "found = describe('arch:llm-transunet', 256, 1).to_dict()\n"
         "status = pathlib.Path('/proc/self/status').read_text()\n"  # getrusage would count the parent's memory too
         "print(json.dumps([found, int(status.partition('VmHWM:')[2].split()[0])]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    found, peak_kib = json.loads(done.stdout)
-    assert found["parameters"] == {"total": 314_000_913, "trainable": 111_613_457, "frozen": 202_387_456}
-    assert found["parameters"]["frozen"] == LLAMA_7B_LAYER + 4096  # and LLaMA's final norm
-    assert found["spec"]["image_size"] == [256, 256]
+    description, peak_kib = json.loads(done.stdout)
+    assert description["parameters"] == {"total": 314_000_913, "trainable": 111_613_457, "frozen": 202_387_456}
+    assert description["parameters"]["frozen"] == LLAMA_7B_LAYER + 4096  # and LLaMA's final norm
+    assert description["spec"]["image_size"] == [256, 256]
     # The weights alone would take 1.26 GB; PyTorch itself takes about 0.3.
     assert peak_kib * 1024 < 1e9
 
 
 @pytest.mark.parametrize(("architecture", "classes"), [("transunet", 1), ("transunet", 9), ("transunet-tiny", 3)])
 def test_an_architecture_without_a_block_has_nothing_frozen(architecture, classes):
-    found = describe(f"arch:{architecture}", 224, classes)
-    assert found["parameters"]["frozen"] == 0
-    assert found["parameters"]["trainable"] == found["parameters"]["total"]
-    assert found["spec"]["num_classes"] == classes
-    assert found["spec"]["block"] is None
+    description = describe(f"arch:{architecture}", 224, classes).to_dict()
+    assert description["parameters"]["frozen"] == 0
+    assert description["parameters"]["trainable"] == description["parameters"]["total"]
+    assert description["spec"]["num_classes"] == classes
+    assert description["spec"]["block"] is None
 
 
 def test_a_class_more_is_a_filter_more():
-    (two, three) = (describe("arch:transunet-tiny", 32, classes)["parameters"]["total"] for classes in (2, 3))
+    (two, three) = (describe("arch:transunet-tiny", 32, classes).to_dict()["parameters"]["total"] for classes in (2, 3))
     assert three - two == 3 * 3 * 16 + 1
 
 
 def test_a_checkpoint_is_described_as_plain_data(tmp_path):
-    path = make_checkpoint(tmp_path, provenance={"recipe": "generated"})
-    found = json.loads(json.dumps(describe(str(path), 256, 1)))
-    assert found["classes"]["names"] == list(TWO_ORGANS.names)
-    assert found["spec"]["architecture"] == "llm-transunet-tiny"
-    assert found["spec"]["image_size"] == [32, 32]  # its own, not the option's
-    assert found["provenance"] == {"recipe": "generated"}
-    assert found["block"]["sha256"] == sha256(Path(found["block"]["file"]))
-    counts = found["parameters"]
+    path = make_checkpoint(tmp_path, provenance={"recipe": {"name": "generated"}})
+    description = json.loads(json.dumps(describe(str(path), 256, 1).to_dict()))
+    assert description["classes"]["names"] == list(TWO_ORGANS.names)
+    assert description["spec"]["architecture"] == "llm-transunet-tiny"
+    assert description["spec"]["image_size"] == [32, 32]  # its own, not the option's
+    assert description["provenance"] == {"recipe": {"name": "generated"}}
+    assert description["block"]["sha256"] == sha256(Path(description["block"]["file"]))
+    counts = description["parameters"]
     assert counts["frozen"] > 0
     assert counts["total"] == counts["trainable"] + counts["frozen"]
 
 
 def test_a_bundle_is_described_by_its_manifest(tiny_bundle):
-    found = describe(str(tiny_bundle), 256, 1)
+    description = describe(str(tiny_bundle), 256, 1).to_dict()
     written = json.loads((tiny_bundle / "manifest.json").read_text(encoding="utf-8"))
-    assert json.loads(json.dumps(found)) == written
-    assert found["model"]["architecture"] == "llm-transunet-tiny"
+    assert json.loads(json.dumps(description)) == written
+    assert description["model"]["architecture"] == "llm-transunet-tiny"
 
 
 def test_json_on_stdout_is_one_object_and_text_says_the_same():
@@ -74,26 +74,38 @@ def test_json_on_stdout_is_one_object_and_text_says_the_same():
     assert f"total: {json.loads(as_json.stdout)['parameters']['total']:,}\n" in as_text.stdout
 
 
+@pytest.mark.parametrize("name", ["bundle", "checkpoint"])
+def test_the_text_is_a_summary_and_everything_only_on_request(tiny_bundle, tmp_path, name):
+    target = str(tiny_bundle if name == "bundle" else make_checkpoint(tmp_path))
+    short, long = (CliRunner().invoke(cli, ["inspect", target, *more]) for more in ([], ["-v"]))
+    assert (short.exit_code, long.exit_code) == (0, 0)
+    assert 10 < len(short.stdout.splitlines()) < 40 < len(long.stdout.splitlines())
+    for label in ("network: llm-transunet-tiny", "classes: ", "image size: ", "window: ", "language block: 1 frozen"):
+        assert label in short.stdout
+    for odd in ("None", "()", ": \n", "True", "seed: 1,"):
+        assert odd not in short.stdout
+
+
 @pytest.mark.parametrize(
-    ("what", "error", "words"),
+    ("target", "error", "words"),
     [
         ("missing.pt", InputError, "missing.pt does not exist; give a checkpoint"),
         ("notes.txt", InputError, ".pt, .medseg, .onnx, .plan and arch:NAME"),
-        ("arch:unet", UsageError, "'unet'.*llm-transunet"),
+        ("arch:vnet", UsageError, "'vnet'.*llm-transunet"),
         ("damaged.pt", ArtefactError, "damaged.pt"),
         ("folder.pt", ArtefactError, "folder.pt"),
         ("empty.medseg", ArtefactError, "is no bundle"),
         ("file.medseg", ArtefactError, "is no bundle"),
     ],
 )
-def test_what_cannot_be_described_ends_in_one_line_that_says_what_to_do(tmp_path, monkeypatch, what, error, words):
+def test_what_cannot_be_described_ends_in_one_line_that_says_what_to_do(tmp_path, monkeypatch, target, error, words):
     monkeypatch.chdir(tmp_path)
     for name in ("notes.txt", "damaged.pt", "file.medseg"):
         (tmp_path / name).write_text("this is neither", encoding="utf-8")
     for name in ("folder.pt", "empty.medseg"):
         (tmp_path / name).mkdir()
     with pytest.raises(MedsegError, match=words) as raised:
-        describe(what, 256, 1)
+        describe(target, 256, 1)
     assert type(raised.value) is error
     assert "\n" not in str(raised.value)
 

@@ -11,15 +11,15 @@ from medseg_trt.inspection.describe import describe
 def test_a_graph_is_described_without_its_weights(tiny_bundle, tmp_path):
     path = tmp_path / "model.onnx"
     path.write_bytes((tiny_bundle / "model.onnx").read_bytes())  # weights-fp32.bin is not beside it
-    found = json.loads(json.dumps(describe(str(path), 256, 1)))
-    assert found["sha256"] == sha256(path)
-    assert found["opsets"] == {"ai.onnx": 23, "medseg": 1}
-    assert found["inputs"] == {"pixel_values": "float (batch, 3, 32, 32)"}
-    assert found["outputs"] == {"logits": "float (batch, 3, 32, 32)"}
-    assert found["external_weights"] == ["weights-fp32.bin"]
+    description = json.loads(json.dumps(describe(str(path), 256, 1).to_dict()))
+    assert description["sha256"] == sha256(path)
+    assert description["opsets"] == {"ai.onnx": 23, "medseg": 1}
+    assert description["inputs"] == {"pixel_values": "float (batch, 3, 32, 32)"}
+    assert description["outputs"] == {"logits": "float (batch, 3, 32, 32)"}
+    assert description["external_weights"] == ["weights-fp32.bin"]
     model = onnx.load(tiny_bundle / "model.onnx")  # with the weights
-    assert sum(found["operators"].values()) == len(model.graph.node)
-    assert found["parameters"] == sum(onnx.numpy_helper.to_array(each).size for each in model.graph.initializer)
+    assert sum(description["operators"].values()) == len(model.graph.node)
+    assert description["parameters"] == sum(onnx.numpy_helper.to_array(item).size for item in model.graph.initializer)
 
 
 @pytest.mark.parametrize("content", [b"", b"no onnx", b"\x08\x07" * 1000])

@@ -21,7 +21,7 @@ from medseg_trt.metrics.intervals import (
 
 TRIALS = 400
 MOST_ALARMS = 36  # of 400 at 5 %: 20 are expected, and more than this, or thrice this of 1600, come once in 3,000 times
-LEAST_FOUND = 0.95
+LEAST_DETECTED = 0.95
 
 
 @pytest.mark.parametrize(
@@ -76,18 +76,18 @@ def test_variation() -> None:
 
 @pytest.mark.parametrize("samples", [[], [1.0, 0.0], [1.0, -3.0], [1.0, float("nan")], [float("inf")]])
 def test_a_clock_that_jumps_gives_no_figure(samples: list[float]) -> None:
-    for function in (coefficient_of_variation, lambda each: tail_latency(each, 90)):
+    for function in (coefficient_of_variation, lambda samples: tail_latency(samples, 90)):
         with pytest.raises(ValueError, match="clock may have jumped"):
             function(samples)
     with pytest.raises(ValueError, match="clock may have jumped"):
         speed_interval([[1.0], samples], [[1.0], [1.0]], interleaved=True)
 
 
-@pytest.mark.parametrize(("count", "place"), [(4, None), (5, 0), (7, 0), (8, 1), (10, 1), (11, 2)])
-def test_bound_is_the_sign_tests(count: int, place: int | None) -> None:
+@pytest.mark.parametrize(("count", "rank"), [(4, None), (5, 0), (7, 0), (8, 1), (10, 1), (11, 2)])
+def test_bound_is_the_sign_tests(count: int, rank: int | None) -> None:
     """The places are those of printed tables of the sign test at 5 %, one-sided; four values prove nothing."""
     values = [1.0 + number for number in range(count)]
-    assert sign_test_bound(values[::-1]) == (0 if place is None else values[place])
+    assert sign_test_bound(values[::-1]) == (0 if rank is None else values[rank])
 
 
 def test_bound_of_the_sign_test_covers() -> None:
@@ -105,12 +105,12 @@ def test_students_quantile_is_scipys(degrees: int) -> None:
 
 def test_interval_of_normal_values_is_students() -> None:
     values = np.random.default_rng(1).normal(3, 2, 12)
-    found = change_interval(np.zeros(12), values)
+    interval = change_interval(np.zeros(12), values)
     low, high = scipy.stats.t.interval(0.9, 11, values.mean(), scipy.stats.sem(values))
-    assert found.estimate == pytest.approx(values.mean())
+    assert interval.estimate == pytest.approx(values.mean())
     # 5,000 resamples leave some 4 % of scatter so far out, and the values are not quite normal.
-    assert (found.low, found.high) == (pytest.approx(low, abs=0.2), pytest.approx(high, abs=0.2))
-    assert (found.units, found.confidence) == (12, 0.9)
+    assert (interval.low, interval.high) == (pytest.approx(low, abs=0.2), pytest.approx(high, abs=0.2))
+    assert (interval.units, interval.confidence) == (12, 0.9)
 
 
 def test_interval_is_scipys_bootstrap_where_there_are_many() -> None:
@@ -118,21 +118,21 @@ def test_interval_is_scipys_bootstrap_where_there_are_many() -> None:
     theirs = scipy.stats.bootstrap(
         (values,), np.mean, confidence_level=0.9, method="percentile", n_resamples=5000, rng=np.random.default_rng(0)
     ).confidence_interval
-    found = change_interval(np.zeros(400), values)
-    assert (found.low, found.high) == (pytest.approx(theirs.low, rel=0.01), pytest.approx(theirs.high, rel=0.01))
+    interval = change_interval(np.zeros(400), values)
+    assert (interval.low, interval.high) == (pytest.approx(theirs.low, rel=0.01), pytest.approx(theirs.high, rel=0.01))
 
 
 def test_the_mean_is_that_of_the_classes_that_occur() -> None:
     before = np.array([[0.9, 0.5, np.nan], [0.7, np.nan, np.nan]] * 5)
     after = before + np.array([-0.1, 0.2, 0.0])
-    found = change_interval(before, after)
-    assert found.estimate == pytest.approx((-0.1 + 0.2) / 2)
-    assert found.low == pytest.approx(found.high)  # every case changed by as much
+    interval = change_interval(before, after)
+    assert interval.estimate == pytest.approx((-0.1 + 0.2) / 2)
+    assert interval.low == pytest.approx(interval.high)  # every case changed by as much
 
 
 def test_few_units_show_their_range() -> None:
-    found = change_interval(np.zeros(4), np.array([0.1, -0.2, 0.3, 0.0]))
-    assert (found.low, found.high, found.confidence) == (-0.2, 0.3, None)
+    interval = change_interval(np.zeros(4), np.array([0.1, -0.2, 0.3, 0.0]))
+    assert (interval.low, interval.high, interval.confidence) == (-0.2, 0.3, None)
     assert MIN_UNITS == 5
     two = speed_interval([[2.0], [3.0]], [[1.0], [1.0]], interleaved=True)
     assert (two.low, two.high, two.confidence) == (pytest.approx(2), pytest.approx(3), None)
@@ -155,8 +155,13 @@ def test_what_cannot_be_paired_is_refused() -> None:
 
 
 def test_verdict_of_an_interval() -> None:
-    found = Interval(estimate=1.25, low=1.2, high=1.3, units=20)
-    assert [found.at_least(limit) for limit in (1.2, 1.25, 1.3, 1.31)] == ["holds", "undecided", "undecided", "fails"]
+    interval = Interval(estimate=1.25, low=1.2, high=1.3, units=20)
+    assert [interval.at_least(limit) for limit in (1.2, 1.25, 1.3, 1.31)] == [
+        "holds",
+        "undecided",
+        "undecided",
+        "fails",
+    ]
 
 
 @pytest.fixture
@@ -178,7 +183,7 @@ def accuracy_alarms(loss: float, cases: int, trials: int, seed: int) -> int:
 @pytest.mark.usefixtures("fewer_resamples")
 def test_no_change_of_dice_is_no_alarm_and_a_loss_of_a_hundredth_is_found() -> None:
     assert accuracy_alarms(0.0, 5, 4 * TRIALS, seed=0) <= 3 * MOST_ALARMS
-    assert accuracy_alarms(0.01, 50, TRIALS, seed=1) >= LEAST_FOUND * TRIALS
+    assert accuracy_alarms(0.01, 50, TRIALS, seed=1) >= LEAST_DETECTED * TRIALS
 
 
 @pytest.mark.usefixtures("fewer_resamples")
@@ -220,7 +225,7 @@ def test_the_same_network_twice_is_no_alarm(rounds: int) -> None:
 
 @pytest.mark.usefixtures("fewer_resamples")
 def test_three_per_cent_slower_is_found() -> None:
-    assert speed_alarms(1.03, interleaved=True, seed=1) >= LEAST_FOUND * TRIALS
+    assert speed_alarms(1.03, interleaved=True, seed=1) >= LEAST_DETECTED * TRIALS
 
 
 @pytest.mark.usefixtures("fewer_resamples")
@@ -232,4 +237,4 @@ def test_without_turns_a_drifting_machine_alarms_for_nothing() -> None:
 def test_the_means_of_rounds_would_miss_three_per_cent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hiccups move a mean; this is why a round is summed up by its median."""
     monkeypatch.setattr(intervals.np, "median", np.mean)
-    assert speed_alarms(1.03, interleaved=True, seed=1) < LEAST_FOUND * TRIALS
+    assert speed_alarms(1.03, interleaved=True, seed=1) < LEAST_DETECTED * TRIALS

@@ -20,15 +20,15 @@ labels_of = hnp.arrays(
 
 
 def pixels_of(labels: np.ndarray, label: int) -> set[int]:
-    return {place for place, value in enumerate(labels.ravel().tolist()) if value == label}
+    return {index for index, value in enumerate(labels.ravel().tolist()) if value == label}
 
 
 @settings(derandomize=True, deadline=None, max_examples=150)
 @given(prediction=labels_of, truth=labels_of)
 def test_dice_and_iou_are_those_of_sets_of_pixels(prediction, truth):
-    found = scores(prediction, truth, CLASSES)
-    assert [score.name for score in found] == ["liver", "spleen", "tumour"]
-    for label, score in enumerate(found, 1):
+    scored = scores(prediction, truth, CLASSES)
+    assert [score.name for score in scored] == ["liver", "spleen", "tumour"]
+    for label, score in enumerate(scored, 1):
         ours, theirs = pixels_of(prediction, label), pixels_of(truth, label)
         assert (score.predicted_pixels, score.truth_pixels) == (len(ours), len(theirs))
         if ours | theirs:
@@ -51,12 +51,12 @@ def test_a_volume_is_scored_as_scikit_learn_scores_its_pixels():
     rng = np.random.default_rng(0)
     truth = rng.integers(0, 4, (5, 31, 33), dtype=np.uint8)
     prediction = np.where(rng.random(truth.shape) < 0.7, truth, rng.integers(0, 4, truth.shape)).astype(np.uint8)
-    found = scores(prediction, truth, CLASSES)
+    scored = scores(prediction, truth, CLASSES)
     flat = truth.ravel(), prediction.ravel()
     dice = np.ravel(sklearn.metrics.f1_score(*flat, average=None))[1:]  # pyright: ignore[reportArgumentType]  # None is documented
     iou = np.ravel(sklearn.metrics.jaccard_score(*flat, average=None))[1:]  # pyright: ignore[reportArgumentType]  # None is documented
-    assert [score.dice for score in found] == pytest.approx(dice.tolist(), abs=EXACT)
-    assert [score.iou for score in found] == pytest.approx(iou.tolist(), abs=EXACT)
+    assert [score.dice for score in scored] == pytest.approx(dice.tolist(), abs=EXACT)
+    assert [score.iou for score in scored] == pytest.approx(iou.tolist(), abs=EXACT)
     np.testing.assert_array_equal(confusion(prediction, truth, 4), sklearn.metrics.confusion_matrix(*flat))
     # A volume is one case, and not the mean of its slices.
     slices = [scores(*pair, CLASSES)[0].dice for pair in zip(prediction, truth, strict=True)]

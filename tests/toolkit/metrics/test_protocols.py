@@ -111,7 +111,7 @@ def test_unext_batch_depends_on_the_batch_and_the_order_and_per_image_does_not(p
 def test_per_image_is_the_mean_of_every_image_and_its_branches_are_counted(pictures):
     cases, truths, predictions = pictures
     (mean,) = evaluate(network_of(predictions), cases, CANVAS, LESION, metric="per_image").means
-    expected = np.mean([iou_score(each == 1, truth == 1) for each, truth in zip(predictions, truths, strict=True)], 0)
+    expected = np.mean([iou_score(item == 1, truth == 1) for item, truth in zip(predictions, truths, strict=True)], 0)
     assert (mean.iou, mean.dice) == pytest.approx(tuple(expected), abs=1e-12)
     assert (mean.present, mean.missed, mean.false_alarms, mean.absent) == (8, 1, 1, 1)
 
@@ -121,10 +121,10 @@ def test_images_are_scored_at_the_networks_size(tmp_path):
     case = Case(image=root / "images" / "case0.png", mask=root / "masks" / "case0.png")
     everything = lambda batch: np.ones((len(batch), 1, 32, 32), np.float32)  # noqa: E731
     for metric in ("per_image", "unext_batch"):
-        ((found,),) = (each.scores for each in evaluate(everything, [case], CANVAS, LESION, metric=metric).cases)
-        assert found.predicted_pixels == 32 * 32
-    ((found,),) = (each.scores for each in evaluate(everything, [case], CANVAS, LESION).cases)
-    assert found.predicted_pixels == 64 * 96
+        ((score,),) = (item.scores for item in evaluate(everything, [case], CANVAS, LESION, metric=metric).cases)
+        assert score.predicted_pixels == 32 * 32
+    ((score,),) = (item.scores for item in evaluate(everything, [case], CANVAS, LESION).cases)
+    assert score.predicted_pixels == 64 * 96
 
 
 @pytest.mark.parametrize("branch", BRANCHES)
@@ -132,9 +132,9 @@ def test_images_are_scored_at_the_networks_size(tmp_path):
 def test_volume_transunet_is_transunets_in_every_branch(branch, seed):
     prediction, truth = pair(branch, seed)
     rule = METRICS["volume_transunet"].rule
-    (found,) = map(rule, scores(prediction, truth, LESION, (1.0, 1.0, 1.0)))
-    assert found.state == branch
-    assert (found.dice, found.hd95) == pytest.approx(calculate_metric_percase(prediction, truth), abs=1e-9)
+    (score,) = map(rule, scores(prediction, truth, LESION, (1.0, 1.0, 1.0)))
+    assert score.state == branch
+    assert (score.dice, score.hd95) == pytest.approx(calculate_metric_percase(prediction, truth), abs=1e-9)
 
 
 def test_every_branch_of_every_mode():
@@ -147,46 +147,46 @@ def test_every_branch_of_every_mode():
     for metric, branches in expected.items():
         for branch, figures in branches.items():
             prediction, truth = pair(branch)
-            found = tuple(map(METRICS[metric].rule, scores(prediction, truth, LESION, (1.0, 1.0, 1.0))))
-            assert (found[0].dice, found[0].iou, found[0].hd95) == figures, (metric, branch)
-            (mean,) = mean_scores([found], over_all=METRICS[metric].every_unit_counts)
+            score = tuple(map(METRICS[metric].rule, scores(prediction, truth, LESION, (1.0, 1.0, 1.0))))
+            assert (score[0].dice, score[0].iou, score[0].hd95) == figures, (metric, branch)
+            (mean,) = mean_scores([score], over_all=METRICS[metric].every_unit_counts)
             assert mean.dice == (figures[0] if branch in counted[metric] else None)
     for metric in ("per_image", "unext_batch"):
         for branch in BRANCHES:
             prediction, truth = pair(branch)
-            (found,) = map(METRICS[metric].rule, scores(prediction, truth, LESION))
+            (score,) = map(METRICS[metric].rule, scores(prediction, truth, LESION))
             iou, dice = iou_score(prediction == 1, truth == 1)
-            assert (found.iou, found.dice) == pytest.approx((iou, dice), abs=1e-15)
+            assert (score.iou, score.dice) == pytest.approx((iou, dice), abs=1e-15)
             assert METRICS[metric].every_unit_counts
-        assert iou_score(*(each == 1 for each in pair("absent")))[0] == 1
-        assert iou_score(*(each == 1 for each in pair("missed")))[0] < 1e-6
+        assert iou_score(*(item == 1 for item in pair("absent")))[0] == 1
+        assert iou_score(*(item == 1 for item in pair("missed")))[0] < 1e-6
 
 
 def test_cases_are_averaged_class_by_class_and_distances_are_in_voxels_whatever_the_spacing(tmp_path):
-    cases, expected, answers = [], [], []
+    cases, expected, outputs = [], [], []
     for index, branch in enumerate(BRANCHES):
         (prediction, truth), disc = pair(branch, index), one_class(1, 7 + index)
         labels = np.where(truth == 1, 2, disc).astype(np.uint8)
         image = write_nifti(tmp_path / f"i{index}.nii.gz", np.zeros((24, 20, 6), np.int16), (0.7, 0.7, 5.0))
         mask = write_nifti(tmp_path / f"m{index}.nii.gz", labels[:, ::-1, ::-1].transpose(2, 1, 0), (0.7, 0.7, 5.0))
-        answer = np.where(prediction == 1, 2, disc)
+        predicted = np.where(prediction == 1, 2, disc)
         cases.append(Case(image=image, mask=mask))
-        answers += list(answer)
-        expected.append([calculate_metric_percase(answer == label, labels == label) for label in (1, 2)])
+        outputs += list(predicted)
+        expected.append([calculate_metric_percase(predicted == label, labels == label) for label in (1, 2)])
     p = Preprocessing(image_size=(20, 24), window=(0.0, 1.0), resize="spline3")
 
     def run(batch):
-        masks = np.stack([answers.pop(0) for _ in batch])
+        masks = np.stack([outputs.pop(0) for _ in batch])
         return np.stack([masks == label for label in range(3)], 1).astype(np.float32)
 
-    found = evaluate(run, cases, p, TWO_ORGANS, metric="volume_transunet")
-    assert found.hd95_unit == "voxels"
+    score = evaluate(run, cases, p, TWO_ORGANS, metric="volume_transunet")
+    assert score.hd95_unit == "voxels"
     by_class = np.mean(expected, axis=0)  # over the cases
-    assert [(mean.dice, mean.hd95) for mean in found.means] == [
-        pytest.approx(tuple(each), abs=1e-9) for each in by_class
+    assert [(mean.dice, mean.hd95) for mean in score.means] == [
+        pytest.approx(tuple(item), abs=1e-9) for item in by_class
     ]
-    assert (found.mean_dice, found.mean_hd95) == pytest.approx(tuple(by_class.mean(axis=0)), abs=1e-9)
-    bar = found.means[1]
+    assert (score.mean_dice, score.mean_hd95) == pytest.approx(tuple(by_class.mean(axis=0)), abs=1e-9)
+    bar = score.means[1]
     assert (bar.present, bar.missed, bar.false_alarms, bar.absent) == (1, 1, 1, 1)
 
 

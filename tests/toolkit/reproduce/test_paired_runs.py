@@ -24,29 +24,29 @@ def scores(values, weights=None, names=None):
 def pairs(differences, split="41", level=0.7, seed=0):
     """Return a pair a run, whose scores of every case (rows) differ by as much as is said."""
     random = np.random.default_rng(seed)
-    found = []
+    made = []
     for difference in differences:
         before = level + random.normal(0, 0.05, np.shape(difference))
-        found.append(Pair(split=split, before=scores(before), after=scores(before + difference)))
-    return found
+        made.append(Pair(split=split, before=scores(before), after=scores(before + difference)))
+    return made
 
 
 def bounded(chosen, test_over_train=0.0) -> Gain:
-    found = gain(chosen, test_over_train)
-    assert found is not None
-    return found
+    measured = gain(chosen, test_over_train)
+    assert measured is not None
+    return measured
 
 
 def test_the_estimate_is_the_mean_of_classes_means_by_weight():
     nan = math.nan
     before = scores([[0.5, nan], [0.5, 0.2], [0.1, 0.2]], weights=[8, 8, 2])
     after = scores([[0.6, 0.9], [0.8, 0.6], [0.1, nan]], weights=[8, 8, 2])
-    found = gain([Pair(split="41", before=before, after=after)])
+    measured = gain([Pair(split="41", before=before, after=after)])
     first = (8 * 0.1 + 8 * 0.3 + 2 * 0.0) / 18
     second = 0.4  # of the second unit alone: in the others one of the two has no figure
-    assert found is not None
-    assert found.estimate == pytest.approx((first + second) / 2)
-    assert (found.runs, found.units, found.student) == (1, 3, None)
+    assert measured is not None
+    assert measured.estimate == pytest.approx((first + second) / 2)
+    assert (measured.runs, measured.units, measured.student) == (1, 3, None)
 
 
 def test_a_true_gain_counts_and_noise_does_not():
@@ -56,7 +56,7 @@ def test_a_true_gain_counts_and_noise_does_not():
     worse = bounded(pairs([random.normal(-0.03, 0.02, (40, 1)) for _ in range(5)]))
     assert "gain is distinguishable from zero (" in better.sentence()
     assert "gain is not distinguishable from zero (" in noise.sentence()
-    assert "loss is distinguishable from zero: it does harm" in worse.sentence()
+    assert "loss is distinguishable from zero" in worse.sentence()
     assert "loss is distinguishable" in better.sentence(lower_is_better=True)  # a larger distance is worse
     assert "gain is distinguishable" in worse.sentence(lower_is_better=True)
 
@@ -78,9 +78,11 @@ def test_a_gain_that_holds_on_few_images_or_in_few_runs_alone_does_not_count():
 
 
 def test_one_pair_of_runs_cannot_tell():
-    found = bounded(pairs([np.full((40, 1), 0.1)]))
-    assert found.bootstrap[0] > 0
-    assert found.sentence().startswith("One pair of runs cannot tell whether the LLaMA block's gain is other than zero")
+    measured = bounded(pairs([np.full((40, 1), 0.1)]))
+    assert measured.bootstrap[0] > 0
+    assert measured.sentence().startswith(
+        "One pair of runs cannot tell whether the LLaMA block's gain is other than zero"
+    )
 
 
 def test_the_interval_over_runs_is_students_and_wider_for_overlapping_splits():
@@ -97,8 +99,8 @@ def test_the_bootstrap_covers_a_true_gain_as_often_as_it_says():
     random, missed, trials = np.random.default_rng(3), 0, 60
     for _ in range(trials):
         of_case = random.normal(0.02, 0.05, (30, 1))
-        found = bounded(pairs([of_case + random.normal(0, 0.005, (30, 1)) for _ in range(6)]))
-        missed += not found.bootstrap[0] <= 0.02 <= found.bootstrap[1]
+        measured = bounded(pairs([of_case + random.normal(0, 0.005, (30, 1)) for _ in range(6)]))
+        missed += not measured.bootstrap[0] <= 0.02 <= measured.bootstrap[1]
     # 5 % of 60 are 3, with a deviation of 1.7; intervals that are 1 / sqrt(6) as wide would miss some 40 %.
     assert missed <= 10
 
@@ -132,5 +134,5 @@ def test_a_figure_that_the_metric_leaves_out_of_its_mean_is_left_out(metric, val
     prediction[0, 0, 0] = 1
     of_case = tuple(map(METRICS[metric].rule, score(prediction, truth, classes)))
     means = mean_scores([of_case], over_all=METRICS[metric].every_unit_counts)
-    found = Evaluation(cases=(CaseScores(case="a", scores=of_case),), means=means, metric=metric)
-    assert scores_of(found, "dice").values == ((value,),)
+    measured = Evaluation(cases=(CaseScores(case="a", scores=of_case),), means=means, metric=metric)
+    assert scores_of(measured, "dice").values == ((value,),)

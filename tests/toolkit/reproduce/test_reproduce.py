@@ -75,17 +75,17 @@ def test_the_first_table_from_end_to_end_and_after_a_kill(root, tmp_path, monkey
     assert trained == [*names[:5], *names[4:]]  # what was finished is not trained again
     assert {path.name for path in out.iterdir()} == {*names, "table1.json", "table1.md"}
 
-    found = json.loads(ran.stdout)
-    assert found["is_generated"]
-    assert found["missing"] == ["clinicdb", "colondb"]
+    printed = json.loads(ran.stdout)
+    assert printed["is_generated"]
+    assert printed["missing"] == ["clinicdb", "colondb"]
     assert "clinicdb is left out" in ran.stderr
-    assert {(line["dataset"], line["mode"], line["figure"]) for line in found["lines"]} == {
+    assert {(line["dataset"], line["mode"], line["figure"]) for line in printed["lines"]} == {
         (dataset, mode, figure)
         for dataset in ("isic2017", "busi")
         for mode in ("per_image", "unext_batch")
         for figure in ("iou", "dice")
     }
-    for line in found["lines"]:
+    for line in printed["lines"]:
         assert line["paper"] == {
             name: TABLES["table1"].paper[line["dataset"]][name][line["figure"]] for name in line["ours"]
         }
@@ -97,7 +97,7 @@ def test_the_first_table_from_end_to_end_and_after_a_kill(root, tmp_path, monkey
             means = {configuration: mean for configuration, (mean, _) in line["ours"].items()}
             assert line["gain"]["estimate"] == pytest.approx(means["llm-transunet"] - means["transunet"])
     text = (out / "table1.md").read_text()
-    assert "**generated: pictures of nobody." in text
+    assert "**Generated images: these figures only show" in text
     assert "| isic2017 | IoU |" in text
     assert "0.7355" in text
     assert "cannot tell whether the LLaMA block's gain is other than zero" in text
@@ -117,11 +117,11 @@ def test_the_second_table_has_volumes_and_distances(root, tmp_path):
         root, tmp_path / "out", "table2", "--seeds", "1", "--json", changes=(*CHANGES, "train.slices_per_epoch=4")
     )
     assert ran.exit_code == 0, ran.output
-    found = json.loads(ran.stdout)
-    assert {(line["mode"], line["figure"]) for line in found["lines"]} == {
+    printed = json.loads(ran.stdout)
+    assert {(line["mode"], line["figure"]) for line in printed["lines"]} == {
         (mode, figure) for mode in ("volume", "volume_transunet") for figure in ("dice", "hd95")
     }
-    assert found["missing"] == ["acdc"]
+    assert printed["missing"] == ["acdc"]
 
 
 def test_what_cannot_be_run_is_refused_before_anything_is_trained(root, tmp_path, monkeypatch):
@@ -140,3 +140,49 @@ def test_what_cannot_be_run_is_refused_before_anything_is_trained(root, tmp_path
     assert "needs a frozen block: --block FILE" in str(without.exception)
     assert "--weights R50+ViT-B_16.npz" in str(run(root, tmp_path / "out", changes=CHANGES[:-1]).exception)
     assert not (tmp_path / "out").exists()
+
+
+def test_other_networks_stand_in_the_same_table_with_what_was_published_of_them(root, tmp_path):
+    """The untrained networks: the data, the plan and the table are what is shown."""
+    changes = tuple(change for change in CHANGES if not change.startswith(("architecture", "preprocessing")))
+    size = ("preprocessing.image_size=[64, 64]", "train.epochs=0", "train.first_of_equals=false")
+    networks = "transunet-tiny,unet-tiny,swin-unet-tiny,llm-swin-unet-tiny"
+    options = ("--seeds", "1", "--splits", "1", "--models", networks, "--json")
+    ran = run(root, tmp_path / "out", "table1", *options, changes=(*changes, *size))
+    assert ran.exit_code == 0, ran.output
+    lines = json.loads(ran.stdout)["lines"]
+    assert {(line["before"], line["after"]) for line in lines} == {
+        ("transunet-tiny", "unet-tiny"),
+        ("transunet-tiny", "swin-unet-tiny"),
+        ("swin-unet-tiny", "llm-swin-unet-tiny"),
+    }
+    assert all(set(line["paper"].values()) == {None} for line in lines), "nobody has published the tiny ones"
+    verdicts = {line["after"]: line["verdict"] for line in lines}
+    assert "the LLaMA block's gain" in verdicts["llm-swin-unet-tiny"]
+    assert "unet-tiny, compared with transunet-tiny: its gain" in verdicts["unet-tiny"]
+
+
+def test_published_figures_are_those_of_the_data_set_and_none_where_there_is_none():
+    first, second = TABLES["table1"], TABLES["table2"]
+    assert second.published("synapse", "swin-unet", "dice") == 0.7913
+    assert second.published("synapse", "llm-transunet", "hd95") == 25.7007
+    assert second.published("acdc", "swin-unet", "hd95") is None
+    assert first.published("busi", "unet", "iou") == 0.6861
+    assert first.published("isic2017", "unet", "iou") is None
+    assert first.published("busi", "ds-transunet-b", "iou") is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--models", "unet,resnet"), "no network is called 'resnet'"),
+        (("--models", "unet,unet"), "names a network twice"),
+        (("--models", "swin-unet"), "swin_tiny_patch4_window7_224.pth: --weights swin-unet=FILE"),
+        (("--models", "ds-transunet-b"), "and swin_tiny_patch4_window7_224.pth: --weights ds-transunet-b=FILE"),
+        (("--models", "unet", "--weights", "unett=a.pth"), "no network is called 'unett'"),
+    ],
+)
+def test_models_that_cannot_be_run_are_refused(options, message, root, tmp_path):
+    assert message in str(run(root, tmp_path / "out", "table1", *options, changes=("data.count=any",)).exception)
+    both = run(root, tmp_path / "out", "table1", "--models", "unet").exception
+    assert "exclude each other" in str(both)

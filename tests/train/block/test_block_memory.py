@@ -13,14 +13,18 @@ from medseg_trt.spec import BlockSpec
 BENCHMARK = Path(__file__).parents[3] / "benchmarks" / "block_extract_memory.py"
 WHOLE = """
 from medseg_trt.cli import main
-from medseg_trt.train.weights import weight_files
+from medseg_trt.train.tensor_files import weight_files
 
-def load(path, what, mapped=False, real=weight_files.load_pickled):
-    return real(path, what)
+def load(path, kind, mapped=False, real=weight_files.load_pickled):
+    return real(path, kind)
 
 weight_files.load_pickled = load
 main()
 """
+# Of the layer as it is stored and of the layer in the type of the block file: each is in memory once, and the largest
+# tensor, less than a quarter of them, is there a second time while it is joined, reordered, dequantised or checked.
+LIMIT_OF_LAYER = 1.25
+LIMIT_CONSTANT = 96 << 20  # libraries that only larger tensors make PyTorch use, and the memory allocator's slack
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +51,14 @@ def measure(benchmark, model, layouts):
     return list(benchmark.measure(model, {layout: benchmark.LAYOUTS[layout] for layout in layouts}))
 
 
+def limit_bytes(row):
+    return int(LIMIT_OF_LAYER * (row["layer_bytes_stored"] + row["block_bytes"])) + LIMIT_CONSTANT
+
+
 def assert_within_the_limit(row):
-    """The benchmark says where the limit comes from: what the layer needs, and 96 MiB for libraries and allocator."""
-    assert row["checkpoint_bytes"] > 2.5 * row["limit_bytes"]  # who reads the whole is found out
+    assert row["checkpoint_bytes"] > 2.5 * limit_bytes(row)  # who reads the whole exceeds the limit
     assert row["checkpoint_bytes_on_disk"] < row["checkpoint_bytes"] / 5
-    assert 0 < row["added_bytes"] < row["limit_bytes"]
+    assert 0 < row["added_bytes"] < limit_bytes(row)
 
 
 def test_a_layer_of_metas_parts_needs_memory_for_a_layer(benchmark, model):
@@ -63,7 +70,7 @@ def test_a_layer_of_metas_parts_needs_memory_for_a_layer(benchmark, model):
 @pytest.mark.parametrize("layout", ["Hugging Face, float16", "Meta, float16", "GGUF, F16", "GGUF, Q8_0"])
 def test_a_layer_of_every_layout_needs_memory_for_a_layer(layout, benchmark, model):
     (row,) = measure(benchmark, model, [layout])
-    assert row["added_bytes"] < row["limit_bytes"]
+    assert row["added_bytes"] < limit_bytes(row)
 
 
 def test_the_limit_catches_a_reader_that_loads_the_whole_file(benchmark, model, tmp_path):
@@ -72,4 +79,4 @@ def test_the_limit_catches_a_reader_that_loads_the_whole_file(benchmark, model, 
     arguments = ["block", "extract", "-q", str(source), "-o", str(tmp_path / "block.safetensors")]
     whole = benchmark.peak_bytes([sys.executable, "-c", WHOLE, *arguments])
     mapped = benchmark.peak_bytes([sys.executable, "-m", "medseg_trt", *arguments])
-    assert whole - mapped > 1.5 * benchmark.LIMIT_CONSTANT
+    assert whole - mapped > 1.5 * LIMIT_CONSTANT

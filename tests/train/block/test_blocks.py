@@ -31,7 +31,7 @@ from medseg_trt.train.block.blocks import (
 )
 from medseg_trt.train.block.gguf_file import open_gguf
 from medseg_trt.train.models.model import SMOLLM2_135M, TINY_LLAMA
-from medseg_trt.train.weights.weight_files import open_safetensors
+from medseg_trt.train.tensor_files.weight_files import open_safetensors
 
 Damage = Callable[[dict[str, Any]], object]
 
@@ -57,11 +57,11 @@ def only(blocks: tuple[FrozenBlock, ...]) -> FrozenBlock:
     return block
 
 
-def assert_same(found: FrozenBlock, expected: FrozenBlock) -> None:
-    assert (found.spec, found.provenance) == (expected.spec, expected.provenance)
-    assert found.tensors.keys() == expected.tensors.keys()
-    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in expected.tensors.items())
-    assert all(found.tensors[name].dtype == tensor.dtype for name, tensor in expected.tensors.items())
+def assert_same(actual: FrozenBlock, expected: FrozenBlock) -> None:
+    assert (actual.spec, actual.provenance) == (expected.spec, expected.provenance)
+    assert actual.tensors.keys() == expected.tensors.keys()
+    assert all(torch.equal(actual.tensors[name], tensor) for name, tensor in expected.tensors.items())
+    assert all(actual.tensors[name].dtype == tensor.dtype for name, tensor in expected.tensors.items())
 
 
 def test_a_real_model_gives_its_published_geometry(real, llama_gguf):
@@ -104,9 +104,9 @@ def test_a_real_model_gives_its_dequantised_rows_in_their_place(real, llama_gguf
         ("self_attn.k_proj", "attn_k", 3),
         ("mlp.up_proj", "ffn_up", 0),
     ):
-        place = file.tensors[f"blk.29.{key}.weight"]
-        kind = gguf.GGMLQuantizationType[place.type_name]
-        data = np.fromfile(llama_gguf, np.uint8, place.size, offset=place.start).reshape(place.shape[0], -1)
+        tensor = file.tensors[f"blk.29.{key}.weight"]
+        kind = gguf.GGMLQuantizationType[tensor.type_name]
+        data = np.fromfile(llama_gguf, np.uint8, tensor.size, offset=tensor.start).reshape(tensor.shape[0], -1)
         rows = gguf.quants.dequantize(data, kind)
         order = np.arange(len(rows)).reshape(max(heads, 1), -1)
         if heads:  # llama.cpp has the rows 0, 32, 1, 33 … of each head of 64
@@ -127,12 +127,12 @@ def test_extracting_twice_gives_the_same_bytes_and_digest(real, llama_gguf, tmp_
 
 
 def test_the_order_of_tensors_and_provenance_does_not_change_the_bytes(block, tmp_path):
-    turned = FrozenBlock(
+    reordered = FrozenBlock(
         spec=block.spec,
         tensors=dict(reversed(block.tensors.items())),
         provenance=dict(reversed(block.provenance.items())),
     )
-    assert save_block(turned, tmp_path / "turned") == save_block(block, tmp_path / "block")
+    assert save_block(reordered, tmp_path / "turned") == save_block(block, tmp_path / "block")
 
 
 def test_the_real_block_of_one_layer_has_the_digest_that_checkpoints_know(real, llama_gguf, tmp_path):
@@ -166,10 +166,10 @@ def several(count: int = 3, *, norm: bool = True) -> tuple[FrozenBlock, ...]:
 def test_several_layers_come_back_in_their_order(norm, tmp_path):
     layers = several(12, norm=norm)  # "10." would come before "2." in the order of names
     digest = save_block(layers, tmp_path / "block.safetensors")
-    found = load_block(tmp_path / "block.safetensors", digest)
-    for one, other in zip(found, layers, strict=True):
+    loaded = load_block(tmp_path / "block.safetensors", digest)
+    for one, other in zip(loaded, layers, strict=True):
         assert_same(one, other)
-    assert save_block(found, tmp_path / "again.safetensors") == digest
+    assert save_block(loaded, tmp_path / "again.safetensors") == digest
     names = set(load_file(tmp_path / "block.safetensors"))
     assert {"0.mlp.up_proj.weight", "11.mlp.up_proj.weight"} < names
     assert ("11.norm.weight" in names) == norm
@@ -334,7 +334,7 @@ HEADERS: Mapping[str, tuple[Damage, str]] = {
     "a part of another kind": (lambda header: header.update(provenance=[]), "damaged header"),
     "a size too many": (lambda header: header["spec"].update(num_experts=8), "num_experts"),
     "a size missing": (lambda header: header["spec"].pop("head_dim"), "head_dim is None"),
-    "another size": (lambda header: header["spec"].update(num_kv_heads=4), "geometry asks for"),
+    "another size": (lambda header: header["spec"].update(num_kv_heads=4), "geometry requires"),
     "a huge size": (lambda header: header["spec"].update(hidden_size=1 << 40), "hidden_size is"),
     "a size of zero": (lambda header: header["spec"].update(num_kv_heads=0), "num_kv_heads is 0"),
     "another eps": (lambda header: header["spec"].update(rms_norm_eps=0), "rms_norm_eps is 0"),
@@ -369,7 +369,7 @@ def test_a_second_entry_of_metadata_is_refused(file):
     with open_safetensors(file) as opened:
         metadata = opened.metadata()
     save_file(load_file(file), file, metadata | {"more": "x"})
-    with pytest.raises(ArtefactError, match="more metadata than a block has"):
+    with pytest.raises(ArtefactError, match="more metadata than a block;"):
         load_block(file)
 
 
@@ -385,7 +385,7 @@ TENSORS: Mapping[str, tuple[Callable[[Tensors], Tensors], str]] = {
     ),
     "another shape": (
         lambda tensors: tensors | {"mlp.up_proj.weight": torch.zeros(64, 96)},
-        "mlp.up_proj.weight has the shape (64, 96), but its geometry asks for (96, 64)",
+        "mlp.up_proj.weight has the shape (64, 96), but its geometry requires (96, 64)",
     ),
     "one of another type": (
         lambda tensors: tensors | {"input_layernorm.weight": torch.ones(64, dtype=torch.float16)},

@@ -71,9 +71,9 @@ def test_the_tensors_of_a_real_file_fill_it_to_the_last_byte(llama_gguf):
     """Each begins where the one before has ended, but for the alignment: no size or place can be wrong."""
     file = open_gguf(llama_gguf)
     assert len(file.tensors) == 9 * file.metadata["llama.block_count"] + 2  # the layers, the words, the final norm
-    places = sorted(file.tensors.values(), key=lambda place: place.start)
-    ends = [place.start + place.size for place in places]
-    assert all(0 <= place.start - end < 32 for place, end in zip(places[1:], ends, strict=False))
+    tensors = sorted(file.tensors.values(), key=lambda tensor: tensor.start)
+    ends = [tensor.start + tensor.size for tensor in tensors]
+    assert all(0 <= tensor.start - end < 32 for tensor, end in zip(tensors[1:], ends, strict=False))
     assert 0 <= llama_gguf.stat().st_size - ends[-1] < 32
     assert file.tensors["blk.0.attn_k.weight"].shape == (192, 576)
 
@@ -101,21 +101,21 @@ def test_blocks_of_32_are_dequantised_as_ggml_defines_them(kind, formula, tmp_pa
     """Source of the formulas: ggml, ``ggml-quants.c``, ``dequantize_row_q8_0`` and its neighbours."""
     path = write(tmp_path / "a.gguf", {"first": ROWS[:1], "rows": ROWS}, kind)
     file = open_gguf(path)
-    place = file.tensors["rows"]
-    expected = formula(np.frombuffer(path.read_bytes(), np.uint8, place.size, place.start)).reshape(ROWS.shape)
-    found = file.read("rows")
-    assert found.dtype == torch.float32
+    tensor = file.tensors["rows"]
+    expected = formula(np.frombuffer(path.read_bytes(), np.uint8, tensor.size, tensor.start)).reshape(ROWS.shape)
+    rows = file.read("rows")
+    assert rows.dtype == torch.float32
     # a product and a sum in float32, of numbers below 4: two roundings of at most 2.4e-7
-    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=5e-7)
+    np.testing.assert_allclose(rows.numpy(), expected, rtol=0, atol=5e-7)
     # half a step between the most and the least of 32 normal numbers, of which there are 15 or 255
     assert np.abs(expected - ROWS).max() < (0.05 if kind == "Q8_0" else 0.6)
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("F16", torch.float16), ("BF16", torch.bfloat16), ("F32", torch.float32)])
 def test_floating_point_tensors_keep_their_type(kind, dtype, tmp_path):
-    found = open_gguf(write(tmp_path / "a.gguf", {"rows": ROWS}, kind)).read("rows")
-    assert found.dtype == dtype
-    assert torch.equal(found, torch.from_numpy(ROWS).to(dtype))
+    rows = open_gguf(write(tmp_path / "a.gguf", {"rows": ROWS}, kind)).read("rows")
+    assert rows.dtype == dtype
+    assert torch.equal(rows, torch.from_numpy(ROWS).to(dtype))
 
 
 def q4_k(block: np.ndarray) -> np.ndarray:
@@ -152,11 +152,11 @@ def q6_k(block: np.ndarray) -> np.ndarray:
 def test_blocks_of_256_are_dequantised_as_ggml_defines_them(kind, formula, tmp_path):
     """Source of the formulas: ggml, ``ggml-quants.c``, ``dequantize_row_q4_K`` and ``dequantize_row_q6_K``."""
     data = random_blocks(GGMLQuantizationType[kind], rows=5, blocks_of_row=2)
-    found = open_gguf(write_stored(tmp_path / "a.gguf", {"rows": (kind, data)})).read("rows").numpy()
+    rows = open_gguf(write_stored(tmp_path / "a.gguf", {"rows": (kind, data)})).read("rows").numpy()
     terms = np.stack([formula(block) for block in data.reshape(10, -1)])  # (blocks, terms, 256)
     # float32 rounds two products and a sum, each by 2**-24 of the largest term; twice that
-    assert (np.abs(found.reshape(10, 256) - terms.sum(1)) <= 6 * 2.0**-24 * np.abs(terms).max(1)).all()
-    assert found.std() > 0
+    assert (np.abs(rows.reshape(10, 256) - terms.sum(1)) <= 6 * 2.0**-24 * np.abs(terms).max(1)).all()
+    assert rows.std() > 0
 
 
 def random_blocks(kind: GGMLQuantizationType, rows: int, blocks_of_row: int) -> np.ndarray:
@@ -212,9 +212,9 @@ def test_every_type_that_gguf_dequantises_is_read_in_its_place(kind, tmp_path):
     other = random_blocks(quantisation, rows=1, blocks_of_row=1)
     path = write_stored(tmp_path / "a.gguf", {"a": (kind, other), "rows": (kind, data), "z": (kind, other)})
     file = open_gguf(path)
-    found, expected = file.read("rows"), dequantised(data, quantisation)
+    rows, expected = file.read("rows"), dequantised(data, quantisation)
     assert file.tensors["rows"].shape == expected.shape == (3, 2 * gguf.GGML_QUANT_SIZES[quantisation][0])
-    np.testing.assert_array_equal(found.float().numpy(), expected)
+    np.testing.assert_array_equal(rows.float().numpy(), expected)
     assert len(np.unique(expected, axis=0)) == 3
 
 
@@ -234,7 +234,7 @@ def entry(key: str, kind: int, value: bytes) -> bytes:
     return string(key) + struct.pack("<I", kind) + value
 
 
-def place(name: str, shape: Sequence[int] = (4,), kind: int = 0, offset: int = 0) -> bytes:
+def tensor_entry(name: str, shape: Sequence[int] = (4,), kind: int = 0, offset: int = 0) -> bytes:
     """Return a tensor's entry; ``shape`` has the fastest axis first, as in the file."""
     return string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
 
@@ -276,20 +276,23 @@ BAD_HEADERS: Mapping[str, tuple[bytes, str]] = {
         "unknown type 9",
     ),
     "an entry twice": (header(entry("a", BOOL, b"\1") * 2, entries=2), "names a metadata entry twice"),
-    "a tensor twice": (header(place("a") * 2, tensors=2), "names a tensor twice"),
+    "a tensor twice": (header(tensor_entry("a") * 2, tensors=2), "names a tensor twice"),
     "alignment zero": (header(entry("general.alignment", UINT32, bytes(4)), entries=1), "general.alignment is 0"),
     "alignment of text": (
         header(entry("general.alignment", STRING, string("a")), entries=1),
         "general.alignment is 'a'",
     ),
-    "dimensions without end": (header(place("a", [1] * 5), tensors=1), "'a' claims 5 dimensions"),
-    "nothing in it": (header(place("a", [0, HUGE]), tensors=1), "'a' of shape"),
-    "no dimensions": (header(place("a", []), tensors=1), r"'a' of shape \(\)"),
-    "unknown tensor type": (header(place("a", kind=999), tensors=1), "999 is not a valid"),
-    "half a quantisation block": (header(place("a", [33], kind=8), tensors=1), "cannot hold whole Q8_0 blocks of 32"),
-    "tensor past the end": (header(place("a", [17]), tensors=1), "'a' ends at byte 132, but the file ends at"),
-    "offset past the end": (header(place("a", offset=HUGE), tensors=1), "but the file ends at"),
-    "shape without end": (header(place("a", [HUGE] * 4), tensors=1), "but the file ends at"),
+    "dimensions without end": (header(tensor_entry("a", [1] * 5), tensors=1), "'a' claims 5 dimensions"),
+    "nothing in it": (header(tensor_entry("a", [0, HUGE]), tensors=1), "'a' of shape"),
+    "no dimensions": (header(tensor_entry("a", []), tensors=1), r"'a' of shape \(\)"),
+    "unknown tensor type": (header(tensor_entry("a", kind=999), tensors=1), "999 is not a valid"),
+    "half a quantisation block": (
+        header(tensor_entry("a", [33], kind=8), tensors=1),
+        "cannot hold whole Q8_0 blocks of 32",
+    ),
+    "tensor past the end": (header(tensor_entry("a", [17]), tensors=1), "'a' ends at byte 132, but the file ends at"),
+    "offset past the end": (header(tensor_entry("a", offset=HUGE), tensors=1), "but the file ends at"),
+    "shape without end": (header(tensor_entry("a", [HUGE] * 4), tensors=1), "but the file ends at"),
 }
 
 
@@ -302,7 +305,7 @@ def test_a_header_that_cannot_be_true_is_refused(fault, tmp_path):
 
 
 def test_the_headers_above_are_refused_for_their_fault_alone(tmp_path):
-    sound = header(entry("a", BOOL, b"\1"), place("t", [16]), entries=1, tensors=1, data=31 + 64)
+    sound = header(entry("a", BOOL, b"\1"), tensor_entry("t", [16]), entries=1, tensors=1, data=31 + 64)
     (tmp_path / "a.gguf").write_bytes(sound)
     file = open_gguf(tmp_path / "a.gguf")
     assert file.metadata == {"a": True}
@@ -316,7 +319,7 @@ def small(tmp_path_factory) -> Path:
 
 def test_a_file_cut_short_at_any_byte_is_refused(small, tmp_path):
     whole = small.read_bytes()
-    last = max(place.start + place.size for place in open_gguf(small).tensors.values())
+    last = max(tensor.start + tensor.size for tensor in open_gguf(small).tensors.values())
     for size in range(0, last, 3):
         (tmp_path / "a.gguf").write_bytes(whole[:size])
         with pytest.raises(ArtefactError):
@@ -327,12 +330,12 @@ def test_a_file_cut_short_at_any_byte_is_refused(small, tmp_path):
 @given(data=st.data())
 def test_a_damaged_header_is_read_or_refused_and_nothing_else(small, data):
     content = bytearray(small.read_bytes())
-    origin = min(place.start for place in open_gguf(small).tensors.values())
+    origin = min(tensor.start for tensor in open_gguf(small).tensors.values())
     for _ in range(data.draw(st.integers(1, 3))):
         content[data.draw(st.integers(0, origin - 1))] = data.draw(st.integers(0, 255))
     path = small.with_name("damaged.gguf")
     path.write_bytes(content)
     with suppress(ArtefactError):
         file = open_gguf(path)
-        for name, place in file.tensors.items():
-            assert file.read(name).shape == place.shape
+        for name, tensor in file.tensors.items():
+            assert file.read(name).shape == tensor.shape

@@ -1,232 +1,48 @@
 """One layer out of a language model: the same from every kind of file, and refused where it is not LLaMA's."""
 
-import hashlib
 import json
 import logging
-import pickle
 import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGMLQuantizationType
+from language_models import (
+    NUM_LAYERS,
+    SPEC,
+    change_tensors,
+    gguf_tensors,
+    make_model,
+    meta_tensors,
+    permuted,
+    write_gguf,
+    write_meta,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from medseg_trt.errors import ArtefactError, UsageError
-from medseg_trt.spec import BlockSpec
 from medseg_trt.train.block import layer_readers
 from medseg_trt.train.block.blocks import FrozenBlock, build_block, extract, extract_last, save_block
 from medseg_trt.train.block.layer_geometry import half_split
-from medseg_trt.train.block.layer_readers import GGUF_NAMES, META_NAMES
 
-NUM_LAYERS = 3
-SPEC = BlockSpec(
-    hidden_size=64, intermediate_size=96, num_heads=4, num_kv_heads=2, head_dim=16, rms_norm_eps=3e-5, rope_theta=5e4
-)
-SHARD_SIZE = "60KB"  # a layer has 123 kB, so that its tensors are spread over several files
 # As in test_llama.py: everything is of size 1 and rounded to float32 some ten times.
 FLOAT32 = 1e-5
 
 
-@pytest.fixture(scope="module")
-def model() -> LlamaForCausalLM:
-    return make_model(SPEC)
-
-
-def make_model(spec: BlockSpec) -> LlamaForCausalLM:
-    """Return a language model of random weights."""
-    config = LlamaConfig(
-        vocab_size=16,
-        hidden_size=spec.hidden_size,
-        intermediate_size=spec.intermediate_size,
-        num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=spec.num_heads,
-        num_key_value_heads=spec.num_kv_heads,
-        rms_norm_eps=spec.rms_norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": spec.rope_theta},
-    )
-    model = LlamaForCausalLM(config).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            noise = torch.randn(weight.shape, generator=generator)
-            weight.copy_(1 + 0.2 * noise if "norm" in name else noise / weight.shape[1] ** 0.5)
-    return model
-
-
-@pytest.fixture(scope="module")
-def folder(model, tmp_path_factory) -> Path:
-    """Its Hugging Face folder with one file; do not write to it."""
-    folder = tmp_path_factory.mktemp("one-file")
-    model.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def sharded(model, tmp_path_factory) -> Path:
-    """Its Hugging Face folder with many files; do not write to it."""
-    folder = tmp_path_factory.mktemp("sharded")
-    model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
-    assert len(list(folder.glob("*.safetensors"))) > NUM_LAYERS
-    return folder
-
-
-@pytest.fixture(scope="module")
-def gguf_file(model, tmp_path_factory) -> Path:
-    """Its GGUF file in float32; do not write to it."""
-    return write_gguf(tmp_path_factory.mktemp("gguf") / "model.gguf", gguf_tensors(model))
-
-
-@pytest.fixture(scope="module")
-def bin_folder(model, tmp_path_factory) -> Path:
-    """Its Hugging Face folder as it was before safetensors; do not write to it."""
-    folder = tmp_path_factory.mktemp("bin")
-    model.config.save_pretrained(folder)
-    torch.save(model.state_dict(), folder / "pytorch_model.bin")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def meta(model, tmp_path_factory) -> Path:
-    """Its folder in Meta's layout, in one part; do not write to it."""
-    return write_meta(tmp_path_factory.mktemp("meta"), model)
-
-
-@pytest.fixture(scope="module")
-def meta_parts(model, tmp_path_factory) -> Path:
-    """Its folder in Meta's layout, for two GPUs; do not write to it."""
-    return write_meta(tmp_path_factory.mktemp("meta-parts"), model, num_parts=2)
-
-
-@pytest.fixture
-def copy(folder, tmp_path) -> Path:
-    """A Hugging Face folder to write to."""
-    for name in ("config.json", "model.safetensors"):
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
-    return tmp_path
-
-
-def meta_tensors(model: LlamaForCausalLM) -> dict[str, Tensor]:
-    """Return a model's tensors as Meta names and orders them: what Hugging Face's converter began with."""
-    state, config = model.state_dict(), model.config
-    tensors = {
-        "tok_embeddings.weight": state["model.embed_tokens.weight"],
-        "norm.weight": state["model.norm.weight"],
-        "output.weight": state["lm_head.weight"],
-        "rope.freqs": torch.ones(8),
-    }
-    heads = {"attention.wq.weight": config.num_attention_heads, "attention.wk.weight": config.num_key_value_heads}
-    for index in range(NUM_LAYERS):
-        for key, name in META_NAMES.items():
-            rows = state[f"model.layers.{index}.{name}"].numpy()
-            tensors[f"layers.{index}.{key}"] = torch.tensor(permuted(rows, heads.get(key, 0)))
-    return tensors
-
-
-# Source: meta-llama/llama model.py. ColumnParallelLinear keeps a share of the outputs, which are PyTorch's rows, and
-# RowParallelLinear a share of the inputs; ParallelEmbedding a share of the columns.
-ROWS_APART = ("wq.weight", "wk.weight", "wv.weight", "w1.weight", "w3.weight", "output.weight")
-COLUMNS_APART = ("wo.weight", "w2.weight", "tok_embeddings.weight")
-
-
-def meta_share(key: str, tensor: Tensor, part: int, num_parts: int) -> Tensor:
-    """Return what one of several GPUs holds of a tensor."""
-    if key.endswith(ROWS_APART):
-        return tensor.chunk(num_parts, 0)[part].clone()
-    return tensor.chunk(num_parts, 1)[part].clone() if key.endswith(COLUMNS_APART) else tensor
-
-
-def write_meta(folder: Path, model: LlamaForCausalLM, num_parts: int = 1, **params: Any) -> Path:
-    """Write a model in Meta's layout; ``params`` are changes of params.json."""
-    config = model.config
-    known = {
-        "dim": config.hidden_size,
-        "n_layers": NUM_LAYERS,
-        "n_heads": config.num_attention_heads,
-        "n_kv_heads": config.num_key_value_heads,
-        "multiple_of": 32,
-        "ffn_dim_multiplier": 0.5,
-        "norm_eps": config.rms_norm_eps,
-        "rope_theta": SPEC.rope_theta,
-        "vocab_size": -1,
-    }
-    (folder / "params.json").write_text(json.dumps(known | params))
-    for part in range(num_parts):
-        share = {key: meta_share(key, tensor, part, num_parts) for key, tensor in meta_tensors(model).items()}
-        torch.save(share, folder / f"consolidated.{part:02}.pth")
-    return folder
-
-
-def gguf_tensors(model: LlamaForCausalLM) -> dict[str, np.ndarray]:
-    """Return a model's tensors as llama.cpp's converter names and orders them."""
-    tensors = {
-        "token_embd.weight": model.model.embed_tokens.weight,
-        "output_norm.weight": model.model.norm.weight,
-        "output.weight": model.lm_head.weight,
-    }
-    for index, layer in enumerate(model.model.layers):
-        for name, key in GGUF_NAMES.items():
-            tensors[f"blk.{index}.{name}"] = layer.get_parameter(key)
-    arrays = {name: tensor.detach().numpy() for name, tensor in tensors.items()}
-    heads = {"attn_q": model.config.num_attention_heads, "attn_k": model.config.num_key_value_heads}
-    return {name: permuted(rows, heads.get(name.split(".")[-2], 0)) for name, rows in arrays.items()}
-
-
-def permuted(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Reorder q and k for interleaved rotary pairs. Source: llama.cpp, convert_hf_to_gguf.py, LlamaModel.permute."""
-    if not heads:
-        return rows
-    return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
-
-
-def write_gguf(
-    path: Path,
-    tensors: Mapping[str, np.ndarray],
-    quantisation: str = "F32",
-    architecture: str = "llama",
-    changes: Mapping[str, Callable[[GGUFWriter], None]] | None = None,
-) -> Path:
-    """Write a GGUF file with the gguf package; matrices are quantised, vectors stay in float32."""
-    writer = GGUFWriter(path, architecture)
-    entries = {
-        "name": lambda writer: writer.add_name("Generated"),
-        "layers": lambda writer: writer.add_block_count(NUM_LAYERS),
-        "hidden": lambda writer: writer.add_embedding_length(SPEC.hidden_size),
-        "intermediate": lambda writer: writer.add_feed_forward_length(SPEC.intermediate_size),
-        "heads": lambda writer: writer.add_head_count(SPEC.num_heads),
-        "kv_heads": lambda writer: writer.add_head_count_kv(SPEC.num_kv_heads),
-        "eps": lambda writer: writer.add_layer_norm_rms_eps(SPEC.rms_norm_eps),
-        "theta": lambda writer: writer.add_rope_freq_base(SPEC.rope_theta),
-        "rotary": lambda writer: writer.add_rope_dimension_count(SPEC.head_dim),
-        "words": lambda writer: writer.add_token_list(["a", "b"]),
-    }
-    for add in {**entries, **(changes or {})}.values():
-        add(writer)
-    for name, tensor in tensors.items():
-        kind = GGMLQuantizationType[quantisation if tensor.ndim > 1 else "F32"]
-        with np.errstate(invalid="ignore"):  # where a test quantises what is not finite
-            writer.add_tensor(name, gguf.quants.quantize(tensor, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def assert_same_block(found: FrozenBlock, expected: FrozenBlock) -> None:
-    assert found.spec == expected.spec
-    assert found.tensors.keys() == expected.tensors.keys()
+def assert_same_block(actual: FrozenBlock, expected: FrozenBlock) -> None:
+    assert actual.spec == expected.spec
+    assert actual.tensors.keys() == expected.tensors.keys()
     for name, tensor in expected.tensors.items():
-        assert found.tensors[name].dtype == tensor.dtype
-        assert torch.equal(found.tensors[name], tensor), name
+        assert actual.tensors[name].dtype == tensor.dtype
+        assert torch.equal(actual.tensors[name], tensor), name
 
 
 def parity(block: FrozenBlock, model: LlamaForCausalLM, layer: int) -> float:
@@ -249,12 +65,12 @@ def last_layers_parity(blocks: Sequence[FrozenBlock], model: LlamaForCausalLM) -
     tokens = torch.randn(2, 11, SPEC.hidden_size, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected = end(inputs_embeds=tokens, use_cache=False).last_hidden_state
-        found = tokens
+        hidden = tokens
         for block in blocks:
-            found = build_block(block, rotary=True, causal=True)(found)
+            hidden = build_block(block, rotary=True, causal=True)(hidden)
         norm = blocks[-1].tensors["norm.weight"]
-        found = torch.nn.functional.rms_norm(found, norm.shape, norm, SPEC.rms_norm_eps)
-        return (found - expected).abs().max().item()
+        hidden = torch.nn.functional.rms_norm(hidden, norm.shape, norm, SPEC.rms_norm_eps)
+        return (hidden - expected).abs().max().item()
 
 
 SOURCES = ["folder", "sharded", "bin_folder", "meta", "meta_parts", "gguf_file"]
@@ -292,15 +108,18 @@ def test_every_layout_of_the_same_weights_gives_the_same_bytes(num_kv_heads, tmp
         blocks = [replace(layer, provenance={}) for layer in extract_last(source, 2, final_norm=True)]
         digests["two layers and the final norm"].add(save_block(blocks, tmp_path / "blocks.safetensors"))
         assert last_layers_parity(blocks, model) < FLOAT32
-    assert [len(found) for found in digests.values()] == [1, 1]
+    assert [len(of_choice) for of_choice in digests.values()] == [1, 1]
 
 
 def test_the_parity_of_the_end_catches_an_order_and_a_norm_that_are_wrong(model, folder):
     assert not torch.equal(model.model.norm.weight, torch.ones(SPEC.hidden_size))
     before, last = extract_last(folder, 2, final_norm=True)
-    turned = [before, replace(last, tensors={**last.tensors, "norm.weight": last.tensors["norm.weight"].flip(0)})]
+    with_wrong_norm = [
+        before,
+        replace(last, tensors={**last.tensors, "norm.weight": last.tensors["norm.weight"].flip(0)}),
+    ]
     swapped = [replace(last, tensors=layer_alone(last)), replace(before, tensors={**before.tensors, **norm_of(last)})]
-    for wrong in (turned, swapped):
+    for wrong in (with_wrong_norm, swapped):
         assert last_layers_parity(wrong, model) > 100 * FLOAT32
 
 
@@ -327,7 +146,7 @@ def test_the_final_norm_comes_on_request_alone(source, model, request):
 @pytest.mark.parametrize("source", SOURCES)
 def test_more_layers_than_there_are_cannot_be_taken(source, request):
     assert len(extract_last(request.getfixturevalue(source), NUM_LAYERS)) == NUM_LAYERS
-    with pytest.raises(ArtefactError, match="has 3 layers; 4 cannot be taken"):
+    with pytest.raises(ArtefactError, match="has 3 layers; 4 cannot be read"):
         extract_last(request.getfixturevalue(source), NUM_LAYERS + 1)
 
 
@@ -400,7 +219,7 @@ def test_one_shard_beside_the_index_is_enough_or_says_which_shards_have_the_rest
         f"self_attn.k_proj.weight (in {second.name}); put these files into one folder with config.json and the index, "
         "and give the folder"
     )
-    with pytest.raises(ArtefactError, match=rf"{re.escape(shard_name(1, kind))} is not there; the index says that it"):
+    with pytest.raises(ArtefactError, match=rf"{re.escape(shard_name(1, kind))} is missing; according to the index"):
         extract(tmp_path, 0)
 
 
@@ -447,7 +266,7 @@ def test_a_layer_that_is_not_there_says_which_are(source, layer, request):
     ],
 )
 def test_what_is_left_out_is_named_in_the_log_and_in_the_provenance(source, others, rest, request, caplog):
-    with caplog.at_level(logging.INFO, logger="medseg_trt"):
+    with caplog.at_level(logging.DEBUG, logger="medseg_trt"):
         skipped = extract(request.getfixturevalue(source), 1).provenance["skipped"]
     assert skipped == {**dict.fromkeys(rest, 1), f"{others}, the other layers": 9 * (NUM_LAYERS - 1)}
     assert all(name in caplog.text for name in skipped)
@@ -469,113 +288,10 @@ def test_the_stored_frequencies_of_metas_older_checkpoints_are_left_out_by_name(
     assert_same_block(block, extract(meta, 1))
 
 
-def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
-    save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors")
-
-
 def test_a_layer_number_without_end_is_no_layer(folder, copy):
     endless = f"model.layers.{'2' * 5000}.input_layernorm.weight"  # Python refuses to make a number of it
     change_tensors(copy, lambda tensors: tensors | {endless: torch.ones(64)})
     assert_same_block(extract(copy), extract(folder))
-
-
-def without(name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    return lambda tensors: {key: value for key, value in tensors.items() if key != name}
-
-
-def with_nan(tensors: dict[str, Any], name: str) -> dict[str, Any]:
-    damaged = deepcopy(tensors[name])
-    damaged.reshape(-1)[5] = np.nan
-    return tensors | {name: damaged}
-
-
-ATTENTION = "model.layers.2.self_attn"
-BAD_TENSORS: Mapping[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = {
-    "missing": (without(f"{ATTENTION}.o_proj.weight"), "layer 2 lacks self_attn.o_proj.weight"),
-    "attention bias": (
-        lambda tensors: tensors | {f"{ATTENTION}.q_proj.bias": torch.zeros(64)},
-        f"{ATTENTION}.q_proj.bias is no tensor of a LLaMA layer",
-    ),
-    "norm of the queries": (
-        lambda tensors: tensors | {f"{ATTENTION}.q_norm.weight": torch.ones(16)},
-        f"{ATTENTION}.q_norm.weight is no tensor of a LLaMA layer",
-    ),
-    "experts": (
-        lambda tensors: tensors | {"model.layers.2.block_sparse_moe.gate.weight": torch.ones(8, 64)},
-        "model.layers.2.block_sparse_moe.gate.weight is no tensor of a LLaMA layer",
-    ),
-    "wrong shape": (
-        lambda tensors: tensors | {f"{ATTENTION}.k_proj.weight": torch.ones(64, 64)},
-        "self_attn.k_proj.weight has the shape (64, 64), but its geometry asks for (32, 64)",
-    ),
-    "not finite": (
-        lambda tensors: with_nan(tensors, f"{ATTENTION}.v_proj.weight"),
-        "self_attn.v_proj.weight holds values that are not finite",
-    ),
-    "whole numbers": (
-        lambda tensors: tensors | {f"{ATTENTION}.k_proj.weight": torch.ones(32, 64, dtype=torch.int8)},
-        "tensors of the type torch.int8",
-    ),
-    "twice": (
-        lambda tensors: tensors | {"layers.2.input_layernorm.weight": torch.ones(64)},
-        "has one tensor of layer 2 twice: layers.2.input_layernorm.weight and model.layers.2.input_layernorm.weight",
-    ),
-}
-
-
-@pytest.mark.parametrize("fault", BAD_TENSORS)
-def test_a_folder_whose_layer_is_not_exactly_a_llama_layer_is_refused(fault, copy):
-    change, problem = BAD_TENSORS[fault]
-    change_tensors(copy, change)
-    with pytest.raises(ArtefactError, match=f"^{re.escape(str(copy))}.*{re.escape(problem)}"):
-        extract(copy)
-
-
-@pytest.mark.parametrize(
-    ("changes", "problem"),
-    [
-        ({"model_type": "qwen2"}, "model_type is 'qwen2'; only llama and mistral can be read"),
-        ({"model_type": "gemma"}, "model_type is 'gemma'"),
-        ({"model_type": None}, "model_type is None"),
-        ({"attention_bias": True}, "attention_bias is True"),
-        ({"mlp_bias": True}, "mlp_bias is True"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"hidden_size": "64"}, "hidden_size is '64'"),
-        ({"hidden_size": 0}, "hidden_size is 0"),
-        ({"hidden_size": 10**30}, "hidden_size is 10"),
-        ({"num_attention_heads": 0, "head_dim": 16}, "num_heads is 0"),
-        ({"num_key_value_heads": 3}, "4 heads cannot share 3"),
-        ({"head_dim": 15}, "head_dim is 15"),
-        ({"rms_norm_eps": -1e-6}, "rms_norm_eps is -1e-06"),
-        ({"rms_norm_eps": 10**400}, "rms_norm_eps"),
-        ({"rope_parameters": {"rope_theta": float("inf")}}, "rope_theta is inf"),
-        ({"num_hidden_layers": "3"}, "does not say how many layers"),
-        ({"intermediate_size": 128}, "has the shape (96, 64), but its geometry asks for (128, 64)"),
-    ],
-)
-def test_a_config_of_another_architecture_or_without_sense_is_refused(changes, problem, copy):
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | changes))
-    with pytest.raises(ArtefactError, match=f"^{re.escape(str(copy))}.*{re.escape(problem)}"):
-        extract(copy)
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 10**5, "\xff"])
-def test_a_config_that_is_no_json_object_is_refused(text, copy):
-    (copy / "config.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(ArtefactError, match=r"config\.json"):
-        extract(copy)
-
-
-def test_a_folder_without_config_or_weights_says_what_is_missing(copy):
-    (copy / "model.safetensors").unlink()
-    with pytest.raises(
-        ArtefactError, match=r"has no weights: none of model\.safetensors, .*pytorch_model\.bin\.index\.json"
-    ):
-        extract(copy)
-    (copy / "config.json").unlink()
-    with pytest.raises(ArtefactError, match=r"config\.json is needed beside the weights"):
-        extract(copy)
 
 
 def test_scaled_rotary_angles_are_recorded_and_cannot_be_switched_on(folder, copy, model, tmp_path):
@@ -599,161 +315,3 @@ def assert_scaled(block: FrozenBlock, name: str) -> None:
     assert block.provenance["rope_scaling"] == name
     with pytest.raises(UsageError, match=f"'{name}' rotary scaling.*leave rotary off"):
         build_block(block, rotary=True)
-
-
-BAD_GGUF: Mapping[str, tuple[Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]], dict[str, Any], str]] = {
-    "another architecture": (dict, {"architecture": "qwen2"}, "architecture 'qwen2'; only 'llama' can be read"),
-    "attention bias": (
-        lambda tensors: tensors | {"blk.2.attn_q.bias": np.zeros(64, np.float32)},
-        {},
-        "blk.2.attn_q.bias is no tensor of a LLaMA layer",
-    ),
-    "experts": (
-        lambda tensors: tensors | {"blk.2.ffn_gate_inp.weight": np.zeros((8, 64), np.float32)},
-        {},
-        "blk.2.ffn_gate_inp.weight is no tensor",
-    ),
-    "missing": (without("blk.2.attn_v.weight"), {}, "layer 2 lacks attn_v.weight"),
-    "wrong shape": (
-        lambda tensors: tensors | {"blk.2.ffn_up.weight": np.zeros((64, 96), np.float32)},
-        {},
-        "mlp.up_proj.weight has the shape (64, 96), but its geometry asks for (96, 64)",
-    ),
-    "not finite": (
-        lambda tensors: with_nan(tensors, "blk.2.ffn_norm.weight"),
-        {},
-        "post_attention_layernorm.weight holds values that are not finite",
-    ),
-    "quantised, not finite": (
-        lambda tensors: with_nan(tensors, "blk.2.ffn_down.weight"),
-        {"quantisation": "Q8_0"},
-        "mlp.down_proj.weight holds values that are not finite",
-    ),
-    "values of another width": (
-        dict,
-        {"changes": {"value": lambda writer: writer.add_value_length(8)}},
-        "llama.attention.value_length is 8, but a head has 16 columns",
-    ),
-    "rotary embedding of half a head": (
-        dict,
-        {"changes": {"rotary": lambda writer: writer.add_rope_dimension_count(8)}},
-        "llama.rope.dimension_count is 8, but a head has 16 columns",
-    ),
-    "key/value heads that differ from layer to layer": (
-        dict,
-        {"changes": {"kv_heads": lambda writer: writer.add_head_count_kv([2, 2, 4])}},
-        "num_kv_heads is None",
-    ),
-    "no number of layers": (
-        dict,
-        {"changes": {"layers": lambda writer: None}},
-        "does not say how many layers it has",
-    ),
-    "no eps": (dict, {"changes": {"eps": lambda writer: None}}, "rms_norm_eps is None"),
-}
-
-
-@pytest.mark.parametrize("fault", BAD_GGUF)
-def test_a_gguf_file_whose_layer_is_not_exactly_a_llama_layer_is_refused(fault, model, tmp_path):
-    change, options, problem = BAD_GGUF[fault]
-    path = write_gguf(tmp_path / "model.gguf", change(gguf_tensors(model)), **options)
-    with pytest.raises(ArtefactError, match=f"^{re.escape(str(path))}.*{re.escape(problem)}"):
-        extract(path)
-
-
-class Touch:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.path,)
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "model.gguf", "pytorch_model.bin", "consolidated.00.pth"])
-def test_a_pickle_is_refused_under_every_name_and_runs_nothing(name, copy, meta):
-    (copy / "params.json").write_bytes((meta / "params.json").read_bytes())
-    (copy / name).write_bytes(pickle.dumps(Touch(copy / "touched")))
-    with pytest.raises(ArtefactError, match=re.escape(name)):
-        extract(copy / name)
-    assert not (copy / "touched").exists()
-    pickle.loads((copy / name).read_bytes())
-    assert (copy / "touched").exists()  # it would have
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "model.gguf", "weights.txt", "weights"])
-@pytest.mark.parametrize("content", [b"", b"once upon a time there was a layer\n" * 100, bytes(4096)])
-def test_a_file_of_something_else_is_refused(name, content, copy):
-    (copy / name).write_bytes(content)
-    with pytest.raises(ArtefactError, match=re.escape(str(copy / name))):
-        extract(copy / name)
-
-
-def test_a_safetensors_file_cut_short_anywhere_is_refused(copy):
-    whole = (copy / "model.safetensors").read_bytes()
-    header = 8 + int.from_bytes(whole[:8], "little")
-    for size in (1, 7, 8, header // 2, header - 1, header, header + 1, len(whole) // 2, len(whole) - 1):
-        (copy / "model.safetensors").write_bytes(whole[:size])
-        with pytest.raises(ArtefactError, match=r"model\.safetensors is not a usable safetensors file"):
-            extract(copy)
-
-
-def test_a_source_that_does_not_exist_is_named(tmp_path):
-    with pytest.raises(
-        ArtefactError, match=r"absent\.gguf does not exist; give a Hugging Face or Meta folder, or a .*\.pth"
-    ):
-        extract(tmp_path / "absent.gguf")
-
-
-@pytest.mark.parametrize(
-    "place", ["../elsewhere/part.safetensors", "{outside}/part.safetensors", "deeper/part.safetensors", "", None, 3]
-)
-def test_an_index_that_leads_out_of_its_folder_is_refused(place, copy, tmp_path_factory):
-    """The file that it leads to is there and sound, so that only the check can refuse it."""
-    outside = tmp_path_factory.mktemp("outside")
-    weights = (copy / "model.safetensors").read_bytes()
-    for other in (outside, copy / "deeper", copy.parent / "elsewhere"):
-        other.mkdir(exist_ok=True)
-        (other / "part.safetensors").write_bytes(weights)
-    target = place.format(outside=outside) if isinstance(place, str) else place
-    keys = load_file(copy / "model.safetensors").keys()
-    (copy / "model.safetensors").unlink()
-    index = copy / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": dict.fromkeys(keys, target)}))
-    with pytest.raises(ArtefactError, match=r"index\.json has no weight_map from tensors to files of its own folder"):
-        extract(copy)
-
-
-@pytest.mark.parametrize("content", [{}, {"weight_map": []}, {"weight_map": None}, {"weight_map": "model.safetensors"}])
-def test_an_index_without_a_weight_map_is_refused(content, copy):
-    (copy / "model.safetensors.index.json").write_text(json.dumps(content))
-    with pytest.raises(ArtefactError, match=r"index\.json has no weight_map"):
-        extract(copy)
-
-
-def test_an_index_that_promises_what_a_shard_does_not_have_is_refused(copy):
-    keys = list(load_file(copy / "model.safetensors"))
-    change_tensors(copy, without("model.layers.2.mlp.up_proj.weight"))
-    index = copy / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": dict.fromkeys(keys, "model.safetensors")}))
-    with pytest.raises(ArtefactError, match=r"model\.safetensors .*model\.layers\.2\.mlp\.up_proj\.weight"):
-        extract(copy)
-    index.write_text(json.dumps({"weight_map": dict.fromkeys(keys, "absent.safetensors")}))
-    with pytest.raises(ArtefactError, match=r"absent\.safetensors"):
-        extract(copy)
-
-
-def test_the_provenance_names_every_file_by_digest_and_no_path_of_this_machine(sharded, meta_parts, gguf_file, copy):
-    for source, described in ((sharded, {"config.json"}), (meta_parts, {"params.json"}), (gguf_file, set())):
-        files = extract(source, 1).provenance["files"]
-        parent = source if source.is_dir() else source.parent
-        assert files == {name: hashlib.sha256((parent / name).read_bytes()).hexdigest() for name in files}
-        assert {name for name in files if name.endswith(".json")} == described
-    assert len(extract(meta_parts).provenance["files"]) == 3
-    config = json.loads((copy / "config.json").read_text())
-    for name, told in (("/home/somebody/llama", None), ("meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-7b-hf")):
-        (copy / "config.json").write_text(json.dumps(config | {"_name_or_path": name}))
-        provenance = extract(copy).provenance
-        assert provenance["model"] == told
-        assert str(copy) not in json.dumps(provenance)

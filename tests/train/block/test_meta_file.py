@@ -56,10 +56,10 @@ def write(folder: Path, parts: Parts, **params: Any) -> Path:
 
 
 @pytest.mark.parametrize("num_parts", [1, 2, 4])
-@pytest.mark.parametrize("given", ["folder", "first part", "last part"])
-def test_every_tensor_of_a_layer_is_joined_to_the_one_that_was_split(num_parts, given, tmp_path):
+@pytest.mark.parametrize("source", ["folder", "first part", "last part"])
+def test_every_tensor_of_a_layer_is_joined_to_the_one_that_was_split(num_parts, source, tmp_path):
     write(tmp_path, make_parts(num_parts))
-    number = {"first part": 0, "last part": num_parts - 1}.get(given)
+    number = {"first part": 0, "last part": num_parts - 1}.get(source)
     file = open_meta(tmp_path if number is None else tmp_path / f"consolidated.{number:02}.pth")
     whole = whole_tensors()
     assert set(file.keys()) == whole.keys()
@@ -104,11 +104,11 @@ def test_a_layer_computes_what_metas_own_formulas_give(num_parts, tmp_path):
     )
     tokens = torch.randn(1, 7, WIDTH, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        found = build_block(block, rotary=True, causal=True)(tokens)[0].numpy()
+        output = build_block(block, rotary=True, causal=True)(tokens)[0].numpy()
     weights = {key.removeprefix("layers.1."): value.double().numpy() for key, value in whole_tensors().items()}
     expected = reference(tokens[0].double().numpy(), weights, neighbours=True)
     # everything is of size 1 and rounded to float32 some ten times, each by 6e-8
-    assert np.abs(found - expected).max() < 1e-5
+    assert np.abs(output - expected).max() < 1e-5
     assert np.abs(reference(tokens[0].double().numpy(), weights, neighbours=False) - expected).max() > 1e-2
 
 
@@ -123,8 +123,8 @@ def reference(tokens: np.ndarray, weights: Mapping[str, np.ndarray], *, neighbou
         pairs = (
             heads.reshape(len(tokens), HEADS, HEAD_DIM // 2, 2) if neighbours else np.stack(np.split(heads, 2, -1), -1)
         )
-        turned = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(1j * angles)[:, None]
-        return np.stack((turned.real, turned.imag), -1).reshape(heads.shape)
+        rotated_pairs = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(1j * angles)[:, None]
+        return np.stack((rotated_pairs.real, rotated_pairs.imag), -1).reshape(heads.shape)
 
     def projected(values: np.ndarray, letter: str) -> np.ndarray:
         return (values @ weights[f"attention.w{letter}.weight"].T).reshape(len(tokens), HEADS, HEAD_DIM)
@@ -174,7 +174,7 @@ BAD_PARTS: Mapping[str, tuple[Callable[[Parts], object], str]] = {
     "norms of two models": (changed(1, NORM, torch.ones(WIDTH)), f"{NORM} differs between the parts"),
     "another width": (
         lambda parts: [part.update({"layers.1.feed_forward.w3.weight": torch.zeros(16, WIDTH)}) for part in parts],
-        "mlp.up_proj.weight has the shape (32, 32), but its geometry asks for (48, 32)",
+        "mlp.up_proj.weight has the shape (32, 32), but its geometry requires (48, 32)",
     ),
     "a bias": (
         changed(0, "layers.1.attention.wq.bias", torch.zeros(16)),
@@ -229,10 +229,10 @@ def test_a_part_in_the_middle_that_is_absent_is_named(tmp_path):
         ({"n_heads": 0}, "num_heads is 0"),
         ({"n_heads": 10**30, "head_dim": 8}, "num_heads is 10"),
         ({"n_kv_heads": 3}, "4 heads cannot share 3"),
-        ({"n_kv_heads": 2}, "self_attn.k_proj.weight has the shape (32, 32), but its geometry asks for (16, 32)"),
+        ({"n_kv_heads": 2}, "self_attn.k_proj.weight has the shape (32, 32), but its geometry requires (16, 32)"),
         ({"norm_eps": None}, "rms_norm_eps is None"),
         ({"rope_theta": -1.0}, "rope_theta is -1.0"),
-        ({"n_layers": None}, "does not say how many layers"),
+        ({"n_layers": None}, "does not state its number of layers"),
         ({"dim": 64}, "parts"),
     ],
 )
@@ -264,8 +264,8 @@ def test_a_folder_with_a_config_is_hugging_faces_and_its_part_may_still_be_given
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ArtefactError, match="model_type is None"):
         extract(tmp_path)
-    found = extract(tmp_path / "consolidated.00.pth")
-    assert all(torch.equal(tensor, expected.tensors[name]) for name, tensor in found.tensors.items())
+    block = extract(tmp_path / "consolidated.00.pth")
+    assert all(torch.equal(tensor, expected.tensors[name]) for name, tensor in block.tensors.items())
 
 
 class Touch:
@@ -315,8 +315,8 @@ def test_damaged_bytes_are_refused_or_give_a_block(tmp_path):
     for seed in range(100):
         rng = np.random.default_rng(seed)
         content = bytearray(whole)
-        for place in (*rng.integers(0, 3000, 4), -rng.integers(1, 1500)):
-            content[place] = rng.integers(256)
+        for offset in (*rng.integers(0, 3000, 4), -rng.integers(1, 1500)):
+            content[offset] = rng.integers(256)
         path.write_bytes(content)
         try:
             extract(tmp_path)

@@ -33,16 +33,16 @@ def test_a_good_data_set_is_counted(tmp_path):
     report = check_data(root, ANY)
     assert report.problems == ()
     assert report.remarks == ()
-    found = report.to_dict()
-    assert {split: facts["cases"] for split, facts in found["splits"].items()} == {"train": 3, "test": 2}
-    assert {split: facts["slices"] for split, facts in found["splits"].items()} == {"train": 9, "test": 6}
-    assert found["splits"]["train"]["height"] == [32, 32]
-    assert found["splits"]["train"]["spacing_mm"] == [[3, 3], pytest.approx([0.8, 0.8]), pytest.approx([0.8, 0.8])]
-    pixels = found["pixels_of_class"]
+    counts = report.to_dict()
+    assert {split: facts["cases"] for split, facts in counts["splits"].items()} == {"train": 3, "test": 2}
+    assert {split: facts["slices"] for split, facts in counts["splits"].items()} == {"train": 9, "test": 6}
+    assert counts["splits"]["train"]["height"] == [32, 32]
+    assert counts["splits"]["train"]["spacing_mm"] == [[3, 3], pytest.approx([0.8, 0.8]), pytest.approx([0.8, 0.8])]
+    pixels = counts["pixels_of_class"]
     assert sum(pixels[name]["train"] for name in pixels) == 9 * 32 * 40
     assert pixels["liver"]["train"] == 9 * 16 * 2  # its stripe is two of the 40 columns, over half of the rows
-    assert found["manifest_sha256"] == manifest_sha256(open_dataset("synapse", root, ANY).manifest())
-    assert len(found["cases"]) == 5
+    assert counts["manifest_sha256"] == manifest_sha256(open_dataset("synapse", root, ANY).manifest())
+    assert len(counts["cases"]) == 5
     header, rows = report.table()
     assert rows[0] == ["train", "3", "9", "3", "0", "32", "40", "3 x 0.8 x 0.8", rows[0][-1]]
     assert len(header) == len(rows[0])
@@ -51,10 +51,15 @@ def test_a_good_data_set_is_counted(tmp_path):
 @pytest.mark.parametrize(
     "write",
     [
-        write_isic2017, write_busi, write_clinicdb, write_colondb, write_acdc,
-        lambda root: write_synapse(root, prepared=True), lambda root: write_acdc(root, prepared=True),
+        write_isic2017,
+        write_busi,
+        write_clinicdb,
+        write_colondb,
+        write_acdc,
+        lambda root: write_synapse(root, prepared=True),
+        lambda root: write_acdc(root, prepared=True),
     ],
-)  # fmt: skip
+)
 def test_nothing_is_wrong_with_the_generated_archives(tmp_path, write):
     assert check_data(write(tmp_path), ANY).problems == ()
 
@@ -102,8 +107,8 @@ def plant_copy(root, source, target, *, shrink=1):
     small.close()
 
 
-@pytest.mark.parametrize(("shrink", "what"), [(1, "hold the same pixels"), (2, "look alike")])
-def test_a_copy_in_two_splits_is_wrong_and_in_one_a_remark(tmp_path, shrink, what):
+@pytest.mark.parametrize(("shrink", "problem"), [(1, "hold the same pixels"), (2, "look alike")])
+def test_a_copy_in_two_splits_is_wrong_and_in_one_a_remark(tmp_path, shrink, problem):
     splits = open_dataset("colondb", write_colondb(tmp_path / "clean", community=True), ANY).splits
     train, test = splits["train"], splits["test"]
     for other, is_leak in ((test[0], True), (train[1], False)):
@@ -111,11 +116,12 @@ def test_a_copy_in_two_splits_is_wrong_and_in_one_a_remark(tmp_path, shrink, wha
         plant_copy(root, train[0].name, other.name, shrink=shrink)
         report = check_data(root, replace(ANY, dataset="colondb"))
         lines = report.problems if is_leak else report.remarks
-        (line,) = [line for line in lines if what in line]
-        assert f"1 pairs of images {what}, in {'two splits' if is_leak else 'one split'}" in line
+        (line,) = [line for line in lines if problem in line]
+        assert f"1 pair of images {problem}, in {'two splits' if is_leak else 'one split'}" in line
         assert train[0].name in line
         assert other.name in line
         assert bool(report.problems) == is_leak
+        assert ("Put all images of a patient into one split" in line) == is_leak
 
 
 def test_sequences_in_two_splits_are_wrong_and_the_remedy_works(tmp_path):
@@ -156,8 +162,8 @@ def test_classes_that_never_occur_and_mixed_axes_are_remarked_on(tmp_path):
     for part in ("images", "masks"):
         stored = load_nifti(root / part / "scan1.nii.gz")
         mirrored = np.array([[0, -1], [1, 1], [2, 1]])
-        turned = stored.as_reoriented(mirrored)  # pyright: ignore[reportArgumentType]  # it takes an array
-        nibabel.save(turned, root / part / "scan1.nii.gz")
+        reoriented = stored.as_reoriented(mirrored)  # pyright: ignore[reportArgumentType]  # it takes an array
+        nibabel.save(reoriented, root / part / "scan1.nii.gz")
     report = check_data(root)
     assert report.problems == ()
     assert any("occur in no mask: ghost" in remark for remark in report.remarks)

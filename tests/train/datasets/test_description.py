@@ -13,19 +13,28 @@ LABELS = {"background": 0, "disc": 1, "bar": 2}
 NNUNET = {"channel_names": {"0": "CT"}, "labels": LABELS, "numTraining": 2, "file_ending": ".nii.gz"}
 TRAINING = [{"image": f"./imagesTr/scan{n}.nii.gz", "label": f"./labelsTr/scan{n}.nii.gz"} for n in range(2)]
 DECATHLON = {
-    "name": "Shapes", "modality": {"0": "CT"}, "labels": {"0": "background", "1": "disc", "2": "bar"},
-    "numTraining": 2, "training": TRAINING, "test": [], "tensorImageSize": "3D",
-}  # fmt: skip
+    "name": "Shapes",
+    "modality": {"0": "CT"},
+    "labels": {"0": "background", "1": "disc", "2": "bar"},
+    "numTraining": 2,
+    "training": TRAINING,
+    "test": [],
+    "tensorImageSize": "3D",
+}
 
 
 def describe(root, content):
     (root / "dataset.json").write_text(json.dumps(content), encoding="utf-8")
 
 
-@pytest.mark.parametrize(("content", "name", "origin"), [
-    (NNUNET, "data", "nnU-Net's"), (DECATHLON, "Shapes", "Decathlon's"),
-    ({key: value for key, value in DECATHLON.items() if key in ("labels", "modality")}, "data", "Decathlon's"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "name", "origin"),
+    [
+        (NNUNET, "data", "nnU-Net's"),
+        (DECATHLON, "Shapes", "Decathlon's"),
+        ({key: value for key, value in DECATHLON.items() if key in ("labels", "modality")}, "data", "Decathlon's"),
+    ],
+)
 def test_classes_come_from_the_files_of_others(tmp_path, content, name, origin):
     root = write_volumes(tmp_path / "data", 2)
     (root / "images").rename(root / "imagesTr")

@@ -32,8 +32,8 @@ def resized(pixels, factor):
 def compressed(pixels, quality):
     file = io.BytesIO()
     PIL.Image.fromarray(pixels).save(file, "JPEG", quality=quality)
-    with PIL.Image.open(file) as picture:
-        return np.asarray(picture)
+    with PIL.Image.open(file) as image:
+        return np.asarray(image)
 
 
 COPIES = {
@@ -61,8 +61,8 @@ def test_a_copy_is_found_and_only_the_copy(make, copy):
 
 def test_the_same_pixels_are_exact_copies_whatever_file_they_lie_in():
     hashes = [image_hash(textured(seed)) for seed in (0, 1, 0, 2, 0)]
-    found = find_duplicates(hashes, [None] * 5)
-    assert [(pair.first, pair.second, pair.is_exact) for pair in found] == [(0, 2, True), (0, 4, True)]
+    duplicates = find_duplicates(hashes, [None] * 5)
+    assert [(pair.first, pair.second, pair.is_exact) for pair in duplicates] == [(0, 2, True), (0, 4, True)]
 
 
 def test_different_pictures_are_none():
@@ -90,8 +90,8 @@ def test_the_limit_of_the_second_look_has_room_on_the_copies_side():
 def test_frames_of_one_sequence_may_look_alike_but_not_be_the_same():
     pixels = textured(0)
     hashes = [image_hash(pixels), image_hash(resized(pixels, 0.5)), image_hash(pixels)]
-    found = find_duplicates(hashes, ["film"] * 3)
-    assert [(pair.first, pair.second, pair.is_exact) for pair in found] == [(0, 2, True)]
+    duplicates = find_duplicates(hashes, ["film"] * 3)
+    assert [(pair.first, pair.second, pair.is_exact) for pair in duplicates] == [(0, 2, True)]
     assert len(find_duplicates(hashes, ["film", "film 2", "film 3"])) == 3
 
 

@@ -265,6 +265,14 @@ def test_slices_in_two_splits_are_reported(tmp_path, caplog, val, leaks):
     assert ("(train and val)" in caplog.text) == leaks
 
 
+def test_pairs_that_no_split_names_are_counted_and_named(tmp_path):
+    root = write_volumes(tmp_path, 3)
+    write_description(root, {"train": [{"image": "scan0"}], "val": [{"image": "scan2"}]})
+    assert "1 of 3 pairs are in no split of dataset.json and are left out: scan1" in open_folder(root).remarks
+    write_description(root, {"train": [{"image": "scan0"}, {"image": "scan1"}], "val": [{"image": "scan2"}]})
+    assert open_folder(root).remarks == ()
+
+
 def digest(root):
     return manifest_sha256(open_folder(root).manifest())
 

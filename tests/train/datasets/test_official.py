@@ -26,9 +26,11 @@ from medseg_trt.errors import InputError, UsageError
 from medseg_trt.imaging.images import read_image
 from medseg_trt.train.datasets import acdc, synapse
 from medseg_trt.train.datasets.folder import read_case
-from medseg_trt.train.datasets.official import DATASETS, is_labelled, open_dataset, recorded_options
+from medseg_trt.train.datasets.official import DATASETS, is_labelled, open_dataset
 from medseg_trt.train.datasets.options import DataOptions, with_changes
 from medseg_trt.train.datasets.splits import paper_split
+from medseg_trt.train.provenance import Provenance
+from medseg_trt.train.recorded_data import recorded_options
 
 ANY = DataOptions(count="any")
 LAYOUTS = {  # name of the layout: data set, what writes it, cases in train, val and test
@@ -108,8 +110,8 @@ def test_folders_within_folders_of_their_own_name_are_passed_through(archives, t
         shutil.copytree(folder, tmp_path / folder.name / folder.name)
     mask = next((tmp_path / "ISIC-2017_Test_v2_Part1_GroundTruth").rglob("*.png"))
     mask.rename(mask.with_suffix(".PNG"))
-    found, expected = (open_dataset("isic2017", root, ANY) for root in (tmp_path, archives["isic2017"]))
-    assert [names(cases) for cases in found.splits.values()] == [names(cases) for cases in expected.splits.values()]
+    opened, expected = (open_dataset("isic2017", root, ANY) for root in (tmp_path, archives["isic2017"]))
+    assert [names(cases) for cases in opened.splits.values()] == [names(cases) for cases in expected.splits.values()]
 
 
 def test_busis_masks_are_merged_or_the_first_is_taken(archives):
@@ -276,9 +278,9 @@ def test_a_raw_scan_is_in_hounsfield_units_and_turned_to_lps(archives, tmp_path)
         values = np.asarray(stored.dataobj)[:, :, ::-1]
         affine = stored.affine @ np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, -1, values.shape[2] - 1], [0, 0, 0, 1]])
         nibabel.save(nibabel.Nifti1Image(values.copy(), affine), path)
-    turned, turned_labels = read_case(open_dataset("synapse", root, ANY).splits["train"][0], 9)
-    np.testing.assert_array_equal(turned.pixels, image.pixels)
-    np.testing.assert_array_equal(turned_labels, labels)
+    reoriented, reoriented_labels = read_case(open_dataset("synapse", root, ANY).splits["train"][0], 9)
+    np.testing.assert_array_equal(reoriented.pixels, image.pixels)
+    np.testing.assert_array_equal(reoriented_labels, labels)
 
 
 def test_the_patients_of_acdc_are_seventy_ten_and_twenty():
@@ -376,8 +378,8 @@ def test_a_folder_of_ones_own_has_no_such_options(tmp_path, change):
 def test_options_are_changed_by_name_and_read_back_from_a_recipe():
     changed = with_changes(DataOptions(), ("data.masks=first", "split_seed=7", "data.count=300"))
     assert (changed.masks, changed.split_seed, changed.count) == ("first", 7, 300)
-    assert recorded_options({"recipe": {"data": {"dataset": "busi", "masks": "first"}}}).masks == "first"
-    assert recorded_options({}) == DataOptions()
+    assert recorded_options(Provenance(recipe={"data": {"dataset": "busi", "masks": "first"}})).masks == "first"
+    assert recorded_options(Provenance()) == DataOptions()
     for wrong in ("masks=third", "mask=first", "masks", "split_seed=-1", "count=0", "order=manifest"):
         with pytest.raises(UsageError, match="--set"):
             with_changes(DataOptions(), (wrong,))

@@ -63,7 +63,7 @@ def test_a_nested_image_without_its_mask_is_not_left_out(tmp_path):
     root = write_pictures(tmp_path, 3)
     move(root, "case2.png", "p1")
     shutil.move(root / "masks" / "p1" / "case2.png", root / "masks" / "case2.png")
-    with pytest.raises(InputError, match=r"case2 has no image; the nearest name is p1/case2 \(2 pairs; without a"):
+    with pytest.raises(InputError, match=r"case2 has no image: .*the nearest name is p1/case2 \(2 pairs; without a"):
         open_folder(root)
 
 
@@ -122,7 +122,7 @@ def test_an_image_of_another_kind_beside_its_mask_is_named(tmp_path):
     root = write_pictures(tmp_path)
     (root / "images" / "case2.png").unlink()
     (root / "images" / "case2.webp").write_bytes(b"RIFF\x24\0\0\0WEBPVP8 ")
-    with pytest.raises(InputError, match=r"case2 has no image; .*case2\.webp is of a kind that cannot be read \(3"):
+    with pytest.raises(InputError, match=r"case2 has no image: .*case2\.webp is of a kind that cannot be read \(3"):
         find_pairs(root)
 
 
@@ -132,19 +132,22 @@ def test_masks_with_one_ending_are_paired(tmp_path, ending, of_images):
     root = write_pictures(tmp_path, 3)
     rename_all(root / "masks", lambda name: name.replace(".png", f"{ending}.png"))
     rename_all(root / "images", lambda name: name.replace(".png", f"{of_images}.png"))
-    found = find_pairs(root)
-    assert {name: pair.mask.path.name for name, pair in found.pairs.items()} == {
+    scan = find_pairs(root)
+    assert {name: pair.mask.path.name for name, pair in scan.pairs.items()} == {
         f"case{number}": f"case{number}{ending}.png" for number in range(3)
     }
-    assert f"3 pairs: the names of all masks end with {ending}, which pairs them" in found.remarks
-    assert len(found.remarks) == 1 + bool(of_images)
+    assert f"3 pairs: the names of all masks end with {ending}, which pairs them" in scan.remarks
+    assert len(scan.remarks) == 1 + bool(of_images)
 
 
 def test_an_ending_that_pairs_all_but_one_is_refused_with_the_nearest_name(tmp_path):
     root = write_pictures(tmp_path, 3)
     rename_all(root / "masks", lambda name: name.replace(".png", "_mask.png"))
     (root / "masks" / "case1_mask.png").rename(root / "masks" / "case1_seg.png")
-    with pytest.raises(InputError, match=r"case0 has no mask; the nearest name is case0_mask \(0 pairs; without a p"):
+    with pytest.raises(
+        InputError,
+        match=r"case0 has no mask: there is no file of that name under masks/; the nearest name is case0_mask",
+    ):
         find_pairs(root)
 
 
@@ -186,11 +189,21 @@ def test_nnunets_folders_are_a_data_folder(tmp_path):
     assert is_labelled(root)
     data = open_dataset(None, root)
     assert sorted(case.name for case in all_cases(data)) == [f"case{number}" for number in range(4)]
-    assert "imagesTs/ is left out: its images have no masks here" in data.remarks
+    assert "only imagesTr/ and labelsTr/ are read; beside them lie, and are left out: imagesTs/" in data.remarks
     (root / "images").mkdir()
     (root / "masks").mkdir()
     with pytest.raises(InputError, match="images/masks and imagesTr/labelsTr; keep one pair"):
         open_folder(root)
+
+
+def test_other_folders_and_images_of_a_data_folder_are_named(tmp_path):
+    root = write_pictures(tmp_path)
+    for name in ("test", ".cache", "__MACOSX"):
+        (root / name).mkdir()
+    shutil.copy(root / "images" / "case0.png", root / "loose.png")
+    (root / "README.txt").write_text("-")
+    (remark,) = find_pairs(root).remarks
+    assert remark == "only images/ and masks/ are read; beside them lie, and are left out: loose.png, test/"
 
 
 def test_the_readers_of_archives_leave_no_link_and_no_folder_out(tmp_path):

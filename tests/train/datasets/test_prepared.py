@@ -26,22 +26,22 @@ def cases_of(root):
 
 def test_slices_of_pictures_and_volumes_are_prepared_in_the_order_of_the_cases(tmp_path):
     cases = cases_of(write_volumes(tmp_path / "data", 2, slices=3))
-    found = prepare_slices(cases, SCANS, 3, tmp_path / "out")
-    assert (len(found.images), found.images[0].shape) == (6, (3, 32, 32))
-    assert found.images[0].dtype == np.float32
+    slices = prepare_slices(cases, SCANS, 3, tmp_path / "out")
+    assert (len(slices.images), slices.images[0].shape) == (6, (3, 32, 32))
+    assert slices.images[0].dtype == np.float32
     for index, (volume, number) in enumerate((volume, number) for volume in (0, 1) for number in range(3)):
         pixels, labels = picture(100 * volume + number, (36, 28))
         spacing_mm = (1.5, 2.0)  # rows, columns, as write_nifti's x, y, z of 2, 1.5 and 3 mm lie
-        np.testing.assert_array_equal(found.images[index], prepare(pixels[..., np.newaxis], SCANS, spacing_mm))
-        np.testing.assert_array_equal(found.labels[index], prepare_labels(labels, SCANS, spacing_mm))
+        np.testing.assert_array_equal(slices.images[index], prepare(pixels[..., np.newaxis], SCANS, spacing_mm))
+        np.testing.assert_array_equal(slices.labels[index], prepare_labels(labels, SCANS, spacing_mm))
 
 
 def test_the_slices_lie_in_files_not_in_memory(tmp_path):
-    found = prepare_slices(cases_of(write_pictures(tmp_path / "data")), PICTURES, 2, tmp_path / "out")
-    assert isinstance(found.images, np.memmap)
-    assert isinstance(found.labels, np.memmap)
-    np.testing.assert_array_equal(np.load(tmp_path / "out" / "images.npy"), found.images)
-    np.testing.assert_array_equal(np.load(tmp_path / "out" / "labels.npy"), found.labels)
+    slices = prepare_slices(cases_of(write_pictures(tmp_path / "data")), PICTURES, 2, tmp_path / "out")
+    assert isinstance(slices.images, np.memmap)
+    assert isinstance(slices.labels, np.memmap)
+    np.testing.assert_array_equal(np.load(tmp_path / "out" / "images.npy"), slices.images)
+    np.testing.assert_array_equal(np.load(tmp_path / "out" / "labels.npy"), slices.labels)
 
 
 def test_slices_of_class_hold_their_class_and_no_other_slice_does(tmp_path):
@@ -51,9 +51,10 @@ def test_slices_of_class_hold_their_class_and_no_other_slice_does(tmp_path):
     labels[8:20, 8:20, 3] = 2
     labels[20:24, 8:12, 3] = 4
     write_nifti(root / "masks" / "scan0.nii.gz", labels)
-    found = prepare_slices([Case(image=root / "images" / "scan0.nii.gz", mask=root / "masks" / "scan0.nii.gz")],
-                           SCANS, 5, tmp_path / "out")  # fmt: skip
-    assert [slices.tolist() for slices in found.slices_of_class] == [[0, 1, 2, 3], [1, 3], [3]]
+    slices = prepare_slices(
+        [Case(image=root / "images" / "scan0.nii.gz", mask=root / "masks" / "scan0.nii.gz")], SCANS, 5, tmp_path / "out"
+    )
+    assert [indices.tolist() for indices in slices.slices_of_class] == [[0, 1, 2, 3], [1, 3], [3]]
 
 
 def test_a_class_that_the_canvas_cuts_away_is_in_no_slice(tmp_path):
@@ -64,8 +65,11 @@ def test_a_class_that_the_canvas_cuts_away_is_in_no_slice(tmp_path):
     write_nifti(image, np.zeros_like(labels), spacing_mm=(1, 1, 1))
     write_nifti(mask, labels, spacing_mm=(1, 1, 1))
     cropped = Preprocessing(image_size=(32, 32), spacing_mm=1.0)
-    found = prepare_slices([Case(image=image, mask=mask)], cropped, 3, tmp_path / "out")
-    assert [slices.tolist() for slices in found.slices_of_class] == [[0, 1], [0, 1]]  # balancing would draw it in vain
+    slices = prepare_slices([Case(image=image, mask=mask)], cropped, 3, tmp_path / "out")
+    assert [indices.tolist() for indices in slices.slices_of_class] == [
+        [0, 1],
+        [0, 1],
+    ]  # balancing would draw it in vain
 
 
 def test_a_bad_label_in_the_last_file_is_found_before_anything_is_written(tmp_path):
@@ -133,8 +137,8 @@ def test_only_the_block_of_a_case_is_prepared(tmp_path):
     root = write_volumes(tmp_path / "data", 1, slices=9)
     write_description(root, {"train": [{"image": "scan0", "slices": [2, 5]}]})
     cases = open_folder(root).cases("train")
-    found = prepare_slices(cases, SCANS, 3, tmp_path / "out")
+    slices = prepare_slices(cases, SCANS, 3, tmp_path / "out")
     image, _ = read_case(cases[0], 3)
-    assert len(found.images) == image.num_slices == 3
+    assert len(slices.images) == image.num_slices == 3
     expected = prepare(picture(4, (36, 28))[0][..., np.newaxis], SCANS, (1.5, 2.0))
-    np.testing.assert_array_equal(found.images[2], expected)
+    np.testing.assert_array_equal(slices.images[2], expected)

@@ -12,10 +12,12 @@ from medseg_trt.files import sha256
 from medseg_trt.train import runs
 from medseg_trt.train.checkpoint import load_checkpoint
 from medseg_trt.train.datasets.folder import manifest_sha256
-from medseg_trt.train.datasets.official import open_dataset, open_recorded, recorded_options
+from medseg_trt.train.datasets.official import open_dataset
 from medseg_trt.train.datasets.options import DataOptions, with_changes
 from medseg_trt.train.datasets.split_manifest import read_order, read_split_manifest
 from medseg_trt.train.loop import train
+from medseg_trt.train.provenance import DataRecord, Provenance
+from medseg_trt.train.recorded_data import open_recorded, recorded_options
 
 ANY = DataOptions(count="any")
 SPLITS = ("train", "val", "test")
@@ -47,18 +49,24 @@ def test_a_run_writes_its_splits_with_the_digest_of_every_file(busi, run):
     data = open_dataset(None, busi, DataOptions(count="any", split_seed=7, masks="first"))
     assert written["splits"] == names(data)
     assert written["how"] == {
-        "dataset": "busi", "order": "natural", "masks": "first", "normals": "exclude",
-        "split_seed": 7, "group_by": "none",
-    }  # fmt: skip
+        "dataset": "busi",
+        "order": "natural",
+        "masks": "first",
+        "normals": "exclude",
+        "split_seed": 7,
+        "group_by": "none",
+    }
     assert len(written["files"]) == 2 * 18  # masks after the first are no part of it
     for name, digest in written["files"].items():
         assert sha256(busi / name) == digest
 
 
 def test_the_checkpoint_holds_the_same_manifest(run):
-    recorded = load_checkpoint(run / "best.pt").provenance["data"]
-    assert recorded["manifest"] == json.loads((run / "data.json").read_text())
-    assert manifest_sha256(recorded["manifest"]) == recorded["sha256"]
+    recorded = load_checkpoint(run / "best.pt").provenance.data
+    assert recorded is not None
+    assert recorded.manifest is not None
+    assert recorded.manifest == json.loads((run / "data.json").read_text())
+    assert manifest_sha256(recorded.manifest) == recorded.sha256
 
 
 def test_the_digest_is_the_same_everywhere_and_changes_with_the_split(busi, tmp_path):
@@ -77,7 +85,9 @@ def test_a_manifest_gives_the_same_splits_and_the_same_digest(busi, run):
 
 def test_a_model_is_evaluated_on_the_split_it_was_trained_with(busi, run):
     provenance = load_checkpoint(run / "best.pt").provenance
-    assert names(open_recorded(busi, provenance)) == provenance["data"]["manifest"]["splits"]
+    assert provenance.data is not None
+    assert provenance.data.manifest is not None
+    assert names(open_recorded(busi, provenance)) == provenance.data.manifest["splits"]
     assert names(open_recorded(busi, provenance)) != names(open_dataset(None, busi, ANY))
 
 
@@ -94,11 +104,11 @@ def test_splits_that_a_manifest_gave_need_no_file_once_they_are_in_the_checkpoin
 def test_a_bundle_asks_for_the_manifest_that_it_does_not_hold(busi, run):
     manifest = run / "data.json"
     options = {"count": "any", "masks": "first", "manifest": "data.json"}
-    provenance = {"recipe": {"data": options}, "data": {"name": "BUSI"}}
+    provenance = Provenance(recipe={"data": options}, data=DataRecord(name="BUSI"))
     with pytest.raises(InputError, match=r"splits of data.json, which is not in it.*--set data.manifest=FILE"):
         open_recorded(busi, provenance)
-    given = with_changes(recorded_options(provenance), (f"data.manifest={manifest}",))
-    assert names(open_recorded(busi, provenance, given)) == json.loads(manifest.read_text())["splits"]
+    chosen = with_changes(recorded_options(provenance), (f"data.manifest={manifest}",))
+    assert names(open_recorded(busi, provenance, chosen)) == json.loads(manifest.read_text())["splits"]
 
 
 def test_a_changed_file_is_named(busi, run, tmp_path):

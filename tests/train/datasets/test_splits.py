@@ -92,8 +92,8 @@ def test_splits_are_scikit_learns_with_their_order(count, seed):
 def test_group_splits_are_scikit_learns(groups, seed):
     assume(len(set(groups)) > 1)
     (expected,) = GroupShuffleSplit(n_splits=1, test_size=0.2, random_state=seed).split(groups, groups=groups)
-    found = group_split(groups, 0.2, seed)
-    assert [found[0], found[1]] == [part.tolist() for part in expected]
+    split = group_split(groups, 0.2, seed)
+    assert [split[0], split[1]] == [part.tolist() for part in expected]
 
 
 @given(groups=st.lists(st.integers(0, 40).map(str), min_size=12, max_size=200), seed=st.integers(0, 1000))
@@ -101,15 +101,15 @@ def test_no_group_is_in_two_splits(groups, seed):
     assume(len(set(groups)) >= 4)
     splits = paper_split(range(len(groups)), seed, groups)
     assert sorted(chain.from_iterable(splits.values())) == list(range(len(groups)))
-    found = [{groups[index] for index in part} for part in splits.values()]
-    assert all(found)
-    assert sum(map(len, found)) == len(set(groups))
+    groups_of_split = [{groups[index] for index in part} for part in splits.values()]
+    assert all(groups_of_split)
+    assert sum(map(len, groups_of_split)) == len(set(groups))
 
 
 def test_a_split_by_case_would_share_groups():  # so that the test above can fail
     groups = [str(index // 4) for index in range(40)]
-    found = [{groups[index] for index in part} for part in paper_split(range(40)).values()]
-    assert sum(map(len, found)) > 10
+    groups_of_split = [{groups[index] for index in part} for part in paper_split(range(40)).values()]
+    assert sum(map(len, groups_of_split)) > 10
 
 
 def test_the_seeds_of_several_splits_begin_with_the_papers():

@@ -15,10 +15,10 @@ def test_the_block_and_its_mappers_cost_what_their_matrices_say():
 
 @pytest.mark.parametrize(("size", "factor"), [((256, 512), 2), ((512, 512), 4)])
 def test_convolutions_grow_with_the_image_and_attention_faster(size, factor):
-    small, large = (cost(model_spec("transunet-tiny", each, 2)).macs for each in ((256, 256), size))
+    small, large = (cost(model_spec("transunet-tiny", image_size, 2)).macs for image_size in ((256, 256), size))
     assert factor * small < large < 1.2 * factor * small
 
 
 def test_weights_take_four_bytes_each():
-    found = cost(model_spec("transunet-tiny", (32, 32), 2))
-    assert found.weight_bytes_fp32 == 4 * found.parameters["total"]
+    tiny_cost = cost(model_spec("transunet-tiny", (32, 32), 2))
+    assert tiny_cost.weight_bytes_fp32 == 4 * tiny_cost.parameters["total"]

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from medseg_trt.errors import UsageError
-from medseg_trt.spec import BlockSpec, ModelSpec
+from medseg_trt.network_spec import ModelSpec
+from medseg_trt.spec import BlockSpec
 from medseg_trt.train.block.blocks import random_block
 from medseg_trt.train.models.model import MODELS, TINY_LLAMA, LanguageInsert, build_model, count_parameters, model_spec
 
@@ -29,8 +30,8 @@ def test_the_published_parameter_counts_to_the_unit(architecture, size, classes,
 @pytest.mark.parametrize("architecture", MODELS)
 def test_every_architecture_answers_in_the_size_of_its_image(architecture):
     with torch.device("meta"):
-        model = build_model(model_spec(architecture, (64, 32), 3))
-        assert model(torch.empty(2, 3, 64, 32)).shape == (2, 3, 64, 32)
+        model = build_model(model_spec(architecture, (128, 64), 3)).eval()
+        assert model(torch.empty(2, 3, 128, 64)).shape == (2, 3, 128, 64)
 
 
 def test_only_the_language_layer_is_frozen():
@@ -53,7 +54,7 @@ def test_the_insert_is_mapper_block_norm_mapper_and_nothing_else():
     insert = build_model(spec, random_block(TINY_LLAMA, seed=0)).insert
     assert isinstance(insert, LanguageInsert)
     insert.double()
-    tokens = torch.randn(2, 4, spec.hidden_size, dtype=torch.float64)
+    tokens = torch.randn(2, 4, spec.token_width, dtype=torch.float64)
     inner = insert.block(tokens @ insert.mapper1.weight.T)
     normed = inner / (inner.square().mean(-1, keepdim=True) + TINY_LLAMA.rms_norm_eps).sqrt()
     expected = normed @ insert.mapper2.weight.T

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from medseg_trt.spec import ModelSpec
-from medseg_trt.train.models.model import transunet, transunet_tiny
+from medseg_trt.network_spec import ModelSpec
+from medseg_trt.train.models.presets import transunet, transunet_tiny
 from medseg_trt.train.models.transunet import Bottleneck, StdConv2d, TransUNet
 
 # Parameters of each part at 256 x 256 and 1 class, derived by hand from the layer table of the published R50-ViT-B/16.
@@ -89,11 +89,11 @@ def test_tokens_keep_their_place_in_a_picture_that_is_not_square():
     """What changes in the picture's top right corner must change the answer there most."""
     torch.manual_seed(0)
     model = TransUNet(transunet_tiny((64, 128), 2)).eval()
-    picture = torch.randn(1, 3, 64, 128)
-    touched = picture.clone()
+    image = torch.randn(1, 3, 64, 128)
+    touched = image.clone()
     touched[..., :16, 112:] += 5
     with torch.no_grad():
-        change = (model(touched) - model(picture)).abs().sum((0, 1))
+        change = (model(touched) - model(image)).abs().sum((0, 1))
     tokens = change.unflatten(0, (4, 16)).unflatten(2, (8, 16)).mean((1, 3))  # (64, 128) -> (4, 8) tokens
     assert divmod(int(tokens.argmax()), 8) == (0, 7)
 
@@ -121,11 +121,11 @@ def test_the_shortcut_is_normalised_per_channel():
 def test_two_models_of_different_specs_disturb_neither():
     torch.manual_seed(0)
     first = TransUNet(transunet_tiny((32, 32), 2)).eval()
-    picture = torch.randn(1, 3, 32, 32)
-    before = first(picture)
+    image = torch.randn(1, 3, 32, 32)
+    before = first(image)
     TransUNet(transunet_tiny((64, 32), 5))
     with torch.device("meta"):
         TransUNet(transunet((224, 224), 9))
         again = sum(p.numel() for p in TransUNet(transunet((256, 256), 1)).parameters())
-    assert torch.equal(first(picture), before)
+    assert torch.equal(first(image), before)
     assert again == 105_322_001

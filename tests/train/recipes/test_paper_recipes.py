@@ -12,13 +12,13 @@ from tiny import tiny_recipe
 from medseg_trt.errors import UsageError
 from medseg_trt.spec import Preprocessing
 from medseg_trt.train import loop
-from medseg_trt.train.augment import Step, augment, rotate, turn_and_mirror, worker_steps
 from medseg_trt.train.datasets.folder import Case
 from medseg_trt.train.datasets.prepared import mapped_slices, source_slices
 from medseg_trt.train.epoch_slices import EpochSlices
 from medseg_trt.train.loop import make_optimizer
+from medseg_trt.train.recipes.augment import Step, augment, rotate, turn_and_mirror, worker_steps
 from medseg_trt.train.recipes.recipes import recipe
-from medseg_trt.train.schedules import learning_rate, scheduled_step
+from medseg_trt.train.recipes.schedules import learning_rate, scheduled_step
 
 LESIONS = ("isic2017", "busi", "clinicdb", "colondb")
 VOLUMES = ("synapse", "acdc")
@@ -39,15 +39,19 @@ def rate(spec, step, steps_per_epoch):
 
 @pytest.mark.parametrize("name", LESIONS)
 def test_lesions_are_trained_as_the_paper_and_unext_say(name):
-    found = recipe(name)
-    spec = found.train
-    assert found.data.dataset == name
-    assert (found.architecture, found.preprocessing.image_size) == ("transunet", (256, 256))
+    lesion_recipe = recipe(name)
+    spec = lesion_recipe.train
+    assert lesion_recipe.data.dataset == name
+    assert (lesion_recipe.architecture, lesion_recipe.preprocessing.image_size) == ("transunet", (256, 256))
     assert (spec.epochs, spec.batch_size, spec.drop_last, spec.seed) == (200, 8, True, 1234)
     assert (spec.optimizer, spec.learning_rate, spec.min_learning_rate, spec.weight_decay) == ("adam", 1e-4, 1e-5, 1e-4)
-    assert found.augmentation == (Step(name="rotate90", probability=0.5), Step(name="flip", probability=0.5))
+    assert lesion_recipe.augmentation == (Step(name="rotate90", probability=0.5), Step(name="flip", probability=0.5))
     assert (spec.validate_with, spec.best, spec.first_of_equals) == ("unext_batch", "iou", True)
-    assert (found.input_scale, found.preprocessing.channel_order, found.pretrained) == ("unext", "bgr", "file")
+    assert (lesion_recipe.input_scale, lesion_recipe.preprocessing.channel_order, lesion_recipe.pretrained) == (
+        "unext",
+        "bgr",
+        "file",
+    )
     optimizer = make_optimizer(torch.nn.Linear(1, 1), spec)
     assert type(optimizer) is torch.optim.Adam  # AdamW's decay is another one
     assert (optimizer.defaults["weight_decay"], optimizer.defaults["betas"]) == (1e-4, (0.9, 0.999))
@@ -56,13 +60,16 @@ def test_lesions_are_trained_as_the_paper_and_unext_say(name):
 
 @pytest.mark.parametrize("name", VOLUMES)
 def test_volumes_are_trained_as_transunet_says(name):
-    found = recipe(name)
-    spec = found.train
-    assert (found.data.dataset, found.preprocessing.image_size) == (name, (256, 256))
+    volume_recipe = recipe(name)
+    spec = volume_recipe.train
+    assert (volume_recipe.data.dataset, volume_recipe.preprocessing.image_size) == (name, (256, 256))
     assert (spec.epochs, spec.batch_size, spec.drop_last, spec.seed) == (150, 24, False, 1234)
     assert (spec.optimizer, spec.learning_rate, spec.momentum, spec.weight_decay) == ("sgd", 0.01, 0.9, 1e-4)
-    assert found.preprocessing.resize == "spline3"
-    assert (found.augment_at, found.training_resize) == ("source", {"synapse": None, "acdc": "spline0"}[name])
+    assert volume_recipe.preprocessing.resize == "spline3"
+    assert (volume_recipe.augment_at, volume_recipe.training_resize) == (
+        "source",
+        {"synapse": None, "acdc": "spline0"}[name],
+    )
     assert (spec.best, spec.keep_epochs) == {"synapse": ("last", (100,)), "acdc": ("dice", ())}[name]
     assert type(make_optimizer(torch.nn.Linear(1, 1), spec)) is torch.optim.SGD
 
@@ -101,7 +108,9 @@ def test_poly_follows_transunets_trainer_step_by_step():
 def test_a_short_last_batch_is_left_out_or_trained_on(source, tmp_path, no_curve, monkeypatch):
     data, block = source  # five pictures, four for training
     steps, real = [], loop.segmentation_loss
-    monkeypatch.setattr(loop, "segmentation_loss", lambda *given: steps.append(len(given[0])) or real(*given))
+    monkeypatch.setattr(
+        loop, "segmentation_loss", lambda *arguments: steps.append(len(arguments[0])) or real(*arguments)
+    )
     for changes in (("train.batch_size=3",), ("train.batch_size=3", "train.drop_last=false")):
         loop.train(tiny_recipe("train.epochs=1", *changes), data, tmp_path / str(len(steps)), block=block)
     assert steps == [3, 3, 1]
@@ -113,9 +122,9 @@ def test_input_scales_are_named_and_come_to_the_checkpoint_as_mean_and_std():
         ("imagenet", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
         ("unext", (0.485, 0.456, 0.406), (58.395, 57.12, 57.375)),
     ):
-        contract = recipe("busi", [f"input_scale={name}"]).contract
-        assert contract.mean == mean
-        assert contract.std == pytest.approx(std)
+        preprocessing = recipe("busi", [f"input_scale={name}"]).contract
+        assert preprocessing.mean == mean
+        assert preprocessing.std == pytest.approx(std)
     own = recipe("busi", ["input_scale=own", "preprocessing.mean=[0.1, 0.2, 0.3]"]).contract
     assert (own.mean, own.std) == ((0.1, 0.2, 0.3), (1, 1, 1))
 
@@ -158,13 +167,15 @@ def test_a_training_slice_is_what_transunets_generator_makes(tmp_path, resize, o
         kind, expected, expected_label = random_generator(image, label, seed, (32, 32), order)
         kinds.add(kind)
         amount = np.random.default_rng(seed)
-        given = slices.images[0], slices.labels[0]
+        image_and_labels = slices.images[0], slices.labels[0]
         if kind != "none":
             step = steps[kind]
-            given = {"turn_and_mirror": turn_and_mirror, "rotate": rotate}[step.name](*given, amount, **step.options)
-        found, found_label = slices.finish(*given)
-        np.testing.assert_allclose(found, np.stack([np.asarray(expected)] * 3), atol=2**-22)
-        np.testing.assert_array_equal(found_label, expected_label)
+            image_and_labels = {"turn_and_mirror": turn_and_mirror, "rotate": rotate}[step.name](
+                *image_and_labels, amount, **step.options
+            )
+        finished_image, finished_label = slices.finish(*image_and_labels)
+        np.testing.assert_allclose(finished_image, np.stack([np.asarray(expected)] * 3), atol=2**-22)
+        np.testing.assert_array_equal(finished_label, expected_label)
     assert kinds == {"turn", "rotate", "none"}
 
 
@@ -187,7 +198,7 @@ def test_half_of_the_slices_are_turned_and_a_quarter_rotated_by_20_degrees_at_mo
 
 def test_the_faithful_loader_repeats_its_choices_every_epoch_and_by_worker():
     steps = recipe("synapse").augmentation
-    found = [[step.name for step in each] for each in worker_steps(steps, 1234, 24 * 8 * 2 + 5, 24)]
+    names = [[step.name for step in slice_steps] for slice_steps in worker_steps(steps, 1234, 24 * 8 * 2 + 5, 24)]
     expected = {}
     for worker in range(8):
         draw = random.Random(1234 + worker)
@@ -196,7 +207,7 @@ def test_the_faithful_loader_repeats_its_choices_every_epoch_and_by_worker():
             first = draw.random() > 0.5
             chosen.append(["turn_and_mirror"] if first else ["rotate"] if draw.random() > 0.5 else [])
     seen = dict.fromkeys(range(8), 0)
-    for item, kind in enumerate(found):
+    for item, kind in enumerate(names):
         worker = item // 24 % 8
         assert kind == expected[worker][seen[worker]]
         seen[worker] += 1
@@ -248,10 +259,10 @@ def test_an_images_own_window_is_that_of_the_whole_volume():
     from medseg_trt.imaging.segment import prepared_slices
 
     pixels = np.arange(3 * 16 * 16, dtype=np.int16).reshape(3, 16, 16, 1) + 100
-    found = prepared_slices(
+    slices = prepared_slices(
         Image(path=Path("generated"), pixels=pixels), Preprocessing(image_size=(16, 16), own_window=True)
     )
     expected = (pixels[..., 0] - 100) / (3 * 16 * 16 - 1)  # SSL4MIS: (image - min) / (max - min) of the volume
-    np.testing.assert_allclose(found[:, 0], expected, atol=1e-6)
-    flat = Image(path=Path("generated"), pixels=np.full((1, 16, 16, 1), 7, np.int16))
-    assert not prepared_slices(flat, Preprocessing(image_size=(16, 16), own_window=True)).any()
+    np.testing.assert_allclose(slices[:, 0], expected, atol=1e-6)
+    uniform = Image(path=Path("generated"), pixels=np.full((1, 16, 16, 1), 7, np.int16))
+    assert not prepared_slices(uniform, Preprocessing(image_size=(16, 16), own_window=True)).any()

@@ -18,6 +18,7 @@ from medseg_trt.errors import ArtefactError, UsageError
 from medseg_trt.train.checkpoint import load_checkpoint
 from medseg_trt.train.loop import train
 from medseg_trt.train.models.model import build_model, model_spec
+from medseg_trt.train.models.transunet import TransUNet
 from medseg_trt.train.weights.pretrained import ENCODER_PARTS, load_encoder, resized_positions
 from medseg_trt.train.weights.weight_names import NPZ, TIMM, names_elsewhere
 
@@ -122,9 +123,11 @@ def zoomed(stored, grid):
     )
 
 
-def tiny_model(size=(32, 32)):
+def tiny_model(size=(32, 32)) -> TransUNet:
     torch.manual_seed(3)
-    return build_model(tiny_spec("transunet-tiny", size, 1))
+    model = build_model(tiny_spec("transunet-tiny", size, 1))
+    assert isinstance(model, TransUNet)
+    return model
 
 
 def encoder_of(model):
@@ -143,14 +146,14 @@ def test_every_array_of_an_npz_comes_to_its_place_or_is_named(npz, size):
     model, arrays = tiny_model(size), npz_arrays()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert tuple(load_encoder(model, npz)) == UNUSED
-    found = encoder_of(model)
+    encoder = encoder_of(model)
     expected = as_published(arrays)
     grid = (size[0] // 16, size[1] // 16)
     positions = arrays["Transformer/posembed_input/pos_embedding"]
     expected["position_embedding"] = positions[:, 1:] if grid == (14, 14) else zoomed(positions, grid)
-    assert found.keys() == expected.keys()
+    assert encoder.keys() == expected.keys()
     for name, value in expected.items():
-        np.testing.assert_array_equal(found[name], value, err_msg=name)
+        np.testing.assert_array_equal(encoder[name], value, err_msg=name)
     rest = {name for name in before if not name.startswith(ENCODER_PARTS)}
     assert rest
     assert all(torch.equal(before[name], model.state_dict()[name]) for name in rest)
@@ -158,21 +161,21 @@ def test_every_array_of_an_npz_comes_to_its_place_or_is_named(npz, size):
 
 def test_positions_of_14_x_14_tokens_become_16_x_16_as_scipy_zooms_them():
     stored = np.random.default_rng(0).normal(size=(1, 197, 768)).astype(np.float32)
-    found = resized_positions(torch.from_numpy(stored), (16, 16)).numpy()
-    np.testing.assert_array_equal(found, zoomed(stored, (16, 16)))
-    np.testing.assert_array_equal(found[0, 0], stored[0, 1])  # the corners stay where they are
-    np.testing.assert_array_equal(found[0, -1], stored[0, -1])
+    resized = resized_positions(torch.from_numpy(stored), (16, 16)).numpy()
+    np.testing.assert_array_equal(resized, zoomed(stored, (16, 16)))
+    np.testing.assert_array_equal(resized[0, 0], stored[0, 1])  # the corners stay where they are
+    np.testing.assert_array_equal(resized[0, -1], stored[0, -1])
 
 
 def timm_tensors(arrays):
     """Say the same weights in timm's names, from the table of names alone."""
     published = as_published(arrays) | {"position_embedding": arrays["Transformer/posembed_input/pos_embedding"]}
     tensors, parts = {}, {}
-    for ours, place in names_elsewhere(TIMM, published).items():
-        if place.layout in ("query", "key", "value"):
-            parts.setdefault(place.name, {})[place.layout] = published[ours]
+    for ours, source in names_elsewhere(TIMM, published).items():
+        if source.layout in ("query", "key", "value"):
+            parts.setdefault(source.name, {})[source.layout] = published[ours]
         else:
-            tensors[place.name] = published[ours]
+            tensors[source.name] = published[ours]
     for name, three in parts.items():
         tensors[name] = np.concatenate([three["query"], three["key"], three["value"]])
     tensors |= {"cls_token": arrays["cls"], "head.weight": arrays["head/kernel"].T, "head.bias": arrays["head/bias"]}
@@ -194,12 +197,12 @@ def test_the_names_are_timms_own_at_full_size():
     with torch.device("meta"):
         ours = build_model(model_spec("transunet", (224, 224), 1)).state_dict()
     encoder = {name: value for name, value in ours.items() if name.startswith(ENCODER_PARTS)}
-    places = names_elsewhere(TIMM, encoder)
-    assert theirs.keys() - {place.name for place in places.values()} == {"cls_token", "head.weight", "head.bias"}
-    for name, place in places.items():
-        if place.layout == "same":
-            assert theirs[place.name] == list(encoder[name].shape)
-    assert len(names_elsewhere(NPZ, encoder)) == len({each.name for each in names_elsewhere(NPZ, encoder).values()})
+    sources = names_elsewhere(TIMM, encoder)
+    assert theirs.keys() - {source.name for source in sources.values()} == {"cls_token", "head.weight", "head.bias"}
+    for name, source in sources.items():
+        if source.layout == "same":
+            assert theirs[source.name] == list(encoder[name].shape)
+    assert len(names_elsewhere(NPZ, encoder)) == len({source.name for source in names_elsewhere(NPZ, encoder).values()})
 
 
 def broken(tmp_path, **changes):
@@ -253,8 +256,9 @@ def test_a_training_starts_from_the_file_and_says_so(source, npz, tmp_path, no_c
     expected = as_published(npz_arrays())
     for name, value in expected.items():
         np.testing.assert_array_equal(best.weights[name].numpy(), value)
-    assert best.provenance["weights"]["file"] == "R50+ViT-B_16.npz"
-    assert best.provenance["weights"]["unused"] == list(UNUSED)
+    assert best.provenance.weights is not None
+    assert best.provenance.weights.file == "R50+ViT-B_16.npz"
+    assert best.provenance.weights.unused == UNUSED
     train(chosen, data, tmp_path / "run", block=block, resume=True)  # the file is no longer needed
     save_npz(tmp_path / "other.npz", npz_arrays(seed=1))
     with pytest.raises(UsageError, match="started with another pretrained weights"):
@@ -276,8 +280,10 @@ def test_the_command_takes_the_file_and_records_it(source, npz, tmp_path, no_cur
     run += [part for change in tiny_changes("train.epochs=0") for part in ("--set", change)]
     ran = CliRunner().invoke(cli, [*run, "-o", str(tmp_path / "run"), "--json"])
     assert ran.exit_code == 0, ran.output
-    checkpoint = load_checkpoint(Path(json.loads(ran.stdout)["checkpoint"]))
-    assert checkpoint.provenance["recipe"]["pretrained"] == "file"
-    assert checkpoint.provenance["weights"]["file"] == npz.name
+    provenance = load_checkpoint(Path(json.loads(ran.stdout)["checkpoint"])).provenance
+    assert provenance.recipe is not None
+    assert provenance.weights is not None
+    assert provenance.recipe["pretrained"] == "file"
+    assert provenance.weights.file == npz.name
     ran = CliRunner().invoke(cli, [*run, "-o", str(tmp_path / "other"), "--set", "pretrained=none"])
     assert isinstance(ran.exception, UsageError)

@@ -1,11 +1,12 @@
-"""Draw a report's plots as SVG that takes its colours from the page, so that one drawing serves light, dark and paper.
+"""Draw the plots of a report as SVG with the page's CSS variables as colours, for light, dark and print.
 
-Matplotlib draws in placeholder colours, which are then replaced by the page's CSS variables; text stays text.
+Matplotlib draws in placeholder colours, which are then replaced by the variables; text is kept as text.
 """
 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from io import StringIO
+from itertools import cycle
 from math import fsum
 from typing import Any
 
@@ -33,6 +34,7 @@ MARKERS = "osD^vP*X"
 CURVE_POINTS = 160
 LETTER_POINTS, LINE_POINTS = 6.0, 12.0  # of a label
 SETTINGS: Mapping[str, Any] = {
+    "text.parse_math": False,  # a dollar sign in a name is text
     "svg.fonttype": "none",
     "font.size": 10,
     "text.color": INK,
@@ -54,7 +56,7 @@ SETTINGS: Mapping[str, Any] = {
 
 
 def figures(report: Report) -> dict[str, str]:
-    """Return the plots that the report has the figures for, as SVG elements by name."""
+    """Return the plots whose figures the report has, as SVG elements by name."""
     drawers: Mapping[str, tuple[Callable[[Report, Any], bool], Callable[[Report], float]]] = {
         "latency": (_latency, lambda report: 0.9 + 0.62 * len(report.rows)),
         "accuracy-latency": (_accuracy_latency, lambda _: 3.9),
@@ -65,17 +67,17 @@ def figures(report: Report) -> dict[str, str]:
     matplotlib = require("matplotlib", "report")
     from matplotlib.figure import Figure
 
-    found: dict[str, str] = {}
+    plots: dict[str, str] = {}
     for name, (draw, height) in drawers.items():
         with matplotlib.rc_context({**SETTINGS, "svg.hashsalt": name}):
             figure = Figure(figsize=(WIDTH_INCHES, height(report)), layout="constrained")
             if draw(report, figure.add_subplot()):
-                found[name] = _svg(figure, name)
-    return found
+                plots[name] = _svg(figure, name)
+    return plots
 
 
 def series(report: Report) -> dict[str, int]:
-    """Return the number of every row's colour; the reference has the first, whatever its place."""
+    """Return the index of every row's colour; the reference has the first."""
     return {row.name: index % len(SERIES) for index, row in enumerate(report.rows)}
 
 
@@ -84,7 +86,9 @@ def _svg(figure: Any, name: str) -> str:
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     drawn = text.getvalue()
     drawn = drawn[drawn.index("<svg") :]
-    drawn = re.sub(r"<style.*?</style>|<metadata>.*?</metadata>", "", drawn, flags=re.DOTALL)  # a style is the page's
+    drawn = re.sub(
+        r"<style.*?</style>|<metadata>.*?</metadata>", "", drawn, flags=re.DOTALL
+    )  # the page has its own style
     drawn = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px var(--font)", drawn)
     for color, variable in VARIABLES.items():
         drawn = drawn.replace(color, variable)
@@ -94,21 +98,21 @@ def _svg(figure: Any, name: str) -> str:
 
 
 def _latency(report: Report, axes: Any) -> bool:
-    """Draw how the times of the network alone are distributed: a hill each, with its percentiles."""
-    rows = [(row, found) for row in report.rows if isinstance(found := row.latency["model"], Latency)]
-    for place, (row, found) in enumerate(reversed(rows)):
+    """Draw the distribution of the times of the network alone, with percentiles."""
+    rows = [(row, latency) for row in report.rows if isinstance(latency := row.latency["model"], Latency)]
+    for level, (row, latency) in enumerate(reversed(rows)):
         color = SERIES[series(report)[row.name]]
-        positions, heights = _hill(np.log10(found.samples_ms))
-        axes.fill_between(10**positions, place, place + 0.72 * heights, color=color, alpha=0.35, linewidth=0)
-        axes.plot(10**positions, place + 0.72 * heights, color=color, linewidth=1.2)
-        axes.plot([found.median_ms] * 2, [place, place + 0.72], color=color, linewidth=2)
-        for at, height in ((found.p90_ms, 0.34), (found.p99_ms, 0.22)):
-            axes.plot([at] * 2, [place, place + height], color=color, linewidth=1.6)
+        positions, heights = _hill(np.log10(latency.samples_ms))
+        axes.fill_between(10**positions, level, level + 0.72 * heights, color=color, alpha=0.35, linewidth=0)
+        axes.plot(10**positions, level + 0.72 * heights, color=color, linewidth=1.2)
+        axes.plot([latency.median_ms] * 2, [level, level + 0.72], color=color, linewidth=2)
+        for at, height in ((latency.p90_ms, 0.34), (latency.p99_ms, 0.22)):
+            axes.plot([at] * 2, [level, level + height], color=color, linewidth=1.6)
     axes.set_yticks(range(len(rows)), [row.name for row, _ in reversed(rows)])
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     _milliseconds(axes, "x")
-    axes.set_xlabel("milliseconds a batch, logarithmic; tall line: median, short lines: p90 and p99")
+    axes.set_xlabel("milliseconds per batch, logarithmic; tall line: median, short lines: p90 and p99")
     axes.grid(axis="x", linewidth=0.6)
     axes.set_ylim(-0.12, len(rows) - 0.1)
     return bool(rows)
@@ -126,21 +130,21 @@ def _hill(values: ndarray) -> tuple[ndarray, ndarray]:
 
 
 def _accuracy_latency(report: Report, axes: Any) -> bool:
-    """Draw Dice against time: the upper left corner is the best place."""
+    """Draw Dice against time."""
     drawn: list[tuple[float, float, Row]] = []
     for row in report.rows:
-        found, accuracy = row.latency["model"], row.accuracy
-        if not isinstance(found, Latency) or not isinstance(accuracy, Accuracy) or accuracy.mean_dice is None:
+        latency, accuracy = row.latency["model"], row.accuracy
+        if not isinstance(latency, Latency) or not isinstance(accuracy, Accuracy) or accuracy.mean_dice is None:
             continue
         color = SERIES[series(report)[row.name]]
         level = accuracy.mean_dice
         if isinstance(row.verdict, Verdict):
             level = row.verdict.candidate
             ends = (row.verdict.reference - row.verdict.drop_high, row.verdict.reference - row.verdict.drop_low)
-            axes.plot([found.median_ms] * 2, ends, color=color, linewidth=1.6)
-        axes.plot([found.median_ms, found.p90_ms], [level] * 2, color=color, linewidth=1.6)
-        axes.plot(found.median_ms, level, MARKERS[series(report)[row.name]], color=color, markersize=8)
-        drawn.append((found.median_ms, level, row))
+            axes.plot([latency.median_ms] * 2, ends, color=color, linewidth=1.6)
+        axes.plot([latency.median_ms, latency.p90_ms], [level] * 2, color=color, linewidth=1.6)
+        axes.plot(latency.median_ms, level, MARKERS[series(report)[row.name]], color=color, markersize=8)
+        drawn.append((latency.median_ms, level, row))
     verdicts = [row.verdict for row in report.rows if isinstance(row.verdict, Verdict)]
     if not drawn or not verdicts:
         return False
@@ -149,7 +153,7 @@ def _accuracy_latency(report: Report, axes: Any) -> bool:
     _milliseconds(axes, "x")
     axes.margins(x=0.22, y=0.18)
     axes.annotate(
-        "lowest Dice that is allowed",
+        "lowest allowed Dice",
         (1, floor),
         (-2, 3),
         xycoords=("axes fraction", "data"),
@@ -160,37 +164,37 @@ def _accuracy_latency(report: Report, axes: Any) -> bool:
         fontsize=9,
     )
     _label(axes, drawn)
-    axes.set_xlabel("milliseconds a batch, the network alone; line to p90")
+    axes.set_xlabel("milliseconds per batch, the network alone; line to p90")
     axes.set_ylabel("mean Dice; line: interval")
     axes.grid(linewidth=0.6)
     return True
 
 
 def _label(axes: Any, drawn: Sequence[tuple[float, float, Row]]) -> None:
-    """Write the rows' names to the right of their points, lower where another name is in the way."""
-    axes.figure.draw_without_rendering()  # fixes where the points are
-    taken: list[tuple[float, float, float]] = []
-    for x, y, row in sorted(drawn, key=lambda each: -each[1]):
+    """Write the rows' names to the right of their points, or lower if they would overlap."""
+    axes.figure.draw_without_rendering()  # fixes the positions of the points
+    occupied: list[tuple[float, float, float]] = []
+    for x, y, row in sorted(drawn, key=lambda point: -point[1]):
         left, at = axes.transData.transform((x, y)) * 72 / axes.figure.dpi
-        width, place = LETTER_POINTS * len(row.name), float(at)
+        width, bottom = LETTER_POINTS * len(row.name), float(at)
         while any(
-            left < end and begin < left + width and abs(place - other) < LINE_POINTS for begin, end, other in taken
+            left < end and begin < left + width and abs(bottom - other) < LINE_POINTS for begin, end, other in occupied
         ):
-            place -= 1
-        taken.append((left, left + width, place))
-        axes.annotate(row.name, (x, y), (5, place - at + 6), textcoords="offset points", va="bottom", fontsize=9.5)
+            bottom -= 1
+        occupied.append((left, left + width, bottom))
+        axes.annotate(row.name, (x, y), (5, bottom - at + 6), textcoords="offset points", va="bottom", fontsize=9.5)
 
 
 def _roofline(report: Report, axes: Any) -> bool:
-    """Draw what the rows reach below what the machine does."""
+    """Draw the rows below the machine's roofline."""
     points = [(row, row.roofline) for row in report.rows if isinstance(row.roofline, Roofline)]
     if not points or not isinstance(report.peaks, tuple):
         return False
-    lowest = min(found.intensity for _, found in points) / 4
+    lowest = min(roofline.intensity for _, roofline in points) / 4
     ridges = [peak.gmacs_per_s / peak.gbytes_per_s for peak in report.peaks]
-    highest = 4 * max(*ridges, *(found.intensity for _, found in points))
+    highest = 4 * max(*ridges, *(roofline.intensity for _, roofline in points))
     intensities = np.geomspace(lowest, highest, 100)
-    for style, peak in zip(("-", (0, (5, 2)), (0, (1, 1.5)), "-."), report.peaks, strict=False):
+    for style, peak in zip(cycle(("-", (0, (5, 2)), (0, (1, 1.5)), "-.")), report.peaks, strict=False):
         axes.plot(
             intensities,
             np.minimum(peak.gmacs_per_s, intensities * peak.gbytes_per_s),
@@ -199,7 +203,7 @@ def _roofline(report: Report, axes: Any) -> bool:
             linestyle=style,
         )
         axes.annotate(
-            f"{peak.arithmetic} roof",
+            f"{peak.arithmetic} roof" + ("" if peak.device == "CPU" else f", {peak.device}"),
             (highest, peak.gmacs_per_s),
             (0, 3),
             textcoords="offset points",
@@ -207,10 +211,10 @@ def _roofline(report: Report, axes: Any) -> bool:
             va="bottom",
             fontsize=9,
         )
-    for row, found in points:
+    for row, roofline in points:
         axes.plot(
-            found.intensity,
-            found.reached_gmacs_per_s,
+            roofline.intensity,
+            roofline.reached_gmacs_per_s,
             MARKERS[series(report)[row.name]],
             color=SERIES[series(report)[row.name]],
             markersize=8,
@@ -220,36 +224,36 @@ def _roofline(report: Report, axes: Any) -> bool:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(_plain)
         axis.set_minor_formatter("")
-    _label(axes, [(found.intensity, found.reached_gmacs_per_s, row) for row, found in points])
-    axes.set_xlabel("multiply-accumulates a byte moved, logarithmic")
-    axes.set_ylabel("billion multiply-accumulates a second")
+    _label(axes, [(roofline.intensity, roofline.reached_gmacs_per_s, row) for row, roofline in points])
+    axes.set_xlabel("multiply-accumulates per byte moved, logarithmic")
+    axes.set_ylabel("billion multiply-accumulates per second")
     axes.grid(linewidth=0.6)
     return True
 
 
 def _parts(report: Report, axes: Any) -> bool:
-    """Draw which part of the network the time goes to."""
+    """Draw the share of the time of every part of the network."""
     rows = [(row, row.profile) for row in report.rows if isinstance(row.profile, Profile)]
     names = ["resnet", "vit", "block", "decoder", "other"]
     shares = {
-        row.name: [fsum(part.share for part in found.parts if part.part == name) for name in names]
-        for row, found in rows
+        row.name: [fsum(part.share for part in profile.parts if part.part == name) for name in names]
+        for row, profile in rows
     }
     return _stacked(axes, shares, names, "share of the time of all steps")
 
 
 def _stages(report: Report, axes: Any) -> bool:
-    """Draw what the way from file to file consists of."""
+    """Draw the stages from image file to mask file."""
     rows = {row.name: list(row.stages_ms.values()) for row in report.rows if row.stages_ms}
     names = next((list(row.stages_ms) for row in report.rows if row.stages_ms), [])
     return _stacked(axes, rows, names, "milliseconds from the image file to the mask file, medians")
 
 
 def _stacked(axes: Any, rows: Mapping[str, Sequence[float]], names: Sequence[str], label: str) -> bool:
-    for place, values in enumerate(reversed(list(rows.values()))):
+    for position, values in enumerate(reversed(list(rows.values()))):
         left = 0.0
         for index, value in enumerate(values):
-            axes.barh(place, value, left=left, height=0.62, color=PIECES[index], linewidth=0)
+            axes.barh(position, value, left=left, height=0.62, color=PIECES[index], linewidth=0)
             left += value
     axes.set_yticks(range(len(rows)), list(reversed(list(rows))))
     axes.tick_params(axis="y", length=0)
@@ -273,7 +277,7 @@ def _stacked(axes: Any, rows: Mapping[str, Sequence[float]], names: Sequence[str
 
 
 def _milliseconds(axes: Any, which: str) -> None:
-    """Make an axis logarithmic, with ticks at 1, 2 and 5 where there is room for them."""
+    """Make an axis logarithmic, with ticks at 1, 2 and 5 if they fit."""
     from matplotlib.ticker import LogLocator
 
     axes.set(**{f"{which}scale": "log"})
@@ -283,5 +287,5 @@ def _milliseconds(axes: Any, which: str) -> None:
     axis.set_minor_formatter("")
 
 
-def _plain(value: float, _place: int) -> str:
+def _plain(value: float, _position: int) -> str:
     return f"{value:g}"

@@ -102,7 +102,7 @@ def _from_npz(path: Path, key: str) -> ndarray:
 def _from_hdf5(path: Path, key: str) -> ndarray:
     h5py: Any = require("h5py", "medical")
     with h5py.File(path, "r") as file:
-        _check_keys(path, list(file))
+        _check_keys(path, [key if isinstance(key, str) else repr(key) for key in file])  # bytes: no valid UTF-8
         is_stored_here = isinstance(file.get(key, getlink=True), h5py.HardLink) and isinstance(file[key], h5py.Dataset)
         if not is_stored_here or file[key].external or file[key].is_virtual:
             raise InputError(

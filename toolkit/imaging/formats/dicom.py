@@ -21,7 +21,7 @@ from medseg_trt.imaging.formats.nifti import header_of, reoriented
 from medseg_trt.imaging.images import Image
 from medseg_trt.progress import LOG
 
-__all__ = ["find_series", "read", "read_labels", "read_series"]
+__all__ = ["find_series", "read", "read_labels", "read_series", "sorted_planes"]
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 MAX_NAMED = 5  # copies listed in a warning
@@ -58,6 +58,18 @@ def read_series(folder: Path, files: Sequence[Path]) -> Image:
         MissingExtraError: pydicom is not installed.
     """
     return _volume(folder, [read_header(path) for path in files])
+
+
+def sorted_planes(path: Path, files: Sequence[Path]) -> tuple[Plane, ...]:
+    """Return the planes of a volume in the order of its stored slices, without copies; empty for a 2-D image.
+
+    Raises:
+        InputError: as ``read`` and ``read_series`` raise it.
+    """
+    headers = [read_header(file) for file in files]
+    if not all(header.planes for header in headers):
+        return ()
+    return stack_of(path, _different_planes(path, headers)).planes
 
 
 def read_labels(path: Path, like: Image) -> ndarray:

@@ -31,8 +31,10 @@ KEPT = [
     *("BitsAllocated", "BitsStored", "PixelRepresentation", "ImagePositionPatient", "ImageOrientationPatient"),
     *("PixelSpacing", "ImagerPixelSpacing", "SliceThickness", "SpacingBetweenSlices", "RescaleSlope"),
     *("RescaleIntercept", "ModalityLUTSequence", "PerFrameFunctionalGroupsSequence"),
-    *("SharedFunctionalGroupsSequence", *ATTRIBUTES),
+    *("SharedFunctionalGroupsSequence", "ConcatenationUID", "InConcatenationTotalNumber", *ATTRIBUTES),
 ]
+GEOMETRY = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")  # of a slice; together they place it
+TOMOGRAPHIC = ("CT", "MR", "PT")  # modalities whose images are slices
 
 
 class NotAnImageError(InputError):
@@ -146,7 +148,7 @@ def read_header(path: Path) -> Header:
         frames = number_of(elements, "NumberOfFrames")
         samples = number_of(elements, "SamplesPerPixel")
         shape = (1 if frames is None else int(frames), int(elements.Rows), int(elements.Columns), int(samples or 1))
-        check_size(path, shape)
+        check_size(path, shape, slices=shape[0])
         series_number = number_of(elements, "SeriesNumber")
         return Header(
             path=path,
@@ -195,6 +197,13 @@ def number_of(elements: Any, name: str) -> float | None:
     """Return the number of an element, or None where it is missing or empty."""
     value = elements.get(name)
     return None if value is None or str(value) == "" else float(value)
+
+
+def missing_geometry(header: Header) -> tuple[str, ...]:
+    """Return the elements that a slice lacks to have a position; none for an image that need not have one."""
+    missing = tuple(name for name in GEOMETRY if not header.elements.get(name))
+    is_slice = header.modality in TOMOGRAPHIC or not {*GEOMETRY[:2]} <= {*missing}
+    return missing if is_slice and header.shape[0] == 1 else ()
 
 
 def _numbers(elements: Any, name: str, count: int) -> tuple[float, ...] | None:

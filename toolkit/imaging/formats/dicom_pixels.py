@@ -148,7 +148,8 @@ def _require_decoder(header: Header) -> None:
     uid = require("pydicom.uid", "medical").UID(header.syntax)
     if not uid.is_transfer_syntax or (not uid.is_private and uid.name == header.syntax):
         raise InputError(
-            f"{header.path} has {header.syntax[:64]!r} as its transfer syntax, which is not one; export it again"
+            f"{header.path} has the transfer syntax {header.syntax[:64]!r}, which is private or none; convert it to "
+            "uncompressed DICOM where it was made"
         )
     if uid.is_compressed and not uid.is_deflated and not pixels.get_decoder(uid).is_available:
         package = DECODERS.get(header.syntax)

@@ -9,6 +9,7 @@ import importlib
 import mmap
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from medseg_trt.files import atomic_file
 from medseg_trt.imaging.formats.limits import check_size, convert_decoder_errors, require_finite
 from medseg_trt.imaging.images import Image, Mask
 from medseg_trt.imaging.signatures import require_kind
+from medseg_trt.progress import LOG
 
 PLUGINS = {  # format -> Pillow's class. They are opened directly, because ``PIL.Image.open`` applies
     # ``MAX_IMAGE_PIXELS``, a limit of the whole process that is lower than ours and that others may rely on.
@@ -31,6 +33,8 @@ PLUGINS = {  # format -> Pillow's class. They are opened directly, because ``PIL
 END_MARKS = {"PNG": b"IEND\xae\x42\x60\x82", "JPEG": b"\xff\xd9"}  # a file without its mark is cut short
 SUFFIXES = (".png", ".jpg", ".bmp")
 LOSSY = "JPEG"
+CHECKED_AS = {"Gray": "GRAY", "YCbCr": "GRAY", "RGB": "RGB", "CMYK": "CMYK", "YCCK": "CMYK"}  # JPEG's colour spaces
+HARMLESS = "extraneous bytes before marker"  # a warning of libjpeg; all pixels before them are whole
 MODES = {  # Pillow's mode -> mode to convert to; None keeps the values
     "1": "L",
     "L": None,
@@ -61,7 +65,7 @@ UNDONE_BY = {6: 8, 8: 6}  # orientation -> its inverse; all others are their own
 
 
 def read(path: Path) -> Image:
-    """Read a 2-D image; of a file with several frames, the first one.
+    """Read a 2-D image; of an animation the first frame, with a warning.
 
     Raises:
         InputError: it is damaged, too large, or of a mode that is not supported.
@@ -107,22 +111,23 @@ def as_palette(labels: ndarray, mask: Mask) -> Any:
 
 
 @contextmanager
-def open_image(path: Path, kind: str) -> Generator[Any, None, None]:
+def open_image(path: Path, kind: str, content: bytes | None = None) -> Generator[Any, None, None]:
     """Yield Pillow's image, of which only the header has been read and the size checked.
 
     Args:
         path: the file.
         kind: a key of ``PLUGINS``.
+        content: a part of the file that is an image of this kind by itself; None: the whole file.
 
     Raises:
         InputError: it is of another format, damaged, or too large; also where decoding fails in the block.
     """
     module, plugin = PLUGINS[kind]
     # Given a name, Pillow maps the file into memory, and swaps height and width of a TIFF that is to be rotated.
-    with convert_decoder_errors(path, Exception), path.open("rb") as file:
-        if kind in END_MARKS:
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                if content.rfind(END_MARKS[kind]) < 0:
+    with convert_decoder_errors(path, Exception), path.open("rb") if content is None else BytesIO(content) as file:
+        if content is None and kind in END_MARKS:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+                if mapped.rfind(END_MARKS[kind]) < 0:
                     raise EOFError
         with getattr(importlib.import_module(module), plugin)(file) as image:
             check_size(path, image.size, samples=len(image.getbands()))
@@ -189,7 +194,7 @@ def labels_like(path: Path, labels: ndarray, exif: int, like: Image) -> ndarray:
         note = " once both are rotated upright" if like.exif in TRANSPOSED else ""
         raise InputError(
             f"{path} is {width} x {height} pixels{pages}, but its image is {image_width} x {image_height}{image_pages}"
-            f"{note}"
+            f"{note}; export it in the size of its image"
         )
     return rotated
 
@@ -223,9 +228,13 @@ def _decode(path: Path, indices: bool) -> tuple[ndarray, int]:
     kind = require_kind(path, *SUFFIXES).name
     if kind == "PNG":
         with open_image(path, kind) as image:
+            if (frames := getattr(image, "n_frames", 1)) > 1:
+                LOG.warning("%s is an animation of %d frames; only the first is used", path, frames)
             image.verify()  # all checksums; decoding stops before the last
     with open_image(path, kind) as image:
         require_mode(path, image.mode)
+        if kind == "JPEG":
+            _require_whole_jpeg(path)
         stored_as = str(image.tile[0].args) if image.tile else ""
         exif = orientation(image)
         if kind == "PNG" and stored_as in DEEP_MODES:
@@ -234,6 +243,23 @@ def _decode(path: Path, indices: bool) -> tuple[ndarray, int]:
             values = numbers(image, indices)
         require_finite(path, values)
     return values, exif
+
+
+def _require_whole_jpeg(path: Path) -> None:
+    """Refuse a JPEG whose pixels are damaged: Pillow fills what is missing with grey, and says nothing.
+
+    Raises:
+        InputError: libjpeg warns of its data.
+    """
+    import simplejpeg  # pyright: ignore[reportMissingTypeStubs]
+
+    content = path.read_bytes()
+    try:
+        space = simplejpeg.decode_jpeg_header(content)[2]
+        simplejpeg.decode_jpeg(content, CHECKED_AS[space], strict=True)
+    except ValueError as error:
+        if HARMLESS not in str(error):
+            raise InputError(f"{path} is damaged ({error}); copy it again") from error
 
 
 def _deep_numbers(path: Path, stored_as: str) -> ndarray:

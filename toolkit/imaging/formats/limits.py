@@ -78,7 +78,9 @@ def convert_decoder_errors(path: Path, *kinds: type[Exception]) -> Generator[Non
         if is_cut_short(error):
             raise InputError(f"{path} is cut short; copy it again from its source") from error
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
-        remedy = next((f"; install it: pip install {package}" for package in DECODERS if package in reason), "")
+        is_of_system = isinstance(error, OSError) and error.errno is not None
+        default = "" if is_of_system else "; export it again"
+        remedy = next((f"; install it: pip install {package}" for package in DECODERS if package in reason), default)
         raise InputError(f"{path} cannot be read: {reason}{remedy}") from error
 
 
@@ -140,7 +142,9 @@ def read_chunks(
         content = file.read(size * dtype.itemsize)
         if len(content) < size * dtype.itemsize:
             held = done * dtype.itemsize + len(content)
-            raise InputError(f"{path} is cut short: it holds {held} of {count * dtype.itemsize} bytes of pixels")
+            raise InputError(
+                f"{path} is cut short: it holds {held} of {count * dtype.itemsize} bytes of pixels; copy it again"
+            )
         yield slice(done, done + size), np.frombuffer(content, dtype)
         done += size
     behind = b"" if more_allowed else file.read(PADDING_BYTES + 1)
@@ -163,12 +167,12 @@ def read_values(path: Path, file: Any, count: int, dtype: np.dtype[Any], *, more
     return values
 
 
-def require_finite(path: Path, values: ndarray) -> None:
-    """Refuse NaN and infinite values.
+def require_finite(path: Path, values: ndarray, remedy: str = "for CT by -1024") -> None:
+    """Refuse NaN and infinite values; ``remedy`` says what to replace them by.
 
     Raises:
         InputError: a value is NaN or infinite.
     """
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         count = np.count_nonzero(~np.isfinite(values))
-        raise InputError(f"{path} holds {count} NaN or infinite voxels; replace them, for CT by -1024")
+        raise InputError(f"{path} holds {count} NaN or infinite voxels, as float32; replace them, {remedy}")

@@ -86,7 +86,7 @@ def read_labels(path: Path, like: Image) -> ndarray:
         InputError: it cannot be read, or differs from its image in size or geometry.
     """
     stored, header, affine_mm = load(path)
-    require_finite(path, stored)
+    require_finite(path, stored, "in a mask by 0, the background")
     return labels_like(reoriented(path, stored, header, affine_mm, like.geometry), like)
 
 
@@ -151,7 +151,7 @@ def _header(path: Path, block: bytes) -> Any:
     kinds = (nibabel.Nifti1Header, nibabel.Nifti2Header)
     kind = next((kind for kind in kinds if kind.may_contain_header(block)), None)
     if kind is None:
-        raise InputError(f"{path} is not a NIfTI file")
+        raise InputError(f"{path} is not a NIfTI file, whatever its name says; export it again as NIfTI")
     if len(block) < kind.sizeof_hdr:
         raise InputError(f"{path} is cut short: it ends within its header")
     header = kind(block[: kind.sizeof_hdr])

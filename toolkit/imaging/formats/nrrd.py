@@ -123,7 +123,7 @@ def _load(path: Path) -> tuple[ndarray, list[int], ndarray | None]:
 def _header_lines(path: Path, file: Any) -> list[str]:
     """Read up to the empty line that ends the header, or to the end of a detached one."""
     if file.read(len(MAGIC)) != MAGIC:
-        raise InputError(f"{path} is not an NRRD file")
+        raise InputError(f"{path} is not an NRRD file, or of a later version than 9; save it again as NRRD")
     file.seek(0)
     lines: list[str] = []
     left = MAX_HEADER_BYTES
@@ -244,7 +244,9 @@ def _affine_mm(path: Path, header: Mapping[str, Any], axes: Sequence[int]) -> nd
         affine_mm[:3] *= MM_PER_UNIT[unit]
     else:
         LOG.warning("%s has no orientation; its axes are assumed to run left, posterior and superior", path)
-        spacings = np.asarray(header.get("spacings", np.ones(int(header["dimension"]))), np.float64)[axes]
+        spacings = np.asarray(header.get("spacings", np.full(int(header["dimension"]), np.nan)), np.float64)[axes]
+        if not np.isfinite(spacings).all():
+            LOG.warning("%s does not state all distances between its voxels; 1 mm is assumed for the others", path)
         affine_mm[:3, :3] = np.diag(np.where(np.isfinite(spacings), spacings, 1.0))
         space = "lps"
     return np.diag([*SPACES[space], 1.0]) @ affine_mm

@@ -5,10 +5,7 @@ tifffile finds the slices, see ``tiff_layout``. Pillow decodes the pages whose v
 that hold several slices. Both support BigTIFF, tiles and the usual compressions.
 """
 
-import lzma
-import zlib
-from collections.abc import Callable, Mapping, Sequence
-from math import prod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,7 @@ from medseg_trt.imaging.formats.images_2d import (
     upright,
 )
 from medseg_trt.imaging.formats.limits import convert_decoder_errors, require_finite
+from medseg_trt.imaging.formats.segment_bytes import DEFLATED, OTHER_PACKED, require_segments_fit
 from medseg_trt.imaging.formats.tiff_layout import Layout, count_directories, find_layout
 from medseg_trt.imaging.images import Image, Mask
 from medseg_trt.imaging.signatures import require_kind
@@ -46,8 +44,6 @@ KEPT_WHOLE = {  # Pillow's mode, bits and sample format of pages whose values Pi
 }
 COLOURS = 3
 ALPHA = (1, 2)  # ExtraSamples that are transparency, associated or not
-SLACK_BYTES = 1024  # of a compressed strip that is longer than its pixels
-LZMA_BYTES = 2**28  # that its decoder may use
 
 
 def read(path: Path) -> Image:
@@ -95,12 +91,47 @@ def _decode(path: Path, indices: bool) -> tuple[ndarray, int]:
     directories = count_directories(path)  # its errors on truncated files are clearer than tifffile's
     with convert_decoder_errors(path, Exception), tifffile.TiffFile(path, _multifile=False) as file:
         layout = find_layout(path, file, directories)
+        _require_alike(path, layout)
+        require_colours(path, layout.pages[0])
         for page in layout.pages:
-            _require_segments_fit(path, file, page, DEFLATED)
+            require_segments_fit(path, file, page, DEFLATED)
         decoded = _with_pillow(path, layout, indices) if layout.one_page_each else None
         stacked, exif = _with_tifffile(path, file, layout) if decoded is None else decoded
     require_finite(path, stacked)
     return stacked, exif
+
+
+def _require_alike(path: Path, layout: Layout) -> None:
+    """Refuse pages with another orientation or other channels than the first page.
+
+    Raises:
+        InputError: one is.
+    """
+    first = _how_stored(layout.pages[0])
+    for page in layout.pages:
+        if _how_stored(page) != first:
+            raise InputError(
+                f"{path}: page {page.index + 1} has another orientation or other channels than page 1; equal pages "
+                "become slices: save each as a file"
+            )
+
+
+def _how_stored(page: Any) -> tuple[object, ...]:
+    key = page.keyframe  # has the tags of a page that tifffile reads without its own
+    colours = BLACK_IS_ZERO if key.photometric == WHITE_IS_ZERO else key.photometric  # each page is inverted by itself
+    return key.tags.valueof(ORIENTATION, 1), colours, key.extrasamples
+
+
+def require_colours(path: Path, page: Any) -> None:
+    """Refuse samples that are neither colours nor transparency, which the decoders would drop.
+
+    Raises:
+        InputError: there are some.
+    """
+    extra = tuple(page.extrasamples)
+    is_alpha = len(extra) == 1 and (extra[0] in ALPHA or page.photometric == RGB)  # writers do not always mark it
+    if extra and not is_alpha:
+        raise InputError(f"{path} has {page.samplesperpixel} channels; grey and RGB are supported: save one of them")
 
 
 def _with_pillow(path: Path, layout: Layout, indices: bool) -> tuple[ndarray, int] | None:
@@ -112,7 +143,7 @@ def _with_pillow(path: Path, layout: Layout, indices: bool) -> tuple[ndarray, in
             image.seek(layout.pages[0].index)
             exif = orientation(image)
             limit = PIL.Image.MAX_IMAGE_PIXELS  # of the process; Pillow raises at twice this number
-            if not _is_kept_whole(image) or (limit is not None and image.width * image.height > 2 * limit):
+            if not is_kept_whole(image) or (limit is not None and image.width * image.height > 2 * limit):
                 return None
             require_mode(path, image.mode)
             first, stacked = _page(image), None
@@ -123,7 +154,7 @@ def _with_pillow(path: Path, layout: Layout, indices: bool) -> tuple[ndarray, in
                         f"{path}: page {page.index + 1} is not like page 1; equal pages become slices: save each as a "
                         "file"
                     )
-                values = _page_values(image, indices)
+                values = page_values(image, indices)
                 if stacked is None:
                     stacked = np.empty((layout.num_slices, *values.shape), values.dtype)
                 stacked[slice_index] = values
@@ -134,18 +165,23 @@ def _with_pillow(path: Path, layout: Layout, indices: bool) -> tuple[ndarray, in
     return None if stacked is None else (stacked, exif)
 
 
-def _page_values(image: Any, indices: bool) -> ndarray:
+def page_values(image: Any, indices: bool) -> ndarray:
+    """Decode a page of Pillow's image; of grey values the largest is white, unless they are ``indices``."""
     inverted = image.mode in ("I;16", "I;16B") and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO
     bits = _bits(image)[0]
     values = numbers(image, indices)
     return (2**bits - 1 - values).astype(values.dtype) if inverted and not indices else values
 
 
-def _is_kept_whole(image: Any) -> bool:
+def is_kept_whole(image: Any) -> bool:
+    """Return whether Pillow keeps the values of its TIFF image as they are stored."""
     bits, formats = _bits(image), _formats(image)
     if max(bits) <= 8:
         return set(formats) <= {UNSIGNED}
-    return len(bits) == 1 and (image.mode, bits[0], formats[0]) in KEPT_WHOLE
+    is_swapped_twice = (  # by libtiff, and by Pillow once more
+        image.mode in ("I", "F") and image.tag_v2.prefix == b"MM" and image.info.get("compression") != "raw"
+    )
+    return len(bits) == 1 and (image.mode, bits[0], formats[0]) in KEPT_WHOLE and not is_swapped_twice
 
 
 def _bits(image: Any) -> Sequence[int]:
@@ -171,15 +207,16 @@ def _with_tifffile(path: Path, file: Any, layout: Layout) -> tuple[ndarray, int]
             f"{path} has the colours {first.photometric.name}, which are not supported; save it as grey or RGB"
         )
     for page in layout.pages:
-        _require_segments_fit(path, file, page, OTHER_PACKED)
+        require_segments_fit(path, file, page, OTHER_PACKED)
     if layout.one_page_each:
-        values, axes = np.stack([page.asarray(maxworkers=1) for page in layout.pages]), "I" + first.axes
+        pages = [(page.keyframe, page.asarray(maxworkers=1), page.axes) for page in layout.pages]
     else:
-        values, axes = layout.series.asarray(maxworkers=1).reshape(layout.shape), layout.axes
-    return upright(_as_numbers(path, first, *_slices_first(values, axes)), exif), exif
+        pages = [(first, layout.series.asarray(maxworkers=1).reshape(layout.shape), layout.axes)]
+    values = [as_numbers(path, page, *slices_first(stored, axes)) for page, stored, axes in pages]
+    return upright(np.concatenate(values), exif), exif
 
 
-def _slices_first(values: ndarray, axes: str) -> tuple[ndarray, bool]:
+def slices_first(values: ndarray, axes: str) -> tuple[ndarray, bool]:
     """Return values (slices, height, width, samples) or without samples, and whether there are samples."""
     stack = [axis for axis in axes if axis not in "YXS"]
     order = [*stack, *(axis for axis in "YXS" if axis in axes)]
@@ -187,7 +224,7 @@ def _slices_first(values: ndarray, axes: str) -> tuple[ndarray, bool]:
     return (ordered if stack else ordered[np.newaxis]), "S" in axes
 
 
-def _as_numbers(path: Path, page: Any, values: ndarray, has_samples: bool) -> ndarray:
+def as_numbers(path: Path, page: Any, values: ndarray, has_samples: bool) -> ndarray:
     """Drop transparency, make white the largest value, and return native byte order; floats become float32.
 
     Raises:
@@ -195,7 +232,7 @@ def _as_numbers(path: Path, page: Any, values: ndarray, has_samples: bool) -> nd
     """
     if has_samples:
         colours = COLOURS if page.photometric == RGB else 1
-        if values.shape[3] > colours + 1 or (colours == 1 and page.extrasamples and page.extrasamples[0] not in ALPHA):
+        if values.shape[3] > colours + 1:
             raise InputError(f"{path} has {values.shape[3]} channels; grey and RGB are supported: save one of them")
         values = values[..., :COLOURS] if colours == COLOURS else values[..., 0]
     if page.photometric == WHITE_IS_ZERO and values.dtype.kind == "u":
@@ -203,50 +240,3 @@ def _as_numbers(path: Path, page: Any, values: ndarray, has_samples: bool) -> nd
     if values.dtype.kind == "f":
         return values.astype(np.float32)
     return values.astype(values.dtype.newbyteorder("=") if values.dtype.kind != "b" else np.uint8)
-
-
-def _require_segments_fit(path: Path, file: Any, page: Any, counters: "Mapping[int, Counter]") -> None:
-    """Inflate every strip or tile with a limit, and refuse one that exceeds the size of its pixels.
-
-    Raises:
-        InputError: one exceeds it, or a strip is missing.
-    """
-    segment_bytes = prod(page.chunks) * page.dtype.itemsize
-    count_bytes = counters.get(page.compression)
-    for offset, size in zip(page.dataoffsets, page.databytecounts, strict=True):
-        if not size:
-            raise InputError(f"{path} has strips or tiles without pixels; save it again")
-        if count_bytes is None:
-            continue
-        file.filehandle.seek(offset)
-        packed = file.filehandle.read(min(size, 2 * segment_bytes + SLACK_BYTES))
-        if size > len(packed) or count_bytes(packed, segment_bytes) > segment_bytes:
-            raise InputError(f"{path} has strips or tiles that inflate to more than their pixels; save it again")
-
-
-def _deflated_bytes(packed: bytes, limit: int) -> int:
-    return len(zlib.decompressobj().decompress(packed, limit + 1))
-
-
-def _lzma_bytes(packed: bytes, limit: int) -> int:
-    inflater = lzma.LZMADecompressor(memlimit=LZMA_BYTES)
-    inflated = len(inflater.decompress(packed, limit + 1))
-    return limit + 1 if inflater.unused_data else inflated  # tifffile also decodes what follows
-
-
-def _packbits_bytes(packed: bytes, limit: int) -> int:
-    """Count without unpacking. Source: TIFF 6.0, section 9."""
-    inflated = position = 0
-    while position < len(packed) and inflated <= limit:
-        code = packed[position]
-        inflated += code + 1 if code < 128 else 257 - code if code > 128 else 0
-        position += code + 2 if code < 128 else 2 if code > 128 else 1
-    return inflated
-
-
-Counter = Callable[[bytes, int], int]  # how many bytes it becomes, counted up to a limit
-DEFLATED: Mapping[int, Counter] = {8: _deflated_bytes, 32946: _deflated_bytes}  # by TIFF's number of the compression
-OTHER_PACKED: Mapping[int, Counter] = {
-    34925: _lzma_bytes,
-    32773: _packbits_bytes,
-}  # libtiff, of Pillow, stops by itself

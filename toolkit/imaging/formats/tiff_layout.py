@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from medseg_trt.errors import InputError
-from medseg_trt.imaging.formats.limits import MAX_SLICES, check_size
+from medseg_trt.imaging.formats.limits import MAX_PIXELS, MAX_SLICES, check_size
 from medseg_trt.progress import LOG
 
 SLICE_AXES = "ZIQT"  # tifffile's codes: depth, a sequence, unknown, time; each page is segmented for itself
@@ -93,7 +93,7 @@ def find_layout(path: Path, file: Any, directories: int) -> Layout:
     """
     if len(file.pages) != directories:
         raise InputError(f"{path} has {directories} pages, of which {len(file.pages)} can be read; save it again")
-    _check_description(path, file)
+    require_description(path, file)
     kept = [series for series in file.series if not series.keyframe.subfiletype & (REDUCED | MASK)]
     if not kept:
         raise InputError(f"{path} holds no image of full resolution; save it again as a plain TIFF")
@@ -133,7 +133,7 @@ def find_layout(path: Path, file: Any, directories: int) -> Layout:
     return layout
 
 
-def _check_description(path: Path, file: Any) -> None:
+def require_description(path: Path, file: Any) -> None:
     """Refuse an OME description that tifffile would allocate too much for, or whose axes lie within others."""
     description = file.ome_metadata if file.is_ome else None
     if description is not None:
@@ -170,6 +170,11 @@ def _joined(path: Path, kept: Sequence[Any], pages: Sequence[Any]) -> tuple[str,
 
 
 def _check_sizes(path: Path, page: Any, num_slices: int, height: int, width: int) -> None:
+    if num_slices == 1 and height * width > MAX_PIXELS:
+        raise InputError(
+            f"{path} has {width} x {height} pixels, and {MAX_PIXELS} are read as a whole: reduce it, or give "
+            "--tile auto to infer, which reads it by rows"
+        )
     check_size(path, (num_slices, height, width), slices=num_slices, samples=page.samplesperpixel, dtype=page.dtype)
     if prod(page.chunks) > max(num_slices * height * width * page.samplesperpixel, MAX_TILE_PIXELS):
         raise InputError(f"{path} is stored in tiles of {' x '.join(map(str, page.chunks))} pixels; save it again")

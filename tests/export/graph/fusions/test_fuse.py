@@ -20,9 +20,9 @@ from medseg_trt.export.graph.functions import BODIES, DOMAIN, PLUGIN, check_func
 from medseg_trt.export.graph.fusions.fuse import RULES, fuse
 from medseg_trt.export.graph.fusions.fusion_result import FusionResult
 from medseg_trt.export.graph.trace import OnnxGraph, check, trace
+from medseg_trt.train.block.llama import LlamaBlock
 from medseg_trt.train.checkpoint import load_checkpoint
-from medseg_trt.train.models.llama import LlamaBlock
-from medseg_trt.train.models.transunet import TransUNet
+from medseg_trt.train.models.segmentation_model import SegmentationModel
 
 SIZE = (32, 48)
 IMAGES = np.random.default_rng(0).random((3, 3, *SIZE), dtype=np.float32)
@@ -58,7 +58,7 @@ def edited(graph: OnnxGraph) -> OnnxGraph:
     return OnnxGraph(model=graph.model.clone())
 
 
-def folded(folder, *, rotary: bool) -> TransUNet:
+def folded(folder, *, rotary: bool) -> SegmentationModel:
     """Return the folded tiny network, whose block has four heads and two of keys; rotary comes with the causal mask."""
     model = load_checkpoint(make_checkpoint(folder, size=SIZE)).model()
     for layer in model.modules():
@@ -289,7 +289,7 @@ def one_call(name, inputs, outputs, attributes, dtype=onnx.TensorProto.FLOAT) ->
 
 def answers(model: onnx.ModelProto, inputs) -> list[np.ndarray]:
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return [np.asarray(each) for each in session.run(None, inputs)]
+    return [np.asarray(output) for output in session.run(None, inputs)]
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3])  # small rows tell where eps is added
@@ -344,7 +344,7 @@ def test_the_norm_is_rounded_before_it_is_scaled_and_takes_the_variance_of_the_r
         value.shape = ir.Shape(old.shape)
     # The definition of RMSNormalization, as the plain dialect decomposes it: ONNX's reference computes it in float16.
     answer = ReferenceEvaluator(ir.to_proto(plain(graph).model)).run(None, inputs)
-    y, total = (np.asarray(each) for each in answer)
+    y, total = (np.asarray(output) for output in answer)
     assert total.dtype == y.dtype == np.float16
     np.testing.assert_array_equal(total, inputs["x"] + inputs["residual"])
     wide = total.astype(np.float64)

@@ -241,8 +241,8 @@ def computed(graph: OnnxGraph, feeds: Mapping[str, np.ndarray], by_reference: bo
     """Return the outputs; ONNX's reference runs what ONNX Runtime refuses, a scale of several axes."""
     if not by_reference:
         return outputs_of(graph, feeds)
-    found = ReferenceEvaluator(ir.to_proto(graph.model)).run(None, dict(feeds))
-    return {str(output.name): np.asarray(one) for output, one in zip(graph.model.graph.outputs, found, strict=True)}
+    outputs = ReferenceEvaluator(ir.to_proto(graph.model)).run(None, dict(feeds))
+    return {str(output.name): np.asarray(one) for output, one in zip(graph.model.graph.outputs, outputs, strict=True)}
 
 
 def fused_counts(source: str, constants: Mapping[str, np.ndarray], by_reference: bool = False) -> dict[str, int]:

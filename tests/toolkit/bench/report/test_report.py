@@ -95,12 +95,14 @@ def strings(data: Any) -> Iterator[str]:
 
 def unknown_numbers(page: Page, data: Any) -> list[str]:
     """Return what a page shows beside its figures that has digits and stands in no string of the JSON."""
-    known = sorted({each for each in strings(data) if re.search(r"\d", each)} | set(OUR_WORDS), key=len, reverse=True)
+    known = sorted(
+        {number for number in strings(data) if re.search(r"\d", number)} | set(OUR_WORDS), key=len, reverse=True
+    )
     left: list[str] = []
     for shown in page.texts:
         rest = shown
-        for each in known:
-            rest = rest.replace(each, "")
+        for number in known:
+            rest = rest.replace(number, "")
         if re.search(r"\d", rest):
             left.append(shown)
     return left
@@ -130,6 +132,29 @@ def test_the_page_loads_nothing(text):
     assert not re.search(r"url\((?!#)", text)
     assert "@import" not in text
     assert "<script" not in text
+
+
+def test_names_from_outside_are_text_in_both_pages(measured, tmp_path):
+    """A class, a case or a reason may be called anything; a dollar sign would begin a formula of Matplotlib."""
+    name, short = "<script>alert(1)</script>[x](javascript:y)`$\\frac$|", "<script>$\\frac$|"
+    rows = [replace(row, name=f"{short}{row.name}", energy=Missing(reason=name)) for row in measured.report.rows]
+    report = replace(
+        measured.report,
+        reference=name,
+        commands=(f"one\n\n{name}",),
+        warnings=(name,),
+        rows=tuple(rows),
+    )
+    write_report(replace(measured, report=report, worst_slices={}), tmp_path)
+    page, markdown = ((tmp_path / file).read_text(encoding="utf-8") for file in ("index.html", "report.md"))
+    assert "<script" not in page
+    *lines, command = [line for line in markdown.splitlines() if "javascript" in line]
+    lines += [line for line in markdown.splitlines() if "frac" in line and line != command]
+    assert len(lines) >= len(report.rows) + 2
+    assert not any("<script" in line or re.search(r"(?<!\\)[`\[\]]", line) for line in lines)
+    assert command == f"    one\\n\\n{name}"  # in an indented block, where Markdown reads no HTML
+    table_lines = [line for line in markdown.splitlines() if line.startswith("|")][: 2 + len(report.rows)]
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table_lines}) == 1
 
 
 def test_the_page_can_be_read_by_everybody(text):
@@ -168,9 +193,9 @@ def test_what_is_missing_says_why(measured, text):
 def test_worst_slices_are_shown_with_their_pictures(measured, text):
     worst = sum(len(row.worst) for row in measured.report.rows)
     assert worst > 3
-    pictures = [attributes for tag, attributes in Page(text).tags if tag == "img"]
-    assert len(pictures) == 5 * worst  # image, drawn mask, reference, network, difference
-    assert all(attributes["src"].startswith("data:image/png;base64,") for attributes in pictures)
+    shown_images = [attributes for tag, attributes in Page(text).tags if tag == "img"]
+    assert len(shown_images) == 5 * worst  # image, drawn mask, reference, network, difference
+    assert all(attributes["src"].startswith("data:image/png;base64,") for attributes in shown_images)
 
 
 def changed(measured: Any, **changes: Any) -> Any:
@@ -186,7 +211,9 @@ def test_a_hostile_name_stays_text(measured, tmp_path):
     assert "<script" not in text
     assert text.count("&lt;script&gt;") == 3
     classes = replace(measured.report.classes, names=(name, *measured.report.classes.names[1:]))
-    assert "<script" not in report_page.html_page(replace(other, classes=classes), measured.pictures, measured.window)
+    assert "<script" not in report_page.html_page(
+        replace(other, classes=classes), measured.worst_slices, measured.window
+    )
 
 
 @pytest.mark.parametrize(
@@ -208,7 +235,7 @@ def test_what_a_row_says_stands_on_the_page(measured, tmp_path, changes, words):
     other = changed(measured, **changes)
     write_report(other, tmp_path)
     page = Page((tmp_path / "index.html").read_text(encoding="utf-8"))
-    assert any(words in each for each in page.texts)
+    assert any(words in text for text in page.texts)
     assert unknown_numbers(page, json.loads(json.dumps(to_dict(other.report)))) == []
 
 
@@ -227,15 +254,20 @@ def test_markdown_has_the_same_figures(written, data):
     assert [row["verdict"] for row in rows] == ["reference", *["holds"] * (len(rows) - 1)]
     assert "not a medical device" in text
     assert data["machine"]["processor"] in text
-    for name in ("spleen", *(each["name"] for each in data["rows"][0]["accuracy"]["means"])):
+    for name in ("spleen", *(score["name"] for score in data["rows"][0]["accuracy"]["means"])):
         assert (f"| {name} |" in text) == (name != "spleen")
 
 
 def test_the_terminal_shows_what_the_json_holds(measured):
     shown = [dict(zip(HEADER, row, strict=True)) for row in cells(measured.report)]
-    for row, found in zip(shown, measured.report.rows, strict=True):
-        assert row["median ms"] == f"{found.latency['model'].median_ms:.2f}"
-        assert int(row["runs"]) == found.latency["model"].runs
+    for row, reported in zip(shown, measured.report.rows, strict=True):
+        assert row["median ms"] == f"{reported.latency['model'].median_ms:.2f}"
+        assert int(row["runs"]) == reported.latency["model"].runs
+    references = {reported.verdict.reference for reported in measured.report.rows[1:]}
+    assert [shown[0]["Dice"]] == [f"{reference:.4f}" for reference in references]  # which has no verdict of its own
+    assert [row["Dice"] for row in shown[1:]] == [
+        f"{reported.verdict.candidate:.4f}" for reported in measured.report.rows[1:]
+    ]
     report = changed(
         measured, executed=False, latency=dict.fromkeys(measured.report.rows[0].latency, Missing(reason="x"))
     ).report

@@ -44,10 +44,10 @@ LOOK = """<script>window.addEventListener("load", () => {
 
 @pytest.fixture(scope="module")
 def browser() -> str:
-    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    if found is None:
+    program = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if program is None:
         pytest.skip(f"no browser is installed; looked for {', '.join(BROWSERS)}")
-    return found
+    return program
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +104,9 @@ def test_what_a_page_fetches_says_or_breaks_is_seen(browser, page, tmp_path):
 def test_light_and_dark_are_light_and_dark(browser, page, tmp_path):
     brightness = {}
     for name, option in (("light", LIGHT), ("dark", DARK)):
-        picture = tmp_path / f"{name}.png"
-        opened(browser, page, tmp_path / "profile", option, f"--screenshot={picture}")
-        pixels = np.asarray(PIL.Image.open(picture).convert("L"), np.float64)
+        screenshot = tmp_path / f"{name}.png"
+        opened(browser, page, tmp_path / "profile", option, f"--screenshot={screenshot}")
+        pixels = np.asarray(PIL.Image.open(screenshot).convert("L"), np.float64)
         assert pixels.shape == (2400, 1200)
         assert pixels.std() > 10  # something is drawn
         brightness[name] = float(np.median(pixels))

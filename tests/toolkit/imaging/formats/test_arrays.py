@@ -133,6 +133,15 @@ def test_a_header_that_is_no_python_is_named(tmp_path, header):
         read_image(tmp_path / "case.npz")
 
 
+@pytest.mark.parametrize("keys", [["image", "label", b"\xff\xfe"], ["image", b"l\xffbel"]])
+def test_a_name_in_an_hdf5_file_that_is_no_text_is_unknown(keys, tmp_path):
+    with h5py.File(tmp_path / "case.h5", "w") as file:
+        for key in keys:
+            file.create_dataset(key, data=IMAGE)
+    with pytest.raises(InputError, match=r"xff.*unknown"):
+        read_image(tmp_path / "case.h5")
+
+
 def test_the_size_of_an_hdf5_array_is_checked_before_it_is_read(tmp_path):
     with h5py.File(tmp_path / "case.h5", "w") as file:
         for name in ("image", "label"):

@@ -132,6 +132,54 @@ def test_a_series_for_every_slice_that_may_be_no_volume_stays_images_of_their_ow
     assert all(reason in warning for warning in warnings)
 
 
+@pytest.mark.parametrize("series_of", [lambda index: index % 2, lambda index: index // 3, lambda index: index == 4])
+def test_a_volume_in_several_series_is_read_as_one_with_a_warning(series_of, tmp_path, caplog):
+    folder = save_slices(tmp_path / "scan", SeriesInstanceUID=lambda index: f"{SERIES}.{int(series_of(index))}")
+    (source,) = find_images([folder])
+    (warning,) = warnings_of(caplog)
+    assert "2 series with the same number and description are evenly spaced together" in warning
+    np.testing.assert_array_equal(read_image(source).pixels[..., 0], STACK)
+
+
+def test_two_series_at_the_same_places_stay_two_images(tmp_path, caplog):
+    for name in "ab":
+        save_slices(tmp_path / name, SeriesInstanceUID=lambda _, name=name: f"{SERIES}.{ord(name)}")
+        for path in (tmp_path / name).iterdir():
+            (tmp_path / "scan").mkdir(exist_ok=True)
+            shutil.copy(path, tmp_path / "scan" / f"{name}{path.name}")
+    assert [len(source.files) for source in find_images([tmp_path / "scan"])] == [6, 6]
+    assert not warnings_of(caplog)
+
+
+def test_slices_of_one_series_that_differ_in_spacing_are_separate_images_with_a_warning(tmp_path, caplog):
+    folder = save_slices(tmp_path / "scan", PixelSpacing=lambda index: [1.5 + 0.1 * (index // 3), 2.0])
+    assert [len(source.files) for source in find_images([folder])] == [3, 3]
+    (warning,) = warnings_of(caplog)
+    assert "1 series differ in direction, pixel spacing or size and become 2 separate images" in warning
+
+
+@pytest.mark.parametrize("name", ["ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"])
+def test_slices_that_all_lack_a_part_of_their_position_are_separate_images_with_a_warning(name, tmp_path, caplog):
+    folder = save_slices(tmp_path / "scan", STACK, **{name: lambda _: []})
+    assert [len(source.files) for source in find_images([folder])] == [1] * 6
+    (warning,) = warnings_of(caplog)
+    assert f"6 slice(s) lack {name}" in warning
+
+
+def test_the_files_of_a_concatenation_are_one_volume_and_a_missing_one_is_reported(tmp_path, caplog):
+    for part in range(2):
+        described = enhanced(STACK[3 * part :][:3], corners(6)[3 * part :][:3], [AXIAL] * 3)
+        described.ConcatenationUID, described.InConcatenationTotalNumber = "1.7", 2
+        save(tmp_path / "scan" / f"part{part}", described)
+    (source,) = find_images([tmp_path / "scan"])
+    np.testing.assert_array_equal(read_image(source).pixels[..., 0], STACK)
+    assert not warnings_of(caplog)
+    (tmp_path / "scan" / "part1").unlink()
+    assert [len(source.files) for source in find_images([tmp_path / "scan"])] == [1]
+    (warning,) = warnings_of(caplog)
+    assert "1 of the 2 files that a volume is divided into are missing" in warning
+
+
 def test_single_slices_of_two_studies_are_a_volume_each(tmp_path):
     for study in "12":
         values = {
@@ -411,8 +459,8 @@ def test_the_mask_is_voxel_for_voxel_that_of_the_same_pixels_as_nifti(name, tiny
         infer_to_folder([path], tiny_bundle, tmp_path / f"masks{index}", on_error=_fail).masks
         for index, path in enumerate(inputs)
     ]
-    (plain,), (found,) = masks
-    (labels, places_mm), (others, other_places_mm) = voxels_by_itk(plain), voxels_by_itk(found)
+    (plain,), (stacked,) = masks
+    (labels, places_mm), (others, other_places_mm) = voxels_by_itk(plain), voxels_by_itk(stacked)
     np.testing.assert_array_equal(others, labels)
     np.testing.assert_allclose(other_places_mm, places_mm, atol=1e-4)
     assert len(np.unique(labels)) > 1  # a mask of one label would hide a slice at the wrong place

@@ -39,8 +39,8 @@ def test_files_of_all_kinds_in_a_folder_are_found_with_their_stems(tmp_path):
     for suffix in READERS:
         if suffix != ".dcm":
             (tmp_path / f"case{suffix.replace('.', '_')}{suffix.upper()}").touch()
-    found = find_images([tmp_path])
-    assert sorted(source.stem for source in found) == sorted(
+    sources = find_images([tmp_path])
+    assert sorted(source.stem for source in sources) == sorted(
         f"case{suffix.replace('.', '_')}" for suffix in READERS if suffix != ".dcm"
     )
 
@@ -108,6 +108,6 @@ def test_a_data_folder_may_hold_series_with_nifti_masks(tmp_path):
         )
     data = open_folder(tmp_path)
     (case,) = data.cases("train")
-    image, found = read_case(case, 3)
-    np.testing.assert_array_equal(found, labels)
+    image, labels_read = read_case(case, 3)
+    np.testing.assert_array_equal(labels_read, labels)
     assert len(data.manifest()["files"]) == 2 * 3 + 2

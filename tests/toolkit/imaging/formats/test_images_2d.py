@@ -1,5 +1,8 @@
 """JPEG, BMP and deep PNG pictures, and how photographs that lie on their side are turned."""
 
+from io import BytesIO
+from typing import Any
+
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
@@ -106,6 +109,30 @@ def test_a_truncated_picture_is_refused_by_name(suffix, tmp_path):
     with pytest.raises(InputError, match=r"a\.(jpg|bmp) is cut short") as caught:
         read_image(path)
     assert "\n" not in str(caught.value)
+
+
+def jpeg(mode: str, **options: Any) -> bytes:
+    content, pixels = BytesIO(), RNG.integers(0, 256, (120, 160, 3), dtype=np.uint8)
+    PIL.Image.fromarray(pixels).convert(mode).save(content, "JPEG", **options)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"keep_rgb": True}], ids=str)
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_a_jpeg_cut_in_half_with_an_end_mark_is_refused(mode, options, tmp_path):
+    whole, path = jpeg(mode, **options), tmp_path / "a.jpg"
+    path.write_bytes(whole)
+    assert read_image(path).pixels.shape[1:3] == (120, 160)
+    path.write_bytes(whole[: len(whole) // 2] + b"\xff\xd9")  # without the check the lower half is grey
+    with pytest.raises(InputError, match=r"a\.jpg is damaged \(.*\); copy it again"):
+        read_image(path)
+
+
+def test_bytes_between_the_segments_of_a_jpeg_are_harmless(tmp_path):
+    whole, path = jpeg("RGB"), tmp_path / "a.jpg"
+    tables = whole.index(b"\xff\xc0")
+    path.write_bytes(whole[:tables] + bytes(3) + whole[tables:])
+    np.testing.assert_array_equal(read_image(path).pixels[0], np.array(PIL.Image.open(BytesIO(whole))))
 
 
 def test_a_jpeg_that_says_it_is_huge_is_not_decoded(tmp_path, monkeypatch):

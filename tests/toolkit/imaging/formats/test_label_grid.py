@@ -72,7 +72,7 @@ def test_a_share_of_the_voxel_decides(tmp_path, case):
         for corner in indices[:: SHAPE[0] - 1, :: SHAPE[1] - 1, :: SHAPE[2] - 1].reshape(-1, 3)
     ]
     apart = max(
-        np.linalg.norm(np.subtract(*(each.TransformIndexToPhysicalPoint(corner) for each in itk))) for corner in corners
+        np.linalg.norm(np.subtract(*(grid.TransformIndexToPhysicalPoint(corner) for grid in itk))) for corner in corners
     )
     everywhere = np.linalg.norm(apply_affine(AFFINE, indices) - apply_affine(affine, indices), axis=-1).max()
     assert apart == pytest.approx(everywhere, abs=1e-4)  # float32 affines of up to 180 mm; no voxel beats the corners
@@ -117,9 +117,9 @@ def test_a_cropped_segmentation_is_put_where_itk_resamples_it_to(tmp_path, start
     reference = SimpleITK.ReadImage(str(tmp_path / "v.nii.gz"))
     nearest = SimpleITK.sitkNearestNeighbor
     expected = SimpleITK.Resample(SimpleITK.ReadImage(str(path)), reference, SimpleITK.Transform(), nearest, 0.0)
-    found = read_labels(path, image, 3)
-    np.testing.assert_array_equal(found, SimpleITK.GetArrayFromImage(expected))
-    np.testing.assert_array_equal(found, blob().T)
+    labels_read = read_labels(path, image, 3)
+    np.testing.assert_array_equal(labels_read, SimpleITK.GetArrayFromImage(expected))
+    np.testing.assert_array_equal(labels_read, blob().T)
     assert ("covers a part of its image" in caplog.text) == (size != SHAPE)
 
 

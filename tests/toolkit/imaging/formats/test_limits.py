@@ -30,7 +30,7 @@ def test_a_reader_that_ends_does_not_make_another_one_talk():
         except BaseException as error:
             failed.append(error)
 
-    threads = [Thread(target=each) for each in (first, second)]
+    threads = [Thread(target=target) for target in (first, second)]
     for thread in threads:
         thread.start()
     for thread in threads:

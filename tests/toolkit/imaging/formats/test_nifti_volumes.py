@@ -21,10 +21,10 @@ from stored_images import (
     SPACING_MM,
     colours,
     load,
+    reoriented,
     save,
     save_volume,
     some_labels,
-    turned,
 )
 from tiny import TWO_ORGANS, write_nifti
 
@@ -36,7 +36,7 @@ from medseg_trt.imaging.images import Mask, read_image, write_mask
 @pytest.mark.parametrize(("permutation", "flips"), ORIENTATIONS)
 def test_every_orientation_is_read_alike_and_its_mask_lies_as_its_source(permutation, flips, tmp_path):
     values = np.arange(np.prod(SHAPE), dtype=np.int16).reshape(SHAPE)
-    stored, affine = turned(values, permutation, flips)
+    stored, affine = reoriented(values, permutation, flips)
     image = read_image(save_volume(tmp_path / "scan.nii", stored, affine))
     np.testing.assert_array_equal(image.pixels[..., 0], values)
     assert image.pixels.dtype == np.int16
@@ -48,7 +48,7 @@ def test_every_orientation_is_read_alike_and_its_mask_lies_as_its_source(permuta
 
     labels = some_labels()
     written = load(write_mask(Mask.of(image, labels, TWO_ORGANS), tmp_path / "masks"))
-    expected, _ = turned(labels, permutation, flips)
+    expected, _ = reoriented(labels, permutation, flips)
     np.testing.assert_array_equal(np.asanyarray(written.dataobj), expected)
     source = load(tmp_path / "scan.nii")
     assert written.header.get_data_dtype() == np.uint8
@@ -63,7 +63,7 @@ CODES = [(1, 2), (2, 0), (0, 3), (4, 1)]
 @pytest.mark.parametrize("kind", [nibabel.Nifti1Image, nibabel.Nifti2Image])
 @pytest.mark.parametrize("orientation", [ORIENTATIONS[0], ORIENTATIONS[13], ORIENTATIONS[30]])
 def test_the_mask_keeps_the_place_in_the_header(codes, kind, orientation, tmp_path):
-    stored, affine = turned(some_labels(), *orientation)
+    stored, affine = reoriented(some_labels(), *orientation)
     path = save_volume(tmp_path / "scan.nii.gz", stored, affine, codes, kind)
     mask = Mask.of(read_image(path), some_labels(), TWO_ORGANS)
     source, written = load(path), load(write_mask(mask, tmp_path / "masks"))
@@ -80,8 +80,8 @@ def test_the_mask_keeps_the_place_in_the_header(codes, kind, orientation, tmp_pa
 
 def test_qform_and_sform_that_differ_are_both_kept_and_the_sform_counts(tmp_path):
     values = np.arange(np.prod(SHAPE), dtype=np.int16).reshape(SHAPE)
-    stored, affine = turned(values, (0, 1, 2), (False, False, False))
-    _, elsewhere = turned(values, (0, 1, 2), (True, False, True))
+    stored, affine = reoriented(values, (0, 1, 2), (False, False, False))
+    _, elsewhere = reoriented(values, (0, 1, 2), (True, False, True))
     volume = nibabel.Nifti1Image(stored, affine)
     volume.set_qform(elsewhere, 1)
     volume.set_sform(affine, 2)
@@ -156,7 +156,7 @@ def test_the_spacing_is_in_millimetres_whatever_the_unit(unit, factor, tmp_path)
 @pytest.mark.parametrize("dtype", ["i2", "u1", "f4", "f8"])
 def test_every_form_of_nifti_gives_the_same_numbers(suffix, kind, order, dtype, tmp_path):
     values = np.arange(np.prod(SHAPE)).reshape(SHAPE).astype(dtype)
-    stored, affine = turned(values, (1, 0, 2), (True, False, False))
+    stored, affine = reoriented(values, (1, 0, 2), (True, False, False))
     header = kind.header_class(endianness=order)
     header.set_data_dtype(dtype)
     content = kind(stored, affine, header).to_bytes()
@@ -202,7 +202,7 @@ def test_a_slope_of_zero_means_unscaled(tmp_path):
 @pytest.mark.parametrize("closing", [(1,), (1, 1)])
 def test_closing_axes_of_one_are_dropped_and_come_back_in_the_mask(closing, tmp_path):
     labels = some_labels()
-    stored, affine = turned(labels, (0, 1, 2), (True, True, False))
+    stored, affine = reoriented(labels, (0, 1, 2), (True, True, False))
     image = read_image(save_volume(tmp_path / "scan.nii", stored.reshape(*stored.shape, *closing), affine))
     np.testing.assert_array_equal(image.pixels[..., 0], labels)
     written = load(write_mask(Mask.of(image, labels, TWO_ORGANS), tmp_path / "masks"))
@@ -252,11 +252,11 @@ def test_a_volume_that_is_cut_short_is_refused_at_every_length(suffix, tmp_path)
 
 
 @pytest.mark.parametrize("size", [(5, 4, 3), (64, 64, 64)])  # less and more than is read ahead
-@pytest.mark.parametrize("place", [-8, -3])  # in the checksum; in the length
-def test_a_wrong_checksum_of_gzip_is_noticed(place, size, tmp_path):
+@pytest.mark.parametrize("offset", [-8, -3])  # in the checksum; in the length
+def test_a_wrong_checksum_of_gzip_is_noticed(offset, size, tmp_path):
     path = write_nifti(tmp_path / "scan.nii.gz", RNG.integers(0, 1000, size, dtype=np.int16))
     content = bytearray(path.read_bytes())
-    content[place] ^= 1
+    content[offset] ^= 1
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"scan\.nii\.gz cannot be read: (CRC check failed|Incorrect length)"):
         read_image(path)
@@ -326,14 +326,14 @@ DAMAGED = (".png", ".nii")
 @settings(derandomize=True, deadline=None, max_examples=250)
 @given(
     suffix=st.sampled_from(DAMAGED),
-    place=st.integers(0, 400),
+    offset=st.integers(0, 400),
     replacement=st.one_of(st.binary(min_size=1, max_size=8), st.sampled_from([b"\0\0\x80\x7f", b"\0\0\xc0\x7f"])),
 )
-def test_a_damaged_header_ends_in_an_image_or_in_one_line_that_names_the_file(suffix, place, replacement, whole_files):
+def test_a_damaged_header_ends_in_an_image_or_in_one_line_that_names_the_file(suffix, offset, replacement, whole_files):
     content = whole_files.content[suffix]
-    place %= len(content) - 8
+    offset %= len(content) - 8
     path = whole_files.folder / f"damaged{suffix}"
-    path.write_bytes(content[:place] + replacement + content[place + len(replacement) :])
+    path.write_bytes(content[:offset] + replacement + content[offset + len(replacement) :])
     try:
         message = f"read {path.name}: {read_image(path).size}"
     except InputError as error:

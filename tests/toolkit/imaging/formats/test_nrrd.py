@@ -223,3 +223,14 @@ def test_a_single_slice_cut_in_any_direction_stays_one(tmp_path):
     affine = np.eye(4)[:, [0, 2, 1, 3]]
     image = read_image(save(tmp_path / "a.nrrd", numbers()[:, :, :1], affine))
     np.testing.assert_array_equal(image.pixels[..., 0], [numbers()[:, :, 0].T])
+
+
+@pytest.mark.parametrize(
+    ("spacings", "expected_mm", "is_said"),
+    [("2 1.5 3", (3, 1.5, 2), False), ("2 1.5 NaN", (1, 1.5, 2), True), (None, (1, 1, 1), True)],
+)
+def test_a_distance_that_is_assumed_is_said(spacings, expected_mm, is_said, tmp_path, caplog):
+    lines = [*PLAIN, "encoding: raw", *([f"spacings: {spacings}"] if spacings else [])]
+    image = read_image(raw(tmp_path / "a.nrrd", *lines, content=numbers().tobytes(order="F")))
+    assert image.spacing_mm == pytest.approx(expected_mm)
+    assert ("1 mm is assumed" in caplog.text) == is_said

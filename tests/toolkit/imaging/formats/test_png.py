@@ -116,9 +116,16 @@ def test_every_truncation_and_every_flipped_bit_of_the_pixels_is_noticed(tmp_pat
         with pytest.raises(InputError, match=r"a\.png is cut short"):
             read_image(path)
     start, stop = whole.index(b"IDAT"), whole.index(b"IEND") - 4
-    for place in range(start, stop):
+    for offset in range(start, stop):
         damaged = bytearray(whole)
-        damaged[place] ^= 1 << place % 8
+        damaged[offset] ^= 1 << offset % 8
         path.write_bytes(damaged)
         with pytest.raises(InputError):
             read_image(path)
+
+
+def test_of_an_animation_the_first_frame_is_read_with_a_warning(tmp_path, caplog):
+    frames = [PIL.Image.fromarray(RNG.integers(0, 256, (6, 9), dtype=np.uint8)) for _ in range(3)]
+    frames[0].save(tmp_path / "a.png", save_all=True, append_images=frames[1:])
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png").pixels[0, ..., 0], np.asarray(frames[0]))
+    assert "is an animation of 3 frames; only the first is used" in caplog.text

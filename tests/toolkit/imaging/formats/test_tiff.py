@@ -34,7 +34,15 @@ def save(path: Path, values: np.ndarray, **how: Any) -> Path:
 
 @pytest.mark.parametrize("dtype", ["u1", "i1", "u2", "i2", "u4", "i4", "f2", "f4", "f8"])
 @pytest.mark.parametrize(
-    "how", [{}, {"bigtiff": True}, {"byteorder": ">"}, {"tile": (16, 16)}, {"compression": "zlib"}]
+    "how",
+    [
+        {},
+        {"bigtiff": True},
+        {"byteorder": ">"},
+        {"tile": (16, 16)},
+        {"compression": "zlib"},
+        {"compression": "zlib", "byteorder": ">"},
+    ],
 )
 def test_grey_numbers_of_every_width_are_kept(dtype, how, tmp_path):
     values = grey(dtype)
@@ -63,8 +71,8 @@ def test_usual_compressions_are_read(compression, tmp_path):
 @pytest.mark.parametrize("dtype", ["u1", "u2", "u4"])
 def test_where_white_is_zero_the_numbers_are_inverted(dtype, tmp_path):
     values = grey(dtype)
-    found = read_image(save(tmp_path / "a.tif", values, photometric="miniswhite")).pixels[0, ..., 0]
-    np.testing.assert_array_equal(found, np.iinfo(dtype).max - values)
+    decoded = read_image(save(tmp_path / "a.tif", values, photometric="miniswhite")).pixels[0, ..., 0]
+    np.testing.assert_array_equal(decoded, np.iinfo(dtype).max - values)
 
 
 @pytest.mark.parametrize("dtype", ["u1", "u2", "f8"])

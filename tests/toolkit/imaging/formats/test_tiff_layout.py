@@ -152,6 +152,36 @@ def test_channels_beyond_colours_and_transparency_are_refused(dtype, tmp_path):
     np.testing.assert_array_equal(read_image(alpha).pixels[0, ..., 0], STACK[0])
 
 
+@pytest.mark.parametrize("dtype", ["u1", "u2", "u4"])  # Pillow decodes the first two, tifffile the third
+def test_each_page_is_inverted_by_its_own_photometric_interpretation(dtype, tmp_path):
+    stored = STACK.astype(dtype)
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        for index, page in enumerate(stored):
+            inverted = index % 2 == 1
+            values = np.iinfo(dtype).max - page if inverted else page
+            file.write(values, photometric="miniswhite" if inverted else "minisblack", metadata=None)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif").pixels[..., 0], stored)
+
+
+@pytest.mark.parametrize("dtype", ["u1", "u4"])
+def test_pages_of_different_orientations_are_refused(dtype, tmp_path):
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        for page, orientation in zip(STACK[:2].astype(dtype), (1, 3), strict=True):
+            tags = [(274, 3, 1, orientation, True)]
+            file.write(page, photometric="minisblack", metadata=None, extratags=tags)
+    with pytest.raises(InputError, match=r"page 2 .* page 1"):
+        read_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("dtype", ["u1", "u2", "u4"])
+@pytest.mark.parametrize(("channels", "photometric"), [(2, "minisblack"), (5, "rgb")])
+def test_samples_that_are_neither_colours_nor_transparency_are_refused(channels, photometric, dtype, tmp_path):
+    values = np.stack([STACK[0]] * channels, axis=-1).astype(dtype)
+    path = save(tmp_path / "a.tif", values, photometric=photometric, planarconfig="contig", metadata=None)
+    with pytest.raises(InputError, match=f"{channels} channels"):
+        read_image(path)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 122), (122, 1)])
 def test_a_single_row_or_column_stays_one(size, tmp_path):
     values = np.arange(np.prod(size), dtype=np.uint16).reshape(size)

@@ -1,0 +1,166 @@
+"""DICOM archives for tests: Orthanc, started on free ports, and a small one that records what it gets."""
+
+import hashlib
+import json
+import shutil
+import socket
+import subprocess
+import threading
+import time
+import urllib.request
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pydicom
+import pynetdicom
+import pytest
+from pynetdicom import evt
+
+IMPLICIT_AND_EXPLICIT = ["1.2.840.10008.1.2", "1.2.840.10008.1.2.1"]
+SEGMENTATION, CAPTURE = "1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.7"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@dataclass
+class RecordingArchive:
+    """An archive that keeps the digests of everything it got, by SOP instance UID."""
+
+    port: int
+    title: str = "ARCHIVE"
+    digests: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    objects: list[Any] = field(default_factory=list)
+    server: Any = None
+
+    @property
+    def destination(self) -> str:
+        return f"{self.title}@127.0.0.1:{self.port}"
+
+    def start(self) -> "RecordingArchive":
+        entity = pynetdicom.AE(ae_title=self.title)
+        for sop_class in (SEGMENTATION, CAPTURE):
+            entity.add_supported_context(sop_class, IMPLICIT_AND_EXPLICIT)
+        self.server = entity.start_server(
+            ("127.0.0.1", self.port), block=False, evt_handlers=[(evt.EVT_C_STORE, self._store)]
+        )
+        return self
+
+    def stop(self) -> None:
+        if self.server is not None:
+            self.server.shutdown()
+            self.server = None
+
+    def wait_for(self, count: int, timeout_s: float = 120.0) -> list[Any]:
+        """Return the objects once there are so many different ones."""
+        deadline = time.monotonic() + timeout_s
+        while len(self.digests) < count:
+            assert time.monotonic() < deadline, f"{len(self.digests)} of {count} objects arrived"
+            time.sleep(0.05)
+        return self.objects
+
+    def _store(self, event: Any) -> int:
+        dataset = event.dataset
+        dataset.file_meta = event.file_meta
+        self.digests[str(dataset.SOPInstanceUID)].append(
+            hashlib.sha256(event.encoded_dataset(include_meta=False)).hexdigest()
+        )
+        self.objects.append(dataset)
+        return 0x0000
+
+
+@contextmanager
+def recording_archive(title: str = "ARCHIVE") -> Iterator[RecordingArchive]:
+    archive = RecordingArchive(port=free_port(), title=title).start()
+    try:
+        yield archive
+    finally:
+        archive.stop()
+
+
+def send(paths: list[Path], port: int, called: str = "MEDSEG", calling: str = "TESTS") -> list[int | None]:
+    """Send files with pynetdicom in one association and return the statuses; none where it was rejected."""
+    datasets = [pydicom.dcmread(path) for path in paths]
+    entity = pynetdicom.AE(ae_title=calling)
+    contexts = {(dataset.SOPClassUID, dataset.file_meta.TransferSyntaxUID) for dataset in datasets}
+    for sop_class, syntax in sorted(contexts):
+        entity.add_requested_context(sop_class, syntax)
+    association = entity.associate("127.0.0.1", port, ae_title=called)
+    if not association.is_established:
+        return []
+    statuses = [association.send_c_store(dataset).get("Status") for dataset in datasets]
+    association.release()
+    return statuses
+
+
+@dataclass
+class Orthanc:
+    """A running Orthanc."""
+
+    http_port: int
+    dicom_port: int
+    title: str = "ORTHANC"
+
+    def get(self, path: str) -> bytes:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.http_port}{path}", timeout=30) as response:
+            return response.read()
+
+    def json(self, path: str) -> Any:
+        return json.loads(self.get(path))
+
+    def wait_for_instances(self, count: int, timeout_s: float = 180.0) -> list[str]:
+        deadline = time.monotonic() + timeout_s
+        while len(instances := self.json("/instances")) < count:
+            assert time.monotonic() < deadline, f"{len(instances)} of {count} instances arrived"
+            time.sleep(0.2)
+        return instances
+
+
+@contextmanager
+def running_orthanc(folder: Path) -> Iterator[Orthanc]:
+    """Start Orthanc on free loopback ports, without plugins and remote access; skip where it is not installed."""
+    program = shutil.which("Orthanc")
+    if program is None:
+        pytest.skip("needs Orthanc (Debian package orthanc)")
+    orthanc = Orthanc(http_port=free_port(), dicom_port=free_port())
+    folder.mkdir()
+    configuration = {
+        "Name": "tests",
+        "StorageDirectory": str(folder / "storage"),
+        "IndexDirectory": str(folder / "storage"),
+        "HttpPort": orthanc.http_port,
+        "DicomPort": orthanc.dicom_port,
+        "DicomAet": orthanc.title,
+        "RemoteAccessAllowed": False,
+        "AuthenticationEnabled": False,
+        "Plugins": [],
+        "DicomAlwaysAllowStore": True,
+    }
+    (folder / "orthanc.json").write_text(json.dumps(configuration))
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen([program, str(folder / "orthanc.json")], stdout=log, stderr=log)
+        try:
+            _wait_until_it_answers(orthanc, process)
+            yield orthanc
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def _wait_until_it_answers(orthanc: Orthanc, process: "subprocess.Popen[bytes]") -> None:
+    stop = threading.Event()
+    for _ in range(600):
+        assert process.poll() is None, "Orthanc has ended"
+        try:
+            orthanc.get("/system")
+            return
+        except OSError:
+            stop.wait(0.1)
+    raise AssertionError("Orthanc does not answer")

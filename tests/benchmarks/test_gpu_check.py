@@ -1,0 +1,116 @@
+"""``make gpu-check`` runs every test that needs a GPU, and says what was not run and why."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medseg_trt.engines.gpu import Gpu
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+gpu_check: Any = importlib.import_module("gpu_check")
+STEPS, Outcome, Step = gpu_check.STEPS, gpu_check.Outcome, gpu_check.Step
+GPU = Gpu(name="NVIDIA H200", sm="sm90", cuda="13.0", driver="580.65")
+REPORT = """<testsuites><testsuite>
+<testcase name="a"/>
+<testcase name="b"><skipped message="TensorRT is not installed"/></testcase>
+<testcase name="c"><skipped message="TensorRT is not installed"/></testcase>
+<testcase name="d"><failure message="assert 2 &lt;= 1">long</failure></testcase>
+<testcase name="e"><error message="setup">long</error></testcase>
+</testsuite></testsuites>"""
+# Stands in for a Python without them; and whoever opens a connection while tests are collected is caught.
+WITHOUT = """
+import socket, sys, pytest
+missing = ("openvino", "cryptography")
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in missing:
+            raise ModuleNotFoundError(f"no {name}", name=name.split(".")[0])
+sys.meta_path.insert(0, Missing())
+def refuse(*_):
+    raise AssertionError("a network is asked for")
+socket.socket.connect = refuse
+sys.exit(pytest.main(["--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider", *sys.argv[1:]]))
+"""
+
+
+def gpu_files() -> set[str]:
+    """Return the files with tests marked ``gpu``."""
+    paths = (ROOT / "tests").rglob("test_*.py")
+    return {str(path.relative_to(ROOT)) for path in paths if "pytest.mark.gpu\n" in path.read_text(encoding="utf-8")}
+
+
+def test_every_test_that_needs_a_gpu_belongs_to_a_step():
+    assert gpu_files() == {name for step in STEPS.values() for name in step.files}
+
+
+def test_the_steps_are_in_the_order_of_what_they_rest_on():
+    assert list(STEPS) == ["facts", "kernels", "sessions", "pytorch", "engines", "sanitizers"]
+    assert sum(step.timeout_s for step in STEPS.values()) <= 3600
+
+
+def test_a_report_of_pytest_is_counted_and_its_reasons_are_kept():
+    outcome = gpu_check.parse_report("engines", REPORT, 2.0)
+    assert (outcome.result, outcome.passed, outcome.failed, outcome.skipped) == ("failed", 1, 2, 2)
+    assert outcome.reasons[0] == "TensorRT is not installed"
+    assert "d: assert 2 <= 1" in outcome.reasons
+    assert gpu_check.parse_report(
+        "engines", REPORT.replace("failure", "system-out").replace("error", "system-out"), 1.0
+    ).is_bad is (False)
+
+
+def test_without_a_gpu_every_step_is_listed_as_not_run(monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "find_gpu", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
+    monkeypatch.setattr(gpu_check, "run_step", lambda *_: pytest.fail("a step was run"))
+    assert gpu_check.main() == 0
+    printed = capsys.readouterr().out
+    assert printed.count("| not run |") == len(STEPS)
+    assert gpu_check.NO_GPU in printed
+
+
+@pytest.mark.parametrize(("results", "code"), [(["passed", "skipped"], 0), (["passed", "failed"], 1)])
+def test_with_a_gpu_a_step_that_fails_makes_the_exit_code_1(results, code, monkeypatch, tmp_path):
+    left = iter(results)
+    monkeypatch.setattr(gpu_check, "find_gpu", lambda: GPU)
+    monkeypatch.setattr(gpu_check, "run_step", lambda name, _: Outcome(step=name, result=next(left), reasons=("why",)))
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--steps", "facts,kernels", "-o", str(tmp_path)])
+    assert gpu_check.main() == code
+    written = json.loads((tmp_path / "gpu-h200.json").read_text(encoding="utf-8"))
+    assert [step["result"] for step in written["steps"]] == results
+    assert "NVIDIA H200" in (tmp_path / "gpu-h200.md").read_text(encoding="utf-8")
+
+
+def test_a_step_that_does_not_end_has_failed(monkeypatch):
+    step = Step(files=("tests/kernels/test_gpu_facts.py",), timeout_s=0)
+    outcome = gpu_check.run_step("facts", step)
+    assert (outcome.result, outcome.is_bad) == ("failed", True)
+    assert "did not end within 0 s" in outcome.reasons[0]
+
+
+def test_a_step_that_cannot_be_collected_has_failed():
+    outcome = gpu_check.run_step("facts", Step(files=("tests/nowhere.py",), timeout_s=120))
+    assert outcome.is_bad, outcome
+
+
+def test_the_page_has_every_reason():
+    outcomes = gpu_check.check(None, ["facts", "engines"])
+    text = gpu_check.page({"card": "none", "steps": [vars_of(outcome) for outcome in outcomes]})
+    assert text.count(gpu_check.NO_GPU) == 2
+
+
+def vars_of(outcome: Any) -> dict[str, object]:
+    return {name: getattr(outcome, name) for name in Outcome.__slots__}
+
+
+def test_collection_needs_no_network_no_openvino_and_no_cryptography():
+    command = [sys.executable, "-c", WITHOUT, *sorted(gpu_files())]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ})
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "error" not in done.stdout.splitlines()[-1]

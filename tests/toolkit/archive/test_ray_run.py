@@ -1,0 +1,87 @@
+"""Runs on a cluster of two nodes that are simulated on this machine; Ray is in an extra of its own."""
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from archive_runs import content, save_picture, segment_tree
+
+from medseg_trt.archive import ray_run
+from medseg_trt.archive.mask_tree import MaskTree
+from medseg_trt.archive.request import ArchiveRequest
+from medseg_trt.bundles.bundle import load_bundle
+from medseg_trt.errors import DeviceError
+
+pytest.importorskip("ray", reason="Ray is not installed: pip install 'medseg-trt[ray]'")
+pytestmark = [
+    pytest.mark.slow,  # a cluster takes half a minute to start
+    pytest.mark.filterwarnings("ignore"),  # Ray's own
+]
+OPTIONS = {"backend": "onnxruntime", "threads": 1}
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    from ray.cluster_utils import Cluster  # pyright: ignore[reportMissingImports]  # an extra of its own
+
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    yield nodes
+    nodes.shutdown()
+
+
+def write_images(root: Path, count: int) -> Path:
+    for number in range(count):
+        save_picture(root / f"p{number % 7}" / f"{number}.png", number)
+    (root / "p0" / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n cut short")
+    return root
+
+
+def run(inputs: Path, bundle: Path, output: Path, address: str) -> MaskTree:
+    tree = MaskTree(output, ArchiveRequest(), on_error=lambda *_: None)
+    ray_run.run_on_ray(tree, [inputs], load_bundle(bundle), address, OPTIONS)
+    return tree
+
+
+def test_a_cluster_gives_the_bytes_of_a_local_run_also_when_a_worker_and_a_node_are_lost(
+    tiny_bundle, tmp_path, cluster, monkeypatch
+):
+    import psutil
+
+    monkeypatch.setattr(ray_run, "BLOCK", 8)
+    images = write_images(tmp_path / "in", 400)
+    segment_tree([images], tiny_bundle, tmp_path / "local", on_error=lambda *_: None)
+    node = cluster.add_node(num_cpus=2)
+    out, ended = tmp_path / "out", list[MaskTree]()
+    running = threading.Thread(target=lambda: ended.append(run(images, tiny_bundle, out, cluster.address)))
+    running.start()
+    deadline = time.monotonic() + 240
+    killed = lost = False
+    while running.is_alive() and time.monotonic() < deadline:
+        done = sum(1 for _ in (out / ".finished").rglob("*.json"))
+        if not killed and done >= 20:
+            workers = [
+                process
+                for process in psutil.process_iter(["cmdline"])
+                if "MapWorker" in " ".join(process.info["cmdline"] or [])
+            ]
+            workers[0].kill()
+            killed = True
+        if not lost and done >= 60:
+            cluster.remove_node(node, allow_graceful=False)
+            lost = True
+        time.sleep(0.05)
+    running.join(10)
+    assert (killed, lost) == (True, True)
+    assert ended[0].is_joined
+    assert content(out) == content(tmp_path / "local")
+
+
+def test_a_cluster_that_is_not_there_is_named(tiny_bundle, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "2")
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "2")
+    images = write_images(tmp_path / "in", 1)
+    with pytest.raises(DeviceError, match="no Ray cluster of this version answers at auto"):
+        run(images, tiny_bundle, tmp_path / "out", "auto")

@@ -1,0 +1,91 @@
+"""DICOMweb with dicomweb-client: store a series, find it, fetch its segmentation; and to another DICOMweb service."""
+
+import json
+import time
+
+import numpy as np
+import pydicom
+import pytest
+from dicoms import AXIAL, save_series
+from server_process import running_server
+
+from medseg_trt.inference.to_folder import MaskFolder
+from medseg_trt.pipeline import infer
+
+dicomweb = pytest.importorskip("dicomweb_client.api")
+STUDY = "1.2.826.0.1.3680043.8.498.31"
+QUICK = ("--dicom-port", "0", "--quiet-s", "0.2", "--retry-s", "0.2")
+
+
+def write(folder):
+    pixels = np.random.default_rng(3).integers(0, 255, (4, 36, 28)).astype(np.int16)
+    labelled = {"StudyInstanceUID": STUDY, "SeriesInstanceUID": f"{STUDY}.1", "FrameOfReferenceUID": f"{STUDY}.2"}
+    save_series(folder, pixels, AXIAL, order=range(4), **labelled)
+    return [pydicom.dcmread(path) for path in sorted(folder.iterdir())]
+
+
+def wait_for_segmentation(client) -> pydicom.Dataset:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        for series in client.search_for_series(STUDY):
+            if series["00080060"]["Value"] == ["SEG"]:
+                (made,) = client.retrieve_series(STUDY, series["0020000E"]["Value"][0])
+                return made
+        time.sleep(0.1)
+    raise AssertionError("no segmentation")
+
+
+def test_store_search_and_retrieve(bundle, tmp_path):
+    datasets = write(tmp_path / "ct")
+    written = MaskFolder(tmp_path / "masks", mask_format="dicom-seg")
+    list(infer([tmp_path / "ct"], bundle, backend="onnxruntime", threads=1, destination=written))
+    with running_server([bundle], tmp_path / "second", *QUICK) as second:
+        options = ("--send-to", f"{second.address}/dicomweb")
+        with running_server([bundle], tmp_path / "first", *QUICK, *options) as first:
+            client = dicomweb.DICOMwebClient(f"{first.address}/dicomweb")
+            answer = client.store_instances(datasets)
+            assert len(answer.ReferencedSOPSequence) == 4
+            made = wait_for_segmentation(client)
+            ours = pydicom.dcmread(written.masks[0])
+            assert made.SOPInstanceUID == ours.SOPInstanceUID
+            assert made.PixelData == ours.PixelData
+            (study,) = client.search_for_studies(search_filters={"StudyInstanceUID": STUDY})
+            assert study["00201208"]["Value"] == [5]
+            assert len(client.search_for_instances(STUDY, f"{STUDY}.1")) == 4
+            assert len(client.search_for_instances(STUDY, limit=2, offset=4)) == 1
+            got = client.retrieve_instance(STUDY, f"{STUDY}.1", datasets[0].SOPInstanceUID)
+            assert got.PixelData == datasets[0].PixelData
+            assert len(client.retrieve_study(STUDY)) == 5
+            metadata = client.retrieve_instance_metadata(STUDY, f"{STUDY}.1", datasets[1].SOPInstanceUID)
+            assert pydicom.Dataset.from_json(metadata).Rows == 36
+            assert client.search_for_studies(search_filters={"StudyInstanceUID": "1.2.3"}) == []
+            status, _, body = first.get("/dicomweb/studies/1.2.3")
+            assert (status, "no such object" in json.loads(body)["error"]) == (404, True)
+            status, _, body = first.get("/dicomweb/studies?PatientName=Doe")
+            assert (status, "searched by" in json.loads(body)["error"]) == (400, True)
+            refused = [line for line in first.lines if "HTTP status 409" in line]
+            deadline = time.monotonic() + 30
+            while not refused and time.monotonic() < deadline:
+                refused = [line for line in first.lines if "HTTP status 409" in line]
+                time.sleep(0.1)
+            assert refused, "our own node takes images alone, so it refuses a segmentation, and that is said"
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "status"),
+    [
+        (b"", "application/dicom", 415),
+        (b"", 'multipart/related; type="application/dicom"', 415),
+        (b"x", 'multipart/related; type="application/dicom"; boundary=b', 400),
+        (b"--b\r\nno end", 'multipart/related; type="application/dicom"; boundary=b', 400),
+        (b"--b\r\n\r\nnothing\r\n--b--", 'multipart/related; type="application/dicom"; boundary=b', 409),
+    ],
+)
+def test_malformed_bodies(body, content_type, status, node_server):
+    assert node_server.post("/dicomweb/studies", body, Content_Type=content_type)[0] == status
+
+
+@pytest.fixture(scope="module")
+def node_server(bundle, tmp_path_factory):
+    with running_server([bundle], tmp_path_factory.mktemp("web") / "spool", *QUICK) as server:
+        yield server

@@ -1,0 +1,94 @@
+"""kill -9 at random instants: everything that was acknowledged is segmented and sent, with one content per UID."""
+
+import random
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from archives import recording_archive, send
+from dicoms import AXIAL, save_series
+from server_process import start_server
+
+# pynetdicom's client leaves its socket to the garbage collector where a connection is refused
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+ROOT = "1.2.826.0.1.3680043.8.498.5"
+SLICES = 4
+KILLS = 5
+LATEST_S = 2.5  # after the first slice: receiving, waiting, segmenting and sending take about two seconds
+LONG_AGO = 60.0
+
+
+def write_series(folder: Path, number: int) -> list[Path]:
+    import numpy as np
+
+    pixels = np.random.default_rng(number).integers(0, 255, (SLICES, 36, 28)).astype(np.int16)
+    labelled = {"StudyInstanceUID": f"{ROOT}.{number}", "FrameOfReferenceUID": f"{ROOT}.{number}.2"}
+    save_series(folder, pixels, AXIAL, order=range(SLICES), SeriesInstanceUID=f"{ROOT}.{number}.1", **labelled)
+    return sorted(folder.iterdir())
+
+
+def send_quietly(files: list[Path], port: int, accepted: set[Path]) -> None:
+    """Send files one by one, as far as the server lives, and note those that it acknowledged."""
+    for file in files:
+        try:
+            if send([file], port) == [0]:
+                accepted.add(file)
+        except (OSError, RuntimeError, AttributeError, ValueError):
+            return
+
+
+def run_kills(bundle: Path, folder: Path, kills: int, seed: int) -> None:
+    """Kill a server ``kills`` times while it works, restart it, and check what the archive has at the end."""
+    delays = random.Random(seed)
+    options = ("--dicom-port", "0", "--quiet-s", "0.2", "--retry-s", "0.2")
+    with recording_archive() as archive:
+        server = start_server([bundle], folder / "spool", *options, "--send-to", archive.destination)
+        for number in range(kills):
+            files, accepted = write_series(folder / f"series{number}", number), set[Path]()
+            sender = threading.Thread(target=send_quietly, args=(files, server.dicom_port, accepted))
+            sender.start()
+            time.sleep(delays.uniform(0, LATEST_S))
+            server.kill()
+            sender.join()
+            server = start_server([bundle], folder / "spool", *options, "--send-to", archive.destination)
+            send_quietly([file for file in files if file not in accepted], server.dicom_port, accepted)
+            assert len(accepted) == SLICES
+        deadline = time.monotonic() + LONG_AGO
+        while whole := {f"{ROOT}.{number}" for number in range(kills)} - complete_studies(archive):
+            assert time.monotonic() < deadline, f"lost: {whole}"
+            time.sleep(0.2)
+        assert server.terminate() == 0
+    assert {uid: len(set(digests)) for uid, digests in archive.digests.items() if len(set(digests)) > 1} == {}
+
+
+def complete_studies(archive) -> set[str]:
+    return {
+        str(made.StudyInstanceUID)
+        for made in list(archive.objects)
+        if len(made.ReferencedSeriesSequence[0].ReferencedInstanceSequence) == SLICES
+    }
+
+
+def test_nothing_is_lost_and_nothing_is_sent_with_two_contents(bundle, tmp_path):
+    run_kills(bundle, tmp_path, KILLS, seed=0)
+
+
+def test_an_http_job_survives(bundle, inputs, masks, tmp_path):
+    server = start_server([bundle], tmp_path / "spool")
+    addresses = []
+    for _ in range(3):
+        status, headers, _ = server.post("/v1/segment", (inputs / "volume.nii.gz").read_bytes())
+        assert status == 202
+        addresses.append(headers["location"])
+    server.kill()
+    server = start_server([bundle], tmp_path / "spool")
+    for address in addresses:
+        assert server.wait_for_job(address)["state"] == "done"
+        assert server.get(f"{address}/result")[2] == (masks / "volume.nii.gz").read_bytes()
+    server.terminate()
+
+
+@pytest.mark.slow
+def test_fifty_kills(bundle, tmp_path):
+    run_kills(bundle, tmp_path, 50, seed=1)

@@ -1,0 +1,175 @@
+"""PyTorch's ways to run a checkpoint, on the CPU and on a stand-in for CUDA that records what it is asked."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tiny import make_checkpoint
+
+from medseg_trt.devices import AUTO, CPU, ComputeDevice
+from medseg_trt.errors import DeviceError
+from medseg_trt.sessions import pytorch
+from medseg_trt.sessions.pytorch import PyTorchSession, open_graph
+from medseg_trt.sessions.pytorch_forms import EAGER, FORMATS, FORMS, PEERS_ON_GPU
+from medseg_trt.train.checkpoint import load_checkpoint
+from medseg_trt.train.torch_device import torch_device
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def image():
+    return np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)
+
+
+@pytest.fixture(autouse=True)
+def switches():
+    """Leave PyTorch's switches as they were."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def test_every_peer_is_a_format_and_a_form():
+    assert {arithmetic for arithmetic, _ in PEERS_ON_GPU} <= set(FORMATS)
+    assert {form for _, form in PEERS_ON_GPU} <= set(FORMS)
+    assert ("fp32", EAGER) not in PEERS_ON_GPU  # the reference
+    assert {"channels-last", "cuda-graph", "reduce-overhead", "max-autotune"} <= {form for _, form in PEERS_ON_GPU}
+
+
+@pytest.mark.parametrize(("arithmetic", "form", "limit"), [("fp32", "channels-last", 1e-4), ("bf16", EAGER, 0.5)])
+def test_a_form_computes_the_same_network(checkpoint, image, arithmetic, form, limit):
+    with open_graph(checkpoint, "fp32", None, "fp32") as reference:
+        expected = reference.run(image)
+    with open_graph(checkpoint, "fp32", None, arithmetic, CPU, form) as session:
+        logits = session.run(image)
+        assert session.time_on_device(image, 0.0, 1) is None  # a CPU has no such clock
+    assert logits.dtype == np.float32
+    assert 0 < np.abs(logits - expected).max() < limit
+
+
+@pytest.mark.parametrize(("arithmetic", "allowed"), [("fp32", False), ("tf32", True), ("fp16", False)])
+def test_the_reference_multiplies_without_tf32(checkpoint, arithmetic, allowed):
+    torch.backends.cudnn.allow_tf32 = not allowed  # PyTorch's default is on
+    PyTorchSession(load_checkpoint(checkpoint).model(), None, arithmetic).close()
+    assert torch.backends.cudnn.allow_tf32 is allowed
+    assert (torch.get_float32_matmul_precision() != "highest") is allowed
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_a_compiled_form_is_compiled_in_its_mode(checkpoint, image, mode, monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda network, mode: modes.append(mode) or network)
+    with open_graph(checkpoint, "fp32", None, "fp32", CPU, mode) as session:
+        session.run(image)
+        assert session.description.endswith(f"torch.compile, {mode}")
+    assert modes == [mode]
+
+
+def test_a_cuda_graph_needs_a_gpu(checkpoint):
+    with pytest.raises(DeviceError, match="--device cuda"):
+        open_graph(checkpoint, "fp32", None, "fp32", CPU, "cuda-graph")
+
+
+class FakeCuda:
+    """As much of ``torch.cuda`` as a session uses; work is done at once, and every call is recorded."""
+
+    def __init__(self):
+        self.calls = []
+        self.clock = 0.0
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            self.calls.append(name)
+            return _Context(self, name)
+
+        return call
+
+    def Event(self, enable_timing):  # noqa: N802  # PyTorch's name
+        assert enable_timing
+        event = SimpleNamespace(at=None)
+
+        def record():
+            self.calls.append("record")
+            self.clock += 1.0
+            event.at = self.clock
+
+        event.record = record
+        event.synchronize = lambda: self.calls.append("wait")
+        event.elapsed_time = lambda stop: stop.at - event.at
+        return event
+
+
+class _Context:
+    def __init__(self, cuda, name):
+        self._cuda, self._name = cuda, name
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._cuda.calls.append(f"end {self._name}")
+
+    def replay(self):
+        self._cuda.calls.append("replay")
+
+    def wait_stream(self, _):
+        self._cuda.calls.append("wait_stream")
+
+
+def test_a_graph_is_captured_once_for_each_shape_after_runs_in_another_stream(monkeypatch):
+    cuda, runs = FakeCuda(), []
+    monkeypatch.setattr(torch, "cuda", cuda)
+    graphs = pytorch._Graphs(lambda images: runs.append(1) or 2 * images, lambda: _Context(cuda, "autocast"))
+    images = torch.ones(1, 3, 4, 4)
+    for batch in (images, images, torch.ones(2, 3, 4, 4), images):
+        graphs(batch)
+    assert cuda.calls.count("CUDAGraph") == 2
+    assert cuda.calls.count("replay") == 4
+    assert len(runs) == 2 * (pytorch.GRAPH_WARM_UPS + 1)
+    first = cuda.calls[: cuda.calls.index("replay")]
+    assert first.index("end stream") < first.index("graph") < first.index("end graph")
+
+
+def test_pytorch_on_a_gpu_keeps_launches_in_flight_and_times_copies_apart(checkpoint, image, monkeypatch):
+    cuda = FakeCuda()
+    session = PyTorchSession(load_checkpoint(checkpoint).model())
+    monkeypatch.setattr(torch, "cuda", cuda)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(session, "_device", SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(session, "_uploaded", lambda batch: torch.from_numpy(batch))
+    times = session.time_on_device(image, 0.0, 5)
+    assert times is not None
+    assert (len(times.compute_ms), len(times.enqueue_ms)) == (5, 5)
+    assert (len(times.upload_ms), len(times.download_ms)) == (pytorch.COPIES, pytorch.COPIES)
+    calls = cuda.calls[cuda.calls.index("record") :]
+    assert calls[:4] == ["record"] * 4  # two launches before the first wait
+    assert set(times.compute_ms) == {1.0}
+
+
+@pytest.mark.parametrize("device", [CPU, AUTO])
+def test_without_a_gpu_pytorch_takes_the_cpu_where_it_may(device):
+    if torch.cuda.is_available() and device is AUTO:
+        pytest.skip("this machine has a GPU")
+    assert torch_device(device) == torch.device("cpu")
+
+
+def test_a_gpu_that_pytorch_does_not_have_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(DeviceError, match=r"--device cuda:0: PyTorch .* is built for CPUs alone; install one for CUDA"):
+        torch_device(ComputeDevice("cuda"))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(DeviceError, match=r"is built for CUDA 13\.0 and finds no GPU or driver; see medseg-trt doctor"):
+        torch_device(ComputeDevice("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert torch_device(AUTO) == torch.device("cuda", 0)
+    assert torch_device(ComputeDevice("cuda", 1)) == torch.device("cuda", 1)
+    with pytest.raises(DeviceError, match="PyTorch finds 2 GPU"):
+        torch_device(ComputeDevice("cuda", 2))

@@ -1,0 +1,62 @@
+"""``--device`` reaches the training process, and a GPU is not waited for at every micro-batch."""
+
+import pytest
+import torch
+from click.testing import CliRunner
+from tiny import tiny_recipe, write_volumes
+
+from medseg_trt.cli import cli
+from medseg_trt.devices import CPU, ComputeDevice
+from medseg_trt.errors import DeviceError
+from medseg_trt.train import loop
+from medseg_trt.train.datasets.folder import open_folder
+from medseg_trt.train.training_process import TrainingProcess
+
+
+def test_the_cpu_is_taken_where_it_is_asked_for():
+    assert TrainingProcess("no", CPU).device == torch.device("cpu")
+
+
+def test_a_gpu_that_is_not_there_is_an_error_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(DeviceError, match="--device cuda:1: PyTorch"):
+        TrainingProcess("no", ComputeDevice("cuda", 1))
+    out = tmp_path / "run"
+    data = open_folder(write_volumes(tmp_path / "data", count=2))
+    with pytest.raises(DeviceError):
+        loop.train(tiny_recipe(), data, out, device=ComputeDevice("cuda"))
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["build", "--ckpt", "model.pt"],
+        ["train", "--recipe", "folder", "--data", "x"],
+        ["evaluate", "--ckpt", "model.pt", "--data", "x"],
+        ["infer", "x", "--bundle", "model.medseg"],
+        ["bench", "--bundle", "model.medseg"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_device_that_cannot_be_read_is_refused_by_every_command(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.medseg").mkdir()
+    ran = CliRunner().invoke(cli, [*command, "--device", "gpu"])
+    assert "write auto, cpu, cuda or cuda:1" in str(ran.exception), ran.output
+
+
+def test_the_loss_is_read_once_a_batch(monkeypatch):
+    """Reading a number from a GPU waits for everything that it has been given."""
+    reads = []
+    real = torch.Tensor.item
+    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: reads.append(1) or real(tensor))
+    process = TrainingProcess("no", CPU)
+    model = torch.nn.Conv2d(3, 2, 1)
+    shards = process.shards(4, 4)
+    assert len(shards) == 4
+    fed = iter([(torch.ones(1, 3, 8, 8), torch.zeros(1, 8, 8, dtype=torch.long))] * 4)
+    monkeypatch.setattr(loop, "assign_shard", lambda *_: None)
+    loss = loop._loss_and_gradients(model, fed, shards, process, tiny_recipe().train)
+    assert isinstance(loss, float)
+    assert len(reads) == 1

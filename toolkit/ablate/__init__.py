@@ -1,0 +1,1 @@
+"""Whether the language block helps, and what of it: a grid of controls, trained alike."""

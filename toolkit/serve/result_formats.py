@@ -1,0 +1,171 @@
+"""The forms of a result: the file that ``infer`` writes, a DICOM segmentation, and JSON with areas or outlines."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medseg_trt.errors import InputError
+from medseg_trt.imaging.formats.dicom_seg import MadeBy, write_dicom_seg
+from medseg_trt.imaging.images import DICOM as DICOM_KIND
+from medseg_trt.imaging.images import SEGMENTATION_SUFFIX, Image, Mask, Source, kind_of, write_mask
+from medseg_trt.imaging.preprocess import for_image
+from medseg_trt.serve.model import ServedModel
+from medseg_trt.serve.outlines import outlines
+from medseg_trt.serve.protocol_v2 import ProtocolError
+from medseg_trt.serve.view import encode_view, read_view
+
+PNG, TIFF, NIFTI, DICOM, JSON = (
+    "image/png",
+    "image/tiff",
+    "application/x-nifti",
+    "application/dicom",
+    "application/json",
+)
+OUTLINES = "application/vnd.medseg.outlines+json"
+VIEW = "application/vnd.medseg.view"  # of the page
+SUFFIXES: Mapping[str, str] = {PNG: ".png", TIFF: ".tif", NIFTI: ".nii.gz", DICOM: SEGMENTATION_SUFFIX}
+ALIASES: Mapping[str, str] = {
+    "application/gzip": NIFTI,
+    "application/vnd.nifti": NIFTI,
+    "application/nifti": NIFTI,
+    "application/octet-stream": "*/*",
+}
+ANY = ("*/*", "image/*", "application/*")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Segmentation:
+    """A finished mask with what its forms are made of."""
+
+    source: Source
+    image: Image
+    mask: Mask
+    model: ServedModel
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodedResult:
+    """A result as it is sent."""
+
+    media_type: str
+    content: bytes
+    file_name: str
+
+
+def native_type(mask: Mask) -> str:
+    """Return the media type of the file that ``infer`` writes of a mask."""
+    if mask.geometry is not None:
+        return NIFTI
+    return PNG if len(mask.labels) == 1 else TIFF
+
+
+def accepted_types(header: str) -> list[str]:
+    """Return the media types of an Accept header, the preferred one first; all where there is none."""
+    weighted: list[tuple[float, int, str]] = []
+    for position, part in enumerate(header.split(",")):
+        name, _, parameters = part.strip().partition(";")
+        if not name.strip():
+            continue
+        quality = 1.0
+        for parameter in parameters.split(";"):
+            key, _, value = parameter.strip().partition("=")
+            if key == "q":
+                try:
+                    quality = float(value)
+                except ValueError as error:
+                    raise ProtocolError("the Accept header has a quality that is no number") from error
+        if quality > 0:
+            plain = name.strip().lower()
+            weighted.append((-quality, position, ALIASES.get(plain, plain)))
+    return [name for _, _, name in sorted(weighted)] or ["*/*"]
+
+
+def choose(header: str, mask: Mask) -> str:
+    """Return the media type to send by Accept.
+
+    Raises:
+        ProtocolError: none of the accepted ones exists for this mask (406).
+    """
+    native = native_type(mask)
+    available = (native, DICOM, JSON, OUTLINES, VIEW)
+    for wanted in accepted_types(header):
+        if wanted in available:
+            return wanted
+        if wanted in ANY and (wanted == "*/*" or native.startswith(wanted[:-1])):
+            return native
+    raise ProtocolError(
+        f"none of the accepted media types exists for this image; available: {', '.join(available)}", 406
+    )
+
+
+def encode(media_type: str, result: Segmentation, folder: Path) -> EncodedResult:
+    """Return a result in one form; files are written to ``folder`` and read back there.
+
+    Raises:
+        ProtocolError: the form does not exist for this image (406).
+    """
+    stem = result.mask.name.partition(".")[0] or "mask"
+    if media_type in MAKERS:
+        content = json.dumps(MAKERS[media_type](result), allow_nan=False, separators=(",", ":")).encode()
+        return EncodedResult(media_type=media_type, content=content, file_name=f"{stem}.json")
+    if media_type == VIEW:
+        return EncodedResult(media_type=VIEW, content=_view(result), file_name=f"{stem}.view")
+    if media_type == DICOM:
+        path = folder / f"{stem}{SEGMENTATION_SUFFIX}"
+        made_by = MadeBy(model=result.model.name, digest=result.model.digest)
+        try:
+            write_dicom_seg(result.mask, result.source, made_by, path)
+        except InputError as error:
+            raise ProtocolError(str(error), 406) from error
+    elif media_type == native_type(result.mask):
+        path = write_mask(result.mask, folder)
+    else:
+        raise ProtocolError(f"{media_type} does not exist for this image", 406)
+    return EncodedResult(media_type=media_type, content=path.read_bytes(), file_name=f"{stem}{SUFFIXES[media_type]}")
+
+
+def _view(result: Segmentation) -> bytes:
+    window = for_image(result.model.bundle.preprocessing, result.image.pixels).window
+    is_dicom = all(kind_of(path) == DICOM_KIND for path in result.source.files)
+    return encode_view(summary(result) | {"is_dicom": is_dicom}, result.image, result.mask, window)
+
+
+def summary(result: Segmentation) -> dict[str, Any]:
+    """Return areas and volumes, and what a viewer needs to draw the mask."""
+    image, classes = result.image, result.mask.classes
+    areas = [
+        {
+            "label": label,
+            "name": area.name,
+            "color": list(classes.colors[label]),
+            "pixels": area.pixels,
+            "mm2": area.mm2,
+            "ml": area.ml,
+        }
+        for label, area in enumerate(result.mask.areas(), 1)
+    ]
+    return {
+        "model": result.model.name,
+        "version": result.model.version,
+        "shape": list(result.mask.labels.shape),
+        "spacing_mm": None if image.spacing_mm is None else list(image.spacing_mm),
+        "classes": areas,
+        "unusual": result.mask.unusual,
+        "outside_fraction": result.model.outside_fraction(image),
+        "media_type": native_type(result.mask),
+    }
+
+
+def outlines_of(view: Path) -> bytes:
+    """Return the outlines of a mask that was kept as a view."""
+    header, labels = read_view(view)
+    return json.dumps(header | {"outlines": outlines(labels)}, separators=(",", ":")).encode()
+
+
+def _outlines(result: Segmentation) -> dict[str, Any]:
+    return summary(result) | {"outlines": outlines(result.mask.labels)}
+
+
+MAKERS: Mapping[str, Callable[[Segmentation], dict[str, Any]]] = {JSON: summary, OUTLINES: _outlines}
