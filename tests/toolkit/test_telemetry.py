@@ -16,6 +16,8 @@ from tiny import tiny_changes, write_pictures
 from medseg_trt.processes import python_command
 from medseg_trt.telemetry import MODULES, VARIABLES
 
+# All that a child gets: neither ours of VARIABLES nor CI, GITHUB_ACTIONS and others, with which ONNX Runtime is silent
+KEPT = ("PATH", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH")
 NETWORK = ("AF_INET", "AF_INET6")
 TRIES = 5  # OpenVINO stops its sender after 3 s, which on a busy machine can be before its first call
 THEIRS = ("Microsoft", "intel", "onnxruntime", "huggingface")  # parts of the paths of files that they write
@@ -38,8 +40,8 @@ def traced(command: list[str], home: Path, cwd: Path) -> tuple[list[str], list[s
     if shutil.which("strace") is None:
         pytest.skip("needs strace: apt-get install strace")
     log = home.parent / "strace.txt"
-    unset = dict.fromkeys(("XDG_CACHE_HOME", *VARIABLES), "")
-    environment = {**os.environ, **unset, "HOME": str(home), "OMP_NUM_THREADS": "1"}
+    kept = {name: os.environ[name] for name in KEPT if name in os.environ}
+    environment = {**kept, "HOME": str(home), "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(
         ["strace", "-f", "--seccomp-bpf", "-qq", "-e", "trace=socket,connect,sendto,sendmsg", "-o", log, *command],
         cwd=cwd,

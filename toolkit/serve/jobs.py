@@ -164,9 +164,8 @@ class JobRunner:
         finally:
             shutil.rmtree(folder / WORK, ignore_errors=True)
             self._progress.pop(job.id, None)
-        if job.kind == HTTP_JOB:
-            (folder / UPLOAD).unlink(missing_ok=True)
         self._spool.finish(job.id, error, sends)
+        self._remove_upload(job)  # last: until the job is noted as finished, a restart runs it again
         if job.id in self._cancelled:
             self._remove(job.id)
         seconds = round(time.monotonic() - started, 3)
@@ -219,6 +218,10 @@ class JobRunner:
             with atomic_file(folder / RESULTS / RESULT_FILES[media_type]) as temporary:
                 temporary.write_bytes(encoded.content)
 
+    def _remove_upload(self, job: Job) -> None:
+        if job.kind == HTTP_JOB:
+            (self._spool.job_folder(job.id) / UPLOAD).unlink(missing_ok=True)
+
     def _remove(self, job_id: str) -> bool:
         """Remove a job, then its files; ``_remove_orphans`` finishes what is interrupted between the two."""
         objects = [instance.file for instance in self._spool.instances() if instance.job == job_id]
@@ -238,8 +241,11 @@ class JobRunner:
                 self._remove(job.id)
 
     def _remove_orphans(self) -> None:
-        """Remove the files of uploads that were never acknowledged, or whose job is gone."""
+        """Remove the files of uploads that were never acknowledged, or whose job is finished or gone."""
         known = {job.id for job in self._spool.jobs()}
+        for job in self._spool.jobs():
+            if job.finished is not None:
+                self._remove_upload(job)
         for folder in (self._spool.folder / "jobs").glob("*"):
             if folder.name not in known:
                 shutil.rmtree(folder, ignore_errors=True)

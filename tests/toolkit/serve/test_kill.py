@@ -10,8 +10,6 @@ from archives import recording_archive, send
 from dicoms import AXIAL, save_series
 from server_process import start_server
 
-# pynetdicom's client leaves its socket to the garbage collector where a connection is refused
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 ROOT = "1.2.826.0.1.3680043.8.498.5"
 SLICES = 4
 KILLS = 5
@@ -84,7 +82,8 @@ def test_an_http_job_survives(bundle, inputs, masks, tmp_path):
     server.kill()
     server = start_server([bundle], tmp_path / "spool")
     for address in addresses:
-        assert server.wait_for_job(address)["state"] == "done"
+        job = server.wait_for_job(address)
+        assert job["state"] == "done", job
         assert server.get(f"{address}/result")[2] == (masks / "volume.nii.gz").read_bytes()
     server.terminate()
 

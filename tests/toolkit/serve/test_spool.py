@@ -15,6 +15,7 @@ from medseg_trt.serve.metrics import Metrics
 from medseg_trt.serve.objects import RefusedError, accept
 from medseg_trt.serve.settings import Limits
 from medseg_trt.serve.spool import DATABASE, FullError, Job, Send, Spool
+from medseg_trt.serve.uploads import UPLOAD
 
 
 @pytest.fixture
@@ -147,3 +148,42 @@ def test_files_that_were_never_acknowledged_are_removed_at_the_start(spool, cont
     runner.stop(time.monotonic() + 10)
     assert os.listdir(spool.folder / "objects") == [f"{kept.sha256}.dcm"]
     assert os.listdir(spool.folder / "jobs") == []
+
+
+class KilledError(BaseException):
+    """Stands for a kill at this instant."""
+
+
+def test_an_upload_stays_until_its_job_is_noted_as_finished(spool, monkeypatch):
+    """A kill between the two would leave an accepted job without its image."""
+    upload = spool.job_folder("killed") / UPLOAD
+    upload.parent.mkdir(parents=True)
+    upload.write_bytes(b"not an image")
+    spool.add_job(job("killed"))
+    runner = JobRunner(spool, {}, Limits(), Metrics())
+    finish = spool.finish
+
+    def killed(*_arguments) -> None:
+        raise KilledError
+
+    monkeypatch.setattr(spool, "finish", killed)
+    with pytest.raises(KilledError):
+        runner._run(spool.next_job())
+    assert upload.is_file()
+    monkeypatch.setattr(spool, "finish", finish)
+    runner._run(spool.job("killed"))
+    assert not upload.exists()
+
+
+def test_the_upload_of_a_finished_job_is_removed_at_the_start(spool):
+    upload = spool.job_folder("killed") / UPLOAD
+    upload.parent.mkdir(parents=True)
+    upload.write_bytes(b"an image")
+    spool.add_job(job("killed"))
+    spool.next_job()
+    spool.finish("killed", None)
+    runner = JobRunner(spool, {}, Limits(), Metrics())
+    runner.start()
+    runner.stop(time.monotonic() + 10)
+    assert not upload.exists()
+    assert [left.id for left in spool.jobs()] == ["killed"]
