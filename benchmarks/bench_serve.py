@@ -26,6 +26,7 @@ from serve_clients import PERCENTILES, Tally, free_port, run_clients, serving, s
 from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.imaging.images import Mask, read_image, write_mask
 from medseg_trt.imaging.segment import segment
+from medseg_trt.pipeline import infer
 from medseg_trt.sessions.open import open_session
 
 SIZE = (256, 256)
@@ -63,7 +64,7 @@ def one_after_another(
                 began = time.perf_counter()
                 image = read_image(path)
                 labels = segment(session.run, image, bundle.preprocessing, 4, None, masks)
-                written = write_mask(Mask.of(image, labels, bundle.classes), folder)
+                written = write_mask(Mask.of(image, bundle.finish(image, labels), bundle.classes), folder)
                 content = written.read_bytes()
                 taken.append(time.perf_counter() - began)
                 digests[path] = hashlib.sha256(content).hexdigest()
@@ -72,12 +73,8 @@ def one_after_another(
 
 def sha_of_volume(bundle_folder: Path, path: Path, folder: Path) -> str:
     """Return the digest of a volume's mask as ``infer`` writes it."""
-    bundle = load_bundle(bundle_folder)
-    with open_session(bundle, "onnxruntime") as session:
-        image = read_image(path)
-        masks = session.masks if session.gives_masks else None
-        labels = segment(session.run, image, bundle.preprocessing, 4, None, masks)
-    return hashlib.sha256(write_mask(Mask.of(image, labels, bundle.classes), folder).read_bytes()).hexdigest()
+    (mask,) = infer([path], bundle_folder, backend="onnxruntime")
+    return hashlib.sha256(write_mask(mask, folder).read_bytes()).hexdigest()
 
 
 def resident_mb(pid: int) -> float:

@@ -241,18 +241,22 @@ class BatchQueue:
         return slices < self._max_batch and len(self._open) > len(self._waiting)
 
     def _take(self) -> list[_Item]:
-        """Take one item of each request in turn, of the first one's key, until the batch is full."""
+        """Take one item of each request in turn, of the first one's key, until the batch is full.
+
+        A request that was served goes behind all others that wait, also those of other keys.
+        """
         key, size, progress = self._waiting[0].items[0].key, 0, True
         batch: list[_Item] = []
         while progress and size < self._max_batch:
             progress = False
-            for _ in range(len(self._waiting)):
-                request = self._waiting.popleft()
+            for request in tuple(self._waiting):
                 item = request.items[0]
-                if item.key == key and (not batch or size + len(item.values) <= self._max_batch):
-                    batch.append(request.items.popleft())
-                    size += len(item.values)
-                    progress = True
+                if item.key != key or (batch and size + len(item.values) > self._max_batch):
+                    continue
+                batch.append(request.items.popleft())
+                size += len(item.values)
+                progress = True
+                self._waiting.remove(request)
                 if request.items:
                     self._waiting.append(request)
                 if size >= self._max_batch:

@@ -64,7 +64,7 @@ class ServedModel:
         masks = self.session.masks if self.session.gives_masks else None
         on_device = self.session.device_pipeline(image.pixels, image.spacing_in_plane)
         stages = segmentation_stages(self.session.run, image, self.bundle.preprocessing, masks, on_device)
-        key, step = self._key(image, on_device is not None), 1 if self.shares_runs else INFER_BATCH
+        step = 1 if self.shares_runs else INFER_BATCH
         labels = np.empty(image.pixels.shape[:3], np.uint8)
         pending = []
         starts = list(range(0, len(labels), step))
@@ -80,6 +80,7 @@ class ServedModel:
             if request.cancelled:
                 raise CancelledError("the request was cancelled")
             values = stages.prepare(image.pixels[start : start + step])
+            key = self._key(image, on_device is not None)
             pending.append((start, request.submit(key, stages.run, values)))
             if len(pending) > ahead:
                 finish_first()
@@ -108,6 +109,7 @@ class ServedModel:
         return outside_fraction(image.size, self.bundle.preprocessing, image.spacing_in_plane)
 
     def _key(self, image: Image, on_device: bool) -> object:
+        """Return what slices that may share a run have in common; where none may, nobody else has it."""
         if on_device or not self.shares_runs:
             return next(self._numbers)
         if not self.session.gives_masks:

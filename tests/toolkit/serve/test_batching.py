@@ -62,6 +62,31 @@ def test_different_keys_never_share_a_run(queue, network):
     assert sorted(network.batches) == [[1], [2]]
 
 
+def test_a_volume_whose_runs_nobody_shares_leaves_every_second_run_to_others(queue, network):
+    """As on machines where the network's last bits depend on the batch: each slice has a key of its own."""
+    with queue.open() as first, queue.open() as volume, queue.open() as small, queue.open() as other:
+        blocker = first.submit("k", network, row(-1))
+        assert network.entered.wait(10)
+        slices = [volume.submit(("volume", i), network, row(i)) for i in range(6)]
+        late = [small.submit("small", network, row(100)), other.submit("other", network, row(200))]
+        network.gate.set()
+        for future in (blocker, *slices, *late):
+            future.result(10)
+    assert [batch[0] for batch in network.batches] == [-1, 0, 100, 200, 1, 2, 3, 4, 5]
+
+
+def test_a_volume_of_one_key_does_not_hold_up_those_of_others(queue, network):
+    with queue.open() as first, queue.open() as volume, queue.open() as small:
+        blocker = first.submit("k", network, row(-1))
+        assert network.entered.wait(10)
+        slices = [volume.submit("volume", network, row(i)) for i in range(10)]
+        late = small.submit("small", network, row(100))
+        network.gate.set()
+        for future in (blocker, *slices, late):
+            future.result(10)
+    assert [batch[0] for batch in network.batches] == [-1, 0, 100, 4, 8]
+
+
 def test_an_incomplete_batch_waits_for_a_request_that_is_open(network):
     network.gate.set()
     queue = BatchQueue(max_batch=2, delay_s=5.0, max_requests=8)

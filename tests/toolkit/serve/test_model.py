@@ -1,0 +1,39 @@
+"""A served model gives the masks of ``infer`` also where the network's last bits depend on the batch."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from medseg_trt.imaging.images import read_image
+from medseg_trt.pipeline import infer
+from medseg_trt.serve import model as model_module
+from medseg_trt.serve.model import INFER_BATCH, open_models
+from medseg_trt.serve.settings import Limits, ServeSettings
+
+
+@pytest.mark.parametrize("invariant", [True, False])
+def test_runs_hold_what_infer_would_run_where_the_batch_matters(bundle, inputs, invariant, tmp_path, monkeypatch):
+    monkeypatch.setattr(model_module, "is_batch_invariant", lambda *_: invariant)
+    settings = ServeSettings(
+        bundles=(bundle,), spool=tmp_path, backend="onnxruntime", threads=1, limits=Limits(max_batch=8)
+    )
+    (served,) = open_models(settings)
+    sizes, waiting = [], threading.Event()
+
+    def run(values, original=served.session.run):
+        waiting.wait(0.2)  # so that further slices wait, and could be joined
+        sizes.append(len(values))
+        return original(values)
+
+    monkeypatch.setattr(served.session, "run", run)
+    path = inputs / "volume.nii.gz"
+    with served.queue.open() as request:
+        mask = served.segment(read_image(path), request)
+    served.close()
+    (expected,) = infer([path], bundle, backend="onnxruntime", threads=1)
+    np.testing.assert_array_equal(mask.labels, expected.labels)
+    if invariant:
+        assert max(sizes) > INFER_BATCH
+    else:
+        assert sizes == [4, 4, 3]
