@@ -1,22 +1,20 @@
 """A stand-in for the child processes of a build: a build opens dozens, and each takes a second to start."""
 
-from importlib import import_module
+from dataclasses import replace
 
 import numpy as np
 
 from medseg_trt.imaging.preprocess import Size
-from medseg_trt.sessions.backends import BACKENDS
 from medseg_trt.sessions.base import Session
 from medseg_trt.sessions.session_request import SessionRequest
-from medseg_trt.sessions.subprocess_session import ChildSession
+from medseg_trt.sessions.subprocess_session import ChildSession, open_network
 
 
 class SessionHere(ChildSession):
     """A session of this process behind the interface of a child: a build opens dozens."""
 
     def __init__(self, request: SessionRequest) -> None:
-        module = import_module(BACKENDS[request.backend].module)
-        self._session: Session = module.open_graph(request.path, request.precision, 1, request.compute_dtype)
+        self._session: Session = open_network(replace(request, threads=1))
         self.backend, self.device = request.backend, self._session.device
         self.description, self.gives_masks = self._session.description, self._session.gives_masks
 

@@ -39,8 +39,8 @@ def build(
         data: a data folder whose images verify, judge and calibrate the graphs; None takes the folder that the
             checkpoint was trained on if it is unchanged, else seeded noise.
         sign_key: a file with the private key that signs the bundle; None leaves it unsigned.
-        device: where PyTorch runs; on a GPU its back-ends are tried, too, except engines, which are built alone.
-            ``auto`` takes the GPU that PyTorch has.
+        device: where PyTorch runs; on a GPU its back-ends are tried, too, and engines that fit it. ``auto`` takes the
+            GPU that PyTorch has.
 
     Raises:
         DeviceError: PyTorch has no such device.

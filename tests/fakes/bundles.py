@@ -55,14 +55,14 @@ def with_engine(source: Path, folder: Path, kernels: Path | None = None, **chang
     return folder
 
 
-def add_engine(folder: Path, fingerprint: EngineFingerprint) -> None:
+def add_engine(folder: Path, fingerprint: EngineFingerprint, variant: str = "fp32") -> None:
     """Write the side-car of a plan that is there, and name both in the manifest."""
     write_fingerprint(fingerprint, folder / FOLDER)
     manifest = json.loads((folder / MANIFEST).read_text())
     spec = EngineSpec(library=fingerprint.library, targets=fingerprint.targets, opt_batch=2, max_batch=4)
     engine = BuiltEngine(
         plan=f"{FOLDER}/{fingerprint.plan}",
-        variant="fp32",
+        variant=variant,
         spec=spec,
         processor_s=1.0,
         wall_s=1.0,

@@ -145,12 +145,12 @@ class FakeGpu(Device):
         self.enqueue(stream, lambda: self.view(address, nbytes).fill(0), address)
 
     def upload(self, target: int, source: int, nbytes: int, stream: int) -> None:
-        self.note("upload", nbytes)
+        self.note("upload", nbytes, stream)
         self._host(source, nbytes)
         self.enqueue(stream, lambda: np.copyto(self.view(target, nbytes), self._host(source, nbytes)), target, source)
 
     def download(self, target: int, source: int, nbytes: int, stream: int) -> None:
-        self.note("download", nbytes)
+        self.note("download", nbytes, stream)
         self._host(target, nbytes)
         self.enqueue(stream, lambda: np.copyto(self._host(target, nbytes), self.view(source, nbytes)), target, source)
 
@@ -161,7 +161,7 @@ class FakeGpu(Device):
         return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
 
     def synchronize(self, stream: Any) -> None:
-        self.note("synchronize")
+        self.note("synchronize", stream)
         assert stream not in self.capturing, "a stream that is recorded cannot be waited for"
         with self._lock:
             work, self.streams[stream][:] = list(self.streams[stream]), []
@@ -186,7 +186,7 @@ class FakeGpu(Device):
         return graph
 
     def launch_graph(self, graph: Graph, stream: int) -> None:
-        self.note("launch_graph")
+        self.note("launch_graph", stream)
         assert graph.alive, "a graph is launched that was given back"
         for launch, addresses in graph.work:
             self.enqueue(stream, launch, *addresses)

@@ -188,7 +188,8 @@ def _reference(bundle: Bundle, chosen: Sequence[Execution]) -> Execution:
     exact = [
         execution
         for execution in (*chosen, *bundle.content.executions)
-        if precision_label(bundle.variant(execution).precision, execution.compute_dtype) == EXACT
+        if not BACKENDS[execution.backend].gpu
+        and precision_label(bundle.variant(execution).precision, execution.compute_dtype) == EXACT
     ]
     if not exact:
         raise UsageError(

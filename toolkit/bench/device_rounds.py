@@ -9,7 +9,7 @@ from statistics import median
 
 from medseg_trt.bench.gpu_clocks import GpuClock
 from medseg_trt.bench.missing import Missing
-from medseg_trt.bench.timing_schema import Latency, OnGpu
+from medseg_trt.bench.timing_schema import NO_OVERLAP, Latency, OnGpu
 from medseg_trt.sessions.device_times import DeviceTimes
 
 NO_COPIES = Missing(reason="this back-end does not report the time of copies")
@@ -25,6 +25,7 @@ class DeviceRounds:
     enqueue_ms: list[float] = field(default_factory=list[float])
     upload_ms: list[float] = field(default_factory=list[float])
     download_ms: list[float] = field(default_factory=list[float])
+    images_per_s: list[float] = field(default_factory=list[float])
     clocks: list[GpuClock] = field(default_factory=list[GpuClock])
 
     def add(self, times: DeviceTimes) -> None:
@@ -32,6 +33,7 @@ class DeviceRounds:
         self.enqueue_ms += times.enqueue_ms
         self.upload_ms += times.upload_ms
         self.download_ms += times.download_ms
+        self.images_per_s += times.images_per_s
 
     def look(self, read: Callable[[], GpuClock | None]) -> None:
         """Look at the GPU's clock at the end of a round."""
@@ -44,8 +46,9 @@ class DeviceRounds:
             return Missing(reason="no round on the GPU was timed")
         return OnGpu(
             enqueue_ms=median(self.enqueue_ms),
-            upload_ms=_median(self.upload_ms),
-            download_ms=_median(self.download_ms),
+            upload_ms=_median(self.upload_ms, NO_COPIES),
+            download_ms=_median(self.download_ms, NO_COPIES),
+            images_per_s=_median(self.images_per_s, NO_OVERLAP),
             sm_mhz=tuple(clock.sm_mhz for clock in self.clocks),
             held_back_by=tuple(dict.fromkeys(reason for clock in self.clocks for reason in clock.held_back_by)),
         )
@@ -73,5 +76,5 @@ def binding_warnings(latency: Latency, on_gpu: OnGpu) -> list[str]:
     return warnings
 
 
-def _median(samples_ms: Sequence[float]) -> float | Missing:
-    return median(samples_ms) if samples_ms else NO_COPIES
+def _median(samples: Sequence[float], otherwise: Missing) -> float | Missing:
+    return median(samples) if samples else otherwise

@@ -70,15 +70,19 @@ class Speedup:
     __pydantic_config__ = {"extra": "forbid"}
 
 
+NO_OVERLAP = Missing(reason="not measured: the network runs in one stream")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OnGpu:
-    """What a row's time on a GPU consists of besides the network: medians of all rounds, milliseconds."""
+    """What a row's time on a GPU consists of besides the network: medians of all rounds, times in milliseconds."""
 
     enqueue_ms: float  # that the host takes to enqueue the network, by its own clock
     upload_ms: float | Missing  # of the input
     download_ms: float | Missing  # of the logits
     sm_mhz: tuple[int, ...]  # clock at the end of each round; empty where nvidia-smi does not say
     held_back_by: tuple[str, ...]  # what lowered the clock in at least one round
+    images_per_s: float | Missing = NO_OVERLAP  # in two streams: the copies of one overlap the network in the other
 
     __pydantic_config__ = {"extra": "forbid"}
 

@@ -23,6 +23,7 @@ from medseg_trt.errors import MedsegError
 from medseg_trt.machine import cores
 from medseg_trt.metrics.intervals import speed_interval
 from medseg_trt.progress import LOG
+from medseg_trt.sessions.device_times import DeviceTimes
 
 BATCHES = (1, 4, 8)
 THROUGHPUT_SHARE, MIN_THROUGHPUT_S = 0.1, 0.3  # of the tier's seconds, for every combination of batch and callers
@@ -200,20 +201,22 @@ def _time_on_devices(
     }
     without_clock: set[str] = set()
     rounds_of = {name: DeviceRounds() for name in alive}
+    latest: dict[str, DeviceTimes] = {}
 
     def timed_round(name: str, seconds: float, runs: int) -> list[float]:
         times = alive[name].time_on_device(batch, seconds, runs)
         if times is None:
             without_clock.add(name)
             return []
-        rounds_of[name].add(times)
+        latest[name] = times
         return times.compute_ms
 
-    def look_at_clock(name: str) -> None:
+    def keep(name: str) -> None:
+        rounds_of[name].add(latest[name])
         rounds_of[name].look(lambda: read_clock(gpu_number))
 
     scopes: dict[str, Scope] = dict.fromkeys(alive, "model")
-    _time_interleaved(alive, timings, scopes, timed_round, tier, CUDA_EVENTS, look_at_clock)
+    _time_interleaved(alive, timings, scopes, timed_round, tier, CUDA_EVENTS, keep)
     for name, rounds in rounds_of.items():
         row = timings[name]
         row.on_gpu, alone = rounds.summary(), row.latency["model"]

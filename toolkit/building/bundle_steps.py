@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from medseg_trt.building.block_ladder import BlockLadder
 from medseg_trt.building.contract import Contract
 from medseg_trt.building.deployment import Deployment
+from medseg_trt.building.engine_trials import say_unverified, try_engines
 from medseg_trt.building.executions import GRAPH_OF, ExecutionTrials, default_graph
 from medseg_trt.building.guard import guard_of
 from medseg_trt.building.postprocessing import judged_postprocessing, learn
@@ -16,8 +17,7 @@ from medseg_trt.building.provenance import Provenance
 from medseg_trt.building.reference import Reference
 from medseg_trt.building.reference_images import JudgedImages, reference_images, second_judged_images
 from medseg_trt.building.variants import make_variants
-from medseg_trt.bundles.block_report import BlockReport
-from medseg_trt.bundles.bundle import DEFAULT_GRAPH, MANIFEST, seal
+from medseg_trt.bundles.bundle import DEFAULT_GRAPH, MANIFEST, load_bundle, seal
 from medseg_trt.bundles.manifest import Manifest, Variant
 from medseg_trt.bundles.signature import sign
 from medseg_trt.devices import AUTO, ComputeDevice
@@ -36,7 +36,6 @@ from medseg_trt.export.precision.quantize import parse_precision
 from medseg_trt.external_spec import ExternalSpec
 from medseg_trt.guard.guard import Guard
 from medseg_trt.machine import package_versions
-from medseg_trt.postprocess.steps import Postprocessing
 from medseg_trt.progress import LOG
 from medseg_trt.sessions.pytorch import PyTorchSession
 from medseg_trt.spec import BuildSpec, to_dict
@@ -216,6 +215,8 @@ def complete(
 ) -> None:
     """Add engines, golden data, what is learnt from the images, manifest and signature to a folder with the graphs.
 
+    Where the reference runs on a GPU, engines that fit it are verified and timed there.
+
     Args:
         folder: of the bundle that is being made.
         checkpoint: what the bundle is made from.
@@ -225,11 +226,16 @@ def complete(
         reference: post-processing and guard are learnt from its network's masks and its images.
         key: the private key of ``signature.read_private_key``; None leaves the bundle unsigned.
     """
-    variants, tried = deployed.variants, deployed.tried
-    post = judged_postprocessing(learn(reference), reference, folder, variants, tried)
-    engines = add_engines(folder, variants, tried, spec)
-    manifest = make_manifest(
-        checkpoint, path, spec, variants, tried, engines, deployed.block, post, guard_of(reference)
+    variants = deployed.variants
+    engines = add_engines(folder, variants, deployed.tried, spec)
+    draft = make_manifest(checkpoint, path, spec, deployed, engines, guard_of(reference))
+    tried, engines = _with_engines(folder, draft, deployed, engines)
+    manifest = replace(
+        draft,
+        executions=tried.executions,
+        engines=engines.built,
+        postprocessing=judged_postprocessing(learn(reference), reference, folder, variants, tried),
+        rejected_executions=(*tried.rejected, *engines.rejected),
     )
     default = default_graph(tried.executions, variants)
     if default is None:
@@ -248,18 +254,27 @@ def add_engines(folder: Path, variants: Mapping[str, Variant], tried: ExecutionT
     return replace(engines, rejected=(*engines.rejected, *missing_kernels))
 
 
+def _with_engines(
+    folder: Path, draft: Manifest, deployed: Deployment, engines: Engines
+) -> tuple[ExecutionTrials, Engines]:
+    """Return the executions and the engines once these were verified, where the reference runs on a GPU."""
+    if not engines.built or deployed.reference.device.kind != "cuda":
+        say_unverified(engines)
+        return deployed.tried, engines
+    seal(folder, draft, deployed.golden[1], None)
+    return try_engines(load_bundle(folder), deployed, engines)
+
+
 def make_manifest(
     checkpoint: "Checkpoint",
     path: Path,
     spec: BuildSpec,
-    variants: Mapping[str, Variant],
-    tried: ExecutionTrials,
+    deployed: Deployment,
     engines: Engines,
-    block: BlockReport | None,
-    postprocessing: Postprocessing | None,
     guard: Guard | None,
 ) -> Manifest:
-    """Describe the bundle; ``path`` is the file of the checkpoint."""
+    """Describe the bundle before its engines are run; ``path`` is the file of the checkpoint."""
+    tried = deployed.tried
     return Manifest(
         model=checkpoint.spec,
         preprocessing=checkpoint.preprocessing,
@@ -267,11 +282,10 @@ def make_manifest(
         build=spec,
         source=to_dict(Provenance.of(checkpoint, path)),
         versions=package_versions(),
-        variants=variants,
+        variants=deployed.variants,
         executions=tried.executions,
         engines=engines.built,
-        block=block,
-        postprocessing=postprocessing,
+        block=deployed.block,
         guard=guard,
         rejected_executions=(*tried.rejected, *engines.rejected),
     )

@@ -34,6 +34,7 @@ class _Attempt:
     report: RungReport
     variants: Mapping[str, Variant]
     tried: ExecutionTrials | None  # None: rejected before its executions were tried
+    reference: Reference  # what its executions were compared with
     golden: tuple[ndarray, ndarray]
 
 
@@ -70,6 +71,8 @@ def climb(
                 tried=attempt.tried,
                 golden=attempt.golden,
                 block=_report(ladder, candidate, reports),
+                reference=attempt.reference,
+                second=None if candidate.is_exact else judges.get(SECOND_SPLIT),
             )
         LOG.warning("block %s is not used: %s", candidate.rung, attempt.report.reason)
         for path in folder.iterdir():
@@ -134,7 +137,7 @@ def _attempt(
         accepted=not reasons,
         reason="; ".join(reasons),
     )
-    return _Attempt(report=report, variants=variants, tried=tried, golden=golden)
+    return _Attempt(report=report, variants=variants, tried=tried, reference=reference, golden=golden)
 
 
 def _held_out_reasons(candidate: RungCandidate, spec: BuildSpec) -> list[str]:

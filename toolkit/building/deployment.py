@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from numpy import ndarray
 
 from medseg_trt.building.executions import ExecutionTrials
+from medseg_trt.building.reference import Reference
 from medseg_trt.bundles.block_report import BlockReport
 from medseg_trt.bundles.manifest import Variant
 
@@ -18,3 +19,5 @@ class Deployment:
     tried: ExecutionTrials
     golden: tuple[ndarray, ndarray]  # an input, and the logits of the network that the graphs compute
     block: BlockReport | None  # None: the network has no block
+    reference: Reference  # what the executions were compared with, and what engines are compared with
+    second: Reference | None = None  # of a second split, which judges rounded executions; None: none does

@@ -4,7 +4,7 @@ What a back-end may do to a process (OpenVINO 2026.4.1 has died of a segmentatio
 child, and becomes one line in the bundle.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -83,19 +83,62 @@ def try_executions(
         for backend, compute_dtype in _ways(variant, wanted, _compute_dtypes(variant, spec.precisions), device):
             label = _label(name, backend, compute_dtype)
             try:
-                verified.append(_try(folder, name, variant, backend, compute_dtype, reference, golden))
+                verified.append(try_execution(folder, name, variant, backend, compute_dtype, reference, golden))
             except DeviceError as error:  # this machine cannot; that is no fault of the graph
                 rejected.append(f"{label}: {error}")
             except (AccuracyGateError, ArtefactError) as error:
                 rejected.append(f"{label}: {error}")
                 reasons[variant.precision] = error
                 LOG.warning("%s is not used: %s", label, error)
-    timed, died = _timed(folder, variants, verified, golden[0], device)
+    return settled(
+        folder,
+        variants,
+        ExecutionTrials(executions=tuple(verified), rejected=tuple(rejected)),
+        reasons,
+        golden[0],
+        device,
+    )
+
+
+def _label(name: str, backend: str, compute_dtype: str) -> str:
+    return f"{name} with {backend} in {compute_dtype}"
+
+
+def label_of(execution: Execution) -> str:
+    """Return the name of an execution in messages."""
+    return _label(execution.variant, execution.backend, execution.compute_dtype)
+
+
+def settled(
+    folder: Path,
+    variants: Mapping[str, Variant],
+    verified: ExecutionTrials,
+    reasons: Mapping[str, MedsegError],
+    image: ndarray,
+    device: ComputeDevice,
+    label: Callable[[Execution], str] = label_of,
+) -> ExecutionTrials:
+    """Time executions that were verified, in turn, and put the best first; those that die meanwhile are rejected.
+
+    Args:
+        folder: where the graphs are.
+        variants: the graphs by name.
+        verified: the executions in any order, and what was rejected before.
+        reasons: by precision, why an execution of it was rejected.
+        image: the golden input.
+        device: which GPU executions take, where they take one.
+        label: the name of an execution in messages.
+
+    Raises:
+        AccuracyGateError, ArtefactError: no execution of one of the precisions is left; the reason is its own.
+        DeviceError: no execution is left.
+    """
+    rejected, reasons = list(verified.rejected), dict(reasons)
+    timed, died = _timed(folder, variants, verified.executions, image, device)
     for execution, error in died:
-        label = _label(execution.variant, execution.backend, execution.compute_dtype)
-        rejected.append(f"{label}: {error}")
+        rejected.append(f"{label(execution)}: {error}")
         reasons[variants[execution.variant].precision] = error
-        LOG.warning("%s is not used: %s", label, error)
+        LOG.warning("%s is not used: %s", label(execution), error)
     for precision, error in reasons.items():
         if not any(variants[execution.variant].precision == precision for execution in timed):
             raise error
@@ -116,10 +159,6 @@ def default_graph(executions: Sequence[Execution], variants: Mapping[str, Varian
     return None
 
 
-def _label(name: str, backend: str, compute_dtype: str) -> str:
-    return f"{name} with {backend} in {compute_dtype}"
-
-
 def _ways(variant: Variant, wanted: str, compute_dtypes: Sequence[str], device: ComputeDevice) -> list[tuple[str, str]]:
     return [
         (name, compute_dtype)
@@ -138,7 +177,7 @@ def _compute_dtypes(variant: Variant, precisions: Sequence[str]) -> list[str]:
     return ["fp32"] if variant.precision == "fp16" else ["fp32", "bf16"]
 
 
-def _try(
+def try_execution(
     folder: Path,
     name: str,
     variant: Variant,
@@ -147,6 +186,13 @@ def _try(
     reference: Reference,
     golden: tuple[ndarray, ndarray],
 ) -> Execution:
+    """Compare one way to run a variant with PyTorch, in a process of its own; for the arguments see ``try_executions``.
+
+    Raises:
+        AccuracyGateError: it gives other logits or masks.
+        ArtefactError: the back-end refuses the graph or the engine, or dies of it.
+        DeviceError: this machine cannot run it.
+    """
     is_here = is_installed(backend)
     runner = backend if is_here else STAND_IN
     with _child(folder, variant, runner, compute_dtype if is_here else "fp32", reference.device) as session:
@@ -194,10 +240,10 @@ def _timed(
     executions: Sequence[Execution],
     image: ndarray,
     device: ComputeDevice,
-) -> tuple[list[Execution], list[tuple[Execution, ArtefactError]]]:
+) -> tuple[list[Execution], list[tuple[Execution, MedsegError]]]:
     """Return the executions with their times, and those that died meanwhile with the reason."""
     best: dict[int, float] = {}
-    died: dict[int, ArtefactError] = {}
+    died: dict[int, MedsegError] = {}
     for _ in range(ROUNDS if len(executions) > 1 else 1):
         for index, execution in enumerate(executions):
             if execution.executed and index not in died:
@@ -206,7 +252,7 @@ def _timed(
                         folder, variants[execution.variant], execution.backend, execution.compute_dtype, device
                     ) as session:
                         median = float(np.median(session.time(image, SECONDS, MIN_RUNS)))
-                except ArtefactError as error:
+                except (ArtefactError, DeviceError) as error:
                     died[index] = error
                 else:
                     best[index] = min(median, best.get(index, median))
@@ -235,7 +281,7 @@ def execution_child(folder: Path, variant: Variant, execution: Execution, device
 
 
 def _child(folder: Path, variant: Variant, backend: str, compute_dtype: str, device: ComputeDevice) -> ChildSession:
-    path = folder / variant.graph
+    path = folder if BACKENDS[backend].engines else folder / variant.graph
     return ChildSession(
         SessionRequest(
             backend=backend, path=path, precision=variant.precision, compute_dtype=compute_dtype, device=device

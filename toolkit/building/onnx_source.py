@@ -137,7 +137,7 @@ def deploy_onnx(folder: Path, source: OnnxSource, reference: Reference, golden_i
     variants = write_variants(folder, fused_graph(source.graph(), {}), reference.spec, reference)
     golden = golden_input, source.reference(golden_input)
     tried = try_executions(folder, variants, reference.spec, reference, golden)
-    return Deployment(variants=variants, tried=tried, golden=golden, block=None)
+    return Deployment(variants=variants, tried=tried, golden=golden, block=None, reference=reference)
 
 
 def read_description(path: Path) -> OnnxDescription:

@@ -219,6 +219,8 @@ def load_bundle(folder: Path | str, verify_key: Path | None = None) -> Bundle:
 def seal(folder: Path, manifest: Manifest, golden_logits: ndarray, default_graph: str | None) -> None:
     """Complete a folder that holds the graphs: golden data, configs, and last the manifest with all digests.
 
+    It may have been sealed before; the new manifest takes the old one's place.
+
     Args:
         folder: with the graphs.
         manifest: without digests.
@@ -236,7 +238,7 @@ def seal(folder: Path, manifest: Manifest, golden_logits: ndarray, default_graph
     files = {
         path.relative_to(folder).as_posix(): FileEntry(sha256=sha256(path), bytes=path.stat().st_size)
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path != folder / MANIFEST
     }
     sealed = replace(manifest, files=files)
     _check_graphs(folder, sealed, lambda name: read_file(folder, name, files[name]))

@@ -11,7 +11,7 @@ from medseg_trt.bundles.verification import Verification
 from medseg_trt.guard.guard import Guard
 from medseg_trt.networks import AnyNetworkSpec
 from medseg_trt.postprocess.steps import Postprocessing
-from medseg_trt.spec import BuildSpec, Classes, EngineSpec, Preprocessing
+from medseg_trt.spec import LIBRARY_NAMES, BuildSpec, Classes, EngineSpec, Preprocessing
 
 SCHEMA = 4
 GRAPH_SUFFIX, PLAN_SUFFIX, ENGINE_FOLDER = ".onnx", ".plan", "engines"
@@ -21,6 +21,7 @@ COMPUTE_DTYPES: Mapping[str, tuple[str, ...]] = {  # by back-end that a build tr
     "onnxruntime-cuda": ("fp32",),
     "onnxruntime-tensorrt": ("fp32",),
     "onnxruntime-tensorrt-rtx": ("fp32",),
+    **dict.fromkeys(LIBRARY_NAMES, ("fp32",)),  # of engines that have run
 }
 PLAIN_NAME = re.compile(
     r"[^/\\\x00-\x1f\x7f]+"
@@ -83,7 +84,7 @@ class BuiltEngine:
     plan: str  # "engines/NAME.plan"
     variant: str  # a key of Manifest.variants: the graph that it was built from
     spec: EngineSpec
-    executed: bool = False  # whether it ever ran; until then all that is known of its masks is that of the graph
+    executed: bool = False  # whether it was verified on a GPU; else all that is known of its masks is that of the graph
     wall_s: float  # that the process which built it took, with everything
     processor_s: float  # that it used
     peak_resident_mb: float  # that it had at most; 0 where the system does not say
@@ -128,7 +129,10 @@ class Manifest:
         for name in (item.variant for item in (*self.executions, *self.engines)):
             if name not in self.variants:
                 raise ValueError(f"the variant {name!r} is not among {', '.join(self.variants)}")
+        executed = {(engine.variant, engine.spec.library) for engine in self.engines if engine.executed}
         for execution in self.executions:
+            if execution.backend in LIBRARY_NAMES and (execution.variant, execution.backend) not in executed:
+                raise ValueError(f"{execution.backend} is to run {execution.variant}, and no engine of it was executed")
             if execution.compute_dtype not in COMPUTE_DTYPES.get(execution.backend, ()):
                 raise ValueError(
                     f"this version has no back-end {execution.backend!r} that computes in {execution.compute_dtype!r}"

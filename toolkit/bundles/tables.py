@@ -34,7 +34,7 @@ def engine_table(bundle: Bundle) -> tuple[list[str], list[list[str]]]:
 def _row(bundle: Bundle, execution: Execution) -> list[str]:
     variant, verification = bundle.variant(execution), execution.verification
     gate = verification.gate
-    size = sum(bundle.content.files[name].bytes for name in (variant.graph, variant.weights))
+    size = sum(bundle.content.files[name].bytes for name in _files(bundle, execution))
     return [
         variant.precision + (f" ({variant.dialect})" if variant.dialect != "canonical" else ""),
         bundle.block or "–",
@@ -46,6 +46,13 @@ def _row(bundle: Bundle, execution: Execution) -> list[str]:
         f"{gate.high:.4f}" if gate else "–",
         f"{size / 1e6:.1f}",
     ]
+
+
+def _files(bundle: Bundle, execution: Execution) -> tuple[str, ...]:
+    """Return the files that an execution runs: the plan of an engine, else the graph with its weights."""
+    variant = bundle.variant(execution)
+    plans = {(engine.variant, engine.spec.library): (engine.plan,) for engine in bundle.content.engines}
+    return plans.get((execution.variant, execution.backend), (variant.graph, variant.weights))
 
 
 def _engine_row(bundle: Bundle, engine: BuiltEngine) -> list[str]:

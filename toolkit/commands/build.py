@@ -143,7 +143,7 @@ def build(
         return
     print_table(f"{bundle.folder}; infer uses the first row", *execution_table(bundle))
     if bundle.content.engines:
-        print_table("engines, not executed; masks were verified with the graphs above", *engine_table(bundle))
+        print_table("engines; of those not executed, masks were verified with the graphs above", *engine_table(bundle))
     print_text(choice(bundle))
     if bundle.postprocessing is not None:
         print_table(f"post-processing, chosen on {bundle.postprocessing.description}", *bundle.postprocessing.table())

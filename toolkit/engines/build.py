@@ -1,7 +1,7 @@
 """Build the engines of a bundle: one for every precision, from the bundle's own graphs.
 
-A fingerprint and a layer report lie beside every plan. An engine can be built on any machine and is not run there: the
-mask verification in the bundle comes from running the same graph on the CPU.
+A fingerprint and a layer report lie beside every plan. An engine can be built on any machine and is not run here; until
+one is run on a GPU that it fits, the mask verification in the bundle comes from running the same graph.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -293,12 +293,18 @@ def _fingerprint(
 def _replace_engines(bundle: Bundle, engines: list[BuiltEngine]) -> Bundle:
     """Write a manifest with other engines, and remove the files of the old ones last; return the new bundle."""
     folder, content = bundle.folder, bundle.content
-    new = {path for engine in engines for path in _files_of(folder, engine)}
-    old = {path for engine in content.engines for path in _files_of(folder, engine)}
+    new = {path for engine in engines for path in engine_files(folder, engine)}
+    old = {path for engine in content.engines for path in engine_files(folder, engine)}
     files = {name: entry for name, entry in content.files.items() if folder / name not in old}
     for path in sorted(new):
         files[path.relative_to(folder).as_posix()] = FileEntry(sha256=sha256(path), bytes=path.stat().st_size)
-    manifest: Manifest = replace(content, engines=tuple(engines), files=files)
+    executed = {(engine.variant, engine.spec.library) for engine in engines if engine.executed}
+    executions = tuple(  # those of an old engine say nothing of the new one
+        execution
+        for execution in content.executions
+        if execution.backend not in LIBRARY_NAMES or (execution.variant, execution.backend) in executed
+    )
+    manifest: Manifest = replace(content, executions=executions, engines=tuple(engines), files=files)
     write_json(folder / MANIFEST, to_dict(manifest))
     if (signature := signature_of(folder / MANIFEST)).is_file():
         LOG.warning("%s has changed since it was signed; its signature is removed, so sign it again", folder)
@@ -308,7 +314,8 @@ def _replace_engines(bundle: Bundle, engines: list[BuiltEngine]) -> Bundle:
     return replace(bundle, content=manifest, manifest_sha256=sha256(folder / MANIFEST))
 
 
-def _files_of(folder: Path, engine: BuiltEngine) -> tuple[Path, ...]:
+def engine_files(folder: Path, engine: BuiltEngine) -> tuple[Path, ...]:
+    """Return the paths of an engine's files in a bundle: the plan, its fingerprint and its layer report."""
     plan = folder / engine.plan
     return plan, metadata_path(plan), plan.with_suffix(LAYERS_SUFFIX)
 

@@ -117,6 +117,18 @@ def fitting_engine(
     raise ArtefactError(f"{' '.join(candidates[0][1])} {rebuild_hint(bundle.folder)}")
 
 
+def has_fitting_engine(bundle: Bundle, library: str, precision: str, gpu: Gpu) -> bool:
+    """Say whether a bundle has an engine of a precision that an installed library can run on a GPU.
+
+    Raises:
+        ArtefactError: a fingerprint is damaged or belongs to another plan.
+    """
+    version = installed_version(library)
+    return version is not None and any(
+        not reasons for _, reasons in judged_engines(bundle, library, version, precision, gpu)
+    )
+
+
 def best_on_gpu(bundle: Bundle, precision: str | None, number: int) -> tuple[str, str | None]:
     """Return the back-end and the precision for a GPU: an engine that fits it, or else ONNX Runtime with the graphs.
 
@@ -130,10 +142,7 @@ def best_on_gpu(bundle: Bundle, precision: str | None, number: int) -> tuple[str
     ranked = dict.fromkeys(content.variants[execution.variant].precision for execution in content.executions)
     for name in ranked if precision is None else (precision,):
         for library in LIBRARY_NAMES:
-            version = installed_version(library)
-            if version is not None and any(
-                not reasons for _, reasons in judged_engines(bundle, library, version, name, gpu)
-            ):
+            if has_fitting_engine(bundle, library, name, gpu):
                 return library, name
     return GRAPHS_ON_GPU, precision
 

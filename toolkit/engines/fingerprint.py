@@ -142,7 +142,7 @@ def _library(built: EngineFingerprint, machine: RuntimeEnvironment) -> str | Non
     if machine.library != built.library:
         return f"{built.plan} is an engine of {name}, which {LIBRARY_NAMES[machine.library]} cannot read."
     if machine.version is None:
-        return f"{built.plan} needs {name} {built.version}, which is not installed machine."
+        return f"{built.plan} needs {name} {built.version}, which is not installed here."
     is_same = machine.version == built.version
     if is_same or (built.version_compatible and _major(machine.version) == _major(built.version)):
         return None

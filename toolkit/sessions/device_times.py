@@ -2,13 +2,16 @@
 
 The next launches are enqueued while the device works on the ones before, so that it never waits for the host unless the
 host is slower. A pair of events encloses each launch; they are read when the launch is long complete.
+
+Throughput is measured apart, by the host's clock: several streams with buffers of their own take turns, so that the
+copies of one run while another computes. The input stays in pinned memory and the logits arrive there, as in trtexec.
 Source: NVIDIA TensorRT, ``samples/common/sampleInference.cpp``.
 """
 
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +27,15 @@ class DeviceTimes:
     enqueue_ms: list[float] = field(default_factory=list[float])  # that the host took to enqueue it, by its own clock
     upload_ms: list[float] = field(default_factory=list[float])  # of the input, by events of the device
     download_ms: list[float] = field(default_factory=list[float])  # of the logits
+    images_per_s: list[float] = field(default_factory=list[float])  # see ``time_overlapped``; empty: not measured
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OverlappedStream:
+    """A stream with an input and an output of its own, in which one batch runs again and again."""
+
+    enqueue: Callable[[], None]  # the copy to the device, the network, and the copy back
+    wait: Callable[[], None]  # until all of it is done
 
 
 class EventClock(ABC):
@@ -91,3 +103,30 @@ def time_copies(copy: Callable[[], None], clock: EventClock, runs: int) -> list[
         clock.wait(stop)
         taken.append(clock.elapsed_ms(start, stop))
     return taken
+
+
+def time_overlapped(streams: Sequence[OverlappedStream], images: int, duration_s: float, min_runs: int) -> list[float]:
+    """Return the images per second of streams that take turns; nothing with fewer than two, which cannot overlap.
+
+    Each batch is enqueued in the stream whose result has been waited for longest ago, while the others are underway.
+
+    Args:
+        streams: each has run before.
+        images: of one batch.
+        duration_s: seconds by the host's clock.
+        min_runs: at least so many batches.
+    """
+    if len(streams) < 2:
+        return []
+    free, underway, runs = deque(streams), deque[OverlappedStream](), 0
+    began = time.perf_counter()
+    while runs < min_runs or time.perf_counter() < began + duration_s:
+        if not free:
+            underway[0].wait()
+            free.append(underway.popleft())
+        free[0].enqueue()
+        underway.append(free.popleft())
+        runs += 1
+    for stream in underway:
+        stream.wait()
+    return [images * runs / (time.perf_counter() - began)]

@@ -147,7 +147,7 @@ def choose(
         for execution in known_executions
         if backend in ("auto", execution.backend)
         and precision in (None, bundle.variant(execution).precision)
-        and _runs_on(device, execution)
+        and (backend != "auto" or _runs_on(bundle, device, execution))
     ]
     if not candidates:
         wanted = " ".join(part for part in (backend if backend != "auto" else "", precision or "") if part)
@@ -166,11 +166,17 @@ def choose(
     raise MissingExtraError(f"{first.package} is not installed. Install it: pip install 'medseg-trt[{first.extra}]'")
 
 
-def _runs_on(device: ComputeDevice, execution: Execution) -> bool:
-    """Say whether the device of an execution may be used, and is there."""
-    if not BACKENDS[execution.backend].gpu:
+def _runs_on(bundle: Bundle, device: ComputeDevice, execution: Execution) -> bool:
+    """Say whether the device of an execution may be used, and is there; an engine must fit it."""
+    kind = BACKENDS[execution.backend]
+    if not kind.gpu:
         return True
-    return device.gpu_allowed and (not execution.executed or find_gpu(device.number) is not None)
+    gpu = find_gpu(device.number) if device.gpu_allowed else None
+    if gpu is None or not kind.engines:
+        return gpu is not None
+    from medseg_trt.engines.choice import has_fitting_engine
+
+    return has_fitting_engine(bundle, execution.backend, bundle.variant(execution).precision, gpu)
 
 
 def _require_on(device: ComputeDevice, backend: str) -> None:
@@ -195,9 +201,13 @@ def gpu_executions(bundle: Bundle, backend: str) -> list[Execution]:
     """Return what a back-end of GPUs would run: the variants in a dialect that it reads, the best first.
 
     Where it runs engines, the variants that there is an engine of.
-    They were verified with another back-end. On the GPU, rounded numbers are added up in another precision and order.
+    Those that the build verified with this back-end come as they are. The others were verified with another one: on the
+    GPU, rounded numbers are added up in another precision and order.
     """
     by_precision: dict[str, Execution] = {}
+    for execution in bundle.content.executions:
+        if execution.backend == backend:
+            by_precision.setdefault(bundle.variant(execution).precision, execution)
     for dialect in BACKENDS[backend].dialects:
         for execution in bundle.content.executions:
             variant = bundle.variant(execution)
@@ -220,11 +230,13 @@ def gpu_executions(bundle: Bundle, backend: str) -> list[Execution]:
 def _reason(bundle: Bundle, chosen: Execution, device: ComputeDevice) -> str:
     """Say why ``auto`` took this one."""
     best = bundle.default
-    if BACKENDS[chosen.backend].gpu:
+    if device.kind == "cuda":
         kind = "an engine that fits it" if BACKENDS[chosen.backend].engines else "the bundle has no engine for it"
         return f"auto on --device {device}: {kind}"
     if chosen is not best:
-        return f"auto: {BACKENDS[best.backend].package}, the fastest at the build, is not installed here"
+        package, is_here = BACKENDS[best.backend].package, is_installed(best.backend)
+        obstacle = f"does not run here with --device {device}" if is_here else "is not installed here"
+        return f"auto: {package}, the fastest at the build, {obstacle}"
     if chosen.median_ms is None:
         return "auto: the only one that the bundle holds"
     return f"auto: the fastest of {len(bundle.content.executions)} at the build, {chosen.median_ms:.1f} ms an image"

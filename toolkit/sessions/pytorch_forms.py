@@ -15,6 +15,11 @@ class PyTorchForm:
     compile_mode: str | None = None  # of torch.compile
     cuda_graph: bool = False
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether two runs may be underway: a CUDA graph, also one of torch.compile, has one input and one output."""
+        return self.compile_mode is None and not self.cuda_graph
+
 
 FORMS: Mapping[str, PyTorchForm] = {
     EAGER: PyTorchForm(words="eager"),

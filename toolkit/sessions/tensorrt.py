@@ -10,7 +10,7 @@ differs: NaN among the logits is an error on the CPU, and background on the devi
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from medseg_trt.kernels.library import FILE, FindPtx, ReadFile, open_library
 from medseg_trt.kernels.logits_to_mask import scalars as mask_scalars
 from medseg_trt.sessions.backends import BACKENDS
 from medseg_trt.sessions.base import Session
-from medseg_trt.sessions.device_times import DeviceTimes
+from medseg_trt.sessions.device_times import DeviceTimes, time_overlapped
 from medseg_trt.sessions.tensorrt_cache import KernelCache, cache_file
 from medseg_trt.sessions.tensorrt_engine import Engine, EngineError
 from medseg_trt.sessions.tensorrt_stream import InferenceRequest, InferenceStream
@@ -104,7 +104,7 @@ class TensorRtSession(Session):
     def time_on_device(
         self, batch: Float32[ndarray, "batch 3 height width"], duration_s: float, min_runs: int
     ) -> DeviceTimes:
-        """Return the times of the network alone, by CUDA events; see ``Session``.
+        """Return the times of the network alone, by CUDA events, and its throughput in all streams; see ``Session``.
 
         Raises:
             DeviceError: as ``run`` does.
@@ -112,7 +112,11 @@ class TensorRtSession(Session):
         most = self._engine.most
         sizes = [min(most, len(batch) - start) for start in range(0, len(batch), most)]
         with self._stream_in_use() as stream:
-            return stream.time(sizes, duration_s, min_runs)
+            times = stream.time(sizes, duration_s, min_runs)
+        part = np.ascontiguousarray(batch[:most], self._engine.input.dtype)
+        with device_errors(self._device, self.description), self._streams.all() as streams:
+            overlapped = [stream.overlapped(part) for stream in streams]
+            return replace(times, images_per_s=time_overlapped(overlapped, len(part), duration_s, min_runs))
 
     def layer_times(self, image: Float32[ndarray, "batch 3 height width"], runs: int) -> dict[str, list[float]]:
         """Return the milliseconds of every layer of the engine in each of ``runs`` runs, by the library's own profiler.

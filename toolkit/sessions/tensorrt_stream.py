@@ -23,7 +23,7 @@ from medseg_trt.kernels.device import Device
 from medseg_trt.kernels.kernel import Entry
 from medseg_trt.kernels.launch import CudaError, Launch, Launcher
 from medseg_trt.progress import LOG
-from medseg_trt.sessions.device_times import UNTIMED, DeviceTimes, time_copies, time_in_flight
+from medseg_trt.sessions.device_times import UNTIMED, DeviceTimes, OverlappedStream, time_copies, time_in_flight
 from medseg_trt.sessions.stream_events import StreamEvents
 from medseg_trt.sessions.tensorrt_engine import Context, Engine, EngineError
 
@@ -117,13 +117,29 @@ class InferenceStream:
         self._reserve(request)
         batch = self._prepared(self._engine.filled_up(request.images))
         _host(self._upward)[: source.nbytes] = source.reshape(-1).view(np.uint8)
-        self._upload(request)
-        self._enqueue(batch)
-        self._download(request)
+        self._enqueue_with_copies(request, batch)
         self._device.synchronize(self._stream)
         output = self._output(request)
         self._record_if_seen(batch)
         return output
+
+    def overlapped(self, source: ndarray) -> OverlappedStream:
+        """Return what runs prepared images that stay in pinned memory, as do the logits; see ``time_overlapped``.
+
+        Args:
+            source: contiguous images of the engine's type, at most as many as it takes at once.
+
+        Raises:
+            CudaError, EngineError: as ``run`` does.
+        """
+        request = InferenceRequest(images=len(source))
+        for _ in range(UNTIMED):
+            self.run(request, source)
+        batch = self._prepared(self._engine.filled_up(request.images))
+        return OverlappedStream(
+            enqueue=lambda: self._enqueue_with_copies(request, batch),
+            wait=lambda: self._device.synchronize(self._stream),
+        )
 
     def time(self, sizes: list[int], duration_s: float, min_runs: int) -> DeviceTimes:
         """Return the times of the network alone, of images that are on the device already, and of their copies.
@@ -197,6 +213,11 @@ class InferenceStream:
 
     def _set_addresses(self, context: Context, size: int) -> None:
         context.prepare(size, self._tensor.address, self._logits.address)
+
+    def _enqueue_with_copies(self, request: InferenceRequest, batch: PreparedBatch) -> None:
+        self._upload(request)
+        self._enqueue(batch)
+        self._download(request)
 
     def _enqueue(self, batch: PreparedBatch) -> None:
         """Put the network into the stream."""

@@ -28,15 +28,25 @@ class StreamPool:
             CudaError, EngineError: not even one stream could be made.
         """
         stream = self._take()
-        try:
+        with self._lent([stream]):
             yield stream
-        except DeviceMemoryError:  # asked for too much; the stream is as it was
-            self._give(stream)
-            raise
-        except BaseException:  # nobody knows what is still on its way in the stream
-            self._drop(stream)
-            raise
-        self._give(stream)
+
+    @contextmanager
+    def all(self) -> Generator[list[InferenceStream], None, None]:
+        """Yield every stream for this thread alone, as many as there is memory for, once no other thread uses one.
+
+        Raises:
+            ValueError: the streams are closed.
+            CudaError, EngineError: not even one stream could be made.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or len(self._free) == self._made)
+            self._require_open()
+            while self._made < self._most and (stream := self._new()) is not None:
+                self._free.append(stream)
+            streams, self._free = self._free, []
+        with self._lent(streams):
+            yield streams
 
     def close(self) -> None:
         """Wait until no stream is in use, and close all of them."""
@@ -48,29 +58,51 @@ class StreamPool:
                 self._free.pop().close()
                 self._made -= 1
 
+    @contextmanager
+    def _lent(self, streams: list[InferenceStream]) -> Generator[None, None, None]:
+        """Take streams back when they are no longer used; after an error they are closed."""
+        end = self._drop
+        try:
+            yield
+            end = self._give
+        except DeviceMemoryError:  # asked for too much; the stream is as it was
+            end = self._give
+            raise
+        finally:  # after any other error nobody knows what is still on its way in the stream
+            for stream in streams:
+                end(stream)
+
     def _take(self) -> InferenceStream:
         with self._changed:
             while True:
                 self._changed.wait_for(lambda: self._closed or self._free or self._made < self._most)
-                if self._closed:
-                    raise ValueError("the session is closed")
+                self._require_open()
                 if self._free:
                     return self._free.pop()
-                try:
-                    stream = self._make()
-                except DeviceMemoryError as error:
-                    if not self._made:
-                        raise
-                    self._most = self._made
-                    LOG.info("the GPU has no memory for another stream (%s); threads take turns", error)
-                else:
-                    self._made += 1
+                if (stream := self._new()) is not None:
                     return stream
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ValueError("the session is closed")
+
+    def _new(self) -> InferenceStream | None:
+        """Make a stream; None where the device has memory for no more than there are."""
+        try:
+            stream = self._make()
+        except DeviceMemoryError as error:
+            if not self._made:
+                raise
+            self._most = self._made
+            LOG.info("the GPU has no memory for another stream (%s); threads take turns", error)
+            return None
+        self._made += 1
+        return stream
 
     def _give(self, stream: InferenceStream) -> None:
         with self._changed:
             self._free.append(stream)
-            self._changed.notify()
+            self._changed.notify_all()
 
     def _drop(self, stream: InferenceStream) -> None:
         try:

@@ -23,9 +23,10 @@ from medseg_trt.bench.limits import Gate, judge_report, require
 from medseg_trt.bench.measure import HOST_CLOCK, RoundTimes
 from medseg_trt.bench.missing import Missing
 from medseg_trt.bench.profile_schema import Peak, Profile, Roofline
+from medseg_trt.bench.report.page import markdown_page
 from medseg_trt.bench.report.write import cells
 from medseg_trt.bench.schema import Report, Row
-from medseg_trt.bench.timing_schema import SCOPES, Latency, OnGpu, Speedup
+from medseg_trt.bench.timing_schema import NO_OVERLAP, SCOPES, Latency, OnGpu, Speedup
 from medseg_trt.bench.timings import CUDA_EVENTS, NO_DEVICE_TIME, Timings, speedups
 from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.cli import cli
@@ -94,6 +95,11 @@ def test_an_engine_is_timed_with_copies_and_without(machine, rows, monkeypatch):
     assert isinstance(on_gpu, OnGpu)
     assert (on_gpu.upload_ms, on_gpu.download_ms, on_gpu.held_back_by) == (1.0, 1.0, ())
     assert on_gpu.sm_mhz == (1980,) * len(alone.rounds_ms)
+    assert isinstance(on_gpu.images_per_s, float)
+    assert on_gpu.images_per_s > 0
+    shown = markdown_page(rows.reports[-1])
+    assert "| on a GPU | enqueue ms | upload ms | download ms | images per second, copies overlapping |" in shown
+    assert f"| {ENGINE} | {on_gpu.enqueue_ms:.3f} | 1.000 | 1.000 | {on_gpu.images_per_s:.1f} |" in shown
     assert isinstance(row.throughput, tuple)
     assert [(throughput.streams, throughput.threads) for throughput in row.throughput][-1][
         1
@@ -196,6 +202,14 @@ def test_pytorch_on_the_gpu_is_the_reference_and_every_row_there_has_three_scope
     engine = by_name[ENGINE].speedup["model"]
     assert isinstance(engine, Speedup)
     assert engine.ratio == pytest.approx(2.0, abs=0.02)  # of the device's times, not of the CPU's
+
+
+@pytest.mark.usefixtures("machine", "pytorch_on_gpu")
+def test_a_row_whose_network_runs_in_one_stream_says_that_its_throughput_was_not_measured(rows, tiny_bundle):
+    reference = rows(GPU, checkpoint=tiny_bundle.parent / "model" / "model.pt")["pytorch fp32"]
+    assert isinstance(reference.on_gpu, OnGpu)
+    assert reference.on_gpu.images_per_s == NO_OVERLAP
+    assert "not measured: the network runs in one stream" in markdown_page(rows.reports[-1])
 
 
 def test_the_headline_names_the_device_and_the_fastest_peer(machine, rows, pytorch_on_gpu, tiny_bundle):

@@ -55,12 +55,13 @@ def test_rounds_are_summed_up_as_medians():
     rounds = DeviceRounds()
     assert isinstance(rounds.summary(), Missing)
     for enqueue_ms in (0.1, 0.3, 0.2):
-        rounds.add(DeviceTimes(compute_ms=[1.0], enqueue_ms=[enqueue_ms], upload_ms=[0.5]))
+        rounds.add(DeviceTimes(compute_ms=[1.0], enqueue_ms=[enqueue_ms], upload_ms=[0.5], images_per_s=[8.0]))
         rounds.look(lambda: GpuClock(1980, ("power limit",)))
     rounds.look(lambda: None)
     assert rounds.summary() == OnGpu(
         enqueue_ms=0.2,
         upload_ms=0.5,
+        images_per_s=8.0,
         download_ms=NO_COPIES,
         sm_mhz=(1980, 1980, 1980),
         held_back_by=("power limit",),

@@ -64,3 +64,16 @@ def test_what_a_build_measured_on_a_gpu_is_taken_only_where_there_is_one(bundle,
     ):
         monkeypatch.setattr(opening, "find_gpu", lambda number, gpu=gpu: gpu)
         assert choose(measured, "auto", None, device).backend == backend
+
+
+def test_an_engine_that_a_build_measured_is_taken_only_on_a_gpu_that_it_fits(bundle, monkeypatch):
+    engine = replace(bundle.content.engines[0], executed=True)
+    first = replace(bundle.default, backend="tensorrt-rtx", median_ms=0.1, golden_error=0.25)
+    content = replace(bundle.content, executions=(first, *bundle.content.executions), engines=(engine,))
+    measured = replace(bundle, content=content)
+    for gpu, backend in ((ADA, "tensorrt-rtx"), (HOPPER, bundle.default.backend), (None, bundle.default.backend)):
+        monkeypatch.setattr(opening, "find_gpu", lambda number, gpu=gpu: gpu)
+        assert choose(measured, "auto", None, AUTO).backend == backend
+    assert choose(measured, "tensorrt-rtx", None, AUTO) == first  # opening it says why it cannot run
+    with pytest.raises(ValueError, match="no engine of it was executed"):
+        replace(content, engines=(replace(engine, executed=False),))

@@ -12,7 +12,7 @@ from medseg_trt.errors import DeviceError, MissingExtraError
 from medseg_trt.sessions.backends import BACKENDS
 from medseg_trt.sessions.open import open_session
 from medseg_trt.sessions.pytorch import open_graph
-from medseg_trt.sessions.pytorch_forms import PEERS_ON_GPU
+from medseg_trt.sessions.pytorch_forms import FORMS, PEERS_ON_GPU
 
 pytestmark = pytest.mark.gpu
 GPU = ComputeDevice("cuda")
@@ -60,6 +60,8 @@ def test_every_way_of_pytorch_has_its_masks_and_three_scopes(checkpoint, images,
     assert times is not None
     assert len(times.compute_ms) >= 50
     assert all(0 < ms < 1000 for ms in (*times.compute_ms, *times.upload_ms, *times.download_ms))
+    assert len(times.images_per_s) == FORMS[form].overlaps
+    assert all(rate > 0 for rate in times.images_per_s)
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name.startswith("onnxruntime-")])
@@ -74,3 +76,4 @@ def test_onnx_runtime_has_every_node_on_the_gpu_and_the_masks_of_the_cpu(tiny_bu
         if BACKENDS[backend].package == "onnxruntime":
             assert times is not None
             assert all(0 < ms < 1000 for ms in times.compute_ms)
+            assert times.images_per_s == []  # it computes in one stream

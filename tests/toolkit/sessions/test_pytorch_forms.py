@@ -90,6 +90,19 @@ class FakeCuda:
 
         return call
 
+    def Stream(self):  # noqa: N802  # PyTorch's name
+        number = self.calls.count("Stream")
+        self.calls.append("Stream")
+        return SimpleNamespace(
+            number=number,
+            synchronize=lambda: self.calls.append(f"synchronize {number}"),
+            wait_stream=lambda _: self.calls.append("wait_stream"),
+        )
+
+    def stream(self, stream):
+        self.calls.append(f"stream {stream.number}")
+        return _Context(self, f"stream {stream.number}")
+
     def Event(self, enable_timing):  # noqa: N802  # PyTorch's name
         assert enable_timing
         event = SimpleNamespace(at=None)
@@ -133,7 +146,7 @@ def test_a_graph_is_captured_once_for_each_shape_after_runs_in_another_stream(mo
     assert cuda.calls.count("replay") == 4
     assert len(runs) == 2 * (pytorch.GRAPH_WARM_UPS + 1)
     first = cuda.calls[: cuda.calls.index("replay")]
-    assert first.index("end stream") < first.index("graph") < first.index("end graph")
+    assert first.index("end stream 0") < first.index("graph") < first.index("end graph")
 
 
 def test_pytorch_on_a_gpu_keeps_launches_in_flight_and_times_copies_apart(checkpoint, image, monkeypatch):
@@ -150,6 +163,31 @@ def test_pytorch_on_a_gpu_keeps_launches_in_flight_and_times_copies_apart(checkp
     calls = cuda.calls[cuda.calls.index("record") :]
     assert calls[:4] == ["record"] * 4  # two launches before the first wait
     assert set(times.compute_ms) == {1.0}
+
+
+OVERLAP = [
+    *("stream 0", "end stream 0", "stream 1", "end stream 1"),
+    *("synchronize 0", "stream 0", "end stream 0"),
+    *("synchronize 1", "stream 1", "end stream 1"),
+    *("synchronize 0", "synchronize 1"),
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_two_streams_of_pytorch_overlap_and_a_form_with_one_input_and_output_is_not_measured(
+    checkpoint, image, form, monkeypatch
+):
+    cuda, session = FakeCuda(), PyTorchSession(load_checkpoint(checkpoint).model())
+    monkeypatch.setattr(torch, "cuda", cuda)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(session, "_device", SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(session, "_uploaded", lambda batch: torch.from_numpy(batch))
+    monkeypatch.setattr(session, "_overlaps", FORMS[form].overlaps)
+    times = session.time_on_device(image, 0.0, 4)
+    assert times is not None
+    assert len(times.images_per_s) == (1 if form in (EAGER, "channels-last") else 0)
+    overlap = [call for call in cuda.calls if call.split()[0] in ("stream", "end", "synchronize")]
+    assert (overlap[-len(OVERLAP) :] == OVERLAP) is FORMS[form].overlaps
 
 
 @pytest.mark.parametrize("device", [CPU, AUTO])

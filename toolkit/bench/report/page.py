@@ -16,7 +16,7 @@ from medseg_trt.bench.profile_schema import Profile
 from medseg_trt.bench.report.figures import figures, series
 from medseg_trt.bench.report.worst_pictures import LOST_AND_FOUND, tiles
 from medseg_trt.bench.schema import Report
-from medseg_trt.bench.timing_schema import Start
+from medseg_trt.bench.timing_schema import OnGpu, Start
 from medseg_trt.errors import require
 from medseg_trt.progress import printable
 from medseg_trt.spec import to_dict
@@ -158,6 +158,7 @@ def _render(template: str, report: Report, **more: Any) -> str:
         "classes": [score["name"] for score in data["rows"][0]["accuracy"].get("means", ())],
         "profiled": [data["rows"][index] for index, row in enumerate(report.rows) if isinstance(row.profile, Profile)],
         "ways": _throughput_columns(report),
+        "on_gpu": [data["rows"][index] for index, row in enumerate(report.rows) if isinstance(row.on_gpu, OnGpu)],
         "change": _change,
         "cache": next((row.start.file_cache for row in report.rows if isinstance(row.start, Start)), ""),
     }
