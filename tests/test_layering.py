@@ -29,6 +29,8 @@ BASE = (
     "progress",
     "imaging",
     "metrics",
+    "tiling",
+    "window_spec",
 )  # modules and folders of toolkit that all may use
 HEAVY = (
     "torch",

@@ -1,6 +1,6 @@
 """Compare checkpoints and bundles on the same labelled images: Dice and IoU per class."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -9,8 +9,7 @@ from typing import Any
 from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.devices import AUTO, ComputeDevice
 from medseg_trt.errors import UsageError
-from medseg_trt.imaging.images import Image
-from medseg_trt.imaging.segment import Finish, PixelRun, Run
+from medseg_trt.imaging.segment import Finish, Run
 from medseg_trt.metrics.overlap import MeanScore
 from medseg_trt.metrics.protocols import METRICS
 from medseg_trt.progress import LOG
@@ -19,12 +18,12 @@ from medseg_trt.sessions.ensemble import mean_logits, require_alike
 from medseg_trt.sessions.open import open_session
 from medseg_trt.sessions.pytorch import open_reference
 from medseg_trt.spec import Classes, Preprocessing
-from medseg_trt.tiling.segment import check_tiles, tiled
-from medseg_trt.tiling.windows import Tiles
+from medseg_trt.tiling.segment import check_tiles
+from medseg_trt.tiling.windows import AS_RECORDED, TileChoice, Tiles, chosen_tiles, is_as_recorded, recorded_tiles
 from medseg_trt.train.checkpoint import load_checkpoint
 from medseg_trt.train.datasets.folder import DataFolder
 from medseg_trt.train.datasets.options import with_changes
-from medseg_trt.train.evaluate import Evaluation, evaluate, metric_mode
+from medseg_trt.train.evaluate import Evaluation, evaluate, metric_mode, require_scorable
 from medseg_trt.train.provenance import Provenance, parse_provenance
 from medseg_trt.train.recorded_data import open_recorded, recorded_options
 
@@ -133,7 +132,7 @@ def evaluate_all(
     ensemble: bool = False,
     postprocess: bool = True,
     tta: str | None = None,
-    tiles: Tiles | None = None,
+    tiles: TileChoice = AS_RECORDED,
     device: ComputeDevice = AUTO,
 ) -> list[Scoreboard]:
     """Score every checkpoint and bundle on every split; ``hd95`` adds the Hausdorff distance of the outlines.
@@ -142,7 +141,8 @@ def evaluate_all(
     ``data.dataset=colondb``. ``ensemble`` adds the mean of all logits as one more network, whose masks stay raw. A
     bundle's masks are those of ``infer``: with the post-processing that it stores, unless ``postprocess`` is False.
     ``tta`` also scores every network with this test-time augmentation, a key of ``sessions.augmented.TTA``.
-    ``tiles`` cuts images into windows, as ``infer`` does with it.
+    ``tiles`` cuts images into windows, as ``infer`` does with it; by default every network makes masks of what it was
+    trained on, windows or whole slices.
     Checkpoints run on ``device`` in float32, where ``auto`` is the GPU that PyTorch has; bundles as in ``infer``.
 
     Raises:
@@ -165,8 +165,7 @@ def evaluate_all(
         data = _open_data(data_folder, networks, changes)
         if ensemble:
             networks.append(ensemble_of(networks))
-        if tiles is not None:
-            networks = [_tiled(network, tiles, metric) for network in networks]
+        networks = [_tiled(network, tiles, metric) for network in networks]
         if mode.unit != "case" and any(network.finish is not None for network in networks):
             LOG.warning("%s scores masks of the network's size, which are not post-processed", metric)
         if tta is not None:
@@ -188,7 +187,7 @@ def evaluate_all(
                         hd95,
                         metric,
                         network.finish,
-                        _windows(network),
+                        network.tiles,
                     )
                     for network in networks
                 },
@@ -263,17 +262,21 @@ def ensemble_of(networks: Sequence[Network]) -> Network:
     )
 
 
-def _tiled(network: Network, tiles: Tiles, metric: str) -> Network:
-    """Return a network whose images are cut into windows; its masks stay raw, as those of ``infer``."""
-    check_tiles(network.preprocessing)
-    if METRICS[metric].unit != "case":
-        raise UsageError(f"{metric} scores masks of the network's size; leave --tile out, or choose --metric volume")
-    return replace(network, name=f"{network.name.replace(POST_PROCESSED, '')}, {tiles}", tiles=tiles, finish=None)
+def _tiled(network: Network, choice: TileChoice, metric: str) -> Network:
+    """Return a network with the windows that its images are cut into.
 
-
-def _windows(network: Network) -> Callable[[Image], PixelRun] | None:
-    tiles = network.tiles
-    return None if tiles is None else lambda image: tiled(network.run, image, network.preprocessing, tiles)
+    Its masks stay raw, as those of ``infer``, unless they are made as its post-processing was learnt.
+    """
+    tiles = chosen_tiles(choice, recorded_tiles(network.preprocessing))
+    if tiles is not None:
+        check_tiles(network.preprocessing)
+        require_scorable(metric, tiles)
+    name, finish = network.name, network.finish
+    if not is_as_recorded(tiles, network.preprocessing):
+        name, finish = name.replace(POST_PROCESSED, ""), None
+    if tiles is not None or network.preprocessing.windows is not None:
+        name = f"{name}, {tiles or 'whole slices'}"
+    return replace(network, name=name, tiles=tiles, finish=finish)
 
 
 def _timed(network: Network) -> Network:

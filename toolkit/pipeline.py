@@ -19,7 +19,7 @@ from medseg_trt.sessions.ensemble import open_ensemble
 from medseg_trt.sessions.open import open_session
 from medseg_trt.spec import BuildSpec
 from medseg_trt.tiling.segment import check_tiles
-from medseg_trt.tiling.windows import Tiles
+from medseg_trt.tiling.windows import AS_RECORDED, TileChoice, Tiles, chosen_tiles, is_as_recorded, recorded_tiles
 
 
 def build(
@@ -138,7 +138,7 @@ def infer(
     ensemble: Sequence[Bundle | Path | str] = (),
     postprocess: bool = True,
     tta: str | None = None,
-    tiles: Tiles | None = None,
+    tiles: TileChoice = AS_RECORDED,
     device: ComputeDevice = AUTO,
 ) -> Generator[Mask, None, None]:
     """Segment images and yield their masks in order; the next images are processed meanwhile.
@@ -159,9 +159,10 @@ def infer(
             Post-processing was learnt on the masks of one network, so that of an ensemble's bundles is left out.
         postprocess: correct masks by the steps that the bundle stores, if it has some.
         tta: test-time augmentation, a key of ``sessions.augmented.TTA``; None: each slice is run once.
-        tiles: cut images into windows, and blend the logits where they overlap; None: each slice is resized as a whole.
-            Large TIFF files, with a ``destination`` that writes masks, are read and written by rows; their masks are
-            in files alone, and are not yielded.
+        tiles: cut images into windows, and blend the logits where they overlap; ``AsRecorded``: if the network was
+            trained on windows; None: each slice is resized as a whole. Large TIFF files, with windows and a
+            ``destination`` that writes masks, are read and written by rows; their masks are in files alone, and are
+            not yielded.
         device: where they run; ``auto`` leaves it to ``backend``.
 
     Raises:
@@ -176,9 +177,10 @@ def infer(
         from medseg_trt.engines.build import rebuild_engines
 
         bundles = [rebuild_engines(loaded, device.number) for loaded in bundles]
-    if tiles is not None:
+    chosen = chosen_tiles(tiles, bundles[0].tiles)
+    if chosen is not None:
         check_tiles(bundles[0].preprocessing)
-    loaded = _as_asked(bundles, postprocess, tiles)
+    loaded = _as_asked(bundles, postprocess, chosen)
     destination = destination or Destination()
     sources = destination.find_sources([Path(path) for path in inputs], loaded)
     label = sources[0].name if len(sources) == 1 else None  # one bar: of the files, or of the slices of a single file
@@ -201,14 +203,19 @@ def infer(
 
 def _as_asked(bundles: Sequence[Bundle], postprocess: bool, tiles: Tiles | None) -> Bundle:
     """Return the first bundle with what was asked of its masks; post-processing that cannot be applied is said."""
-    is_left_out = len(bundles) > 1 or tiles is not None
+    preprocessing = bundles[0].preprocessing
+    recorded = recorded_tiles(preprocessing)
+    parts = "whole slices" if recorded is None else f"{recorded}"
+    if recorded is not None and not is_as_recorded(tiles, preprocessing):
+        LOG.warning(
+            "the network was trained on %s, and masks are made of %s, as asked",
+            *(recorded, "whole slices" if tiles is None else tiles),
+        )
+    is_left_out = len(bundles) > 1 or not is_as_recorded(tiles, preprocessing)
     if postprocess and is_left_out and any(bundle.postprocessing for bundle in bundles):
-        LOG.warning("masks are not post-processed: the steps were learnt on one network's masks of whole slices")
-    return replace(
-        bundles[0],
-        raw_masks=bundles[0].raw_masks or not postprocess or len(bundles) > 1,
-        tiles=tiles or bundles[0].tiles,
-    )
+        LOG.warning("masks are not post-processed: the steps were learnt on one network's masks of %s", parts)
+    raw_masks = bundles[0].raw_masks or not postprocess or len(bundles) > 1
+    return replace(bundles[0], raw_masks=raw_masks, tiles=tiles)
 
 
 def _open(

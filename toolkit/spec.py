@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 from medseg_trt.errors import ArtefactError
 from medseg_trt.field_errors import field_error
 from medseg_trt.palette import palette
+from medseg_trt.window_spec import Windows
 
 Spec = TypeVar("Spec")
 Resize = Literal["nearest", "linear", "linear_antialias", "spline3", "spline0"]
@@ -162,6 +163,7 @@ class Preprocessing:
     spacing_mm: float | None = None
     channel_order: ChannelOrder = "rgb"  # of the network's input, for colour images
     own_window: bool = False  # use each image's smallest and largest value instead of ``window``
+    windows: Windows | None = None  # prepare windows of images, each as a whole image is; None: whole slices
 
     __pydantic_config__ = {"extra": "forbid"}
 
@@ -174,8 +176,9 @@ class Preprocessing:
             raise ValueError(f"std {self.std} must be positive")
         if self.spacing_mm is not None and self.spacing_mm <= 0:
             raise ValueError(f"spacing_mm is {self.spacing_mm}; it must be positive")
-        if self.spacing_mm is not None and self.resizes_with_splines:
-            raise ValueError(f"{self.resize} stretches images to image_size; spacing_mm must be unset")
+        if self.resizes_with_splines and (self.spacing_mm is not None or self.windows is not None):
+            unset = "spacing_mm" if self.spacing_mm is not None else "windows"
+            raise ValueError(f"{self.resize} stretches images to image_size; {unset} must be unset")
 
     @property
     def resizes_with_splines(self) -> bool:

@@ -27,9 +27,11 @@ class EpochSlices(Dataset[tuple[np.ndarray, np.ndarray]]):
         rng = np.random.default_rng([recipe.train.seed, epoch])
         count = recipe.train.slices_per_epoch or len(slices.images)
         if recipe.train.balance_classes:
-            classes = rng.integers(len(slices.slices_of_class), size=count)
-            self.order = np.array([rng.choice(slices.slices_of_class[label]) for label in classes])
+            present = [label for label, holding in enumerate(slices.slices_of_class) if len(holding)]
+            self.drawn_labels = [present[number] for number in rng.integers(len(present), size=count)]
+            self.order = np.array([rng.choice(slices.slices_of_class[label]) for label in self.drawn_labels])
         else:
+            self.drawn_labels = [None] * count
             laps = -(-count // len(slices.images))
             self.order = np.concatenate([rng.permutation(len(slices.images)) for _ in range(laps)])[:count]
         self.steps = [recipe.augmentation] * count
@@ -43,6 +45,6 @@ class EpochSlices(Dataset[tuple[np.ndarray, np.ndarray]]):
         seed = [self.recipe.train.seed, self.epoch, item + 1]  # NumPy pads with zeros: [s, e, 0] would repeat [s, e]
         rng = np.random.default_rng(seed)
         index = int(self.order[item])
-        image, labels = np.array(self.slices.images[index]), np.array(self.slices.labels[index])
+        image, labels = self.slices.draw(index, self.drawn_labels[item], rng)
         image, labels = self.slices.finish(*augment(image, labels, self.steps[item], rng))
         return image, labels.astype(np.int64)

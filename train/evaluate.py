@@ -1,18 +1,19 @@
 """Score a network on a labelled data set, by one of the protocols of ``metrics.protocols``."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from medseg_trt.errors import InputError, UsageError
-from medseg_trt.imaging.images import Image
 from medseg_trt.imaging.preprocess import for_image, prepare, prepare_labels, restore
-from medseg_trt.imaging.segment import Finish, PixelRun, Run, segment
+from medseg_trt.imaging.segment import Finish, Run, segment
 from medseg_trt.metrics.overlap import ClassScore, MeanScore, mean_scores, scores
 from medseg_trt.metrics.protocols import METRICS, MetricMode
 from medseg_trt.progress import track
 from medseg_trt.spec import Classes, Preprocessing
+from medseg_trt.tiling.segment import tiled, with_mpp
+from medseg_trt.tiling.windows import AS_RECORDED, TileChoice, Tiles, chosen_tiles, recorded_tiles
 from medseg_trt.train.datasets.folder import Case, read_case
 
 PIXELS = (1.0, 1.0, 1.0)
@@ -67,7 +68,7 @@ def evaluate(
     hd95: bool = False,
     metric: str = "volume",
     finish: Finish | None = None,
-    windows: Callable[[Image], PixelRun] | None = None,
+    tiles: TileChoice = AS_RECORDED,
 ) -> Evaluation:
     """Segment every case and compare the result with its mask.
 
@@ -80,15 +81,17 @@ def evaluate(
         hd95: also measure HD95 with ``volume``: in millimetres if all images have a spacing, in pixels if none has.
         metric: a key of ``METRICS``.
         finish: corrects the labels of every complete case; metrics at the network's size leave it out.
-        windows: what makes the masks of an image window by window; None: its slices are resized as a whole.
+        tiles: how images are cut into windows; ``AsRecorded``: as the preprocessing says; None: slices are resized as
+            a whole.
 
     Raises:
         InputError: a file cannot be read or does not match the classes; or for HD95 only some images have a spacing.
-        UsageError: the metric does not exist, or has no HD95.
+        UsageError: the metric does not exist, or has no HD95, or scores no masks that are made of windows.
     """
-    mode = metric_mode(metric, hd95)
+    mode, chosen = metric_mode(metric, hd95), chosen_tiles(tiles, recorded_tiles(preprocessing))
+    require_scorable(metric, chosen)
     if mode.unit == "case":
-        scored, unit = _score_cases(run, cases, preprocessing, classes, batch, hd95, mode, finish, windows)
+        scored, unit = _score_cases(run, cases, preprocessing, classes, batch, hd95, mode, finish, chosen)
     else:
         scored, unit = _score_at_network_size(run, cases, preprocessing, classes, batch, mode), None
     means = mean_scores(
@@ -111,6 +114,19 @@ def metric_mode(metric: str, hd95: bool = False) -> MetricMode:
     return METRICS[metric]
 
 
+def require_scorable(metric: str, tiles: Tiles | None) -> None:
+    """Refuse a metric that scores no masks made of windows.
+
+    Raises:
+        UsageError: it scores masks of the network's size.
+    """
+    if tiles is not None and METRICS[metric].unit != "case":
+        raise UsageError(
+            f"{metric} scores masks of the network's size, and windows make none; choose --metric volume, "
+            "or whole slices: --tile off"
+        )
+
+
 def _score_cases(
     run: Run,
     cases: Sequence[Case],
@@ -120,7 +136,7 @@ def _score_cases(
     hd95: bool,
     mode: MetricMode,
     finish: Finish | None,
-    windows: Callable[[Image], PixelRun] | None,
+    tiles: Tiles | None,
 ) -> tuple[list[CaseScores], str | None]:
     """Score complete cases at their own size, and return the unit of the distances."""
     scored: list[CaseScores] = []
@@ -128,7 +144,8 @@ def _score_cases(
     in_voxels = mode.hd95 == "always"
     for case in track(cases, "evaluate"):
         image, truth = read_case(case, len(classes.names))
-        in_windows = None if windows is None else windows(image)
+        image = with_mpp(image, tiles)
+        in_windows = None if tiles is None else tiled(run, image, preprocessing, tiles)
         prediction = segment(run, image, preprocessing, batch, pixels_to_masks=in_windows)
         prediction = prediction if finish is None else finish(image, prediction)
         spacing = PIXELS if in_voxels else (image.spacing_mm or PIXELS) if hd95 else None

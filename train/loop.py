@@ -19,6 +19,7 @@ from medseg_trt.errors import MedsegError, UsageError
 from medseg_trt.imaging.segment import Run
 from medseg_trt.progress import LOG, duration_text, plural, track
 from medseg_trt.spec import Preprocessing
+from medseg_trt.tiling.windows import recorded_tiles
 from medseg_trt.train.datasets.folder import DataFolder
 from medseg_trt.train.datasets.prepared import PreparedSlices, mapped_slices, prepare_slices, source_slices
 from medseg_trt.train.epoch_slices import EpochSlices, dropout_seed
@@ -100,6 +101,8 @@ def _train(
         *(recipe.architecture, counts["total"] / 1e6, height, width),
         *(plural(spec.epochs, "epoch"), len(slices.images), data.name),
     )
+    if (tiles := recorded_tiles(checkpoint.preprocessing)) is not None:
+        LOG.info("slices are cut into random %s", tiles)
     training = _Training(recipe=recipe, data=data, out=out, process=process, model=model, optimizer=optimizer)
     connected, progress = process.connect(model), state.progress
     for epoch in range(state.next_epoch, spec.epochs + 1):
@@ -168,7 +171,7 @@ def _prepared(
 ) -> PreparedSlices:
     """Prepare the slices of the training split once on every machine, in a folder that ``cleanup`` removes."""
     preprocessing = state.checkpoint.preprocessing
-    at_source = recipe.augment_at == "source"
+    at_source = recipe.augment_at == "source" or preprocessing.windows is not None
     in_training = replace(preprocessing, resize=recipe.training_resize or preprocessing.resize)
 
     def prepare() -> tuple[Path, tuple[np.ndarray, ...]]:

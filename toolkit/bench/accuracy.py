@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy import ndarray
 
+from medseg_trt.bench.accuracy_record import AccuracyRecord, SliceImages
 from medseg_trt.bench.accuracy_schema import (
     Accuracy,
-    Agreement,
     CaseAccuracy,
     Difference,
     SliceCounts,
@@ -20,55 +20,19 @@ from medseg_trt.bench.accuracy_schema import (
     WorstCase,
 )
 from medseg_trt.bench.missing import Missing
+from medseg_trt.bench.network_inputs import network_inputs
 from medseg_trt.errors import InputError, MedsegError
 from medseg_trt.export.gate import compare
 from medseg_trt.export.verify import labels_of
 from medseg_trt.imaging.images import Image
-from medseg_trt.imaging.preprocess import restore
-from medseg_trt.imaging.segment import Finish, Run, prepared_slices
+from medseg_trt.imaging.segment import Finish, Run
 from medseg_trt.metrics.intervals import CONFIDENCE, MIN_UNITS, Interval, change_interval
 from medseg_trt.metrics.overlap import ClassScore, confusion, mean_scores, scores
 from medseg_trt.spec import Classes, Preprocessing
 
-BATCH = 4
 WORST = 3  # slices of each row that are drawn
 PIXELS = (1.0, 1.0, 1.0)
 AGREEMENT = "agreement with the reference in Dice"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class SliceImages:
-    """The arrays of a worst slice."""
-
-    pixels: ndarray  # (height, width, channels), raw
-    truth: ndarray | None  # labels
-    reference: ndarray
-    candidate: ndarray
-
-
-@dataclass(kw_only=True)
-class AccuracyRecord:
-    """The scores of one network so far."""
-
-    cases: list[CaseAccuracy] = field(default_factory=list[CaseAccuracy])
-    slices: list[SliceCounts] = field(default_factory=list[SliceCounts])
-    worst: list[tuple[WorstCase, SliceImages]] = field(default_factory=list[tuple[WorstCase, SliceImages]])
-    failure: str | None = None
-    max_abs_error: float = 0.0
-    same_labels: int = 0
-    all_labels: int = 0
-    noise: float = 0.0
-    power: float = 0.0
-
-    def agreement(self) -> Agreement | Missing:
-        """Return the agreement with the reference."""
-        if not self.all_labels:
-            return Missing(reason=self.failure or "there is no image")
-        return Agreement(
-            max_abs_error=self.max_abs_error,
-            labels=self.same_labels / self.all_labels,
-            sqnr_db=10 * float(np.log10(self.power / self.noise)) if self.noise and self.power else None,
-        )
 
 
 @dataclass(kw_only=True)
@@ -133,36 +97,45 @@ def compare_all(
         on_case(case, image)
         compared.labelled = truth is not None
         compared.units.add("pixels" if image.spacing_mm is None else "mm")
-        inputs = prepared_slices(image, preprocessing)
-        outputs: dict[str, tuple[ndarray, ndarray]] = {}
-        for name, run in runs.items():
+        made = _labels_of_all(runs, compared.networks, case, image, preprocessing)
+        finished = {name: finish(image, labels) for name, labels in made.items()}
+        reference_labels = finished[reference_name]
+        for name, labels in finished.items():
             record = compared.networks[name]
-            if record.failure is not None:
-                continue
-            try:
-                logits = np.concatenate([run(inputs[start : start + BATCH]) for start in range(0, len(inputs), BATCH)])
-            except MedsegError as error:
-                if name == reference_name:
-                    raise
-                record.failure = str(error)
-                continue
-            if not np.isfinite(logits).all():
-                if name == reference_name:
-                    raise InputError(f"{case}: the reference's logits are not finite, so nothing can be compared")
-                record.failure = f"{case}: the logits are not finite: a value overflows its type"
-                continue
-            labels = np.stack(
-                [restore(slice_logits, image.size, preprocessing, image.spacing_in_plane) for slice_logits in logits]
-            )
-            outputs[name] = logits, finish(image, labels)
-        reference_logits, reference_labels = outputs[reference_name]
-        for name, (logits, labels) in outputs.items():
-            record = compared.networks[name]
-            _add_agreement(record, logits, reference_logits)
             _add_scores(record, case, image, labels, reference_labels if truth is None else truth, classes)
             if name != reference_name:
                 _add_worst(record, compared.networks[reference_name], case, image, truth, reference_labels, labels)
     return compared
+
+
+def _labels_of_all(
+    runs: Mapping[str, Run],
+    records: Mapping[str, AccuracyRecord],
+    case: str,
+    image: Image,
+    preprocessing: Preprocessing,
+) -> dict[str, ndarray]:
+    """Return the labels of every network that has not failed; ``compare_all`` says what is raised."""
+    reference_name = next(iter(runs))
+    labels: dict[str, list[ndarray]] = {name: [] for name in runs if records[name].failure is None}
+    for part in network_inputs(image, preprocessing):
+        reference = part.logits(runs[reference_name])
+        if not np.isfinite(reference).all():
+            raise InputError(f"{case}: the reference's logits are not finite, so nothing can be compared")
+        for name in tuple(labels):
+            try:
+                logits = reference if name == reference_name else part.logits(runs[name])
+            except MedsegError as error:
+                records[name].failure = str(error)
+                del labels[name]
+                continue
+            if not np.isfinite(logits).all():
+                records[name].failure = f"{case}: the logits are not finite: a value overflows its type"
+                del labels[name]
+                continue
+            _add_agreement(records[name], logits, reference)
+            labels[name].append(part.labels(logits))
+    return {name: np.concatenate(parts) for name, parts in labels.items()}
 
 
 def differences(reference: Accuracy, candidate: Accuracy, verdict: Verdict) -> tuple[Difference, ...]:

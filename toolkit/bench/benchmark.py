@@ -11,7 +11,8 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from numpy import ndarray
 
-from medseg_trt.bench.accuracy import AGREEMENT, NetworkScores, SliceImages, compare_all, verdict
+from medseg_trt.bench.accuracy import AGREEMENT, NetworkScores, compare_all, verdict
+from medseg_trt.bench.accuracy_record import SliceImages
 from medseg_trt.bench.accuracy_schema import Verdict
 from medseg_trt.bench.augmentation import AugmentationGain, augmentation_gain
 from medseg_trt.bench.candidates import BenchDevice, Candidate, bundle_candidates, checkpoint_candidates

@@ -25,6 +25,8 @@ from medseg_trt.sessions.device_times import DeviceTimes
 from medseg_trt.sessions.session_request import SessionRequest
 from medseg_trt.sessions.subprocess_session import HANDLERS, ChildSession, Reply, open_network, serve
 from medseg_trt.spec import Classes, Preprocessing, from_dict, to_dict
+from medseg_trt.tiling.segment import tiled
+from medseg_trt.tiling.windows import recorded_tiles
 from medseg_trt.timing import timed_runs
 
 STAGES = ("read", "prepare and restore", "run", "write")
@@ -103,15 +105,19 @@ def _end_to_end(
             read_end = time.perf_counter()
             run, run_s = _timed_calls(session.run)
             masks, masks_s = _timed_calls(session.masks)
-            pipeline = session.device_pipeline(image.pixels, image.spacing_in_plane)
-            on_device, device_s = _timed_calls(pipeline) if pipeline is not None else (None, [])
+            tiles = recorded_tiles(request.preprocessing)
+            pipeline, device_s = None, list[float]()
+            if tiles is not None:
+                pipeline = tiled(run, image, request.preprocessing, tiles)
+            elif (on_device := session.device_pipeline(image.pixels, image.spacing_in_plane)) is not None:
+                pipeline, device_s = _timed_calls(on_device)
             labels = segment(
                 run,
                 image,
                 request.preprocessing,
                 1,
                 masks=masks if session.gives_masks else None,
-                pixels_to_masks=on_device,
+                pixels_to_masks=pipeline,
             )
             post = request.postprocessing
             if post is not None and unsuited(post, image) is None:

@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Float32
 from numpy import ndarray
 
-from medseg_trt.building.reference_images import calibration_cases, evenly_spread, spread_slices
+from medseg_trt.building.reference_images import calibration_cases
+from medseg_trt.building.spread_slices import evenly_spread, spread_inputs, spread_slices
 from medseg_trt.errors import UsageError
 from medseg_trt.imaging.digest import image_digests
 from medseg_trt.progress import LOG
@@ -63,7 +64,7 @@ def block_images(checkpoint: Checkpoint, data: Path | None, judged: Collection[n
         )
     per_case = -(-MAX_SLICES // len(cases))
     read = ((case.name, read_case_image(case), None) for case in cases)
-    prepared = [(name, inputs) for name, inputs, *_ in spread_slices(checkpoint, read, per_case)]
+    prepared = spread_inputs(list(spread_slices(checkpoint.preprocessing, read, per_case)), MAX_SLICES)
     plain = np.stack([inputs for _, inputs in prepared])[evenly_spread(len(prepared), MAX_SLICES)]
     check_not_judged(plain, judged)
     steps = training_augmentation(checkpoint)

@@ -139,10 +139,12 @@ def check_outputs(checkpoint: "Checkpoint", spec: BuildSpec) -> None:
     """Refuse graphs that compute masks where the checkpoint's resampling cannot be part of a graph.
 
     Raises:
-        UsageError: it cannot.
+        UsageError: it cannot, or masks are blended of several windows, which no graph sees together.
     """
     if spec.outputs == "mask":
         require_linear(checkpoint.preprocessing)
+        if checkpoint.preprocessing.windows is not None:
+            raise UsageError("the network was trained on windows, whose logits are blended; leave --outputs mask out")
 
 
 def fold_network(network: "SegmentationModel", reference: Reference) -> FoldedNetwork:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from medseg_trt.building.reference import Reference
-from medseg_trt.building.reference_images import evenly_spread
+from medseg_trt.building.spread_slices import evenly_spread
 from medseg_trt.guard.guard import Guard
 from medseg_trt.guard.learn import MIN_SLICES, learn_guard
 from medseg_trt.imaging.images import Image

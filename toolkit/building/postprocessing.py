@@ -24,10 +24,12 @@ from medseg_trt.postprocess.steps import Postprocessing
 from medseg_trt.progress import LOG, plural, track
 from medseg_trt.sessions.base import Session
 from medseg_trt.spec import Classes, Preprocessing
+from medseg_trt.tiling.segment import tiled
+from medseg_trt.tiling.windows import num_windows, recorded_tiles, window_size
 from medseg_trt.train.datasets.folder import Case, read_case
 
 SPLIT = "val"
-MAX_SLICES = 512  # of complete cases; a large network segments them in minutes
+MAX_RUNS = 512  # of the network, on slices or windows of complete cases; a large network takes minutes
 MAX_PIXELS = 1 << 27  # of their labels: 128 MiB, which stay in memory three times
 BATCH = 4
 
@@ -52,14 +54,17 @@ def learn(reference: Reference) -> LearntSteps | None:
         LOG.info("no post-processing is learnt: there are no labelled validation images")
         return None
     classes, predicted, used = reference.contract.classes, list[PredictedCase](), list[Case]()
-    slices = pixels = 0
+    runs = pixels = 0
     for case in track(folder.cases(SPLIT), "masks to post-process"):
         image, truth = read_case(case, len(classes.names))
-        slices, pixels = slices + len(truth), pixels + truth.size
-        if slices > MAX_SLICES or pixels > MAX_PIXELS:
+        runs, pixels = runs + len(truth) * _inputs_per_slice(image, preprocessing), pixels + truth.size
+        if runs > MAX_RUNS or pixels > MAX_PIXELS:
             break
         predicted.append(_predicted(case.name, reference.network, None, image, truth, preprocessing))
         used.append(case)
+    if not predicted:
+        LOG.info("no post-processing is learnt: the first case takes more than %d runs or is too large", MAX_RUNS)
+        return None
     left_out = len(folder.cases(SPLIT)) - len(used)
     description = f"{folder.name}, split {SPLIT}" + (f", without {plural(left_out, 'case')}" if left_out else "")
     post = learn_postprocessing(predicted, classes, description)
@@ -118,8 +123,17 @@ def _corrected(predicted: Sequence[PredictedCase], post: Postprocessing, classes
     return [replace(case, predicted=postprocess(case.predicted, post, classes, case.spacing_mm)) for case in predicted]
 
 
+def _inputs_per_slice(image: Image, preprocessing: Preprocessing) -> int:
+    tiles = recorded_tiles(preprocessing)
+    if tiles is None:
+        return 1
+    return num_windows(image.size, window_size(tiles, preprocessing, image.spacing_in_plane), tiles.overlap)
+
+
 def _predicted(
     name: str, run: Run, masks: MaskRun | None, image: Image, truth: np.ndarray, preprocessing: Preprocessing
 ) -> PredictedCase:
-    labels = segment(run, image, preprocessing, BATCH, masks=masks)
+    tiles = recorded_tiles(preprocessing)
+    in_windows = None if tiles is None else tiled(run, image, preprocessing, tiles)
+    labels = segment(run, image, preprocessing, BATCH, masks=masks, pixels_to_masks=in_windows)
     return PredictedCase(name=name, predicted=labels, truth=truth, spacing_mm=image.spacing_mm)

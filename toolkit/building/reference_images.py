@@ -12,14 +12,17 @@ import numpy as np
 from jaxtyping import Float32, Int64, UInt8
 from numpy import ndarray
 
+from medseg_trt.building.spread_slices import Inputs, SpreadSlice, evenly_spread, spread_inputs, spread_slices
 from medseg_trt.errors import InputError, UsageError
 from medseg_trt.export.verify import noise
 from medseg_trt.imaging.digest import image_digests
 from medseg_trt.imaging.images import Image, Source, find_images, read_image
-from medseg_trt.imaging.preprocess import for_image, prepare, restore
+from medseg_trt.imaging.preprocess import Size, restore
 from medseg_trt.metrics.overlap import confusion
 from medseg_trt.progress import LOG
 from medseg_trt.spec import Preprocessing
+from medseg_trt.tiling.segment import labels_of_windows
+from medseg_trt.tiling.windows import num_windows
 from medseg_trt.train.checkpoint import Checkpoint
 from medseg_trt.train.datasets.folder import (
     SPLIT_SEED,
@@ -35,23 +38,27 @@ from medseg_trt.train.recorded_data import open_recorded
 
 MAX_VERIFIED = 8
 MAX_JUDGED = 64
+MAX_JUDGED_WINDOWS = 256  # of all slices: the network runs on each of them for every graph
 MAX_CALIBRATION = 32
 SECOND_SPLIT = "test"  # judged besides the validation split where a replacement of the block is chosen
 NOISE_SPACINGS = (1.3, 0.8)  # of rows and columns, in the network's: rows are cropped, columns padded
 
-Inputs = Float32[ndarray, "_ 3 height width"]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JudgedImages:
-    """Slices whose masks are compared at their own size."""
+    """Slices whose masks are compared at their own size.
+
+    ``inputs`` are one of every slice or, with ``windows``, as many as each slice is cut into.
+    """
 
     inputs: Inputs
-    sizes: tuple[tuple[int, int], ...]
+    sizes: tuple[Size, ...]
     spacings: tuple[tuple[float, float] | None, ...]
     cases: tuple[str, ...]  # the case of each slice
     truths: tuple[UInt8[ndarray, "_ _"], ...] | None  # None: nobody has drawn masks, the reference's are the truth
     reference: str = "PyTorch"  # name of the network that is the reference
+    windows: tuple[Size, ...] | None = None  # of each slice, in its pixels; None: slices are resized as a whole
+    overlap: float = 0.0  # of windows
 
     @property
     def metric(self) -> str:
@@ -61,9 +68,18 @@ class JudgedImages:
     def masks(
         self, logits: Float32[ndarray, "images classes height width"], preprocessing: Preprocessing
     ) -> list[ndarray]:
-        """Return the labels of every slice at its own size."""
+        """Return the labels of every slice at its own size; logits of windows are blended, as in ``infer``."""
+        if self.windows is not None:
+            return list(self._blended(logits, self.windows))
         slices = zip(logits, self.sizes, self.spacings, strict=True)
         return [restore(of_slice, size, preprocessing, spacing) for of_slice, size, spacing in slices]
+
+    def _blended(self, logits: ndarray, windows: tuple[Size, ...]) -> Iterator[ndarray]:
+        first = 0
+        for size, window in zip(self.sizes, windows, strict=True):
+            count = num_windows(size, window, self.overlap)
+            yield labels_of_windows(logits[first : first + count], size, window, self.overlap)
+            first += count
 
     def counts(
         self, masks: Sequence[ndarray], reference_masks: Sequence[ndarray], num_labels: int
@@ -150,8 +166,12 @@ def _labelled_folder(checkpoint: Checkpoint, data: Path | None) -> DataFolder | 
 
 
 def _noise(checkpoint: Checkpoint) -> ReferenceImages:
-    """Return noise that stands for images of the network's size; with a fixed spacing, for cropped and padded ones."""
-    inputs, spacing_mm = noise(checkpoint.spec.image_size), checkpoint.preprocessing.spacing_mm
+    """Return noise that stands for images of the network's size; with a fixed spacing, for cropped and padded ones.
+
+    A network that sees windows gets one of every image.
+    """
+    inputs, preprocessing = noise(checkpoint.spec.image_size), checkpoint.preprocessing
+    spacing_mm = preprocessing.spacing_mm if preprocessing.windows is None else None
     spacing = None if spacing_mm is None else (NOISE_SPACINGS[0] * spacing_mm, NOISE_SPACINGS[1] * spacing_mm)
     judged = JudgedImages(
         inputs=inputs,
@@ -172,9 +192,11 @@ def _checked(judged: JudgedImages, calibration: Inputs | None, origin: str) -> R
             f"{len(shared)} of the images {origin} are also calibration images, so they cannot judge the result; "
             "remove the copies, or give other splits in dataset.json"
         )
-    verified = judged.inputs[evenly_spread(len(judged.inputs), MAX_VERIFIED)]
+    varied = np.flatnonzero(np.ptp(judged.inputs, axis=(2, 3)).any(axis=1))  # windows may be of one grey
+    verified = judged.inputs[varied[evenly_spread(len(varied), MAX_VERIFIED)]]
+    kind = "real images" if judged.windows is None else f"windows of {len(judged.sizes)} real images"
     return ReferenceImages(
-        verified=verified, description=f"{len(verified)} real images {origin}", judged=judged, calibration=calibration
+        verified=verified, description=f"{len(verified)} {kind} {origin}", judged=judged, calibration=calibration
     )
 
 
@@ -182,17 +204,29 @@ def _judged(
     checkpoint: Checkpoint, cases: Iterator[tuple[str, Image, ndarray | None]], per_case: int, name: str
 ) -> JudgedImages:
     """Take up to ``per_case`` slices of every case, with their labels where there are some."""
-    slices = list(spread_slices(checkpoint, cases, per_case))[:MAX_JUDGED]
+    slices = _within_limits(list(spread_slices(checkpoint.preprocessing, cases, per_case))[:MAX_JUDGED])
     if not slices:
         raise InputError(f"every validation image of {name} is of one grey; there is nothing to judge masks on")
-    case_names, inputs, sizes, spacings, truths = zip(*slices, strict=True)
+    truths = tuple(item.labels for item in slices if item.labels is not None)
+    windows = tuple(item.window for item in slices if item.window is not None)
+    recorded = checkpoint.preprocessing.windows
     return JudgedImages(
-        inputs=np.stack(inputs),
-        sizes=sizes,
-        spacings=spacings,
-        cases=case_names,
-        truths=None if truths[0] is None else truths,
+        inputs=np.concatenate([item.inputs() for item in slices]),
+        sizes=tuple(item.size for item in slices),
+        spacings=tuple(item.spacing for item in slices),
+        cases=tuple(item.case for item in slices),
+        truths=truths or None,
+        windows=windows or None,
+        overlap=0.0 if recorded is None else recorded.overlap,
     )
+
+
+def _within_limits(slices: Sequence[SpreadSlice]) -> Sequence[SpreadSlice]:
+    """Leave out slices, evenly spread, until their windows are few enough; one is always kept."""
+    kept = slices
+    while len(kept) > 1 and sum(item.num_inputs for item in kept) > MAX_JUDGED_WINDOWS:
+        kept = [slices[index] for index in evenly_spread(len(slices), len(kept) - 1)]
+    return kept
 
 
 def _unlabelled(checkpoint: Checkpoint, data: Path) -> ReferenceImages:
@@ -214,28 +248,9 @@ def _calibration(checkpoint: Checkpoint, cases: Sequence[Case]) -> Inputs | None
     """Return slices, evenly spread over the cases."""
     chosen = [cases[index] for index in evenly_spread(len(cases), MAX_CALIBRATION)]
     read = ((case.name, read_case_image(case), None) for case in chosen)
-    slices = [prepared for _, prepared, *_ in spread_slices(checkpoint, read, -(-MAX_CALIBRATION // len(chosen)))]
-    return np.stack(slices[:MAX_CALIBRATION]) if slices else None
-
-
-def spread_slices(
-    checkpoint: Checkpoint, cases: Iterator[tuple[str, Image, ndarray | None]], per_case: int
-) -> Iterator[tuple[str, ndarray, tuple[int, int], tuple[float, float] | None, ndarray | None]]:
-    """Yield up to ``per_case`` slices of every case, without those of one grey, which all look alike."""
-    for name, image, labels in cases:
-        contract = for_image(checkpoint.preprocessing, image.pixels)
-        low, high = contract.window
-        clipped = (pixels.clip(low, high) for pixels in image.pixels)
-        varied = [number for number, pixels in enumerate(clipped) if pixels.min() != pixels.max()]
-        for index in evenly_spread(len(varied), per_case):
-            number, spacing = varied[index], image.spacing_in_plane
-            prepared = prepare(image.pixels[number], contract, spacing)
-            yield name, prepared, image.size, spacing, None if labels is None else labels[number]
-
-
-def evenly_spread(length: int, count: int) -> list[int]:
-    """Return up to ``count`` indices of a sequence, evenly spread, the first and the last among them."""
-    return np.unique(np.linspace(0, length - 1, min(count, length)).round().astype(int)).tolist()
+    slices = list(spread_slices(checkpoint.preprocessing, read, -(-MAX_CALIBRATION // len(chosen))))
+    inputs = [prepared for _, prepared in spread_inputs(slices, MAX_CALIBRATION)]
+    return np.stack(inputs[:MAX_CALIBRATION]) if inputs else None
 
 
 def _recorded_folder(checkpoint: Checkpoint) -> DataFolder | None:

@@ -36,7 +36,7 @@ from medseg_trt.imaging.segment import Finish
 from medseg_trt.postprocess.apply import finisher
 from medseg_trt.postprocess.steps import Postprocessing
 from medseg_trt.spec import Classes, Preprocessing, from_dict, to_dict
-from medseg_trt.tiling.windows import Tiles
+from medseg_trt.tiling.windows import Tiles, is_as_recorded, recorded_tiles
 
 MANIFEST, GOLDEN = "manifest.json", "golden.npz"
 DEFAULT_GRAPH = "model.onnx"  # one of the graphs once more, under the name that other tools look for
@@ -55,7 +55,7 @@ class Bundle:
     manifest_sha256: str  # of the bytes that ``content`` was read from
     signed_by: str | None = None  # fingerprint of the key that its signature was verified with
     raw_masks: bool = False  # leave masks as the network makes them, whatever post-processing the manifest has
-    tiles: Tiles | None = None  # segment images window by window; None: each slice as a whole
+    tiles: Tiles | None = None  # segment images window by window, as ``load_bundle`` reads it; None: slices as a whole
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -71,9 +71,10 @@ class Bundle:
     def postprocessing(self) -> Postprocessing | None:
         """The steps that correct masks; None: masks stay as the network makes them.
 
-        Steps were learnt on masks of whole slices, so masks that are made of windows stay raw.
+        Steps were learnt on masks that are made as the preprocessing records, so masks of other windows stay raw.
         """
-        return None if self.raw_masks or self.tiles is not None else self.content.postprocessing
+        as_learnt = is_as_recorded(self.tiles, self.preprocessing)
+        return self.content.postprocessing if as_learnt and not self.raw_masks else None
 
     @property
     def finish(self) -> Finish:
@@ -204,6 +205,7 @@ def load_bundle(folder: Path | str, verify_key: Path | None = None) -> Bundle:
         content=content,
         manifest_sha256=hashlib.sha256(written).hexdigest(),
         signed_by=signed_by,
+        tiles=recorded_tiles(content.preprocessing),
     )
     _require_small(bundle)
     read_here = {GOLDEN, *(variant.graph for variant in content.variants.values())}

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from medseg_trt.bundles.manifest import Manifest
-from medseg_trt.spec import Preprocessing
+from medseg_trt.spec import Preprocessing, to_dict
 
 
 def model_config(manifest: Manifest) -> dict[str, Any]:
@@ -24,8 +24,11 @@ def model_config(manifest: Manifest) -> dict[str, Any]:
 
 
 def preprocessor_config(preprocessing: Preprocessing) -> dict[str, Any]:
-    """Return ``preprocessor_config.json``; Hugging Face has no word for the windows, spacing_mm and channel_order."""
-    height, width = preprocessing.image_size
+    """Return ``preprocessor_config.json``.
+
+    Hugging Face has no word for both kinds of windows, spacing_mm and channel_order.
+    """
+    (height, width), windows = preprocessing.image_size, preprocessing.windows
     return {
         "do_resize": True,
         "size": {"height": height, "width": width},
@@ -34,6 +37,7 @@ def preprocessor_config(preprocessing: Preprocessing) -> dict[str, Any]:
         "window": list(preprocessing.window),
         "own_window": preprocessing.own_window,
         "spacing_mm": preprocessing.spacing_mm,
+        "windows": None if windows is None else to_dict(windows),
         "channel_order": preprocessing.channel_order,
         "do_normalize": True,
         "image_mean": list(preprocessing.mean),

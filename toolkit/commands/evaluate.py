@@ -9,6 +9,7 @@ from medseg_trt.commands.options import (
     FILE,
     FOLDER,
     device_option,
+    mpp_option,
     output_options,
     postprocess_option,
     print_json,
@@ -30,6 +31,7 @@ from medseg_trt.errors import UsageError
         "medseg-trt evaluate --ckpt run/best.pt --data mydata --metric unext_batch",
         "medseg-trt evaluate --bundle model.medseg --data data/organs --no-postprocess",
         "medseg-trt evaluate --ckpt a.pt --ckpt b.pt --data mydata --ensemble",
+        "medseg-trt evaluate --bundle model.medseg --data mydata --tile auto --mpp 0.25",
     ),
 )
 @click.option("--ckpt", "checkpoints", type=FILE, multiple=True, help="A checkpoint; repeatable.")
@@ -69,6 +71,7 @@ from medseg_trt.errors import UsageError
 @postprocess_option
 @tta_option
 @tile_options
+@mpp_option
 @click.option("--hd95", is_flag=True, help="Also compute the 95th percentile of the Hausdorff distance.")
 @device_option
 @verify_option
@@ -86,6 +89,7 @@ def evaluate(
     tta: str | None,
     tile: str | None,
     overlap: float | None,
+    mpp: float | None,
     hd95: bool,
     changes: tuple[str, ...],
     device: str,
@@ -112,7 +116,7 @@ def evaluate(
         ensemble=ensemble,
         postprocess=postprocess,
         tta=tta,
-        tiles=tiles_of(tile, overlap),
+        tiles=tiles_of(tile, overlap, mpp),
         device=parse_device(device),
     )
     if as_json:

@@ -122,7 +122,7 @@ def infer(
     """Segment images; write masks and a table of areas.
 
     INPUTS are images, volumes, DICOM series and folders of them; whole archives with --tree, as zip or tar files, by
-    patterns such as 'archive/**/*.png' and by a DICOMDIR. A mask has the size and geometry of its image. With --tile,
+    patterns such as 'archive/**/*.png' and by a DICOMDIR. A mask has the size and geometry of its image. With windows,
     slides (SVS, tiled or pyramidal TIFF) are read and written by rows; their masks are tiled, pyramidal TIFF files.
     areas.csv lists pixels of every class, mm² for 2-D images with a spacing, and ml for volumes, and in which way an
     image is unlike the training images; of archives, skipped.csv lists what was not segmented. A file that cannot be

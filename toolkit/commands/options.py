@@ -15,7 +15,7 @@ from medseg_trt.errors import UsageError
 from medseg_trt.progress import printable
 
 if TYPE_CHECKING:
-    from medseg_trt.tiling.windows import Tiles
+    from medseg_trt.tiling.windows import TileChoice
 
 STDOUT = "medseg_trt.stdout"  # key of the context's meta: the ``JsonOutput`` of ``print_json``
 FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -44,11 +44,16 @@ def tile_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add ``--tile`` and ``--overlap`` to a command."""
     tile = click.option(
         "--tile",
-        metavar="auto|N",
-        help="Cut images into windows of N pixels, or of the network's size (auto).  [default: resize whole slices]",
+        metavar="auto|N|off",
+        help=(
+            "Cut images into windows of N pixels or of the network's size (auto), or resize whole slices (off).  "
+            "[default: as the network was trained]"
+        ),
     )
     overlap = click.option(
-        "--overlap", type=click.FloatRange(0, 1, max_open=True), help="Overlap of windows.  [default: 0.25]"
+        "--overlap",
+        type=click.FloatRange(0, 1, max_open=True),
+        help="Overlap of windows.  [default: what the network records, and 0.25 with --tile]",
     )
     return tile(overlap(command))
 
@@ -60,25 +65,27 @@ mpp_option = click.option(
 )
 
 
-def tiles_of(tile: str | None, overlap: float | None, mpp: float | None = None) -> "Tiles | None":
-    """Return the windows that ``--tile``, ``--overlap`` and ``--mpp`` ask for; None without ``--tile``.
+def tiles_of(tile: str | None, overlap: float | None, mpp: float | None) -> "TileChoice":
+    """Return the windows that ``--tile``, ``--overlap`` and ``--mpp`` ask for; None for ``--tile off``.
 
     Raises:
         UsageError: they are impossible, or there is an overlap of nothing.
     """
-    from medseg_trt.tiling.windows import Tiles
+    from medseg_trt.tiling.windows import AsRecorded, Tiles
 
     if tile is None:
-        if overlap is not None:
-            raise UsageError("--overlap is that of windows; give --tile auto too")
-        if mpp is not None:
-            raise UsageError("--mpp is the scale of images that are cut into windows; give --tile auto too")
+        return AsRecorded(overlap=overlap, mpp=mpp)
+    if tile == "off":
+        if overlap is not None or mpp is not None:
+            raise UsageError("--tile off cuts no windows; leave out --overlap and --mpp")
         return None
     try:
         given = {} if overlap is None else {"overlap": overlap}
         return Tiles(size=None if tile == "auto" else int(tile), mpp=mpp, **given)
     except ValueError as error:
-        raise UsageError(f"--tile {tile}: give auto or a number of pixels from 1, for example --tile 512") from error
+        raise UsageError(
+            f"--tile {tile}: give auto or a number of pixels from 1, for example --tile 512, or off"
+        ) from error
 
 
 verify_option = click.option(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from medseg_trt.bundles.bundle import Bundle, is_signed
 from medseg_trt.network_spec import NetworkSpec
 from medseg_trt.spec import Preprocessing
+from medseg_trt.tiling.windows import recorded_tiles
 
 if TYPE_CHECKING:
     from medseg_trt.inspection.describe import CheckpointDescription
@@ -59,7 +60,10 @@ def _network_lines(
     yield f"classes: {', '.join(names[:MAX_CLASSES])}{more}"
     yield f"image size: {height} x {width} pixels"
     yield f"window: {'the range of each image' if preprocessing.own_window else f'{low:g} … {high:g}'}"
-    yield f"pixel spacing: {f'{spacing:g} mm' if spacing is not None else 'any; images are stretched to the size'}"
+    tiles = recorded_tiles(preprocessing)
+    stretched = "any; images are stretched to the size" if tiles is None else "any"
+    yield f"pixel spacing: {f'{spacing:g} mm' if spacing is not None else stretched}"
+    yield f"input: {'whole slices' if tiles is None else tiles}"
     yield f"output: {outputs}"
     if model.block is not None:
         block, insert = model.block, model.insert

@@ -21,6 +21,7 @@ from medseg_trt.serve.batching import BatchQueue, CancelledError, RequestQueue
 from medseg_trt.serve.settings import ServeSettings
 from medseg_trt.sessions.base import Session
 from medseg_trt.sessions.open import open_session
+from medseg_trt.tiling.segment import tiled
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # stands in addresses and file names
 VERSION_DIGITS = 12
@@ -61,10 +62,15 @@ class ServedModel:
         Raises:
             CancelledError: the request was cancelled.
         """
-        masks = self.session.masks if self.session.gives_masks else None
-        on_device = self.session.device_pipeline(image.pixels, image.spacing_in_plane)
-        stages = segmentation_stages(self.session.run, image, self.bundle.preprocessing, masks, on_device)
-        step = 1 if self.shares_runs else INFER_BATCH
+        run, preprocessing, tiles = self.session.run, self.bundle.preprocessing, self.bundle.tiles
+        if tiles is not None:
+            masks, to_masks = None, tiled(run, image, preprocessing, tiles)
+        else:
+            masks = self.session.masks if self.session.gives_masks else None
+            to_masks = self.session.device_pipeline(image.pixels, image.spacing_in_plane)
+        stages = segmentation_stages(run, image, preprocessing, masks, to_masks)
+        # Windows of a slice run together, and other requests wait for one slice at most.
+        step = 1 if self.shares_runs or tiles is not None else INFER_BATCH
         labels = np.empty(image.pixels.shape[:3], np.uint8)
         pending = []
         starts = list(range(0, len(labels), step))
@@ -80,7 +86,7 @@ class ServedModel:
             if request.cancelled:
                 raise CancelledError("the request was cancelled")
             values = stages.prepare(image.pixels[start : start + step])
-            key = self._key(image, on_device is not None)
+            key = self._key(image, to_masks is not None)
             pending.append((start, request.submit(key, stages.run, values)))
             if len(pending) > ahead:
                 finish_first()
@@ -105,12 +111,17 @@ class ServedModel:
         return request.submit(key, run, values).result()
 
     def outside_fraction(self, image: Image) -> float:
-        """Return the share of an image's pixels outside the network's field of view, which become background."""
+        """Return the share of an image's pixels outside the network's field of view, which become background.
+
+        Windows leave none out.
+        """
+        if self.bundle.tiles is not None:
+            return 0.0
         return outside_fraction(image.size, self.bundle.preprocessing, image.spacing_in_plane)
 
-    def _key(self, image: Image, on_device: bool) -> object:
+    def _key(self, image: Image, runs_alone: bool) -> object:
         """Return what slices that may share a run have in common; where none may, nobody else has it."""
-        if on_device or not self.shares_runs:
+        if runs_alone or not self.shares_runs:
             return next(self._numbers)
         if not self.session.gives_masks:
             return "logits"

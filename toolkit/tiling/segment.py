@@ -1,10 +1,10 @@
 """Segment the slices of an image window by window: each window is prepared as a whole image is."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float32, Num, UInt8
 from numpy import ndarray
 
 from medseg_trt.errors import UsageError
@@ -13,7 +13,7 @@ from medseg_trt.imaging.preprocess import Size, for_image, labels_of, prepare, r
 from medseg_trt.imaging.segment import PixelRun, Run
 from medseg_trt.spec import Preprocessing
 from medseg_trt.tiling.blend import ReadRows, blended_rows
-from medseg_trt.tiling.windows import Tiles, window_size
+from medseg_trt.tiling.windows import Tiles, padding_before, starts, window_size
 
 WINDOWS = 4  # per run of the network
 
@@ -59,24 +59,64 @@ def check_tiles(preprocessing: Preprocessing) -> None:
 
 def window_run(run: Run, contract: Preprocessing, window: Size) -> Run:
     """Return the function from raw windows (batch, height, width, channels) to logits of the windows' size."""
-    stretched = replace(contract, spacing_mm=None)  # a window has the spacing of the network by its size
+    stretched = _stretched(contract)
 
     def logits_of(windows: ndarray) -> ndarray:
-        logits = run(np.stack([prepare(pixels, stretched, None) for pixels in windows]))
-        return logits if logits.shape[2:] == window else resize(logits, window, "linear")
+        return _at_size(run(np.stack([prepare(pixels, stretched, None) for pixels in windows])), window)
 
     return logits_of
 
 
-def _labels(run: Run, pixels: ndarray, contract: Preprocessing, window: Size, overlap: float) -> ndarray:
-    labels = np.empty(pixels.shape[:2], np.uint8)
+def window_inputs(
+    pixels: Num[ndarray, "height width channels"], contract: Preprocessing, window: Size, overlap: float
+) -> Float32[ndarray, "windows 3 image_height image_width"]:
+    """Return the windows of a slice as the network's input, row by row, as ``label_rows`` gives them to the network."""
+    padded = _Padded(read_rows=_rows_of(pixels), size=pixels.shape[:2], window=window, value=contract.window[0])
+    stretched = _stretched(contract)
+    height, width = padded.padded_size
+    bands = (padded(top, top + window[0]) for top in starts(height, window[0], overlap))
+    lefts = starts(width, window[1], overlap)
+    return np.stack([prepare(band[:, left : left + window[1]], stretched, None) for band in bands for left in lefts])
+
+
+def labels_of_windows(
+    logits: Float32[ndarray, "windows classes image_height image_width"], size: Size, window: Size, overlap: float
+) -> UInt8[ndarray, "height width"]:
+    """Return the labels of a slice of this size from the logits of its ``window_inputs``."""
+    remaining = iter(logits)
 
     def read_rows(first: int, end: int) -> ndarray:
-        return pixels[first:end]
+        return np.empty((end - first, size[1], 0), np.uint8)  # the pixels have been seen
 
-    for start, band in label_rows(run, read_rows, pixels.shape[:2], contract, window, overlap):
+    def next_logits(windows: ndarray) -> ndarray:
+        return _at_size(np.stack([next(remaining) for _ in windows]), window)
+
+    padded = _Padded(read_rows=read_rows, size=size, window=window, value=0.0)
+    return _joined(_label_rows(next_logits, padded, overlap), size)
+
+
+def _labels(run: Run, pixels: ndarray, contract: Preprocessing, window: Size, overlap: float) -> ndarray:
+    size = pixels.shape[:2]
+    return _joined(label_rows(run, _rows_of(pixels), size, contract, window, overlap), size)
+
+
+def _joined(bands: Iterable[tuple[int, ndarray]], size: Size) -> ndarray:
+    labels = np.empty(size, np.uint8)
+    for start, band in bands:
         labels[start : start + len(band)] = band
     return labels
+
+
+def _rows_of(pixels: ndarray) -> ReadRows:
+    return lambda first, end: pixels[first:end]
+
+
+def _stretched(contract: Preprocessing) -> Preprocessing:
+    return replace(contract, spacing_mm=None)  # a window has the spacing of the network by its size
+
+
+def _at_size(logits: ndarray, window: Size) -> ndarray:
+    return logits if logits.shape[2:] == window else resize(logits, window, "linear")
 
 
 def label_rows(
@@ -87,8 +127,13 @@ def label_rows(
     An image that is smaller than a window is padded on all sides with the lower end of the window of intensities.
     """
     padded = _Padded(read_rows=read_rows, size=size, window=window, value=contract.window[0])
-    run_windows = window_run(run, contract, window)
-    for start, logits in blended_rows(run_windows, padded, padded.padded_size, window, overlap, WINDOWS):
+    return _label_rows(window_run(run, contract, window), padded, overlap)
+
+
+def _label_rows(run_windows: Run, padded: "_Padded", overlap: float) -> Iterator[tuple[int, ndarray]]:
+    """Yield bands of labels; ``run_windows`` takes raw windows and returns logits of the windows' size."""
+    size = padded.size
+    for start, logits in blended_rows(run_windows, padded, padded.padded_size, padded.window, overlap, WINDOWS):
         if not np.isfinite(logits).all():
             raise ValueError(f"logits of the rows from {start} are NaN or infinite")
         first = start - padded.before[0]
@@ -113,7 +158,7 @@ class _Padded:
     @property
     def before(self) -> Size:
         """Rows above and columns to the left of the image."""
-        return (self.padded_size[0] - self.size[0]) // 2, (self.padded_size[1] - self.size[1]) // 2
+        return padding_before(self.size[0], self.window[0]), padding_before(self.size[1], self.window[1])
 
     def __call__(self, first: int, end: int) -> ndarray:
         if self.padded_size == self.size:

@@ -3,18 +3,18 @@
 Positions and weights are those of MONAI's ``sliding_window_inference`` with ``mode="gaussian"``, the tests' oracle.
 """
 
-from dataclasses import dataclass
-from math import inf, isqrt
+from dataclasses import dataclass, replace
+from math import inf
 
 import numpy as np
 from jaxtyping import Float32
 from numpy import ndarray
 
-from medseg_trt.imaging.formats.limits import MAX_PIXELS
+from medseg_trt.errors import UsageError
 from medseg_trt.imaging.preprocess import Size, Spacing
 from medseg_trt.spec import Preprocessing
+from medseg_trt.window_spec import Windows
 
-LARGEST = isqrt(MAX_PIXELS)  # of a window's sides; smaller images are padded to it
 SIGMA = 0.125  # of the Gaussian, in window sizes
 LEAST_WEIGHT = 1e-3  # relative to the middle of a window: its corners count, where no other window covers them
 
@@ -28,10 +28,7 @@ class Tiles:
     mpp: float | None = None  # microns per pixel of 2-D images, at full resolution; None: what their files say
 
     def __post_init__(self) -> None:
-        if self.size is not None and not 1 <= self.size <= LARGEST:
-            raise ValueError(f"windows of {self.size} pixels are impossible; give 1 to {LARGEST}")
-        if not 0 <= self.overlap < 1:
-            raise ValueError(f"the overlap is {self.overlap}; it must be from 0 to less than 1")
+        Windows(size="auto" if self.size is None else self.size, overlap=self.overlap)  # raises what it refuses
         if self.mpp is not None and not 0 < self.mpp < inf:
             raise ValueError(f"{self.mpp} microns per pixel are impossible; give a positive number")
 
@@ -39,6 +36,49 @@ class Tiles:
         """Return what masks depend on."""
         scale = "" if self.mpp is None else f", {self.mpp:g} microns per pixel"
         return f"windows of {'auto' if self.size is None else self.size} pixels, overlap {self.overlap:g}{scale}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AsRecorded:
+    """The windows that a network records, if it was trained on windows, with what was asked of them."""
+
+    overlap: float | None = None  # None: the recorded one
+    mpp: float | None = None  # as in ``Tiles``
+
+
+AS_RECORDED = AsRecorded()
+TileChoice = Tiles | AsRecorded | None  # None: whole slices, whatever the network was trained on
+
+
+def recorded_tiles(preprocessing: Preprocessing) -> Tiles | None:
+    """Return the windows that a network was trained on; None: whole slices."""
+    windows = preprocessing.windows
+    if windows is None:
+        return None
+    return Tiles(size=None if windows.size == "auto" else windows.size, overlap=windows.overlap)
+
+
+def chosen_tiles(choice: TileChoice, recorded: Tiles | None) -> Tiles | None:
+    """Return the windows of a run; None: whole slices.
+
+    Raises:
+        UsageError: an overlap or a scale is given for windows that there are none of.
+    """
+    if not isinstance(choice, AsRecorded):
+        return choice
+    if recorded is not None:
+        overlap = recorded.overlap if choice.overlap is None else choice.overlap
+        return replace(recorded, overlap=overlap, mpp=recorded.mpp if choice.mpp is None else choice.mpp)
+    if choice.overlap is not None:
+        raise UsageError("--overlap is that of windows; give --tile auto too")
+    if choice.mpp is not None:
+        raise UsageError("--mpp is the scale of images that are cut into windows; give --tile auto too")
+    return None
+
+
+def is_as_recorded(tiles: Tiles | None, preprocessing: Preprocessing) -> bool:
+    """Say whether masks are made as a network's steps were learnt and its graphs were judged, whatever the scale."""
+    return (None if tiles is None else replace(tiles, mpp=None)) == recorded_tiles(preprocessing)
 
 
 def window_size(tiles: Tiles, p: Preprocessing, spacing_mm: Spacing | None) -> Size:
@@ -65,6 +105,17 @@ def starts(length: int, window: int, overlap: float) -> list[int]:
     interval = max(int(window * (1 - overlap)), 1)
     number = -(-(length - window) // interval) + 1
     return [min(index * interval, length - window) for index in range(number)]
+
+
+def num_windows(size: Size, window: Size, overlap: float) -> int:
+    """Return how many windows an image is cut into; one that is smaller than a window is padded to it."""
+    rows, columns = (starts(max(pair), pair[1], overlap) for pair in zip(size, window, strict=True))
+    return len(rows) * len(columns)
+
+
+def padding_before(length: int, window: int) -> int:
+    """Return the pixels before an axis that is shorter than a window; its rest is padded after it."""
+    return max(window - length, 0) // 2
 
 
 def weights(window: Size) -> Float32[ndarray, "height width"]:

@@ -105,6 +105,10 @@ class Recipe:
     then ``training_resize`` is how they are resized in training alone, where the code that is followed does that
     otherwise than in its test.
 
+    ``preprocessing.windows`` trains on random windows of slices instead of whole slices, for images that are large or
+    whose details are lost by resizing: ``--set preprocessing.windows={}``. With ``train.balance_classes`` a window
+    holds a pixel of the class that was drawn.
+
     ``pretrained``: "file" asks for the encoder's weights, ``--weights FILE``.
     """
 
@@ -139,11 +143,22 @@ class Recipe:
             raise ValueError("training_resize is for slices that are augmented first: augment_at=source")
         if self.augment_at == "source" and self.preprocessing.spacing_mm is not None:
             raise ValueError("augment_at=source turns slices before they are resized; spacing_mm must be unset")
+        if self.preprocessing.windows is not None:
+            self._check_windows()
         turning = [step.name for step in self.augmentation if step.name in SHAPE_CHANGING]
         if turning and self.augment_at == "network" and len(set(self.preprocessing.image_size)) > 1:
             raise ValueError(f"{turning[0]} turns pictures on their side; image_size must be square")
         if self.train.rng == "faithful" and [step.name for step in self.augmentation] != ["turn_or_rotate"]:
             raise ValueError("rng=faithful repeats TransUNet's loader; augmentation must be turn_or_rotate alone")
+
+    def _check_windows(self) -> None:
+        if self.augment_at == "source":
+            raise ValueError("augment_at=source augments whole slices; preprocessing.windows must be unset")
+        if METRICS[self.train.validate_with].unit != "case":
+            raise ValueError(
+                f"{self.train.validate_with} scores masks of the network's size, and windows make none; "
+                "choose train.validate_with=volume"
+            )
 
     @property
     def contract(self) -> Preprocessing:

@@ -109,7 +109,7 @@ def test_a_false_component_is_removed_and_the_executions_are_judged_after_it(ref
 
 
 def test_cases_beyond_the_limit_are_left_out_and_said(reference, monkeypatch):
-    monkeypatch.setattr(postprocessing, "MAX_SLICES", 12)
+    monkeypatch.setattr(postprocessing, "MAX_RUNS", 12)
     learnt = learn(reference)
     assert learnt is not None
     assert learnt.post.slices == 10

@@ -53,7 +53,7 @@ def test_infer_and_evaluate_make_the_same_masks(tiny_bundle, data):
     truth = read_labels(data / "masks" / "scan1.nii.gz", image, 3)
     for label, score in zip((1, 2), evaluation.means, strict=True):
         assert score.dice == pytest.approx(dice(mask.labels, truth, label), abs=1e-3)
-    with pytest.raises(UsageError, match="leave --tile out, or choose --metric volume"):
+    with pytest.raises(UsageError, match="choose --metric volume, or whole slices: --tile off"):
         evaluate_all([], [tiny_bundle], data, ["val"], "auto", tiles=tiles, metric="per_image")
 
 

@@ -10,13 +10,15 @@ from monai.inferers.utils import sliding_window_inference
 from scipy import ndimage
 
 from medseg_trt.errors import UsageError
+from medseg_trt.imaging.formats.limits import MAX_PIXELS
 from medseg_trt.imaging.images import Image
 from medseg_trt.imaging.preprocess import labels_of, prepare
 from medseg_trt.imaging.segment import segment
 from medseg_trt.spec import Preprocessing
 from medseg_trt.tiling.blend import blended_rows
-from medseg_trt.tiling.segment import tiled
-from medseg_trt.tiling.windows import Tiles, starts, weights, window_size
+from medseg_trt.tiling.segment import label_rows, labels_of_windows, tiled, window_inputs
+from medseg_trt.tiling.windows import Tiles, num_windows, starts, weights, window_size
+from medseg_trt.window_spec import LARGEST
 
 WINDOW = (16, 24)
 CONTRACT = Preprocessing(image_size=WINDOW)
@@ -188,3 +190,23 @@ def test_memory_depends_on_the_row_of_windows_for_a_large_image():
 def test_windows_larger_than_any_image_are_refused(size):
     with pytest.raises(ValueError, match="are impossible; give 1 to 16384"):
         Tiles(size=size)
+    assert LARGEST**2 == MAX_PIXELS
+
+
+@pytest.mark.parametrize(("size", "window"), [((70, 55), WINDOW), ((10, 55), WINDOW), ((9, 11), (16, 30))])
+def test_windows_that_are_cut_beforehand_give_the_same_labels(size, window):
+    pixels, tiles = pixels_of(size), Tiles(overlap=0.5)
+    inputs = window_inputs(pixels, CONTRACT, window, tiles.overlap)
+    seen = []
+
+    def recorded(batch):
+        seen.extend(batch)
+        return pointwise(batch)
+
+    rows = label_rows(recorded, lambda first, end: pixels[first:end], size, CONTRACT, window, tiles.overlap)
+    expected = np.concatenate([labels for _, labels in rows])
+    np.testing.assert_array_equal(inputs, np.stack(seen))
+    assert len(inputs) == num_windows(size, window, tiles.overlap)
+    np.testing.assert_array_equal(labels_of_windows(pointwise(inputs), size, window, tiles.overlap), expected)
+    moved = labels_of_windows(pointwise(inputs[::-1]), size, window, tiles.overlap)
+    assert (len(inputs) == 1) == np.array_equal(moved, expected)  # a wrong order of windows would show

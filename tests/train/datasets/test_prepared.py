@@ -54,7 +54,7 @@ def test_slices_of_class_hold_their_class_and_no_other_slice_does(tmp_path):
     slices = prepare_slices(
         [Case(image=root / "images" / "scan0.nii.gz", mask=root / "masks" / "scan0.nii.gz")], SCANS, 5, tmp_path / "out"
     )
-    assert [indices.tolist() for indices in slices.slices_of_class] == [[0, 1, 2, 3], [1, 3], [3]]
+    assert [indices.tolist() for indices in slices.slices_of_class] == [[0, 1, 2, 3], [], [1, 3], [], [3]]
 
 
 def test_a_class_that_the_canvas_cuts_away_is_in_no_slice(tmp_path):
@@ -69,6 +69,7 @@ def test_a_class_that_the_canvas_cuts_away_is_in_no_slice(tmp_path):
     assert [indices.tolist() for indices in slices.slices_of_class] == [
         [0, 1],
         [0, 1],
+        [],
     ]  # balancing would draw it in vain
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
-from medseg_trt.bench.accuracy import SliceImages
+from medseg_trt.bench.accuracy_record import SliceImages
 from medseg_trt.bench.missing import Missing
 from medseg_trt.bench.profile_schema import Profile
 from medseg_trt.bench.report.figures import figures, series

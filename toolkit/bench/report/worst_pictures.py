@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 
-from medseg_trt.bench.accuracy import SliceImages
+from medseg_trt.bench.accuracy_record import SliceImages
 from medseg_trt.imaging.images import Image, Mask
 from medseg_trt.imaging.overlay import tile
 from medseg_trt.spec import Classes
