@@ -25,16 +25,16 @@ IMPLICIT_AND_EXPLICIT = ["1.2.840.10008.1.2", "1.2.840.10008.1.2.1"]
 SEGMENTATION, CAPTURE = "1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.7"
 
 
-def _close(wrapper: Any) -> None:
+def _close(self: AssociationSocket) -> None:
     """Close an association's socket even where its peer is gone.
 
     pynetdicom 3.0 calls ``shutdown`` and ``close`` in one ``try``: where the first fails, its socket stays open until
     it is collected, and the warning of that would be counted against whatever test runs then.
     """
-    if wrapper.socket is not None:
+    if self.socket is not None:
         with suppress(OSError):
-            wrapper.socket.shutdown(socket.SHUT_RDWR)
-        wrapper.socket.close()
+            self.socket.shutdown(socket.SHUT_RDWR)
+        self.socket.close()
 
 
 AssociationSocket._shutdown_socket = _close

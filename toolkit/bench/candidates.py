@@ -35,7 +35,7 @@ class Candidate:
     graph: Path | None  # for counting multiply-accumulates and bytes
     precision: str  # of the stored weights
     compute: str  # what float parts are computed in
-    flavour: str
+    variant: str  # the graph's dialect, or how PyTorch runs it: a key of ``pytorch_forms.FORMS``
     files: tuple[Path, ...]  # of the network, for its size on the disk
     executed: bool  # whether it can run here
     execution_note: str  # what ran here, and what was only built or simulated
@@ -45,7 +45,7 @@ class Candidate:
     @property
     def form(self) -> str:
         """How PyTorch runs it, a key of ``pytorch_forms.FORMS``."""
-        return self.flavour if self.backend == "pytorch" else EAGER
+        return self.variant if self.backend == "pytorch" else EAGER
 
     @property
     def request(self) -> SessionRequest:
@@ -114,7 +114,7 @@ def checkpoint_candidates(checkpoint: Path, block: Path | None, device: BenchDev
         graph=None,
         precision=EXACT,
         compute=EXACT,
-        flavour=EAGER,
+        variant=EAGER,
         files=(checkpoint, *([block] if block else [])),
         executed=True,
         execution_note=f"the checkpoint, run here by PyTorch in float32 on {device.pytorch}",
@@ -129,7 +129,7 @@ def checkpoint_candidates(checkpoint: Path, block: Path | None, device: BenchDev
             name=f"pytorch {arithmetic}" + ("" if form == EAGER else f", {form}"),
             role="peer",
             compute=arithmetic,
-            flavour=form,
+            variant=form,
             execution_note=f"the checkpoint, run here by PyTorch: {FORMATS[arithmetic]}, {FORMS[form].words}",
             allowed=ANY_DISAGREEMENT,
         )
@@ -248,7 +248,7 @@ def _engine(bundle: Bundle, execution: Execution, device: BenchDevice) -> Candid
         graph=bundle.folder / variant.graph,
         precision=variant.precision,
         compute=execution.compute_dtype,
-        flavour=variant.dialect,
+        variant=variant.dialect,
         files=(plan,),
         executed=not obstacle,
         execution_note=f"{built}, not executed: {obstacle} Its graph's masks were judged with {judged}, a simulation"
@@ -270,7 +270,7 @@ def _graph_on_gpu(bundle: Bundle, execution: Execution, device: BenchDevice) -> 
         graph=graph,
         precision=variant.precision,
         compute=execution.compute_dtype,
-        flavour=variant.dialect,
+        variant=variant.dialect,
         files=(graph, bundle.folder / variant.weights),
         executed=runs,
         execution_note=f"run here by {package}" if runs else f"not executed: {device.obstacle}",
@@ -302,7 +302,7 @@ def _candidate(bundle: Bundle, execution: Execution, role: Literal["reference", 
         graph=bundle.folder / variant.graph,
         precision=variant.precision,
         compute=execution.compute_dtype,
-        flavour=variant.dialect,
+        variant=variant.dialect,
         files=(bundle.folder / variant.graph, bundle.folder / variant.weights),
         executed=is_here,
         execution_note=_execution_note(execution, is_here),

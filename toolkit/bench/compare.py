@@ -260,7 +260,7 @@ def _with_changed_roles(
 
 
 def _key(row: Row) -> tuple[str, ...]:
-    form = (row.flavour, row.device.split()[0]) if row.backend == "pytorch" else ()  # the others' follow from the rest
+    form = (row.variant, row.device.split()[0]) if row.backend == "pytorch" else ()  # the others' follow from the rest
     return row.role, row.backend, row.precision, row.compute, *form
 
 

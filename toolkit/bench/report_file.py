@@ -4,15 +4,17 @@ The demo's report of the tier "report" has 8,796 times and 5,700 other values in
 have 60 times as many times: 0.53 million in 12 MB. The limits are eight times as high or more.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from medseg_trt.bench.schema import READABLE, Report
+from medseg_trt.bench.schema import READABLE, SCHEMA, Report
 from medseg_trt.errors import ArtefactError, InputError
 from medseg_trt.files import parse_json, read_limited
 from medseg_trt.spec import from_dict
 
 REPORT = "report.json"
+RENAMED: Mapping[str, str] = {"flavour": "variant"}  # fields of rows of schema 3: old name -> new name
 MAX_BYTES = 96 << 20
 MAX_NUMBERS = 1 << 22  # all values, most of which are times and pixel counts
 MAX_VALUES = 1 << 18  # values but times and pixel counts: a wrong one may cost a kilobyte, for its error
@@ -45,10 +47,25 @@ def read_bench_report(path: Path) -> Report:
         raise ArtefactError(
             f"{path} holds more than {MAX_VALUES:,} values beside times and pixel counts; it is not to be trusted"
         )
-    report = from_dict(Report, fields, str(path))
+    report = from_dict(Report, fields if fields["schema"] == SCHEMA else _renamed(fields), str(path))
     if not report.rows:
         raise ArtefactError(f"{path}: Report rows: there is no row")
     return report
+
+
+def _renamed(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a report of schema 3 with the names of today."""
+    rows = fields.get("rows")
+    if not isinstance(rows, list):
+        return fields
+    return fields | {"rows": [_renamed_row(row) for row in cast("list[object]", rows)]}
+
+
+def _renamed_row(row: object) -> object:
+    if not isinstance(row, dict):
+        return row
+    fields = cast("dict[str, object]", row)
+    return {RENAMED.get(name, name): value for name, value in fields.items()}
 
 
 def count_values(data: object) -> int:

@@ -55,7 +55,7 @@ def report_row(
         statement=candidate.execution_note,
         precision=candidate.precision,
         compute=candidate.compute,
-        flavour=candidate.flavour,
+        variant=candidate.variant,
         size_mb=candidate.size_mb,
         failure=timing.failure,
         warnings=tuple(timing.warnings),

@@ -28,7 +28,7 @@ from medseg_trt.machine import Machine
 from medseg_trt.spec import Classes
 
 SCHEMA = 4
-READABLE = (3, 4)  # schema 4 adds peers and what a time on a GPU consists of
+READABLE = (3, 4)  # schema 4 adds peers and what a time on a GPU consists of, and calls ``flavour`` ``variant``
 NOT_ON_GPU = Missing(reason="it was not timed on a GPU")
 
 
@@ -73,7 +73,7 @@ class Row:
     statement: str  # what ran here, and what was only built or simulated
     precision: str
     compute: str  # number format of the float parts
-    flavour: str
+    variant: str  # the graph's dialect, or how PyTorch runs it
     size_mb: float  # of weights and graph on the disk
     failure: str | None  # the reason for an early end; earlier measurements are kept
     warnings: tuple[str, ...]

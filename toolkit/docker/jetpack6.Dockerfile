@@ -2,7 +2,7 @@
 #
 # Not built in CI: nothing there is a Jetson or reaches an image registry. Nobody has built it yet.
 # JetPack's TensorRT speaks to Python 3.10 only, and medseg-trt needs 3.11: so NVIDIA's bindings are built once more,
-# after python/README.md of its repository. TensorRT 10.3 reads the flavour "plain" of a graph.
+# after python/README.md of its repository. TensorRT 10.3 reads the dialect "plain" of a graph.
 #
 #   docker build -f toolkit/docker/jetpack6.Dockerfile -t medseg-trt .      # on the Jetson
 #   docker run --rm --runtime nvidia -v "$PWD:/work" -v medseg-cache:/cache medseg-trt \

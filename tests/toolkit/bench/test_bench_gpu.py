@@ -189,7 +189,7 @@ def test_pytorch_on_the_gpu_is_the_reference_and_every_row_there_has_three_scope
     by_name = rows(GPU, checkpoint=tiny_bundle.parent / "model" / "model.pt")
     reference, *others = by_name.values()
     assert (reference.name, reference.role, reference.device) == ("pytorch fp32", "reference", "GPU Fake GPU")
-    peers = {(row.compute, row.flavour) for row in others if row.role == "peer" and row.device != "CPU"}
+    peers = {(row.compute, row.variant) for row in others if row.role == "peer" and row.device != "CPU"}
     assert peers == set(PEERS_ON_GPU)
     for row in by_name.values():
         if row.device == "GPU Fake GPU":

@@ -82,7 +82,7 @@ def row(name: str, backend: str, precision: str, time: Latency, accurate: Accura
         statement="generated",
         precision=precision,
         compute="fp32",
-        flavour="",
+        variant="",
         size_mb=1.0,
         failure=None,
         warnings=(),

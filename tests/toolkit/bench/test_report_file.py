@@ -1,5 +1,7 @@
 import json
 import os
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -18,6 +20,17 @@ def test_a_report_is_read_as_it_was_written(measured, tmp_path):
     assert row.role == "reference"
     assert isinstance(row.latency["model"], Latency)
     assert row.latency["model"].samples_ms == [time for times in row.latency["model"].rounds_ms for time in times]
+
+
+def test_a_report_of_schema_3_is_read(measured, tmp_path):
+    data: dict[str, Any] = to_dict(measured.report) | {"schema": 3}
+    for row in data["rows"]:
+        row["flavour"] = row.pop("variant")
+        del row["on_gpu"]
+    write_json(tmp_path / REPORT, data)
+    report = read_bench_report(tmp_path)
+    assert replace(report, schema=SCHEMA) == measured.report
+    assert {row.variant for row in report.rows} > {"plain"}
 
 
 def damaged(measured, change) -> dict:

@@ -175,7 +175,7 @@ def test_a_busy_second_does_not_decide(machine):
     assert timed == machine.openings[:2] * 2
 
 
-def test_every_backend_gets_its_flavours_and_the_float_types_that_make_sense(machine):
+def test_every_backend_gets_its_dialects_and_the_float_types_that_make_sense(machine):
     every = graphs("fp32", "fp32/plain", "fp16/plain", "int8", "int8/plain", "int8/uint8", "w4a16/plain")
     trials = tried(every, precisions=("fp32", "fp16", "int8", "w4a16"))
     assert set(ways(trials)) == {

@@ -178,7 +178,7 @@ def test_every_variant_is_listed_and_bf16_is_no_graph_of_its_own(bundle, built):
     assert of_fp32 <= {"fp32", "bf16"}
 
 
-def test_the_flavours_of_a_precision_share_one_file_of_weights(bundle):
+def test_the_forms_of_a_precision_share_one_file_of_weights(bundle):
     for name, stem in STEMS.items():
         same_precision = [variant for variant in bundle.content.variants.values() if variant.precision == name]
         assert {variant.weights for variant in same_precision} == {f"weights-{stem}.bin"}
@@ -199,7 +199,7 @@ def group_norm_bytes(path: Path) -> int:
 
 
 @exact_bytes
-def test_eight_bits_take_a_third_of_the_space_and_the_flavours_no_second_copy(bundle):
+def test_eight_bits_take_a_third_of_the_space_and_the_forms_no_second_copy(bundle):
     sizes = {stem: (bundle.folder / f"weights-{stem}.bin").stat().st_size for stem in STEMS.values()}
     assert sizes["int8"] - group_norm_bytes(bundle.folder / "int8-convolved.onnx") < sizes["fp32"] / 3
     assert sizes["fp16"] < 0.6 * sizes["fp32"]

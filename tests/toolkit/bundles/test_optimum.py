@@ -173,7 +173,7 @@ def hub_outcomes(python, bundles) -> dict[str, Any]:
 
 @pytest.mark.network
 @pytest.mark.parametrize("name", ["canonical.medseg", "plain.medseg"])
-def test_its_logits_are_ours_whichever_flavour_is_the_best(hub_outcomes, bundles, name):
+def test_its_logits_are_ours_whichever_dialect_is_the_best(hub_outcomes, bundles, name):
     assert Path(hub_outcomes["opened"]).name == "model.onnx"
     bundle = load_bundle(bundles / name)
     assert bundle.variant(bundle.default).dialect == name.removesuffix(".medseg")

@@ -169,7 +169,7 @@ def test_the_classic_library_builds_for_the_gpu_that_is_here():
 
 
 @pytest.mark.parametrize(
-    ("library", "version", "flavour"),
+    ("library", "version", "dialect"),
     [
         ("tensorrt", "10.3.0", "plain"),
         ("tensorrt", "10.14.1.48", "plain"),
@@ -178,8 +178,8 @@ def test_the_classic_library_builds_for_the_gpu_that_is_here():
         ("tensorrt-rtx", "1.7.1.116", "canonical"),
     ],
 )
-def test_older_parsers_get_the_plain_graph(library, version, flavour):
-    assert dialect_for(library, version) == flavour
+def test_older_parsers_get_the_plain_graph(library, version, dialect):
+    assert dialect_for(library, version) == dialect
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

@@ -146,7 +146,7 @@ def test_a_plugin_provider_without_a_device_is_an_error(bundle, monkeypatch):
     assert runtime.registered == [(RTX.name, "/lib/rtx.so")]
 
 
-def test_the_gpu_is_given_the_flavour_that_it_reads(bundle):
+def test_the_gpu_is_given_the_dialect_that_it_reads(bundle):
     assert bundle.variant(choose(bundle, "onnxruntime-cuda")).dialect == "plain"
     assert bundle.variant(choose(bundle, "onnxruntime-tensorrt")).dialect == "canonical"
     chosen = choose(bundle, "onnxruntime-cuda", "fp32")
