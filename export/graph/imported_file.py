@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from medseg_trt.errors import ArtefactError
 from medseg_trt.export.graph.imported_labels import reveal_logits
-from medseg_trt.export.graph.imported_wire import check_wire
+from medseg_trt.export.graph.imported_wire import brief, check_wire
 from medseg_trt.export.graph.interface import CHANNELS
 from medseg_trt.export.graph.operators import STANDARD
 from medseg_trt.files import read_limited
@@ -66,7 +66,7 @@ def read_imported(path: Path) -> ImportedFile:
         raise ArtefactError(f"{path} is no ONNX file: {' '.join(str(error).split())[:200]}") from error
     problem = next(_problems(model), None)
     if problem is not None:
-        raise ArtefactError(f"{path} {problem}")
+        raise ArtefactError(f"{path} {brief(problem)}")
     (taken,) = _own_inputs(model)
     (given,) = model.graph.outputs
     axes = _axes(taken)

@@ -28,6 +28,7 @@ from medseg_trt.export.graph.operators import MAX_NODES
 from medseg_trt.files import open_regular, size_text
 
 MAX_WEIGHT_BYTES = 1 << 33  # of all files of weights beside a network; LLaMA-7B's block in float32 is a tenth of it
+MAX_PROBLEM = 600  # characters of a message that quotes the file's names
 FILE_NAME = re.compile(r"[^/\\\x00-\x1f\x7f]+")
 
 
@@ -49,10 +50,16 @@ def check_wire(path: Path, content: bytes) -> int:
     except ValueError as error:
         raise ArtefactError(f"{path} is no ONNX file: {error}") from error
     if problem is not None:
-        raise ArtefactError(f"{path} {problem}")
+        raise ArtefactError(f"{path} {brief(problem)}")
     if sum(files.values()) > MAX_WEIGHT_BYTES:
         raise ArtefactError(f"{path} has more than {size_text(MAX_WEIGHT_BYTES)} of weights in other files")
     return sum(files.values())
+
+
+def brief(problem: str) -> str:
+    """Return a message without line breaks, and without the middle of a name of a file that is very long."""
+    line = " ".join(problem.split())
+    return line if len(line) <= MAX_PROBLEM else f"{line[: MAX_PROBLEM // 2]} … {line[-MAX_PROBLEM // 2 :]}"
 
 
 def _problems(model: memoryview, graph: memoryview, folder: Path, files: dict[str, int]) -> Iterator[str]:

@@ -14,7 +14,7 @@ from onnx import helper
 from tiny import write_pictures
 
 from medseg_trt.building import onnx_source
-from medseg_trt.building.onnx_source import open_onnx
+from medseg_trt.building.onnx_source import open_onnx, reference_of_onnx
 from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.cli import cli
 from medseg_trt.errors import AccuracyGateError, ArtefactError, InputError, UsageError
@@ -156,6 +156,16 @@ def test_weights_beside_the_file_are_used(tmp_path):
     batch = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)
     np.testing.assert_array_equal(source.reference(batch), expected.reference(batch))
     assert source.graph().num_nodes == expected.graph().num_nodes
+
+
+def test_a_network_that_gives_nan_is_refused_in_one_line(tmp_path):
+    node = helper.make_node("Mul", ["logits_of_conv", "nan"], ["last"])
+    changes = {"extra_nodes": [node], "output": "last", "constants": {"nan": np.array(np.nan, np.float32)}}
+    path = write_onnx(tmp_path / "net.onnx", **changes)
+    source = open_onnx(path, write_description(tmp_path / "net.json", names=NAMES))
+    with pytest.raises(ArtefactError, match="the ONNX file gives logits that are NaN or infinite") as caught:
+        reference_of_onnx(source, BuildSpec(), None)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_network_that_takes_all_memory_is_refused(tmp_path):

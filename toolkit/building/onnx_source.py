@@ -19,6 +19,7 @@ from medseg_trt.building.reference_images import reference_images
 from medseg_trt.errors import ArtefactError, InputError, UsageError, require
 from medseg_trt.export.graph.imported import import_graph
 from medseg_trt.export.graph.imported_file import DYNAMIC, ImportedFile, read_imported
+from medseg_trt.export.graph.imported_wire import brief
 from medseg_trt.export.graph.onnx_graph import OnnxGraph
 from medseg_trt.external_spec import ExternalSpec
 from medseg_trt.files import parse_json, read_limited
@@ -174,7 +175,7 @@ def _runner(file: ImportedFile) -> Run:
     try:
         session: Any = runtime.InferenceSession(file.content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its errors have no common base but Exception
-        raise ArtefactError(f"ONNX Runtime refuses {file.path}: {str(error).splitlines()[0]}") from error
+        raise ArtefactError(f"ONNX Runtime refuses {file.path}: {brief(str(error).splitlines()[0])}") from error
 
     def run(batch: ndarray) -> ndarray:
         return session.run([file.output], {file.input: batch[:, : file.channels]})[0]

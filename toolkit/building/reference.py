@@ -14,7 +14,7 @@ from numpy import ndarray
 from medseg_trt.building.contract import Contract
 from medseg_trt.building.reference_images import JudgedImages, ReferenceImages
 from medseg_trt.devices import CPU, ComputeDevice
-from medseg_trt.errors import AccuracyGateError
+from medseg_trt.errors import AccuracyGateError, ArtefactError
 from medseg_trt.export.gate import GateVerdict, compare
 from medseg_trt.export.verify import labels_of, run_in_batches, verify_logits
 from medseg_trt.imaging.digest import image_digest
@@ -40,6 +40,11 @@ class Reference:
 
     def __post_init__(self) -> None:
         self._logits = run_in_batches(self.network, self.images.judged.inputs, 1)
+        if not np.isfinite(self._logits).all():
+            raise ArtefactError(
+                f"{self.name} gives logits that are NaN or infinite; its weights are damaged, or a number on the way "
+                "is too large for float32"
+            )
         self._masks = self._masks_of(self._logits)
         self._remembering = _remembering(self.deployed or self.network)
 

@@ -5,7 +5,7 @@
 #   sh install.sh ENVIRONMENT [--python PYTHON]    install; a folder that is missing becomes a new virtual environment
 #
 # Needs a POSIX shell, the coreutils and Python. Parts are joined in $TMPDIR. Exit codes: 1 pip or the disk failed,
-# 2 wrong usage, 5 a part is damaged, missing or extra, 6 no suitable Python.
+# 2 wrong usage, 5 a part is damaged, missing or extra, 6 no suitable Python, or a tool is missing.
 set -eu
 LC_ALL=C
 export LC_ALL
@@ -14,10 +14,17 @@ unset CDPATH
 UNPACK='
 import sys, tarfile
 safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-with tarfile.open(fileobj=sys.stdin.buffer, mode="r|") as archive:
-    archive.extractall(sys.argv[1], **safe)
+try:
+    with tarfile.open(fileobj=sys.stdin.buffer, mode="r|") as archive:
+        archive.extractall(sys.argv[1], **safe)
+except (OSError, tarfile.TarError) as error:
+    sys.exit(f"install.sh: {error}")
 '
 ABI='import sys, sysconfig; print("%d.%d" % sys.version_info[:2], sysconfig.get_config_var("SOABI"))'
+NEWLINE='
+'
+OURS=.from-a-kit # marks the sources that a later kit replaces
+TOOLS='sha256sum head cut wc cat ls cp mv rm mkdir mktemp dirname'
 CACHE='from medseg_trt.files import cache_folder; print(cache_folder("samples"))'
 
 refuse() {
@@ -38,7 +45,13 @@ read_manifest() {
     names='' given='' seal='' total=''
     while read -r key first second third; do
         case $key in
-            kit) [ "$first" = 1 ] || refuse 5 "kit.manifest has form $first; this install.sh reads form 1" ;;
+            kit)
+                case $first in
+                    1) ;;
+                    *[!0-9]*) break ;; # damaged, as line ends of another system
+                    *) refuse 5 "kit.manifest has form $first; this install.sh reads form 1" ;;
+                esac
+                ;;
             project) project=$first version=$second ;;
             python) python=$first abi=$second ;;
             given) given="$given $first" ;;
@@ -122,6 +135,10 @@ has_abi() {
 choose_python() {
     is_new=no
     if [ -e "$environment/.kit-unfinished" ]; then
+        running=$(cat "$environment/.kit-unfinished")
+        if [ -n "$running" ] && kill -0 "$running" 2>/dev/null; then
+            refuse 1 "process $running installs into $environment; wait for it, or end it"
+        fi
         rm -rf "$environment" # of a run of this script that was killed
     fi
     if [ -x "$environment/bin/python" ]; then
@@ -155,9 +172,12 @@ install_packages() {
     trap 'exit 143' TERM HUP
     join | "$interpreter" -I -c "$UNPACK" "$stage" ||
         refuse 1 "the parts could not be unpacked to $stage; free space there, or set TMPDIR (nothing was installed)"
+    if [ -d "$stage/project" ] && [ -e "$environment/project" ] && [ ! -e "$environment/project/$OURS" ]; then
+        refuse 2 "$environment/project is not of a kit; move it elsewhere (nothing was installed)"
+    fi
     if [ "$is_new" = yes ]; then
         mkdir -p "$environment"
-        : >"$environment/.kit-unfinished"
+        printf '%s' $$ >"$environment/.kit-unfinished"
         system=''
         [ -z "$given" ] || system=--system-site-packages
         # shellcheck disable=SC2086  # an empty option is none
@@ -185,9 +205,13 @@ keep_samples() {
 keep_sources() {
     [ -d "$stage/project" ] || return 0
     rm -rf "$environment/project"
+    : >"$stage/project/$OURS"
     cp -R "$stage/project" "$environment/project"
 }
 
+for tool in $TOOLS; do
+    command -v "$tool" >/dev/null || refuse 6 "$tool is not on PATH; install the GNU coreutils (nothing was installed)"
+done
 kit=$(cd "$(dirname "$0")" && pwd)
 environment='' chosen='' check_only=no
 while [ $# -gt 0 ]; do
@@ -211,6 +235,12 @@ case $environment in
     '' | /*) ;;
     *) environment=$PWD/$environment ;;
 esac
+case $environment in
+    *[:\'\"]* | *"$NEWLINE"*) refuse 2 "no Python starts in a folder whose path has a colon, quotes or a line break" ;;
+esac
+if [ -d "$environment" ]; then
+    environment=$(cd "$environment" && pwd -P) # venv follows no link, and a removal would take the link alone
+fi
 
 read_manifest
 check_parts

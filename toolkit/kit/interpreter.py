@@ -55,7 +55,7 @@ def probe(path: Path) -> Interpreter | None:
     try:
         done = subprocess.run([path, "-I", "-c", PROBE], capture_output=True, text=True, check=False)
         executable, (major, minor, patch), abi = json.loads(done.stdout)
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         return None
     return Interpreter(path=Path(executable), version=(major, minor, patch), abi=str(abi))
 

@@ -10,7 +10,7 @@ from medseg_trt.errors import InputError, UsageError
 from medseg_trt.files import PARTIAL, atomic_folder, write_json
 from medseg_trt.kit.components import Contents, cyclonedx, licence_list
 from medseg_trt.kit.interpreter import Interpreter, find_interpreter
-from medseg_trt.kit.parts import MANIFEST, Manifest, Part, files_beside, write_parts
+from medseg_trt.kit.parts import MANIFEST, PART_NAME, Manifest, Part, files_beside, write_parts
 from medseg_trt.kit.project import NAME, Project, copy_tracked, read_project
 from medseg_trt.kit.readme import readme_text
 from medseg_trt.kit.spec import KitSpec, parse_given
@@ -21,6 +21,7 @@ from medseg_trt.samples.catalogue import SAMPLES, copy_package
 
 INSTALLER = Path(__file__).with_name("install.sh")
 COMPONENTS, LICENCES, README = "components.cdx.json", "LICENCES.txt", "README.txt"
+BESIDE = (MANIFEST, COMPONENTS, LICENCES, README, INSTALLER.name)  # the files of a kit beside its parts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,8 +52,7 @@ def make_kit(spec: KitSpec, output: Path) -> Kit:
     _check_names("--samples", "sample", spec.samples, tuple(SAMPLES))
     for package in spec.given:
         parse_given(package)
-    if output.exists() and not (output / MANIFEST).is_file() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output} exists and is no kit. Remove it, or choose another folder: -o DIR")
+    _check_output(output)
     interpreter = find_interpreter(spec.python)
     output.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=PARTIAL, dir=output.parent) as content, atomic_folder(output) as folder:
@@ -73,7 +73,7 @@ def make_kit(spec: KitSpec, output: Path) -> Kit:
         )
         (folder / README).write_text(readme_text(manifest, spec), encoding="utf-8")
         shutil.copyfile(INSTALLER, folder / INSTALLER.name)
-        beside = files_beside(folder, (COMPONENTS, LICENCES, README, INSTALLER.name))
+        beside = files_beside(folder, BESIDE[1:])
         manifest.write(folder / MANIFEST, beside)
     return Kit(folder=output, python=interpreter.minor, parts=parts, wheels=wheels)
 
@@ -102,6 +102,25 @@ def _collect(spec: KitSpec, project: Project, interpreter: Interpreter, content:
     for name in spec.samples:
         copy_package(name, content / "samples")
     return wheels
+
+
+def _check_output(output: Path) -> None:
+    """Refuse a folder that holds anything but an older kit, which is replaced as a whole.
+
+    Raises:
+        InputError: it does.
+    """
+    if not output.exists():
+        return
+    names = [path.name for path in output.iterdir()] if output.is_dir() else []
+    if not output.is_dir() or (names and MANIFEST not in names):
+        raise InputError(f"{output} exists and is no kit. Remove it, or choose another folder: -o DIR")
+    others = sorted(name for name in names if name not in BESIDE and not PART_NAME.fullmatch(name))
+    if others:
+        raise InputError(
+            f"{output} holds {others[0]!r} beside an older kit, which is to be replaced. Move it, or choose another "
+            "folder: -o DIR"
+        )
 
 
 def _check_names(option: str, noun: str, names: Sequence[str], known: Sequence[str]) -> None:

@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import re
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from medseg_trt.errors import UsageError
 from medseg_trt.files import atomic_file, sha256
 
 MANIFEST = "kit.manifest"
+PART_NAME = re.compile(r"kit\.tar\.\d{3}")
 MAX_PARTS = 999  # numbers have three digits
 FORM = 1
 

@@ -1,11 +1,13 @@
 """The DICOM node: C-ECHO and C-STORE through pynetdicom."""
 
 import logging
+import socket
 from typing import Any
 
 from medseg_trt.errors import UsageError, require
 from medseg_trt.serve.metrics import Metrics
 from medseg_trt.serve.objects import OUT_OF_RESOURCES, RefusedError, accept
+from medseg_trt.serve.pdu_socket import PduSocket
 from medseg_trt.serve.series import SeriesWatcher
 from medseg_trt.serve.settings import EXTRA, DicomSettings
 from medseg_trt.serve.spool import FullError, Spool
@@ -44,7 +46,17 @@ class DicomNode:
             UsageError: the port is in use.
         """
         netdicom, events = require("pynetdicom", EXTRA), require("pynetdicom.events", EXTRA)
-        entity = netdicom.AE(ae_title=self._settings.ae_title)
+        transport = require("pynetdicom.transport", EXTRA)
+
+        class Handler(transport.RequestHandler):
+            def setup(self) -> None:
+                self.request = PduSocket(self.request)
+
+        class Entity(netdicom.AE):
+            def make_server(self, *args: Any, **options: Any) -> Any:
+                return super().make_server(*args, request_handler=Handler, **options)
+
+        entity = Entity(ae_title=self._settings.ae_title)
         entity.require_called_aet = True
         entity.require_calling_aet = list(self._settings.allowed)
         entity.maximum_associations = MAX_ASSOCIATIONS
@@ -113,7 +125,7 @@ class DicomNode:
         self._received[event.assoc] = size
         if size > MAX_OBJECT_BYTES:
             LOG.warning("an association was ended: one object has more than %d bytes", MAX_OBJECT_BYTES)
-            event.assoc.abort()
+            event.assoc.dul.socket.socket.shutdown(socket.SHUT_RDWR)  # an abort would wait for this very thread
 
     def _end(self, event: Any) -> None:
         self._received.pop(event.assoc, None)

@@ -5,6 +5,7 @@ The results of a job depend on its input and its bundle alone, so a job that was
 
 import logging
 import shutil
+import sqlite3
 import threading
 import time
 import uuid
@@ -136,12 +137,15 @@ class JobRunner:
             if time.monotonic() - swept > SWEEP_S:
                 self._sweep()
                 swept = time.monotonic()
-            job = self._spool.next_job()
-            if job is None:
-                self._wake.wait(POLL_S)
-                self._wake.clear()
-                continue
-            self._run(job)
+            try:
+                job = self._spool.next_job()
+                if job is not None:
+                    self._run(job)
+                    continue
+            except (sqlite3.Error, OSError):  # without this thread, no job would ever run again
+                LOG.exception("the spool cannot be used; it is tried again")
+            self._wake.wait(POLL_S)
+            self._wake.clear()
 
     def _run(self, job: Job) -> None:
         folder = self._spool.job_folder(job.id)

@@ -24,16 +24,20 @@ def boundary_of(content_type: str) -> bytes:
 
 
 def parts(body: bytes, boundary: bytes) -> Iterator[bytes]:
-    """Yield the content of every part.
+    """Return the content of every part; the whole body is checked before the first one.
 
     Raises:
-        ProtocolError: the body is malformed.
+        ProtocolError: the body is malformed, or has more than ``MAX_PARTS`` parts.
     """
-    mark = b"--" + boundary
+    spans = list(_spans(body, b"--" + boundary))
+    return (body[start:end] for start, end in spans)
+
+
+def _spans(body: bytes, mark: bytes) -> Iterator[tuple[int, int]]:
     position = body.find(mark)
     if position < 0:
         raise ProtocolError("the body does not contain its boundary")
-    for _ in range(MAX_PARTS):
+    for _ in range(MAX_PARTS + 1):
         position += len(mark)
         if body[position : position + 2] == b"--":
             return
@@ -41,7 +45,7 @@ def parts(body: bytes, boundary: bytes) -> Iterator[bytes]:
         end = body.find(b"\r\n" + mark, position)
         if start < 0 or end < start + 2:
             raise ProtocolError("a part of the body is malformed")
-        yield body[start + 4 : end]
+        yield start + 4, end
         position = end + 2
     raise ProtocolError(f"the body has more than {MAX_PARTS} parts", 413)
 

@@ -5,6 +5,7 @@ Source: kserve/open-inference-protocol, ``inference_rest.md``; triton-inference-
 """
 
 import json
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ DATATYPES: Mapping[str, np.dtype[Any]] = {
     "UINT8": np.dtype("u1"),
 }
 HEADER_LENGTH = "Inference-Header-Content-Length"
+WHOLE_NUMBER = re.compile(r"[0-9]{1,18}")
 MAX_AXES = 8
 WINDOW_BITS = {"gzip": 31, "deflate": 15}  # zlib's
 RAW_DEFLATE = -15  # what some clients send as deflate
@@ -107,7 +109,7 @@ def parse_request(body: bytes, header_length: str | None) -> InferRequest:
     """
     if header_length is None:
         split = len(body)
-    elif not header_length.isascii() or not header_length.isdecimal() or int(header_length) > len(body):
+    elif not WHOLE_NUMBER.fullmatch(header_length) or int(header_length) > len(body):
         raise ProtocolError(f"{HEADER_LENGTH} {header_length[:20]!r} is not a length within the body")
     else:
         split = int(header_length)

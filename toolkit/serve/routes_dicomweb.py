@@ -5,6 +5,7 @@ Source: DICOM PS3.18 sections 10.4 to 10.6.
 
 import asyncio
 import json
+import re
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
@@ -28,6 +29,7 @@ LEVELS = ("study", "series", "uid")  # fields of StoredObject
 TAGS = {"study": "0020000D", "series": "0020000E", "uid": "00080018"}
 KEYWORDS = {"StudyInstanceUID": "study", "SeriesInstanceUID": "series", "SOPInstanceUID": "uid"}
 PAGING = ("limit", "offset", "includefield", "fuzzymatching")
+WHOLE_NUMBER = re.compile(r"[0-9]{1,18}")
 MAX_RESULTS = 1000
 MAX_STORES = 2  # requests that are held in memory at once
 DESCRIBED = [
@@ -183,15 +185,20 @@ def _header(stored: StoredObject) -> dict[str, Any]:
 
 def _read(stored: StoredObject, tags: list[str] | None) -> Any:
     pydicom = require("pydicom", "medical")
-    return pydicom.dcmread(stored.path, stop_before_pixels=True, specific_tags=tags)
+    try:
+        return pydicom.dcmread(stored.path, stop_before_pixels=True, specific_tags=tags)
+    except FileNotFoundError as error:
+        raise ProtocolError("an object was removed meanwhile; search again", 503) from error
 
 
 def _number(request: Request, name: str, default: int) -> int:
     text = request.query_params.get(name, str(default))
-    if not text.isdecimal():
-        raise ProtocolError(f"{name} is no whole number")
+    if not WHOLE_NUMBER.fullmatch(text):
+        raise ProtocolError(f"{name} is no whole number of at most 18 digits")
     return int(text)
 
 
 def _json(content: list[dict[str, Any]]) -> Response:
-    return Response(json.dumps(content), status_code=200 if content else 204, media_type=DICOM_JSON)
+    if not content:
+        return Response(status_code=204)  # which has no body
+    return Response(json.dumps(content), media_type=DICOM_JSON)

@@ -86,7 +86,7 @@ async def _segment(state: ServerState, request: Request) -> Response:
     accepted_types(accept)  # an invalid header is refused before anything is read
     if "multipart/" in request.headers.get("content-type", ""):
         raise ProtocolError("send the file itself as the body, not a form: curl --data-binary @image.png", 415)
-    state.spool.require_space(_length(request))
+    state.spool.require_space(min(_length(request), state.settings.limits.max_body_bytes))  # more is refused below
     with model.queue.open() as waiting:
         folder = Path(tempfile.mkdtemp(dir=state.uploads))
         keep = False

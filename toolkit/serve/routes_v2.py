@@ -48,14 +48,14 @@ def routes(state: ServerState) -> list[Route]:
         return Response()
 
     async def ready(_request: Request) -> Response:
-        return Response(status_code=200 if state.is_ready else 503)
+        return Response(status_code=200 if state.is_ready and state.spool.is_there else 503)
 
     async def server(_request: Request) -> Response:
         return JSONResponse({"name": "medseg-trt", "version": __version__, "extensions": EXTENSIONS})
 
     async def model_ready(request: Request) -> Response:
         _model(state, request)
-        return Response(status_code=200 if state.is_ready else 503)
+        return Response(status_code=200 if state.is_ready and state.spool.is_there else 503)
 
     async def metadata(request: Request) -> Response:
         return JSONResponse(model_metadata(_model(state, request)))

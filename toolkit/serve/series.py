@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import shutil
+import sqlite3
 import threading
 import time
 from pathlib import Path
@@ -73,14 +74,14 @@ class SeriesWatcher:
         while not self._stopping.wait(POLL_S):
             associated, stored = self.associations.series(), self._storing.series()
             now = time.time()
-            for series, last in self._spool.open_series().items():
-                pause_s = self._settings.quiet_s if series in associated else self._settings.released_s
-                if series not in stored and now - last >= pause_s:
-                    try:
+            try:
+                for series, last in self._spool.open_series().items():
+                    pause_s = self._settings.quiet_s if series in associated else self._settings.released_s
+                    if series not in stored and now - last >= pause_s:
                         self._complete(series)
-                    except OSError as error:
-                        LOG.warning("a series cannot be prepared: %s; it is tried again", error.strerror)
-                        self._stopping.wait(self._settings.retry_s)
+            except (OSError, sqlite3.Error) as error:
+                LOG.warning("a series cannot be prepared: %s; it is tried again", error)
+                self._stopping.wait(self._settings.retry_s)
 
     def _complete(self, series: str) -> None:
         instances = self._spool.instances(series)

@@ -118,13 +118,21 @@ class Spool:
         """Return the folder of a job's files; it need not exist."""
         return self.folder / "jobs" / job_id
 
+    @property
+    def is_there(self) -> bool:
+        """Whether the database is still in its folder."""
+        return (self.folder / DATABASE).is_file()
+
     def require_space(self, num_bytes: int = 0) -> None:
         """Refuse new work where the disk is nearly full.
 
         Raises:
-            FullError: fewer bytes than ``min_free_bytes`` would be left.
+            FullError: fewer bytes than ``min_free_bytes`` would be left, or the folder is gone.
         """
-        status = os.statvfs(self.folder)
+        try:
+            status = os.statvfs(self.folder)
+        except OSError as error:
+            raise FullError(f"the spool cannot be used ({error.strerror})") from error
         if status.f_bavail * status.f_frsize - num_bytes < self._min_free_bytes:
             raise FullError("the disk of the spool is full")
 

@@ -140,6 +140,16 @@ def test_what_cannot_be_used_is_named_in_one_line(tmp_path, changes, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_name_of_a_million_characters_or_with_line_breaks_is_not_repeated(tmp_path):
+    name = "y\n" * 500_000
+    node = helper.make_node("Softmax", ["logits_of_conv"], [name])
+    path = write_onnx(tmp_path / "net.onnx", extra_nodes=[node], output=name, output_shape=("n", 3))
+    with pytest.raises(ArtefactError) as caught:
+        read_imported(path)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < len(str(path)) + 700
+
+
 def test_a_graph_inside_of_a_node_is_refused(tmp_path):
     body = helper.make_graph([], "body", [], [helper.make_tensor_value_info("logits_of_conv", TensorProto.FLOAT, None)])
     node = helper.make_node("If", ["c"], ["last"], then_branch=body, else_branch=body)

@@ -95,6 +95,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "no manifest": (lambda kit: (kit / MANIFEST).unlink(), ["kit.manifest is missing; copy it again"]),
     "damaged manifest": (lambda kit: flip_a_bit(kit / MANIFEST), ["kit.manifest is damaged; copy it again"]),
+    "manifest with other line ends": (
+        lambda kit: (kit / MANIFEST).write_bytes((kit / MANIFEST).read_bytes().replace(b"\n", b"\r\n")),
+        ["kit.manifest is damaged; copy it again"],
+    ),
     "cut manifest": (lambda kit: os.truncate(kit / MANIFEST, 200), ["kit.manifest is damaged; copy it again"]),
     "forgotten": (forget_the_last_part, ["the parts do not make the kit's archive; copy all of them again"]),
 }
@@ -200,6 +204,9 @@ def test_another_python_is_refused_and_nothing_is_written(abi, python, message, 
         (["a", "b"], "name one environment"),
         (["a", "--python"], "--python needs the path"),
         (["temporary/.."], "exists and has no bin/python; choose another folder"),
+        (["a:b"], "has a colon, quotes or a line break"),
+        (["a\nb"], "has a colon, quotes or a line break"),
+        (["it's"], "has a colon, quotes or a line break"),
     ],
 )
 def test_wrong_usage_is_one_line_and_writes_nothing(arguments, message, kit):
@@ -207,3 +214,65 @@ def test_wrong_usage_is_one_line_and_writes_nothing(arguments, message, kit):
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_an_own_project_folder_stays_and_one_of_a_kit_is_replaced(kit):
+    assert install_new(kit).returncode == 0
+    project = kit.parent / "new" / "project"
+    (project / "benchmarks" / "gpu_check.py").unlink()
+    assert install(kit, "new").returncode == 0
+    assert (project / "benchmarks" / "gpu_check.py").is_file()
+    shutil.rmtree(project)
+    project.mkdir()
+    (project / "mine.txt").write_text("mine", encoding="utf-8")
+    done = install(kit, "new")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "project is not of a kit; move it elsewhere" in done.stderr
+    assert (project / "mine.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_link_to_an_empty_folder_is_followed(kit):
+    (kit.parent / "disk").mkdir()
+    (kit.parent / "link").symlink_to("disk")
+    done = install_new(kit, "link")
+    assert done.returncode == 0, done.stderr
+    assert (kit.parent / "disk" / "bin" / "medseg-trt").is_file()
+    assert (kit.parent / "link").is_symlink()
+
+
+def test_another_installation_into_the_same_folder_is_not_removed(kit):
+    environment = kit.parent / "new"
+    environment.mkdir()
+    (environment / ".kit-unfinished").write_text(str(os.getpid()), encoding="utf-8")  # of a process that runs
+    done = install_new(kit)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert f"process {os.getpid()} installs into" in done.stderr
+    assert (environment / ".kit-unfinished").is_file()
+
+
+def test_a_tool_that_is_missing_is_named(kit):
+    tools = kit.parent / "tools"
+    tools.mkdir()
+    for name in ("head", "cut", "wc", "cat", "ls", "cp", "mv", "rm", "mkdir", "mktemp", "dirname"):
+        (tools / name).symlink_to(shutil.which(name) or "")
+    command = [shutil.which(SHELL) or SHELL, kit / "install.sh", "--check"]
+    done = subprocess.run(command, env={"PATH": str(tools)}, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (6, 1)
+    assert "sha256sum is not on PATH" in done.stderr
+
+
+def test_a_full_disk_is_no_traceback(kit):
+    import resource
+
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+
+    environment = {"PATH": os.environ["PATH"], "TMPDIR": str(kit.parent)}
+    command = [SHELL, kit / "install.sh", "new", "--python", sys.executable]
+    done = subprocess.run(
+        command, env=environment, cwd=kit.parent, preexec_fn=small_files, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[0].startswith("install.sh: [Errno 27] File too large")
+    assert "could not be unpacked" in done.stderr.splitlines()[1]
+    assert not (kit.parent / "new").exists()

@@ -10,8 +10,9 @@ from stand_in_kit import write_wheel
 
 from medseg_trt.errors import InputError, UsageError
 from medseg_trt.kit.given import constrained, given_versions, write_stub
-from medseg_trt.kit.interpreter import find_interpreter
+from medseg_trt.kit.interpreter import find_interpreter, probe
 from medseg_trt.kit.make import make_kit
+from medseg_trt.kit.parts import MANIFEST
 from medseg_trt.kit.spec import KitSpec, parse_given
 from medseg_trt.kit.wheel_file import read_wheel
 from medseg_trt.kit.wheels import refuse_cuda_torch
@@ -88,6 +89,21 @@ def test_a_folder_of_other_files_is_never_replaced(tmp_path):
     with pytest.raises(InputError, match="exists and is no kit"):
         make_kit(KitSpec(source=ROOT, python=HERE), tmp_path)
     assert os.listdir(tmp_path) == ["scan.nii"]
+
+
+def test_an_older_kit_with_a_file_of_the_users_beside_it_is_never_replaced(tmp_path):
+    for name in (MANIFEST, "kit.tar.001", "install.sh"):
+        (tmp_path / name).touch()
+    (tmp_path / "model.medseg").mkdir()
+    with pytest.raises(InputError, match=r"holds 'model.medseg' beside an older kit"):
+        make_kit(KitSpec(source=ROOT, python=HERE), tmp_path)
+    assert (tmp_path / "model.medseg").is_dir()
+
+
+def test_a_program_that_prints_something_else_is_no_python(tmp_path):
+    path = write_python(tmp_path, "python", None)
+    path.write_text("#!/bin/sh\necho 5\n", encoding="utf-8")
+    assert probe(path) is None
 
 
 def test_a_folder_that_is_no_clone_is_refused(tmp_path):

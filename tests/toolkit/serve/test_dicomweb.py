@@ -1,7 +1,11 @@
 """DICOMweb with dicomweb-client: store a series, find it, fetch its segmentation; and to another DICOMweb service."""
 
 import json
+import shutil
+import socket
+import struct
 import time
+from contextlib import suppress
 
 import numpy as np
 import pydicom
@@ -11,6 +15,7 @@ from server_process import running_server
 
 from medseg_trt.inference.to_folder import MaskFolder
 from medseg_trt.pipeline import infer
+from medseg_trt.serve import multipart
 
 dicomweb = pytest.importorskip("dicomweb_client.api")
 STUDY = "1.2.826.0.1.3680043.8.498.31"
@@ -89,3 +94,45 @@ def test_malformed_bodies(body, content_type, status, node_server):
 def node_server(bundle, tmp_path_factory):
     with running_server([bundle], tmp_path_factory.mktemp("web") / "spool", *QUICK) as server:
         yield server
+
+
+@pytest.mark.parametrize(
+    ("query", "status"),
+    [("limit=5", 204), ("StudyInstanceUID=9.9", 204), (f"limit={'9' * 5000}", 400), (f"offset={'9' * 5000}", 400)],
+)
+def test_searches_without_a_result_have_no_body_and_absurd_numbers_are_refused(query, status, node_server):
+    errors = [line for line in node_server.lines if "internal error" in line]
+    response, _, body = node_server.get(f"/dicomweb/instances?{query}")
+    assert (response, body == b"") == (status, status == 204)
+    time.sleep(0.2)
+    assert [line for line in node_server.lines if "internal error" in line] == errors
+
+
+def test_a_body_of_too_many_parts_stores_none_of_them(node_server, tmp_path):
+    write(tmp_path)
+    first = min(tmp_path.iterdir()).read_bytes()
+    parts = b"".join(b"--b\r\n\r\n" + part + b"\r\n" for part in (first, *[b"x"] * multipart.MAX_PARTS))
+    kind = 'multipart/related; type="application/dicom"; boundary=b'
+    assert node_server.post("/dicomweb/studies", parts + b"--b--", Content_Type=kind)[0] == 413
+    assert node_server.get("/dicomweb/instances")[0] == 204
+
+
+def test_a_pdu_of_gigabytes_is_not_read(node_server):
+    before = node_server.resident_mb()
+    with socket.create_connection(("127.0.0.1", node_server.dicom_port), timeout=30) as peer:
+        peer.sendall(struct.pack(">BxI", 1, 2**31))
+        with suppress(OSError):  # the node closes the connection
+            for _ in range(200):
+                peer.sendall(bytes(1 << 20))
+    assert node_server.resident_mb() - before < 50
+
+
+def test_a_spool_that_is_gone_is_said_and_the_server_still_ends_in_order(bundle, inputs, tmp_path):
+    with running_server([bundle], tmp_path / "spool", *QUICK) as server:
+        assert server.get("/v2/health/ready")[0] == 200
+        shutil.rmtree(tmp_path / "spool")
+        status, _, body = server.post("/v1/segment", (inputs / "image0.png").read_bytes())
+        assert (status, b"the spool cannot be used" in body) == (503, True)
+        assert server.get("/v2/health/ready")[0] == 503
+        assert server.terminate() == 0
+        assert not any("Traceback" in line for line in server.lines)

@@ -44,8 +44,11 @@ def read_segment(path: Path, file: Any, page: Any, offset: int, size: int, count
         raise InputError(f"{path} has strips or tiles without pixels; save it again")
     segment_bytes = prod(page.chunks) * page.dtype.itemsize
     file.filehandle.seek(offset)
-    packed = file.filehandle.read(min(size, 2 * segment_bytes + SLACK_BYTES))
+    possible = min(size, 2 * segment_bytes + SLACK_BYTES)
+    packed = file.filehandle.read(possible)
     count_bytes = counters.get(page.compression)
+    if len(packed) < possible:
+        raise InputError(f"{path} is cut short: it ends before its pixels do; copy it again from its source")
     if size > len(packed) or (count_bytes is not None and count_bytes(packed, segment_bytes) > segment_bytes):
         raise InputError(f"{path} has strips or tiles that inflate to more than their pixels; save it again")
     return packed

@@ -4,6 +4,7 @@ Which directory is the image, and which are its smaller copies, is judged by the
 a few rows are decoded at a time.
 """
 
+import os
 import re
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
@@ -19,7 +20,8 @@ from numpy import ndarray
 from medseg_trt.errors import InputError, require
 from medseg_trt.imaging.formats.limits import MAX_PIXELS, convert_decoder_errors
 from medseg_trt.imaging.formats.tiff import BLACK_IS_ZERO, ORIENTATION, RGB, WHITE_IS_ZERO, require_colours
-from medseg_trt.imaging.formats.tiff_layout import MASK, REDUCED, count_directories, require_description
+from medseg_trt.imaging.formats.tiff_directories import count_directories
+from medseg_trt.imaging.formats.tiff_layout import MASK, REDUCED, require_description
 from medseg_trt.imaging.formats.tiff_segments import JPEG, YCBCR, decode_segment
 from medseg_trt.imaging.preprocess import Size
 
@@ -29,7 +31,8 @@ COLOURS = (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, 3, YCBCR)  # 3: a palette
 UNIT_UM = {2: 25400.0, 3: 10000.0}  # TIFF's ResolutionUnit: inch, centimetre
 COARSEST_UM = 20.0  # of a scanner; printers' and screens' resolutions, 72 to 1200 dpi, are no sizes of pixels
 FITTING = 1.05  # a copy is fine enough for a network whose pixels are smaller by up to this factor
-APERIO_MPP = re.compile(r"\bMPP\s*=\s*(\d+(?:\.\d*)?)")
+FINEST_UM = 1e-4  # of an electron microscope
+APERIO_MPP = re.compile(r"\bMPP\s*=\s*([0-9]+(?:\.[0-9]*)?)\s*(?:\||$)")  # other forms of numbers are not guessed
 TO_TILES = "save it in tiles, for example with vips tiffsave in.tif out.tif --tile --pyramid --bigtiff"
 
 
@@ -44,6 +47,7 @@ class Slide:
     level: int  # 0: full resolution
     spacing_mm: tuple[float, float] | None  # between rows and between columns of this level, where known
     segment_rows: int  # of a strip or tile
+    state: tuple[int, int, int]  # of the file, see ``_state``
     stem: str | None = None  # of its mask, where ``path`` does not give it
 
     @property
@@ -63,7 +67,7 @@ class SlideRows:
         """Return the rows from ``first`` up to ``end``.
 
         Raises:
-            InputError: a strip or tile of them is damaged.
+            InputError: a strip or tile of them is damaged, or the file has changed.
         """
         step = self._slide.segment_rows
         needed = range(first // step, -(-end // step))
@@ -71,6 +75,7 @@ class SlideRows:
         for row in needed:
             if row not in self._decoded:
                 self._decoded[row] = self._row_of_segments(row)
+        _require_unchanged(self._slide, self._file)
         parts = [self._decoded[row][max(first - row * step, 0) : end - row * step] for row in needed]
         return np.concatenate(parts)
 
@@ -127,6 +132,7 @@ def find_slide(path: Path, mpp: float | None, network_mm: float | None) -> Slide
             level=index,
             spacing_mm=spacings[index],
             segment_rows=page.chunks[0],
+            state=_state(file),
         )
 
 
@@ -138,11 +144,27 @@ def open_rows(slide: Slide) -> Generator[SlideRows, None, None]:
         InputError: the file has changed.
     """
     with _opened(slide.path) as file:
+        _require_unchanged(slide, file)
         with convert_decoder_errors(slide.path, Exception):
             levels = _levels(slide.path, file)
-        if levels is None or len(levels) <= slide.level:
-            raise InputError(f"{slide.path} has changed while it was read; run it again")
+        assert levels is not None
         yield SlideRows(slide, file, levels[slide.level])
+
+
+def _state(file: Any) -> tuple[int, int, int]:
+    """Return what differs once an open file has been written to, or another one has its name."""
+    status = os.fstat(file.filehandle.fileno())
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _require_unchanged(slide: Slide, file: Any) -> None:
+    """Refuse to go on with a file that is no longer the one that was judged.
+
+    Raises:
+        InputError: it is not.
+    """
+    if _state(file) != slide.state:
+        raise InputError(f"{slide.path} has changed while it was read; run it again")
 
 
 @contextmanager
@@ -199,7 +221,8 @@ def _require_copy(path: Path, full: Any, page: Any, number: int) -> None:
     rows = [(page.imagelength + off) / full.imagelength for off in (-2, 2)]
     columns = [(page.imagewidth + off) / full.imagewidth for off in (-2, 2)]
     is_like = (page.dtype, page.samplesperpixel) == (full.dtype, full.samplesperpixel)
-    if not is_like or rows[0] > columns[1] or columns[0] > rows[1]:
+    is_larger = page.imagelength > full.imagelength or page.imagewidth > full.imagewidth
+    if not is_like or is_larger or rows[0] > columns[1] or columns[0] > rows[1]:
         raise InputError(
             f"{path}: level {number} of its pyramid, {page.imagewidth} x {page.imagelength} pixels, is no smaller copy "
             f"of its image, {full.imagewidth} x {full.imagelength}; save it again as a plain TIFF"
@@ -240,15 +263,20 @@ def _segment_size(page: Any, row: int) -> Size:
 
 def _spacing_mm(file: Any, page: Any) -> tuple[float, float] | None:
     """Return the distance between rows and columns that the file names: Aperio's MPP, or TIFF's resolution."""
-    if file.is_svs and (named := APERIO_MPP.search(page.description)) and float(named.group(1)) > 0:
-        side_mm = float(named.group(1)) / 1000
-        return side_mm, side_mm
+    if file.is_svs and (named := APERIO_MPP.search(page.description)):
+        return _possible(float(named.group(1)), float(named.group(1)))
     unit_um = UNIT_UM.get(page.tags.valueof("ResolutionUnit", 2))
     densities = [_fraction(page.tags.valueof(name)) for name in ("YResolution", "XResolution")]
     if unit_um is None or not all(min(pair) > 0 for pair in densities):
         return None
     rows_um, columns_um = (unit_um * below / above for above, below in densities)
-    return (rows_um / 1000, columns_um / 1000) if max(rows_um, columns_um) <= COARSEST_UM else None
+    return _possible(rows_um, columns_um)
+
+
+def _possible(rows_um: float, columns_um: float) -> tuple[float, float] | None:
+    """Return distances in mm; None where no scanner has such pixels."""
+    is_possible = min(rows_um, columns_um) >= FINEST_UM and max(rows_um, columns_um) <= COARSEST_UM
+    return (rows_um / 1000, columns_um / 1000) if is_possible else None
 
 
 def _fraction(value: Any) -> tuple[int, int]:

@@ -27,7 +27,8 @@ from medseg_trt.imaging.formats.images_2d import (
 )
 from medseg_trt.imaging.formats.limits import convert_decoder_errors, require_finite
 from medseg_trt.imaging.formats.segment_bytes import DEFLATED, OTHER_PACKED, require_segments_fit
-from medseg_trt.imaging.formats.tiff_layout import Layout, count_directories, find_layout
+from medseg_trt.imaging.formats.tiff_directories import count_directories
+from medseg_trt.imaging.formats.tiff_layout import Layout, find_layout
 from medseg_trt.imaging.images import Image, Mask
 from medseg_trt.imaging.signatures import require_kind
 
@@ -43,7 +44,7 @@ KEPT_WHOLE = {  # Pillow's mode, bits and sample format of pages whose values Pi
     ("F", 32, FLOAT),
 }
 COLOURS = 3
-ALPHA = (1, 2)  # ExtraSamples that are transparency, associated or not
+UNSPECIFIED, ALPHA = 0, (1, 2)  # ExtraSamples of unknown meaning; those that are transparency, associated or not
 
 
 def read(path: Path) -> Image:
@@ -129,6 +130,8 @@ def require_colours(path: Path, page: Any) -> None:
         InputError: there are some.
     """
     extra = tuple(page.extrasamples)
+    if not extra and page.photometric in (WHITE_IS_ZERO, BLACK_IS_ZERO):
+        extra = (UNSPECIFIED,) * (page.samplesperpixel - 1)
     is_alpha = len(extra) == 1 and (extra[0] in ALPHA or page.photometric == RGB)  # writers do not always mark it
     if extra and not is_alpha:
         raise InputError(f"{path} has {page.samplesperpixel} channels; grey and RGB are supported: save one of them")
@@ -159,10 +162,15 @@ def _with_pillow(path: Path, layout: Layout, indices: bool) -> tuple[ndarray, in
                     stacked = np.empty((layout.num_slices, *values.shape), values.dtype)
                 stacked[slice_index] = values
     except InputError as error:
-        if not isinstance(error.__cause__, SyntaxError):  # how Pillow reports an unknown format
+        if not is_unknown_mode(error):
             raise
         return None
     return None if stacked is None else (stacked, exif)
+
+
+def is_unknown_mode(error: InputError) -> bool:
+    """Return whether Pillow has no mode for the values, which tifffile may decode."""
+    return isinstance(error.__cause__, SyntaxError)
 
 
 def page_values(image: Any, indices: bool) -> ndarray:

@@ -5,7 +5,6 @@ hold many slices, and volumetric directories. A file that does not form one stac
 """
 
 import re
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -41,42 +40,6 @@ class Layout:
         return len(self.pages) == self.num_slices and set(self.pages[0].axes) <= set("YXS")
 
 
-def count_directories(path: Path) -> int:
-    """Count the directories by following their chain; tifffile ignores a broken link.
-
-    Raises:
-        InputError: a link leads beyond the end of the file or back, or there are more than ``MAX_SLICES``.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(16)
-        order = "<" if head[:2] == b"II" else ">"
-        is_big = head[2:4] in (b"\x2b\0", b"\0\x2b")
-        count_form, entry_bytes, offset_form = (
-            (f"{order}Q", 20, f"{order}Q") if is_big else (f"{order}H", 12, f"{order}I")
-        )
-        count_bytes = struct.calcsize(count_form)
-
-        def number(form: str, offset: int) -> int:
-            file.seek(offset)
-            block = file.read(struct.calcsize(form))
-            if len(block) < struct.calcsize(form):
-                raise InputError(f"{path} is cut short: it ends before its pages do; copy it again from its source")
-            return struct.unpack(form, block)[0]
-
-        offset = number(offset_form, 8 if is_big else 4)
-        seen: set[int] = set()
-        while offset:
-            if offset in seen:
-                raise InputError(f"{path}: its pages refer to each other in a circle; save it again")
-            seen.add(offset)
-            if len(seen) > MAX_SLICES:
-                raise InputError(f"{path} has more than {MAX_SLICES} pages; save them in several files")
-            entries = number(count_form, min(offset, size))
-            offset = number(offset_form, min(offset + count_bytes + entries * entry_bytes, size))
-    return len(seen)
-
-
 def find_layout(path: Path, file: Any, directories: int) -> Layout:
     """Return where the slices of a TIFF file are.
 
@@ -86,7 +49,7 @@ def find_layout(path: Path, file: Any, directories: int) -> Layout:
     Args:
         path: the file.
         file: tifffile's.
-        directories: how many the file has, see ``count_directories``.
+        directories: how many the file has, see ``tiff_directories``.
 
     Raises:
         InputError: the file holds several images, channels or series in time and depth, or less than it says.

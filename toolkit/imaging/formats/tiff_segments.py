@@ -17,13 +17,21 @@ from medseg_trt.errors import InputError, require
 from medseg_trt.imaging.formats.images_2d import open_image, require_mode
 from medseg_trt.imaging.formats.limits import convert_decoder_errors, require_finite
 from medseg_trt.imaging.formats.segment_bytes import DEFLATED, OTHER_PACKED, read_segment
-from medseg_trt.imaging.formats.tiff import WHITE_IS_ZERO, as_numbers, is_kept_whole, page_values, slices_first
+from medseg_trt.imaging.formats.tiff import (
+    WHITE_IS_ZERO,
+    as_numbers,
+    is_kept_whole,
+    is_unknown_mode,
+    page_values,
+    slices_first,
+)
 from medseg_trt.imaging.preprocess import Size
 
 SHORT, LONG = 3, 4  # TIFF's types of a tag, of 2 and 4 bytes
 FORMATS = {SHORT: "H", LONG: "I"}
-JPEG, JPEG_TABLES = 7, 347
-YCBCR = 6
+JPEG, JPEG_TABLES, JPEG_BITS = 7, 347, 8
+PALETTE, YCBCR = 3, 6
+GREY, COLOURS = ("Gray",), ("RGB", "YCbCr")  # simplejpeg's names
 APERIO_YCBCR = 33003  # JPEG 2000 whose decoders do not convert the colours
 COPIED_TAGS = {258: SHORT, 259: SHORT, 262: SHORT, 266: SHORT, 277: SHORT, 284: SHORT, 317: SHORT, 320: SHORT,
                338: SHORT, 339: SHORT}  # how values are stored, their compression, colours and palette  # fmt: skip
@@ -65,10 +73,14 @@ def decode_segment(path: Path, file: Any, page: Any, index: int, size: Size) -> 
 def _decode_file(path: Path, content: bytes, compression: int) -> ndarray:
     """Decode a TIFF file of one strip as ``tiff`` decodes a page."""
     if compression in import_module("PIL.TiffImagePlugin").COMPRESSION_INFO:
-        with open_image(path, "TIFF", content) as image:
-            if is_kept_whole(image):
-                require_mode(path, image.mode)
-                return page_values(image, indices=False)
+        try:
+            with open_image(path, "TIFF", content) as image:
+                if is_kept_whole(image):
+                    require_mode(path, image.mode)
+                    return page_values(image, indices=False)
+        except InputError as error:
+            if not is_unknown_mode(error):
+                raise
     tifffile = require("tifffile", "medical")
     with tifffile.TiffFile(BytesIO(content)) as file:
         page = file.pages[0]
@@ -116,9 +128,11 @@ def _decode_jpeg(path: Path, page: Any, packed: bytes, size: Size) -> ndarray:
     content = START + ADOBE + bytes([page.photometric == YCBCR]) + _segments(tables) + _segments(packed)
     if is_grey:
         content = START + _segments(tables) + _segments(packed)
-    height, width, *_ = simplejpeg.decode_jpeg_header(content)
+    height, width, space, _ = simplejpeg.decode_jpeg_header(content)
     if (height, width) != size:
         raise InputError(f"{path} has a tile of {width} x {height} pixels; save it again")
+    if space not in (GREY if is_grey else COLOURS) or page.bitspersample != JPEG_BITS or page.photometric == PALETTE:
+        raise InputError(f"{path} has JPEG tiles ({space}) whose colours are not those of its header; save it again")
     values = simplejpeg.decode_jpeg(content, "GRAY" if is_grey else "RGB", strict=True)
     return 255 - values if page.photometric == WHITE_IS_ZERO else values
 

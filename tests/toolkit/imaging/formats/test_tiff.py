@@ -12,7 +12,7 @@ import tifffile
 from tiny import TWO_ORGANS
 
 from medseg_trt.errors import InputError
-from medseg_trt.imaging.formats import tiff_layout
+from medseg_trt.imaging.formats import tiff_directories
 from medseg_trt.imaging.images import Mask, read_image, read_labels, write_mask
 
 RNG = np.random.default_rng(0)
@@ -135,7 +135,7 @@ def endless(path: Path, pages: int) -> Path:
 
 
 def test_pages_without_end_are_not_walked(tmp_path, monkeypatch):
-    monkeypatch.setattr(tiff_layout, "MAX_SLICES", 50)
+    monkeypatch.setattr(tiff_directories, "MAX_SLICES", 50)
     assert read_image(endless(tmp_path / "a.tif", 50)).num_slices == 50
     with pytest.raises(InputError, match=r"a\.tif has more than 50 pages"):
         read_image(endless(tmp_path / "a.tif", 51))
