@@ -23,6 +23,7 @@ from medseg_trt.train.datasets.folder import read_case_image
 from medseg_trt.train.recipes.augment import Step, augment
 
 MAX_SLICES = 128
+MIN_SLICES = 2  # one to fit, one held out
 COPIES = 2  # augmented ones of every slice
 SEED = 0
 
@@ -54,7 +55,7 @@ def block_images(checkpoint: Checkpoint, data: Path | None, judged: Collection[n
         judged: the prepared slices of every judged split.
 
     Raises:
-        UsageError: there are no training images, or one of them is also judged.
+        UsageError: there are no training images, fewer slices than ``MIN_SLICES``, or one of them is also judged.
     """
     cases = calibration_cases(checkpoint, data)
     if not cases:
@@ -65,6 +66,11 @@ def block_images(checkpoint: Checkpoint, data: Path | None, judged: Collection[n
     per_case = -(-MAX_SLICES // len(cases))
     read = ((case.name, read_case_image(case), None) for case in cases)
     prepared = spread_inputs(list(spread_slices(checkpoint.preprocessing, read, per_case)), MAX_SLICES)
+    if len(prepared) < MIN_SLICES:
+        raise UsageError(
+            f"--block needs at least {MIN_SLICES} training slices, since every second one is held out; the train split "
+            f"has {len(prepared)}; add images to it, or choose --block exact"
+        )
     plain = np.stack([inputs for _, inputs in prepared])[evenly_spread(len(prepared), MAX_SLICES)]
     check_not_judged(plain, judged)
     steps = training_augmentation(checkpoint)

@@ -14,6 +14,7 @@ from torch import nn
 from medseg_trt.building.block_images import BlockImages, block_images
 from medseg_trt.building.reference_images import JudgedImages
 from medseg_trt.bundles.block_report import BlockCalibration
+from medseg_trt.errors import UsageError
 from medseg_trt.export.compress.affine import fit_affine
 from medseg_trt.export.compress.cost import InsertCost, insert_cost
 from medseg_trt.export.compress.held_out import HeldOutError, held_out_error
@@ -76,13 +77,15 @@ class BlockLadder:
         """Yield the fitted rungs, the cheapest first; one that is no cheaper than the exact block is left out.
 
         Raises:
-            UsageError: there are no training images, or too few.
+            UsageError: there are no training images, or too few, or no rung is left.
         """
         exact = self._exact()
         for rung in self.rungs:
             candidate = exact if rung == EXACT else self._fitted(rung)
             if candidate is exact or _is_cheaper(candidate, exact):
                 yield candidate
+            elif self.rungs == (rung,):
+                raise UsageError(f"block {rung} is no cheaper than the exact block; choose --block exact, or auto")
             else:
                 LOG.warning("block %s is left out: it is no cheaper than the exact block", rung)
 

@@ -205,8 +205,14 @@ def test_a_failing_second_split_rejects_a_rung(
 def test_bad_requests_end_in_one_line(tmp_path: Path, checkpoint: Path, data: Path) -> None:
     with pytest.raises(UsageError, match="needs training images"):
         built(tmp_path, checkpoint, None)
-    with pytest.raises(UsageError, match=r"tokens are too few .* it needs \d+"):
+    with pytest.raises(UsageError, match=r"narrow:r=64,k=96,heads=4 is no cheaper than the exact block"):
         built(tmp_path, checkpoint, data, block="narrow:r=64,k=96,heads=4", max_dice_drop=1.0, precisions=("fp32",))
+    one = write_volumes(tmp_path / "one", slices=1, size=SIZE)
+    with pytest.raises(UsageError, match=r"at least 2 training slices, .* the train split has 1"):
+        built(tmp_path, checkpoint, one, block="affine", precisions=("fp32",))
+    few = write_volumes(tmp_path / "few", slices=4, size=SIZE)
+    with pytest.raises(UsageError, match=r"tokens are too few .* it needs \d+"):
+        built(tmp_path, checkpoint, few, block="narrow:r=32,k=48,heads=2", max_dice_drop=1.0, precisions=("fp32",))
     with pytest.raises(UsageError, match="choose exact, auto"):
         built(tmp_path, checkpoint, data, block="half")
     plain = make_checkpoint(tmp_path / "plain", classes=TWO_ORGANS, size=SIZE, architecture="transunet-tiny")
