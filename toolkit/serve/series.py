@@ -75,13 +75,21 @@ class SeriesWatcher:
             associated, stored = self.associations.series(), self._storing.series()
             now = time.time()
             try:
-                for series, last in self._spool.open_series().items():
-                    pause_s = self._settings.quiet_s if series in associated else self._settings.released_s
-                    if series not in stored and now - last >= pause_s:
+                waiting = self._spool.open_series()
+            except sqlite3.Error as error:
+                self._wait_after(error)
+                continue
+            for series, last in waiting.items():
+                pause_s = self._settings.quiet_s if series in associated else self._settings.released_s
+                if series not in stored and now - last >= pause_s:
+                    try:
                         self._complete(series)
-            except (OSError, sqlite3.Error) as error:
-                LOG.warning("a series cannot be prepared: %s; it is tried again", error)
-                self._stopping.wait(self._settings.retry_s)
+                    except (OSError, sqlite3.Error) as error:  # the other series go on
+                        self._wait_after(error)
+
+    def _wait_after(self, error: Exception) -> None:
+        LOG.warning("a series cannot be prepared: %s; it is tried again", error)
+        self._stopping.wait(self._settings.retry_s)
 
     def _complete(self, series: str) -> None:
         instances = self._spool.instances(series)
