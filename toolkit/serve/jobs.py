@@ -246,8 +246,9 @@ class JobRunner:
 
     def _remove_orphans(self) -> None:
         """Remove the files of uploads that were never acknowledged, or whose job is finished or gone."""
-        known = {job.id for job in self._spool.jobs()}
-        for job in self._spool.jobs():
+        jobs = self._spool.jobs()
+        known = {job.id for job in jobs}
+        for job in jobs:
             if job.finished is not None:
                 self._remove_upload(job)
         for folder in (self._spool.folder / "jobs").glob("*"):

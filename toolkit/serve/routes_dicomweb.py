@@ -5,7 +5,6 @@ Source: DICOM PS3.18 sections 10.4 to 10.6.
 
 import asyncio
 import json
-import re
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
@@ -19,7 +18,7 @@ from medseg_trt.errors import require
 from medseg_trt.serve import multipart
 from medseg_trt.serve.http import read_body
 from medseg_trt.serve.objects import OUT_OF_RESOURCES, RefusedError, StoredObject, accept, stored_objects
-from medseg_trt.serve.protocol_v2 import ProtocolError
+from medseg_trt.serve.protocol_v2 import WHOLE_NUMBER, ProtocolError
 from medseg_trt.serve.spool import FullError, Instance
 from medseg_trt.serve.state import ServerState
 
@@ -29,7 +28,6 @@ LEVELS = ("study", "series", "uid")  # fields of StoredObject
 TAGS = {"study": "0020000D", "series": "0020000E", "uid": "00080018"}
 KEYWORDS = {"StudyInstanceUID": "study", "SeriesInstanceUID": "series", "SOPInstanceUID": "uid"}
 PAGING = ("limit", "offset", "includefield", "fuzzymatching")
-WHOLE_NUMBER = re.compile(r"[0-9]{1,18}")
 MAX_RESULTS = 1000
 MAX_STORES = 2  # requests that are held in memory at once
 DESCRIBED = [

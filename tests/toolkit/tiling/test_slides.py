@@ -10,34 +10,20 @@ import PIL.Image
 import pytest
 import tifffile
 from click.testing import CliRunner
-from scipy import ndimage
 from slides import texture, write_slide, write_svs
 from tiny import TWO_ORGANS
+from window_networks import CONTRACT, WINDOW, convolved, pointwise
 
 from medseg_trt.cli import cli
 from medseg_trt.errors import InputError
 from medseg_trt.imaging.formats.slide import find_slide
 from medseg_trt.imaging.preprocess import for_image, labels_of, prepare
 from medseg_trt.imaging.slide_mask import SlideMask
-from medseg_trt.spec import Preprocessing
 from medseg_trt.tiling import slides
 from medseg_trt.tiling.slides import segment_slide
 from medseg_trt.tiling.windows import Tiles, starts
 
-WINDOW = (16, 24)
 SIZE = (170, 155)
-CONTRACT = Preprocessing(image_size=WINDOW)
-KERNEL = np.random.default_rng(3).normal(size=(3, 3, 3)).astype(np.float32)  # three classes
-
-
-def pointwise(batch: np.ndarray) -> np.ndarray:
-    return np.stack([batch[:, 0] - 0.4, batch[:, 1] * batch[:, 2] * 2, 0.3 - batch[:, 0]], axis=1)
-
-
-def convolved(batch: np.ndarray) -> np.ndarray:
-    """Convolve with zeros beyond the edges, as networks do: a radius of one."""
-    planes = [[ndimage.convolve(image[0], kernel, mode="constant") for kernel in KERNEL] for image in batch]
-    return np.array(planes, np.float32)
 
 
 def streamed(run, path: Path, tmp_path: Path, preprocessing=CONTRACT, tiles=None) -> tuple[np.ndarray, SlideMask]:

@@ -8,31 +8,17 @@ import pytest
 import torch
 from monai.inferers.utils import sliding_window_inference
 from scipy import ndimage
+from window_networks import CONTRACT, WINDOW, convolved, pointwise
 
 from medseg_trt.errors import UsageError
 from medseg_trt.imaging.formats.limits import MAX_PIXELS
 from medseg_trt.imaging.images import Image
 from medseg_trt.imaging.preprocess import labels_of, prepare
 from medseg_trt.imaging.segment import segment
-from medseg_trt.spec import Preprocessing
 from medseg_trt.tiling.blend import blended_rows
 from medseg_trt.tiling.segment import label_rows, labels_of_windows, tiled, window_inputs
 from medseg_trt.tiling.windows import Tiles, num_windows, starts, weights, window_size
 from medseg_trt.window_spec import LARGEST
-
-WINDOW = (16, 24)
-CONTRACT = Preprocessing(image_size=WINDOW)
-KERNEL = np.random.default_rng(3).normal(size=(3, 3, 3)).astype(np.float32)  # three classes
-
-
-def pointwise(batch: np.ndarray) -> np.ndarray:
-    return np.stack([batch[:, 0] - 0.4, batch[:, 1] * batch[:, 2] * 2, 0.3 - batch[:, 0]], axis=1)
-
-
-def convolved(batch: np.ndarray) -> np.ndarray:
-    """Convolve with zeros beyond the edges, as networks do: a radius of one."""
-    planes = [[ndimage.convolve(image[0], kernel, mode="constant") for kernel in KERNEL] for image in batch]
-    return np.array(planes, np.float32)
 
 
 def positioned(batch: np.ndarray) -> np.ndarray:
