@@ -1,8 +1,9 @@
-"""One bounded queue a model: slices of several requests run together, and a volume leaves room for small images.
+"""One bounded queue a model: slices of several requests run together, and jobs leave room for small images.
 
-A thread takes one slice of every waiting request in rotation until the batch is full, so a volume of hundreds of slices
-delays a small image by one run at most. Slices share a run only where the network gives the same bits for a slice
-whatever it runs beside, see ``model.is_batch_invariant``.
+Requests that somebody waits for come before jobs, which are volumes with a result to be fetched later. While both wait,
+jobs get ``JOB_SHARE`` of the slices that run, so that a job never stands still; alone, they get everything. A thread
+takes one item of every waiting request in rotation until the batch is full. Slices share a run only where the network
+gives the same bits for a slice whatever it runs beside, see ``model.is_batch_invariant``.
 """
 
 import threading
@@ -18,6 +19,7 @@ from numpy import ndarray
 from medseg_trt.errors import MedsegError
 
 MIN_RETRY_S = 1.0
+JOB_SHARE = 0.1  # of the slices that run, for jobs while others wait too
 SMOOTHING = 0.1  # of the running mean of a run's duration
 
 
@@ -51,8 +53,9 @@ class _Item:
 class RequestQueue:
     """The waiting slices of one request."""
 
-    def __init__(self, queue: "BatchQueue") -> None:
+    def __init__(self, queue: "BatchQueue", *, is_job: bool) -> None:
         self._queue = queue
+        self.is_job = is_job
         self.items: deque[_Item] = deque()
         self.cancelled = False
 
@@ -114,6 +117,7 @@ class BatchQueue:
         self._open: set[RequestQueue] = set()
         self._waiting: deque[RequestQueue] = deque()  # those with items, the next one first
         self._mean_run_s = 0.0
+        self._job_credit = 0.0  # slices that jobs may run before others; below 0 they wait
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
         self._thread.start()
@@ -133,7 +137,7 @@ class BatchQueue:
         """Admit a request; leave it with ``with``.
 
         Args:
-            is_job: it was accepted before, and is admitted whatever waits.
+            is_job: it was accepted before: it is admitted whatever waits, and its slices leave room for others'.
 
         Raises:
             BusyError: ``max_requests`` are open.
@@ -146,7 +150,7 @@ class BatchQueue:
                 self.statistics.refused += 1
                 wait_s = max(MIN_RETRY_S, self._mean_run_s * len(self._open) / self._max_batch)
                 raise BusyError(f"{len(self._open)} requests are waiting; try again in {wait_s:.0f} s", wait_s)
-            request = RequestQueue(self)
+            request = RequestQueue(self, is_job=is_job)
             self._open.add(request)
             return request
 
@@ -241,24 +245,36 @@ class BatchQueue:
         return slices < self._max_batch and len(self._open) > len(self._waiting)
 
     def _take(self) -> list[_Item]:
-        """Take one item of each request in turn, of the first one's key, until the batch is full.
+        """Take items of the first one's key until the batch is full, one of each request in turn.
 
         A request that was served goes behind all others that wait, also those of other keys.
         """
-        key, size, progress = self._waiting[0].items[0].key, 0, True
+        both_wait = len({request.is_job for request in self._waiting}) > 1
         batch: list[_Item] = []
-        while progress and size < self._max_batch:
-            progress = False
-            for request in tuple(self._waiting):
-                item = request.items[0]
-                if item.key != key or (batch and size + len(item.values) > self._max_batch):
-                    continue
-                batch.append(request.items.popleft())
-                size += len(item.values)
-                progress = True
-                self._waiting.remove(request)
-                if request.items:
-                    self._waiting.append(request)
-                if size >= self._max_batch:
-                    break
+        while request := self._next_for(batch):
+            item = request.items.popleft()
+            batch.append(item)
+            self._waiting.remove(request)
+            if request.items:
+                self._waiting.append(request)
+            if both_wait:
+                self._note_share(request.is_job, len(item.values))
         return batch
+
+    def _next_for(self, batch: list[_Item]) -> RequestQueue | None:
+        """Return the request whose first item comes next in a batch, or None where the batch is full."""
+        room = self._max_batch - sum(len(item.values) for item in batch)
+        for request in self._in_turn():
+            item = request.items[0]
+            if not batch or (item.key == batch[0].key and len(item.values) <= room):
+                return request
+        return None
+
+    def _in_turn(self) -> list[RequestQueue]:
+        """Return the waiting requests: jobs last, but first where their share is due."""
+        return sorted(self._waiting, key=lambda request: request.is_job == (self._job_credit < 0))
+
+    def _note_share(self, is_job: bool, slices: int) -> None:
+        """Count slices that ran while jobs and others waited; what jobs ran in gaps is soon forgotten."""
+        change = -slices if is_job else slices * JOB_SHARE / (1 - JOB_SHARE)
+        self._job_credit = min(max(self._job_credit + change, -self._max_batch), 0.0)

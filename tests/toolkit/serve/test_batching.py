@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from medseg_trt.serve.batching import BatchQueue, BusyError, CancelledError
+from medseg_trt.serve.batching import JOB_SHARE, BatchQueue, BusyError, CancelledError
 
 
 class Network:
@@ -42,7 +42,7 @@ def row(value: float) -> np.ndarray:
 
 
 def test_a_volume_leaves_room_for_small_images_in_every_batch(queue, network):
-    with queue.open() as first, queue.open() as volume, queue.open() as small, queue.open() as other:
+    with queue.open() as first, queue.open(is_job=True) as volume, queue.open() as small, queue.open() as other:
         blocker = first.submit("k", network, row(-1))
         assert network.entered.wait(10)  # the network is busy while the others arrive
         slices = [volume.submit("k", network, row(i)) for i in range(10)]
@@ -62,21 +62,61 @@ def test_different_keys_never_share_a_run(queue, network):
     assert sorted(network.batches) == [[1], [2]]
 
 
-def test_a_volume_whose_runs_nobody_shares_leaves_every_second_run_to_others(queue, network):
-    """As on machines where the network's last bits depend on the batch: each slice has a key of its own."""
-    with queue.open() as first, queue.open() as volume, queue.open() as small, queue.open() as other:
-        blocker = first.submit("k", network, row(-1))
+@pytest.mark.parametrize("shared", [True, False], ids=["one key", "a key for each run"])
+def test_a_volume_gets_its_share_and_no_more_beside_small_images_and_all_runs_without(queue, network, shared):
+    """Where no run is shared, a volume's four slices are one item, as long as four small images."""
+    keys = iter(range(10**6))
+    per_item, num_small = 1 if shared else 4, 360
+
+    def submitted(request, value: float, slices: int):
+        return request.submit("k" if shared else next(keys), network, np.full((slices, 1), value, np.float32))
+
+    with queue.open() as first, queue.open(is_job=True) as volume, queue.open() as small:
+        submitted(first, -1, 1)
         assert network.entered.wait(10)
-        slices = [volume.submit(("volume", i), network, row(i)) for i in range(6)]
-        late = [small.submit("small", network, row(100)), other.submit("other", network, row(200))]
+        of_volume = [submitted(volume, 0, per_item) for _ in range(240 // per_item)]
+        of_small = [submitted(small, 1, 1) for _ in range(num_small)]
         network.gate.set()
-        for future in (blocker, *slices, *late):
+        for future in (*of_volume, *of_small):
             future.result(10)
-    assert [batch[0] for batch in network.batches] == [-1, 0, 100, 200, 1, 2, 3, 4, 5]
+    values = [value for batch in network.batches[1:] for value in batch]
+    beside = values[: len(values) - values[::-1].index(1)]
+    assert num_small * JOB_SHARE / (1 - JOB_SHARE) - 4 <= beside.count(0) <= num_small * JOB_SHARE / (1 - JOB_SHARE) + 4
+    assert set(values[len(beside) :]) == {0}, "alone, the volume gets every run"
+    gaps = "".join(str(int(value)) for value in beside).split("0")
+    assert max(map(len, gaps)) <= 4 * (1 - JOB_SHARE) / JOB_SHARE + 4, "the volume stands still"
 
 
-def test_a_volume_of_one_key_does_not_hold_up_those_of_others(queue, network):
-    with queue.open() as first, queue.open() as volume, queue.open() as small:
+def test_what_a_volume_ran_in_gaps_does_not_hold_it_up_for_long(queue):
+    """Twenty batches with one small image and three slices each are far more than its share."""
+    batches: list[list[float]] = []
+    entered, permits = threading.Semaphore(0), threading.Semaphore(0)
+
+    def network(values: np.ndarray) -> np.ndarray:
+        batches.append(values[:, 0].tolist())
+        entered.release()
+        assert permits.acquire(timeout=10)
+        return values + 1
+
+    with queue.open() as first, queue.open(is_job=True) as volume, queue.open() as small:
+        futures = [first.submit("k", network, row(-1))]
+        assert entered.acquire(timeout=10)
+        futures += [volume.submit("k", network, row(0)) for _ in range(100)]
+        for _ in range(20):
+            futures.append(small.submit("k", network, row(1)))
+            permits.release()
+            assert entered.acquire(timeout=10)
+        futures += [small.submit("k", network, row(1)) for _ in range(80)]
+        permits.release(1000)
+        for future in futures:
+            future.result(10)
+    assert all(sorted(batch) == [0, 0, 0, 1] for batch in batches[1:21])
+    busy = [value for batch in batches[21:31] for value in batch]
+    assert busy.count(0) >= 1, "ten batches without a slice of the volume"
+
+
+def test_volumes_of_one_key_and_small_images_of_another_take_turns(queue, network):
+    with queue.open() as first, queue.open(is_job=True) as volume, queue.open() as small:
         blocker = first.submit("k", network, row(-1))
         assert network.entered.wait(10)
         slices = [volume.submit("volume", network, row(i)) for i in range(10)]
