@@ -9,7 +9,7 @@ gives the same bits for a slice whatever it runs beside, see ``model.is_batch_in
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -93,7 +93,7 @@ class QueueStatistics:
 
 
 class BatchQueue:
-    """Runs the slices of many requests in batches, in a thread of its own."""
+    """Runs the slices of many requests in batches, in threads of its own."""
 
     def __init__(
         self,
@@ -102,14 +102,16 @@ class BatchQueue:
         delay_s: float,
         max_requests: int,
         on_batch: Callable[[int, float], None] = lambda _slices, _seconds: None,
+        num_threads: int = 1,
     ) -> None:
-        """Start the thread.
+        """Start the threads.
 
         Args:
-            max_batch: slices per run.
+            max_batch: slices per run; more where a request brings more at once.
             delay_s: how long an incomplete batch waits for a further request.
             max_requests: how many requests may be open; a further one is refused.
             on_batch: called after every run with the number of slices and its seconds.
+            num_threads: how many runs may overlap.
         """
         self.statistics = QueueStatistics()
         self._max_batch, self._delay_s, self._max_requests, self._on_batch = max_batch, delay_s, max_requests, on_batch
@@ -119,8 +121,11 @@ class BatchQueue:
         self._mean_run_s = 0.0
         self._job_credit = 0.0  # slices that jobs may run before others; below 0 they wait
         self._closed = False
-        self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._work, name=f"batches {number}", daemon=True) for number in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def num_open(self) -> int:
@@ -148,7 +153,7 @@ class BatchQueue:
                 raise CancelledError("the server is shutting down")
             if len(self._open) >= self._max_requests and not is_job:
                 self.statistics.refused += 1
-                wait_s = max(MIN_RETRY_S, self._mean_run_s * len(self._open) / self._max_batch)
+                wait_s = max(MIN_RETRY_S, self._mean_run_s * len(self._open) / (self._max_batch * len(self._threads)))
                 raise BusyError(f"{len(self._open)} requests are waiting; try again in {wait_s:.0f} s", wait_s)
             request = RequestQueue(self, is_job=is_job)
             self._open.add(request)
@@ -184,14 +189,15 @@ class BatchQueue:
             self._drop(request)
 
     def close(self) -> None:
-        """Drop everything that waits, and end the thread after the run that has begun."""
+        """Drop everything that waits, and end the threads after the runs that have begun."""
         with self._changed:
             self._closed = True
             for request in tuple(self._open):
                 request.cancelled = True
                 self._drop(request)
             self._changed.notify_all()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
     def _drop(self, request: RequestQueue) -> None:
         if request in self._waiting:
@@ -204,7 +210,6 @@ class BatchQueue:
             if not batch:
                 continue
             started = time.monotonic()
-            self.statistics.queue_s += sum(started - item.arrived for item in batch)
             try:
                 joined = batch[0].values if len(batch) == 1 else np.concatenate([item.values for item in batch])
                 outputs = batch[0].run(joined)
@@ -214,16 +219,21 @@ class BatchQueue:
                 for item in batch:
                     item.future.set_exception(error)
                 continue
-            seconds = time.monotonic() - started
-            self._mean_run_s += SMOOTHING * (seconds - self._mean_run_s)
-            self.statistics.runs += 1
-            self.statistics.slices += len(joined)
-            self.statistics.run_s += seconds
-            self._on_batch(len(joined), seconds)
+            self._count(batch, started)
             start = 0
             for item in batch:
                 item.future.set_result(outputs[start : start + len(item.values)])
                 start += len(item.values)
+
+    def _count(self, batch: Sequence[_Item], started: float) -> None:
+        seconds, slices = time.monotonic() - started, sum(len(item.values) for item in batch)
+        with self._changed:
+            self._mean_run_s += SMOOTHING * (seconds - self._mean_run_s)
+            self.statistics.runs += 1
+            self.statistics.slices += slices
+            self.statistics.run_s += seconds
+            self.statistics.queue_s += sum(started - item.arrived for item in batch)
+        self._on_batch(slices, seconds)
 
     def _next_batch(self) -> list[_Item] | None:
         """Wait for slices and take a batch; return None when the queue is closed."""
@@ -276,5 +286,7 @@ class BatchQueue:
 
     def _note_share(self, is_job: bool, slices: int) -> None:
         """Count slices that ran while jobs and others waited; what jobs ran in gaps is soon forgotten."""
-        change = -slices if is_job else slices * JOB_SHARE / (1 - JOB_SHARE)
-        self._job_credit = min(max(self._job_credit + change, -self._max_batch), 0.0)
+        if is_job:
+            self._job_credit = max(self._job_credit - slices, -max(self._max_batch, slices))
+        else:
+            self._job_credit = min(self._job_credit + slices * JOB_SHARE / (1 - JOB_SHARE), 0.0)

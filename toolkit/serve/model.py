@@ -19,6 +19,7 @@ from medseg_trt.imaging.segment import segmentation_stages
 from medseg_trt.progress import LOG
 from medseg_trt.serve.batching import BatchQueue, CancelledError, RequestQueue
 from medseg_trt.serve.settings import ServeSettings
+from medseg_trt.serve.streams import open_streams
 from medseg_trt.sessions.base import Session
 from medseg_trt.sessions.open import open_session
 from medseg_trt.tiling.segment import tiled
@@ -174,21 +175,26 @@ def _open(name: str, folder: Path, settings: ServeSettings, on_batch: Callable[[
     bundle = load_bundle(folder, settings.verify_key)
     session = open_session(bundle, settings.backend, settings.threads, settings.precision)
     limits = settings.limits
-    shares_runs = is_batch_invariant(session, bundle, limits.max_batch)
-    if not shares_runs:
+    shares_runs = is_batch_invariant(session, bundle, max(limits.max_batch, INFER_BATCH))
+    streams = open_streams(bundle, session, settings.precision, settings.threads, INFER_BATCH)
+    if not shares_runs and streams is None:
         LOG.warning(
             "%s: %s gives other last bits in larger batches, so each request runs by itself",
             name,
             session.description,
         )
     queue = BatchQueue(
-        max_batch=limits.max_batch, delay_s=limits.batch_delay_s, max_requests=limits.max_requests, on_batch=on_batch
+        max_batch=limits.max_batch if streams is None else 1,
+        delay_s=limits.batch_delay_s,
+        max_requests=limits.max_requests,
+        on_batch=on_batch,
+        num_threads=1 if streams is None else streams.count,
     )
     return ServedModel(
         name=name,
         digest=digest,
         bundle=bundle,
-        session=session,
+        session=streams or session,
         queue=queue,
         shares_runs=shares_runs,
         _numbers=count(),
