@@ -6,13 +6,13 @@ that the same input gives the same bits on every machine. Positions are half-pix
 """
 
 from dataclasses import dataclass, replace
-from math import ceil
 
 import numpy as np
 from jaxtyping import Float32, Num, UInt8
 from numpy import ndarray
 
 from medseg_trt.errors import InputError, require
+from medseg_trt.imaging.taps import Taps, apply_taps, sum_columns, sum_rows, taps_of
 from medseg_trt.spec import SPLINE_ORDERS, Preprocessing, Resize
 
 Size = tuple[int, int]  # height, width in pixels
@@ -81,7 +81,7 @@ def resize_and_normalize(
         axes = _canvas_axes(values.shape[1:], p, spacing_mm)
         taps = [axis.canvas_taps(p.resize) for axis in axes]
         canvas = np.zeros((len(values), *p.image_size), np.float32)  # 0 is the window's lower end
-        canvas[:, *(axis.filled for axis in axes)] = _apply(values, taps[0], taps[1])
+        canvas[:, *(axis.filled for axis in axes)] = apply_taps(values, taps[0], taps[1])
     mean, std = (np.array(values, np.float32).reshape(3, 1, 1) for values in (p.mean, p.std))
     return (canvas - mean) / std
 
@@ -130,9 +130,9 @@ def restore(
     for start in range(0, source_size[0], band):
         part = slice(start, start + band)
         if widened is None:
-            labels[part] = labels_of(_apply(logits, row_taps.only(part), column_taps))
+            labels[part] = labels_of(apply_taps(logits, row_taps.only(part), column_taps))
         else:
-            labels[part] = labels_of(_sum_rows(widened, row_taps.only(part)))
+            labels[part] = labels_of(sum_rows(widened, row_taps.only(part)))
     return labels * np.outer(rows.inside, columns.inside)
 
 
@@ -181,8 +181,8 @@ def resize(
         zoomed = [_zoom(plane, size, SPLINE_ORDERS[method]) for plane in planes]
         return np.stack(zoomed).reshape(*array.shape[:-2], *size)
     height, width = array.shape[-2:]
-    rows, columns = _taps(height, size[0], method, 0, size[0]), _taps(width, size[1], method, 0, size[1])
-    return _apply(np.asarray(array, dtype=np.float32), rows, columns)
+    rows, columns = taps_of(height, size[0], method, 0, size[0]), taps_of(width, size[1], method, 0, size[1])
+    return apply_taps(np.asarray(array, dtype=np.float32), rows, columns)
 
 
 def golden(
@@ -212,17 +212,6 @@ def _zoom(plane: ndarray, size: Size, order: int) -> ndarray:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Taps:
-    """The source pixels and weights whose weighted sum is each pixel of a new axis."""
-
-    index: ndarray  # (taps, pixels): position on the source axis
-    weight: ndarray  # (taps, pixels) float32
-
-    def only(self, part: slice) -> "_Taps":
-        return _Taps(index=self.index[:, part], weight=self.weight[:, part])
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class _Axis:
     """How one source axis maps to the same axis of the network's input, the canvas."""
 
@@ -246,16 +235,16 @@ class _Axis:
         centre = (np.arange(self.source) + 0.5) * self.resampled / self.source + self.offset
         return (centre >= 0) & (centre < self.canvas)
 
-    def canvas_taps(self, method: Resize) -> _Taps:
+    def canvas_taps(self, method: Resize) -> Taps:
         """Return the taps from the source axis to the filled part of the canvas."""
         start, stop = self.filled.start - self.offset, self.filled.stop - self.offset
-        return _taps(self.source, self.resampled, method, start, stop)
+        return taps_of(self.source, self.resampled, method, start, stop)
 
-    def source_taps(self) -> _Taps:
+    def source_taps(self) -> Taps:
         """Return the taps from the canvas to the source axis; beyond the filled part, its edge is repeated."""
-        taps = _taps(self.resampled, self.source, "linear", 0, self.source)
+        taps = taps_of(self.resampled, self.source, "linear", 0, self.source)
         index = np.clip(taps.index + self.offset, self.filled.start, self.filled.stop - 1)
-        return _Taps(index=index, weight=taps.weight)
+        return Taps(index=index, weight=taps.weight)
 
 
 def _canvas_axes(source_size: Size, p: Preprocessing, spacing_mm: Spacing | None) -> tuple[_Axis, _Axis]:
@@ -268,57 +257,10 @@ def _canvas_axes(source_size: Size, p: Preprocessing, spacing_mm: Spacing | None
     return rows, columns
 
 
-def _taps(source: int, target: int, method: Resize, start: int, stop: int) -> _Taps:
-    """Return the taps of pixels ``start`` to ``stop`` of an axis resized from ``source`` to ``target`` pixels."""
-    centre = (np.arange(start, stop) + 0.5) * source / target  # in source pixels; pixel i reaches from i to i + 1
-    if method == "nearest":
-        index = np.clip(np.floor(centre), 0, source - 1).astype(np.intp)[np.newaxis]
-        return _Taps(index=index, weight=np.ones(index.shape, np.float32))
-    support = max(source / target, 1.0) if method == "linear_antialias" else 1.0
-    first = np.floor(centre - support + 0.5)
-    position = first + np.arange(ceil(2 * support) + 1)[:, np.newaxis]
-    weight = np.maximum(1 - np.abs(position + 0.5 - centre) / support, 0)
-    weight[(position < 0) | (position >= source)] = 0
-    weight /= weight.sum(axis=0)
-    used = weight.any(axis=1)
-    index = np.clip(position, 0, source - 1).astype(np.intp)
-    return _Taps(index=index[used], weight=weight[used].astype(np.float32))
-
-
-def _apply(array: ndarray, rows: _Taps, columns: _Taps) -> ndarray:
-    """Resize the last two axes, in the order that takes fewer operations."""
-    height, width = array.shape[-2:]
-    row_work, column_work = rows.index.size, columns.index.size
-    rows_first = row_work * width + column_work * rows.index.shape[1]
-    columns_first = column_work * height + row_work * columns.index.shape[1]
-    if rows_first <= columns_first:
-        return _sum_columns(_sum_rows(array, rows), columns)
-    return _sum_rows(_sum_columns(array, columns), rows)
-
-
-def _resize_columns(logits: ndarray, rows: _Taps, columns: _Taps) -> ndarray | None:
+def _resize_columns(logits: ndarray, rows: Taps, columns: Taps) -> ndarray | None:
     """Return logits with the source's columns, or None where that gathers more than band by band or is too large."""
     gathered, height = len(logits) * logits.shape[-2] * columns.index.shape[1], rows.index.shape[1]
-    return _sum_columns(logits, columns) if logits.shape[-2] <= height and gathered <= MAX_WIDENED_VALUES else None
-
-
-def _sum_rows(array: ndarray, taps: _Taps) -> ndarray:
-    return _sum(array, taps.index, taps.weight[:, :, np.newaxis], axis=-2)
-
-
-def _sum_columns(array: ndarray, taps: _Taps) -> ndarray:
-    return _sum(array, taps.index, taps.weight, axis=-1)
-
-
-def _sum(array: ndarray, indices: ndarray, weights: ndarray, axis: int) -> ndarray:
-    """Return the weighted sum of the values that the rows of ``indices`` gather along an axis."""
-    total = np.take(array, indices[0], axis)  # unlike fancy indexing, ``take`` keeps the memory order of the axes
-    total *= weights[0]
-    for index, weight in zip(indices[1:], weights[1:], strict=True):
-        gathered = np.take(array, index, axis)
-        gathered *= weight
-        total += gathered
-    return total
+    return sum_columns(logits, columns) if logits.shape[-2] <= height and gathered <= MAX_WIDENED_VALUES else None
 
 
 def labels_of(logits: Num[ndarray, "classes height width"]) -> UInt8[ndarray, "height width"]:
