@@ -1,12 +1,15 @@
 """Resize the axes of arrays as weighted sums of source pixels, one tap at a time: the same bits on every machine."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil
 
 import numpy as np
 from numpy import ndarray
 
 from medseg_trt.spec import Resize
+
+KEPT = 16  # taps: those of the rows and columns of the latest image sizes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,12 +24,13 @@ class Taps:
         return Taps(index=self.index[:, part], weight=self.weight[:, part])
 
 
+@lru_cache(maxsize=KEPT)
 def taps_of(source: int, target: int, method: Resize, start: int, stop: int) -> Taps:
     """Return the taps of pixels ``start`` to ``stop`` of an axis resized from ``source`` to ``target`` pixels."""
     centre = (np.arange(start, stop) + 0.5) * source / target  # in source pixels; pixel i reaches from i to i + 1
     if method == "nearest":
         index = np.clip(np.floor(centre), 0, source - 1).astype(np.intp)[np.newaxis]
-        return Taps(index=index, weight=np.ones(index.shape, np.float32))
+        return _read_only(Taps(index=index, weight=np.ones(index.shape, np.float32)))
     support = max(source / target, 1.0) if method == "linear_antialias" else 1.0
     first = np.floor(centre - support + 0.5)
     position = first + np.arange(ceil(2 * support) + 1)[:, np.newaxis]
@@ -35,7 +39,12 @@ def taps_of(source: int, target: int, method: Resize, start: int, stop: int) -> 
     weight /= weight.sum(axis=0)
     used = weight.any(axis=1)
     index = np.clip(position, 0, source - 1).astype(np.intp)
-    return Taps(index=index[used], weight=weight[used].astype(np.float32))
+    return _read_only(Taps(index=index[used], weight=weight[used].astype(np.float32)))
+
+
+def _read_only(taps: Taps) -> Taps:
+    taps.index.flags.writeable = taps.weight.flags.writeable = False  # they are shared from here on
+    return taps
 
 
 def apply_taps(array: ndarray, rows: Taps, columns: Taps) -> ndarray:
