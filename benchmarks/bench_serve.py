@@ -10,6 +10,7 @@ is installed, ``serve_peer.py`` answers the same small images.
 
 import hashlib
 import importlib.util
+import logging
 import statistics
 import sys
 import time
@@ -27,6 +28,7 @@ from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.imaging.images import Mask, read_image, write_mask
 from medseg_trt.imaging.segment import segment
 from medseg_trt.pipeline import infer
+from medseg_trt.progress import LOG
 from medseg_trt.sessions.open import open_session
 
 SIZE = (256, 256)
@@ -52,7 +54,7 @@ def pictures(folder: Path) -> list[Path]:
 def one_after_another(
     bundle_folder: Path, paths: Sequence[Path], seconds: float, folder: Path
 ) -> tuple[float, list[str]]:
-    """Decode, run and encode in this process; return the median seconds of an image and the masks' digests."""
+    """Decode, run, finish and encode in this process; return the median seconds of an image and the masks' digests."""
     bundle = load_bundle(bundle_folder)
     taken: list[float] = []
     digests: dict[Path, str] = {}
@@ -64,8 +66,8 @@ def one_after_another(
                 began = time.perf_counter()
                 image = read_image(path)
                 labels = segment(session.run, image, bundle.preprocessing, 4, None, masks)
-                written = write_mask(Mask.of(image, bundle.finish(image, labels), bundle.classes), folder)
-                content = written.read_bytes()
+                finished, remark = bundle.finish(image, labels), bundle.unusual(image)
+                content = write_mask(Mask.of(image, finished, bundle.classes, remark), folder).read_bytes()
                 taken.append(time.perf_counter() - began)
                 digests[path] = hashlib.sha256(content).hexdigest()
     return statistics.median(taken), [digests[path] for path in paths]
@@ -222,6 +224,7 @@ def main() -> None:
     parser.add_argument("--part-seconds", type=float, default=30.0, help="of every other part")
     parser.add_argument("--clients", type=int, default=16)
     chosen = parser.parse_args()
+    LOG.setLevel(logging.ERROR)  # a picture may have a size that the steps of post-processing were not learnt at
     with TemporaryDirectory() as folder:
         publish("serve", measure(chosen, Path(folder)), to_markdown, chosen)
 

@@ -59,7 +59,8 @@ def test_a_run_beside_others_takes_its_share_of_the_cores_and_one_alone_takes_al
     assert sorted(run.result(10)[0, 0, 0, 0] for run in beside) == [1, 2]
     assert streams.run(image)[0, 0, 0, 0] == 0, "alone again"
     streams.close()
-    assert whole.closed and all(part.closed for part in parts)
+    assert whole.closed
+    assert all(part.closed for part in parts)
 
 
 def test_a_session_is_free_again_after_an_error(workers):
@@ -96,7 +97,8 @@ def test_there_are_no_streams_on_one_core_or_where_the_threads_change_bits(bundl
     assert not parts
     monkeypatch.setattr(Held, "run", lambda self, batch: np.full((len(batch), 1, 2, 2), self.offset, np.float32))
     assert open_streams(opened, whole, None, 2, INFER_BATCH) is None
-    assert len(parts) == 2 and all(part.closed for part in parts)
+    assert len(parts) == 2
+    assert all(part.closed for part in parts)
     assert not whole.closed
 
 
