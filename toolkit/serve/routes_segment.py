@@ -102,7 +102,7 @@ async def _segment(state: ServerState, request: Request) -> Response:
             waiting.cancel()
             raise ProtocolError("the mask was not ready in time", 503) from error
         finally:
-            if not keep:
+            if not keep and folder.exists():
                 await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
     job = await asyncio.to_thread(_accept, state, model, folder)
     address = f"/v1/jobs/{job.id}"
@@ -126,7 +126,9 @@ def _segment_now(
             return None
         mask = model.segment(image, waiting)
         result = Segmentation(source=source, image=image, mask=mask, model=model)
-        return encode(choose(accept, mask), result, folder)
+        encoded = encode(choose(accept, mask), result, folder)
+        shutil.rmtree(folder, ignore_errors=True)  # here: handing it to another thread takes longer than doing it
+        return encoded
     except ProtocolError as error:
         raise ProtocolError(public_message(error, folder), error.status) from error
     except InputError as error:
