@@ -20,6 +20,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if set(REAL_SAMPLES) & set(getattr(item, "fixturenames", ())):
             item.add_marker("network")
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
+    for item in gpu_tests:  # what libraries say of a card that few have seen is shown, and fails nothing
+        item.add_marker(pytest.mark.filterwarnings("default"))
     if gpu_tests and not has_cuda_device():
         for item in gpu_tests:
             item.add_marker(without_gpu)
