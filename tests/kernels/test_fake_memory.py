@@ -117,15 +117,17 @@ def test_the_adapter_and_a_session_speak_to_nvidias_package_as_it_wants(program,
 
 # --- faults on purpose ---------------------------------------------------------------------------------------------
 
+WITHOUT_FLAGS = """
+def end_capture(device, stream):
+    return device.call("cuGraphInstantiate", device.call("cuStreamEndCapture", stream))
+CudaBindings.end_capture = end_capture
+"""
 FAULTS = {
     "a handle that is no number": (
         SESSION,
         'CudaBindings.new_stream = lambda device: str(device.call("cuStreamCreate", 1))',
     ),
-    "a graph without flags": (
-        SESSION,
-        'CudaBindings.end_capture = lambda device, stream: device.call("cuGraphInstantiate", device.call("cuStreamEndCapture", stream))',
-    ),
+    "a graph without flags": (SESSION, WITHOUT_FLAGS),
     "an event without time": (SESSION, 'CudaBindings.new_event = lambda device: device.call("cuEventCreate", 2)'),
     "a graph that is kept": (SESSION, "CudaBindings.free_graph = lambda device, graph: None"),
     "a module that is kept": (KERNELS, "CudaBindings.unload = lambda device: None"),
@@ -134,6 +136,7 @@ FAULTS = {
         "CudaBindings.free_bytes = lambda device: int(device._cuda.cuMemGetInfo()[2])",
     ),
 }
+ERRORS = ("TypeError", "AssertionError", "CudaError", "DeviceError")
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -141,9 +144,7 @@ def test_a_planted_fault_of_the_adapter_is_noticed(fault, folder):
     program, changed = FAULTS[fault]
     with pytest.raises(subprocess.CalledProcessError) as caught:
         fake.python(folder, LIMITS + changed + program)
-    assert any(
-        word in caught.value.__notes__[0] for word in ("TypeError", "AssertionError", "CudaError", "DeviceError")
-    )
+    assert any(error in caught.value.__notes__[0] for error in ERRORS)
 
 
 # --- tests that need a GPU -----------------------------------------------------------------------------------------
@@ -151,7 +152,8 @@ def test_a_planted_fault_of_the_adapter_is_noticed(fault, folder):
 WARNS = """
 import warnings, pytest
 
-@pytest.mark.gpu
+pytestmark = [pytest.mark.gpu]
+
 def test_a_library_warns():
     warnings.warn("this card is new to me", UserWarning)
 """
