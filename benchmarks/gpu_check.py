@@ -50,7 +50,11 @@ STEPS: Mapping[str, Step] = {
     "facts": Step(files=("tests/kernels/test_gpu_facts.py", "tests/toolkit/bench/test_energy.py"), timeout_s=60),
     "kernels": Step(files=("tests/kernels/test_gpu.py",), timeout_s=420, only="not sanitizer"),
     "sessions": Step(files=("tests/toolkit/sessions/test_graphs_gpu.py",), timeout_s=420, only="onnx_runtime"),
-    "pytorch": Step(files=("tests/toolkit/sessions/test_graphs_gpu.py",), timeout_s=600, only="pytorch"),
+    "pytorch": Step(
+        files=("tests/train/test_train_gpu.py", "tests/toolkit/sessions/test_graphs_gpu.py"),
+        timeout_s=600,
+        only="pytorch or test_a_run",
+    ),
     "engines": Step(files=("tests/kernels/test_plugin_gpu.py", "tests/toolkit/sessions/test_gpu.py"), timeout_s=900),
     "sanitizers": Step(files=("tests/kernels/test_gpu.py",), timeout_s=900, only="sanitizer"),
 }

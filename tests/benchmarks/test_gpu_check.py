@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import pytest
 from medseg_trt.engines.gpu import Gpu
 
 ROOT = Path(__file__).parents[2]
+MARKED = re.compile(r"pytest\.mark\.gpu(\n|\))")
 sys.path.insert(0, str(ROOT / "benchmarks"))
 gpu_check: Any = importlib.import_module("gpu_check")
 STEPS, Outcome, Step = gpu_check.STEPS, gpu_check.Outcome, gpu_check.Step
@@ -44,7 +46,7 @@ sys.exit(pytest.main(["--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovid
 def gpu_files() -> set[str]:
     """Return the files with tests marked ``gpu``."""
     paths = (ROOT / "tests").rglob("test_*.py")
-    return {str(path.relative_to(ROOT)) for path in paths if "pytest.mark.gpu\n" in path.read_text(encoding="utf-8")}
+    return {str(path.relative_to(ROOT)) for path in paths if MARKED.search(path.read_text(encoding="utf-8"))}
 
 
 def test_every_test_that_needs_a_gpu_belongs_to_a_step():
