@@ -49,7 +49,7 @@ class FakeCudaBindings:
         def call(*arguments):
             self.calls.append((function, *arguments))
             if function == self.fail:
-                return (Status(1), None)
+                return (Status(1), None) if function in self.results else (Status(1),)
             if function == "cuDeviceGetAttribute":
                 return (0, {"major": 8, "minor": 9}[arguments[0]])
             return (0, self.results[function]) if function in self.results else (0,)
@@ -94,6 +94,15 @@ def test_a_ptx_is_loaded_once_for_all_adapters_and_unloaded_after_the_last():
     assert [call[0] for call in cuda.calls].count("cuModuleLoadData") == 3
     del drivers, launcher, launchers  # nobody closed the last one
     assert [call[0] for call in cuda.calls].count("cuModuleUnload") == 3
+
+
+def test_a_context_that_is_gone_has_no_modules_left_to_unload():
+    cuda = FakeCudaBindings(context=12345)
+    launcher = Launcher(cuda_bindings_adapter.CudaBindings(cuda, 0), ptx_of)
+    launcher.launch(LOGITS_TO_MASK, *mask_call())
+    cuda.fail = "cuCtxPushCurrent"
+    launcher.close()
+    assert cuda.calls[-1] == ("cuCtxPushCurrent", 12345)  # what another library has made current stays so
 
 
 def loads_for_every_adapter(monkeypatch):

@@ -126,6 +126,14 @@ def test_kernels_that_images_asked_for_are_kept_at_the_end(machine, engine_bundl
     assert path.stat().st_mtime_ns == written  # nothing new was compiled
 
 
+def test_a_library_that_cannot_store_its_kernels_costs_the_cache_alone(machine, engine_bundle):
+    machine.trt.refused = {"serialize"}
+    with opened(engine_bundle) as session:
+        session.run(np.zeros((1, 3, *load_bundle(engine_bundle).preprocessing.image_size), np.float32))
+    assert not cache_file(sha256(engine_bundle / PLAN), "Fake GPU").exists()
+    assert machine.gpu.is_clean()
+
+
 def test_a_session_unloads_its_kernels(machine, engine_bundle, images, tmp_path):
     with opened(engine_bundle) as session:
         session.device_pipeline(np.zeros((1, 8, 8, 3), np.uint8), None)(np.zeros((1, 8, 8, 3), np.uint8))  # pyright: ignore[reportOptionalCall]
