@@ -25,6 +25,7 @@ from medseg_trt.engines.child import build_in_child
 from medseg_trt.engines.fingerprint import read_fingerprint
 from medseg_trt.export.engine_layers import CUSTOM
 from medseg_trt.export.gate import GateVerdict
+from medseg_trt.export.tensorrt.build import LIBRARIES
 from medseg_trt.files import cache_folder
 from medseg_trt.inspection.engine import read_layer_report, shares
 from medseg_trt.processes import python_command
@@ -85,6 +86,7 @@ def main() -> None:
     result = {
         "library": f"TensorRT-RTX {read_fingerprint(bundle.folder / first).version}",
         "targets": TARGETS,
+        "flags": LIBRARIES["tensorrt-rtx"].flags,
         "executed": False,
         "precisions": PRECISIONS,
         "rows": [asdict(row) for row in rows],
@@ -206,6 +208,9 @@ def to_markdown(result: Mapping[str, Any]) -> str:
         "",
         f"Random weights, 256 x 256 pixels, batch 1 to 8, {result['library']}, for {result['targets']}. Built, and "
         "their graphs verified by one `medseg-trt build`, without a GPU; no engine was executed.",
+        "",
+        f"Flags of the builder: {', '.join(result['flags'])}. With the first the library refuses an engine that would "
+        "allocate memory while it runs; its documentation promises that all others can be captured as a CUDA graph.",
         "",
         "Time and memory are those of the process that builds one engine on one core (`--reproducible-engine`). Each "
         "engine was built once more, in another folder.",

@@ -3,23 +3,29 @@
     make gpu-check          # or: python benchmarks/gpu_check.py [--steps facts,kernels] [-o DIR]
 
 Runs the tests marked ``gpu`` step by step, each within a time limit, and writes what passed, failed and was skipped,
-with the reasons, to ``gpu-CARD.json`` and ``.md``. Without a GPU every step is listed as not run, with exit code 0;
-with one, a step that fails or does not end makes it 1.
+with the reasons and the figures that tests recorded, to ``gpu-CARD.json`` and ``.md``: after every step, so that a
+machine that is taken away leaves what it had. Steps of an earlier run on the same card stay in both until they are run
+again. Without a GPU every step is listed as not run, with exit code 0; with one, a step that fails or does not end
+makes it 1.
 """
 
+import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 from xml.etree import ElementTree
 
-from results_file import options, publish, table
+from results_file import options, publish, store, table
 
 from medseg_trt.engines.gpu import Gpu, find_gpu
 from medseg_trt.errors import UsageError
@@ -27,7 +33,8 @@ from medseg_trt.errors import UsageError
 ROOT = Path(__file__).parents[1]
 NO_GPU = "no CUDA device is here"
 SHOWN_REASONS = 5
-HEADER = ("step", "result", "passed", "failed", "skipped", "s")
+HEADER = ("step", "result", "passed", "failed", "skipped", "s", "run")
+FIGURES = ("step", "test", "figure", "value")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +50,11 @@ STEPS: Mapping[str, Step] = {
     "facts": Step(files=("tests/kernels/test_gpu_facts.py", "tests/toolkit/bench/test_energy.py"), timeout_s=60),
     "kernels": Step(files=("tests/kernels/test_gpu.py",), timeout_s=420, only="not sanitizer"),
     "sessions": Step(files=("tests/toolkit/sessions/test_graphs_gpu.py",), timeout_s=420, only="onnx_runtime"),
-    "pytorch": Step(files=("tests/toolkit/sessions/test_graphs_gpu.py",), timeout_s=600, only="pytorch"),
+    "pytorch": Step(
+        files=("tests/train/test_train_gpu.py", "tests/toolkit/sessions/test_graphs_gpu.py"),
+        timeout_s=600,
+        only="pytorch or test_a_run",
+    ),
     "engines": Step(files=("tests/kernels/test_plugin_gpu.py", "tests/toolkit/sessions/test_gpu.py"), timeout_s=900),
     "sanitizers": Step(files=("tests/kernels/test_gpu.py",), timeout_s=900, only="sanitizer"),
 }
@@ -60,6 +71,8 @@ class Outcome:
     skipped: int = 0
     seconds: float = 0.0
     reasons: tuple[str, ...] = ()  # of failures and skips, the most frequent first
+    figures: Mapping[str, Mapping[str, float]] = field(default_factory=dict[str, Mapping[str, float]])  # by test
+    run: str = ""  # when it began, in UTC; empty: it was not run
 
     @property
     def is_bad(self) -> bool:
@@ -69,35 +82,47 @@ class Outcome:
 
 def run_step(name: str, step: Step) -> Outcome:
     """Run the tests of a step; a step in which everything is skipped is skipped."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
     with TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         command = [sys.executable, "-P", "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={report}", *step.files]
         began = time.perf_counter()
-        try:
-            done = subprocess.run(
-                [*command, *(["-k", step.only] if step.only else [])],
-                cwd=ROOT,
-                timeout=step.timeout_s,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            reason = f"it did not end within {step.timeout_s} s"
-            return Outcome(step=name, result="failed", failed=1, seconds=step.timeout_s, reasons=(reason,))
+        output = _bounded([*command, *(["-k", step.only] if step.only else [])], step.timeout_s)
         seconds = time.perf_counter() - began
+        if output is None:
+            reasons = (f"it did not end within {step.timeout_s} s",)
+            return Outcome(step=name, result="failed", failed=1, seconds=seconds, reasons=reasons, run=now)
         if not report.is_file():
-            last = (done.stdout + done.stderr).strip().splitlines()[-1:]
-            return Outcome(step=name, result="failed", failed=1, seconds=seconds, reasons=tuple(last))
-        return parse_report(name, report.read_text(encoding="utf-8"), seconds)
+            reasons = tuple(output.strip().splitlines()[-1:])
+            return Outcome(step=name, result="failed", failed=1, seconds=seconds, reasons=reasons, run=now)
+        return replace(parse_report(name, report.read_text(encoding="utf-8"), seconds), run=now)
+
+
+def _bounded(command: Sequence[str], timeout_s: float) -> str | None:
+    """Run a command and return what it printed; None: it was ended, with all processes that it had started."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        return process.communicate(timeout=timeout_s)[0]
+    except BaseException as error:  # an interrupt ends them, too: what is left would keep the GPU
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        if isinstance(error, subprocess.TimeoutExpired):
+            return None
+        raise
 
 
 def parse_report(name: str, text: str, seconds: float) -> Outcome:
     """Read pytest's report in JUnit's form."""
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
+    figures: dict[str, dict[str, float]] = {}
     for case in ElementTree.fromstring(text).iter("testcase"):
         kinds = {child.tag: child.get("message") or "" for child in case}
+        recorded = {item.get("name", ""): float(item.get("value", "nan")) for item in case.iter("property")}
+        if recorded:
+            figures[case.get("name", "")] = recorded
         kind = "failed" if {"failure", "error"} & kinds.keys() else "skipped" if "skipped" in kinds else "passed"
         counts[kind] += 1
         message = next(iter(kinds.values()), "") if kind != "passed" else ""
@@ -115,18 +140,27 @@ def parse_report(name: str, text: str, seconds: float) -> Outcome:
         skipped=counts["skipped"],
         seconds=seconds,
         reasons=tuple(reason for reason, _ in reasons.most_common(SHOWN_REASONS)),
+        figures=figures,
     )
 
 
-def check(gpu: Gpu | None, names: Sequence[str]) -> list[Outcome]:
+def check(gpu: Gpu | None, names: Sequence[str]) -> Iterator[Outcome]:
     """Run the steps in order, or none of them without a GPU."""
-    if gpu is None:
-        return [Outcome(step=name, result="not run", reasons=(NO_GPU,)) for name in names]
-    outcomes: list[Outcome] = []
     for name in names:
-        print(f"{name}: at most {STEPS[name].timeout_s} s", file=sys.stderr)
-        outcomes.append(run_step(name, STEPS[name]))
-    return outcomes
+        if gpu is None:
+            yield Outcome(step=name, result="not run", reasons=(NO_GPU,))
+        else:
+            print(f"{name}: at most {STEPS[name].timeout_s} s", file=sys.stderr)
+            yield run_step(name, STEPS[name])
+
+
+def earlier_steps(path: Path, card: str) -> dict[str, dict[str, Any]]:
+    """Return the steps of an earlier run on a card by name; none where there was no run, or its file is damaged."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        return {step["step"]: step for step in result["steps"]} if result["card"] == card else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def page(result: Mapping[str, Any]) -> str:
@@ -137,11 +171,19 @@ def page(result: Mapping[str, Any]) -> str:
             row["result"],
             *(str(row[key]) for key in ("passed", "failed", "skipped")),
             f"{row['seconds']:.0f}",
+            row["run"] or "–",
         )
         for row in result["steps"]
     ]
     reasons = [f"- {row['step']}: {reason}" for row in result["steps"] for reason in row["reasons"]]
-    return "\n".join([f"# {result['card']}", "", *table(HEADER, rows), "", *reasons])
+    figures = [
+        (row["step"], test, name, f"{value:.4g}")
+        for row in result["steps"]
+        for test, recorded in row["figures"].items()
+        for name, value in recorded.items()
+    ]
+    shown = ["", *table(FIGURES, figures)] if figures else []
+    return "\n".join([f"# {result['card']}", "", *table(HEADER, rows), "", *reasons, *shown, ""])
 
 
 def main() -> int:
@@ -153,14 +195,20 @@ def main() -> int:
     if unknown := sorted(set(chosen.steps.split(",")) - set(STEPS)):
         raise UsageError(f"--steps: there is no step {', '.join(unknown)}; choose from {', '.join(STEPS)}")
     gpu = find_gpu()
-    outcomes = check(gpu, names)
-    result = {"card": gpu.name if gpu else NO_GPU, "steps": [asdict(outcome) for outcome in outcomes]}
     if gpu is None:
-        print(page(result))
+        print(page({"card": NO_GPU, "steps": [asdict(outcome) for outcome in check(None, names)]}))
         return 0
     card = re.sub(r"[^a-z0-9]+", "-", gpu.name.lower().removeprefix("nvidia ")).strip("-")
+    known = earlier_steps(chosen.output / f"gpu-{card}.json", gpu.name)
+    failed = False
+    result: dict[str, Any] = {"card": gpu.name, "steps": []}
+    for outcome in check(gpu, names):
+        failed |= outcome.is_bad
+        known[outcome.step] = asdict(outcome)
+        result["steps"] = [known[name] for name in STEPS if name in known]
+        store(f"gpu-{card}", result, page, chosen.output)
     publish(f"gpu-{card}", result, page, chosen)
-    return int(any(outcome.is_bad for outcome in outcomes))
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,18 @@ def options(description: str | None) -> argparse.ArgumentParser:
 def publish(
     name: str, result: Mapping[str, Any], to_markdown: Callable[[Mapping[str, Any]], str], chosen: argparse.Namespace
 ) -> None:
-    """Add which script measured where and when, write ``NAME.json`` and ``NAME.md``, and print one of them."""
+    """Write a result as ``store`` does, and print one of the two files."""
+    measured, page = store(name, result, to_markdown, chosen.output)
+    if chosen.json:
+        chosen.stdout.print(measured)
+    else:
+        print(page)
+
+
+def store(
+    name: str, result: Mapping[str, Any], to_markdown: Callable[[Mapping[str, Any]], str], output: Path
+) -> tuple[dict[str, Any], str]:
+    """Add which script measured where and when, write ``NAME.json`` and ``NAME.md``, and return both contents."""
     measured = {
         "script": script(),
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -55,13 +66,10 @@ def publish(
         **result,
     }
     page = f"{to_markdown(measured)}\n{where(measured)}\n"
-    write_json(chosen.output / f"{name}.json", measured)
-    with atomic_file(chosen.output / f"{name}.md") as temporary:
+    write_json(output / f"{name}.json", measured)
+    with atomic_file(output / f"{name}.md") as temporary:
         temporary.write_text(page, encoding="utf-8")
-    if chosen.json:
-        chosen.stdout.print(measured)
-    else:
-        print(page)
+    return measured, page
 
 
 def script() -> str:

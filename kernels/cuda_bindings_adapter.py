@@ -184,7 +184,9 @@ def _unloader(cuda: Any, context: Any) -> Callable[[Any], None]:
 
     def unload(module: Any) -> None:
         with suppress(Exception):
-            cuda.cuCtxPushCurrent(context)
+            (status,) = cuda.cuCtxPushCurrent(context)
+            if int(status) != 0:  # it is gone, and its modules with it; there is nothing to pop
+                return
             cuda.cuModuleUnload(module)
             cuda.cuCtxPopCurrent()
 

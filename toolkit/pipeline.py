@@ -39,11 +39,11 @@ def build(
         data: a data folder whose images verify, judge and calibrate the graphs; None takes the folder that the
             checkpoint was trained on if it is unchanged, else seeded noise.
         sign_key: a file with the private key that signs the bundle; None leaves it unsigned.
-        device: where PyTorch runs; on a GPU its back-ends are tried, too, and engines that fit it. ``auto`` takes the
-            GPU that PyTorch has.
+        device: where PyTorch runs, and where graphs and engines that fit are tried. ``auto`` takes a GPU for what can
+            use it.
 
     Raises:
-        DeviceError: PyTorch has no such device.
+        DeviceError: PyTorch or the driver has no such device.
         UsageError: a precision that does not exist or lacks calibration images, a block that cannot be replaced,
             ``output`` is no bundle, or ``sign_key`` no key.
         AccuracyGateError: a graph gives other logits or masks than PyTorch, or no rung of the block passes.
@@ -80,6 +80,7 @@ def build_onnx(
     output: Path | str | None = None,
     data: Path | str | None = None,
     sign_key: Path | None = None,
+    device: ComputeDevice = AUTO,
 ) -> Bundle:
     """Make a bundle of a network that comes as an ONNX file, verified against that file in ONNX Runtime.
 
@@ -90,8 +91,10 @@ def build_onnx(
         output: as for ``build``.
         data: as for ``build``; None takes seeded noise.
         sign_key: as for ``build``.
+        device: where graphs and engines are tried, as for ``build``; the file itself runs on the CPU.
 
     Raises:
+        DeviceError: there is no such GPU.
         InputError: a file does not exist.
         UsageError: as for ``build``, or the description is of images of another size than the network's.
         AccuracyGateError: a graph gives other logits or masks than the file.
@@ -108,7 +111,7 @@ def build_onnx(
     source = open_onnx(path, Path(description))
     steps.check_outputs(source.checkpoint, spec)
     steps.check_block(source.checkpoint, spec)
-    reference = reference_of_onnx(source, spec, Path(data) if data is not None else None)
+    reference = reference_of_onnx(source, spec, Path(data) if data is not None else None, device)
     with atomic_folder(folder) as temporary:
         deployed = deploy_onnx(temporary, source, reference, golden_input(source.checkpoint.preprocessing))
         steps.complete(temporary, source.checkpoint, path, spec, deployed, reference, key)

@@ -3,8 +3,10 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,13 @@ import pytest
 from medseg_trt.engines.gpu import Gpu
 
 ROOT = Path(__file__).parents[2]
+MARKED = re.compile(r"pytest\.mark\.gpu(\n|\))")
 sys.path.insert(0, str(ROOT / "benchmarks"))
 gpu_check: Any = importlib.import_module("gpu_check")
 STEPS, Outcome, Step = gpu_check.STEPS, gpu_check.Outcome, gpu_check.Step
 GPU = Gpu(name="NVIDIA H200", sm="sm90", cuda="13.0", driver="580.65")
 REPORT = """<testsuites><testsuite>
-<testcase name="a"/>
+<testcase name="a"><properties><property name="device_ms" value="1.25"/></properties></testcase>
 <testcase name="b"><skipped message="TensorRT is not installed"/></testcase>
 <testcase name="c"><skipped message="TensorRT is not installed"/></testcase>
 <testcase name="d"><failure message="assert 2 &lt;= 1">long</failure></testcase>
@@ -43,7 +46,7 @@ sys.exit(pytest.main(["--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovid
 def gpu_files() -> set[str]:
     """Return the files with tests marked ``gpu``."""
     paths = (ROOT / "tests").rglob("test_*.py")
-    return {str(path.relative_to(ROOT)) for path in paths if "pytest.mark.gpu\n" in path.read_text(encoding="utf-8")}
+    return {str(path.relative_to(ROOT)) for path in paths if MARKED.search(path.read_text(encoding="utf-8"))}
 
 
 def test_every_test_that_needs_a_gpu_belongs_to_a_step():
@@ -60,6 +63,7 @@ def test_a_report_of_pytest_is_counted_and_its_reasons_are_kept():
     assert (outcome.result, outcome.passed, outcome.failed, outcome.skipped) == ("failed", 1, 2, 2)
     assert outcome.reasons[0] == "TensorRT is not installed"
     assert "d: assert 2 <= 1" in outcome.reasons
+    assert outcome.figures == {"a": {"device_ms": 1.25}}
     assert gpu_check.parse_report(
         "engines", REPORT.replace("failure", "system-out").replace("error", "system-out"), 1.0
     ).is_bad is (False)
@@ -87,11 +91,61 @@ def test_with_a_gpu_a_step_that_fails_makes_the_exit_code_1(results, code, monke
     assert "NVIDIA H200" in (tmp_path / "gpu-h200.md").read_text(encoding="utf-8")
 
 
+def steps_of(monkeypatch, tmp_path, results: dict[str, str], card: Gpu = GPU) -> dict[str, Any]:
+    """Run some steps with these results, and return what is written then."""
+    monkeypatch.setattr(gpu_check, "find_gpu", lambda: card)
+    monkeypatch.setattr(
+        gpu_check, "run_step", lambda name, _: Outcome(step=name, result=results[name], figures={"t": {"ms": 2.5}})
+    )
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--steps", ",".join(results), "-o", str(tmp_path)])
+    gpu_check.main()
+    written = json.loads((tmp_path / "gpu-h200.json").read_text(encoding="utf-8"))
+    return {step["step"]: step["result"] for step in written["steps"]}
+
+
+def test_steps_of_an_earlier_run_on_the_same_card_stay_until_they_are_run_again(monkeypatch, tmp_path):
+    assert steps_of(monkeypatch, tmp_path, {"kernels": "failed"}) == {"kernels": "failed"}
+    both = {"facts": "passed", "kernels": "failed"}
+    assert list(steps_of(monkeypatch, tmp_path, {"facts": "passed"}).items()) == list(both.items())
+    assert steps_of(monkeypatch, tmp_path, {"kernels": "passed"}) == {"facts": "passed", "kernels": "passed"}
+    assert "| kernels | t | ms | 2.5 |" in (tmp_path / "gpu-h200.md").read_text(encoding="utf-8")
+    (tmp_path / "gpu-h200.json").write_text("{", encoding="utf-8")
+    assert steps_of(monkeypatch, tmp_path, {"facts": "passed"}) == {"facts": "passed"}
+
+
+def test_a_machine_that_is_taken_away_leaves_the_steps_before(monkeypatch, tmp_path):
+    real = steps_of(monkeypatch, tmp_path, {"facts": "passed"})
+
+    def taken_away(name, _):
+        if name == "sessions":
+            raise KeyboardInterrupt
+        return Outcome(step=name, result="passed")
+
+    monkeypatch.setattr(gpu_check, "run_step", taken_away)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "-o", str(tmp_path)])
+    with pytest.raises(KeyboardInterrupt):
+        gpu_check.main()
+    written = json.loads((tmp_path / "gpu-h200.json").read_text(encoding="utf-8"))
+    assert [step["step"] for step in written["steps"]] == [*real, "kernels"]
+
+
 def test_a_step_that_does_not_end_has_failed(monkeypatch):
     step = Step(files=("tests/kernels/test_gpu_facts.py",), timeout_s=0)
     outcome = gpu_check.run_step("facts", step)
     assert (outcome.result, outcome.is_bad) == ("failed", True)
     assert "did not end within 0 s" in outcome.reasons[0]
+
+
+def test_a_step_that_does_not_end_takes_the_processes_that_it_started_along(tmp_path):
+    """What is left would keep the GPU."""
+    mark = tmp_path / "alive"
+    child = f"import pathlib, time; time.sleep(3); pathlib.Path({str(mark)!r}).touch()"
+    parent = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    began = time.monotonic()
+    assert gpu_check._bounded([sys.executable, "-c", parent], 1.0) is None
+    assert time.monotonic() - began < 3
+    time.sleep(4)
+    assert not mark.exists()
 
 
 def test_a_step_that_cannot_be_collected_has_failed():
@@ -100,7 +154,7 @@ def test_a_step_that_cannot_be_collected_has_failed():
 
 
 def test_the_page_has_every_reason():
-    outcomes = gpu_check.check(None, ["facts", "engines"])
+    outcomes = list(gpu_check.check(None, ["facts", "engines"]))
     text = gpu_check.page({"card": "none", "steps": [vars_of(outcome) for outcome in outcomes]})
     assert text.count(gpu_check.NO_GPU) == 2
 

@@ -1,4 +1,4 @@
-"""Run a program against ``fake_driver.c``, a CUDA driver that executes nothing, and read what it was asked for."""
+"""Run a program against ``fake_driver.c``, a CUDA driver that launches nothing, and read what it was asked for."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("fake_driver.c")
+SOURCES = [Path(__file__).with_name(name) for name in ("fake_driver.c", "fake_memory.c")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ def build(folder: Path, also: Sequence[str] = ()) -> Path:
     """Compile the driver into a folder and return that; functions in ``also`` that it lacks are there and fail."""
     others = folder / "others.c"
     others.write_text("".join(f"__attribute__((weak)) int {name}(void) {{ return 801; }}\n" for name in also))
-    command = [compiler() or "cc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", SOURCE, others]
+    command = [compiler() or "cc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", *SOURCES, others]
     subprocess.run([*command, "-o", folder / "libcuda.so.1", "-ldl"], check=True)
     return folder
 

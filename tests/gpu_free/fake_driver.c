@@ -1,6 +1,7 @@
 // libcuda.so.1 for a machine without a GPU: one device of sm_86 and a driver for CUDA 13.0 that execute nothing. What is
 // launched goes to the file that FAKE_CUDA_LOG names, one line a launch: function, grid, block, shared bytes, stream, then
-// every argument, as the function's PTX declares it. It shows what a library of launches asks the driver for.
+// every argument, as the function's PTX declares it. It shows what a library of launches asks the driver for. Memory,
+// streams, graphs and events are in fake_memory.c.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stdint.h>
@@ -38,21 +39,22 @@ int cuCtxPopCurrent_v2(void** old) { if (old) *old = context; context = NULL; re
 int cuCtxDetach(void* made) { return SUCCESS; }
 int cuCtxGetDevice(int* device) { *device = 0; return context ? SUCCESS : 201; }
 int cuCtxSynchronize(void) { return SUCCESS; }
-int cuStreamCreate(void** stream, unsigned flags) { *stream = &anything; return SUCCESS; }
-int cuStreamDestroy_v2(void* stream) { return SUCCESS; }
-int cuStreamSynchronize(void* stream) { return SUCCESS; }
 int cuGetErrorString(int error, const char** text) { *text = "an error of the fake driver"; return SUCCESS; }
 int cuGetErrorName(int error, const char** text) { *text = "CUDA_ERROR_FAKE"; return SUCCESS; }
 
+static int modules;
+int fake_modules(void) { return modules; }
+
 int cuModuleLoadData(void** module, const void* image) {
     if (!strstr(image, ".visible .entry")) return 218;  // CUDA_ERROR_INVALID_PTX
+    ++modules;
     *module = strdup(image);
     return SUCCESS;
 }
 int cuModuleLoadDataEx(void** module, const void* image, unsigned count, void* options, void** values) {
     return cuModuleLoadData(module, image);
 }
-int cuModuleUnload(void* module) { free(module); return SUCCESS; }
+int cuModuleUnload(void* module) { --modules; free(module); return SUCCESS; }
 
 int cuModuleGetFunction(void** function, void* module, const char* name) {
     char wanted[160];

@@ -14,6 +14,7 @@ from medseg_trt.errors import DeviceError, MissingExtraError, UsageError
 from medseg_trt.kernels import cuda_bindings_adapter, pycuda_adapter
 from medseg_trt.kernels.device_memory import DeviceMemory, milliseconds
 from medseg_trt.kernels.launch import Launcher, open_driver
+from medseg_trt.kernels.modules import ModuleCache
 
 
 class Status(int):
@@ -48,7 +49,7 @@ class FakeCudaBindings:
         def call(*arguments):
             self.calls.append((function, *arguments))
             if function == self.fail:
-                return (Status(1), None)
+                return (Status(1), None) if function in self.results else (Status(1),)
             if function == "cuDeviceGetAttribute":
                 return (0, {"major": 8, "minor": 9}[arguments[0]])
             return (0, self.results[function]) if function in self.results else (0,)
@@ -93,6 +94,46 @@ def test_a_ptx_is_loaded_once_for_all_adapters_and_unloaded_after_the_last():
     assert [call[0] for call in cuda.calls].count("cuModuleLoadData") == 3
     del drivers, launcher, launchers  # nobody closed the last one
     assert [call[0] for call in cuda.calls].count("cuModuleUnload") == 3
+
+
+def test_a_context_that_is_gone_has_no_modules_left_to_unload():
+    cuda = FakeCudaBindings(context=12345)
+    launcher = Launcher(cuda_bindings_adapter.CudaBindings(cuda, 0), ptx_of)
+    launcher.launch(LOGITS_TO_MASK, *mask_call())
+    cuda.fail = "cuCtxPushCurrent"
+    launcher.close()
+    assert cuda.calls[-1] == ("cuCtxPushCurrent", 12345)  # what another library has made current stays so
+
+
+def loads_for_every_adapter(monkeypatch):
+    monkeypatch.setattr(
+        cuda_bindings_adapter.MODULES, "get", lambda key, load, unload: ModuleCache().get(key, load, unload)
+    )
+
+
+def unloads_nothing(monkeypatch):
+    monkeypatch.setattr(cuda_bindings_adapter, "_unloader", lambda *_: lambda module: None)
+
+
+def unloads_with_the_first(monkeypatch):
+    real = cuda_bindings_adapter.CudaBindings.unload
+
+    def unload(driver):
+        for module in driver._modules:
+            driver.call("cuModuleUnload", module.handle)
+        real(driver)
+
+    monkeypatch.setattr(cuda_bindings_adapter.CudaBindings, "unload", unload)
+
+
+FAULTS = (loads_for_every_adapter, unloads_nothing, unloads_with_the_first)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_planted_fault_of_the_modules_is_noticed(fault, monkeypatch):
+    fault(monkeypatch)
+    with pytest.raises(AssertionError):
+        test_a_ptx_is_loaded_once_for_all_adapters_and_unloaded_after_the_last()
 
 
 def test_contexts_do_not_share_modules():

@@ -145,7 +145,7 @@ Launcher(driver, wait=True).launch(kernel, kernel.entries[0], {"logits": 16, "ma
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_a_large_launch_reaches_a_share_of_the_copy_bandwidth(name, driver):
+def test_a_large_launch_reaches_a_share_of_the_copy_bandwidth(name, driver, record_property):
     kernel = load(name)
     entry = kernel.entries[0]
     launcher = Launcher(driver)
@@ -168,6 +168,8 @@ def test_a_large_launch_reaches_a_share_of_the_copy_bandwidth(name, driver):
         launch()  # loads the module, which cannot be captured
         copy_ms = np.median(milliseconds(driver, [partial(memory.copy, source, target)] * 5, runs=20))
         kernel_ms = np.median(milliseconds(driver, [launch] * 5, runs=20))
+    record_property("gbytes_per_s", float(kernel.bytes_moved(scalars, entry) / kernel_ms / 1e6))
+    record_property("share_of_copy", float(copy_ms / kernel_ms))
     assert copy_ms / kernel_ms > SHARE
 
 

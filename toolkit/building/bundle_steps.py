@@ -22,6 +22,7 @@ from medseg_trt.bundles.manifest import Manifest, Variant
 from medseg_trt.bundles.signature import sign
 from medseg_trt.devices import AUTO, ComputeDevice
 from medseg_trt.engines.build import Engines, build_engines, check_engines
+from medseg_trt.engines.choice import device_of_trials
 from medseg_trt.engines.kernels import add_kernels
 from medseg_trt.errors import UsageError
 from medseg_trt.export.compress.rungs import EXACT, candidate_rungs, parse_block
@@ -89,19 +90,18 @@ def make_reference(
 ) -> Reference:
     """Run PyTorch on the images that every graph is compared on; ``auto`` takes the GPU where PyTorch has one.
 
+    Graphs and engines are tried on the GPU where the driver has one, also if PyTorch is built for CPUs alone.
+
     Raises:
-        DeviceError: PyTorch has no such device.
+        DeviceError: PyTorch or the driver has no such device.
         InputError: ``data`` cannot be used.
         UsageError: an image is in two splits.
     """
-    chosen = torch_device(device)
+    chosen, tried_on = torch_device(device), device_of_trials(device)
     images, contract = reference_images(checkpoint, data), Contract.of(checkpoint)
-    if chosen.type == "cpu":
-        return Reference(network=runner(network), contract=contract, images=images, spec=spec)
     # A copy: the network itself is folded and traced on the CPU.
-    run = PyTorchSession(copy.deepcopy(network), chosen).run
-    on_gpu = ComputeDevice("cuda", device.number)
-    return Reference(network=run, contract=contract, images=images, spec=spec, device=on_gpu)
+    run = runner(network) if chosen.type == "cpu" else PyTorchSession(copy.deepcopy(network), chosen).run
+    return Reference(network=run, contract=contract, images=images, spec=spec, device=tried_on)
 
 
 def second_images(checkpoint: "Checkpoint", spec: BuildSpec, data: Path | None) -> JudgedImages | None:
@@ -217,7 +217,7 @@ def complete(
 ) -> None:
     """Add engines, golden data, what is learnt from the images, manifest and signature to a folder with the graphs.
 
-    Where the reference runs on a GPU, engines that fit it are verified and timed there.
+    Where the build tries graphs on a GPU, engines that fit it are verified and timed there.
 
     Args:
         folder: of the bundle that is being made.
@@ -259,12 +259,15 @@ def add_engines(folder: Path, variants: Mapping[str, Variant], tried: ExecutionT
 def _with_engines(
     folder: Path, draft: Manifest, deployed: Deployment, engines: Engines
 ) -> tuple[ExecutionTrials, Engines]:
-    """Return the executions and the engines once these were verified, where the reference runs on a GPU."""
+    """Return the executions and the engines once these were verified, where the build tries graphs on a GPU."""
     if not engines.built or deployed.reference.device.kind != "cuda":
         say_unverified(engines)
         return deployed.tried, engines
     seal(folder, draft, deployed.golden[1], None)
-    return try_engines(load_bundle(folder), deployed, engines)
+    tried, engines = try_engines(load_bundle(folder), deployed, engines)
+    # Sealed once more: what is opened from the folder later must not look for engines that were removed.
+    seal(folder, replace(draft, executions=tried.executions, engines=engines.built), deployed.golden[1], None)
+    return tried, engines
 
 
 def make_manifest(

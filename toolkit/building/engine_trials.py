@@ -18,7 +18,7 @@ from medseg_trt.engines.gpu import Gpu, find_gpu
 from medseg_trt.errors import AccuracyGateError, ArtefactError, DeviceError, MedsegError
 from medseg_trt.progress import LOG
 
-ON_CPU = "this build compares graphs on the CPU; engines are verified with --ckpt and --device cuda, where one fits"
+ON_CPU = "this build runs on the CPU; engines are verified where a GPU is that they fit: --device cuda"
 UNVERIFIED = "%s was not verified: %s"
 COMPUTE = "fp32"  # what an engine's execution is listed with: its own types are those of its precision
 
@@ -33,7 +33,7 @@ class _Trials:
 
 
 def try_engines(bundle: Bundle, deployed: Deployment, engines: Engines) -> tuple[ExecutionTrials, Engines]:
-    """Run every engine that fits the GPU of the reference; compare it with PyTorch, then time it among the others.
+    """Run every engine that fits the GPU of the build; compare it with the reference, then time it among the others.
 
     Args:
         bundle: the one that is being made, sealed with its engines.
@@ -70,7 +70,7 @@ def try_engines(bundle: Bundle, deployed: Deployment, engines: Engines) -> tuple
 
 
 def say_unverified(engines: Engines) -> None:
-    """Say that no engine was run, because the reference ran on the CPU."""
+    """Say that no engine was run, because the build tries nothing on a GPU."""
     for engine in engines.built:
         LOG.info(UNVERIFIED, engine.plan, ON_CPU)
 
@@ -85,7 +85,7 @@ def _obstacle(bundle: Bundle, engine: BuiltEngine, gpu: Gpu | None) -> str:
 
 
 def _verify(bundle: Bundle, engine: BuiltEngine, deployed: Deployment, trials: _Trials) -> None:
-    """Compare one engine with PyTorch; its error is noted, and loses nothing else."""
+    """Compare one engine with the reference; its error is noted, and loses nothing else."""
     variant, library = deployed.variants[engine.variant], engine.spec.library
     try:
         execution = try_execution(

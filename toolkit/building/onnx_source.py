@@ -16,6 +16,8 @@ from medseg_trt.building.deployment import Deployment
 from medseg_trt.building.executions import try_executions
 from medseg_trt.building.reference import Reference
 from medseg_trt.building.reference_images import reference_images
+from medseg_trt.devices import AUTO, ComputeDevice
+from medseg_trt.engines.choice import device_of_trials
 from medseg_trt.errors import ArtefactError, InputError, UsageError, require
 from medseg_trt.export.graph.imported import import_graph
 from medseg_trt.export.graph.imported_file import DYNAMIC, ImportedFile, read_imported
@@ -114,16 +116,23 @@ def open_onnx(path: Path, description_file: Path) -> OnnxSource:
     )
 
 
-def reference_of_onnx(source: OnnxSource, spec: BuildSpec, data: Path | None) -> Reference:
+def reference_of_onnx(
+    source: OnnxSource, spec: BuildSpec, data: Path | None, device: ComputeDevice = AUTO
+) -> Reference:
     """Run an ONNX file from elsewhere, as it is, on the images that every graph is compared on.
 
+    The file runs on the CPU; ``device`` says where graphs and engines are tried.
+
     Raises:
+        DeviceError: there is no such GPU.
         InputError: ``data`` cannot be used.
         UsageError: an image is in two splits, or ``data`` has other classes.
     """
+    tried_on = device_of_trials(device)
     images = reference_images(source.checkpoint, data)
     images = replace(images, judged=replace(images.judged, reference=REFERENCE))
-    return Reference(network=source.reference, contract=Contract.of(source.checkpoint), images=images, spec=spec)
+    contract = Contract.of(source.checkpoint)
+    return Reference(network=source.reference, contract=contract, images=images, spec=spec, device=tried_on)
 
 
 def deploy_onnx(folder: Path, source: OnnxSource, reference: Reference, golden_input: ndarray) -> Deployment:

@@ -32,7 +32,7 @@ class Reference:
     contract: Contract
     images: ReferenceImages
     spec: BuildSpec
-    device: ComputeDevice = CPU  # where it runs, and where graphs are tried
+    device: ComputeDevice = CPU  # where graphs and engines are tried; PyTorch runs there, too, if it can
     deployed: Run | None = None  # the network with a replaced block, of which float32 graphs are copies
     _logits: ndarray = field(init=False)
     _masks: list[ndarray] = field(init=False)

@@ -131,9 +131,7 @@ def build(
     except ValueError as error:
         raise UsageError(f"--precision {','.join(precisions)}: {error}") from error
     if onnx_file is not None and description_file is not None and checkpoint is None:
-        if computes_on.kind == "cuda":
-            raise UsageError("--device chooses where a checkpoint runs; a network in ONNX is verified on the CPU")
-        bundle = pipeline.build_onnx(onnx_file, description_file, spec, output, data_folder, sign_key)
+        bundle = pipeline.build_onnx(onnx_file, description_file, spec, output, data_folder, sign_key, computes_on)
     elif checkpoint is not None and onnx_file is None and description_file is None:
         bundle = pipeline.build(checkpoint, spec, output, data_folder, sign_key, computes_on)
     else:

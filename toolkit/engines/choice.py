@@ -5,6 +5,7 @@ from pathlib import Path
 
 from medseg_trt.bundles.bundle import Bundle
 from medseg_trt.bundles.manifest import BuiltEngine
+from medseg_trt.devices import CPU, ComputeDevice
 from medseg_trt.engines.fingerprint import (
     EngineFingerprint,
     RuntimeEnvironment,
@@ -145,6 +146,21 @@ def best_on_gpu(bundle: Bundle, precision: str | None, number: int) -> tuple[str
             if has_fitting_engine(bundle, library, name, gpu):
                 return library, name
     return GRAPHS_ON_GPU, precision
+
+
+def device_of_trials(device: ComputeDevice) -> ComputeDevice:
+    """Return where a build tries what it has made: the GPU that is asked for, or with ``auto`` the first that is there.
+
+    The driver is asked, not PyTorch, which may be built for CPUs alone.
+
+    Raises:
+        DeviceError: there is no such GPU.
+    """
+    if device.kind == "auto":
+        return CPU if find_gpu() is None else ComputeDevice("cuda")
+    if device.kind == "cuda":
+        require_gpu(device.number)
+    return device
 
 
 def require_gpu(number: int) -> Gpu:

@@ -48,6 +48,7 @@ class Provider:
     beside: tuple[str, ...] = ()  # others on the same GPU that may take what it leaves
     environment: Mapping[str, str] = field(default_factory=dict[str, str])  # set before its libraries are loaded
     cache: str = ""  # how its options for a cache begin; "": it builds nothing that is worth keeping
+    needs: str = "the libraries of CUDA: pip install 'onnxruntime-gpu[cuda,cudnn]'"  # besides a GPU and its driver
 
 
 CUDA = "onnxruntime-cuda"
@@ -62,6 +63,7 @@ PROVIDERS: Mapping[str, Provider] = {  # by back-end
         title="TensorRT",
         beside=("CUDAExecutionProvider",),
         environment={TF32_OVERRIDE: "0"},  # it has no option for it
+        needs="the libraries of CUDA and TensorRT: pip install 'onnxruntime-gpu[cuda,cudnn]' tensorrt",
         cache=ENGINES,
     ),
     "onnxruntime-tensorrt-rtx": Provider(name="NvTensorRTRTXExecutionProvider", title="TensorRT-RTX", cache=KERNELS),
@@ -261,7 +263,7 @@ def require_placed(placed: Mapping[str, list[str]], provider: Provider) -> None:
     if provider.name not in placed:
         raise DeviceError(
             f"ONNX Runtime's {provider.title} provider took no node: it does not run on this machine. It needs an "
-            "NVIDIA GPU, its driver, and the libraries of CUDA: pip install 'onnxruntime-gpu[cuda,cudnn]'"
+            f"NVIDIA GPU, its driver, and {provider.needs}"
         )
     if elsewhere:
         strays = Counter(node for nodes in elsewhere.values() for node in nodes)

@@ -132,8 +132,9 @@ class Engine:
         return not self._cache_is_set and bool(self._cache.deserialize(blob))
 
     def compiled_kernels(self) -> bytes | None:
-        """Return the kernels that were compiled so far; None where the library compiles none."""
-        return None if self._cache is None else bytes(self._cache.serialize())
+        """Return the kernels that were compiled so far; None where the library compiles none, or cannot store them."""
+        stored = None if self._cache is None else self._cache.serialize()
+        return None if stored is None else bytes(stored)
 
     def close(self) -> None:
         """Free the engine; its contexts are gone before."""

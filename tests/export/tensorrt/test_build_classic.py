@@ -1,6 +1,7 @@
-"""The builder's code path for classic TensorRT, which is not installed here: a fake library records what it is told."""
+"""What the builder is told: a fake library records it, as TensorRT-RTX and as classic TensorRT, which is not here."""
 
 import sys
+from dataclasses import replace
 from enum import IntEnum
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -11,7 +12,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from medseg_trt.errors import ArtefactError, MedsegError
-from medseg_trt.export.tensorrt.build import build_engine
+from medseg_trt.export.tensorrt import build as builder
+from medseg_trt.export.tensorrt.build import LIBRARIES, build_engine
 from medseg_trt.spec import EngineSpec
 
 SPEC = EngineSpec(
@@ -47,7 +49,7 @@ class Fake:
         self.told: list[tuple[Any, ...]] = []
         self.errors, self.reads = errors, reads
         self.module = ModuleType("tensorrt")
-        flags = ("STRIP_PLAN", "REFIT", "VERSION_COMPATIBLE", "TF32")
+        flags = ("STRIP_PLAN", "REFIT", "VERSION_COMPATIBLE", "TF32", "REQUIRE_USER_ALLOCATION")
         for name, value in {
             "__version__": version,
             "ILogger": type("ILogger", (Base,), {"Severity": Severity}),
@@ -59,6 +61,7 @@ class Fake:
             "MemoryPoolType": SimpleNamespace(WORKSPACE="workspace"),
             "BuilderFlag": SimpleNamespace(**{name: name for name in flags}),
             "HardwareCompatibilityLevel": SimpleNamespace(AMPERE_PLUS="ampere plus"),
+            "ComputeCapability": SimpleNamespace(SM86="86", SM120="120"),
         }.items():
             setattr(self.module, name, value)
 
@@ -153,6 +156,29 @@ def test_the_builder_gets_every_option(graph, monkeypatch):
     assert not any("compute_capabilit" in str(words[0]) for words in fake.told)  # it builds for the GPU that is here
     assert (built.version, built.layers, built.repairs) == ("10.15.1", LAYERS, ())
     assert graph.with_suffix(".plan").read_bytes() == b"plan"
+
+
+def rtx_is_told(graph: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Return what TensorRT-RTX is told for engines of two kinds of GPUs."""
+    fake = Fake("1.7.1.116")
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake.module)
+    spec = EngineSpec(library="tensorrt-rtx", targets=("sm86", "sm120"))
+    build_engine(graph, graph.with_suffix(".plan"), spec, lambda *_: None, None)
+    return fake.told
+
+
+def test_tensorrt_rtx_is_to_build_what_can_be_captured(graph, monkeypatch):
+    """It refuses an engine that would allocate while it runs, which a capture does not allow."""
+    told = rtx_is_told(graph, monkeypatch)
+    assert ("set_flag", "REQUIRE_USER_ALLOCATION") in told
+    assert ("set_compute_capability", "120", 1) in told
+
+
+def test_an_engine_that_may_allocate_is_noticed(graph, monkeypatch):
+    without = {**LIBRARIES, "tensorrt-rtx": replace(LIBRARIES["tensorrt-rtx"], flags=())}
+    monkeypatch.setattr(builder, "LIBRARIES", without)
+    with pytest.raises(AssertionError):
+        test_tensorrt_rtx_is_to_build_what_can_be_captured(graph, monkeypatch)
 
 
 def test_a_library_without_the_flag_is_strongly_typed_anyway(graph, monkeypatch):

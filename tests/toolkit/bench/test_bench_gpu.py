@@ -204,6 +204,14 @@ def test_pytorch_on_the_gpu_is_the_reference_and_every_row_there_has_three_scope
     assert engine.ratio == pytest.approx(2.0, abs=0.02)  # of the device's times, not of the CPU's
 
 
+def test_a_row_without_its_own_time_is_noticed(machine, rows, pytorch_on_gpu, tiny_bundle, monkeypatch):
+    monkeypatch.setattr("medseg_trt.sessions.tensorrt.TensorRtSession.time_on_device", lambda *_: None)
+    with pytest.raises(AssertionError, match=ENGINE):
+        test_pytorch_on_the_gpu_is_the_reference_and_every_row_there_has_three_scopes(
+            machine, rows, pytorch_on_gpu, tiny_bundle
+        )
+
+
 @pytest.mark.usefixtures("machine", "pytorch_on_gpu")
 def test_a_row_whose_network_runs_in_one_stream_says_that_its_throughput_was_not_measured(rows, tiny_bundle):
     reference = rows(GPU, checkpoint=tiny_bundle.parent / "model" / "model.pt")["pytorch fp32"]

@@ -9,8 +9,17 @@ import pytest
 from click.testing import CliRunner
 
 from medseg_trt import cli
+from medseg_trt.bench import compare
 from medseg_trt.bench.accuracy_schema import Accuracy, SliceCounts, Verdict
-from medseg_trt.bench.compare import DiceChange, SpeedChange, cells, compare_reports, judge, withheld_factors
+from medseg_trt.bench.compare import (
+    REFERENCE_ELSEWHERE,
+    DiceChange,
+    SpeedChange,
+    cells,
+    compare_reports,
+    judge,
+    withheld_factors,
+)
 from medseg_trt.bench.limits import Gate, judge_report, parse_gate, require
 from medseg_trt.bench.missing import Missing
 from medseg_trt.bench.schema import CaseFile, Images, Report, Row, Summary
@@ -326,6 +335,30 @@ def test_other_batches_other_machines_and_unlabelled_images_are_not_compared():
     unlabelled = replace(report(1), images=replace(report().images, labelled=False))
     assert "have no masks" in reason(compare_reports(report(), unlabelled).rows[1].dice)
     assert compare_reports(report(), report(1)).rows[1].speed["end-to-end"] == NOT_MEASURED
+
+
+def on_device(original: Report, *devices: str) -> Report:
+    rows = zip(original.rows, devices, strict=True)
+    return replace(original, rows=tuple(replace(old_row, device=device) for old_row, device in rows))
+
+
+def test_no_ratio_is_formed_between_two_devices():
+    cpu, gpu = on_device(report(), "CPU", "CPU"), on_device(report(1), "CPU", "GPU A")
+    assert "it ran on CPU generated and on GPU A" in reason(speed_of(cpu, gpu).judged)
+    with pytest.raises(SpeedGateError, match="speed cannot be judged"):
+        require(judge(compare_reports(cpu, gpu), Gate(speed=0.5)))
+    other = on_device(report(1), "CPU", "GPU B")
+    assert "it ran on GPU A and on GPU B" in reason(speed_of(gpu, other).judged)
+    # The row ran on one GPU in both reports, and the reference beside it on the processor.
+    change = speed_of(on_device(report(), "CPU", "GPU A"), gpu)
+    assert reason(change.against_reference) == REFERENCE_ELSEWHERE
+    assert change.judged is change.latency
+
+
+def test_a_planted_ratio_between_devices_is_noticed(monkeypatch):
+    monkeypatch.setattr(compare, "_device", lambda *_: "anything")
+    with pytest.raises(AssertionError):
+        test_no_ratio_is_formed_between_two_devices()
 
 
 def test_masks_that_were_drawn_anew_are_noticed():

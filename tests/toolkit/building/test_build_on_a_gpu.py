@@ -1,24 +1,31 @@
 """``build --target`` beside a GPU and a TensorRT-RTX that are not there, from the command to the masks."""
 
-from dataclasses import replace
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from fakes.bundles import FakeMachine
 from fakes.trt import FakeTrt
+from foreign import write_onnx
 from session_here import SessionHere
 
-from medseg_trt.building import bundle_steps, engine_trials, executions
+from medseg_trt.building import bundle_steps, engine_trials, executions, onnx_source
+from medseg_trt.building.onnx_source import open_onnx
 from medseg_trt.bundles.bundle import Bundle, load_bundle
 from medseg_trt.cli import cli
+from medseg_trt.devices import CPU
 from medseg_trt.engines import build as engines
 from medseg_trt.engines import choice
 from medseg_trt.engines.child import EngineBuild
 from medseg_trt.engines.gpu import Gpu
 from medseg_trt.engines.kernels import FOLDER as KERNELS
+from medseg_trt.errors import AccuracyGateError, DeviceError
 from medseg_trt.export.tensorrt.build import BuilderOutput
 from medseg_trt.sessions import open as opening
 from medseg_trt.sessions.pytorch import PyTorchSession
@@ -51,12 +58,46 @@ def command(machine: FakeMachine, tiny_bundle: Path, tmp_path: Path, monkeypatch
         bundle_steps, "torch_device", lambda device: SimpleNamespace(type="cpu" if str(device) == "cpu" else "cuda")
     )
     monkeypatch.setattr(bundle_steps, "PyTorchSession", lambda network, _: PyTorchSession(network, torch.device("cpu")))
+    with_a_gpu(monkeypatch)
+    checkpoint = tiny_bundle.parent / "model" / "model.pt"
+    return ["build", "--ckpt", str(checkpoint), "-o", str(tmp_path / "model.medseg"), "--target", "sm89"]
+
+
+def with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the driver list a GPU, and let engines be built and opened in this process."""
     monkeypatch.setattr(executions, "ChildSession", Child)
     monkeypatch.setattr(engines, "build_in_child", written)
     for module in (engine_trials, opening, choice):
-        monkeypatch.setattr(module, "find_gpu", lambda number: GPU)
-    checkpoint = tiny_bundle.parent / "model" / "model.pt"
-    return ["build", "--ckpt", str(checkpoint), "-o", str(tmp_path / "model.medseg"), "--target", "sm89"]
+        monkeypatch.setattr(module, "find_gpu", lambda number=0: GPU)
+
+
+@dataclass(frozen=True)
+class FromOnnx:
+    """``build --onnx`` beside a GPU whose engine computes the file's network."""
+
+    command: list[str]
+    bundle: Path
+    network: Callable[[np.ndarray], np.ndarray]  # of the file: (batch, 3, H, W) -> (batch, classes, H, W)
+    machine: FakeMachine
+
+
+@pytest.fixture
+def from_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FromOnnx:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    network, description = write_onnx(tmp_path / "net.onnx"), tmp_path / "net.json"
+    fields = {"image_size": [32, 32], "channel_order": "grey"}
+    description.write_text(json.dumps({"preprocessing": fields, "classes": {"names": ["background", "disc", "bar"]}}))
+    reference = open_onnx(network, description).reference
+    machine = FakeMachine(monkeypatch, reference, (32, 32), 3)
+    with_a_gpu(monkeypatch)
+    folder = tmp_path / "net.medseg"
+    command = ["build", "--onnx", str(network), "--preprocessing", str(description), "-o", str(folder)]
+    return FromOnnx(
+        command=[*command, "--target", "sm89", "--backend", "tensorrt-rtx"],
+        bundle=folder,
+        network=reference,
+        machine=machine,
+    )
 
 
 def run(*words: object) -> str:
@@ -107,5 +148,90 @@ def test_on_a_cpu_the_build_says_which_engines_were_not_verified(command, machin
     bundle = load_bundle(tmp_path / "model.medseg")
     assert [engine.executed for engine in bundle.content.engines] == [False]
     assert "tensorrt-rtx" not in {execution.backend for execution in bundle.content.executions}
-    assert f"{bundle.content.engines[0].plan} was not verified: this build compares graphs on the CPU" in caplog.text
+    assert f"{bundle.content.engines[0].plan} was not verified: this build runs on the CPU" in caplog.text
     assert machine.trt.plans == []
+
+
+def test_engines_are_tried_on_the_gpu_although_pytorch_is_built_for_cpus_alone(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(bundle_steps, "torch_device", lambda device: torch.device("cpu"))
+    run(*command)  # --device auto
+    bundle = load_bundle(tmp_path / "model.medseg")
+    assert [engine.executed for engine in bundle.content.engines] == [True]
+    assert bundle.default.backend == "tensorrt-rtx"
+
+
+@pytest.mark.parametrize("device", ["cuda", "auto"])
+def test_a_network_from_an_onnx_file_has_its_engine_verified_and_timed_too(from_onnx, device):
+    run(*from_onnx.command, "--device", device)
+    bundle = load_bundle(from_onnx.bundle)
+    first = bundle.default
+    assert (first.backend, first.executed, first.median_ms) == ("tensorrt-rtx", True, 1.0)
+    assert first.verification.by.startswith("TensorRT-RTX")
+    assert [engine.executed for engine in bundle.content.engines] == [True]
+    assert {execution.median_ms for execution in bundle.content.executions[1:]} == {10.0}
+    assert from_onnx.machine.gpu.is_clean()
+
+
+def test_an_engine_of_an_onnx_file_with_other_masks_fails_the_build(from_onnx):
+    from_onnx.machine.trt.network = lambda images: np.ascontiguousarray(from_onnx.network(images)[:, ::-1])
+    with pytest.raises(AccuracyGateError, match="logits differ"):
+        run(*from_onnx.command, "--device", "cuda")
+    assert not from_onnx.bundle.exists()
+
+
+def test_an_onnx_file_is_built_on_the_cpu_as_before_and_a_gpu_that_is_not_there_is_an_error(
+    from_onnx, caplog, monkeypatch
+):
+    with caplog.at_level("INFO", "medseg_trt"):
+        run(*from_onnx.command, "--device", "cpu")
+    bundle = load_bundle(from_onnx.bundle)
+    assert [engine.executed for engine in bundle.content.engines] == [False]
+    assert "was not verified: this build runs on the CPU" in caplog.text
+    monkeypatch.setattr(choice, "find_gpu", lambda number=0: None)
+    with pytest.raises(DeviceError, match="--device cuda:2: the driver lists no such NVIDIA GPU"):
+        run(*from_onnx.command, "--device", "cuda:2")
+
+
+def test_what_judges_executions_later_opens_the_engines_that_were_kept(command, machine, tmp_path, monkeypatch):
+    """Post-processing opens every execution from the folder, whose manifest may not name an engine that was removed."""
+    network, opened = machine.trt.network, list[tuple[str, str]]()
+
+    def rounded_is_wrong(images: np.ndarray) -> np.ndarray:
+        logits = network(images)
+        return np.ascontiguousarray(logits[:, ::-1]) if b"fp16" in machine.trt.plans[-1] else logits
+
+    def judge(learnt, reference, folder, variants, tried):
+        for execution in tried.executions:
+            with executions.execution_child(
+                folder, variants[execution.variant], execution, reference.device
+            ) as session:
+                session.run(np.zeros((1, 3, *reference.contract.preprocessing.image_size), np.float32))
+                opened.append((execution.variant, execution.backend))
+
+    machine.trt.network = rounded_is_wrong
+    monkeypatch.setattr(bundle_steps, "judged_postprocessing", judge)
+    run(*command, "--precision", "fp32,fp16", "--device", "cuda")
+    bundle = load_bundle(tmp_path / "model.medseg")
+    assert [engine.variant for engine in bundle.content.engines] == ["fp32"]
+    assert ("fp32", "tensorrt-rtx") in opened
+
+
+# --- faults on purpose ---------------------------------------------------------------------------------------------
+
+
+def tries_nothing_on_the_gpu(monkeypatch):
+    monkeypatch.setattr(onnx_source, "device_of_trials", lambda _: CPU)
+
+
+def keeps_the_engines_untried(monkeypatch):
+    monkeypatch.setattr(bundle_steps, "try_engines", lambda _, deployed, engines: (deployed.tried, engines))
+
+
+FAULTS = (tries_nothing_on_the_gpu, keeps_the_engines_untried)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_planted_fault_of_a_build_from_onnx_is_noticed(from_onnx, fault, monkeypatch):
+    fault(monkeypatch)
+    with pytest.raises(AssertionError):
+        test_a_network_from_an_onnx_file_has_its_engine_verified_and_timed_too(from_onnx, "cuda")

@@ -22,7 +22,7 @@ from medseg_trt.kit.spec import KitSpec
 from medseg_trt.samples.catalogue import NetworkError
 
 ROOT = Path(__file__).parents[3]
-PART_BYTES = 8 << 20  # about six parts
+PART_BYTES = 8 << 20  # about eight parts
 pytestmark = [
     pytest.mark.network,
     pytest.mark.slow,

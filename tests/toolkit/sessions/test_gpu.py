@@ -182,6 +182,7 @@ def test_latency_with_transfers_and_without(on_gpu, precision, graphs, record_pr
     alone, (images_per_s,) = times.compute_ms, times.images_per_s
     record_property("whole_ms", float(np.median(whole)))
     record_property("device_ms", float(np.median(alone)))
+    record_property("images_per_s", images_per_s)
     print(f"{precision}: {np.median(whole):.3f} ms with transfers, {np.median(alone):.3f} ms on the device")
     print(f"{precision}: {images_per_s:.1f} images per second with copies that overlap")
     assert np.median(alone) <= np.median(whole)

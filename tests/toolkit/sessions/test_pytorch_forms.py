@@ -165,6 +165,41 @@ def test_pytorch_on_a_gpu_keeps_launches_in_flight_and_times_copies_apart(checkp
     assert set(times.compute_ms) == {1.0}
 
 
+class GraphOutput(torch.Tensor):
+    """The output of a CUDA graph of torch.compile, which may not be read once the next run has begun."""
+
+    overwritten = False
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        read = [value for value in args if isinstance(value, GraphOutput) and value.overwritten]
+        if read and func is not torch.empty_like:  # which takes the shape alone
+            raise RuntimeError("accessing tensor output of CUDAGraphs that has been overwritten by a subsequent run")
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def test_the_logits_of_a_compiled_graph_are_not_read_after_the_next_run(checkpoint, image, monkeypatch):
+    cuda, outputs = FakeCuda(), list[GraphOutput]()
+    session = PyTorchSession(load_checkpoint(checkpoint).model())
+    network = session._forward
+
+    def forward(images):
+        if outputs:
+            outputs[-1].overwritten = True
+        outputs.append(network(images).as_subclass(GraphOutput))
+        return outputs[-1]
+
+    monkeypatch.setattr(torch, "cuda", cuda)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(session, "_device", SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(session, "_uploaded", lambda batch: torch.from_numpy(batch))
+    monkeypatch.setattr(session, "_forward", forward)
+    monkeypatch.setattr(session, "_overlaps", False)
+    times = session.time_on_device(image, 0.0, 5)
+    assert times is not None
+    assert len(times.download_ms) == pytorch.COPIES
+
+
 OVERLAP = [
     *("stream 0", "end stream 0", "stream 1", "end stream 1"),
     *("synchronize 0", "stream 0", "end stream 0"),

@@ -20,10 +20,11 @@ from medseg_trt.engines.fingerprint import FOLDER, metadata_path, read_fingerpri
 from medseg_trt.errors import ArtefactError, DeviceError, UsageError
 from medseg_trt.files import sha256
 from medseg_trt.kernels import manifest as kernel_manifest
+from medseg_trt.kernels.launch import Launcher
 from medseg_trt.kernels.nodes import NODES
 from medseg_trt.sessions import tensorrt
 from medseg_trt.sessions.open import open_session
-from medseg_trt.sessions.tensorrt_cache import cache_file
+from medseg_trt.sessions.tensorrt_cache import KernelCache, cache_file
 
 PLAN = f"{FOLDER}/fp32-rtx.plan"
 
@@ -125,12 +126,33 @@ def test_kernels_that_images_asked_for_are_kept_at_the_end(machine, engine_bundl
     assert path.stat().st_mtime_ns == written  # nothing new was compiled
 
 
+def test_a_library_that_cannot_store_its_kernels_costs_the_cache_alone(machine, engine_bundle):
+    machine.trt.refused = {"serialize"}
+    with opened(engine_bundle) as session:
+        session.run(np.zeros((1, 3, *load_bundle(engine_bundle).preprocessing.image_size), np.float32))
+    assert not cache_file(sha256(engine_bundle / PLAN), "Fake GPU").exists()
+    assert machine.gpu.is_clean()
+
+
 def test_a_session_unloads_its_kernels(machine, engine_bundle, images, tmp_path):
     with opened(engine_bundle) as session:
         session.device_pipeline(np.zeros((1, 8, 8, 3), np.uint8), None)(np.zeros((1, 8, 8, 3), np.uint8))  # pyright: ignore[reportOptionalCall]
         assert machine.gpu.loaded
     assert machine.gpu.names()[-1] == "unload"
     assert machine.gpu.is_clean()
+
+
+def test_a_session_that_unloads_nothing_is_noticed(machine, engine_bundle, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(Launcher, "close", lambda launcher: None)
+    with pytest.raises(AssertionError):
+        test_a_session_unloads_its_kernels(machine, engine_bundle, images, tmp_path)
+
+
+def test_a_cache_that_is_saved_at_the_beginning_alone_is_noticed(machine, engine_bundle, monkeypatch):
+    real, saved = KernelCache.save, set[KernelCache]()
+    monkeypatch.setattr(KernelCache, "save", lambda cache: None if cache in saved else (saved.add(cache), real(cache)))
+    with pytest.raises(AssertionError):
+        test_kernels_that_images_asked_for_are_kept_at_the_end(machine, engine_bundle)
 
 
 # --- what stands between a plan and its execution --------------------------------------------------------------------

@@ -6,6 +6,7 @@ from fakes.gpu import symbol_as_ptx
 from fakes.tensorrt_session import FORMS, PIXEL_PASS, SIZE, Opened, masks_of_the_cpu, slices_of
 
 from medseg_trt.sessions.tensorrt import PixelKernels
+from medseg_trt.sessions.tensorrt_stream import InferenceStream
 from medseg_trt.spec import Preprocessing
 
 
@@ -57,6 +58,34 @@ def test_twenty_sizes_in_turn_capture_nothing_after_the_warm_up():
         assert (names.count("begin_capture"), names.count("create_execution_context")) == (0, 0)
         assert (names.count("launch_graph"), names.count("launch"), names.count("load")) == (20, 40, 2)
         assert len(opened.trt.contexts) == 1
+
+
+def a_graph_for_each_size(monkeypatch):
+    real, sizes = InferenceStream.run, dict[object, dict[int, object]]()
+
+    def run(stream, request, source):
+        stream._batches = sizes.setdefault(request.to_tensor, {})
+        return real(stream, request, source)
+
+    monkeypatch.setattr(InferenceStream, "run", run)
+
+
+def checks_every_launch_anew(monkeypatch):
+    real = InferenceStream._launch
+
+    def launch(stream, *arguments):
+        stream._launches.clear()
+        stream._launcher._functions.clear()
+        real(stream, *arguments)
+
+    monkeypatch.setattr(InferenceStream, "_launch", launch)
+
+
+@pytest.mark.parametrize("fault", [a_graph_for_each_size, checks_every_launch_anew], ids=lambda fault: fault.__name__)
+def test_a_planted_fault_of_twenty_sizes_is_noticed(fault, monkeypatch):
+    fault(monkeypatch)
+    with pytest.raises(AssertionError):
+        test_twenty_sizes_in_turn_capture_nothing_after_the_warm_up()
 
 
 def test_what_the_kernels_do_not_know_is_left_to_the_cpu():
