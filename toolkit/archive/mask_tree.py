@@ -138,7 +138,7 @@ class MaskTree(MaskFolder):
         self._table = AreaTable()
         try:
             if self.resume:
-                self._remove_leftovers()
+                self.remove_leftovers()
             self.folder.mkdir(parents=True, exist_ok=True)
             if self._part is not None:
                 remove_note(self.folder, self._part)
@@ -214,7 +214,8 @@ class MaskTree(MaskFolder):
             if path.is_symlink():
                 raise InputError(f"{source.label}: {path} is a link, which no mask is written through; remove it")
 
-    def _remove_leftovers(self) -> None:
+    def remove_leftovers(self) -> None:
+        """Delete the partial files of processes that have died."""
         for folder, _, files in os.walk(self.folder):
             for name in files:
                 if name.startswith(PARTIAL):

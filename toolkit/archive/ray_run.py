@@ -63,6 +63,7 @@ def run_on_ray(
                 options=options,
             )
             made_by, refused = _collected(tree, _results(ray, job, sources), -(-len(sources) // BLOCK))
+            tree.remove_leftovers()  # of workers that were lost
             if missing := tree.join_records(refused, made_by):
                 raise UsageError(
                     f"{len(missing)} masks are missing or not sealed with this user's key; all nodes need the same "
