@@ -1,4 +1,4 @@
-"""Read the members of a zip or tar file one by one, without unpacking the rest.
+"""Read the members of a zip or tar file, or the objects of a bucket, one by one, without unpacking the rest.
 
 A member is copied into a private temporary folder while its image is read. Names that lead out of the archive, links,
 devices and encrypted members are never copied. Python's list of members takes about 500 bytes each.
@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from threading import Lock
 from typing import IO, Any
 
+from medseg_trt.archive.object_store import ObjectFolder, is_object_path
 from medseg_trt.errors import InputError
 from medseg_trt.files import CHUNK_BYTES
 
@@ -32,6 +33,7 @@ END, END64, LOCATOR64 = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
 END_BYTES, LONGEST_COMMENT, LOCATOR_BYTES, END64_BYTES = 22, 65535, 20, 56
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 LEADS_OUT = "its name leads out of the archive"
+DAMAGED = "cannot be read from the archive: {}; make it again"
 TOO_LONG = "its name is longer than one on a disk can be"
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # zipfile inflates the others without a limit
 EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)  # types of headers that hold records
@@ -46,21 +48,22 @@ class Member:
     name: str  # its path in the archive, with slashes, without "." and empty parts
     size: int  # bytes, as the archive states it
     reason: str | None  # why it cannot be used, or None
+    mtime_ns: int | None = None  # None: that of the archive
 
 
 class Container:
-    """A zip or an uncompressed tar file."""
+    """A zip or an uncompressed tar file, or a prefix of a bucket."""
 
     def __init__(self, path: Path) -> None:
         """Open an archive file and read its list of members.
 
         Raises:
-            InputError: it is damaged, compressed as a whole, or has too many members.
+            InputError: it is damaged, compressed as a whole, or has too many members; or the bucket cannot be reached.
         """
         self.path = path
         self._lock = Lock()  # members share one open file
         try:
-            self._archive = _ZipMembers(path) if _is_zip(path) else _TarMembers(path)
+            self._archive = _opened(path)
         except (OSError, ValueError, RuntimeError, zipfile.BadZipFile, tarfile.TarError, struct.error) as error:
             raise InputError(f"{path} cannot be read as an archive: {error}; make it again, or unpack it") from error
 
@@ -79,7 +82,7 @@ class Container:
             with self._lock, self._archive.open(name) as source, target.open("xb") as file:
                 _copy(source, file, MAX_MEMBER_BYTES if limit is None else limit, limit is not None)
         except (OSError, EOFError, ValueError, RuntimeError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-            raise InputError(f"{self.path / name} cannot be read from the archive: {error}; make it again") from error
+            raise InputError(f"{self.path / name} {self._archive.FAILURE.format(error)}") from error
 
     @contextmanager
     def local(self, names: list[str], folder: Path) -> Iterator[tuple[Path, ...]]:
@@ -103,6 +106,8 @@ class Container:
 
 
 class _ZipMembers:
+    FAILURE = DAMAGED
+
     def __init__(self, path: Path) -> None:
         _require_short_directory(path)
         self._zip = zipfile.ZipFile(path)
@@ -136,6 +141,8 @@ class _ZipMembers:
 
 class _TarMembers:
     """A tar file; of members with the same name the last one counts, as for tar itself."""
+
+    FAILURE = DAMAGED
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("rb")
@@ -175,6 +182,25 @@ class _TarMembers:
 
     def close(self) -> None:
         self._file.close()
+
+
+class _Objects:
+    """The objects below a prefix; folders without objects of their own do not exist."""
+
+    FAILURE = "cannot be fetched: {}"
+
+    def __init__(self, path: Path) -> None:
+        self._folder = ObjectFolder(path)
+
+    def members(self) -> Iterator[Member]:
+        for item in self._folder.objects():
+            yield Member(name=item.name, size=item.size, reason=None, mtime_ns=item.mtime_ns)
+
+    def open(self, name: str) -> Any:
+        return self._folder.open(name)
+
+    def close(self) -> None:
+        self._folder.close()
 
 
 class _Bounded:
@@ -230,6 +256,12 @@ def is_container(path: Path) -> bool:
     except OSError:
         return False  # reading it gives the reason
     return (name.endswith(".zip") and head[:4] in ZIP_SIGNATURES) or head[257:262] == b"ustar" or name.endswith(".tar")
+
+
+def _opened(path: Path) -> _ZipMembers | _TarMembers | _Objects:
+    if is_object_path(path):
+        return _Objects(path)
+    return _ZipMembers(path) if _is_zip(path) else _TarMembers(path)
 
 
 def _is_zip(path: Path) -> bool:

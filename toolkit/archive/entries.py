@@ -1,8 +1,8 @@
 """List the files of the inputs of an archive, and what cannot be used, without reading any of them.
 
-An input is a folder, searched to any depth; a pattern such as ``archive/**/*.dcm``; a zip or tar file; a DICOMDIR; or
-an image. Hidden files are ignored. Links are followed, and every folder is listed once, under its own name before that
-of a link, so links in a circle end.
+An input is a folder, searched to any depth; a pattern such as ``archive/**/*.dcm``; a zip or tar file; a prefix of a
+bucket; a DICOMDIR; or an image. Hidden files are ignored. Links are followed, and every folder is listed once, under
+its own name before that of a link, so links in a circle end.
 """
 
 import os
@@ -16,6 +16,7 @@ from typing import Any
 
 from medseg_trt.archive.containers import Container, is_container
 from medseg_trt.archive.media_directory import is_media_directory, referenced_files
+from medseg_trt.archive.object_store import is_object_path
 from medseg_trt.errors import InputError
 from medseg_trt.imaging.listing import IRREGULAR, why_unusable
 
@@ -59,6 +60,9 @@ class Entries:
 
     def of(self, path: Path) -> Iterator[Entry | Problem]:
         """List one input that the user named."""
+        if is_object_path(path):
+            yield from self._file(path, "")
+            return
         try:
             mode = path.stat().st_mode
         except OSError as error:
@@ -96,7 +100,7 @@ class Entries:
         try:
             if self._is_in_output(path):
                 yield Problem(path=str(path), reason=f"{path}: {IN_OUTPUT}", refused=True)
-            elif is_container(path):
+            elif is_object_path(path) or is_container(path):
                 yield from self._members(path, parent)
             elif is_media_directory(path):
                 yield from self._referenced(path, parent)
@@ -110,15 +114,18 @@ class Entries:
     def _members(self, path: Path, parent: str) -> Iterator[Entry | Problem]:
         container = self.containers.get(path) or Container(path)
         self.containers[path] = container
-        mtime_ns = path.stat().st_mtime_ns  # a changed archive changes all of its members
+        is_bucket = is_object_path(path)
+        changed_ns = 0 if is_bucket else path.stat().st_mtime_ns  # a changed archive changes all of its members
         for member in container.members():
             inside = PurePosixPath(member.name)
+            is_output = is_bucket and self._is_in_output(path / inside)
             if member.reason is not None:
                 inner = f"{path}/{member.name}"
                 yield Problem(path=inner, reason=f"{inner}: {member.reason}", refused=True)
-            elif not any(part.startswith(".") for part in inside.parts):
-                below = str(inside.parent) if len(inside.parts) > 1 else ""
-                yield Entry(path=path / inside, parent=joined(parent, below), size=member.size, mtime_ns=mtime_ns)
+            elif not is_output and not any(part.startswith(".") for part in inside.parts):
+                below = joined(parent, str(inside.parent) if len(inside.parts) > 1 else "")
+                mtime_ns = changed_ns if member.mtime_ns is None else member.mtime_ns
+                yield Entry(path=path / inside, parent=below, size=member.size, mtime_ns=mtime_ns)
 
     def _matching(self, pattern: Path) -> Iterator[Entry | Problem]:
         """List what a pattern matches, and everything in folders that it matches."""
@@ -204,11 +211,15 @@ class Entries:
                 yield Problem(path=str(path), reason=reason, refused=True)
 
     def _is_in_output(self, path: Path) -> bool:
+        if is_object_path(path) or is_object_path(self.output):
+            return path.is_relative_to(self.output)
         return path.resolve().is_relative_to(self.output.resolve())
 
 
 def needs_archive(path: Path) -> bool:
-    """Return whether an input is an archive file, a DICOMDIR, or a pattern that matches no file by its own name."""
+    """Return whether an input is an archive file, a bucket, a DICOMDIR, or a pattern that matches no file by name."""
+    if is_object_path(path):
+        return True
     if not path.exists():
         return bool(MAGIC & set(str(path))) and not path.is_symlink()
     try:

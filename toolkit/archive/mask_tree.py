@@ -11,6 +11,7 @@ from typing import Any
 from medseg_trt.archive.containers import Container
 from medseg_trt.archive.grouping import local_files
 from medseg_trt.archive.index import container_of
+from medseg_trt.archive.object_store import ObjectOutput, is_object_path, shown
 from medseg_trt.archive.parts import (
     MAX_NAMED,
     PARTS,
@@ -30,9 +31,17 @@ from medseg_trt.errors import InputError, UsageError
 from medseg_trt.files import PARTIAL, remove_abandoned
 from medseg_trt.imaging.images import MASK_SUFFIXES, Image, Mask, Source
 from medseg_trt.imaging.slide_mask import SlideMask
-from medseg_trt.inference.areas_table import AreaTable
+from medseg_trt.inference.areas_table import AREAS, AreaTable
 from medseg_trt.inference.output_folder import require_own_folders
-from medseg_trt.inference.resume import FOLDER, OVERLAYS, Record, load_record
+from medseg_trt.inference.resume import (
+    FOLDER,
+    OVERLAYS,
+    Record,
+    digests_of,
+    has_its_files,
+    read_record,
+    record_name,
+)
 from medseg_trt.inference.to_folder import MaskFolder, MaskFormat
 from medseg_trt.progress import LOG, plural
 
@@ -57,7 +66,7 @@ class MaskTree(MaskFolder):
         """Choose the folder, the images and what is written; nothing is written before the run.
 
         Args:
-            folder: the output folder; it need not exist.
+            folder: the output folder, which need not exist; or a prefix of a bucket.
             request: which images are wanted, and how their masks are named.
             part: the part of the images that is segmented; None for all.
             overlay: as for ``MaskFolder``.
@@ -65,7 +74,10 @@ class MaskTree(MaskFolder):
             mask_format: as for ``MaskFolder``.
             on_error: as for ``MaskFolder``.
         """
-        super().__init__(folder, overlay=overlay, resume=resume, mask_format=mask_format, on_error=on_error)
+        self.output = folder
+        self._remote = ObjectOutput(folder) if is_object_path(folder) else None
+        local = folder if self._remote is None else self._remote.folder
+        super().__init__(local, overlay=overlay, resume=resume, mask_format=mask_format, on_error=on_error)
         self.is_joined = part is None  # whether the tables are those of all images
         self._request = request
         self._part = part
@@ -84,23 +96,18 @@ class MaskTree(MaskFolder):
         return self.plan.containers
 
     @property
-    def skipped(self) -> Path:
-        """The path of the table of what was not segmented."""
-        return self.folder / SKIPPED
-
-    @property
     def tables_text(self) -> str:
         """Where the tables are, in words."""
         if self.is_joined:
-            return f"areas in {self.areas}, what was not segmented in {self.skipped}"
+            return f"areas in {shown(self.output / AREAS)}, what was not segmented in {shown(self.output / SKIPPED)}"
         return "the tables follow when all parts have ended"
 
     def summary(self) -> dict[str, Any]:
         """Return the result of a run, for JSON: numbers of masks, whose names follow from those of their images."""
         return {
             "masks": self.num_masks,
-            "areas": str(self.areas),
-            "skipped": str(self.skipped),
+            "areas": shown(self.output / AREAS),
+            "skipped": shown(self.output / SKIPPED),
             "joined": self.is_joined,
             "kept": self.kept,
             "failed": dict(self.refused),
@@ -113,13 +120,27 @@ class MaskTree(MaskFolder):
 
         Raises:
             InputError: there is no image at all; ``skipped.csv`` then says why.
-            UsageError: the output folder is in the bundle, or holds other files under the names of the tables.
+            UsageError: the output folder is in the bundle, or holds other files under the names of the tables; or parts
+                would be written to a bucket.
+            DeviceError: the bucket cannot be read or written.
         """
+        try:
+            return self._found(inputs, bundle)
+        except BaseException:
+            self.close()
+            raise
+
+    def _found(self, inputs: Sequence[Path], bundle: Bundle) -> Plan:
+        if self._remote is not None:
+            if self._part is not None:
+                raise UsageError(f"{shown(self.output)}: parts are joined in a folder alone; give --ray, or a folder")
+            for name in (AREAS, SKIPPED):
+                self._remote.fetch(name)
         if self.folder.resolve().is_relative_to(bundle.folder.resolve()):
             raise UsageError(f"{self.folder} is in the bundle {bundle.folder}; choose another folder with -o")
         require_own_folders(self.folder, self.folder / FOLDER / PARTS)
         require_own_tables(self.folder)
-        self._plan = make_plan(inputs, self._request, [bundle.folder], self.folder, self._part)
+        self._plan = make_plan(inputs, self._request, [bundle.folder], self.output, self._part)
         self.num_sources = len(self._plan)
         self.num_left_out = self._plan.num_left_out
         if self._part is None or self._part.number == 1:  # the first part speaks for all
@@ -127,9 +148,9 @@ class MaskTree(MaskFolder):
                 if item.refused:
                     self.note_refused(Path(item.file), item.file, InputError(item.reason))
         if not self._plan.num_images:
-            write_skipped(self.folder, self._plan.skipped())
-            self._plan.close()
-            raise InputError(f"the inputs hold no image that can be used; {self.skipped} lists the reasons")
+            self._write_tables(None, ())
+            table = shown(self.output / SKIPPED)
+            raise InputError(f"the inputs hold no image that can be used; {table} lists the reasons")
         return self._plan
 
     @contextmanager
@@ -138,7 +159,7 @@ class MaskTree(MaskFolder):
         self._table = AreaTable()
         try:
             if self.resume:
-                self._remove_leftovers()
+                self.remove_leftovers()
             self.folder.mkdir(parents=True, exist_ok=True)
             if self._part is not None:
                 remove_note(self.folder, self._part)
@@ -151,7 +172,7 @@ class MaskTree(MaskFolder):
                 self._end_part(self._part)
         finally:
             self._table.close()
-            self.plan.close()
+            self.close()
         if self.kept:
             LOG.info("%s of an earlier run %s kept", plural(self.kept, "mask"), "was" if self.kept == 1 else "were")
 
@@ -200,6 +221,33 @@ class MaskTree(MaskFolder):
         position, _ = self.plan.named(source.stem)
         self._unusable.append(PartRefused(position=position, file=str(source.path), reason=reason))
 
+    def close(self) -> None:
+        """Delete what was kept on disk for the run alone."""
+        if self._plan is not None:
+            self._plan.close()
+        if self._remote is not None:
+            self._remote.close()
+
+    def _earlier_record(self, source: Source, key: str | None) -> Record | None:
+        if self._remote is None:
+            return super()._earlier_record(source, key)
+        fetched = [record_name(source.stem)]
+        try:
+            self._remote.fetch(fetched[0])
+            record = read_record(self.folder, source.stem, key, self._seal_key)
+            if record is None:
+                return None
+            fetched += digests_of(source.stem, record)
+            is_there = all(map(self._remote.fetch, fetched[1:]))
+            return record if is_there and has_its_files(self.folder, source.stem, record) else None
+        finally:
+            self._remote.remove(fetched)
+
+    def _finish_files(self, source: Source, record: Record) -> None:
+        super()._finish_files(source, record)
+        if self._remote is not None:
+            self._remote.send([*digests_of(source.stem, record), record_name(source.stem)])
+
     def _note_mask(self, source: Source, record: Record) -> None:
         assert self._table is not None
         self.num_masks += 1
@@ -214,7 +262,8 @@ class MaskTree(MaskFolder):
             if path.is_symlink():
                 raise InputError(f"{source.label}: {path} is a link, which no mask is written through; remove it")
 
-    def _remove_leftovers(self) -> None:
+    def remove_leftovers(self) -> None:
+        """Delete the partial files of processes that have died."""
         for folder, _, files in os.walk(self.folder):
             for name in files:
                 if name.startswith(PARTIAL):
@@ -224,8 +273,11 @@ class MaskTree(MaskFolder):
         """Write the tables of all images from the records of the parts that have ended; nothing is segmented.
 
         Raises:
-            UsageError: a part is missing, masks are missing or were changed, or the parts had different options.
+            UsageError: a part is missing, masks are missing or were changed, or the parts had different options; or the
+                output is a bucket.
         """
+        if self._remote is not None:
+            raise UsageError(f"{shown(self.output)}: parts are joined in a folder alone")
         self.find_sources(inputs, bundle)
         try:
             counts = counts_of_parts(self.folder, self._seal_key)
@@ -239,7 +291,7 @@ class MaskTree(MaskFolder):
                 self.note_refused(Path(item.file), item.file, InputError(item.reason))
             self.num_masks = self.plan.num_images - len(refused)
         finally:
-            self.plan.close()
+            self.close()
 
     def _end_part(self, part: Part) -> None:
         """Leave the note of a part, and join the parts if it is the last one."""
@@ -271,7 +323,7 @@ class MaskTree(MaskFolder):
             for position, source in self.plan.of(None).numbered():
                 if position in without_mask:
                     continue
-                record = load_record(self.folder, source.stem, None, self._seal_key)
+                record = self._earlier_record(source, None)
                 if record is None or not record.key.endswith(made_by):
                     missing.append(position)
                 else:
@@ -281,10 +333,13 @@ class MaskTree(MaskFolder):
                 self.is_joined = True
         return missing
 
-    def _write_tables(self, table: AreaTable, unusable: Sequence[PartRefused]) -> None:
-        table.write(self.folder)
+    def _write_tables(self, table: AreaTable | None, unusable: Sequence[PartRefused]) -> None:
+        if table is not None:
+            table.write(self.folder)
         late = (Skipped(file=item.file, reason=item.reason, refused=True) for item in unusable)
         write_skipped(self.folder, chain(self.plan.skipped(), late))
+        if self._remote is not None:
+            self._remote.send([SKIPPED] if table is None else [AREAS, SKIPPED])
 
 
 def _renamed(message: str, names: Sequence[tuple[Path, Path]]) -> str:

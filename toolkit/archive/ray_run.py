@@ -1,7 +1,8 @@
 """Segment an archive on an existing Ray cluster: Ray Data hands blocks of images to actors with a session each.
 
-Inputs, bundle, output and the user's key for records must be on disks that all nodes share. The nodes write masks and
-records; the driver joins the tables from the records, as it does for parts.
+Inputs, bundle, output and the user's key for records must be on disks that all nodes share; inputs and output may be
+prefixes of a bucket instead. The nodes write masks and records; the driver joins the tables from the records, as it
+does for parts.
 """
 
 import json
@@ -17,6 +18,7 @@ from typing import Any
 
 from medseg_trt import __version__
 from medseg_trt.archive.mask_tree import MaskTree
+from medseg_trt.archive.object_store import absolute, shown
 from medseg_trt.archive.parts import PartRefused
 from medseg_trt.archive.ray_worker import BlockResult, RayJob, Segmenter, fields_of
 from medseg_trt.bundles.bundle import Bundle
@@ -50,23 +52,24 @@ def run_on_ray(
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
     ray = _connected(address)
     try:
-        sources = tree.find_sources(inputs, bundle)
-        with closing(tree.plan):
+        with closing(tree):
+            sources = tree.find_sources(inputs, bundle)
             job = RayJob(
                 version=__version__,
                 bundle=str(bundle.folder.resolve()),
                 manifest_sha256=bundle.manifest_sha256,
-                output=str(tree.folder.resolve()),
+                output=str(absolute(tree.output)),
                 overlay=tree.overlay,
                 mask_format=tree.mask_format,
-                containers=tuple(str(path.absolute()) for path in tree.containers),
+                containers=tuple(str(absolute(path)) for path in tree.containers),
                 options=options,
             )
             made_by, refused = _collected(tree, _results(ray, job, sources), -(-len(sources) // BLOCK))
+            tree.remove_leftovers()  # of workers that were lost
             if missing := tree.join_records(refused, made_by):
                 raise UsageError(
                     f"{len(missing)} masks are missing or not sealed with this user's key; all nodes need the same "
-                    f"{tree.folder} and the same state folder: run again to go on"
+                    f"{shown(tree.output)} and the same state folder: run again to go on"
                 )
     finally:
         ray.shutdown()
@@ -150,7 +153,7 @@ def _blocks(sources: Sequence[Source]) -> Iterator[str]:
 
 def _absolute(source: Source) -> Source:
     """Return the image with paths that hold in every folder."""
-    return Source(path=source.path.absolute(), files=tuple(file.absolute() for file in source.files), stem=source.stem)
+    return Source(path=absolute(source.path), files=tuple(map(absolute, source.files)), stem=source.stem)
 
 
 def _as_error(error: BaseException) -> MedsegError:

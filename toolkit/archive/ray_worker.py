@@ -85,7 +85,7 @@ class Segmenter:
 
     def close(self) -> None:
         """End the run after the images that it was given; Ray ends the process instead."""
-        self._written.close()
+        self._written.end()
         self._run.join()
 
     def _block(self, sources: Sequence[Source]) -> str:
@@ -136,8 +136,8 @@ class _FedTree(MaskTree):
         self._fed += len(sources)
         self._sources.feed(sources)
 
-    def close(self) -> None:
-        """Let the run end."""
+    def end(self) -> None:
+        """Let the run end after the images that were handed over."""
         self._sources.close()
 
     def wait(self, seconds: float) -> bool:
@@ -151,7 +151,10 @@ class _FedTree(MaskTree):
     @contextmanager
     def opened(self) -> Generator[None, None, None]:
         self.folder.mkdir(parents=True, exist_ok=True)
-        yield
+        try:
+            yield
+        finally:
+            self.close()
 
     @property
     def containers(self) -> dict[Path, Container]:

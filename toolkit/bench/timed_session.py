@@ -120,7 +120,8 @@ def _end_to_end(
                 pixels_to_masks=pipeline,
             )
             post = request.postprocessing
-            if post is not None and unsuited(post, image) is None:
+            has_spacing = image.spacing_mm is not None
+            if post is not None and unsuited(post, image.num_slices, image.size, has_spacing) is None:
                 labels = postprocess(labels, post, request.classes, image.spacing_mm)
             segment_end = time.perf_counter()
             write_mask(Mask.of(image, labels, request.classes), Path(folder))

@@ -79,7 +79,13 @@ class Bundle:
     @property
     def finish(self) -> Finish:
         """What corrects the labels of a whole image."""
-        return finisher(self.postprocessing, self.classes)
+        return finisher(self.postprocessing, self.classes, self.trained_side)
+
+    @property
+    def trained_side(self) -> float | None:
+        """How large the largest training images were, where that matters to post-processing: see ``unsuited``."""
+        guard = self.content.guard
+        return None if guard is None or self.tiles is None else guard.largest_side
 
     def unusual(self, image: Image) -> str | None:
         """Say in which way an image is far outside of the training images; None: it is not, or nothing is known."""

@@ -122,13 +122,15 @@ def infer(
     """Segment images; write masks and a table of areas.
 
     INPUTS are images, volumes, DICOM series and folders of them; whole archives with --tree, as zip or tar files, by
-    patterns such as 'archive/**/*.png' and by a DICOMDIR. A mask has the size and geometry of its image. With windows,
-    slides (SVS, tiled or pyramidal TIFF) are read and written by rows; their masks are tiled, pyramidal TIFF files.
+    patterns such as 'archive/**/*.png', by a DICOMDIR and in buckets, as s3://bucket/folder, where masks may go, too. A
+    mask has the size and geometry of its image. With windows, slides (SVS, tiled or pyramidal TIFF) are read and
+    written by rows; their masks are tiled, pyramidal TIFF files.
     areas.csv lists pixels of every class, mm² for 2-D images with a spacing, and ml for volumes, and in which way an
     image is unlike the training images; of archives, skipped.csv lists what was not segmented. A file that cannot be
     used is reported and skipped; the exit code is then 1.
     """
     from medseg_trt import pipeline
+    from medseg_trt.archive.object_store import shown
     from medseg_trt.bundles.bundle import find_bundle, load_bundle
     from medseg_trt.devices import parse_device
 
@@ -175,7 +177,7 @@ def infer(
     print_result(
         as_json,
         written.summary(),
-        f"{plural(written.num_masks, 'mask')} in {output}, {plural(num_refused, 'file')} refused, "
+        f"{plural(written.num_masks, 'mask')} in {shown(output)}, {plural(num_refused, 'file')} refused, "
         f"{written.num_left_out} left out; {unlike}{written.tables_text}",
     )
     if num_refused:
@@ -192,9 +194,14 @@ def _destination(
     on_error: Callable[[Path, InputError], None],
 ) -> "MaskFolder":
     """Return where the masks go: a folder, or a tree of folders for an archive."""
+    from medseg_trt.archive.object_store import is_object_path, shown
     from medseg_trt.inference.to_folder import MaskFolder
 
     if archive.request is None:
+        if is_object_path(output):
+            raise UsageError(
+                f"masks in a bucket are those of an archive; give --tree too, or a folder instead of {shown(output)}"
+            )
         return MaskFolder(output, overlay=overlay, resume=resume, mask_format=mask_format, on_error=on_error)
     from medseg_trt.archive.mask_tree import MaskTree
 

@@ -6,7 +6,7 @@ Source of the limit: split conformal prediction (Papadopoulos et al. 2002); neig
 independent, so the share holds for slices like the held-out ones alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
@@ -21,6 +21,7 @@ from medseg_trt.guard.features import (
     GRID,
     INTENSITIES,
     NAMES,
+    SliceFeatures,
     image_features,
     is_inverted,
     vector,
@@ -93,6 +94,12 @@ class Guard:
                 distances[index] = outside / known.spread
         return distances
 
+    @property
+    def largest_side(self) -> float | None:
+        """The square root of the pixels of the largest training images; None where it is not known."""
+        known = self.ranges.get("pixels")
+        return None if known is None else 2.0**known.high
+
     def text(self) -> str:
         """Say in one line what the guard knows."""
         return (
@@ -106,7 +113,12 @@ def unusual(guard: Guard, image: Image, preprocessing: Preprocessing) -> str | N
 
     A volume is far outside where more than half of its compared slices are.
     """
-    template, slices = np.array(guard.template), image_features(image, preprocessing, MAX_SLICES)
+    return unusual_slices(guard, image_features(image, preprocessing, MAX_SLICES), preprocessing)
+
+
+def unusual_slices(guard: Guard, slices: Sequence[SliceFeatures], preprocessing: Preprocessing) -> str | None:
+    """Return in which way more than half of the slices are far outside of the training images; None: they are not."""
+    template = np.array(guard.template)
     vectors = np.array([vector(slice_, template) for slice_ in slices])
     distances = np.array([guard.distances(values) for values in vectors])
     if (distances.max(axis=1) > guard.limit).mean() <= 0.5:

@@ -18,7 +18,7 @@ class SlideMask:
     classes: Classes
     spacing_mm: tuple[float, float] | None = None  # between rows and columns
     stem: str | None = None
-    unusual: None = None  # slides are not compared with the training images
+    unusual: str | None = None  # in which way the slide is unlike the training images; None: it is not, or not known
 
     @property
     def name(self) -> str:

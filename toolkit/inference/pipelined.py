@@ -23,11 +23,11 @@ from medseg_trt.imaging.preprocess import outside_fraction
 from medseg_trt.imaging.segment import SegmentationStages, segmentation_stages
 from medseg_trt.inference.outcomes import Outcome, Refused, Segmented, Skipped, SlideSegmented, SlideToSegment
 from medseg_trt.inference.prefetch import POLL_S, Prefetcher, StoppedError
+from medseg_trt.inference.slide import slide_mask
 from medseg_trt.progress import LOG, track
 from medseg_trt.sessions.base import Session
 from medseg_trt.spec import Preprocessing
 from medseg_trt.tiling.segment import tiled
-from medseg_trt.tiling.slides import segment_slide
 
 MAX_PENDING_BYTES = 128 << 20  # of pixels: a volume of 512 x 512 x 256 in 16 bits
 
@@ -170,15 +170,12 @@ def _slide(
     item: SlideToSegment, session: Session, bundle: Bundle, label: str | None, prefetcher: Prefetcher
 ) -> SlideSegmented | Refused:
     """Segment a slide and write its mask by rows, all in this stage."""
-    assert bundle.tiles is not None
 
     def check() -> None:
         prefetcher.wait_for(lambda: True)
 
     try:
-        mask = segment_slide(
-            session.run, item.slide, bundle.preprocessing, bundle.classes, bundle.tiles, item.path, label, check
-        )
+        mask = slide_mask(session.run, item, bundle, label, check)
     except InputError as error:
         return Refused(error)
     except (MedsegError, StoppedError, OSError):

@@ -77,6 +77,12 @@ def load_record(folder: Path, stem: str, key: str | None, seal_key: bytes) -> Re
         key: of the image, the bundle and the options; None leaves its comparison to the caller.
         seal_key: from ``record_seal.record_key``.
     """
+    record = read_record(folder, stem, key, seal_key)
+    return record if record is not None and has_its_files(folder, stem, record) else None
+
+
+def read_record(folder: Path, stem: str, key: str | None, seal_key: bytes) -> Record | None:
+    """Return an image's record as ``load_record`` does, whatever became of the files that it is of."""
     path = _record_path(folder, stem)
     try:
         with open_regular(path) as file:
@@ -91,13 +97,25 @@ def load_record(folder: Path, stem: str, key: str | None, seal_key: bytes) -> Re
             LOG.warning("%s was not written by a run of this user on this machine; its image is segmented again", path)
             return None
         record = from_dict(Record, fields, str(path))
-        files = {folder / f"{stem}{record.mask_suffix}": record.mask_sha256}
-        if record.overlay_sha256 is not None:
-            files[overlay_path(folder, stem)] = record.overlay_sha256
-        unchanged = all(_digest(file) == digest for file, digest in files.items())
     except (OSError, ValueError, RecursionError, ArtefactError):
         return None
-    return record if unchanged and key in (None, record.key) else None
+    return record if key in (None, record.key) else None
+
+
+def has_its_files(folder: Path, stem: str, record: Record) -> bool:
+    """Return whether the files that a record is of are unchanged."""
+    try:
+        return all(_digest(folder / name) == digest for name, digest in digests_of(stem, record).items())
+    except OSError:
+        return False
+
+
+def digests_of(stem: str, record: Record) -> dict[str, str]:
+    """Return the digests of the files of an image, the mask and an overlay, by their names in the output folder."""
+    digests = {f"{stem}{record.mask_suffix}": record.mask_sha256}
+    if record.overlay_sha256 is not None:
+        digests[f"{OVERLAYS}/{stem}.png"] = record.overlay_sha256
+    return digests
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -120,11 +138,16 @@ def _sealed_content(stem: str, fields: Mapping[str, Any]) -> bytes:
     return json.dumps([stem, fields], sort_keys=True).encode()
 
 
-def _record_path(folder: Path, stem: str) -> Path:
+def record_name(stem: str) -> str:
+    """Return the name of an image's record in the output folder."""
     name = f"{stem}{RECORD_SUFFIX}"
     if len(os.fsencode(name)) > MAX_NAME_BYTES:
         name = f"{hashlib.sha256(os.fsencode(stem)).hexdigest()}{RECORD_SUFFIX}"
-    return folder / FOLDER / name
+    return f"{FOLDER}/{name}"
+
+
+def _record_path(folder: Path, stem: str) -> Path:
+    return folder / record_name(stem)
 
 
 def _is_own(status: os.stat_result) -> bool:

@@ -88,7 +88,7 @@ class MaskFolder(Destination):
         self._table: AreaTable | None = None  # of the run, between its beginning and its end
         self._keys: dict[Source, str] = {}  # of the images between reading and writing
         self._made_by = ""  # what the masks of a run depend on, besides their images
-        self._on_error = on_error or _log_error
+        self._on_error = on_error or (lambda _path, error: LOG.warning("%s", error))
 
     @cached_property
     def _seal_key(self) -> bytes:
@@ -161,17 +161,16 @@ class MaskFolder(Destination):
         self, sources: Sequence[Source], bundle: Bundle, session: Session, batch: int
     ) -> Iterator[Image | SlideToSegment | Skipped | Refused]:
         """Yield every image, its record if an earlier run finished it, or the reason why it cannot be used."""
-        made_by = f"bundle {bundle.mask_key}, {session.description}, batch {batch}, overlay {self.overlay}" + (
+        self._made_by = f"bundle {bundle.mask_key}, {session.description}, batch {batch}, overlay {self.overlay}" + (
             "" if self.mask_format == "auto" else f", format {self.mask_format}"
         )
-        self._made_by = made_by
         max_name_bytes = name_limit(self.folder)
         for source in sources:
             try:
                 _require_short_name(source, max_name_bytes)
                 with self.local_files(source) as local:
-                    self._keys[source] = key = f"image {_digest(local)}, {made_by}"
-                    record = load_record(self.folder, source.stem, key, self._seal_key) if self.resume else None
+                    self._keys[source] = key = f"image {_digest(local)}, {self._made_by}"
+                    record = self._earlier_record(source, key) if self.resume else None
                     item = self._read(source, local, bundle) if record is None else Skipped(record)
                 yield item
             except (InputError, MissingExtraError) as error:
@@ -227,7 +226,7 @@ class MaskFolder(Destination):
     def write_slide(self, source: Source, mask: SlideMask) -> None:
         """Note the mask of a slide, and write its record."""
         record = self._record(source, mask, mask.file, None)
-        save_record(self.folder, source.stem, record, self._seal_key)
+        self._finish_files(source, record)
         self._note_mask(source, record)
 
     def keep(self, source: Source, record: Record) -> None:
@@ -271,7 +270,7 @@ class MaskFolder(Destination):
                 overlay_sha256 = sha256(path)
             path = self._write_mask(mask, source, bundle)
             record = self._record(source, mask, path, overlay_sha256)
-            save_record(self.folder, source.stem, record, self._seal_key)
+            self._finish_files(source, record)
         except OSError as error:
             if error.errno not in NAME_ERRORS:
                 raise
@@ -283,6 +282,14 @@ class MaskFolder(Destination):
         except Exception as error:
             raise _as_input_error(source, error) from error
         return record
+
+    def _earlier_record(self, source: Source, key: str | None) -> Record | None:
+        """Return the record of an earlier run whose files are still there; ``key`` as for ``load_record``."""
+        return load_record(self.folder, source.stem, key, self._seal_key)
+
+    def _finish_files(self, source: Source, record: Record) -> None:
+        """Write the record of an image whose other files are complete."""
+        save_record(self.folder, source.stem, record, self._seal_key)
 
     def _record(self, source: Source, mask: Mask | SlideMask, path: Path, overlay_sha256: str | None) -> Record:
         stem_name = source.stem.rpartition("/")[2]
@@ -309,10 +316,6 @@ def made_by(bundle: Bundle) -> "MadeBy":
     from medseg_trt.imaging.formats.dicom_seg import MadeBy
 
     return MadeBy(model=bundle.folder.resolve().name.removesuffix(".medseg"), digest=bundle.manifest_sha256)
-
-
-def _log_error(_path: Path, error: InputError) -> None:
-    LOG.warning("%s", error)
 
 
 def _as_input_error(source: Source, error: Exception) -> InputError:

@@ -1,9 +1,13 @@
 """Apply post-processing to the labels of one image: components in 3-D with 26 neighbours, holes slice by slice.
 
 Steps that were learnt on volumes say nothing of single slices, and the other way round; sizes in millimetres need a
-spacing. Where steps do not apply, a mask stays as the network made it.
+spacing. In windows, an image that is much larger than the training images shows more than they did, not finer: there
+the largest component, or a share of the image, is not what was learnt. Where steps do not apply, a mask stays as the
+network made it.
 Source: Isensee et al. 2021, "nnU-Net", for components that are removed where the validation set gains by it.
 """
+
+from math import sqrt
 
 import numpy as np
 from jaxtyping import Bool, UInt8
@@ -11,6 +15,7 @@ from numpy import ndarray
 
 from medseg_trt.errors import require
 from medseg_trt.imaging.images import Image
+from medseg_trt.imaging.preprocess import Size
 from medseg_trt.imaging.segment import Finish
 from medseg_trt.postprocess.steps import ClassSteps, Postprocessing, Unit
 from medseg_trt.progress import LOG
@@ -18,15 +23,20 @@ from medseg_trt.spec import Classes
 
 Labels = UInt8[ndarray, "slices height width"]
 NEIGHBOURS = 26
+MAX_GROWTH = 2.0  # of the side of an image, from that of the largest training images
 
 
-def finisher(post: Postprocessing | None, classes: Classes) -> Finish:
-    """Return the function that corrects the labels of an image; without steps, or where they do not apply, none."""
+def finisher(post: Postprocessing | None, classes: Classes, trained_side: float | None = None) -> Finish:
+    """Return the function that corrects the labels of an image; without steps, or where they do not apply, none.
+
+    ``trained_side`` is that of ``unsuited``.
+    """
 
     def finish(image: Image, labels: ndarray) -> ndarray:
         if post is None:
             return labels
-        if (reason := unsuited(post, image)) is not None:
+        reason = unsuited(post, image.num_slices, image.size, image.spacing_mm is not None, trained_side)
+        if reason is not None:
             LOG.warning("%s is not post-processed: %s", image.stem or image.path.name, reason)
             return labels
         return postprocess(labels, post, classes, image.spacing_mm)
@@ -34,13 +44,29 @@ def finisher(post: Postprocessing | None, classes: Classes) -> Finish:
     return finish
 
 
-def unsuited(post: Postprocessing, image: Image) -> str | None:
-    """Return why the steps do not apply to an image; None: they do."""
-    if (image.num_slices > 1) != (post.kind == "volume"):
+def unsuited(
+    post: Postprocessing, num_slices: int, size: Size, has_spacing: bool, trained_side: float | None = None
+) -> str | None:
+    """Return why the steps do not apply to an image; None: they do.
+
+    Args:
+        post: the steps.
+        num_slices: of the image.
+        size: height and width of a slice.
+        has_spacing: whether its spacing is known.
+        trained_side: the square root of the pixels of the largest training images, for an image that is cut into
+            windows; None: it is resized as a whole, or nothing is known.
+    """
+    if (num_slices > 1) != (post.kind == "volume"):
         learnt = "volumes" if post.kind == "volume" else "single slices"
-        return f"the steps were learnt on {learnt}, and it has {image.num_slices} slice(s)"
-    if post.unit != "share" and image.spacing_mm is None:
+        return f"the steps were learnt on {learnt}, and it has {num_slices} slice(s)"
+    if post.unit != "share" and not has_spacing:
         return "the steps remove components by their size in millimetres, and its spacing is not known"
+    growth = 1.0 if trained_side is None else sqrt(size[0] * size[1]) / trained_side
+    if growth > MAX_GROWTH and any(
+        steps.largest or (steps.min_size and post.unit == "share") for steps in post.classes
+    ):
+        return f"its sides are {growth:.1f} times those of the training images, on which the steps were learnt"
     return None
 
 

@@ -19,6 +19,8 @@ from medseg_trt.tiling.segment import check_tiles, label_rows
 from medseg_trt.tiling.windows import Tiles, starts, window_size
 
 MAX_ROW_BYTES = 2**32  # of pixels and logits of a row of windows
+Judge = Callable[[ReadRows, Preprocessing], str | None]
+FinishBands = Callable[[Iterator[ndarray]], Iterator[ndarray]]
 SUMS = 2  # arrays of the size of a row's logits at once: sums, and the mean of what is complete
 
 
@@ -31,6 +33,8 @@ def segment_slide(
     path: Path,
     label: str | None = None,
     check: Callable[[], None] = lambda: None,
+    judge: Judge = lambda *_: None,
+    finish: FinishBands = lambda bands: bands,
 ) -> SlideMask:
     """Write the mask of a slide, a tiled and pyramidal TIFF, atomically.
 
@@ -43,6 +47,8 @@ def segment_slide(
         path: of the mask.
         label: shows progress over the rows of windows under this name; None shows none.
         check: called after every row of windows; what it raises ends the work, and nothing is written.
+        judge: says in which way the slide, with its preprocessing, is unlike the training images.
+        finish: corrects the labels of the whole slide.
 
     Raises:
         InputError: a tile of the slide is damaged, or a row of windows would take more than ``MAX_ROW_BYTES``.
@@ -55,6 +61,7 @@ def segment_slide(
         LOG.info("%s is read at level %d of its pyramid, %d x %d pixels", slide.path, slide.level, *slide.size[::-1])
     with open_rows(slide) as read_rows:
         contract = _for_slide(preprocessing, slide, read_rows, check)
+        unusual = judge(read_rows, contract)
         bands = label_rows(run, read_rows, slide.size, contract, window, tiles.overlap)
 
         def labels() -> Iterator[ndarray]:
@@ -63,7 +70,8 @@ def segment_slide(
                 check()
                 yield band
 
-        counts = write_pyramid(path, labels(), slide.size, classes, slide.spacing_mm)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        counts = write_pyramid(path, finish(labels()), slide.size, classes, slide.spacing_mm)
     return SlideMask(
         path=slide.path,
         file=path,
@@ -72,6 +80,7 @@ def segment_slide(
         classes=classes,
         spacing_mm=slide.spacing_mm,
         stem=slide.stem,
+        unusual=unusual,
     )
 
 

@@ -5,24 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from learnt_steps import CLASSES, post_of, steps_of
 from scipy import ndimage
 
 from medseg_trt.imaging.images import Image
 from medseg_trt.postprocess.apply import finisher, postprocess, unsuited
-from medseg_trt.postprocess.steps import ClassSteps, Gain, Kind, Postprocessing, Unit
-from medseg_trt.spec import Classes
 
-CLASSES = Classes(names=("background", "disc", "bar"))
-GAIN = Gain(before=0.5, after=0.6, low=0.05, high=0.15, units="cases")
 SPACING = (3.0, 2.0, 1.0)
-
-
-def steps_of(**fields):
-    return ClassSteps(name="disc", gain=GAIN, **fields)
-
-
-def post_of(*classes: ClassSteps, kind: Kind = "volume", unit: Unit = "mm3") -> Postprocessing:
-    return Postprocessing(kind=kind, unit=unit, classes=classes, gain=GAIN, cases=5, slices=50, description="generated")
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +97,7 @@ def test_steps_of_volumes_leave_single_slices_and_unknown_spacings_raw_and_say_s
         (image_like(labels[:1]), "learnt on volumes, and it has 1 slice"),
         (image_like(labels, spacing=None), "its spacing is not known"),
     ):
-        assert reason in (unsuited(post, image) or "")
+        assert reason in (unsuited(post, image.num_slices, image.size, image.spacing_mm is not None) or "")
         caplog.clear()
         np.testing.assert_array_equal(finish(image, labels[: image.num_slices]), labels[: image.num_slices])
         assert reason in caplog.text
