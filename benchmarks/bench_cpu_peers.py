@@ -39,9 +39,13 @@ def write_networks(folder: Path, architectures: Sequence[str], image_size: tuple
 
 
 def write_unfolded(folder: Path, architecture: str) -> None:
-    """Write the published network as PyTorch exports it, for one image."""
+    """Write the published network as PyTorch exports it, with a free batch; OpenVINO's session fixes it at one image.
+
+    At batch 1, PyTorch 2.13 cannot export the attention of one window.
+    """
     import torch
 
+    from medseg_trt.export.graph.trace import EXAMPLE_BATCH
     from medseg_trt.train.checkpoint import load_checkpoint
 
     model = load_checkpoint(folder / architecture / "model.pt").model()
@@ -50,8 +54,9 @@ def write_unfolded(folder: Path, architecture: str) -> None:
         warnings.simplefilter("ignore")
         torch.onnx.export(
             model,
-            (torch.zeros(1, 3, *model.spec.image_size),),
+            (torch.zeros(EXAMPLE_BATCH, 3, *model.spec.image_size),),
             str(folder / "peers" / "unfolded.onnx"),
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
             dynamo=True,
             opset_version=OPSET,
             input_names=["pixel_values"],
@@ -69,6 +74,7 @@ def write_nncf(folder: Path, architecture: str) -> None:
     with np.load(folder / "images.npz") as file:
         images = file["calibration"]
     model = openvino.Core().read_model(str(folder / "peers" / "unfolded.onnx"))
+    model.reshape({"pixel_values": [1, *images.shape[1:]]})
     rounded = nncf.quantize(
         model,
         nncf.Dataset([image[np.newaxis] for image in images]),

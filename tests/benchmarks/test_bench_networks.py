@@ -50,10 +50,10 @@ def test_logits_have_one_size_and_depend_on_the_image(model, scripts):
     assert not any(module.training for module in model.modules())
     with torch.no_grad():
         logits = model(images)
-    print(logits.std(), (logits > 0).float().mean(), logits.var(0).mean() / logits.var())
     assert logits.std().item() == pytest.approx(1, rel=1e-3)
     assert 0.2 < (logits > 0).float().mean() < 0.8
-    assert logits.var(dim=0).mean() / logits.var() > 0.4
+    # The share of the variance that images make: 0.77 to 0.98; without statistics of images 0.66 (U-Net), 0.52 (Swin).
+    assert logits.var(dim=0).mean() / logits.var() > 0.7
 
 
 def measured(tools: dict[str, tuple[float, float]]) -> dict[str, object]:
