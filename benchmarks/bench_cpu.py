@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_cpu_artefacts import BUNDLES, Artefacts, artefacts, in_own_process
+from bench_cpu_artefacts import Artefacts, Plan, PlannedBundle, artefacts, in_own_process
 from bench_cpu_child import Child, Variant
 from bench_cpu_figures import compare_speeds, ratios_of_rounds, sqnr_db
 from bench_cpu_graph import folding_error, graph_figures, profile
+from bench_cpu_network import IMAGE_SIZE
 from bench_cpu_peers import GEMM_MACS, GEMM_TOKENS, GEMM_WIDTH
 from results_file import options, publish, table
 
@@ -27,6 +28,18 @@ SECONDS, MIN_RUNS = 1.5, 3  # of a variant in a round
 MIN_SQNR_TO_TIME_DB = 3.0  # less is another network, not a rounded one
 IN_ROUNDS = ("fp32", "bf16", "int8")  # precisions whose speed is judged; of the others the memory is
 STORED = ("fp32", "int8", "w8a16", "w4a16", "fp16")
+PLAN = Plan(
+    folder=("bench_cpu",),
+    architectures=("llm-transunet", "transunet"),
+    image_size=IMAGE_SIZE,
+    bundles={
+        "exported": PlannedBundle(architecture="llm-transunet", precisions="fp32"),
+        "default": PlannedBundle(architecture="llm-transunet", precisions="fp32,bf16,int8"),
+        "stored": PlannedBundle(architecture="llm-transunet", precisions="w8a16,w4a16,fp16"),
+        "plain": PlannedBundle(architecture="transunet", precisions="int8"),
+    },
+    has_limit=True,
+)
 HEAD = ("rows", "machine", "measured", "versions")  # of the result; the rest is printed as it is
 HEADER = ("network", "group", "median ms", "p90 ms", "SQNR dB", "max abs error", "anonymous MB", "peak RSS MB")
 
@@ -52,7 +65,7 @@ def peers(made: Artefacts) -> list[Variant]:
     ]
 
 
-def ours(made: Artefacts, name: str) -> list[Variant]:
+def ours(made: Artefacts, name: str, architecture: str = "llm-transunet") -> list[Variant]:
     """Return every execution of a bundle."""
     bundle = load_bundle(made.bundle(name))
     variants = []
@@ -67,6 +80,7 @@ def ours(made: Artefacts, name: str) -> list[Variant]:
                 path=bundle.folder / graph.graph,
                 compute=execution.compute_dtype,
                 precision=graph.precision,
+                reference=architecture,
             )
         )
     return variants
@@ -211,7 +225,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--fresh", action="store_true", help="build the bundles anew and time that, too")
     chosen = parser.parse_args()
-    made = artefacts(fresh_bundles=chosen.fresh)
+    made = artefacts(PLAN, fresh_bundles=chosen.fresh)
     images = made.images()
     limit = Variant(name="int8-gemm", group="limit", opener="openvino", path=made.networks / "gemm.onnx")
     plain = ours_of_plain(made)
@@ -247,7 +261,7 @@ def main() -> None:
         "folded_max_abs_error": in_own_process(folding_error, made),
         "int8_all_flavours_mb": sum(file.stat().st_size for file in int8_files) / 1e6,
         "infer": memory_of_infer(made, images),
-        "builds": [made.build_figures(name) for name in BUNDLES],
+        "builds": [made.build_figures(name) for name in PLAN.bundles],
     }
     publish("bench_cpu", result, to_markdown, chosen)
 

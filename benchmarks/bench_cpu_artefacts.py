@@ -1,4 +1,4 @@
-"""Make checkpoints, peers' graphs and bundles of the CPU benchmark, and keep them in the user's cache.
+"""Make checkpoints, peers' graphs and bundles of the CPU benchmarks, and keep them in the user's cache.
 
 The name of a folder has the digest of the code and the packages that made it. Folders of older code are deleted: a set
 takes several gigabytes.
@@ -24,19 +24,32 @@ from medseg_trt.files import atomic_folder, cache_folder, write_json
 from medseg_trt.processes import python_command
 
 PACKAGES = ("numpy", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "openvino", "nncf")
+NETWORK_FILES = ("benchmarks/bench_cpu_network.py", "benchmarks/bench_cpu_weights.py")
 SOURCES: Mapping[str, tuple[str, ...]] = {  # of each folder of the cache: folders and files below the repository
-    "networks": ("train", "benchmarks/bench_cpu_network.py", "benchmarks/bench_cpu_peers.py"),
-    "bundles": ("train", "export", "toolkit", "benchmarks/bench_cpu_network.py"),
+    "networks": ("train", *NETWORK_FILES, "benchmarks/bench_cpu_peers.py"),
+    "bundles": ("train", "export", "toolkit", *NETWORK_FILES),
 }
-BUNDLES: Mapping[str, str] = {  # by name: the precisions in it
-    "exported": "fp32",
-    "default": "fp32,bf16,int8",
-    "stored": "w8a16,w4a16,fp16",
-    "plain": "int8",
-}
-ARCHITECTURE_OF: Mapping[str, str] = {"plain": "transunet"}  # of a bundle; of the others, the LLM-TransUNet
 ROOT = Path(__file__).parents[1]
 SECONDS_BETWEEN_LOOKS = 0.2  # at the memory of a build
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedBundle:
+    """A bundle to build."""
+
+    architecture: str
+    precisions: str  # as ``build --precision`` takes them
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What a benchmark needs."""
+
+    folder: tuple[str, ...]  # of the cache
+    architectures: tuple[str, ...]  # keys of ``train.models.model.MODELS``; peers run the first
+    image_size: tuple[int, int]  # height and width in pixels
+    bundles: Mapping[str, PlannedBundle]  # by name
+    has_limit: bool = False  # whether a chain of matrix products is timed beside the networks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +69,7 @@ class Artefacts:
             return dict(file)
 
     def bundle(self, name: str) -> Path:
-        """Return a bundle of ``BUNDLES``."""
+        """Return a bundle of the plan."""
         return self.bundles / f"{name}.medseg"
 
     def build_figures(self, name: str) -> dict[str, Any]:
@@ -64,32 +77,31 @@ class Artefacts:
         return json.loads((self.bundles / f"{name}.json").read_text())
 
 
-def artefacts(*, fresh_bundles: bool = False) -> Artefacts:
+def artefacts(plan: Plan, *, fresh_bundles: bool = False) -> Artefacts:
     """Return everything, made where it is not in the cache.
 
     Args:
+        plan: what is wanted.
         fresh_bundles: build the bundles anew, so that the time they take is that of this moment.
     """
     import bench_cpu_peers
 
-    networks, bundles = (_folder(name) for name in SOURCES)
+    networks, bundles = (_folder(plan, name) for name in SOURCES)
     if fresh_bundles and bundles.exists():
         shutil.rmtree(bundles)
     if not networks.exists():
         with _only(networks) as partial:
-            for step in (
-                bench_cpu_peers.write_networks,
-                bench_cpu_peers.write_unfolded,
-                bench_cpu_peers.write_nncf,
-                bench_cpu_peers.write_gemm,
-            ):
-                in_own_process(step, partial)
+            in_own_process(bench_cpu_peers.write_networks, partial, plan.architectures, plan.image_size)
+            in_own_process(bench_cpu_peers.write_unfolded, partial, plan.architectures[0])
+            in_own_process(bench_cpu_peers.write_nncf, partial, plan.architectures[0])
+            if plan.has_limit:
+                in_own_process(bench_cpu_peers.write_gemm, partial)
     made = Artefacts(networks=networks, bundles=bundles)
     if not bundles.exists():
         with _only(bundles) as partial:
-            for name, precisions in BUNDLES.items():
-                checkpoint = made.checkpoint(ARCHITECTURE_OF.get(name, "llm-transunet"))
-                figures = _build(made, checkpoint, precisions, partial / f"{name}.medseg")
+            for name, planned in plan.bundles.items():
+                checkpoint = made.checkpoint(planned.architecture)
+                figures = _build(made, checkpoint, planned.precisions, partial / f"{name}.medseg")
                 write_json(partial / f"{name}.json", figures)
     return made
 
@@ -113,13 +125,14 @@ def _send(pipe: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -
     pipe.send(function(*arguments))
 
 
-def _folder(name: str) -> Path:
+def _folder(plan: Plan, name: str) -> Path:
     content = hashlib.sha256("".join(f"{package} {version(package)}\n" for package in PACKAGES).encode())
+    content.update(repr(plan).encode())
     for source in SOURCES[name]:
         path = ROOT / source
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             content.update(file.relative_to(ROOT).as_posix().encode() + b"\0" + file.read_bytes())
-    return cache_folder("bench_cpu") / f"{name}-{content.hexdigest()[:12]}"
+    return cache_folder(*plan.folder) / f"{name}-{content.hexdigest()[:12]}"
 
 
 def _only(folder: Path) -> Any:

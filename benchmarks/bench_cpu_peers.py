@@ -1,9 +1,10 @@
-"""Make the networks of the CPU benchmark, and the peers' graphs of the published, unfolded network.
+"""Make the networks of the CPU benchmarks, and the peers' graphs of the published, unfolded networks.
 
-PyTorch exports and OpenVINO's NNCF quantises, with their defaults for a transformer.
+PyTorch exports and OpenVINO's NNCF quantises, with their defaults for the kind of network.
 """
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,22 +12,23 @@ import numpy as np
 SLICES = 8  # of each scan: one calibrates, the other is judged
 SCANS = ("ct_A.nii.gz", "ct_B.nii.gz")
 OPSET = 18  # at 21 and above OpenVINO 2026.4 dies of native GroupNormalization
+CONVOLUTIONAL = ("unet",)  # NNCF has other defaults for transformers
 GEMM_TOKENS, GEMM_WIDTH, GEMM_LAYERS = 256, 4096, 4  # the language part's shapes
 GEMM_MACS = GEMM_TOKENS * GEMM_WIDTH**2 * GEMM_LAYERS
 
 
-def write_networks(folder: Path) -> None:
+def write_networks(folder: Path, architectures: Sequence[str], image_size: tuple[int, int]) -> None:
     """Write the scans, the checkpoints, the prepared images and PyTorch's logits of those that are judged."""
-    from bench_cpu_network import ARCHITECTURES, image_folder, write_checkpoint
+    from bench_cpu_network import image_folder, write_checkpoint
 
     from medseg_trt.building.reference_images import reference_images
     from medseg_trt.train.models.model import runner
 
     images = image_folder(folder, SCANS, SLICES)
     arrays: dict[str, np.ndarray] = {}
-    for architecture in ARCHITECTURES:
+    for architecture in architectures:
         (folder / architecture).mkdir()
-        checkpoint = write_checkpoint(architecture, folder / architecture / "model.pt", images)
+        checkpoint = write_checkpoint(architecture, folder / architecture / "model.pt", images, image_size)
         chosen = reference_images(checkpoint, images)
         assert chosen.calibration is not None
         arrays |= {"calibration": chosen.calibration, "judged": chosen.judged.inputs}
@@ -36,20 +38,25 @@ def write_networks(folder: Path) -> None:
     np.savez(folder / "images.npz", **arrays)  # pyright: ignore[reportArgumentType]  # no name is allow_pickle
 
 
-def write_unfolded(folder: Path) -> None:
-    """Write the published network as PyTorch exports it, for one image."""
+def write_unfolded(folder: Path, architecture: str) -> None:
+    """Write the published network as PyTorch exports it, with a free batch; OpenVINO's session fixes it at one image.
+
+    At batch 1, PyTorch 2.13 cannot export the attention of one window.
+    """
     import torch
 
+    from medseg_trt.export.graph.trace import EXAMPLE_BATCH
     from medseg_trt.train.checkpoint import load_checkpoint
 
-    model = load_checkpoint(folder / "llm-transunet" / "model.pt").model()
+    model = load_checkpoint(folder / architecture / "model.pt").model()
     (folder / "peers").mkdir()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
             model,
-            (torch.zeros(1, 3, *model.spec.image_size),),
+            (torch.zeros(EXAMPLE_BATCH, 3, *model.spec.image_size),),
             str(folder / "peers" / "unfolded.onnx"),
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
             dynamo=True,
             opset_version=OPSET,
             input_names=["pixel_values"],
@@ -59,7 +66,7 @@ def write_unfolded(folder: Path) -> None:
         )
 
 
-def write_nncf(folder: Path) -> None:
+def write_nncf(folder: Path, architecture: str) -> None:
     """Write the published network in INT8 as OpenVINO's NNCF makes it after training, on the same images."""
     import nncf  # pyright: ignore[reportMissingImports]  # of the group bench, which the tests do without
     import openvino
@@ -67,10 +74,11 @@ def write_nncf(folder: Path) -> None:
     with np.load(folder / "images.npz") as file:
         images = file["calibration"]
     model = openvino.Core().read_model(str(folder / "peers" / "unfolded.onnx"))
+    model.reshape({"pixel_values": [1, *images.shape[1:]]})
     rounded = nncf.quantize(
         model,
         nncf.Dataset([image[np.newaxis] for image in images]),
-        model_type=nncf.ModelType.TRANSFORMER,
+        model_type=None if architecture in CONVOLUTIONAL else nncf.ModelType.TRANSFORMER,
         subset_size=len(images),
     )
     openvino.save_model(rounded, str(folder / "peers" / "int8.xml"), compress_to_fp16=False)
