@@ -52,7 +52,7 @@ class MeasuredHere(MeasuredSession):
 def measure_here(patch: pytest.MonkeyPatch) -> None:
     """Make ``bench`` fast: real answers, made-up times, profiles and peaks."""
 
-    def steps(_path, backend, _precision, _compute, _image, costs):
+    def steps(_path, backend, _precision, _compute, _image, costs, _cuda):
         named = [cost for cost in costs if cost.macs]
         return summed_up(
             f"{backend}, made up",

@@ -62,12 +62,14 @@ class Rapl(Meter):
 
 @dataclass
 class Nvml(Meter):
-    """The total energy counter of the first GPU, in millijoules since the driver was loaded."""
+    """The total energy counter of a GPU, in millijoules since the driver was loaded."""
 
     library: Any
     device: ctypes.c_void_p
+    number: int  # of the GPU, as NVML counts them
 
-    name = "NVML, the first GPU"
+    def __post_init__(self) -> None:
+        self.name = f"NVML, GPU {self.number}"
 
     def joules(self) -> float:
         """Return the energy of the GPU."""
@@ -114,11 +116,11 @@ def input_watts(line: str) -> float:
     return sum(int(milliwatts) for milliwatts in TEGRASTATS_INPUT.findall(line)) / 1000
 
 
-def open_meter(device: str, powercap: Path = POWERCAP) -> Meter | Missing:
-    """Open the meter for a device, or return the reason why there is none."""
+def open_meter(device: str, number: int = 0, powercap: Path = POWERCAP) -> Meter | Missing:
+    """Open the meter for a device, for a GPU the one of its number, or return the reason why there is none."""
     if command := shutil.which("tegrastats"):
         return Tegrastats(command)
-    return _rapl(powercap) if device.upper().startswith("CPU") else _nvml()
+    return _rapl(powercap) if device.upper().startswith("CPU") else _nvml(number)
 
 
 def energy(run: Callable[[], int], meter: Meter, clock: Callable[[], float] = time.perf_counter) -> Energy | Missing:
@@ -146,14 +148,14 @@ def _rapl(powercap: Path) -> Meter | Missing:
         return Missing(reason=f"the energy counters cannot be read: {error}")
 
 
-def _nvml() -> Meter | Missing:
+def _nvml(number: int) -> Meter | Missing:
     try:
         library = ctypes.CDLL(NVML)
     except OSError:
         return Missing(reason=f"no NVIDIA driver is installed: there is no {NVML}")
     device, total = ctypes.c_void_p(), ctypes.c_ulonglong()
-    if library.nvmlInit_v2() or library.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(device)):
-        return Missing(reason="NVML finds no GPU")
+    if library.nvmlInit_v2() or library.nvmlDeviceGetHandleByIndex_v2(number, ctypes.byref(device)):
+        return Missing(reason=f"NVML finds no GPU {number}")
     if library.nvmlDeviceGetTotalEnergyConsumption(device, ctypes.byref(total)):
         return Missing(reason="this GPU has no energy counter")
-    return Nvml(library, device)
+    return Nvml(library, device, number)

@@ -19,6 +19,7 @@ import numpy as np
 
 from medseg_trt.bench.missing import Missing
 from medseg_trt.bench.profile_schema import LayerTime, PartTime, Profile
+from medseg_trt.devices import ComputeDevice
 from medseg_trt.errors import MedsegError, require
 from medseg_trt.export.graph.interface import INPUT, OUTPUT, size_inputs
 from medseg_trt.processes import ChildProcess, parent
@@ -54,7 +55,13 @@ class Step:
 
 
 def profile(
-    graph: Path, backend: str, precision: str, compute: str, image: np.ndarray, costs: Sequence["NodeCost"]
+    graph: Path,
+    backend: str,
+    precision: str,
+    compute: str,
+    image: np.ndarray,
+    costs: Sequence["NodeCost"],
+    cuda: int = 0,
 ) -> Profile | Missing:
     """Profile a graph.
 
@@ -65,10 +72,17 @@ def profile(
         compute: what float parts are computed in.
         image: (1, 3, height, width) float32.
         costs: of the graph's nodes.
+        cuda: the number of the GPU, for a back-end that takes one.
     """
     if backend not in PROFILERS:
         return Missing(reason=f"{backend} has no profiler of layers here")
-    request = {"backend": backend, "path": str(graph.resolve()), "precision": precision, "compute": compute}
+    request = {
+        "backend": backend,
+        "path": str(graph.resolve()),
+        "precision": precision,
+        "compute": compute,
+        "cuda": cuda,
+    }
     try:
         with (
             TemporaryDirectory() as folder,  # for files that a back-end leaves behind
@@ -164,7 +178,9 @@ def _feeds(image: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
     return {INPUT: image, **size_inputs([name for name in names if name != INPUT], own, own)}
 
 
-def _onnxruntime(path: Path, precision: str, compute: str, image: np.ndarray, folder: Path) -> tuple[str, list[Step]]:
+def _onnxruntime(
+    path: Path, precision: str, compute: str, image: np.ndarray, folder: Path, cuda: int
+) -> tuple[str, list[Step]]:
     runtime = require("onnxruntime", "cpu")
     options = runtime.SessionOptions()
     options.log_severity_level, options.enable_profiling = 3, True
@@ -197,7 +213,9 @@ def _step_of_events(events: Sequence[Mapping[str, Any]]) -> Step:
     )
 
 
-def _openvino(path: Path, precision: str, compute: str, image: np.ndarray, folder: Path) -> tuple[str, list[Step]]:
+def _openvino(
+    path: Path, precision: str, compute: str, image: np.ndarray, folder: Path, cuda: int
+) -> tuple[str, list[Step]]:
     openvino = require("openvino", "openvino")
     from medseg_trt.sessions.openvino import compiled
 
@@ -220,7 +238,7 @@ def _openvino(path: Path, precision: str, compute: str, image: np.ndarray, folde
 
 
 def _engine(
-    library: str, path: Path, precision: str, compute: str, image: np.ndarray, folder: Path
+    library: str, path: Path, precision: str, compute: str, image: np.ndarray, folder: Path, cuda: int
 ) -> tuple[str, list[Step]]:
     """Time the layers of a bundle's engine; the layer report beside the plan maps their names to nodes."""
     from medseg_trt.inspection.engine import read_layer_report
@@ -228,7 +246,13 @@ def _engine(
     from medseg_trt.sessions.subprocess_session import open_network
     from medseg_trt.sessions.tensorrt import TensorRtSession
 
-    request = SessionRequest(backend=library, path=path, precision=precision, compute_dtype=compute)
+    request = SessionRequest(
+        backend=library,
+        path=path,
+        precision=precision,
+        compute_dtype=compute,
+        device=ComputeDevice("cuda", cuda),
+    )
     with open_network(request) as session:
         assert isinstance(session, TensorRtSession)
         assert session.plan is not None
@@ -245,7 +269,7 @@ def _step(name: str, ms: float, layer: "EngineLayer | None") -> Step:
     return Step(name="/".join([*layer.nodes[:1], name]), kind=kind, kernel=layer.kernel, ms=ms, bytes=layer.bytes)
 
 
-Profiler = Callable[[Path, str, str, np.ndarray, Path], tuple[str, list[Step]]]
+Profiler = Callable[[Path, str, str, np.ndarray, Path, int], tuple[str, list[Step]]]
 PROFILERS: Mapping[str, Profiler] = {
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
@@ -259,8 +283,10 @@ def main() -> None:
         announced = connection.receive()
         assert announced is not None
         image = connection.receive_array(**announced)
-        profiler = PROFILERS[request["backend"]]
-        tool, steps = profiler(Path(request["path"]), request["precision"], request["compute"], image, Path.cwd())
+        profiler, folder = PROFILERS[request["backend"]], Path.cwd()
+        tool, steps = profiler(
+            Path(request["path"]), request["precision"], request["compute"], image, folder, request["cuda"]
+        )
         connection.send({"tool": tool, "steps": [asdict(step) for step in steps]})
 
 

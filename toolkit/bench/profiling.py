@@ -77,7 +77,8 @@ def _profile_one(
 
     assert candidate.graph is not None
     costs = node_costs(OnnxGraph(model=ir.load(candidate.graph)))
-    layers = profile(candidate.path, candidate.backend, candidate.precision, candidate.compute, image, costs)
+    network = candidate.path, candidate.backend, candidate.precision, candidate.compute
+    layers = profile(*network, image, costs, candidate.device.number)
     latency = timings.latency.get("model", Missing(reason="not measured"))
     if isinstance(device_peaks, Missing):
         return layers, device_peaks

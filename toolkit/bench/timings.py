@@ -112,7 +112,7 @@ def time_all(
         case: for the end-to-end scope, or the reason why it cannot be measured.
         tier: duration and number of runs.
         throughput_batches: batch sizes.
-        gpu_number: of the GPU that sessions run on, for its clock.
+        gpu_number: of the GPU that sessions run on, for its clock and its meter.
     """
     LOG.info("time %d networks alone, %g s each", len(sessions), tier.duration_s)
     loaded = {name: _memory(session) for name, session in sessions.items()}
@@ -132,7 +132,7 @@ def time_all(
             continue
         try:
             row.memory = _memory_of(session, loaded[name])
-            row.energy = _energy(session, batch)
+            row.energy = _energy(session, batch, gpu_number)
             row.throughput = _throughput(session, batch, tier, throughput_batches)
         except MedsegError as error:
             row.failure = str(error)
@@ -283,8 +283,8 @@ def _throughput(session: MeasuredSession, batch: ndarray, tier: Tier, batches: S
     return tuple(throughputs)
 
 
-def _energy(session: MeasuredSession, batch: ndarray) -> Energy | Missing:
-    meter = open_meter(session.device)
+def _energy(session: MeasuredSession, batch: ndarray, gpu_number: int) -> Energy | Missing:
+    meter = open_meter(session.device, gpu_number)
     if not isinstance(meter, Meter):
         return meter
     try:

@@ -39,7 +39,7 @@ from medseg_trt.export.graph.gemms import gemms
 from medseg_trt.export.graph.node_costs import node_costs
 from medseg_trt.export.graph.onnx_graph import OnnxGraph
 from medseg_trt.files import write_json
-from medseg_trt.sessions import pytorch
+from medseg_trt.sessions import pytorch, subprocess_session
 from medseg_trt.sessions.backends import BACKENDS
 from medseg_trt.sessions.device_times import DeviceTimes
 from medseg_trt.sessions.pytorch_forms import EAGER, PEERS_ON_GPU
@@ -289,6 +289,20 @@ def test_the_command_ends_well_where_an_engine_cannot_run(engine_bundle, tmp_pat
     assert [row["executed"] for row in report["rows"] if row["name"] == ENGINE] == [False]
 
 
+def test_layers_are_timed_on_the_gpu_that_was_asked_for(engine_bundle, tmp_path, monkeypatch):
+    asked = list[tuple[str, int]]()
+
+    def refuse(bundle, execution, *, cuda):
+        asked.append((execution.backend, cuda))
+        raise DeviceError("enough")
+
+    monkeypatch.setattr(subprocess_session, "open_execution", refuse)
+    image = np.zeros((1, 3, *load_bundle(engine_bundle).preprocessing.image_size), np.float32)
+    with pytest.raises(DeviceError):
+        PROFILERS["tensorrt-rtx"](engine_bundle, "fp32", "fp32", image, tmp_path, 1)
+    assert asked == [("tensorrt-rtx", 1)]
+
+
 def test_the_layers_of_an_engine_are_timed_by_the_library_and_led_back_to_the_graph(machine, engine_bundle, tmp_path):
     graph = OnnxGraph(model=ir.load(engine_bundle / "fp32.onnx"))
     product = next(gemm for gemm in gemms(graph) if gemm.part == "block")
@@ -307,7 +321,7 @@ def test_the_layers_of_an_engine_are_timed_by_the_library_and_led_back_to_the_gr
     rehash(engine_bundle)
     machine.trt.layer_ms = {layer.name: 0.75, "nobody's": 0.25}
     image = np.zeros((1, 3, *load_bundle(engine_bundle).preprocessing.image_size), np.float32)
-    tool, steps = PROFILERS["tensorrt-rtx"](engine_bundle, "fp32", "fp32", image, tmp_path)
+    tool, steps = PROFILERS["tensorrt-rtx"](engine_bundle, "fp32", "fp32", image, tmp_path, 0)
     assert tool == "TensorRT-RTX IProfiler"
     assert [(step.ms, step.bytes) for step in steps] == [(0.75, 1000), (0.25, None)]
     profile = summed_up(tool, steps, node_costs(graph))

