@@ -4,16 +4,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from medseg_trt.commands.help import ExampleCommand
 from medseg_trt.commands.infer import BACKEND_HELP
 from medseg_trt.commands.options import FILE, FOLDER, output_options, print_json, print_text, verify_option
+from medseg_trt.errors import UsageError
 from medseg_trt.progress import LOG
 from medseg_trt.spec import SLICES_PER_BATCH
 
 if TYPE_CHECKING:
     from medseg_trt.serve.run import Running
 
+DICOM_OPTIONS = (
+    "dicom_host",
+    "ae_title",
+    "allow_ae",
+    "send_to",
+    "dicom_model",
+    "dicom_output",
+    "secondary_capture",
+    "quiet_s",
+    "retry_s",
+)
 SPOOL = Path.home() / ".local" / "state" / "medseg-trt" / "serve"
 
 
@@ -47,6 +60,13 @@ SPOOL = Path.home() / ".local" / "state" / "medseg-trt" / "serve"
 @click.option("--backend", default="auto", show_default=True, help=BACKEND_HELP)
 @click.option("--precision", help="One of the bundles' precisions.  [default: the fastest]")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: all]")
+@click.option(
+    "--streams",
+    type=click.IntRange(1, 64),
+    default=4,
+    show_default=True,
+    help="Runs of a bundle that may overlap, each with a copy of its weights in memory; at most one a CPU thread.",
+)
 @click.option(
     "--max-batch", type=click.IntRange(1, 64), default=SLICES_PER_BATCH, show_default=True, help="Slices per run."
 )
@@ -101,6 +121,13 @@ def serve(as_json: bool, **options: Any) -> None:
     run(settings, ready)
 
 
+def _refuse_dicom_options() -> None:
+    context = click.get_current_context()
+    for name in DICOM_OPTIONS:
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            raise UsageError(f"--{name.replace('_', '-')} needs a DICOM node; add --dicom-port, for example 11112")
+
+
 def _settings(options: dict[str, Any]) -> Any:
     from medseg_trt.bundles.bundle import find_bundle
     from medseg_trt.serve.settings import (
@@ -113,7 +140,9 @@ def _settings(options: dict[str, Any]) -> Any:
     )
 
     dicom = None
-    if options["dicom_port"] is not None:
+    if options["dicom_port"] is None:
+        _refuse_dicom_options()
+    else:
         allowed = [title for title in (options["allow_ae"] or "").split(",") if title.strip()]
         dicom = DicomSettings(
             port=options["dicom_port"],
@@ -136,6 +165,7 @@ def _settings(options: dict[str, Any]) -> Any:
         backend=options["backend"],
         precision=options["precision"],
         threads=options["threads"],
+        streams=options["streams"],
         verify_key=options["verify_key"],
         token=read_token(options["token_file"]) if options["token_file"] is not None else None,
         insecure=options["insecure"],

@@ -183,8 +183,9 @@ class BatchQueue:
             self._drop(request)
 
     def leave(self, request: RequestQueue) -> None:
-        """Forget a request; its waiting slices are dropped."""
+        """Forget a request; its waiting slices are dropped, and it gets no further ones."""
         with self._changed:
+            request.cancelled = True
             self._open.discard(request)
             self._drop(request)
 

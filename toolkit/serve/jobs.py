@@ -98,7 +98,7 @@ class JobRunner:
         self._wake.set()
 
     def progress(self, job_id: str) -> Progress:
-        """Return how far a job is; zeros before it runs."""
+        """Return how far a job is; zeros before it runs, and after a restart."""
         return self._progress.get(job_id, Progress())
 
     def new_id(self) -> str:
@@ -167,7 +167,6 @@ class JobRunner:
             LOG.exception("a job failed", extra={"job": job.id})
         finally:
             shutil.rmtree(folder / WORK, ignore_errors=True)
-            self._progress.pop(job.id, None)
         self._spool.finish(job.id, error, sends)
         self._remove_upload(job)  # last: until the job is noted as finished, a restart runs it again
         if job.id in self._cancelled:
@@ -232,6 +231,7 @@ class JobRunner:
         if not self._spool.remove_job(job_id):
             return False
         self._cancelled.discard(job_id)
+        self._progress.pop(job_id, None)
         for file in objects:
             (self._spool.folder / file).unlink(missing_ok=True)
         shutil.rmtree(self._spool.job_folder(job_id), ignore_errors=True)

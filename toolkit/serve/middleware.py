@@ -88,12 +88,17 @@ class Gate:
             if path in OPEN_PATHS or hmac.compare_digest(headers.get(b"authorization", b""), b"Bearer " + self._token):
                 return None
             return JSONResponse(
-                {"error": "a valid bearer token is needed"}, status_code=401, headers={"WWW-Authenticate": "Bearer"}
+                {"error": "a valid token is needed, as the header Authorization: Bearer TOKEN"},
+                status_code=401,
+                headers={"WWW-Authenticate": "Bearer"},
             )
         if self._settings.insecure or self._is_own_host(headers.get(b"host", b"").decode("latin-1")):
             return None
         # a page of another site can lead its own name to this address and would then read the answers
-        return JSONResponse({"error": "the Host header names another machine"}, status_code=421)
+        return JSONResponse(
+            {"error": "the Host header names another machine; answering to it needs --token-file or --insecure"},
+            status_code=421,
+        )
 
     def _is_own_host(self, host: str) -> bool:
         name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host

@@ -175,8 +175,9 @@ def _open(name: str, folder: Path, settings: ServeSettings, on_batch: Callable[[
     bundle = load_bundle(folder, settings.verify_key)
     session = open_session(bundle, settings.backend, settings.threads, settings.precision)
     limits = settings.limits
-    shares_runs = is_batch_invariant(session, bundle, max(limits.max_batch, INFER_BATCH))
-    streams = open_streams(bundle, session, settings.precision, settings.threads, INFER_BATCH)
+    streams = open_streams(bundle, session, settings.precision, settings.threads, INFER_BATCH, settings.streams)
+    largest_batch = INFER_BATCH if streams is not None else max(limits.max_batch, INFER_BATCH)
+    shares_runs = is_batch_invariant(session, bundle, largest_batch)
     if not shares_runs and streams is None:
         LOG.warning(
             "%s: %s gives other last bits in larger batches, so each request runs by itself",

@@ -82,19 +82,19 @@ def accepted_types(header: str) -> list[str]:
     return [name for _, _, name in sorted(weighted)] or ["*/*"]
 
 
-def choose(header: str, mask: Mask) -> str:
+def choose(header: str, mask: Mask, source: Source) -> str:
     """Return the media type to send by Accept.
 
     Raises:
         ProtocolError: none of the accepted ones exists for this mask (406).
     """
     native = native_type(mask)
-    available = (native, DICOM, JSON, OUTLINES, VIEW)
     for wanted in accepted_types(header):
-        if wanted in available:
+        if wanted in (native, DICOM, JSON, OUTLINES, VIEW):
             return wanted
         if wanted in ANY and (wanted == "*/*" or native.startswith(wanted[:-1])):
             return native
+    available = (native, *((DICOM,) if _is_dicom(source) else ()), JSON, OUTLINES)
     raise ProtocolError(
         f"none of the accepted media types exists for this image; available: {', '.join(available)}", 406
     )
@@ -128,8 +128,12 @@ def encode(media_type: str, result: Segmentation, folder: Path) -> EncodedResult
 
 def _view(result: Segmentation) -> bytes:
     window = for_image(result.model.bundle.preprocessing, result.image.pixels).window
-    is_dicom = all(kind_of(path) == DICOM_KIND for path in result.source.files)
-    return encode_view(summary(result) | {"is_dicom": is_dicom}, result.image, result.mask, window)
+    header = summary(result) | {"is_dicom": _is_dicom(result.source)}
+    return encode_view(header, result.image, result.mask, window)
+
+
+def _is_dicom(source: Source) -> bool:
+    return all(kind_of(path) == DICOM_KIND for path in source.files)
 
 
 def summary(result: Segmentation) -> dict[str, Any]:

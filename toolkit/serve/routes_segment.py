@@ -126,7 +126,7 @@ def _segment_now(
             return None
         mask = model.segment(image, waiting)
         result = Segmentation(source=source, image=image, mask=mask, model=model)
-        encoded = encode(choose(accept, mask), result, folder)
+        encoded = encode(choose(accept, mask, source), result, folder)
         shutil.rmtree(folder, ignore_errors=True)  # here: handing it to another thread takes longer than doing it
         return encoded
     except ProtocolError as error:
@@ -180,7 +180,8 @@ def _result(state: ServerState, job: Job, accept: str) -> Response:
                 content_disposition_type="inline",
                 headers={"Vary": "Accept"},
             )
-    raise ProtocolError(f"none of the accepted media types exists; available: {', '.join((*available, OUTLINES))}", 406)
+    forms = ", ".join(name for name in (*available, OUTLINES) if name != VIEW)
+    raise ProtocolError(f"none of the accepted media types exists; available: {forms}", 406)
 
 
 async def _events(state: ServerState, job_id: str) -> AsyncIterator[bytes]:

@@ -62,6 +62,7 @@ def write_secondary_capture(
         referring_physician_name=source.get("ReferringPhysicianName"),
         specific_character_set=source.get("SpecificCharacterSet"),
     )
+    capture.Laterality = ""  # of a paired body part it must be present, and which part this is stays unknown
     date, time = source.ContentDate, source.ContentTime
     capture.InstanceCreationDate, capture.InstanceCreationTime = date, time
     for name, value in (

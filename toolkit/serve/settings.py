@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from medseg_trt.errors import UsageError
 
+MOST_STREAMS = 4  # each holds its own copy of the weights in the form that the library computes with
 AE_TITLE = re.compile(r"[ -\[\]-~]{1,16}")  # DICOM PS3.5: up to 16 characters of ASCII without the backslash
 DESTINATION = re.compile(r"(?P<title>[^@]+)@(?P<host>[^@\s]+):(?P<port>\d{1,5})")
 EXTRA = "serve"
@@ -72,6 +73,7 @@ class ServeSettings:
     backend: str = "auto"
     precision: str | None = None
     threads: int | None = None
+    streams: int = MOST_STREAMS  # runs of one bundle that may overlap on a processor
     verify_key: Path | None = None
     token: str | None = None
     insecure: bool = False

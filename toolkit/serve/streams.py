@@ -6,8 +6,8 @@ holds up all of them.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from queue import SimpleQueue
 
 import numpy as np
@@ -22,7 +22,6 @@ from medseg_trt.sessions.backends import BACKENDS
 from medseg_trt.sessions.base import Session
 from medseg_trt.sessions.open import choose, open_execution
 
-MOST_STREAMS = 4  # each holds its own copy of the weights in the form that the library computes with
 PROBE_SIZE = (173, 219)  # of the masks that are compared
 
 
@@ -78,12 +77,12 @@ class SessionStreams(Session):
 
 
 def open_streams(
-    bundle: Bundle, whole: Session, precision: str | None, threads: int | None, batch: int
+    bundle: Bundle, whole: Session, precision: str | None, threads: int | None, batch: int, most: int
 ) -> SessionStreams | None:
     """Open sessions beside ``whole``, which they take over, or return None where one session at a time is better.
 
-    That is on a GPU, where a larger batch is faster, on a single core, and where the network's last bits depend on the
-    number of threads.
+    That is on a GPU, where a larger batch is faster, on a single core, with ``most`` = 1, and where the network's last
+    bits depend on the number of threads.
 
     Args:
         bundle: of ``whole``.
@@ -91,30 +90,36 @@ def open_streams(
         precision: what ``whole`` was opened with.
         threads: the same; None for all cores.
         batch: the largest number of slices in a run.
+        most: how many runs may overlap; each takes memory for weights of its own.
+
+    Raises:
+        ArtefactError: the back-end refuses the network.
     """
     available = threads or cores()
-    count = min(available, MOST_STREAMS)
+    count = min(available, most)
     if BACKENDS[whole.backend].gpu or count < 2:
         return None
     execution = choose(bundle, whole.backend, precision)
-    parts = [open_execution(bundle, execution, available // count) for _ in range(count)]
-    if _have_equal_bits(whole, parts[0], bundle, batch):
-        LOG.info("%s: up to %d images run beside each other", whole.description, count)
-        return SessionStreams(whole, parts)
-    LOG.info("%s gives other last bits on fewer cores, so one image runs at a time", whole.description)
-    for part in parts:
-        part.close()
-    return None
+    with ExitStack() as opened:
+        parts = [opened.enter_context(open_execution(bundle, execution, available // count))]
+        if not _have_equal_bits(whole, parts[0], bundle, batch):
+            LOG.info("%s gives other last bits on fewer cores, so one image runs at a time", whole.description)
+            return None
+        while len(parts) < count:
+            parts.append(opened.enter_context(open_execution(bundle, execution, available // count)))
+        opened.pop_all()
+    LOG.info("%s: up to %d images run beside each other", whole.description, count)
+    return SessionStreams(whole, parts)
 
 
 def _have_equal_bits(first: Session, second: Session, bundle: Bundle, batch: int) -> bool:
-    """Compare outputs of seeded noise; kernels are chosen by shape, not by value."""
+    """Compare outputs of seeded noise in every batch; kernels are chosen by shape, not by value."""
     size = bundle.preprocessing.image_size
     noise = np.random.default_rng(0).standard_normal((batch, 3, *size)).astype(np.float32)
-    outputs: list[Callable[[Session], ndarray]] = [
-        lambda session: session.run(noise),
-        lambda session: session.run(noise[:1]),
-    ]
-    if first.gives_masks:
-        outputs.append(lambda session: session.masks(noise[:1], PROBE_SIZE, PROBE_SIZE))
-    return all(np.array_equal(output(first), output(second)) for output in outputs)
+    sizes = range(1, batch + 1)
+    if not all(np.array_equal(first.run(noise[:slices]), second.run(noise[:slices])) for slices in sizes):
+        return False
+    if not first.gives_masks:
+        return True
+    masks = [session.masks(noise[:1], PROBE_SIZE, PROBE_SIZE) for session in (first, second)]
+    return np.array_equal(*masks)

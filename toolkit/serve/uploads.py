@@ -8,7 +8,7 @@ import zlib
 from pathlib import Path
 
 from medseg_trt.errors import InputError
-from medseg_trt.imaging.images import READERS, Image, Source, read_image, source_of_file
+from medseg_trt.imaging.images import READERS, Image, Source, kind_of, read_image, source_of_file
 from medseg_trt.imaging.listing import list_images
 from medseg_trt.imaging.signatures import readable
 from medseg_trt.serve.protocol_v2 import ProtocolError
@@ -36,7 +36,7 @@ def open_upload(path: Path, folder: Path, limits: Limits) -> Source:
         return _series(path, folder / SERIES, limits)
     content = readable(path)
     suffix = content.suffix if content is not None else None
-    if suffix in REFUSED or (suffix is not None and suffix not in READERS):
+    if suffix in REFUSED or (suffix not in READERS and (suffix is not None or kind_of(path) is None)):
         raise ProtocolError(
             "the format is not accepted; send PNG, JPEG, TIFF, NIfTI, NRRD, DICOM or a zip of DICOM", 415
         )

@@ -169,6 +169,16 @@ def test_a_cancelled_request_is_dropped_and_the_others_are_not(queue, network):
     assert network.batches == [[0], [2]]
 
 
+def test_a_request_that_was_left_gets_no_further_slices(queue, network):
+    """Its thread may not know yet that nobody waits for it."""
+    network.gate.set()
+    with queue.open() as left:
+        left.submit("k", network, row(1)).result(10)
+    with pytest.raises(CancelledError):
+        left.submit("k", network, row(2))
+    assert network.batches == [[1]]
+
+
 def test_an_error_reaches_its_batch_and_the_queue_goes_on(queue, network):
     def broken(_values: np.ndarray) -> np.ndarray:
         raise RuntimeError("broken")

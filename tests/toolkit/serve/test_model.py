@@ -37,3 +37,21 @@ def test_runs_hold_what_infer_would_run_where_the_batch_matters(bundle, inputs, 
         assert max(sizes) > INFER_BATCH
     else:
         assert sizes == [4, 4, 3]
+
+
+@pytest.mark.parametrize(("threads", "streams", "compared"), [(2, 4, INFER_BATCH), (2, 1, 9), (1, 4, 9)])
+def test_only_batches_that_can_run_are_compared(bundle, threads, streams, compared, tmp_path, monkeypatch):
+    """Where runs overlap none holds slices of several requests, so larger batches do not count."""
+    asked = []
+    monkeypatch.setattr(model_module, "is_batch_invariant", lambda *arguments: bool(asked.append(arguments[2])))
+    settings = ServeSettings(
+        bundles=(bundle,),
+        spool=tmp_path,
+        backend="onnxruntime",
+        threads=threads,
+        streams=streams,
+        limits=Limits(max_batch=9),
+    )
+    (served,) = open_models(settings)
+    served.close()
+    assert asked == [compared]

@@ -72,6 +72,17 @@ def test_a_port_in_use_and_no_bundle_are_one_line(bundle, tmp_path):
     assert isinstance(ran.exception, UsageError)
 
 
+@pytest.mark.parametrize(
+    "option",
+    [("--send-to", "ARCHIVE@10.0.0.5:104"), ("--secondary-capture",), ("--ae-title", "WARD"), ("--quiet-s", "3")],
+)
+def test_options_of_the_dicom_node_need_its_port(option, bundle, tmp_path):
+    ran = CliRunner().invoke(cli, ["serve", "--bundle", str(bundle), "--spool", str(tmp_path / "s"), *option])
+    assert isinstance(ran.exception, UsageError)
+    assert option[0] in str(ran.exception)
+    assert "add --dicom-port" in str(ran.exception)
+
+
 def test_one_spool_serves_one_server(server, bundle):
     with pytest.raises(AssertionError, match="in use by another server"):
         start_server([bundle], server.spool)

@@ -163,5 +163,5 @@ def test_the_sample_the_theme_and_names_for_screen_readers(page):
 def test_a_file_that_is_no_image_is_named(browser, server):
     with opened_page(browser, server, refused=1) as page:
         page.evaluate(DROP, [base64.b64encode(b"nothing").decode(), "notes.txt"])
-        wait_for_status(page, "the file is of an unsupported format")
+        wait_for_status(page, "the format is not accepted; send PNG")
         assert page.eval_on_selector("#status", "status => status.className") == "error"

@@ -42,6 +42,7 @@ def test_a_volume_becomes_a_job_with_the_bytes_of_infer(name, media_type, mask, 
     job = server.wait_for_job(headers["location"])
     assert job["state"] == "done", job
     assert job["id"] == json.loads(body)["id"]
+    assert job["slices_done"] == job["slices_total"] == (2 if name == "stack.tif" else 11)
     status, headers, body = server.get(job["result"])
     assert (status, headers["content-type"]) == (200, media_type)
     assert body == (masks / mask).read_bytes()
@@ -114,7 +115,8 @@ def test_accept_chooses_the_form(accept, expected, server, inputs):
     ("body", "headers", "status", "reason"),
     [
         (b"", {}, 400, "the body is empty"),
-        (b"nonsense", {}, 422, "unsupported format"),
+        (b"nonsense", {}, 415, "send PNG, JPEG"),
+        (b"RIFF1234WEBPVP8 ", {}, 422, "convert it to PNG"),
         (b"\x89PNG\r\n\x1a\nbroken", {}, 422, "the file"),
         (b"PK\x03\x04broken", {}, 400, "zip archive is damaged"),
         (b"x", {"Content_Type": "multipart/form-data; boundary=x"}, 415, "send the file itself"),
@@ -131,7 +133,8 @@ def test_what_cannot_be_used_is_refused_in_one_line(body, headers, status, reaso
 def test_a_form_that_does_not_exist_is_not_acceptable(server, inputs):
     status, _, body = server.post("/v1/segment", (inputs / "image0.png").read_bytes(), Accept="application/x-nifti")
     assert status == 406
-    assert "image/png" in json.loads(body)["error"]
+    error = json.loads(body)["error"]
+    assert error.endswith("available: image/png, application/json, application/vnd.medseg.outlines+json")
     status, _, body = server.post("/v1/segment", (inputs / "image0.png").read_bytes(), Accept="application/dicom")
     assert (status, "not DICOM" in json.loads(body)["error"]) == (406, True)
 

@@ -11,7 +11,7 @@ from medseg_trt.imaging.images import read_image
 from medseg_trt.pipeline import infer
 from medseg_trt.serve import streams as streams_module
 from medseg_trt.serve.model import INFER_BATCH, open_models
-from medseg_trt.serve.settings import ServeSettings
+from medseg_trt.serve.settings import MOST_STREAMS, ServeSettings
 from medseg_trt.serve.streams import SessionStreams, open_streams
 from medseg_trt.sessions.base import Session
 from medseg_trt.sessions.open import open_session
@@ -93,13 +93,40 @@ def test_there_are_no_streams_on_one_core_or_where_the_threads_change_bits(bundl
     whole = Held(0, offset=-1e-6)
     for session in (whole, *parts):
         session.may_end.set()
-    assert open_streams(opened, whole, None, 1, INFER_BATCH) is None
+    assert open_streams(opened, whole, None, 1, INFER_BATCH, MOST_STREAMS) is None
+    assert open_streams(opened, whole, None, 4, INFER_BATCH, 1) is None, "they were switched off"
     assert not parts
     monkeypatch.setattr(Held, "run", lambda self, batch: np.full((len(batch), 1, 2, 2), self.offset, np.float32))
-    assert open_streams(opened, whole, None, 2, INFER_BATCH) is None
-    assert len(parts) == 2
-    assert all(part.closed for part in parts)
+    assert open_streams(opened, whole, None, 2, INFER_BATCH, MOST_STREAMS) is None
+    assert [part.closed for part in parts] == [True], "one is enough to compare"
     assert not whole.closed
+
+
+def test_bits_are_compared_in_every_batch_since_the_last_one_of_a_volume_is_smaller(bundle, monkeypatch):
+    class OtherInThrees(Held):
+        def run(self, batch):
+            return np.full((len(batch), 1, 2, 2), self.offset if len(batch) == 3 else 0.0, np.float32)
+
+    monkeypatch.setattr(streams_module, "open_execution", lambda *_: OtherInThrees(0, offset=1e-6))
+    assert open_streams(load_bundle(bundle), OtherInThrees(0), None, 2, INFER_BATCH, MOST_STREAMS) is None
+
+
+def test_streams_are_closed_where_a_further_one_cannot_be_opened(bundle, monkeypatch):
+    parts: list[Held] = []
+
+    def limited(*_arguments):
+        if len(parts) == 2:
+            raise MemoryError
+        parts.append(Held(0))
+        parts[-1].may_end.set()
+        return parts[-1]
+
+    monkeypatch.setattr(streams_module, "open_execution", limited)
+    whole = Held(0)
+    whole.may_end.set()
+    with pytest.raises(MemoryError):
+        open_streams(load_bundle(bundle), whole, None, 4, INFER_BATCH, MOST_STREAMS)
+    assert [part.closed for part in parts] == [True, True]
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
@@ -121,7 +148,7 @@ def test_masks_of_overlapping_runs_equal_those_of_infer(bundle, inputs, backend,
 
 def test_streams_of_one_network_give_the_bits_of_a_session_on_all_cores(bundle):
     opened = load_bundle(bundle)
-    streams = open_streams(opened, open_session(opened, "onnxruntime", 2), None, 2, INFER_BATCH)
+    streams = open_streams(opened, open_session(opened, "onnxruntime", 2), None, 2, INFER_BATCH, MOST_STREAMS)
     assert streams is not None, "ONNX Runtime's float32 kernels split work by rows and columns of the output alone"
     assert streams.count == 2
     streams.close()
