@@ -1,17 +1,18 @@
 """Does `infer` over a tree of many images keep its memory, its speed and its bytes?
 
-    python benchmarks/bench_archive.py --bundle model.medseg [--pictures 20000] [--series 200] [--rounds 3]
+    python benchmarks/bench_archive.py --bundle model.medseg [--pictures 20000] [--series 200]
+    python benchmarks/bench_archive.py --bundle model.medseg --speed [--rounds 3]     # on an idle machine
 
 The pictures (PNG, 64 x 64, generated) lie in a tree of 100 to a folder, and once more in one flat folder; the series
-(DICOM, 20 generated slices of 64 x 64) lie in the tree alone. Every run is a process of its own. Speed: pictures per
-second of the tree without series and of the flat folder, from the open session to the end, in interleaved rounds, and
-the seconds of indexing apart. Memory: the peak of a run over a tenth of the tree and over all of it. Bytes: a run that
-is killed in the middle and resumed gives the files of one that was not.
+(DICOM, 20 generated slices of 64 x 64) lie in the tree alone. Every run is a process of its own. Memory: the peak of a
+run over a tenth of the tree and over all of it. Bytes: a run that is killed in the middle and resumed gives the files
+of one that was not. ``--speed`` measures something else, in a result of its own: pictures per second of the tree
+without series and of the flat folder, from the open session to the end, in interleaved rounds, and the seconds of
+indexing apart.
 """
 
 import hashlib
 import os
-import resource
 import shutil
 import signal
 import time
@@ -28,11 +29,12 @@ from results_file import options, publish, table
 from medseg_trt import pipeline
 from medseg_trt.archive.mask_tree import MaskTree
 from medseg_trt.archive.request import ArchiveRequest
-from medseg_trt.bundles.bundle import Bundle
+from medseg_trt.bundles.bundle import Bundle, load_bundle
 from medseg_trt.errors import InputError
 from medseg_trt.imaging.images import Source
 from medseg_trt.inference.to_folder import MaskFolder
 from medseg_trt.metrics.intervals import MIN_UNITS, median_of_rounds, speed_interval
+from medseg_trt.processes import process_memory
 
 SIDE, IN_FOLDER, DIFFERENT, SLICES = 64, 100, 64, 20
 RECORDS = ".finished"
@@ -72,7 +74,7 @@ def run_once(pipe: Any, images: Path, out: Path, bundle: Path, backend: str, tre
     for _ in pipeline.infer([images], bundle, backend=backend, destination=written):
         pass
     seconds = time.perf_counter() - began[-1]
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+    peak_mb = process_memory()["peak_resident_mb"]
     index = index_seconds[0] if index_seconds else 0.0
     pipe.send(Timed(seconds=seconds, index_seconds=index, peak_mb=peak_mb, masks=written.num_masks, kept=written.kept))
 
@@ -183,14 +185,14 @@ def speed(root: Path, tree: Path, chosen: Any) -> dict[str, Any]:
         "low": interval.low,
         "high": interval.high,
         "same_masks": digests["tree"] == digests["flat"],
+        "pictures": chosen.pictures,
     }
 
 
-def measure(root: Path, chosen: Any) -> dict[str, Any]:
-    """Measure everything."""
+def memory(root: Path, chosen: Any) -> dict[str, Any]:
+    """Return peaks of runs over parts of the tree, and whether a killed and resumed run wrote the same files."""
     pictures, series = chosen.pictures, chosen.series
     tenth = write_tree(root / "tenth", pictures // 10, series // 10)
-    only_pictures = write_tree(root / "pictures", pictures, 0)
     whole = write_tree(root / "whole", pictures, series)
     fixed = (chosen.bundle, chosen.backend, True)
     small = in_own_process(tenth, root / "out_tenth", *fixed, False)
@@ -210,44 +212,58 @@ def measure(root: Path, chosen: Any) -> dict[str, Any]:
         "killed": killed is None,
         "kept": resumed.kept,
         "same_bytes": digest(root / "out") == digest(root / "out_killed"),
-        "pictures_only": speed(root, only_pictures, chosen),
     }
 
 
-def to_markdown(result: Any) -> str:
-    """Return the results as a page."""
-    pictures, peak, index = result["pictures_only"], result["peak_mb"], result["index_s"]
-    runs = [
-        ("a tenth of the tree", f"{peak['tenth']:.0f}", f"{index['tenth']:.1f}"),
-        (
-            f"{result['pictures']} pictures and {result['series']} series",
-            f"{peak['whole']:.0f}",
-            f"{index['whole']:.1f}",
-        ),
-        ("the same, killed and resumed", f"{peak['resumed']:.0f}", f"{index['resumed']:.1f}"),
-        ("the pictures in one flat folder, without --tree", f"{pictures['peak_mb']['flat']:.0f}", "–"),
-    ]
-    rates = [
-        (name, f"{result['pictures'] / pictures['typical_s'][name]:.1f}", str(len(pictures["seconds"][name])))
-        for name in ("flat", "tree")
-    ]
-    few = len(pictures["seconds"]["tree"]) < MIN_UNITS
-    spread = "the range of the rounds" if few else "90 % interval"
+def memory_page(result: Any) -> str:
+    """Return the peaks and the comparison of files as a page."""
+    peak, index = result["peak_mb"], result["index_s"]
+    names = {
+        "tenth": "a tenth of the tree",
+        "whole": f"{result['pictures']} pictures and {result['series']} series",
+        "resumed": "the same, killed and resumed",
+    }
+    rows = [(text, f"{peak[name]:.0f}", f"{index[name]:.1f}") for name, text in names.items()]
     was_killed = "was killed in the middle" if result["killed"] else "ended before it was killed"
     return "\n".join(
         [
-            "# infer over a tree of many images",
+            "# infer over a tree of many images: memory and resuming",
             "",
-            *table(("run", "peak MB", "s to index"), runs),
+            f"Network: {result['network']}, {result['backend']}.",
             "",
-            *table(("the same pictures", "pictures/s", "rounds"), rates),
-            "",
-            f"The tree is {pictures['speed']:.3f} times as fast as the flat folder "
-            f"({pictures['low']:.3f} … {pictures['high']:.3f}; {spread}), without indexing. "
-            f"Masks are {'the same' if pictures['same_masks'] else 'DIFFERENT'}.",
+            *table(("run", "peak MB", "s to index"), rows),
             "",
             f"A run {was_killed}; resumed, it kept {result['kept']} of {result['masks']} masks, and its files are "
             f"{'byte-identical with' if result['same_bytes'] else 'DIFFERENT from'} those of an undisturbed run.",
+            "",
+        ]
+    )
+
+
+def speed_page(result: Any) -> str:
+    """Return the rates as a page."""
+    rows = [
+        (
+            text,
+            f"{result['pictures'] / result['typical_s'][name]:.1f}",
+            ", ".join(f"{seconds:.1f}" for seconds in result["seconds"][name]),
+            f"{result['peak_mb'][name]:.0f}",
+        )
+        for name, text in (("flat", "one flat folder"), ("tree", "a tree, --tree"))
+    ]
+    spread = "the range of the rounds" if len(result["index_s"]) < MIN_UNITS else "90 % interval"
+    return "\n".join(
+        [
+            "# infer over a tree of many images: speed",
+            "",
+            f"{result['pictures']} pictures; network: {result['network']}, {result['backend']}.",
+            "",
+            *table(("the same pictures", "pictures/s", "s of the rounds", "peak MB"), rows),
+            "",
+            f"The tree is {result['speed']:.3f} times as fast as the flat folder "
+            f"({result['low']:.3f} … {result['high']:.3f}; {spread}), without indexing, which takes "
+            f"{median_of_rounds([[seconds] for seconds in result['index_s']]):.1f} s. "
+            f"Masks are {'the same' if result['same_masks'] else 'DIFFERENT'}.",
             "",
         ]
     )
@@ -259,13 +275,19 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--pictures", type=int, default=20_000)
     parser.add_argument("--series", type=int, default=200)
+    parser.add_argument("--speed", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--backend", default="onnxruntime")
     chosen = parser.parse_args()
+    fixed = {"network": load_bundle(chosen.bundle).content.model.architecture, "backend": chosen.backend}
     with TemporaryDirectory() as folder:
-        os.environ["XDG_CACHE_HOME"] = str(Path(folder) / "cache")
-        result = measure(Path(folder), chosen)
-    publish("archive", result, to_markdown, chosen)
+        root = Path(folder)
+        os.environ["XDG_CACHE_HOME"] = str(root / "cache")
+        if chosen.speed:
+            rates = speed(root, write_tree(root / "pictures", chosen.pictures, 0), chosen)
+            publish("archive_speed", fixed | rates, speed_page, chosen)
+        else:
+            publish("archive", fixed | memory(root, chosen), memory_page, chosen)
 
 
 def _fail(_path: Path, error: InputError) -> None:

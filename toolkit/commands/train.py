@@ -33,7 +33,7 @@ def _recipes() -> list[str]:
     "recipe_name",
     shell_complete=completed(_recipes),
     help="folder (your own images), isic2017, busi, clinicdb, colondb, synapse, acdc, "
-    "swin-unet-synapse, ds-transunet-polyps, organs-demo or tumours-demo.",
+    "swin-unet-synapse, ds-transunet-polyps, organs-demo, tumours-demo or cells-demo.",
 )
 @click.option(
     "--data",

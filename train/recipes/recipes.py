@@ -13,7 +13,7 @@ from medseg_trt.spec import Preprocessing, from_dict, to_dict
 from medseg_trt.train.models.external import allow_own_code
 from medseg_trt.train.recipes.augment import Step
 from medseg_trt.train.recipes.baseline_recipes import ds_transunet_polyps, swin_unet_synapse
-from medseg_trt.train.recipes.demo_recipes import organs_demo, tumours_demo
+from medseg_trt.train.recipes.demo_recipes import cells_demo, organs_demo, tumours_demo
 from medseg_trt.train.recipes.paper_recipes import acdc, lesions, synapse
 from medseg_trt.train.recipes.training_spec import Recipe, TrainSpec
 
@@ -38,6 +38,7 @@ RECIPES: Mapping[str, Callable[[], Recipe]] = {
     "folder": folder,
     "organs-demo": organs_demo,
     "tumours-demo": tumours_demo,
+    "cells-demo": cells_demo,
     "isic2017": partial(lesions, "isic2017"),
     "busi": partial(lesions, "busi"),
     "clinicdb": partial(lesions, "clinicdb"),
