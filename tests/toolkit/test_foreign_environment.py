@@ -146,7 +146,8 @@ def measured(environment: Environment, bundle: Path, data: Path, folder: Path, *
         "medseg-trt", "bench", "--bundle", bundle, "--data", data, "-o", folder / "report", *QUICK, *options
     )
     report = json.loads((folder / "report" / "report.json").read_text())
-    assert report["images"]["count"] >= 1
+    assert [(case["height"], case["width"]) for case in report["images"]["cases"]] == [(64, 64)] * 2
+    assert [row["failure"] for row in report["rows"]] == [None] * len(report["rows"])
 
 
 def labels_of_file(file: Path, picture: Path, preprocessing: dict[str, object]) -> np.ndarray:

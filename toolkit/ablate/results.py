@@ -8,6 +8,7 @@ from typing import Any
 
 from medseg_trt.ablate.configurations import CONFIGURATIONS, Question
 from medseg_trt.files import atomic_file, write_json
+from medseg_trt.progress import plural
 from medseg_trt.reproduce.paired_runs import CONFIDENCE, Gain
 
 SCHEMA = 1
@@ -84,15 +85,17 @@ def markdown(results: Ablation) -> str:
         *([results.note, ""] if results.note else []),
         *([TRIAL.format(pairs=results.pairs), ""] if results.pairs < FEW_PAIRS else []),
         f"Recipe {results.recipe}{' with ' + ', '.join(results.changes) if results.changes else ''}; "
-        f"{results.epochs} epochs; {results.seeds} seeds on the splits {', '.join(results.splits)}; scored after the "
-        f"last epoch on {results.cases} cases of the {results.scored_split} split. With one seed, all configurations "
-        "start from the same weights outside the block and see the same batches.",
+        f"{plural(results.epochs, 'epoch')}; {plural(results.seeds, 'seed')} on "
+        f"{plural(len(results.splits), 'division')} of the data ({', '.join(results.splits)}); scored after the last "
+        f"epoch on {plural(results.cases, 'case')} of the {results.scored_split} split. With one seed, all "
+        "configurations start from the same weights outside the block and see the same batches.",
         "",
         *(f"- {item.question.text} {item.sentence}" for item in results.comparisons),
         "",
         "Differences of the mean Dice in points of 100, over pairs of runs with one seed and split. All intervals "
         f"hold together with {100 * CONFIDENCE:.0f} %: each of {number} has {percent:.2f} % (Bonferroni). "
-        "The bootstrap draws cases and runs, Student's t the runs; a difference counts if neither holds zero.",
+        "The bootstrap draws cases and runs, Student's t the runs; a difference counts if neither holds zero."
+        f"{_smallest_visible(results)}",
         "",
         "| question | before → after | difference | bootstrap | Student's t |",
         "|:--|:--|--:|--:|--:|",
@@ -135,6 +138,18 @@ def _outer(gain: Gain) -> tuple[float, float]:
     """Return the interval that holds both."""
     both = (gain.bootstrap, gain.student) if gain.student is not None else (gain.bootstrap,)
     return min(low for low, _ in both), max(high for _, high in both)
+
+
+def _smallest_visible(results: Ablation) -> str:
+    """Say what the runs cannot show, whatever it is: a difference within half of the narrowest interval."""
+    students = [item.gain.student for item in results.comparisons if item.gain is not None and item.gain.student]
+    if not students:
+        return ""
+    halves = sorted(50 * (high - low) for low, high in students)
+    return (
+        f" With {plural(results.pairs, 'pair')} of runs, Student's interval reaches {halves[0]:.1f} to "
+        f"{halves[-1]:.1f} points to either side: smaller differences cannot be told from zero."
+    )
 
 
 def _confidence(results: Ablation) -> float:

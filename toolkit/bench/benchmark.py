@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from medseg_trt.bench.accuracy_record import SliceImages
 from medseg_trt.bench.accuracy_schema import Verdict
 from medseg_trt.bench.augmentation import AugmentationGain, augmentation_gain
 from medseg_trt.bench.candidates import BenchDevice, Candidate, bundle_candidates, checkpoint_candidates
-from medseg_trt.bench.measured_cases import MeasuredCases, measured_cases, one_image_file
+from medseg_trt.bench.measured_cases import MeasuredCases, Shape, measured_cases, one_image_file
 from medseg_trt.bench.missing import Missing
 from medseg_trt.bench.profiling import Profiling, profile_all
 from medseg_trt.bench.report_row import report_row
@@ -161,10 +161,10 @@ def _middle_slice(image: Image, bundle: Bundle) -> ndarray:
 
 def _compare(
     sessions: Mapping[str, MeasuredSession], cases: MeasuredCases, bundle: Bundle, stack: ExitStack
-) -> tuple[NetworkScores, list[tuple[str, Image]]]:
-    """Return the scores of all networks, and name and shape of every case as an image without its pixels."""
+) -> tuple[NetworkScores, list[tuple[str, Shape]]]:
+    """Return the scores of all networks, and name and shape of every case."""
     LOG.info("compare the masks of %d networks on %d cases of %s", len(sessions), len(cases.cases), cases.data)
-    shapes: list[tuple[str, Image]] = []
+    shapes: list[tuple[str, Shape]] = []
     runs: dict[str, Run] = {name: session.run for name, session in sessions.items()}
     prefetcher = stack.enter_context(Prefetcher())  # decodes a case while the networks run on the one before
     scores = compare_all(
@@ -172,7 +172,7 @@ def _compare(
         track(prefetcher.prefetch(cases.read()), "compare", total=len(cases.cases)),
         bundle.preprocessing,
         bundle.classes,
-        lambda name, image: shapes.append((name, replace(image, pixels=image.pixels[:, :1, :1]))),
+        lambda name, image: shapes.append((name, (image.num_slices, *image.size))),
         bundle.finish,
     )
     return scores, shapes

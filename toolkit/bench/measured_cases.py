@@ -17,6 +17,7 @@ from medseg_trt.train.datasets.official import is_labelled
 from medseg_trt.train.provenance import parse_provenance
 from medseg_trt.train.recorded_data import open_recorded
 
+Shape = tuple[int, int, int]  # slices, height and width
 NOISE_IMAGES = 8
 SEED = 0
 
@@ -44,27 +45,27 @@ class MeasuredCases:
             else:
                 yield case.name, read_case_image(case), None
 
-    def images(self, read: Sequence[tuple[str, Image]], timed: str) -> Images:
-        """Describe what was read."""
+    def images(self, read: Sequence[tuple[str, Shape]], timed: str) -> Images:
+        """Describe what was read: the name and shape of every case."""
         by_name = {case.name: case for case in self.cases}
         entries = tuple(
             CaseFile(
                 case=name,
-                slices=image.num_slices,
-                height=image.size[0],
-                width=image.size[1],
+                slices=slices,
+                height=height,
+                width=width,
                 sha256=sha256(*_files(by_name[name].image)),
             )
-            for name, image in read
+            for name, (slices, height, width) in read
         )
-        slices = sum(entry.slices for entry in entries)
+        total = sum(entry.slices for entry in entries)
         return Images(
-            description=f"{slices} slices {self.description}",
+            description=f"{total} slices {self.description}",
             timed=timed,
             data=self.data,
             split=self.split,
             labelled=self.labelled,
-            slices=slices,
+            slices=total,
             cases=entries,
         )
 

@@ -166,6 +166,11 @@ def test_the_page_says_how_many_runs_there_were():
         comparisons=compare_all(scores),
     )
     page = markdown(results)
+    assert "1 epoch; 5 seeds on 1 division of the data (official); scored after the last epoch on 30 cases" in page
+    student = gain_of(results.comparisons[0]).student
+    assert student is not None
+    half = 50 * (student[1] - student[0])
+    assert f"reaches {half:.1f} to {half:.1f} points to either side: smaller differences cannot be told" in page
     assert "not evidence" not in page
     assert "- Does it beat no block? The frozen block beats no block." in page
     assert "| none | no block | 65.00 | 7.07 |" in page

@@ -65,6 +65,7 @@ def test_everything_is_measured_in_processes_of_their_own(tiny_bundle, data, tmp
     assert (reference.backend, row.backend) == ("pytorch", "onnxruntime")
     assert (reference.name, row.name) == ("pytorch fp32", "onnxruntime fp32")
     assert report.images.description == "5 slices of generated, split val"
+    assert [(case.slices, case.height, case.width) for case in report.images.cases] == [(5, 36, 28)]
     assert 0 < row.agreement.max_abs_error < 1e-4
     assert row.agreement.labels >= 0.9999
     assert row.verdict.holds
