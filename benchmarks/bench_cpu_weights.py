@@ -83,7 +83,7 @@ def _centred_tokens(model: SegmentationModel, images: Tensor) -> None:
         tokens: list[Tensor] = []
         with norm.register_forward_hook(lambda module, taken, given, tokens=tokens: tokens.append(given)):
             model(images)
-        norm.bias -= tokens[0].mean(dim=(0, 1))
+        norm.bias.sub_(tokens[0].mean(dim=(0, 1)))
 
 
 INITIALISATIONS: Mapping[type[SegmentationModel], Initialisation] = {

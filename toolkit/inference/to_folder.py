@@ -88,7 +88,7 @@ class MaskFolder(Destination):
         self._table: AreaTable | None = None  # of the run, between its beginning and its end
         self._keys: dict[Source, str] = {}  # of the images between reading and writing
         self._made_by = ""  # what the masks of a run depend on, besides their images
-        self._on_error = on_error or (lambda _path, error: LOG.warning("%s", error))
+        self._on_error = on_error or _warn
 
     @cached_property
     def _seal_key(self) -> bytes:
@@ -346,3 +346,7 @@ def _digest(source: Source) -> str:
         return sha256(*source.files)
     except OSError as error:
         raise InputError(f"{source.path} cannot be read: {error.strerror}") from error
+
+
+def _warn(_path: Path, error: InputError) -> None:
+    LOG.warning("%s", error)

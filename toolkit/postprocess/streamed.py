@@ -193,7 +193,7 @@ class _Spool:
         for band in bands:
             for first in range(0, len(band), MAX_ROWS):
                 part = np.ascontiguousarray(band[first : first + MAX_ROWS])
-                packed = zlib.compress(part, 1)
+                packed = zlib.compress(part.data, 1)
                 self._stored.append((file.tell(), len(packed), part.shape))
                 file.write(packed)
 

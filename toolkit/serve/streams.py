@@ -121,5 +121,5 @@ def _have_equal_bits(first: Session, second: Session, bundle: Bundle, batch: int
         return False
     if not first.gives_masks:
         return True
-    masks = [session.masks(noise[:1], PROBE_SIZE, PROBE_SIZE) for session in (first, second)]
-    return np.array_equal(*masks)
+    of_first, of_second = (session.masks(noise[:1], PROBE_SIZE, PROBE_SIZE) for session in (first, second))
+    return np.array_equal(of_first, of_second)
