@@ -106,14 +106,18 @@ class JobRunner:
         return uuid.uuid4().hex
 
     def cancel(self, job_id: str) -> bool:
-        """Remove a job and its files; a running one stops first. Return whether it was there."""
-        if self._spool.job(job_id) is None:
-            return False
+        """Remove a job and its files; a running one stops first. Return False where its result must still be sent."""
         self._cancelled.add(job_id)
         if (current := self._current) is not None and current[0] == job_id:
             current[1].cancel()
             return True  # the thread removes it
-        return self._remove(job_id)
+        if self._remove(job_id):
+            return True
+        job = self._spool.job(job_id)
+        if job is None or job.finished is None:
+            return True  # it is gone, or the thread, which has just taken it, removes it
+        self._cancelled.discard(job_id)
+        return False
 
     def stop(self, deadline: float) -> None:
         """Take no new job, and wait for the running one until ``deadline`` (``time.monotonic``).

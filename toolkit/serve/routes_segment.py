@@ -56,7 +56,8 @@ def routes(state: ServerState) -> list[Route]:
         return JSONResponse(_describe(state, await find(request)))
 
     async def remove(request: Request) -> Response:
-        await asyncio.to_thread(state.jobs.cancel, (await find(request)).id)
+        if not await asyncio.to_thread(state.jobs.cancel, (await find(request)).id):
+            raise ProtocolError("its result is still to be sent to another node; it can be removed after that", 409)
         return Response(status_code=204)
 
     async def events(request: Request) -> Response:

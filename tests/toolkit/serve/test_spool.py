@@ -139,6 +139,20 @@ def test_results_expire_unless_they_must_still_be_sent(spool):
     assert spool.jobs() == []
 
 
+def test_a_job_whose_result_must_still_be_sent_is_not_removed(spool):
+    runner = JobRunner(spool, {}, Limits(), Metrics())
+    spool.add_job(job("unsent"))
+    spool.next_job()
+    spool.finish("unsent", None, [("A@b:1", "file")])
+    assert not runner.cancel("unsent")
+    assert [left.id for left in spool.jobs()] == ["unsent"]
+    (send,) = spool.sends("A@b:1")
+    spool.sent(send)
+    assert runner.cancel("unsent")
+    assert spool.jobs() == []
+    assert runner.cancel("unsent")  # gone already
+
+
 def test_files_that_were_never_acknowledged_are_removed_at_the_start(spool, contents):
     kept = accept(spool, contents[0])
     (spool.folder / "objects" / "orphan.dcm").write_bytes(b"x")
