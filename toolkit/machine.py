@@ -18,6 +18,7 @@ PACKAGES = (
     "tensorrt",
     "tensorrt-rtx-cu13",
 )
+CONTROL_GROUPS, OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
 
@@ -52,8 +53,27 @@ def this_machine() -> Machine:
 
 
 def cores() -> int:
-    """Return the number of processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the number of processors that this process may use: by its affinity, and by its container's quota."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(available, cpu_quota() or available)
+
+
+def cpu_quota() -> int | None:
+    """Return how many processors' time this process gets, rounded up, by container or service; None: no limit.
+
+    Source: the kernel's documentation of control groups: ``cpu.max`` of version 2, ``cpu.cfs_quota_us`` of version 1.
+    """
+    lines = (_text(OWN_GROUP) or "").splitlines()
+    own = CONTROL_GROUPS / next((line[3:].strip("/") for line in lines if line.startswith("0::")), "")
+    files = [(folder / "cpu.max",) for folder in (own, *own.parents) if folder.is_relative_to(CONTROL_GROUPS)]
+    files.append((CONTROL_GROUPS / "cpu" / "cpu.cfs_quota_us", CONTROL_GROUPS / "cpu" / "cpu.cfs_period_us"))
+    values = [" ".join(_text(file) or "" for file in pair).split() for pair in files]
+    quotas = [
+        max(-(-int(pair[0]) // int(pair[1])), 1)
+        for pair in values
+        if len(pair) == 2 and all(value.isdecimal() for value in pair) and int(pair[1])  # "max" and -1 are no limit
+    ]
+    return min(quotas, default=None)
 
 
 def package_versions() -> dict[str, str]:

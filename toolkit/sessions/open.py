@@ -17,6 +17,7 @@ from medseg_trt.devices import AUTO, ComputeDevice
 from medseg_trt.engines.gpu import find_gpu
 from medseg_trt.errors import ArtefactError, MedsegError, MissingExtraError, UsageError
 from medseg_trt.imaging.preprocess import prepare, restore
+from medseg_trt.machine import cpu_quota
 from medseg_trt.progress import LOG
 from medseg_trt.sessions.backends import BACKENDS, is_installed
 from medseg_trt.sessions.base import Session
@@ -42,7 +43,8 @@ def open_session(
     Args:
         bundle: what ``load_bundle`` returned.
         backend: a key of ``BACKENDS``, or ``auto``: the fastest one of the build that is installed here.
-        threads: CPU threads; None leaves it to the back-end, which takes one per physical core.
+        threads: CPU threads; None leaves it to the back-end, which takes one per physical core, except in a container
+            with a quota of processor time, which the back-ends do not see: there it is as many as the quota allows.
         precision: one of the bundle's; None takes the best.
         device: where it runs; ``auto`` leaves it to the back-end.
 
@@ -54,6 +56,7 @@ def open_session(
             and running it takes more than a network of its size does.
     """
     execution = choose(bundle, backend, precision, device)
+    threads = threads or cpu_quota()
 
     def opened() -> Session:
         session = open_execution(bundle, execution, threads, cuda=device.number)
