@@ -1,7 +1,8 @@
 """Test whether a network of reduced precision makes masks as good as the reference's; if not, return layers to float.
 
-The score is that of ``evaluate``: the mean Dice of all classes and cases, where a case is a 2-D image or a volume. A
-class that a case does not have but a mask contains counts 0; without it, the score is 1. The gate is a non-inferiority
+The score is the mean Dice over all pairs of a case, which is a 2-D image or a volume, and a class that the truth or a
+mask of either network has. It equals that of ``evaluate`` where every case has every class; a false alarm, which
+``evaluate`` leaves out of the mean, counts 0 here. Without any pair, the score is 1. The gate is a non-inferiority
 test on paired slices: the upper end of the interval of the drop must not exceed the limit. Few or varied images widen
 the interval, which makes the gate harder to pass.
 """

@@ -33,7 +33,7 @@ def build(
     """Export a checkpoint to a bundle that is verified against PyTorch; the bundle is written atomically.
 
     Args:
-        checkpoint: a ``model.pt`` that ``train`` wrote.
+        checkpoint: the ``best.pt`` or ``last.pt`` that ``train`` wrote.
         spec: how to build.
         output: the bundle's folder; None puts it beside the checkpoint, with the suffix ``.medseg``.
         data: a data folder whose images verify, judge and calibrate the graphs; None takes the folder that the

@@ -7,7 +7,8 @@ an RMSNorm multiplies a token, the published insert is ``M2 N(h + W2 s)`` with `
 - a LayerNorm cancels the scale of a token: where one follows, the division of the final RMSNorm is not needed
 - without it, ``M2 (h + W2 s) = M2 h + (M2 W2) s``
 
-The equations hold for any weights. A rule that is not exact or not cheaper changes nothing and gives its reason.
+The equations hold for any weights. A rule that is not exact or not cheaper merges nothing and gives its reason.
+``cancel_final_norm`` counts as exact where the epsilon that it moves is below ``MAX_EPS_SHARE``.
 """
 
 from collections.abc import Iterator

@@ -30,7 +30,7 @@ class Step:
 IMAGE_ARRAY = "Image: raw values (slices, height, width, channels) in LPS, spacing, geometry"
 STEPS = (
     Step(
-        function="find_images",
+        function="list_images",
         text="lists files, folders and DICOM series",
         result="Source: the files of one image",
     ),

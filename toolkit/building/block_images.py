@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float32
 from numpy import ndarray
 
-from medseg_trt.building.reference_images import calibration_cases
+from medseg_trt.building.reference_images import block_fitting_cases
 from medseg_trt.building.spread_slices import evenly_spread, spread_inputs, spread_slices
 from medseg_trt.errors import UsageError
 from medseg_trt.imaging.digest import image_digests
@@ -57,7 +57,7 @@ def block_images(checkpoint: Checkpoint, data: Path | None, judged: Collection[n
     Raises:
         UsageError: there are no training images, fewer slices than ``MIN_SLICES``, or one of them is also judged.
     """
-    cases = calibration_cases(checkpoint, data)
+    cases = block_fitting_cases(checkpoint, data)
     if not cases:
         raise UsageError(
             "--block needs training images that are not judged, to fit the replacement of the block to; give a folder "

@@ -128,7 +128,7 @@ def reference_images(checkpoint: Checkpoint, data: Path | None) -> ReferenceImag
     cases = folder.cases(split)
     read = ((case.name, *read_case(case, len(checkpoint.classes.names))) for case in cases)
     judged = _judged(checkpoint, read, -(-MAX_JUDGED // len(cases)), folder.name)
-    calibration = _calibration(checkpoint, folder.cases("train")) if split == "val" else None
+    calibration = _calibration_inputs(checkpoint, folder.cases("train")) if split == "val" else None
     return replace(_checked(judged, calibration, f"of {folder.name}, split {split}"), labelled=folder)
 
 
@@ -146,7 +146,7 @@ def second_judged_images(checkpoint: Checkpoint, data: Path | None) -> JudgedIma
     return _judged(checkpoint, read, -(-MAX_JUDGED // len(cases)), folder.name)
 
 
-def calibration_cases(checkpoint: Checkpoint, data: Path | None) -> tuple[Case, ...]:
+def block_fitting_cases(checkpoint: Checkpoint, data: Path | None) -> tuple[Case, ...]:
     """Return the training cases that no judged image is of; empty where there are none.
 
     Raises:
@@ -234,7 +234,7 @@ def _unlabelled(checkpoint: Checkpoint, data: Path) -> ReferenceImages:
     LOG.warning("%s has no masks, so masks are compared with the unchanged network's, not with the truth", data)
     read = ((source.name, read_image(source), None) for source in judging)
     judged = _judged(checkpoint, read, -(-MAX_JUDGED // len(judging)), data.name)
-    calibration = _calibration(checkpoint, [Case(image=source, mask=source) for source in calibrating])
+    calibration = _calibration_inputs(checkpoint, [Case(image=source, mask=source) for source in calibrating])
     return _checked(judged, calibration, f"of {data.resolve().name}")
 
 
@@ -244,7 +244,7 @@ def _halves(data: Path) -> tuple[Sequence[Source], Sequence[Source]]:
     return split_files(sources, SPLIT_SEED)
 
 
-def _calibration(checkpoint: Checkpoint, cases: Sequence[Case]) -> Inputs | None:
+def _calibration_inputs(checkpoint: Checkpoint, cases: Sequence[Case]) -> Inputs | None:
     """Return slices, evenly spread over the cases."""
     chosen = [cases[index] for index in evenly_spread(len(cases), MAX_CALIBRATION)]
     read = ((case.name, read_case_image(case), None) for case in chosen)

@@ -37,13 +37,15 @@ def spread_slices(
     """Yield up to ``per_case`` slices of every case, without those of one grey, which all look alike."""
     tiles = recorded_tiles(preprocessing)
     for name, image, labels in cases:
-        contract = for_image(preprocessing, image.pixels)
+        image_preprocessing = for_image(preprocessing, image.pixels)
         window = None if tiles is None else window_size(tiles, preprocessing, image.spacing_in_plane)
         parts = [
             _part(image.size, None if labels is None else labels[number], window, tiles)
             for number in range(image.num_slices)
         ]
-        varied = [number for number, part in enumerate(parts) if _is_varied(image.pixels[number][part], contract)]
+        varied = [
+            number for number, part in enumerate(parts) if _is_varied(image.pixels[number][part], image_preprocessing)
+        ]
         for number in (varied[index] for index in evenly_spread(len(varied), per_case)):
             pixels, of_slice = image.pixels[number][parts[number]], None if labels is None else labels[number]
             yield SpreadSlice(
@@ -55,18 +57,22 @@ def spread_slices(
                 num_inputs=1
                 if tiles is None or window is None
                 else num_windows(pixels.shape[:2], window, tiles.overlap),
-                inputs=_inputs(pixels, contract, image.spacing_in_plane, window, tiles),
+                inputs=_inputs(pixels, image_preprocessing, image.spacing_in_plane, window, tiles),
             )
 
 
 def _inputs(
-    pixels: ndarray, contract: Preprocessing, spacing: Spacing | None, window: Size | None, tiles: Tiles | None
+    pixels: ndarray,
+    image_preprocessing: Preprocessing,
+    spacing: Spacing | None,
+    window: Size | None,
+    tiles: Tiles | None,
 ) -> Callable[[], Inputs]:
     if tiles is None or window is None:
-        prepared = prepare(pixels, contract, spacing)[np.newaxis]
+        prepared = prepare(pixels, image_preprocessing, spacing)[np.newaxis]
         return lambda: prepared
     kept = pixels.copy()  # not the whole image
-    return lambda: window_inputs(kept, contract, window, tiles.overlap)
+    return lambda: window_inputs(kept, image_preprocessing, window, tiles.overlap)
 
 
 def spread_inputs(slices: Sequence[SpreadSlice], count: int) -> list[tuple[str, ndarray]]:
@@ -86,8 +92,8 @@ def _most_varied(inputs: Inputs, count: int) -> Inputs:
     return inputs[np.sort(np.argsort(-deviation, kind="stable")[:count])]
 
 
-def _is_varied(pixels: ndarray, contract: Preprocessing) -> bool:
-    clipped = pixels.clip(*contract.window)
+def _is_varied(pixels: ndarray, image_preprocessing: Preprocessing) -> bool:
+    clipped = pixels.clip(*image_preprocessing.window)
     return bool(clipped.min() != clipped.max())
 
 

@@ -56,8 +56,8 @@ KEEPS_CASTS = "onnxruntime"  # OpenVINO drops a cast to 16 bits and back, and wi
 class GraphTarget:
     """A way to write a precision down."""
 
-    dialect: str  # of export.graph.dialects
-    quant_format: str  # of export.quantize
+    dialect: str  # a key of export.graph.dialects.DIALECTS
+    quant_format: str  # a key of export.precision.quantize.QUANT_FORMATS
     backend: str  # that it is meant for, and is judged with where that is installed
 
 

@@ -40,10 +40,10 @@ class FileEntry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Variant:
-    """One graph of the bundle: the network in one precision and one dialect."""
+    """One graph of the bundle: the network in one precision, written for one target."""
 
     precision: str
-    dialect: str  # a key of export.graph.dialects.DIALECTS
+    dialect: str  # a key of building.variants.GRAPH_TARGETS
     graph: str  # file name in the bundle, "NAME.onnx"
     weights: str  # file name in the bundle
     passes: Mapping[str, Any]  # what folding, fusing and quantising did, and why not more

@@ -41,7 +41,8 @@ def segmentation_stages(
 ) -> SegmentationStages:
     """Return the stages for the slices of one image; see ``segment`` for the arguments.
 
-    With ``pixels_to_masks``, from ``Session.device_pipeline``, the network also prepares and restores the pixels.
+    ``pixels_to_masks`` prepares and restores the pixels itself: on a GPU (``Session.device_pipeline``), or window by
+    window (``tiling.segment.tiled``).
     """
     if pixels_to_masks is not None:
         return SegmentationStages(prepare=lambda pixels: pixels, run=pixels_to_masks, finish=lambda labels: labels)

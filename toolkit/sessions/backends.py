@@ -11,7 +11,7 @@ from medseg_trt.bundles.manifest import COMPUTE_DTYPES
 class Backend:
     """What can run a graph."""
 
-    module: str  # of ours; it has ``open_graph``
+    module: str  # of ours; it has ``function``
     package: str  # that it imports
     extra: str  # of medseg-trt, which installs the package
     dialects: tuple[str, ...]  # of the graphs that it reads, the preferred one first

@@ -31,11 +31,11 @@ def tiled(run: Run, image: Image, preprocessing: Preprocessing, tiles: Tiles) ->
         UsageError: the preprocessing resizes with splines, whose labels have no logits at the image's size.
     """
     check_tiles(preprocessing)
-    contract = for_image(preprocessing, image.pixels)
+    image_preprocessing = for_image(preprocessing, image.pixels)
     window = window_size(tiles, preprocessing, image.spacing_in_plane)
 
     def labels(slices: ndarray) -> ndarray:
-        return np.stack([_labels(run, pixels, contract, window, tiles.overlap) for pixels in slices])
+        return np.stack([_labels(run, pixels, image_preprocessing, window, tiles.overlap) for pixels in slices])
 
     return labels
 
@@ -57,9 +57,9 @@ def check_tiles(preprocessing: Preprocessing) -> None:
         raise UsageError(f"the network resizes with {preprocessing.resize}, which windows cannot; leave --tile out")
 
 
-def window_run(run: Run, contract: Preprocessing, window: Size) -> Run:
+def window_run(run: Run, image_preprocessing: Preprocessing, window: Size) -> Run:
     """Return the function from raw windows (batch, height, width, channels) to logits of the windows' size."""
-    stretched = _stretched(contract)
+    stretched = _stretched(image_preprocessing)
 
     def logits_of(windows: ndarray) -> ndarray:
         return _at_size(run(np.stack([prepare(pixels, stretched, None) for pixels in windows])), window)
@@ -68,11 +68,13 @@ def window_run(run: Run, contract: Preprocessing, window: Size) -> Run:
 
 
 def window_inputs(
-    pixels: Num[ndarray, "height width channels"], contract: Preprocessing, window: Size, overlap: float
+    pixels: Num[ndarray, "height width channels"], image_preprocessing: Preprocessing, window: Size, overlap: float
 ) -> Float32[ndarray, "windows 3 image_height image_width"]:
     """Return the windows of a slice as the network's input, row by row, as ``label_rows`` gives them to the network."""
-    padded = _Padded(read_rows=_rows_of(pixels), size=pixels.shape[:2], window=window, value=contract.window[0])
-    stretched = _stretched(contract)
+    padded = _Padded(
+        read_rows=_rows_of(pixels), size=pixels.shape[:2], window=window, value=image_preprocessing.window[0]
+    )
+    stretched = _stretched(image_preprocessing)
     height, width = padded.padded_size
     bands = (padded(top, top + window[0]) for top in starts(height, window[0], overlap))
     lefts = starts(width, window[1], overlap)
@@ -95,9 +97,9 @@ def labels_of_windows(
     return _joined(_label_rows(next_logits, padded, overlap), size)
 
 
-def _labels(run: Run, pixels: ndarray, contract: Preprocessing, window: Size, overlap: float) -> ndarray:
+def _labels(run: Run, pixels: ndarray, image_preprocessing: Preprocessing, window: Size, overlap: float) -> ndarray:
     size = pixels.shape[:2]
-    return _joined(label_rows(run, _rows_of(pixels), size, contract, window, overlap), size)
+    return _joined(label_rows(run, _rows_of(pixels), size, image_preprocessing, window, overlap), size)
 
 
 def _joined(bands: Iterable[tuple[int, ndarray]], size: Size) -> ndarray:
@@ -111,8 +113,8 @@ def _rows_of(pixels: ndarray) -> ReadRows:
     return lambda first, end: pixels[first:end]
 
 
-def _stretched(contract: Preprocessing) -> Preprocessing:
-    return replace(contract, spacing_mm=None)  # a window has the spacing of the network by its size
+def _stretched(image_preprocessing: Preprocessing) -> Preprocessing:
+    return replace(image_preprocessing, spacing_mm=None)  # a window has the spacing of the network by its size
 
 
 def _at_size(logits: ndarray, window: Size) -> ndarray:
@@ -120,14 +122,14 @@ def _at_size(logits: ndarray, window: Size) -> ndarray:
 
 
 def label_rows(
-    run: Run, read_rows: ReadRows, size: Size, contract: Preprocessing, window: Size, overlap: float
+    run: Run, read_rows: ReadRows, size: Size, image_preprocessing: Preprocessing, window: Size, overlap: float
 ) -> Iterator[tuple[int, UInt8[ndarray, "rows width"]]]:
     """Yield the first row and the labels of consecutive bands of an image; see ``blended_rows``.
 
     An image that is smaller than a window is padded on all sides with the lower end of the window of intensities.
     """
-    padded = _Padded(read_rows=read_rows, size=size, window=window, value=contract.window[0])
-    return _label_rows(window_run(run, contract, window), padded, overlap)
+    padded = _Padded(read_rows=read_rows, size=size, window=window, value=image_preprocessing.window[0])
+    return _label_rows(window_run(run, image_preprocessing, window), padded, overlap)
 
 
 def _label_rows(run_windows: Run, padded: "_Padded", overlap: float) -> Iterator[tuple[int, ndarray]]:

@@ -75,7 +75,7 @@ class DataFolder:
     split_notes: Mapping[str, str] = field(
         default_factory=dict
     )  # a description of each split for readers of its figures
-    modality: str = ""  # from the data set, a key of official.MODALITIES
+    modality: str = ""  # as the data set states it, such as CT
     layout: str = ""  # the layout on disk
     how: Mapping[str, object] = field(default_factory=dict)  # the options behind these splits and labels
     remarks: tuple[str, ...] = ()  # facts about how it was read

@@ -10,7 +10,7 @@ from tiny import TWO_ORGANS, make_checkpoint, write_description, write_pictures,
 
 from medseg_trt.building import block_images as module
 from medseg_trt.building.block_images import BlockImages, block_images, training_augmentation
-from medseg_trt.building.reference_images import calibration_cases, reference_images, second_judged_images
+from medseg_trt.building.reference_images import block_fitting_cases, reference_images, second_judged_images
 from medseg_trt.errors import UsageError
 from medseg_trt.spec import Classes
 from medseg_trt.train.checkpoint import Checkpoint, load_checkpoint
@@ -76,7 +76,7 @@ def test_calibration_on_the_images_of_the_gate_is_caught(
     judged = reference_images(checkpoint, data).judged.inputs
     assert block_images(checkpoint, data, [judged]).slices == 12
 
-    monkeypatch.setattr(module, "calibration_cases", lambda _, data: open_folder(data).cases("val"))
+    monkeypatch.setattr(module, "block_fitting_cases", lambda _, data: open_folder(data).cases("val"))
     with pytest.raises(UsageError, match="also judged"):
         block_images(checkpoint, data, [judged])
 
@@ -89,7 +89,7 @@ def test_without_a_training_split_that_is_not_judged_there_is_nothing_to_fit_to(
     binary = load_checkpoint(make_checkpoint(tmp_path, classes=Classes(names=("background", "lesion"))))
     unlabelled = write_pictures(tmp_path / "data", count=8) / "images"
     shutil.rmtree(unlabelled.parent / "masks")
-    assert block_images(binary, unlabelled.parent, []).slices == len(calibration_cases(binary, unlabelled.parent))
+    assert block_images(binary, unlabelled.parent, []).slices == len(block_fitting_cases(binary, unlabelled.parent))
 
 
 def test_the_second_split_is_the_test_split(checkpoint: Checkpoint, data: Path, tmp_path: Path) -> None:
