@@ -10,7 +10,7 @@ from medseg_trt.devices import AUTO, ComputeDevice
 from medseg_trt.files import atomic_folder
 from medseg_trt.imaging.images import Mask
 from medseg_trt.inference.destination import Destination
-from medseg_trt.inference.outcomes import Refused, Segmented, Skipped, SlideSegmented
+from medseg_trt.inference.outcomes import Kept, Refused, Segmented, SlideSegmented
 from medseg_trt.inference.pipelined import segment_many
 from medseg_trt.progress import LOG, track
 from medseg_trt.sessions.augmented import TTA, AugmentedSession, check_tta
@@ -198,7 +198,7 @@ def infer(
                             yield mask
                     case SlideSegmented(mask=mask):
                         destination.write_slide(source, mask)
-                    case Skipped(record=record):
+                    case Kept(record=record):
                         destination.keep(source, record)
                     case Refused(error=error):
                         destination.refuse(source, error)

@@ -20,8 +20,8 @@ from medseg_trt.export.fold.language import (
     fold_mapper1,
     fold_mapper2,
     merge_language_projections,
-    merge_norm_weights,
     tabulate_rotary,
+    use_single_node_norms,
 )
 from medseg_trt.export.fold.layers import Attend, TabulatedWindowAttention
 from medseg_trt.spec import to_dict
@@ -120,7 +120,7 @@ RULES: Mapping[
     "final_norm": cancel_final_norm,
     "mapper2": fold_mapper2,
     "rotary_tables": tabulate_rotary,
-    "norm_weights": merge_norm_weights,
+    "norm_weights": use_single_node_norms,
 }
 
 

@@ -144,7 +144,7 @@ def tabulate_rotary(model: SegmentationModel) -> FoldResult:
     return counted(len(replaced), "rotary=false: queries and keys are not rotated")
 
 
-def merge_norm_weights(model: SegmentationModel) -> FoldResult:
+def use_single_node_norms(model: SegmentationModel) -> FoldResult:
     """Replace every RMSNorm by one that is traced to one node instead of four."""
     replaced = layers_of_type(model, RMSNorm)
     for parent, name, layer in replaced:

@@ -14,7 +14,7 @@ from medseg_trt.ablate.configurations import CONFIGURATIONS, QUESTIONS, Question
 from medseg_trt.ablate.results import Ablation, Comparison, write_ablation
 from medseg_trt.errors import UsageError
 from medseg_trt.progress import LOG
-from medseg_trt.reproduce.paired_runs import CONFIDENCE, Pair, Scores, gain, scores_of
+from medseg_trt.reproduce.paired_runs import GAIN_CONFIDENCE, Pair, Scores, gain, scores_of
 from medseg_trt.reproduce.tested_run import BATCH, stored_scores, tested_network
 from medseg_trt.spec import from_dict
 from medseg_trt.train.datasets.folder import DataFolder
@@ -152,7 +152,7 @@ def compare_all(scores: Mapping[tuple[str, str, int], Scores], test_over_train: 
     asked = [question for question in QUESTIONS if {question.before, question.after} <= there]
     splits = {split for _, split, _ in scores}
     ratio = test_over_train if len(splits) > 1 else 0.0
-    confidence = 1 - (1 - CONFIDENCE) / max(len(asked), 1)
+    confidence = 1 - (1 - GAIN_CONFIDENCE) / max(len(asked), 1)
     return tuple(_compared(question, scores, ratio, confidence) for question in asked)
 
 

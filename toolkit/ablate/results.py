@@ -9,7 +9,7 @@ from typing import Any
 from medseg_trt.ablate.configurations import CONFIGURATIONS, Question
 from medseg_trt.files import atomic_file, write_json
 from medseg_trt.progress import plural
-from medseg_trt.reproduce.paired_runs import CONFIDENCE, Gain
+from medseg_trt.reproduce.paired_runs import GAIN_CONFIDENCE, Gain
 
 SCHEMA = 1
 NAME = "ablation"
@@ -93,7 +93,7 @@ def markdown(results: Ablation) -> str:
         *(f"- {item.question.text} {item.sentence}" for item in results.comparisons),
         "",
         "Differences of the mean Dice in points of 100, over pairs of runs with one seed and split. All intervals "
-        f"hold together with {100 * CONFIDENCE:.0f} %: each of {number} has {percent:.2f} % (Bonferroni). "
+        f"hold together with {100 * GAIN_CONFIDENCE:.0f} %: each of {number} has {percent:.2f} % (Bonferroni). "
         "The bootstrap draws cases and runs, Student's t the runs; a difference counts if neither holds zero."
         f"{_smallest_visible(results)}",
         "",
@@ -153,7 +153,7 @@ def _smallest_visible(results: Ablation) -> str:
 
 
 def _confidence(results: Ablation) -> float:
-    return results.comparisons[0].confidence if results.comparisons else CONFIDENCE
+    return results.comparisons[0].confidence if results.comparisons else GAIN_CONFIDENCE
 
 
 def _row(item: Comparison) -> str:

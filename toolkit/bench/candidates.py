@@ -8,7 +8,7 @@ from typing import Literal
 from medseg_trt.bundles.bundle import Bundle
 from medseg_trt.bundles.manifest import Execution
 from medseg_trt.devices import CPU, ComputeDevice
-from medseg_trt.engines.choice import installed_version, judged_engines
+from medseg_trt.engines.choice import engines_with_mismatches, installed_version
 from medseg_trt.engines.fingerprint import FOLDER
 from medseg_trt.engines.gpu import Gpu
 from medseg_trt.errors import MissingExtraError, UsageError
@@ -234,7 +234,7 @@ def _engine(bundle: Bundle, execution: Execution, device: BenchDevice) -> Candid
     """Return the engine of a variant that fits this machine, or else the closest one, with the reason."""
     variant, library = bundle.variant(execution), execution.backend
     version, title = installed_version(library), LIBRARY_NAMES[library]
-    engines = judged_engines(bundle, library, version, variant.precision, device.gpu)
+    engines = engines_with_mismatches(bundle, library, version, variant.precision, device.gpu)
     chosen, reasons = min(engines, key=lambda judgement: len(judgement[1]))
     obstacle = " ".join(reasons) if device.gpu else f"{device.obstacle}."
     built = f"built for {', '.join(chosen.targets)} by {title} {chosen.version}"

@@ -81,7 +81,7 @@ def runtime_environment(
     )
 
 
-def judged_engines(
+def engines_with_mismatches(
     bundle: Bundle, library: str, library_version: str | None, precision: str, gpu: Gpu | None
 ) -> list[tuple[EngineFingerprint, list[str]]]:
     """Return the engines of a precision, each with the reasons why it cannot run on this machine.
@@ -106,7 +106,7 @@ def fitting_engine(
         ArtefactError: no engine matches; the message gives the reasons for the first one.
     """
     gpu = Gpu(name=device.name, sm=f"sm{device.capability}", cuda=".".join(map(str, device.cuda)), driver=None)
-    candidates = judged_engines(bundle, library, library_version, precision, gpu)
+    candidates = engines_with_mismatches(bundle, library, library_version, precision, gpu)
     if not candidates:
         raise UsageError(
             f"{bundle.folder} holds no {precision} engine for {library}; build one: medseg-trt build "
@@ -126,7 +126,7 @@ def has_fitting_engine(bundle: Bundle, library: str, precision: str, gpu: Gpu) -
     """
     version = installed_version(library)
     return version is not None and any(
-        not reasons for _, reasons in judged_engines(bundle, library, version, precision, gpu)
+        not reasons for _, reasons in engines_with_mismatches(bundle, library, version, precision, gpu)
     )
 
 

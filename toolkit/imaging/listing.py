@@ -30,7 +30,7 @@ DICOM_WITHOUT_IMAGE = "DICOM without an image of its own"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Refused:
+class RefusedInput:
     """An unusable input and the reason."""
 
     path: Path
@@ -52,7 +52,7 @@ class Listing:
     """The images of the inputs, and everything else in them."""
 
     sources: tuple[Source, ...]
-    refused: tuple[Refused, ...]
+    refused: tuple[RefusedInput, ...]
     left_out: tuple[LeftOut, ...]
 
     def warnings(self) -> list[str]:
@@ -70,7 +70,7 @@ class _Entries:
     files: list[Path] = field(default_factory=list[Path])
     folders: list[Path] = field(default_factory=list[Path])
     irregular: list[Path] = field(default_factory=list[Path])
-    refused: list[Refused] = field(default_factory=list[Refused])
+    refused: list[RefusedInput] = field(default_factory=list[RefusedInput])
 
 
 @dataclass(kw_only=True, slots=True)
@@ -78,7 +78,7 @@ class _Lists:
     """The lists that a listing is collected in."""
 
     sources: list[Source] = field(default_factory=list[Source])
-    refused: list[Refused] = field(default_factory=list[Refused])
+    refused: list[RefusedInput] = field(default_factory=list[RefusedInput])
     left_out: list[LeftOut] = field(default_factory=list[LeftOut])
 
 
@@ -103,7 +103,7 @@ def list_images(inputs: Sequence[Path], ignored: Sequence[Path] = ()) -> Listing
             else:
                 lists.sources.append(source_of_file(path))
         except InputError as error:
-            lists.refused.append(Refused(path=path, error=error))
+            lists.refused.append(RefusedInput(path=path, error=error))
     return Listing(
         sources=tuple(dict.fromkeys(lists.sources)),
         refused=tuple(lists.refused),
@@ -206,9 +206,9 @@ def _entries(folder: Path) -> _Entries:
             else:
                 entries.irregular.append(path)
         except OSError as error:
-            entries.refused.append(Refused(path=path, error=InputError(why_unusable(path, error))))
+            entries.refused.append(RefusedInput(path=path, error=InputError(why_unusable(path, error))))
         except InputError as error:
-            entries.refused.append(Refused(path=path, error=error))
+            entries.refused.append(RefusedInput(path=path, error=error))
     return entries
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from medseg_trt.bundles.bundle import Bundle
 from medseg_trt.imaging.images import Image, Mask, Source, find_images, read_image
 from medseg_trt.imaging.slide_mask import SlideMask
-from medseg_trt.inference.outcomes import Refused, Skipped, SlideToSegment
+from medseg_trt.inference.outcomes import Kept, Refused, SlideToSegment
 from medseg_trt.inference.resume import Record
 from medseg_trt.sessions.base import Session
 from medseg_trt.tiling.segment import with_mpp
@@ -31,7 +31,7 @@ class Destination:
 
     def read(
         self, sources: Sequence[Source], bundle: Bundle, session: Session, batch: int
-    ) -> Iterator[Image | SlideToSegment | Skipped | Refused]:
+    ) -> Iterator[Image | SlideToSegment | Kept | Refused]:
         """Yield one item for every source, in order; called in a thread of its own."""
         return (with_mpp(read_image(source), bundle.tiles) for source in sources)
 

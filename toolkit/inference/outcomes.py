@@ -18,7 +18,7 @@ class Segmented:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Skipped:
+class Kept:
     """An earlier run has written the mask of the same image with the same bundle and options."""
 
     record: Record
@@ -47,4 +47,4 @@ class SlideSegmented:
     mask: SlideMask
 
 
-Outcome = Segmented | SlideSegmented | Skipped | Refused
+Outcome = Segmented | SlideSegmented | Kept | Refused

@@ -21,7 +21,7 @@ from medseg_trt.errors import InputError, MedsegError
 from medseg_trt.imaging.images import Image, Mask
 from medseg_trt.imaging.preprocess import outside_fraction
 from medseg_trt.imaging.segment import SegmentationStages, segmentation_stages
-from medseg_trt.inference.outcomes import Outcome, Refused, Segmented, Skipped, SlideSegmented, SlideToSegment
+from medseg_trt.inference.outcomes import Kept, Outcome, Refused, Segmented, SlideSegmented, SlideToSegment
 from medseg_trt.inference.prefetch import POLL_S, Prefetcher, StoppedError
 from medseg_trt.inference.slide import slide_mask
 from medseg_trt.progress import LOG, track
@@ -53,8 +53,8 @@ class _SliceBatch:
 
 
 # What passes from stage to stage; slices are worked on by all, and slides by the second alone.
-Item = _SliceBatch | SlideToSegment | SlideSegmented | Skipped | Refused
-Read = Image | SlideToSegment | Skipped | Refused
+Item = _SliceBatch | SlideToSegment | SlideSegmented | Kept | Refused
+Read = Image | SlideToSegment | Kept | Refused
 
 
 class _MemoryBudget:
@@ -79,7 +79,7 @@ class _MemoryBudget:
 def segment_many(
     images: Iterable[Read], session: Session, bundle: Bundle, batch: int, label: str | None = None
 ) -> Generator[Outcome, None, None]:
-    """Yield the outcome of every image, in order; ``Skipped`` and ``Refused`` pass through unchanged.
+    """Yield the outcome of every image, in order; ``Kept`` and ``Refused`` pass through unchanged.
 
     Slides are segmented and written by rows.
 

@@ -30,7 +30,7 @@ from medseg_trt.imaging.preprocess import for_image
 from medseg_trt.imaging.slide_mask import SlideMask
 from medseg_trt.inference.areas_table import AREAS, HEADER, AreaTable, area_rows
 from medseg_trt.inference.destination import Destination
-from medseg_trt.inference.outcomes import Refused, Skipped, SlideToSegment
+from medseg_trt.inference.outcomes import Kept, Refused, SlideToSegment
 from medseg_trt.inference.output_folder import name_limit, require_safe
 from medseg_trt.inference.record_seal import record_key
 from medseg_trt.inference.resume import Record, load_record, overlay_path, remove_leftovers, save_record
@@ -159,7 +159,7 @@ class MaskFolder(Destination):
 
     def read(
         self, sources: Sequence[Source], bundle: Bundle, session: Session, batch: int
-    ) -> Iterator[Image | SlideToSegment | Skipped | Refused]:
+    ) -> Iterator[Image | SlideToSegment | Kept | Refused]:
         """Yield every image, its record if an earlier run finished it, or the reason why it cannot be used."""
         self._made_by = f"bundle {bundle.mask_key}, {session.description}, batch {batch}, overlay {self.overlay}" + (
             "" if self.mask_format == "auto" else f", format {self.mask_format}"
@@ -171,7 +171,7 @@ class MaskFolder(Destination):
                 with self.local_files(source) as local:
                     self._keys[source] = key = f"image {_digest(local)}, {self._made_by}"
                     record = self._earlier_record(source, key) if self.resume else None
-                    item = self._read(source, local, bundle) if record is None else Skipped(record)
+                    item = self._read(source, local, bundle) if record is None else Kept(record)
                 yield item
             except (InputError, MissingExtraError) as error:
                 yield Refused(error)

@@ -20,7 +20,7 @@ from medseg_trt.metrics.overlap import ClassScore
 from medseg_trt.metrics.protocols import METRICS
 from medseg_trt.train.evaluate import Evaluation
 
-CONFIDENCE = 0.95  # of both intervals of a single gain
+GAIN_CONFIDENCE = 0.95  # of both intervals of a single gain
 RESAMPLES = 5_000
 
 
@@ -85,7 +85,7 @@ def scores_of(evaluation: Evaluation, figure: str) -> Scores:
     )
 
 
-def gain(pairs: Sequence[Pair], test_over_train: float = 0.0, confidence: float = CONFIDENCE) -> Gain | None:
+def gain(pairs: Sequence[Pair], test_over_train: float = 0.0, confidence: float = GAIN_CONFIDENCE) -> Gain | None:
     """Return the gain of the second networks over the first; None if no unit has a figure for both.
 
     Args:

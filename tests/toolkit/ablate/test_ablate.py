@@ -14,7 +14,7 @@ from medseg_trt.ablate.configurations import CONFIGURATIONS, QUESTIONS
 from medseg_trt.ablate.results import Ablation, Comparison, markdown
 from medseg_trt.cli import cli
 from medseg_trt.errors import UsageError
-from medseg_trt.reproduce.paired_runs import CONFIDENCE, Gain, Scores
+from medseg_trt.reproduce.paired_runs import GAIN_CONFIDENCE, Gain, Scores
 from medseg_trt.train import loop, runs
 
 CHANGES = (
@@ -66,7 +66,7 @@ def test_a_grid_is_trained_on_the_same_batches_resumed_and_compared(tmp_path, mo
     asked = [item["question"]["text"] for item in printed["comparisons"]]
     assert asked == [item.text for item in QUESTIONS if {item.before, item.after} <= set(CHOSEN)]
     assert len(asked) == 2
-    assert [item["confidence"] for item in printed["comparisons"]] == [pytest.approx(1 - (1 - CONFIDENCE) / 2)] * 2
+    assert [item["confidence"] for item in printed["comparisons"]] == [pytest.approx(1 - (1 - GAIN_CONFIDENCE) / 2)] * 2
     page = (tmp_path / "out" / "ablation.md").read_text(encoding="utf-8")
     assert "Generated discs." in page
     assert "a trial of the command, not evidence" in page
