@@ -1,6 +1,6 @@
 """What does the server cost, and what does it hold under load?
 
-    python benchmarks/bench_serve.py --bundle model.medseg --volume ct.nii.gz [--seconds 600] [--clients 16]
+    python benchmarks/bench_serve.py --bundle model.medseg --volume ct.nii [--seconds 600] [--clients 16] [--backend openvino]
 
 Four parts: the overhead of HTTP for one small image; throughput of 8 clients against decoding, running and encoding
 one image after another in this process; latency of small images at 80 % of that throughput, with a volume beside them
@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,6 +34,7 @@ from medseg_trt.sessions.open import open_session
 
 SIZE = (256, 256)
 PICTURES, WARM_UP = 8, 20
+PEER_BACKEND = "onnxruntime"
 LOAD = 0.8  # of the measured throughput
 
 
@@ -51,14 +53,21 @@ def pictures(folder: Path) -> list[Path]:
     return paths
 
 
-def one_after_another(
-    bundle_folder: Path, paths: Sequence[Path], seconds: float, folder: Path
-) -> tuple[float, list[str]]:
-    """Decode, run, finish and encode in this process; return the median seconds of an image and the masks' digests."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Alone:
+    """Images of a single process, one after another."""
+
+    session: str
+    seconds: float  # the median of an image
+    digests: list[str]  # of the masks
+
+
+def one_after_another(bundle_folder: Path, backend: str, paths: Sequence[Path], seconds: float, folder: Path) -> Alone:
+    """Decode, run, finish and encode in this process."""
     bundle = load_bundle(bundle_folder)
     taken: list[float] = []
     digests: dict[Path, str] = {}
-    with open_session(bundle, "onnxruntime") as session:
+    with open_session(bundle, backend) as session:
         masks = session.masks if session.gives_masks else None
         until = time.perf_counter() + seconds
         while time.perf_counter() < until or len(digests) < len(paths):
@@ -70,12 +79,13 @@ def one_after_another(
                 content = write_mask(Mask.of(image, finished, bundle.classes, remark), folder).read_bytes()
                 taken.append(time.perf_counter() - began)
                 digests[path] = hashlib.sha256(content).hexdigest()
-    return statistics.median(taken), [digests[path] for path in paths]
+        description = session.description
+    return Alone(session=description, seconds=statistics.median(taken), digests=[digests[path] for path in paths])
 
 
-def sha_of_volume(bundle_folder: Path, path: Path, folder: Path) -> str:
+def sha_of_volume(bundle_folder: Path, backend: str, path: Path, folder: Path) -> str:
     """Return the digest of a volume's mask as ``infer`` writes it."""
-    (mask,) = infer([path], bundle_folder, backend="onnxruntime")
+    (mask,) = infer([path], bundle_folder, backend=backend)
     return hashlib.sha256(write_mask(mask, folder).read_bytes()).hexdigest()
 
 
@@ -91,20 +101,22 @@ def measure(chosen: Any, folder: Path) -> dict[str, Any]:
     masks.mkdir()
     paths = pictures(folder)
     bodies = [path.read_bytes() for path in paths]
-    alone_s, digests = one_after_another(chosen.bundle, paths, chosen.part_seconds, masks)
-    volume, volume_digest = chosen.volume.read_bytes(), sha_of_volume(chosen.bundle, chosen.volume, masks)
+    alone = one_after_another(chosen.bundle, chosen.backend, paths, chosen.part_seconds, masks)
+    volume = chosen.volume.read_bytes()
+    volume_digest = sha_of_volume(chosen.bundle, chosen.backend, chosen.volume, masks)
     port = free_port()
     command = [sys.executable, "-P", "-m", "medseg_trt", "serve", "--bundle", str(chosen.bundle), "--port", str(port)]
-    command += ["--spool", str(folder / "spool"), "--backend", "onnxruntime"]
+    command += ["--spool", str(folder / "spool"), "--backend", chosen.backend]
     result: dict[str, Any] = {
-        "one_after_another_ms": 1000 * alone_s,
+        "session": alone.session,
+        "one_after_another_ms": 1000 * alone.seconds,
         "seconds": chosen.seconds,
         "clients": chosen.clients,
     }
 
     def small(tally: Tally, seconds: float, pause_s: float = 0.0, at: int = port, path: str = "/v1/segment"):
         until = time.perf_counter() + seconds
-        return lambda: small_client(at, path, bodies, digests, until, tally, pause_s)
+        return lambda: small_client(at, path, bodies, alone.digests, until, tally, pause_s)
 
     with serving(command, port) as process:
         run_clients([small(Tally(), 0.2 * WARM_UP)])
@@ -114,7 +126,7 @@ def measure(chosen: Any, folder: Path) -> dict[str, Any]:
         eight = [Tally() for _ in range(8)]
         taken = run_clients([small(tally, chosen.part_seconds) for tally in eight])
         rate = sum(len(tally.seconds) for tally in eight) / taken
-        result |= {"throughput_per_s": rate, "throughput_ratio": rate * alone_s}
+        result |= {"throughput_per_s": rate, "throughput_ratio": rate * alone.seconds}
         for name, beside in (("without a volume", False), ("with a volume", True)):
             tallies = [Tally() for _ in range(8)]
             targets = [small(tally, chosen.part_seconds, 8 / (LOAD * rate)) for tally in tallies]
@@ -126,7 +138,7 @@ def measure(chosen: Any, folder: Path) -> dict[str, Any]:
         result["mixed"] = mixed(
             chosen, process.pid, small, lambda until, tally: volume_client(port, volume, volume_digest, until, tally)
         )
-    if importlib.util.find_spec("fastapi") is not None:
+    if chosen.backend == PEER_BACKEND and importlib.util.find_spec("fastapi") is not None:
         port = free_port()
         peer = [sys.executable, "-P", str(Path(__file__).with_name("serve_peer.py")), str(chosen.bundle), str(port)]
         with serving(peer, port):
@@ -183,7 +195,7 @@ def to_markdown(result: Mapping[str, Any]) -> str:
     lines = [
         "# The server",
         "",
-        f"PNG pictures of {SIZE[0]} x {SIZE[1]} pixels, ONNX Runtime on the CPU.",
+        f"PNG pictures of {SIZE[0]} x {SIZE[1]} pixels, {result['session']} on the CPU.",
         "",
         *table(("small images", "requests", "p50 ms", "p90 ms", "p99 ms"), rows),
         "",
@@ -223,10 +235,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600.0, help="of the mixed clients")
     parser.add_argument("--part-seconds", type=float, default=30.0, help="of every other part")
     parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--backend", default=PEER_BACKEND, help="of another one, the result has the name in its own")
     chosen = parser.parse_args()
     LOG.setLevel(logging.ERROR)  # a picture may have a size that the steps of post-processing were not learnt at
     with TemporaryDirectory() as folder:
-        publish("serve", measure(chosen, Path(folder)), to_markdown, chosen)
+        name = "serve" if chosen.backend == PEER_BACKEND else f"serve_{chosen.backend}"
+        publish(name, measure(chosen, Path(folder)), to_markdown, chosen)
 
 
 if __name__ == "__main__":
