@@ -1,11 +1,11 @@
 """What does the server cost, and what does it hold under load?
 
-    python benchmarks/bench_serve.py --bundle model.medseg --volume ct.nii [--seconds 600] [--clients 16] [--backend openvino]
+    python benchmarks/bench_serve.py --bundle model.medseg --volume ct.nii.gz [--seconds 600] [--clients 16]
 
 Four parts: the overhead of HTTP for one small image; throughput of 8 clients against decoding, running and encoding
 one image after another in this process; latency of small images at 80 % of that throughput, with a volume beside them
 and without; and ``--clients`` mixed clients for ``--seconds``, whose every mask is compared by SHA-256. Where FastAPI
-is installed, ``serve_peer.py`` answers the same small images.
+is installed, ``serve_peer.py`` answers the same small images. ``--backend`` measures another one than ONNX Runtime.
 """
 
 import hashlib
