@@ -98,7 +98,7 @@ def test_every_command_has_examples_that_parse(path, command):
 
 
 @pytest.mark.parametrize("example", ["medseg-trt compare a", "medseg-trt build --chkpt a.pt", "medseg-trt get organs"])
-def test_an_example_that_is_no_command_would_be_seen(example):
+def test_parsing_an_invalid_example_is_a_usage_error(example):
     with pytest.raises(click.UsageError):
         parse(example)
 
@@ -140,7 +140,7 @@ def test_the_shell_completes_commands_options_and_choices(words, completed):
     assert [line.partition(",")[2] for line in done.stdout.splitlines()] == completed
 
 
-def test_every_command_of_the_way_through_is_there():
+def test_main_workflow_commands_exist():
     expected = {
         "samples get",
         "block extract",
@@ -163,7 +163,7 @@ def test_the_installed_command_and_the_module_say_the_same():
     assert by_script[2:] == by_module[by_module.index("[OPTIONS]") :]
 
 
-def test_a_heavy_import_would_be_seen():
+def test_help_probe_detects_a_heavy_import():
     done = subprocess.run(
         [sys.executable, "-c", "import numpy\n" + PROBE, "--help"], capture_output=True, text=True, check=True
     )

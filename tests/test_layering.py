@@ -137,11 +137,11 @@ def circular_imports(sources: Mapping[str, str], folders: Iterable[str]) -> list
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_from_left_to_right(path):
+def test_module_imports_only_permitted_layers(path):
     assert violations(module_name(path), SOURCES[module_name(path)]) == []
 
 
-def test_everything_of_the_base_exists():
+def test_every_base_module_exists():
     assert {f"medseg_trt.{name}" for name in BASE} <= SOURCES.keys()
 
 
@@ -191,18 +191,18 @@ def test_no_circle_between_folders(package):
         ),
     ],
 )
-def test_a_planted_circle_is_caught(module, source, line):
+def test_planted_circular_import_is_detected(module, source, line):
     assert line in circular_imports(SOURCES | {module: f"{SOURCES[module]}\n{source}"}, FOLDERS)
 
 
-def test_a_circle_of_three_folders_is_caught_and_what_hangs_on_it_is_not():
+def test_circular_imports_reports_a_cycle_of_three_folders_but_not_its_importers():
     chain = {"a": "b", "b": "c", "c": "a", "above": "a"}
     sources = {f"medseg_trt.{folder}.x": f"import medseg_trt.{other}.x" for folder, other in chain.items()}
     caught = circular_imports(sources, {f"medseg_trt.{folder}" for folder in chain})
     assert sorted(caught) == [f"medseg_trt.{folder}.x: medseg_trt.{chain[folder]}.x" for folder in ("a", "b", "c")]
 
 
-def test_a_table_of_its_own_plug_ins_is_no_circle():
+def test_module_name_strings_of_plug_ins_are_not_circular_imports():
     images, nifti = "medseg_trt.imaging.images", "medseg_trt.imaging.formats.nifti"
     sources = {images: f"READERS = {{'.nii': '{nifti}'}}", nifti: f"from {images} import Image"}
     folders = {"medseg_trt.imaging", "medseg_trt.imaging.formats"}
@@ -241,7 +241,7 @@ def test_a_table_of_its_own_plug_ins_is_no_circle():
         ("medseg_trt.train.block.llama", "import kernels"),
     ],
 )
-def test_a_planted_import_is_caught(module, source):
+def test_forbidden_import_is_detected(module, source):
     assert len(violations(module, source)) == 1
 
 

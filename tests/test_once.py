@@ -15,7 +15,7 @@ def factory(tmp_path_factory, tmp_path, monkeypatch) -> pytest.TempPathFactory:
     return tmp_path_factory
 
 
-def test_the_second_process_finds_what_the_first_made(factory, tmp_path, monkeypatch):
+def test_made_once_reuses_the_folder_of_another_process(factory, tmp_path, monkeypatch):
     folder = made_once(factory, "bundle", lambda folder: (folder / "file").touch())
     monkeypatch.setattr(factory, "getbasetemp", lambda: tmp_path / "popen-gw1")
     assert made_once(factory, "bundle", lambda _: pytest.fail("made again")) == folder == tmp_path / "bundle"

@@ -62,7 +62,7 @@ def test_every_command_of_a_readme_parses(name):
         assert isinstance(parse(command).command, click.Command)
 
 
-def test_the_readme_shows_the_way_from_data_to_a_report():
+def test_readme_shows_the_commands_from_samples_to_bench_in_order():
     shown = [command.split()[1] for command in commands((ROOT / "README.md").read_text(encoding="utf-8"))]
     assert shown[:6] == ["samples", "block", "train", "build", "infer", "bench"]
 

@@ -16,12 +16,12 @@ ROWS = [(row["constant"], row["number"], row["unit"]) for row in ROW.finditer(TE
 FEWEST_ROWS = 18
 
 
-def test_the_table_is_found():
+def test_security_md_limits_table_is_parsed():
     assert len(ROWS) >= FEWEST_ROWS
 
 
 @pytest.mark.parametrize(("constant", "number", "unit"), ROWS)
-def test_a_limit_is_that_of_the_code(constant: str, number: str, unit: str | None):
+def test_security_md_limit_equals_the_constant_in_the_code(constant: str, number: str, unit: str | None):
     module, _, name = constant.rpartition(".")
     assert getattr(import_module(module), name) == float(number.replace(",", "")) * UNITS.get(unit or "", 1)
 

@@ -34,7 +34,7 @@ def test_a_child_gives_the_logits_times_and_memory_of_a_bundle(child, tiny_bundl
     np.testing.assert_allclose(logits, expected, atol=1e-5)  # another run of the same network: fp32 sums reordered
 
 
-def test_what_cannot_be_opened_names_the_variant_and_the_reason(child, tmp_path):
+def test_child_raises_an_error_for_a_missing_bundle_or_onnx_file(child, tmp_path):
     variant = child.Variant(name="no bundle", group="ours", opener="infer", path=tmp_path)
     with pytest.raises(MedsegError, match=str(tmp_path)):
         child.Child(variant)

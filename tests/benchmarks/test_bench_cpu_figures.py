@@ -57,7 +57,7 @@ def test_one_slow_round_lowers_the_bound_but_not_the_median() -> None:
     assert against_peer["lower_bound"] == pytest.approx(0.845)
 
 
-def test_a_noisy_variant_of_ours_is_not_chosen_where_there_is_another() -> None:
+def test_own_variant_with_low_sqnr_is_not_chosen_if_a_better_one_exists() -> None:
     assert FIGURES["compare_speeds"](rounds(), GROUPS, SQNR | {"mine-int8": 19.0})["ours"] == "mine-fp32"
     noisy = SQNR | {"mine-int8": 19.0, "mine-fp32": 18.0}
     speeds = FIGURES["compare_speeds"](rounds(), GROUPS, noisy)

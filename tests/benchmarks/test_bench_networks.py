@@ -100,14 +100,14 @@ def test_a_peer_in_float_that_is_faster_is_the_fastest_peer_and_we_are_called_sl
     assert "is slower than openvino-fp32, 0.70 times its speed" in given.sentence
 
 
-def test_where_all_of_ours_are_less_exact_the_fastest_is_compared_and_both_errors_are_given(scripts):
+def test_fastest_own_variant_is_compared_with_both_sqnr_if_none_reaches_the_peer(scripts):
     given = answer_of(scripts, **{"openvino-nncf-int8-fp32": (120.0, 20.0)})
     assert given.ours == "medseg-trt-onnxruntime-int8"
     assert (given.sqnr_db, given.peer_sqnr_db) == (11.0, 20.0)
 
 
 @pytest.mark.parametrize("byte_products", [True, False])
-def test_the_page_says_what_the_processor_lacks(scripts, byte_products):
+def test_markdown_mentions_saturation_only_without_byte_products(scripts, byte_products):
     networks, tools = scripts("bench_networks"), TOOLS
     rows = variants(scripts("bench_cpu_child"), tools)
     given, figures = networks.answer("unet", rows, measured(tools)), measured(tools)

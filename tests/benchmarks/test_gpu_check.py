@@ -53,12 +53,12 @@ def test_every_test_that_needs_a_gpu_belongs_to_a_step():
     assert gpu_files() == {name for step in STEPS.values() for name in step.files}
 
 
-def test_the_steps_are_in_the_order_of_what_they_rest_on():
+def test_steps_have_a_fixed_order_and_time_out_within_an_hour():
     assert list(STEPS) == ["facts", "kernels", "sessions", "pytorch", "engines", "sanitizers"]
     assert sum(step.timeout_s for step in STEPS.values()) <= 3600
 
 
-def test_a_report_of_pytest_is_counted_and_its_reasons_are_kept():
+def test_parse_report_counts_junit_outcomes_and_keeps_reasons_and_figures():
     outcome = gpu_check.parse_report("engines", REPORT, 2.0)
     assert (outcome.result, outcome.passed, outcome.failed, outcome.skipped) == ("failed", 1, 2, 2)
     assert outcome.reasons[0] == "TensorRT is not installed"
@@ -153,7 +153,7 @@ def test_a_step_that_cannot_be_collected_has_failed():
     assert outcome.is_bad, outcome
 
 
-def test_the_page_has_every_reason():
+def test_page_shows_the_reason_of_every_step_without_a_gpu():
     outcomes = list(gpu_check.check(None, ["facts", "engines"]))
     text = gpu_check.page({"card": "none", "steps": [vars_of(outcome) for outcome in outcomes]})
     assert text.count(gpu_check.NO_GPU) == 2

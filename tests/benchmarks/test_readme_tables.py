@@ -54,7 +54,7 @@ def test_a_table_is_made_from_its_results(readme):
         ("cold_start", "engines", "engines.json does not exist; measure: python benchmarks/bench_engine.py"),
     ],
 )
-def test_a_mark_that_cannot_be_filled_is_named_and_nothing_is_written(readme, before, after, words):
+def test_invalid_table_marker_is_reported_and_the_readme_is_unchanged(readme, before, after, words):
     text = README.replace(before, after)
     readme.write_text(text, encoding="utf-8")
     done = run(readme)

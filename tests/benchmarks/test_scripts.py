@@ -69,7 +69,7 @@ def run(tmp_path: Path, *further: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(program), *further], capture_output=True, text=True, check=True)
 
 
-def test_json_is_one_object_and_nothing_else_whoever_prints(tmp_path):
+def test_json_option_prints_one_object_and_sends_other_output_to_stderr(tmp_path):
     done = run(tmp_path, "--json")
     assert json.loads(done.stdout)["script"] == "benchmarks/printed.py"
     assert {"a progress bar", "a library", "a child"} <= set(done.stderr.splitlines())

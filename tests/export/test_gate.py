@@ -69,7 +69,7 @@ def test_few_cases_are_resampled_by_slice():
     assert MIN_CASES == 5
 
 
-def test_the_score_is_that_of_evaluate():
+def test_gate_reference_score_equals_the_dice_of_evaluate():
     classes = Classes(names=("background", "one", "two"))
     rng = np.random.default_rng(0)
     cases = ["a", "a", "a", "b", "b"]

@@ -88,7 +88,7 @@ def test_an_error_below_the_limit_passes_and_is_measured():
         (one_class_too_few, "those of the reference"),
     ],
 )
-def test_verification_catches(fault, message):
+def test_verify_logits_rejects_faulty_networks(fault, message):
     with pytest.raises(AccuracyGateError, match=message):
         verify_logits(fault, network, IMAGES, "generated", **LIMITS)
 

@@ -61,7 +61,7 @@ def test_a_campaign_tells_crashes_and_messages_of_two_lines():
     assert list(campaign.unclear) == [4]
 
 
-def test_every_seed_is_itself_read(tmp_path: Path):
+def test_every_fuzz_seed_file_is_readable_undamaged(tmp_path: Path):
     """A damaged seed would be refused before any mutation matters."""
     TARGETS["readers"](tmp_path)
     for path in (tmp_path / "seeds").iterdir():

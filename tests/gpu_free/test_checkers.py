@@ -167,13 +167,13 @@ def findings(body: str) -> set[str]:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_fault_is_found(fault: str) -> None:
+def test_checker_reports_the_planted_fault(fault: str) -> None:
     kind, body, _ = FAULTS[fault]
     assert findings(body) == {kind}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_code_without_the_fault_is_clean(fault: str) -> None:
+def test_checker_reports_nothing_for_correct_ptx(fault: str) -> None:
     _, _, body = FAULTS[fault]
     assert findings(body) == set()
 
@@ -198,7 +198,7 @@ def test_blocks_that_write_the_same_element_are_a_race_in_one_batch_and_in_two()
         assert report.kinds == {"race"}
 
 
-def test_a_finding_says_where_and_how_often() -> None:
+def test_finding_names_the_instruction_the_count_and_the_address() -> None:
     report = run(f"{STORE}\nld.global.u32 %r1, [%d4+4];", np.zeros(64, np.uint32), np.zeros(64, np.uint32))
     (finding,) = report.findings
     assert finding.instruction == "ld.global.u32 %r1, [%d4+4]"

@@ -156,7 +156,7 @@ def test_half_a_warp_may_shuffle_by_itself() -> None:
 
 @pytest.mark.parametrize("branch", BRANCHES)
 @pytest.mark.parametrize("leave", EXITS)
-def test_threads_loop_as_often_as_each_wants_and_meet_again(branch: str, leave: str) -> None:
+def test_divergent_loops_reconverge_before_a_shuffle(branch: str, leave: str) -> None:
     body = f"""
 	mov.u32 %r1, 0;
 	mov.u32 %r2, 0;

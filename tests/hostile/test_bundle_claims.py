@@ -137,7 +137,7 @@ def test_an_execution_that_nothing_can_run_is_refused(folder, change):
     refused(folder, "manifest.json")
 
 
-def test_the_table_of_back_ends_is_the_manifests():
+def test_compute_dtypes_of_backends_equal_those_of_the_manifest():
     assert {name: known.compute_dtypes for name, known in BACKENDS.items()} == COMPUTE_DTYPES
 
 

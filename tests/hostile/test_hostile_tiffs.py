@@ -153,7 +153,7 @@ def svs(path: Path, description: str, *levels: np.ndarray) -> Path:
 
 
 @pytest.mark.parametrize("mpp", ["5e-1", "1,25", "0.5.5", "9" * 400, "0.00000001", "500", "-0.5", "0"])
-def test_microns_that_are_not_understood_or_impossible_are_asked_for(mpp, tmp_path):
+def test_invalid_aperio_mpp_is_ignored_and_mpp_is_requested(mpp, tmp_path):
     pixels = texture((300, 260))
     path = svs(tmp_path / "a.svs", f"Aperio |MPP = {mpp}", pixels, pixels[::8, ::8].copy(), pixels[::2, ::2].copy())
     with pytest.raises(InputError, match="give the microns of a pixel"):

@@ -60,7 +60,7 @@ def test_a_file_that_is_swapped_after_the_check_is_refused(
 
 
 @pytest.mark.parametrize("backend", FILES)
-def test_a_file_that_is_swapped_after_the_copy_changes_nothing(tmp_path, backend):
+def test_overwriting_bundle_files_does_not_change_an_open_session(tmp_path, backend):
     folder = stored_bundle(tmp_path)
     bundle = load_bundle(folder)
     image, expected = bundle.golden()

@@ -96,7 +96,7 @@ def test_a_ptx_is_loaded_once_for_all_adapters_and_unloaded_after_the_last():
     assert [call[0] for call in cuda.calls].count("cuModuleUnload") == 3
 
 
-def test_a_context_that_is_gone_has_no_modules_left_to_unload():
+def test_launcher_close_tolerates_a_destroyed_context():
     cuda = FakeCudaBindings(context=12345)
     launcher = Launcher(cuda_bindings_adapter.CudaBindings(cuda, 0), ptx_of)
     launcher.launch(LOGITS_TO_MASK, *mask_call())

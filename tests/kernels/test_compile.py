@@ -83,7 +83,7 @@ def test_the_older_compiler_works_in_the_same_process(small):
     assert compile.compiler_version("13.0").startswith("NVRTC 13.0 (13.0.")
 
 
-def test_what_was_compiled_is_not_compiled_again(small, compilations):
+def test_compiled_ptx_is_cached(small, compilations):
     assert compile.compile_ptx(small, ENTRY) == compile.compile_ptx(small, ENTRY)
     assert len(compilations) == 1
 
@@ -144,7 +144,7 @@ def test_a_missing_wheel_says_what_to_install(small, monkeypatch):
         compile.wheel_file(*tools.compiler, tools.extra)
 
 
-def test_no_cuda_installation_is_asked(small, monkeypatch):
+def test_compiler_loads_libraries_from_site_packages_only(small, monkeypatch):
     opened: list[str] = []
     really = ctypes.CDLL
 
@@ -269,7 +269,7 @@ def test_a_library_refuses_what_is_too_old(capability, cuda, built):
             find(kernel, kernel.entries[0], capability, cuda)
 
 
-def test_compiling_on_the_spot_takes_the_same_choice(small):
+def test_compile_here_chooses_target_and_ptx_version_for_device_and_driver(small):
     assert ".target sm_87" in compile_here(small, ENTRY, 88, (13, 0))
     assert ".version 8.5" in compile_here(small, ENTRY, 88, (12, 8))
 

@@ -99,12 +99,12 @@ CALLS = {
 }
 
 
-def test_every_method_is_tried():
+def test_every_abstract_method_of_device_is_tested():
     assert set(CALLS) == set(Device.__abstractmethods__ - Driver.__abstractmethods__)
 
 
 @pytest.mark.parametrize("method", CALLS)
-def test_what_the_driver_is_asked(device, module, method):
+def test_device_method_makes_the_expected_driver_calls(device, module, method):
     arguments, calls, result = CALLS[method]
     assert getattr(device, method)(*arguments) == result
     assert module.calls == calls
@@ -129,7 +129,7 @@ def test_a_lack_of_memory_is_told_from_other_errors(device, module):
     assert not isinstance(caught.value, DeviceMemoryError)
 
 
-def test_nothing_at_all_is_one_byte(device, module):
+def test_allocating_0_bytes_allocates_1_byte(device, module):
     device.allocate(0)
     device.allocate_host(0)
     assert module.calls == [("cuMemAlloc", 1), ("cuMemAllocHost", 1)]
@@ -142,7 +142,7 @@ def test_a_graph_that_cannot_be_made_executable_is_given_back(device, module):
     assert module.calls[-1] == ("cuGraphDestroy", "graph")
 
 
-def test_the_device_has_its_name(device):
+def test_device_reports_name_capability_and_cuda_version(device):
     assert (device.name, device.capability, device.cuda) == ("GPU", 89, (13, 0))
 
 

@@ -111,7 +111,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("program", [DEVICE, SESSION, KERNELS], ids=["device", "session", "kernels"])
-def test_the_adapter_and_a_session_speak_to_nvidias_package_as_it_wants(program, folder):
+def test_adapter_and_session_run_with_the_real_cuda_bindings_on_a_fake_driver(program, folder):
     fake.python(folder, LIMITS + program)
 
 
@@ -140,7 +140,7 @@ ERRORS = ("TypeError", "AssertionError", "CudaError", "DeviceError")
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_of_the_adapter_is_noticed(fault, folder):
+def test_adapter_fault_fails_with_the_real_cuda_bindings(fault, folder):
     program, changed = FAULTS[fault]
     with pytest.raises(subprocess.CalledProcessError) as caught:
         fake.python(folder, LIMITS + changed + program)

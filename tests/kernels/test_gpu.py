@@ -88,7 +88,7 @@ def worst(kernel: Kernel, entry: Entry, scalars: dict[str, int], inputs: dict[st
 
 @pytest.mark.parametrize(("name", "function"), FUNCTIONS)
 @pytest.mark.parametrize(("rows", "width"), [(17, 33), (17, 4096)])
-def test_parity(name, function, rows, width, driver, launcher):
+def test_kernel_on_gpu_is_within_tolerance_of_its_reference(name, function, rows, width, driver, launcher):
     kernel = load(name)
     entry = entry_of_function(launcher, kernel, function)
     for first_scale in range(3):
@@ -97,7 +97,7 @@ def test_parity(name, function, rows, width, driver, launcher):
         assert worst(kernel, entry, scalars, inputs, measured) <= 1
 
 
-def test_both_adapters_give_the_same_bits(driver):
+def test_cuda_bindings_and_pycuda_give_identical_rmsnorm_outputs(driver):
     kernel = load("rmsnorm")
     scalars, inputs = CASES["rmsnorm"](kernel.entries[0], 17, 4093, 0, np.random.default_rng(0))
     try:
@@ -190,7 +190,7 @@ def test_compute_sanitizer_finds_nothing(tool, driver):
             "pytest",
             "-q",
             "-k",
-            "test_parity and cuda-bindings and 33",
+            "test_kernel_on_gpu_is_within_tolerance_of_its_reference and cuda-bindings and 33",
             Path(__file__),
         ],
         cwd=Path(__file__).parents[2],

@@ -18,7 +18,7 @@ def device() -> Device:
         pytest.skip(str(error))
 
 
-def test_the_driver_says_the_same_with_bindings_and_without(device):
+def test_device_name_and_capability_equal_find_gpu(device):
     gpu = find_gpu()
     assert gpu is not None
     assert (device.name, f"sm{device.capability}") == (gpu.name, gpu.sm)
@@ -34,7 +34,7 @@ def test_pytorch_names_the_card_as_sessions_do(device):
     assert device_name(torch.device("cuda", 0)) == f"GPU {device.name}"
 
 
-def test_the_clock_is_read():
+def test_read_clock_returns_a_plausible_sm_clock():
     clock = read_clock()
     if clock is None:
         pytest.skip("nvidia-smi does not tell the clock")

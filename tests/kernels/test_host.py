@@ -200,7 +200,7 @@ def test_a_fault_is_named(builder, tmp_path, fault):
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 @pytest.mark.parametrize("body", covering(SOUND, lambda body: "sound"))
-def test_what_cuda_allows_is_no_finding(builder, tmp_path, sanitizer, body):
+def test_sanitizers_report_nothing_for_valid_cuda_code(builder, tmp_path, sanitizer, body):
     kernel, entry = kernel_of(SOUND[body], tmp_path)
     for (outputs,) in run(
         builder.program(kernel, entry, sanitizer), kernel, entry, [Case(inputs={"x": X}, scalars={})]
@@ -208,7 +208,7 @@ def test_what_cuda_allows_is_no_finding(builder, tmp_path, sanitizer, body):
         np.testing.assert_array_equal(outputs["y"], X)
 
 
-def test_what_a_race_gives_depends_on_the_order(builder, tmp_path):
+def test_racy_kernel_gives_different_outputs_per_thread_order(builder, tmp_path):
     kernel, entry = kernel_of("__shared__ float kept[64]; kept[t] = x[t]; y[t] = kept[63 - t];", tmp_path)
     program = builder.program(kernel, entry, "address")
     orders = [outputs["y"] for (outputs,) in run(program, kernel, entry, [Case(inputs={"x": X}, scalars={})])]
@@ -243,7 +243,7 @@ def test_shuffles_read_the_lane_that_cuda_says(builder, tmp_path, call):
         np.testing.assert_array_equal(outputs["y"], X[SHUFFLES[call]])
 
 
-def test_a_name_that_the_header_lacks_is_refused(builder, tmp_path):
+def test_cuda_intrinsic_missing_in_the_host_header_is_a_compile_error(builder, tmp_path):
     kernel, entry = kernel_of("y[t] = __fsqrt_rd(x[t]);", tmp_path)
     with pytest.raises(CompileError, match="__fsqrt_rd"):
         builder.program(kernel, entry, "address")

@@ -53,7 +53,7 @@ def test_a_tensor_is_what_prepare_makes(method, channels, window):
 
 
 @pytest.mark.parametrize("antialias", [False, True])
-def test_a_tensor_is_what_pytorch_makes(antialias):
+def test_image_to_tensor_reference_equals_pytorch_interpolate(antialias):
     p = Preprocessing(image_size=(50, 90), resize="linear_antialias" if antialias else "linear")
     pixels = random_images((120, 61), 3)
     tensor = expected_tensor(pixels, image_to_tensor.scalars(p, pixels.shape)).value
@@ -189,7 +189,7 @@ def test_labels_that_are_resized_with_a_spline_are_refused():
         logits_to_mask.scalars(contract((8, 8), None, resize="spline3"), 1, 2, (8, 8))
 
 
-def test_bytes_moved_are_what_must_move():
+def test_bytes_moved_of_image_kernels_equals_the_minimum_traffic():
     p = Preprocessing(image_size=(256, 256))
     half, single = IMAGE_TO_TENSOR.entries
     scalars = image_to_tensor.scalars(p, (1, 256, 256, 3))

@@ -181,7 +181,7 @@ def test_contiguous_arrays_and_their_neighbours_pass(strides):
     assert pack(LOGITS_TO_MASK, entry, arrays, scalars)[0] == 0x100000
 
 
-def test_bfloat16_is_told_from_float16():
+def test_pack_refuses_float16_arrays_for_a_bfloat16_kernel():
     entry = LOGITS_TO_MASK.entry("logits_to_mask_bfloat16")
     _, arrays, scalars = mask_call()
     with pytest.raises(ValueError, match="logits is <f2; it must be bfloat16"):

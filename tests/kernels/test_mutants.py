@@ -64,7 +64,7 @@ def test_make_test_has_a_mutant_of_every_kernel_and_every_check_and_loses_none()
     assert [case.values for case in cases] == [(name,) for name in MUTANTS]
 
 
-def test_what_changes_nothing_survives(tmp_path):
+def test_equivalent_mutant_survives_host_ptx_traffic_and_static_checks(tmp_path):
     harmless = replace(MUTANTS["epsilon outside the root"], new="__fsqrt_rn(__fadd_rn(norm.epsilon, mean))")
     assert catch(replace(harmless, checks=("host", "ptx", "traffic", "static")), tmp_path) == ("", "")
 

@@ -57,7 +57,7 @@ def test_the_kernel_declares_what_the_node_declares(name):
     assert differences(NODES[name], declaration(name)) == []
 
 
-def test_a_node_that_differs_from_its_kernel_is_found():
+def test_differences_lists_mismatches_of_node_and_onnx_function():
     rotary = declaration("Rotary")
     rotary.input[:] = ["qkv", "sin", "cos"]
     assert differences(NODES["Rotary"], rotary) == ["inputs: ['qkv', 'cos', 'sin'] is not ['qkv', 'sin', 'cos']"]
@@ -122,7 +122,7 @@ LIMITS = {"float32": 1e-5, "float16": 2**-10}
 
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("name", NODES)
-def test_the_kernel_computes_what_the_node_means(name, dtype):
+def test_kernel_ptx_matches_the_onnx_function_of_the_node(name, dtype):
     node, attributes = NODES[name], attributes_of(NODES[name])
     entry = node.entry(dtype, attributes)
     read, written = split(entry)
@@ -164,7 +164,7 @@ def test_shapes_that_do_not_belong_together_are_refused(name, shapes, message):
         node.launch_scalars(node.entry("float16", attributes_of(node)), shapes, attributes_of(node))
 
 
-def test_what_no_function_is_for_is_refused():
+def test_node_refuses_an_unsupported_dtype_or_attribute():
     with pytest.raises(ValueError, match=r"medseg\.SwiGLU takes float16, bfloat16, float32, not int8"):
         NODES["SwiGLU"].entry("int8", {})
     with pytest.raises(ValueError, match=r"medseg\.Rotary: interleaved is 2; it must be 0 or 1"):

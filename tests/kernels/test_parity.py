@@ -134,7 +134,7 @@ def _widest(entry: Entry, array: str) -> int:
 
 
 @pytest.mark.parametrize(("name", "entry_name"), covering(ENTRIES, kernel_of))
-def test_arrays_that_begin_anywhere_are_no_fault(name: str, entry_name: str) -> None:
+def test_kernels_accept_unaligned_array_starts(name: str, entry_name: str) -> None:
     kernel = load(name)
     entry, ptx = kernel.entry(entry_name), ptx_of(kernel, kernel.entry(entry_name))
     for moved in (parameter for parameter in entry.parameters if parameter.kind == "pointer"):
@@ -162,7 +162,7 @@ FAULTS: Mapping[str, tuple[str, str, str, str]] = {  # fault -> entry, text in t
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_broken_kernel_is_caught(fault: str) -> None:
+def test_faulty_ptx_fails_the_parity_check(fault: str) -> None:
     entry_name, text, replacement, trips = FAULTS[fault]
     name = next(name for name, other in ENTRIES if other == entry_name)
     kernel = load(name)
@@ -201,7 +201,9 @@ def test_a_tolerance_refuses_a_result_just_beyond_it(name: str, dtype: str) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize(("arch", "toolchain"), TARGETS)
 @pytest.mark.parametrize(("name", "entry_name"), ENTRIES)
-def test_the_whole_grid(name: str, entry_name: str, arch: int, toolchain: str) -> None:
+def test_ptx_parity_for_all_targets_widths_rows_and_scales(
+    name: str, entry_name: str, arch: int, toolchain: str
+) -> None:
     kernel = load(name)
     entry = kernel.entry(entry_name)
     ptx = ptx_of(kernel, entry, arch, toolchain)
@@ -230,7 +232,7 @@ def test_make_test_covers_every_kernel_with_every_type_and_every_form() -> None:
 
 PER_KERNEL = (
     test_256_rows_of_4096_move_no_more_than_they_must,
-    test_arrays_that_begin_anywhere_are_no_fault,
+    test_kernels_accept_unaligned_array_starts,
     test_no_opcode_is_approximate,
 )
 

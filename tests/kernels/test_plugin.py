@@ -110,7 +110,7 @@ def test_a_node_of_another_version_is_computed_by_its_body(digests):
         ),
     ],
 )
-def test_what_no_kernel_can_do_is_refused_in_one_line(graph, line, digests, capfd):
+def test_parser_refuses_unsupported_plugin_nodes_in_one_line(graph, line, digests, capfd):
     _, _, parsed = parse(graph, Log())
     assert not parsed
     assert line in "".join(capfd.readouterr())
@@ -320,7 +320,7 @@ def child(graph: Path, *more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", PARSE, graph, *more], capture_output=True, text=True, check=False)
 
 
-def test_the_parser_finds_its_library_and_nothing_is_written(tmp_path):
+def test_tensorrt_rtx_parser_link_works_without_writing_files(tmp_path):
     graph = tmp_path / "graph.onnx"
     graph.write_bytes(block(TensorProto.FLOAT16))
     folder = Path(pytest.importorskip("tensorrt_rtx_libs").__file__).parent

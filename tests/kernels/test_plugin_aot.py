@@ -158,7 +158,7 @@ def find_ptx(kernel: Any, entry: Any, capability: int, cuda: Any) -> str:
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("name", NODES)
-def test_what_tensorrt_would_launch_is_what_the_launcher_launches(name, dtype):
+def test_ahead_of_time_plugin_launch_equals_the_launcher(name, dtype):
     module, plugins = stand_in()
     digests = register_ahead_of_time(module, 89, (13, 0), find_ptx)
     assert digests == {parameter: node.digest for parameter, node in NODES.items()}
@@ -198,7 +198,7 @@ def test_what_tensorrt_would_launch_is_what_the_launcher_launches(name, dtype):
         assert float_bits(1e-6) in [parameter.value for parameter in extra]
 
 
-def test_the_abi_of_every_node_is_tensorrts():
+def test_kernel_parameters_are_ordered_inputs_integers_outputs():
     """Inputs' addresses, then integers, then outputs' addresses: TensorRT knows no other order."""
     for node in NODES.values():
         for entry in node.entries({**ATTRIBUTES}).values():
@@ -224,7 +224,7 @@ def test_types_that_no_kernel_takes_are_refused():
         plugins.known["medseg::SwiGLU"].describe(fake[0])
 
 
-def test_a_tensorrt_without_them_or_with_others_of_the_name_is_an_error():
+def test_ahead_of_time_registration_fails_without_support_or_with_name_clash():
     with pytest.raises(MedsegError, match=r"tensorrt has no ahead-of-time plugins; TensorRT 10\.9 has"):
         register_ahead_of_time(stand_in(aot=False)[0], 89, (13, 0))
     there = [SimpleNamespace(plugin_namespace="medseg", name="SwiGLU")]

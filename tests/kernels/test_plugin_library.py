@@ -71,7 +71,7 @@ def test_a_long_text_is_cut_into_pieces_that_a_compiler_takes():
     assert "".join(piece.removeprefix('R"PTX(').removesuffix(')PTX"') for piece in pieces) == text
 
 
-def test_without_headers_the_variable_is_named(tmp_path, monkeypatch):
+def test_build_library_refuses_missing_headers_and_unknown_architectures(tmp_path, monkeypatch):
     monkeypatch.delenv(INCLUDE, raising=False)
     with pytest.raises(UsageError, match=INCLUDE):
         build_library(tmp_path / "a.so", ["sm_80"])
@@ -84,7 +84,7 @@ def test_without_headers_the_variable_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(fake.compiler() is None, reason="needs a C++ compiler: apt install g++")
-def test_headers_that_do_not_compile_leave_nothing_behind(tmp_path):
+def test_build_library_failure_leaves_no_files(tmp_path):
     (tmp_path / "NvInferRuntime.h").write_text("#error not these\n")
     with pytest.raises(MedsegError, match=r"does not compile with the headers in .*not these"):
         build_library(tmp_path / "a.so", ["sm_80"], tmp_path)
@@ -92,7 +92,7 @@ def test_headers_that_do_not_compile_leave_nothing_behind(tmp_path):
 
 
 @pytest.mark.network
-def test_two_builds_are_the_same_bytes(library, include, tmp_path):
+def test_plugin_library_build_is_reproducible(library, include, tmp_path):
     assert (
         build_library(tmp_path / "again.so", ["sm_86", "sm_80"], include)
         == hashlib.sha256(library.read_bytes()).hexdigest()

@@ -155,7 +155,7 @@ def test_a_row_beyond_float32_becomes_zero_as_in_transformers():
 
 
 @pytest.mark.parametrize("special", [np.inf, np.nan])
-def test_infinity_and_nan_go_where_transformers_puts_them(special):
+def test_rmsnorm_reference_propagates_inf_and_nan_as_transformers(special):
     kernel = load("rmsnorm")
     x, weight = numbers(9, ROWS, WIDTH), numbers(10, WIDTH)
     x[3, 5] = special
@@ -353,7 +353,7 @@ def test_float8_is_that_of_pytorch_and_saturates():
 
 
 @pytest.mark.parametrize("dtype", TORCH)
-def test_rounding_is_that_of_the_type(dtype):
+def test_rounded_equals_numpy_rounding_of_the_dtype(dtype):
     values = numbers(21, 4000, scale=10.0) ** 9  # from below the smallest float16 to above the largest
     ties = np.float32(1) + np.arange(-9, 10, dtype=np.float32) * np.float32(
         2.0 ** -(FLOAT_FORMATS[dtype].fraction_bits + 1)
@@ -413,7 +413,7 @@ def test_a_declaration_holds_together(name):
         ("layernorm_quant_float16_int8", 3 * WIDTH, 4 * WIDTH),
     ],
 )
-def test_bytes_that_must_move(entry, per_token, once):
+def test_bytes_moved_of_row_kernels_equals_the_minimum_traffic(entry, per_token, once):
     kernel = load(entry.split("_float16")[0].split("_bfloat16")[0])
     assert kernel.bytes_moved(row_scalars(), kernel.entry(entry)) == ROWS * per_token + once
 

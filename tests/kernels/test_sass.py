@@ -179,7 +179,7 @@ def plugin_order(parameters: tuple[Parameter, ...]) -> bool:
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_arguments_stand_as_a_plugin_passes_them(name):
+def test_kernel_parameters_have_the_plugin_order(name):
     assert all(plugin_order(entry.parameters) for entry in load(name).entries)
 
 
@@ -193,7 +193,7 @@ def test_arguments_stand_as_a_plugin_passes_them(name):
         (pointer("x", "float16"), dataclasses.replace(scalar("n"), direction="out"), pointer("y", "float16", "out")),
     ],
 )
-def test_arguments_in_another_order_are_caught(parameters):
+def test_plugin_order_rejects_other_parameter_orders(parameters):
     assert not plugin_order(parameters)
 
 
@@ -271,7 +271,7 @@ def test_products_and_sums_that_ptxas_may_contract_are_caught():
     assert as_it_is > forbidden
 
 
-def test_too_many_registers_are_caught():
+def test_register_gate_rejects_129_registers():
     kernel = load("logits_to_mask")
     good = build(kernel, kernel.entry("logits_to_mask_float16"), TARGET)
     assert red(good) == []

@@ -138,7 +138,7 @@ def test_a_missing_file_is_named(tmp_path):
         open_onnx(path, tmp_path / "other.json")
 
 
-def test_the_reference_is_the_file_as_it_is(tmp_path):
+def test_onnx_reference_equals_the_original_file_in_onnxruntime(tmp_path):
     path = write_onnx(tmp_path / "net.onnx")
     source = open_onnx(path, write_description(tmp_path / "net.json", NAMES))
     batch = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)
@@ -146,7 +146,7 @@ def test_the_reference_is_the_file_as_it_is(tmp_path):
     np.testing.assert_array_equal(source.reference(batch), session.run(None, {"image": batch[:, :1]})[0])
 
 
-def test_weights_beside_the_file_are_used(tmp_path):
+def test_onnx_network_with_external_weights_gives_the_same_logits(tmp_path):
     path = write_onnx(tmp_path / "net.onnx")
     expected = open_onnx(path, write_description(tmp_path / "net.json", NAMES))
     (tmp_path / "split").mkdir()
@@ -182,7 +182,7 @@ def test_a_network_that_takes_all_memory_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "arguments", [["--onnx", "a"], ["--onnx", "a", "--preprocessing", "b", "--ckpt", "c"], ["--preprocessing", "b"], []]
 )
-def test_the_command_wants_a_checkpoint_or_a_network_with_its_description(arguments):
+def test_build_requires_ckpt_or_onnx_with_preprocessing(arguments):
     ran = CliRunner().invoke(cli, ["build", *arguments])
     assert isinstance(ran.exception, UsageError | SystemExit)
     assert "give --ckpt FILE, or --onnx FILE with --preprocessing FILE" in str(ran.exception) + ran.output

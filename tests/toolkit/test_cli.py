@@ -19,7 +19,7 @@ def medseg_trt(*arguments: object, cwd: Path | None = None) -> subprocess.Comple
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=120)
 
 
-def test_from_a_folder_of_pictures_to_masks_and_figures(tmp_path):
+def test_cli_workflow_from_images_to_masks_and_report(tmp_path):
     write_pictures(tmp_path / "data", count=8)
     trained = medseg_trt(
         "train",
@@ -77,7 +77,7 @@ def test_from_a_folder_of_pictures_to_masks_and_figures(tmp_path):
         (["block", "extract", "text.txt"], 5, "text.txt"),
     ],
 )
-def test_a_mistake_gets_one_line_that_says_what_to_do(arguments, code, message, tiny_bundle, tmp_path):
+def test_cli_error_is_one_line_with_the_exit_code_and_advice(arguments, code, message, tiny_bundle, tmp_path):
     write_pictures(tmp_path, count=1)
     (tmp_path / "text.txt").write_text("just text")
     ran = medseg_trt(*(str(tiny_bundle) if argument == "BUNDLE" else argument for argument in arguments), cwd=tmp_path)
@@ -146,7 +146,7 @@ def test_an_interrupted_training_leaves_with_its_code_and_can_go_on(tmp_path, nu
     assert not (tmp_path / "run" / "prepared").exists()
 
 
-def test_a_reader_that_has_had_enough_ends_it_quietly():
+def test_closed_stdout_pipe_gives_no_traceback():
     command = f"{sys.executable} -m medseg_trt inspect arch:transunet | head -1"
     ran = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
     assert "Traceback" not in ran.stderr

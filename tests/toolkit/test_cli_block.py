@@ -47,7 +47,7 @@ def test_the_last_layers_are_taken(options, seeds, source):
         (("--final-norm",), ArtefactError, "without the final norm"),
     ],
 )
-def test_a_wrong_choice_is_explained_and_nothing_is_written(options, error, message, source):
+def test_block_extract_refuses_wrong_layer_options_and_writes_nothing(options, error, message, source):
     with pytest.raises(error, match=message):
         extract(source, *options)
     assert [path.name for path in source.parent.iterdir()] == ["source.safetensors"]

@@ -50,7 +50,7 @@ def test_a_good_data_set_ends_with_0_and_a_table(tmp_path):
     assert "nothing is wrong with this data set" in printed
 
 
-def test_a_leak_ends_with_1_and_json_alone_on_stdout(tmp_path):
+def test_data_check_reports_split_leakage_as_json(tmp_path):
     root = write_clinicdb(tmp_path, kaggle=True)
     printed = medseg_trt("data", "check", root, "--set", "data.count=any", "--json", raises=InputError)
     result = json.loads(printed)

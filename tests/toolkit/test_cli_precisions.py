@@ -98,7 +98,7 @@ def test_a_precision_that_the_bundle_lacks_is_refused_with_what_it_holds(built, 
     assert "onnxruntime int8" in err
 
 
-def test_a_graph_that_someone_edited_is_not_run(built, typed, tmp_path):
+def test_infer_refuses_a_modified_graph_with_exit_code_5(built, typed, tmp_path):
     edited = shutil.copytree(built.bundle, tmp_path / "edited.medseg")
     graph = edited / "int8.onnx"
     graph.write_bytes(graph.read_bytes().replace(b"_rounded", b"_rounder", 1))
@@ -152,7 +152,7 @@ def leaked(data: Path) -> None:
         ("int8", leaked, "5 of the images of generated, split val are also calibration images"),
     ],
 )
-def test_what_cannot_be_built_is_one_line_and_the_old_bundle_stays(
+def test_failed_build_prints_one_line_and_keeps_the_old_bundle(
     built, tiny_bundle, typed, in_process, tmp_path, precision, damage, message
 ):
     data = shutil.copytree(built.data, tmp_path / "data")

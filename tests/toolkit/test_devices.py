@@ -14,13 +14,13 @@ from medseg_trt.errors import UsageError
         (" CUDA:12 ", ComputeDevice("cuda", 12)),
     ],
 )
-def test_a_device_is_read_and_written(text, device):
+def test_parse_device_and_str_round_trip(text, device):
     assert parse_device(text) == device
     assert parse_device(str(device)) == device
     assert device.gpu_allowed is (device != CPU)
 
 
 @pytest.mark.parametrize("text", ["", "gpu", "cuda:", "cuda:x", "cuda:-1", "cpu:0", "auto:1", "cuda:1000", "cuda:1,2"])
-def test_what_is_no_device_is_refused(text):
+def test_parse_device_refuses_invalid_names(text):
     with pytest.raises(UsageError, match="write auto, cpu, cuda or cuda:1"):
         parse_device(text)

@@ -15,7 +15,7 @@ from medseg_trt.doctor import ABILITIES, examine
 PYPROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
 
 
-def test_what_is_installed_is_named_with_its_version():
+def test_doctor_lists_installed_packages_with_versions():
     findings = {finding.ability: finding for finding in examine()}
     # The tests need all of the others.
     assert {name for name in ABILITIES if not findings[name].ready} <= {
@@ -36,7 +36,7 @@ def test_what_is_missing_comes_with_the_command_that_installs_it(monkeypatch):
     assert findings["infer on the CPU with ONNX Runtime"].ready
 
 
-def test_every_command_it_gives_installs_the_package():
+def test_doctor_extras_contain_the_packages_they_install():
     extras = PYPROJECT["project"]["optional-dependencies"]
     for ability in ABILITIES.values():
         names = {re.split(r"[>=<\[]", requirement)[0] for requirement in extras[ability.extra]}
@@ -51,7 +51,7 @@ def test_every_command_it_gives_installs_the_package():
         ("ml_dtypes", "compile CUDA kernels", "pip install 'medseg-trt[kernels]'"),
     ],
 )
-def test_what_a_backend_or_a_compiler_lacks_is_said(monkeypatch, module, ability, command):
+def test_doctor_gives_the_install_command_of_a_missing_backend_or_compiler(monkeypatch, module, ability, command):
     original = importlib.util.find_spec
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name == module else original(name))
     finding = {item.ability: item for item in examine()}[ability]
@@ -72,7 +72,7 @@ def test_a_wheel_without_a_module_of_its_own_is_missed_too(monkeypatch):
     assert findings.detail == "nvidia-cuda-nvcc missing; install: pip install 'medseg-trt[kernels]'"
 
 
-def test_no_driver_is_said_in_words(monkeypatch):
+def test_doctor_reports_a_missing_nvidia_driver(monkeypatch):
     def no_library(name):
         raise OSError(name)
 

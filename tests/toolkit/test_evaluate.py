@@ -35,13 +35,13 @@ def test_checkpoint_and_bundle_stand_side_by_side_with_the_same_figures(tiny_bun
     assert [row[0] for row in board.cells()] == ["disc", "bar", "mean"]
 
 
-def test_the_title_says_which_split_of_what(tiny_bundle, data):
+def test_evaluation_title_names_data_set_and_split(tiny_bundle, data):
     (board,) = evaluate_all([], [tiny_bundle], data, ["val"], "auto")
     assert board.title == "generated, split val (generated shapes)"
     assert json.loads(json.dumps(board.to_dict()))["split"] == "val"
 
 
-def test_networks_that_share_a_short_name_are_told_apart(tmp_path, data):
+def test_networks_with_equal_short_names_are_evaluated_separately(tmp_path, data):
     paths = [make_checkpoint(tmp_path / folder / "run", architecture="transunet-tiny") for folder in ("a", "b")]
     (board,) = evaluate_all(paths, [], data, ["val"], "auto")
     assert len(board.evaluations) == 2

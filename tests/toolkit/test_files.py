@@ -89,7 +89,7 @@ def fill(folder: Path, content: str) -> None:
     (folder / content).write_text(content)
 
 
-def test_a_folder_appears_whole_and_takes_the_place_of_the_old_one(tmp_path):
+def test_atomic_folder_replaces_the_old_folder_when_complete(tmp_path):
     path = tmp_path / "new" / "model.medseg"
     for content in ("first", "second"):
         with atomic_folder(path) as temporary:
@@ -145,7 +145,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "engines/a.plan", "./a", "engines/../a", "..a", "linked"])
-def test_names_inside_are_allowed(name, tmp_path):
+def test_inside_accepts_paths_within_the_folder(name, tmp_path):
     (tmp_path / "linked").symlink_to(tmp_path / "model.onnx")
     assert inside(tmp_path, name) == (tmp_path / name).resolve()
     assert inside(tmp_path, name).is_relative_to(tmp_path.resolve())
@@ -165,7 +165,7 @@ def test_names_inside_are_allowed(name, tmp_path):
         "loop",
     ],
 )
-def test_names_that_lead_out_are_refused(name, tmp_path):
+def test_inside_refuses_path_traversal(name, tmp_path):
     folder, elsewhere = tmp_path / "bundle", tmp_path / "bundle-beside"
     folder.mkdir()
     elsewhere.mkdir()
@@ -187,7 +187,7 @@ def test_a_loop_of_links_is_refused_or_left_unfollowed(tmp_path):
     assert path.parent == tmp_path.resolve()
 
 
-def test_the_cache_lies_where_the_user_says(tmp_path, monkeypatch):
+def test_cache_folder_follows_xdg_cache_home(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder("blocks", "a") == tmp_path / "medseg-trt" / "blocks" / "a"
     assert not cache_folder("blocks").exists()
@@ -196,7 +196,7 @@ def test_the_cache_lies_where_the_user_says(tmp_path, monkeypatch):
     assert cache_folder("a") == tmp_path / "home" / ".cache" / "medseg-trt" / "a"
 
 
-def test_the_umask_of_the_process_is_never_touched(tmp_path, monkeypatch):
+def test_atomic_writes_do_not_change_the_umask(tmp_path, monkeypatch):
     """Another thread would make files that anybody may write to meanwhile."""
     monkeypatch.setattr(os, "umask", lambda _: pytest.fail("the umask was changed"))
     with atomic_file(tmp_path / "file") as temporary:
@@ -209,7 +209,7 @@ def test_the_umask_of_the_process_is_never_touched(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "name", ["b" * 251 + ".png", "b." + "c" * 246 + ".nii.gz", "a." + "ü" * 120 + ".png", "M\udcfc.png"]
 )
-def test_every_name_that_fits_can_be_written(tmp_path, name):
+def test_atomic_file_supports_long_and_non_utf8_names(tmp_path, name):
     suffix = ".nii.gz" if name.endswith(".nii.gz") else ".png"
     with atomic_file(tmp_path / name) as temporary:
         assert temporary.name.endswith(suffix)

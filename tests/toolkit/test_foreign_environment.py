@@ -123,7 +123,7 @@ def test_a_network_of_others_is_built_from_its_onnx_file(environment, data, tmp_
         ("semantic_of_fixed_batch", "the batch is fixed at 1; export it again with a free batch axis"),
     ],
 )
-def test_what_cannot_be_used_is_refused_in_one_line(environment, data, tmp_path, name, message):
+def test_build_refuses_unusable_onnx_exports_in_one_line(environment, data, tmp_path, name, message):
     file = environment.export(name, data, tmp_path / "net.onnx")
     command = ["build", "--onnx", file, "--preprocessing", write_description(tmp_path / "net.json", COLOUR)]
     (line,) = environment.run("medseg-trt", *command, expected=5).splitlines()

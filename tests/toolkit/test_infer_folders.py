@@ -155,7 +155,7 @@ def test_runs_beside_each_other_lose_neither_masks_nor_areas(tiny_bundle, tmp_pa
     assert set(files_in_table(tmp_path / "out")) == names
 
 
-def test_two_commands_one_after_the_other_share_the_table(tiny_bundle, tmp_path):
+def test_consecutive_infer_runs_share_areas_csv(tiny_bundle, tmp_path):
     for name in ("one", "two", "one"):
         save_picture(tmp_path / "in", f"{name}.png".encode())
         assert infer(tiny_bundle, f"in/{name}.png", "-o", "out", cwd=tmp_path).returncode == 0

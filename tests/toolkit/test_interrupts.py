@@ -16,10 +16,10 @@ def text_of(monkeypatch, finished: str | None) -> str:
     return interrupt_text(abort)
 
 
-def test_what_is_finished_and_the_line_that_goes_on(monkeypatch):
+def test_interrupt_message_gives_progress_and_the_continue_command(monkeypatch):
     line = text_of(monkeypatch, "21 of 151 images done")
     assert line == "interrupted: 21 of 151 images done; go on with: medseg-trt infer 'my images' --continue"
 
 
-def test_nothing_is_promised_where_nothing_was_written(monkeypatch):
+def test_interrupt_message_without_progress_gives_no_command(monkeypatch):
     assert text_of(monkeypatch, None) == "interrupted"

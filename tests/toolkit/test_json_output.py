@@ -27,7 +27,7 @@ def ran(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", NOISE + code], capture_output=True, text=True, check=True)
 
 
-def test_what_others_write_goes_to_stderr_and_stdout_is_theirs_again_afterwards():
+def test_only_json_redirects_other_output_to_stderr_and_restores_stdout():
     done = ran(
         "from medseg_trt.commands.json_output import only_json\n"
         "with only_json() as output:\n    noise()\n    output.print({'a': [1]})\n    noise()\n"

@@ -28,7 +28,7 @@ SIZE = 64  # pixels; the smallest that all of them take
     "architecture",
     [pytest.param(name, marks=() if name in ORDINARY else pytest.mark.slow) for name in NETWORKS],
 )
-def test_a_network_goes_the_whole_way(architecture, organs, tmp_path, monkeypatch):
+def test_every_architecture_is_trained_built_verified_run_and_timed(architecture, organs, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "draw_curve", lambda history, path: None)
     monkeypatch.setattr(timings, "MIN_THROUGHPUT_S", 0.01)
     changes = (

@@ -101,7 +101,7 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(tiny_bundle, tmp_path):
         ({"backend": "coreml"}, "no back-end is called 'coreml'"),
     ],
 )
-def test_what_cannot_be_built_is_refused_and_the_old_bundle_stays(tiny_bundle, tmp_path, change, message):
+def test_invalid_build_spec_is_refused_and_keeps_the_old_bundle(tiny_bundle, tmp_path, change, message):
     out = shutil.copytree(tiny_bundle, tmp_path / "model.medseg")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     with pytest.raises(UsageError, match=message):

@@ -76,7 +76,7 @@ def default_graph(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("array", [np.arange(6, dtype=np.float32).reshape(2, 3), np.ones((0, 3), np.int64)])
-def test_arrays_go_there_and_back(script, array):
+def test_child_process_round_trips_arrays(script, array):
     with ChildProcess(script, {"kind": "double"}, "the child") as child:
         for _ in range(2):
             doubled = child.call_for_array({}, array)
@@ -128,7 +128,7 @@ def test_a_child_that_takes_too_long_is_killed(script):
         child.receive()
 
 
-def test_an_array_that_is_cut_off_is_a_death(script):
+def test_truncated_array_from_a_child_process_is_an_error(script):
     process = ChildProcess(script, {"kind": "truncated"}, "the child")
     with process as child, pytest.raises(ArtefactError, match="ended with exit code 0"):
         child.call_for_array({}, np.zeros(1, np.float32))

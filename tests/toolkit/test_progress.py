@@ -41,7 +41,7 @@ def test_lines_are_shown_where_stderr_is_no_terminal(lines, monkeypatch):
     assert not stderr.getvalue()
 
 
-def test_a_line_comes_only_now_and_then(lines, monkeypatch):
+def test_progress_lines_are_rate_limited(lines, monkeypatch):
     set_stderr(monkeypatch, StringIO())
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 10.0)
     clock = iter(range(0, 1000, 4))  # every look at it is 4 s later
@@ -53,7 +53,7 @@ def test_a_line_comes_only_now_and_then(lines, monkeypatch):
 
 
 @pytest.mark.parametrize(("total", "line"), [(None, "infer: 1"), (2, "infer: 1 of 2")])
-def test_what_has_no_length_is_counted_without_a_total_unless_one_is_given(total, line, lines, monkeypatch):
+def test_progress_of_an_iterator_shows_a_total_only_if_given(total, line, lines, monkeypatch):
     set_stderr(monkeypatch, StringIO())
     assert list(track((item for item in "ab"), "infer", total)) == ["a", "b"]
     assert lines.getvalue().splitlines()[0] == line
@@ -68,7 +68,7 @@ def test_a_bar_is_shown_on_a_terminal(lines, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("stream", [StringIO, Terminal])
-def test_nothing_is_shown_on_warning(stream, lines, monkeypatch):
+def test_progress_is_hidden_at_log_level_warning(stream, lines, monkeypatch):
     stderr = set_stderr(monkeypatch, stream())
     LOG.setLevel(logging.WARNING)
     assert list(track("abc", "infer")) == ["a", "b", "c"]
@@ -76,14 +76,14 @@ def test_nothing_is_shown_on_warning(stream, lines, monkeypatch):
     assert not stderr.getvalue()
 
 
-def test_nothing_is_shown_without_a_handler(lines, monkeypatch):
+def test_progress_is_hidden_without_a_log_handler(lines, monkeypatch):
     terminal = set_stderr(monkeypatch, Terminal())
     monkeypatch.setattr(LOG, "handlers", [])
     assert list(track("abc", "infer")) == ["a", "b", "c"]
     assert not terminal.getvalue()
 
 
-def test_nothing_is_shown_in_a_program_that_sets_up_no_logging():
+def test_progress_is_hidden_in_programs_without_logging_setup():
     program = (
         "import sys; sys.stderr.isatty = lambda: True\n"
         "from medseg_trt import progress; progress.SECONDS_BETWEEN_LINES = 0\n"
@@ -93,7 +93,7 @@ def test_nothing_is_shown_in_a_program_that_sets_up_no_logging():
     assert (done.stdout, done.stderr) == ("[0, 1, 2]\n", "")
 
 
-def test_items_are_taken_one_at_a_time(lines, monkeypatch):
+def test_progress_takes_items_lazily(lines, monkeypatch):
     set_stderr(monkeypatch, StringIO())
     taken = []
 

@@ -187,7 +187,7 @@ SMALL = {"image_size": (32, 32), "num_classes": 2}
         (Classes, {"names": ("a", "b"), "colors": ((0, 0, 0), (0, -1, 0))}, "0 to 255"),
     ],
 )
-def test_what_cannot_work_is_refused_from_python_and_from_a_file(kind, values, message):
+def test_invalid_spec_values_are_refused_by_constructor_and_from_dict(kind, values, message):
     with pytest.raises(ValueError, match=message):
         kind(**values)
     with pytest.raises(ArtefactError, match=message):
@@ -273,7 +273,7 @@ def chroma(rgb: np.ndarray) -> np.ndarray:
 LEAST_CHROMA = 3 * 2.3
 
 
-def test_every_colour_is_seen_on_every_grey_of_a_scan():
+def test_blended_palette_colours_have_minimum_chroma_on_every_grey():
     colours, greys = np.array(palette(256)[1:], float), np.repeat(np.arange(256.0)[:, np.newaxis], 3, axis=1)
     blended = ALPHA * colours[:, np.newaxis] + (1 - ALPHA) * greys
     assert chroma(greys).max() < 0.01
@@ -300,7 +300,7 @@ def test_a_class_keeps_its_colour_when_classes_are_added(count):
 
 
 @pytest.mark.parametrize(("count", "apart"), [(9, 50), (14, 50), (40, 50), (256, 30)])
-def test_the_colours_are_far_apart(count, apart):
+def test_palette_colours_have_a_minimum_distance(count, apart):
     colours = np.array(palette(count), float)
     distances = np.linalg.norm(colours[:, np.newaxis] - colours, axis=2) + 1e3 * np.eye(count)
     assert distances.min() > apart  # of 442 between black and white

@@ -10,7 +10,7 @@ COMMANDS = Path(__file__).parents[2] / "toolkit" / "commands"
 
 
 @pytest.mark.parametrize("name", ["[/x]", "[bold]liver", "[link=http://x]y[/link]", "a[0]"])
-def test_cells_are_no_markup(name, capsys):
+def test_print_table_does_not_interpret_markup_in_names(name, capsys):
     """Rich raises MarkupError for a closing tag, and swallows a known opening one."""
     print_table(f"{name}\nsecond line", [name, f"{name}\nthird line"], [[name, name]])
     shown = capsys.readouterr().out

@@ -73,7 +73,7 @@ def test_importing_medseg_trt_first_is_enough(tmp_path, home):
     assert traced([sys.executable, "-c", program], home, tmp_path) == ([], [])
 
 
-def test_infer_is_silent(tmp_path, home):
+def test_infer_sends_no_telemetry(tmp_path, home):
     """The command with a stored bundle: both back-ends."""
     images = write_pictures(tmp_path / "data", count=1) / "images"
     bundle = stored_bundle(tmp_path / "model.medseg")
@@ -97,7 +97,7 @@ def test_train_build_evaluate_and_bench_are_silent(tmp_path, home):
         assert traced(python_command("medseg_trt", *map(str, arguments)), home, tmp_path) == ([], []), arguments[0]
 
 
-def test_what_is_set_reaches_children_and_cannot_be_set_otherwise(monkeypatch):
+def test_telemetry_variables_override_the_user_environment(monkeypatch):
     program = "import medseg_trt, os, sys; print([os.environ[n] for n in sys.argv[1:]], sys.modules[{!r}])"
     for name in VARIABLES:
         monkeypatch.setenv(name, "0")

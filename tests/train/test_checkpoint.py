@@ -139,7 +139,7 @@ def test_a_block_with_another_digest_is_refused_wherever_it_lies(location, saved
         load_checkpoint(saved).model()
 
 
-def test_a_block_that_is_nowhere_is_named_with_what_to_do(saved):
+def test_missing_block_error_gives_the_extract_command(saved):
     name = the_block(saved).name
     the_block(saved).unlink()
     with pytest.raises(ArtefactError, match=rf"is not in .*Copy {name} there, or .*medseg-trt block extract SOURCE -o"):

@@ -59,7 +59,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(where, saved, 
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", b"a picture of a cat\n" * 100, bytes(1000), pickle.dumps([1, 2])])
-def test_a_file_of_something_else_is_refused(content, saved):
+def test_load_checkpoint_refuses_files_of_other_content(content, saved):
     saved.write_bytes(content)
     with pytest.raises(ArtefactError, match=r"model\.pt"):
         load_checkpoint(saved)
@@ -105,7 +105,7 @@ def test_damaged_bytes_are_refused_or_give_a_checkpoint(saved):
     assert refused > 100
 
 
-def test_what_pytorch_asserts_of_a_damaged_file_is_refused_too(saved, monkeypatch):
+def test_assertion_error_of_torch_load_is_an_artefact_error(saved, monkeypatch):
     def load(*arguments: Any, **options: Any) -> None:
         raise AssertionError("saved_id must be a tuple")  # as it did for one file in a thousand of those above
 
@@ -287,7 +287,7 @@ def test_a_size_that_is_not_that_of_the_weights_is_refused_before_anything_is_bu
     assert set(devices) <= {"meta"}
 
 
-def test_the_sizes_above_are_refused_and_the_sound_ones_are_built(saved, monkeypatch):
+def test_load_checkpoint_builds_on_meta_and_model_on_cpu(saved, monkeypatch):
     devices: list[str] = []
 
     def build(*arguments: Any) -> object:

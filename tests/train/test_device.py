@@ -13,7 +13,7 @@ from medseg_trt.train.datasets.folder import open_folder
 from medseg_trt.train.training_process import TrainingProcess
 
 
-def test_the_cpu_is_taken_where_it_is_asked_for():
+def test_training_process_uses_the_requested_cpu():
     assert TrainingProcess("no", CPU).device == torch.device("cpu")
 
 

@@ -77,7 +77,7 @@ def test_a_class_that_is_nowhere_is_absent_and_not_in_the_mean(tmp_path):
     assert evaluation.mean_dice == bar.dice
 
 
-def test_nothing_to_score_is_zero_not_an_error():
+def test_mean_dice_of_an_empty_evaluation_is_zero():
     assert Evaluation(cases=(), means=()).mean_dice == 0.0
 
 
@@ -137,7 +137,7 @@ def test_a_volume_is_one_case_not_the_mean_of_its_slices(tmp_path):
     assert abs(dice_of_volume - mean_of_slices) > 0.1
 
 
-def test_how_many_slices_go_through_at_once_changes_nothing(tmp_path):
+def test_evaluation_is_independent_of_the_batch_size(tmp_path):
     cases = cases_of(write_volumes(tmp_path, 2, 5))
     sizes = []
 

@@ -62,7 +62,7 @@ def fresh_model():
     return build_model(tiny_spec(), random_block(TINY_LLAMA, seed=0))
 
 
-def test_a_tiny_run_learns(source, tmp_path, no_curve):
+def test_training_lowers_the_loss_and_raises_dice(source, tmp_path, no_curve):
     data, block = source
     train(tiny_recipe("train.epochs=8"), data, tmp_path / "run", block=block)
     untrained, first, *_, last = history_of(tmp_path / "run")
@@ -73,7 +73,7 @@ def test_a_tiny_run_learns(source, tmp_path, no_curve):
     assert last["dice"] > max(0.5, untrained["dice"] + 0.2)
 
 
-def test_a_run_leaves_its_files_and_nothing_else(source, tmp_path):
+def test_training_run_folder_has_exactly_the_expected_files(source, tmp_path):
     data, block = source
     out = tmp_path / "run"
     best = train(tiny_recipe("train.epochs=1"), data, out, block=block)
@@ -116,7 +116,7 @@ def test_the_frozen_block_stays_as_it_is_to_the_last_bit(slices, optimizer_name)
     assert optimised == trainable
 
 
-def test_a_block_that_is_not_frozen_would_be_noticed(slices):
+def test_unfrozen_block_changes_in_training(slices):
     recipe = tiny_recipe()
     model = fresh_model().requires_grad_(True)
     frozen = frozen_of(model)
@@ -221,7 +221,7 @@ def without_seconds(history):
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # PyTorch's own way to start workers
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on a machine with one core
-def test_workers_change_nothing(source, tmp_path, no_curve):
+def test_loader_workers_do_not_change_weights_or_history(source, tmp_path, no_curve):
     data, block = source
     for workers in (0, 2):
         recipe = tiny_recipe(f"train.workers={workers}", "train.epochs=2")

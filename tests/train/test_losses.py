@@ -35,7 +35,7 @@ def bce_dice_reference(logits, labels):
     return 0.5 * bce + np.mean(dice)
 
 
-def test_several_classes():
+def test_ce_dice_loss_equals_the_numpy_reference():
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(3, 4, 5, 7)), rng.integers(0, 4, (3, 5, 7))
     loss = ce_dice(torch.from_numpy(logits), torch.from_numpy(labels)).item()
@@ -45,7 +45,7 @@ def test_several_classes():
     assert abs(loss - per_image) > 1e-4
 
 
-def test_one_class():
+def test_bce_dice_loss_equals_the_numpy_reference():
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(3, 5, 7)), rng.integers(0, 2, (3, 5, 7))
     labels[1] = 0  # an image without a lesion
@@ -53,7 +53,7 @@ def test_one_class():
     assert abs(loss - bce_dice_reference(logits, labels)) < 1e-12
 
 
-def test_the_number_of_logits_chooses():
+def test_segmentation_loss_is_bce_for_one_logit_and_ce_for_several():
     logits, labels = torch.randn(2, 1, 4, 4), torch.randint(0, 2, (2, 4, 4))
     assert segmentation_loss(logits, labels) == bce_dice(logits[:, 0], labels)
     logits = torch.randn(2, 3, 4, 4)
@@ -76,7 +76,7 @@ def structure_reference(logits, labels):
     return -(labels * np.log(p) + (1 - labels) * np.log(1 - p)).mean() + np.mean(losses)
 
 
-def test_structure_is_its_formula():
+def test_structure_loss_equals_the_numpy_reference():
     random = np.random.default_rng(0)
     logits, labels = random.normal(size=(2, 20, 24)), random.integers(0, 2, (2, 20, 24))
     labels[0, :, :12] = 1

@@ -278,7 +278,7 @@ FORMS = {  # how people save a network, with what may lie beside it
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_network_is_found_however_it_was_saved(tmp_path, form):
+def test_official_weights_are_found_in_every_save_format(tmp_path, form):
     state = official_state(OURS)
     torch.save(FORMS[form](state), tmp_path / "official.pth")
     imported = import_official(
@@ -287,7 +287,7 @@ def test_a_network_is_found_however_it_was_saved(tmp_path, form):
     assert largest_difference(imported, state) < 1e-5  # as above: another order of float32 sums
 
 
-def test_what_lies_beside_the_weights_is_named(tmp_path, caplog):
+def test_import_logs_entries_beside_the_weights(tmp_path, caplog):
     caplog.set_level("INFO", "medseg_trt")
     torch.save({"net": official_state(OURS), "net_ema": {}, "epoch": 3}, tmp_path / "official.pth")
     read_state(tmp_path / "official.pth")
@@ -373,7 +373,7 @@ def changed(name, value):
         (lambda state: state | {f"module.{NORM}": state[NORM]}, {}, "holds a tensor twice"),
     ],
 )
-def test_what_does_not_fit_is_named_and_nothing_is_written(tmp_path, damage, options, message):
+def test_import_refuses_mismatched_official_weights_and_writes_nothing(tmp_path, damage, options, message):
     path = saved(tmp_path / "official.pth", damage(official_state(OURS)))
     arguments = {"preprocessing": PREPROCESSING, "classes": THREE, "architecture": OURS, **options}
     with pytest.raises(MedsegError, match=message) as caught:
@@ -455,7 +455,7 @@ def keys_of(title):
         ("juntaoJianggavin/LLM4MedSeg", "llm-transunet", LLM4MEDSEG, 421),
     ],
 )
-def test_every_published_name_has_its_place_and_its_shape_at_full_size(title, architecture, rules, count):
+def test_official_weight_names_and_shapes_match_the_full_size_model(title, architecture, rules, count):
     with torch.device("meta"):
         ours = build_model(model_spec(architecture, (256, 256), 1)).state_dict()
     sources = names_elsewhere(rules, ours)

@@ -124,7 +124,7 @@ def folder(path: Path, victim: Path) -> None:
 
 
 @pytest.mark.parametrize("plant", [link, hard_link, dangling_link, note, fifo, folder])
-def test_what_no_training_has_written_is_never_written_to(tmp_path, plant):
+def test_run_lock_refuses_foreign_files_and_links(tmp_path, plant):
     run, victim = tmp_path / "run", tmp_path / "victim"
     run.mkdir()
     victim.write_text("12345\n")  # which looks like a lock, so that links to it are told by being links

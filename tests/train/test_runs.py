@@ -131,7 +131,7 @@ def test_a_run_killed_by_the_system_in_the_middle_of_an_epoch_goes_on(source, wh
     assert_same_run(out, whole)
 
 
-def test_a_resume_that_forgot_the_optimiser_would_be_noticed(source, whole, tmp_path, monkeypatch):
+def test_resume_without_optimizer_state_fails_the_run_comparison(source, whole, tmp_path, monkeypatch):
     data, block = source
     out = tmp_path / "run"
     train_until("save_checkpoint", 4, source, out)
@@ -225,7 +225,7 @@ def test_a_missing_block_leaves_no_run_folder(source, tmp_path, block):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_run_folder_says_how_the_model_was_made(source, whole):
+def test_run_folder_records_recipe_data_and_provenance(source, whole):
     assert from_dict(Recipe, json.loads((whole / "recipe.json").read_text()), "recipe.json") == RECIPE
     manifest = json.loads((whole / "data.json").read_text())
     assert manifest["files"].keys() == {f"{part}/case{i}.png" for part in ("images", "masks") for i in range(5)}
@@ -251,7 +251,7 @@ def test_the_data_are_found_again_from_any_folder(source, tmp_path, monkeypatch)
     assert load_checkpoint(tmp_path / "last.pt").data_folder == data.root
 
 
-def test_checkpoints_hold_nothing_of_the_disks_layout(source, tmp_path):
+def test_checkpoints_contain_no_file_system_paths(source, tmp_path):
     data, block = source
     train(tiny_recipe("train.epochs=0"), data, tmp_path / "run", block=block)
     manifest = tmp_path / "run" / "data.json"

@@ -83,7 +83,7 @@ def test_rows_of_a_batch_have_masks_of_their_own(slices):
 
 
 @pytest.mark.parametrize("used_before", [0, 1, 12345])
-def test_what_used_the_generator_before_does_not_matter(slices, used_before):
+def test_dropout_masks_are_independent_of_earlier_use_of_the_global_rng(slices, used_before):
     torch.manual_seed(used_before)
     torch.rand(used_before % 100)
     assert masks_of(slices) == masks_of(slices)
@@ -93,7 +93,7 @@ def test_what_used_the_generator_before_does_not_matter(slices, used_before):
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # PyTorch's own way to start workers
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on a machine with one core
-def test_workers_do_not_matter(slices):
+def test_dropout_masks_are_independent_of_loader_workers(slices):
     assert masks_of(slices, 7, 1, "train.workers=1") == masks_of(slices)
 
 

@@ -97,7 +97,7 @@ def test_training_draws_the_pixels_that_inference_cuts(size, channels, changes, 
 
 
 @pytest.mark.parametrize("fault", ["one pixel off", "padded on one side"])
-def test_a_window_that_is_cut_otherwise_is_caught(fault, tmp_path, monkeypatch):
+def test_window_cutting_fault_fails_the_pixel_comparison(fault, tmp_path, monkeypatch):
     monkeypatch.setattr(
         prepared,
         *{

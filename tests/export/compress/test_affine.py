@@ -25,7 +25,7 @@ def test_an_affine_block_is_reproduced() -> None:
     assert held_out.unexplained < LIMIT**2
 
 
-def test_a_fit_without_centring_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uncentred_affine_fit_exceeds_the_held_out_error_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, block = generated_tokens(offset=300.0), PermutedNoise(offset=300.0)
     assert held_out_error(fit_affine(block, tokens), block, generated_tokens(1, offset=300.0)).within(0.05, 0.05)
     monkeypatch.setattr(Moments, "centred", _uncentred)
@@ -43,7 +43,7 @@ def test_a_constant_output_explains_nothing_however_small_its_relative_error() -
     assert not error.within(0.05, 0.05)
 
 
-def test_a_constant_output_is_found_however_it_was_normalised() -> None:
+def test_held_out_error_passes_only_if_both_error_measures_are_within_limits() -> None:
     assert not HeldOutError(relative=0.06, unexplained=0.01).within(0.05, 0.05)
     assert not HeldOutError(relative=0.01, unexplained=0.06).within(0.05, 0.05)
     assert not HeldOutError(relative=float("nan"), unexplained=0.01).within(0.05, 0.05)

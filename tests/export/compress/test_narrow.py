@@ -59,7 +59,7 @@ def test_a_layer_of_all_sizes_has_a_fifth_of_the_error_of_a_small_one_on_other_t
     assert whole.within(0.05, 0.05)
 
 
-def test_the_first_norm_is_that_of_the_language_width() -> None:
+def test_narrow_projection_preserves_the_norm_of_the_mapped_tokens() -> None:
     """``|R t| = |M1 t|``, also for a map that is wider in than out, whose Cholesky factor does not exist."""
     for language_width in (32, 16):
         block, tokens = generated_insert(replace(GEOMETRY, hidden_size=language_width)), generated_tokens()
@@ -78,7 +78,7 @@ def test_directions_are_those_of_the_largest_second_moment() -> None:
     assert aligned == pytest.approx(np.ones(3), abs=1e-6)
 
 
-def test_heads_are_kept_by_what_differs_between_tokens_not_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_head_groups_are_selected_by_variance_between_tokens_not_by_energy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Group 0 writes much, the same for all tokens; group 1 writes less, and every token something else."""
     block = _block_with_a_constant_group()
     fit = NarrowFit(block, generated_tokens())

@@ -118,7 +118,9 @@ def test_the_counted_macs_are_those_of_the_graph(
     assert cost.bytes == 4 * sum(weight.numel() for weight in insert.parameters())
 
 
-def test_every_rung_is_cheaper_than_the_next(network: TransUNet, changed: dict[Rung, TransUNet]) -> None:
+def test_macs_increase_from_affine_over_narrow_to_exact_block(
+    network: TransUNet, changed: dict[Rung, TransUNet]
+) -> None:
     inserts = [changed[rung].insert for rung in (AFFINE, NARROW, EXACT)]
     spec = network.spec
     assert isinstance(spec, ModelSpec)

@@ -34,7 +34,7 @@ def moments_of(inputs: Tensor, outputs: Tensor, chunks: int = 5) -> Moments:
 
 @pytest.mark.parametrize("offset", [0.0, 1e3])
 @pytest.mark.parametrize("ridge", [0.0, RIDGE, 0.5])
-def test_an_affine_map_of_whitened_rows_comes_back_shrunk_by_the_ridge_alone(offset: float, ridge: float) -> None:
+def test_ridge_fit_of_whitened_inputs_shrinks_weights_by_one_plus_ridge(offset: float, ridge: float) -> None:
     inputs, truth = whitened(offset), known_map()
     fitted = fit_ridge(moments_of(inputs, truth(inputs)), ridge)
     assert torch.allclose(fitted.weight, truth.weight / (1 + ridge), rtol=0, atol=LIMIT)
@@ -53,7 +53,7 @@ def test_it_is_the_least_squares_solution_of_the_augmented_system() -> None:
     assert np.allclose(fitted.bias.numpy(), solution[-1], rtol=0, atol=LIMIT * 100)
 
 
-def test_a_ridge_without_centring_is_another_map(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uncentred_ridge_fit_differs_from_the_true_map(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, truth = whitened(1e3), known_map()
     moments = moments_of(inputs, truth(inputs))
     uncentred = inputs.T @ inputs, truth(inputs).T @ inputs

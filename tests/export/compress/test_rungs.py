@@ -25,7 +25,7 @@ def with_insert(**fields: object) -> ModelSpec:
     return replace(DEMO, insert=InsertSpec(**fields))  # pyright: ignore[reportArgumentType]
 
 
-def test_a_name_is_a_rung_and_a_rung_its_name() -> None:
+def test_parse_block_and_str_of_a_rung_round_trip() -> None:
     for name in ("exact", "affine", "narrow:r=512,k=1024,heads=4"):
         assert str(parse_block(name)) == name
     assert parse_block("narrow: r=8, k=16, heads=2") == Rung(kind="narrow", width=8, neurons=16, heads=2)
@@ -35,13 +35,13 @@ def test_a_name_is_a_rung_and_a_rung_its_name() -> None:
 @pytest.mark.parametrize(
     "text", ["", "Exact", "narrow", "narrow:r=512", "narrow:r=-1,k=2,heads=3", "narrow:r=1,k=2,heads=3,x=1", "half"]
 )
-def test_another_name_is_refused_with_all_that_can_be_chosen(text: str) -> None:
+def test_parse_block_refuses_an_unknown_name_and_lists_the_choices(text: str) -> None:
     with pytest.raises(UsageError, match=r"choose exact, auto, affine or narrow:r=512,k=1024,heads=4"):
         parse_block(text)
 
 
 @pytest.mark.parametrize("text", ["narrow:r=0,k=2,heads=3", "narrow:r=1,k=0,heads=3", "narrow:r=1,k=2,heads=0"])
-def test_an_empty_layer_is_refused(text: str) -> None:
+def test_parse_block_refuses_sizes_of_zero(text: str) -> None:
     with pytest.raises(UsageError, match="at least 1"):
         parse_block(text)
 
@@ -86,7 +86,7 @@ def test_the_exact_block_needs_no_block_that_can_be_replaced() -> None:
         (with_insert(placement=2), "placement=2"),
     ],
 )
-def test_what_cannot_be_replaced_is_refused_in_one_line(name: str, model: ModelSpec, reason: str) -> None:
+def test_unreplaceable_block_is_refused_with_a_one_line_reason(name: str, model: ModelSpec, reason: str) -> None:
     with pytest.raises(UsageError, match=rf"{reason}.*--block exact$") as refused:
         candidate_rungs(parse_block(name), model)
     assert "\n" not in str(refused.value)
@@ -101,7 +101,7 @@ def test_what_cannot_be_replaced_is_refused_in_one_line(name: str, model: ModelS
         ("narrow:r=8,k=8,heads=4", "heads must be a multiple of 3"),
     ],
 )
-def test_a_layer_beyond_the_geometry_is_refused(name: str, reason: str) -> None:
+def test_narrow_rung_that_does_not_fit_the_block_is_refused(name: str, reason: str) -> None:
     with pytest.raises(UsageError, match=reason):
         candidate_rungs(parse_block(name), DEMO)
 

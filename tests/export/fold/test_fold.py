@@ -44,7 +44,7 @@ def test_every_layer_is_folded_and_counted(model):
         assert not any(isinstance(layer, kind) for layer in folded.modules())
 
 
-def test_the_report_is_plain_data(model):
+def test_fold_report_is_json_serialisable_with_counts_and_reasons(model):
     report = plain_report(fold(model)[1])
     assert report["batch_norms"] == {"count": 9, "reason": ""}
     assert report["rotary_tables"] == {"count": 0, "reason": "rotary=false: queries and keys are not rotated"}
@@ -119,13 +119,13 @@ FAULTS = (
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_tolerance_catches(model, fault):
+def test_faulty_fold_exceeds_the_logits_tolerance(model, fault):
     broken = copy.deepcopy(model)
     assert fault(broken).count > 0
     assert error(broken.eval(), model) > 50 * LOGITS_TOLERANCE
 
 
-def test_the_order_of_rules_that_do_not_build_on_each_other_does_not_matter(model):
+def test_independent_fold_rules_give_equal_weights_in_any_order(model):
     forwards, backwards = copy.deepcopy(model), copy.deepcopy(model)
     for rule, opposite in zip(OWN_RULES, reversed(OWN_RULES), strict=True):
         RULES[rule](forwards)

@@ -334,7 +334,7 @@ FAULTS = (
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-def test_the_limit_catches(fault):
+def test_faulty_language_fold_exceeds_the_error_limit(fault):
     model = network(variant(InsertSpec(norm="pretrained"), rotary=True))
     folded, _ = fold(model)
     fault(folded)
@@ -434,7 +434,7 @@ def traced():
     return trace(fold(network(variant(rotary=True, causal=True), eps=1e-6).float())[0])
 
 
-def test_a_layer_is_traced_to_few_wide_products(traced):
+def test_folded_language_layer_is_exported_with_merged_projections(traced):
     modules = Counter()
     for node in traced.model.graph:
         if node.op_type in ("MatMul", "Gemm"):

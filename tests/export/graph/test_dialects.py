@@ -208,7 +208,7 @@ def both(case: str) -> tuple[OnnxGraph, OnnxGraph, dict[str, np.ndarray]]:
 
 
 @pytest.mark.parametrize("case", list(DECOMPOSED))
-def test_a_decomposition_computes_the_same(case):
+def test_decomposed_operator_equals_the_original_in_onnxruntime_and_openvino(case):
     graph, spelled, feeds = both(case)
     assert spelled.model.opset_imports == {"": 18}
     assert not count(spelled, graph.model.graph[0].op_type)
@@ -229,7 +229,7 @@ def test_a_decomposition_computes_the_same(case):
         ("scaled attention", {"scale": 1.0}),
     ],
 )
-def test_the_tolerance_catches_another_attribute(case, change):
+def test_changed_operator_attribute_exceeds_the_decomposition_tolerance(case, change):
     graph, _, feeds = both(case)
     expected = run(graph, **feeds)
     graph.model.graph[0].attributes.update(

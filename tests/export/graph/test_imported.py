@@ -45,7 +45,7 @@ def imported_logits(path, tmp_path, logits: int = 3, classes: int = 3, channels:
 
 
 @pytest.mark.parametrize("opset", [11, 13, 17, 18, 21])
-def test_logits_stay_the_same(tmp_path, opset):
+def test_imported_onnx_network_has_the_logits_of_the_file(tmp_path, opset):
     path = write_onnx(tmp_path / "net.onnx", opset=opset)
     expected = run(path, "image", images()[:, :1])
     assert np.abs(expected).max() > 1
@@ -59,7 +59,7 @@ def test_three_channels_reach_the_network_in_their_order(tmp_path):
     assert np.abs(run(path, "image", images(3)[:, ::-1].copy()) - expected).max() > 1  # another order would show
 
 
-def test_free_sizes_become_those_of_the_description(tmp_path):
+def test_dynamic_image_size_is_fixed_to_the_described_size(tmp_path):
     path = write_onnx(
         tmp_path / "net.onnx", input_shape=("n", 1, "height", "width"), output_shape=("n", 3, "height", "width")
     )
@@ -132,7 +132,7 @@ def after(operator: str, domain: str = "", **attributes: Any) -> dict[str, objec
         ({"opset": 8}, r"is written in operator set 8; export it again with 9 or later"),
     ],
 )
-def test_what_cannot_be_used_is_named_in_one_line(tmp_path, changes, message):
+def test_unusable_onnx_file_is_refused_in_one_line(tmp_path, changes, message):
     path = write_onnx(tmp_path / "net.onnx", **changes)
     with pytest.raises(ArtefactError, match=message) as caught:
         read_imported(path)
@@ -150,7 +150,7 @@ def test_a_name_of_a_million_characters_or_with_line_breaks_is_not_repeated(tmp_
     assert len(str(caught.value)) < len(str(path)) + 700
 
 
-def test_a_graph_inside_of_a_node_is_refused(tmp_path):
+def test_onnx_file_with_a_subgraph_is_refused(tmp_path):
     body = helper.make_graph([], "body", [], [helper.make_tensor_value_info("logits_of_conv", TensorProto.FLOAT, None)])
     node = helper.make_node("If", ["c"], ["last"], then_branch=body, else_branch=body)
     path = write_onnx(tmp_path / "net.onnx", extra_nodes=[node], output="last")
@@ -203,7 +203,7 @@ def _in_other_files(tensor: TensorProto, *locations: str) -> None:
         (hidden_location, "takes weights from '/etc/hostname', which is no file beside it"),
     ],
 )
-def test_what_no_exported_network_has_is_refused_before_a_library_parses_it(tmp_path, monkeypatch, change, message):
+def test_unsafe_onnx_fields_are_refused_before_onnx_parses_the_file(tmp_path, monkeypatch, change, message):
     path = write_onnx(tmp_path / "net.onnx")
     model = onnx.load(path)
     change(model)
@@ -237,7 +237,7 @@ def test_files_of_weights_have_a_limit(tmp_path, monkeypatch):
         ("short.bin", 4, "beyond the end of 'short.bin'"),
     ],
 )
-def test_weights_come_from_files_beside_the_network_alone(tmp_path, location, length, message):
+def test_external_weights_outside_the_folder_missing_or_truncated_are_refused(tmp_path, location, length, message):
     folder = tmp_path / "inner"
     folder.mkdir()
     (tmp_path / "secret.bin").write_bytes(bytes(1 << 12))
@@ -251,7 +251,7 @@ def test_weights_come_from_files_beside_the_network_alone(tmp_path, location, le
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 100, b"not a network"])
-def test_other_files_are_no_networks(tmp_path, content):
+def test_read_imported_refuses_files_that_are_not_onnx(tmp_path, content):
     path = tmp_path / "net.onnx"
     path.write_bytes(content)
     with pytest.raises(ArtefactError, match=r"net\.onnx "):
@@ -328,7 +328,7 @@ def test_of_a_squeezed_network_of_one_class_the_logits_are_taken(tmp_path):
         [helper.make_node("Cast", ["logits_of_conv"], ["last"], to=TensorProto.UINT8)],
     ],
 )
-def test_labels_that_are_chosen_in_another_way_are_refused(tmp_path, nodes):
+def test_import_refuses_labels_that_are_not_an_argmax_or_threshold_of_logits(tmp_path, nodes):
     path = write_onnx(
         tmp_path / "net.onnx",
         extra_nodes=nodes,

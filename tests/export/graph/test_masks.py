@@ -145,7 +145,7 @@ def test_a_centre_on_the_near_edge_is_inside_and_one_on_the_far_edge_is_not(tmp_
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_wrong_placement_is_detected(tmp_path, monkeypatch, fault):
+def test_faulty_placement_changes_the_graph_masks(tmp_path, monkeypatch, fault):
     monkeypatch.setattr(masks._Placement, *FAULTS[fault])
     with opened(with_masks(network(3), SPACED), "onnxruntime", tmp_path) as session:
         masks_by_size = [session.masks(IMAGES, size, resampled_size(size, SPACED, spacing)) for size, spacing in PLACES]

@@ -36,7 +36,7 @@ CASES = [pytest.param(name, 3, marks=[pytest.mark.slow] if any(part in name for 
 
 
 @pytest.mark.parametrize(("architecture", "num_classes"), [*CASES, ("llm-transunet-tiny", 1)])
-def test_every_graph_of_a_test_network_stays_in_the_table(architecture, num_classes):
+def test_exported_graphs_use_only_allowed_operators(architecture, num_classes):
     spec = tiny_spec(architecture, SIZE, num_classes)
     block = random_block(TINY_LLAMA, seed=0) if spec.block is not None else None
     folded, _ = fold(build_model(spec, block))
@@ -55,7 +55,7 @@ def test_the_functions_are_those_that_have_bodies_and_call_standard_operators():
         assert {(node.domain, node.op_type in STANDARD) for node in function(name)} == {("", True)}
 
 
-def test_no_operator_has_a_body_of_its_own():
+def test_no_allowed_operator_has_a_subgraph_attribute():
     """Loop, If, Scan and SequenceMap would run what nobody counted."""
     graph = onnx.defs.OpSchema.AttrType.GRAPH
     for name in STANDARD:

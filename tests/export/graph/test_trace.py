@@ -118,7 +118,7 @@ def test_a_function_whose_domain_is_not_allowed_is_refused(graph):
 
 
 @pytest.mark.parametrize(("size", "classes"), [((32, 32), 3), (SIZE, 2)])
-def test_another_input_or_output_is_refused(graph, size, classes):
+def test_check_refuses_an_unexpected_input_size_or_class_count(graph, size, classes):
     with pytest.raises(MedsegError, match=r"the (in|out)puts are"):
         check(graph, size, classes)
 

@@ -55,7 +55,7 @@ def test_mse_is_within_a_tenth_of_the_best_range_that_a_search_on_the_values_fin
     assert error_of(values, limit, codes) < 1.1 * best
 
 
-def test_ranges_hold_zero_and_lie_within_what_was_seen():
+def test_calibrated_ranges_contain_zero_and_stay_within_observed_values():
     for values in (NORMAL, RECTIFIED, -RECTIFIED, RECTIFIED + 1):
         limit = range_of(values)
         assert min(float(values.min()), 0) <= limit.low <= 0 <= limit.high <= max(float(values.max()), 0)

@@ -137,7 +137,7 @@ def test_the_products_that_are_too_large_for_16_bits_are_named(graph):
     assert too_large(graph, without, observe, IMAGES) == ()
 
 
-def test_bfloat16_is_a_graph_for_others_to_run(graph):
+def test_to_half_with_bf16_stores_bfloat16_weights(graph):
     halved = to_half(graph, [gemm.name for gemm in gemms(graph)], dtype="bf16")
     assert {halved.model.graph.initializers[g.weight].dtype for g in gemms(halved)} == {ir.DataType.BFLOAT16}
     assert torch.bfloat16.itemsize == 2

@@ -98,7 +98,7 @@ def names(graph: OnnxGraph) -> set[str]:
     return {gemm.name for gemm in gemms(graph)}
 
 
-def test_every_product_of_the_network_is_counted(graph, folded):
+def test_total_macs_of_the_graph_equals_the_flop_counter_of_pytorch(graph, folded):
     shapes = copy.deepcopy(folded).to("meta")  # on the CPU, attention is one operator that PyTorch does not count
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         shapes(torch.zeros(1, 3, *SIZE, device="meta"))
@@ -112,7 +112,7 @@ def test_every_product_of_the_network_is_counted(graph, folded):
 
 
 @pytest.mark.parametrize("form", QUANT_FORMATS)
-def test_int8_stays_close_and_is_int8(graph, calibration, exact, form, tmp_path):
+def test_int8_quantisation_reaches_the_minimum_sqnr_and_int8_share(graph, calibration, exact, form, tmp_path):
     quantised = quantise(graph, INT8, calibration, quant_format=form)
     assert sqnr_db(exact, logits(quantised, tmp_path)) > MIN_SQNR_DB[form]
     assert set(gemm_precisions(quantised).values()) == {"int8"}
@@ -123,7 +123,7 @@ def test_int8_stays_close_and_is_int8(graph, calibration, exact, form, tmp_path)
     check(quantised, SIZE, 3, opsets=DIALECTS["canonical"].opsets)
 
 
-def test_fp8_stays_close_and_is_in_the_transformers_alone(graph, calibration, exact, tmp_path):
+def test_fp8_reaches_the_minimum_sqnr_and_applies_to_vit_and_block_only(graph, calibration, exact, tmp_path):
     quantised = quantise(graph, FP8, calibration)
     precisions = gemm_precisions(quantised)
     by_part = {gemm.part: precisions[gemm.name] for gemm in gemms(quantised)}
@@ -299,7 +299,7 @@ def wrong_channel_axis(graph: OnnxGraph, calibration: Calibration) -> OnnxGraph:
 
 
 @pytest.mark.parametrize("fault", [stale_scale, dropped_zero_point, transposed_weight, wrong_channel_axis])
-def test_the_tolerance_catches(graph, calibration, exact, fault, tmp_path):
+def test_quantisation_fault_falls_below_the_minimum_sqnr(graph, calibration, exact, fault, tmp_path):
     assert sqnr_db(exact, logits(fault(graph, calibration), tmp_path)) < MIN_SQNR_DB["uint8"] - 2
 
 
@@ -364,7 +364,7 @@ def test_of_int8_and_fp16_a_gemm_kept_float_is_in_fp16_and_one_kept_wide_is_in_i
         ("", "precision is called ''"),
     ],
 )
-def test_a_typo_lists_the_choices(text, message):
+def test_invalid_precision_specification_is_refused(text, message):
     with pytest.raises(UsageError, match=message):
         parse_precision(text)
 
@@ -375,7 +375,7 @@ def test_every_scheme_names_a_function_that_exists():
         assert callable(getattr(importlib.import_module(module), function))
 
 
-def test_int8_asks_for_images_and_for_its_own_ranges(graph, calibration):
+def test_int8_without_calibration_or_with_a_missing_range_is_refused(graph, calibration):
     with pytest.raises(UsageError, match="int8 needs images to calibrate on; give some: --data DIR"):
         quantise(graph, INT8)
     ranges = dict(calibration.ranges)

@@ -133,7 +133,7 @@ def test_smoothable_activations_are_those_whose_channels_constants_scale(graph):
     assert set(smoothable(graph, without)) == PLACES - {"layer"}
 
 
-def test_the_function_stays_the_same_and_the_original_too(graph, smoothed, tmp_path):
+def test_smoothing_preserves_the_output_and_the_original_graph(graph, smoothed, tmp_path):
     exact, answer = answers(graph, tmp_path / "before"), answers(smoothed[0], tmp_path / "after")
     # Every changed constant is rounded once to float32, and sums are taken over other numbers: 1e-6 seen.
     assert np.abs(answer - exact).max() <= 1e-5 * np.abs(exact).max()
@@ -187,7 +187,7 @@ def test_a_shared_constant_does_not_change_for_its_other_readers(graph, tmp_path
 
 
 @pytest.mark.parametrize("constant", ["layer_bias", "first", "down", "kernel2", "group_weight"])
-def test_a_constant_without_its_factor_is_detected(graph, smoothed, constant, tmp_path):
+def test_omitting_one_smoothing_factor_changes_the_output(graph, smoothed, constant, tmp_path):
     broken = OnnxGraph(model=smoothed[0].model.clone())
     value = broken.model.graph.initializers[f"{constant}_smooth"]
     value.const_value = ir.tensor(CONSTANTS[constant], name=value.name)

@@ -174,7 +174,7 @@ def test_tensorrt_rtx_is_to_build_what_can_be_captured(graph, monkeypatch):
     assert ("set_compute_capability", "120", 1) in told
 
 
-def test_an_engine_that_may_allocate_is_noticed(graph, monkeypatch):
+def test_build_without_the_user_allocation_flag_is_detected(graph, monkeypatch):
     without = {**LIBRARIES, "tensorrt-rtx": replace(LIBRARIES["tensorrt-rtx"], flags=())}
     monkeypatch.setattr(builder, "LIBRARIES", without)
     with pytest.raises(AssertionError):

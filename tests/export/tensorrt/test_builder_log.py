@@ -59,7 +59,7 @@ def test_unparsed_lines_are_counted():
 
 
 @pytest.mark.parametrize("text", ["", "Layers:", "Layers:\n\n", "no list", "Layers:\nName: [[[[{{{{"])
-def test_a_list_in_another_format_gives_no_layers(text):
+def test_parse_layers_returns_nothing_for_an_unknown_format(text):
     assert parse_layers(text, {})[0] == ()
 
 

@@ -100,14 +100,14 @@ def answers(scores) -> dict[str, str]:
     return {item.question.text: item.sentence for item in compare_all(scores)}
 
 
-def test_a_gain_a_loss_and_nothing_are_told_apart():
+def test_ablation_answers_distinguish_gain_loss_and_no_difference():
     said = answers(made_scores({"none": 0.0, "frozen": 0.1, "affine": 0.25, "mappers": 0.1}))
     assert said["Does it beat no block?"] == "The frozen block beats no block."
     assert said["Does it beat an affine map?"] == "The frozen block is worse than an affine map."
     assert said["Does the block add to the two maps?"] == "Not shown: the difference cannot be told from zero."
 
 
-def test_one_pair_of_runs_tells_nothing():
+def test_ablation_with_one_seed_answers_not_known():
     said = answers(made_scores({"none": 0.0, "frozen": 0.3}, seeds=1))
     assert set(said.values()) == {"Not known: one pair of runs cannot tell a gain from chance."}
 
@@ -125,7 +125,7 @@ def test_more_questions_widen_every_interval():
         assert wide_low < low < high < wide_high
 
 
-def test_the_correction_keeps_chance_from_being_an_effect():
+def test_multiplicity_correction_reduces_false_positives_of_ablations():
     """Of ablations without any effect, uncorrected intervals find one in many: there are eleven questions."""
     corrected = uncorrected = 0
     for trial in range(8):
@@ -149,7 +149,7 @@ def test_the_correction_keeps_chance_from_being_an_effect():
     assert uncorrected > corrected
 
 
-def test_the_page_says_how_many_runs_there_were():
+def test_ablation_report_states_seeds_divisions_and_cases():
     scores = made_scores({"none": 0.0, "frozen": 0.1})
     results = Ablation(
         recipe="folder",

@@ -28,7 +28,7 @@ def infer(*arguments: str | Path | int) -> Result:
         (["in", "--where", "Modalty=CT"], "DICOM has no attribute 'Modalty'"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(arguments, words):
+def test_infer_refuses_invalid_archive_options(arguments, words):
     result = infer(*arguments)
     assert isinstance(result.exception, UsageError)
     assert words in str(result.exception)
@@ -58,7 +58,7 @@ def test_parts_run_as_nnu_net_s_do_and_are_joined(tiny_bundle, tmp_path):
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
-def test_a_folder_of_folders_still_says_what_to_name_and_that_there_is_a_tree(tiny_bundle, tmp_path):
+def test_nested_input_folder_error_suggests_the_tree_option(tiny_bundle, tmp_path):
     save_picture(tmp_path / "in" / "a" / "x.png")
     result = infer(tmp_path / "in", "--bundle", tiny_bundle, "-o", tmp_path / "out")
     assert result.exit_code == 1

@@ -130,7 +130,7 @@ def test_a_tar_header_of_any_length_is_not_read_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("size", [10, 100, 700])
-def test_a_damaged_archive_is_one_line(tree, tmp_path, size):
+def test_truncated_zip_file_is_refused_in_one_line(tree, tmp_path, size):
     path = zipped(tree, tmp_path / "in.zip")
     path.write_bytes(path.read_bytes()[:size])
     (reason, is_error) = reasons([path], tmp_path / "out")["in.zip"]
@@ -208,7 +208,7 @@ def test_a_second_end_record_does_not_hide_the_size_of_the_list(tmp_path, monkey
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_methods_that_inflate_without_a_limit_are_refused(tmp_path, method):
+def test_zip_members_with_bzip2_or_lzma_are_refused(tmp_path, method):
     with zipfile.ZipFile(tmp_path / "a.zip", "w", method) as archive:
         archive.writestr("a.png", bytes(5000))
     with closing(Container(tmp_path / "a.zip")) as container:

@@ -52,7 +52,7 @@ def test_masks_may_be_named_by_patient_study_and_series(tmp_path):
     ]
 
 
-def test_what_a_header_says_leads_out_of_no_folder(tmp_path):
+def test_dicom_patient_id_in_mask_names_is_sanitised_against_path_traversal(tmp_path):
     pixels = slices(0)
     for number, patient in enumerate(("../../etc", ".hidden", "a/b\\c", "")):
         paths = [tmp_path / "in" / f"s{number}" / str(index) for index in range(3)]
@@ -77,7 +77,7 @@ def test_several_series_of_a_folder_are_named_by_their_numbers_and_files_by_them
     assert [*planned([tmp_path / "in"], tmp_path / "out")] == ["a/st/frames", "a/st-series3", "a/st-series7"]
 
 
-def test_conditions_choose_and_localizers_and_other_objects_are_named(tmp_path):
+def test_dicom_filters_select_series_and_report_localizers_and_other_objects(tmp_path):
     kinds = {
         "venous": {"SeriesDescription": "Abdomen VENOUS 3mm"},
         "plain": {"SeriesDescription": "Abdomen native"},

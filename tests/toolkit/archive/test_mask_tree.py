@@ -164,14 +164,14 @@ def test_rows_of_other_masks_are_kept_while_these_exist(tiny_bundle, tree, tmp_p
     assert "x2.png" not in {row["file"] for row in rows_of(out / "areas.csv")}
 
 
-def test_tables_of_others_are_not_replaced(tiny_bundle, tree, tmp_path):
+def test_foreign_skipped_csv_is_not_replaced(tiny_bundle, tree, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "skipped.csv").write_text("my,own,table,of\n", encoding="utf-8")
     with pytest.raises(UsageError, match=r"skipped.csv is not a table"):
         segment_tree([tree], tiny_bundle, tmp_path / "out")
 
 
-def test_without_an_image_the_table_says_why(tiny_bundle, tmp_path):
+def test_input_without_usable_image_is_an_error_and_skipped_csv_lists_reasons(tiny_bundle, tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "notes.txt").write_text("no image")
     with pytest.raises(InputError, match=r"hold no image that can be used; .*skipped.csv lists the reasons"):

@@ -213,7 +213,7 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return seen
 
 
-def test_the_index_is_kept_and_only_what_changed_is_looked_at_again(tree, tmp_path, monkeypatch):
+def test_archive_index_is_reused_and_only_changed_files_are_inspected(tree, tmp_path, monkeypatch):
     first = planned([tree], tmp_path / "out")
     seen = looks(monkeypatch)
     assert planned([tree], tmp_path / "another") == first

@@ -112,7 +112,7 @@ def test_a_node_of_another_version_ends_the_run_with_the_reason(tiny_bundle, tmp
         run(images, tiny_bundle, tmp_path / "out", cluster.address)
 
 
-def test_a_cluster_that_is_not_there_is_named(tiny_bundle, tmp_path, monkeypatch):
+def test_missing_ray_cluster_is_a_device_error(tiny_bundle, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_raylet_start_wait_time_s", "2")
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "2")
     images = write_images(tmp_path / "in", 1)

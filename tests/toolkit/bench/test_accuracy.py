@@ -100,7 +100,7 @@ def test_masks_that_are_worse_do_not_hold_and_those_that_are_equal_do():
     assert worse.drop_low <= worse.drop <= worse.drop_high
 
 
-def test_pixels_may_not_change_even_where_dice_does_not():
+def test_verdict_fails_on_changed_pixels_despite_allowed_dice_drop():
     def swapped(batch: np.ndarray) -> np.ndarray:  # both networks find nothing right, but not the same wrong things
         return -network(batch)
 
@@ -138,7 +138,7 @@ def test_a_network_that_dies_is_a_failure_and_the_others_go_on():
     assert len(calls) == 2
 
 
-def test_a_reference_that_dies_ends_everything():
+def test_crashed_reference_aborts_the_comparison():
     def dies(batch: np.ndarray) -> np.ndarray:
         raise ArtefactError("it was killed by signal 9; it is not used")
 

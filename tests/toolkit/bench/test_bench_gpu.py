@@ -204,7 +204,7 @@ def test_pytorch_on_the_gpu_is_the_reference_and_every_row_there_has_three_scope
     assert engine.ratio == pytest.approx(2.0, abs=0.02)  # of the device's times, not of the CPU's
 
 
-def test_a_row_without_its_own_time_is_noticed(machine, rows, pytorch_on_gpu, tiny_bundle, monkeypatch):
+def test_missing_device_time_fails_the_three_scopes_test(machine, rows, pytorch_on_gpu, tiny_bundle, monkeypatch):
     monkeypatch.setattr("medseg_trt.sessions.tensorrt.TensorRtSession.time_on_device", lambda *_: None)
     with pytest.raises(AssertionError, match=ENGINE):
         test_pytorch_on_the_gpu_is_the_reference_and_every_row_there_has_three_scopes(
@@ -273,7 +273,7 @@ def test_a_gpu_that_is_asked_for_and_missing_is_an_error(rows):
         rows(None, device=parse_device("cuda:3"))
 
 
-def test_a_back_end_that_does_not_tell_its_own_time_says_so(machine, rows, monkeypatch):
+def test_backend_without_device_time_reports_model_latency_as_missing(machine, rows, monkeypatch):
     monkeypatch.setattr("medseg_trt.sessions.tensorrt.TensorRtSession.time_on_device", lambda *_: None)
     row = rows(GPU)[ENGINE]
     assert row.latency["model"] == Missing(reason=NO_DEVICE_TIME)

@@ -56,7 +56,7 @@ def measured_report(spec: Bench, scratch: Path) -> Any:
     return bench(spec, scratch).report
 
 
-def test_everything_is_measured_in_processes_of_their_own(tiny_bundle, data, tmp_path, monkeypatch):
+def test_bench_report_has_accuracy_latency_memory_and_throughput_of_every_row(tiny_bundle, data, tmp_path, monkeypatch):
     monkeypatch.setattr(peaks, "COPY_BYTES", 1 << 20)
     monkeypatch.setattr(profiling, "peaks", lambda ways: peaks.peaks(ways, width=64, rows=8))
     monkeypatch.setattr(timings, "MIN_THROUGHPUT_S", 0.01)
@@ -152,7 +152,7 @@ def turned(original, calls):
     return run
 
 
-def test_a_network_that_gives_other_masks_is_not_timed(tiny_bundle, data, tmp_path, monkeypatch, measured_here):
+def test_bench_does_not_time_a_network_with_wrong_masks(tiny_bundle, data, tmp_path, monkeypatch, measured_here):
     calls: list[str] = []
     timed: list[str] = []
     monkeypatch.setattr(MeasuredHere, "run", turned(MeasuredHere.run, calls))

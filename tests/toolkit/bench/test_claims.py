@@ -53,7 +53,7 @@ def test_the_factor_is_that_of_the_medians_in_the_report_and_lies_in_its_interva
     assert claim.confidence == 0.9
 
 
-def test_rounds_of_another_number_are_not_paired_and_the_factor_stays_that_of_the_medians():
+def test_unequal_round_counts_give_the_unpaired_ratio_of_medians():
     pair = times(18.0, 0), times(2.4, 1)[:-3]
     claim = speed(*pair)
     assert isinstance(claim, Speedup)
@@ -98,7 +98,7 @@ def test_an_interrupt_within_a_round_leaves_whole_rounds():
     assert [len(part.rounds_ms) for part in taken.values()] == [6, 6, 2]
 
 
-def test_the_limits_have_the_reasons_that_stand_beside_them():
+def test_claim_limits_equal_their_documented_derivations():
     waiting = np.random.default_rng(0).exponential(size=200_000)
     assert np.std(waiting) / np.mean(waiting) == pytest.approx(claims.MAX_CLAIMED_VARIATION, rel=0.01)
     low, high = 2 / claims.MAX_CLAIMED_SPREAD**0.5, 2 * claims.MAX_CLAIMED_SPREAD**0.5

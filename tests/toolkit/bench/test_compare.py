@@ -187,13 +187,13 @@ def count_slower(slower: float) -> int:
     return sum(isinstance(change, Interval) and change.high < 1 for change in judged)
 
 
-def test_three_per_cent_slower_is_found_and_no_change_is_not(monkeypatch):
+def test_compare_detects_a_3_percent_slowdown_with_few_false_alarms(monkeypatch):
     monkeypatch.setattr("medseg_trt.metrics.intervals.RESAMPLES", 1000)
     assert count_slower(1.0) <= MOST_ALARMS
     assert count_slower(1.03) >= 0.95 * SEEDS
 
 
-def test_a_hundredth_of_dice_is_found_and_no_change_is_not():
+def test_compare_detects_a_dice_drop_of_0_01_with_few_false_alarms():
     worse = [dice_of(report(seed), report(seed + 50, dice=0.89)).change for seed in range(10)]
     assert all(change.high < 0 for change in worse)
     assert np.mean([change.estimate for change in worse]) == pytest.approx(-0.01, abs=0.002)
@@ -236,7 +236,7 @@ def test_a_gate_ends_with_its_exit_code(tmp_path, after, gate, error):
         ("dice=0,speed=2X", Gate(speed=2.0, dice=0.0)),
     ],
 )
-def test_a_gate_is_read(text, gate):
+def test_parse_gate_reads_speed_and_dice_limits(text, gate):
     assert parse_gate(text) == gate
 
 
@@ -280,7 +280,7 @@ def other_backend(original: Report) -> Report:
         (other_backend, InputError, "no network is in both reports: the first has PyTorch, ORT int8"),
     ],
 )
-def test_what_has_nothing_in_common_is_refused(change, error, words):
+def test_compare_refuses_reports_without_common_data(change, error, words):
     with pytest.raises(error, match=words):
         compare_reports(report(), change(report()))
 
@@ -310,7 +310,7 @@ def test_limits_are_put_to_the_variants_whatever_the_reference_is():
     assert [(limit.name, limit.holds) for limit in judged] == [("ORT int8", True)]
 
 
-def test_what_a_reader_has_to_know_is_said():
+def test_comparison_notes_list_missing_rows_machines_and_versions():
     after = report(1)
     machine = replace(after.machine, processor="another", cores=8)
     after = replace(after, machine=machine, versions={"numpy": "2.1"}, rows=after.rows[:1])
@@ -361,7 +361,7 @@ def test_a_planted_ratio_between_devices_is_noticed(monkeypatch):
         test_no_ratio_is_formed_between_two_devices()
 
 
-def test_masks_that_were_drawn_anew_are_noticed():
+def test_compare_detects_changed_ground_truth_masks():
     after = report(1)
     before = after.rows[1].accuracy
     assert isinstance(before, Accuracy)
@@ -401,7 +401,7 @@ def judged_report(speed: tuple[float, float, float], drop: tuple[float, float, f
         ((1.0, 0.9, 1.1), (0.02, 0.01, 0.03), AccuracyGateError),
     ],
 )
-def test_bench_puts_the_limits_to_its_own_rows(speed, drop, error: type[MedsegError] | None):
+def test_bench_gate_applies_dice_to_all_rows_and_speed_to_the_fastest(speed, drop, error: type[MedsegError] | None):
     """Dice to every one, speed to the fastest; the unfavourable end of the interval counts."""
     judged = judge_report(judged_report(speed, drop), Gate(speed=1.2, dice=-0.005))
     assert [(limit.name, limit.quantity) for limit in judged] == [
@@ -416,7 +416,7 @@ def test_bench_puts_the_limits_to_its_own_rows(speed, drop, error: type[MedsegEr
             require(judged)
 
 
-def test_bench_without_a_variant_holds_no_speed():
+def test_speed_gate_fails_if_only_the_reference_ran():
     alone = replace(report(), rows=report().rows[:1], summary=replace(report().summary, fastest=None))
     with pytest.raises(SpeedGateError, match="only the reference ran here"):
         require(judge_report(alone, Gate(speed=1.0)))

@@ -37,7 +37,7 @@ def test_the_line_of_nvidia_smi_is_read(line, clock):
     assert parse_clock(line) == clock
 
 
-def test_an_older_driver_is_asked_in_its_words(monkeypatch):
+def test_read_clock_falls_back_to_the_old_nvidia_smi_query(monkeypatch):
     asked = []
 
     def run(command, **_):
@@ -79,7 +79,7 @@ def test_rounds_are_summed_up_as_medians():
         ({"sm_mhz": (1980, 1200)}, "varied from 1200 to 1980 MHz; lock it"),
     ],
 )
-def test_what_binds_a_row_is_said(change, words):
+def test_binding_warnings_name_what_limits_a_row(change, words):
     warnings = binding_warnings(alone_of(1.0), replace(GOOD, **change))
     assert len(warnings) == (words is not None)
     assert words is None or words in warnings[0]

@@ -40,7 +40,7 @@ def test_packages_are_added_up_and_their_parts_are_not_counted_twice(powercap):
     assert meter.name == "RAPL, 2 processor package(s), without memory and fans"
 
 
-def test_a_counter_that_starts_again_goes_on(powercap):
+def test_rapl_counter_overflow_is_handled(powercap):
     meter = open_meter("CPU", powercap=powercap)
     assert isinstance(meter, Rapl)
     before = meter.joules()
@@ -70,7 +70,7 @@ def test_a_counter_that_does_not_move_is_no_zero():
     assert measured == Missing(reason="made up: the counter did not move")
 
 
-def test_a_meter_that_fails_says_why(powercap):
+def test_failing_energy_meter_is_reported_as_missing_with_its_error(powercap):
     meter = open_meter("CPU", powercap=powercap)
     assert isinstance(meter, Rapl)
     (powercap / "intel-rapl:1" / "energy_uj").unlink()
@@ -94,7 +94,7 @@ def test_counters_that_only_root_may_read_are_named(powercap, monkeypatch):
     )
 
 
-def test_a_card_without_a_driver_has_no_meter(powercap, monkeypatch):
+def test_missing_nvml_is_reported_as_missing_meter(powercap, monkeypatch):
     monkeypatch.setattr(energy_module, "NVML", "libnone.so.1")
     assert open_meter("CUDA:0", powercap=powercap) == Missing(
         reason="no NVIDIA driver is installed: there is no libnone.so.1"
@@ -148,7 +148,7 @@ def test_the_meter_of_a_gpu_is_that_of_its_number(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_nvml_counts():
+def test_nvml_energy_meter_reads_a_positive_value():
     meter = open_meter("CUDA:0")
     if isinstance(meter, Missing):
         pytest.skip(meter.reason)

@@ -50,13 +50,13 @@ def test_steps_are_led_back_to_the_longest_name_they_begin_with():
     assert profiled.total_ms == 4
 
 
-def test_a_step_without_a_name_lies_where_both_its_neighbours_do():
+def test_unnamed_profiler_step_gets_the_part_of_equal_neighbours():
     steps = [step("conv", 1.0), step("Mul_1", 1.0), step("conv_1", 1.0), step("Mul_2", 1.0), step("add", 1.0)]
     part_of = {layer.name: layer.part for layer in profile_of(steps).layers}
     assert part_of == {"conv": "resnet", "Mul_1": "other", "conv_1": "decoder", "Mul_2": "decoder", "add": "decoder"}
 
 
-def test_only_products_are_given_multiply_accumulates():
+def test_reorder_steps_have_no_macs():
     (layer,) = profile_of([step("node_conv_reorder", 1.0, kind="Reorder")]).layers
     assert (layer.part, layer.macs) == ("resnet", None)
 
@@ -85,19 +85,19 @@ def test_the_runs_of_the_warm_up_are_not_in_a_trace():
     assert (traced.name, traced.ms, traced.bytes) == ("conv", 1.5, 7)
 
 
-def test_a_back_end_that_dies_while_it_is_looked_at_is_a_reason(tmp_path):
+def test_profiling_failure_is_reported_as_missing_with_its_reason(tmp_path):
     profiled = profile(tmp_path / "none.onnx", "onnxruntime", "fp32", "fp32", np.zeros((1, 3, 8, 8), np.float32), COSTS)
     assert isinstance(profiled, Missing)
     assert profiled.reason.startswith("onnxruntime could not be profiled: ")
     assert "none.onnx" in profiled.reason
 
 
-def test_a_back_end_that_says_nothing_is_a_reason():
+def test_backend_without_profiler_is_reported_as_missing():
     profiled = profile(Path("x"), "onnxruntime-cuda", "fp32", "fp32", np.zeros((1, 3, 8, 8), np.float32), COSTS)
     assert profiled == Missing(reason="onnxruntime-cuda has no profiler of layers here")
 
 
-def test_openvino_tells_its_steps(tiny_bundle):
+def test_openvino_profile_attributes_times_to_every_network_part(tiny_bundle):
     from onnx_ir import load
 
     from medseg_trt.export.graph.gemms import total_macs

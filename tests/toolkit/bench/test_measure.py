@@ -191,7 +191,7 @@ def test_a_clock_that_stands_still_is_an_error():
     ("device", "spread", "stable"),
     [("CPU", 0.09, True), ("CPU", 0.11, False), ("CUDA:0", 0.02, True), ("CUDA:0", 0.03, False)],
 )
-def test_unstable_times_are_called_so(device, spread, stable):
+def test_timing_warning_for_unstable_times(device, spread, stable):
     samples = [10.0 * (1 + spread * sign) for sign in (1, -1)] * 50
     measured = latency(RoundTimes(rounds_ms=[samples]), device)
     assert measured.stable is stable
@@ -200,7 +200,7 @@ def test_unstable_times_are_called_so(device, spread, stable):
     assert timing_warnings(measured, device, "model") == expected
 
 
-def test_few_runs_are_called_so():
+def test_timing_warning_for_too_few_runs():
     said = timing_warnings(latency(RoundTimes(rounds_ms=[[1.0] * 12]), "CPU"), "CPU", "model")
     assert said == ["model: 12 runs are too few to bound p90"]
 
@@ -215,7 +215,7 @@ def test_a_tier_that_was_changed_has_another_name():
     assert tier("quick", warmup_ms=0.0).warmup_runs >= 10
 
 
-def test_milliseconds_are_milliseconds():
+def test_timed_runs_returns_milliseconds():
     import time
 
     taken = timed_runs(lambda: time.sleep(0.004), 0.0, 10)

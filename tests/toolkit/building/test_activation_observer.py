@@ -32,7 +32,7 @@ def graph() -> OnnxGraph:
     return OnnxGraph(model=ir.Model(inside, ir_version=10))
 
 
-def test_it_tells_the_values_by_name(graph):
+def test_observer_returns_activations_by_name(graph):
     with observer(graph, [OUTPUT, INPUT, "doubled"]) as observe:
         activations = observe(IMAGE)
     np.testing.assert_array_equal(activations["doubled"], 2 * IMAGE)
@@ -41,21 +41,21 @@ def test_it_tells_the_values_by_name(graph):
     assert len(activations) == 3
 
 
-def test_only_what_was_asked_for_is_told_and_the_graph_stays_as_it_was(graph):
+def test_observer_returns_only_requested_values_and_does_not_modify_the_graph(graph):
     with observer(graph, ["doubled"]) as observe:
         assert list(observe(IMAGE)) == ["doubled"]
         np.testing.assert_array_equal(observe(-IMAGE)["doubled"], -2 * IMAGE)  # it goes on observing
     assert [value.name for value in graph.model.graph.outputs] == [OUTPUT]
 
 
-def test_the_input_alone_needs_no_network(graph):
+def test_observer_returns_the_input_or_nothing_if_only_that_is_requested(graph):
     with observer(graph, [INPUT]) as observe:
         assert {name: value.tolist() for name, value in observe(IMAGE).items()} == {INPUT: IMAGE.tolist()}
     with observer(graph, []) as observe:
         assert observe(IMAGE) == {}
 
 
-def test_nothing_is_left_on_the_disk(graph, tmp_path, monkeypatch):
+def test_observer_removes_its_temporary_files(graph, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with observer(graph, ["doubled"]):
         assert any(Path(tmp_path).rglob("observed.onnx"))

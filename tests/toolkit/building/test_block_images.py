@@ -58,7 +58,7 @@ def test_without_a_recorded_augmentation_only_plain_slices_are_used(
     assert "records no augmentation" in caplog.text
 
 
-def test_augmentation_before_the_resizing_is_left_out(checkpoint: Checkpoint) -> None:
+def test_augmentation_at_source_resolution_is_not_used_for_block_images(checkpoint: Checkpoint) -> None:
     at_source = {"recipe": {**RECIPE["recipe"], "augment_at": "source"}}
     assert [step.name for step in training_augmentation(checkpoint)] == ["noise"]
     assert training_augmentation(replace(checkpoint, provenance=parse_provenance(at_source, "a test"))) == ()
@@ -70,7 +70,7 @@ def test_slices_that_are_judged_are_refused(checkpoint: Checkpoint, data: Path) 
         block_images(checkpoint, data, [images.held_out[:1]])
 
 
-def test_calibration_on_the_images_of_the_gate_is_caught(
+def test_block_images_detects_calibration_cases_taken_from_the_gate_split(
     checkpoint: Checkpoint, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judged = reference_images(checkpoint, data).judged.inputs

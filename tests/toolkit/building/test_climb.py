@@ -202,7 +202,7 @@ def test_a_failing_second_split_rejects_a_rung(
 
 
 @pytest.mark.usefixtures("in_process")
-def test_bad_requests_end_in_one_line(tmp_path: Path, checkpoint: Path, data: Path) -> None:
+def test_invalid_block_requests_are_usage_errors(tmp_path: Path, checkpoint: Path, data: Path) -> None:
     with pytest.raises(UsageError, match="needs training images"):
         built(tmp_path, checkpoint, None)
     with pytest.raises(UsageError, match=r"narrow:r=64,k=96,heads=4 is no cheaper than the exact block"):

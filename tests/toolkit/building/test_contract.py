@@ -138,7 +138,7 @@ def test_the_best_graph_of_onnx_runtime_is_chosen_whatever_else_is_faster(execut
     assert default_graph([execution(*fields) for fields in executions], graphs) == expected
 
 
-def test_without_one_there_is_no_graph_for_other_tools_and_it_is_said(checkpoint, tmp_path, in_process, caplog):
+def test_build_without_onnxruntime_execution_writes_no_model_onnx_and_warns(checkpoint, tmp_path, in_process, caplog):
     folder = build(checkpoint, BuildSpec(backend="openvino"), tmp_path / "a.medseg").folder
     assert not (folder / "model.onnx").exists()
     assert "no graph was verified with ONNX Runtime" in caplog.text
@@ -260,7 +260,7 @@ def test_every_cut_of_a_graph_is_refused(bundles, tmp_path):
             require_interface(tmp_path / "a.onnx", content[:length], required)
 
 
-def test_an_input_that_nobody_knows_is_not_left_out():
+def test_size_inputs_refuses_an_unknown_graph_input():
     assert {name: value.tolist() for name, value in size_inputs(["source_size"], (3, 4), (5, 6)).items()} == {
         "source_size": [3, 4]
     }

@@ -260,7 +260,7 @@ def keeps_what_it_refuses(monkeypatch):
 
 
 @pytest.mark.parametrize("fault", [verifies_nothing, keeps_what_it_refuses], ids=lambda fault: fault.__name__)
-def test_a_planted_fault_of_the_trials_is_noticed(site, fault, monkeypatch):
+def test_engine_trials_fault_fails_the_refusal_test(site, fault, monkeypatch):
     fault(monkeypatch)
     site.answers[ROUNDED] = turned
     with pytest.raises(AssertionError):

@@ -167,7 +167,7 @@ def test_without_a_float_the_fastest_is_first(machine):
     ]
 
 
-def test_a_busy_second_does_not_decide(machine):
+def test_execution_time_is_the_better_of_two_interleaved_measurements(machine):
     machine.times_ms = {"fp32-canonical.onnx": [10.0, 30.0], "fp16-canonical.onnx": [40.0, 20.0]}
     trials = tried(graphs("fp32", "fp16"))
     assert [trial.median_ms for trial in trials.executions] == [10.0, 20.0]
@@ -228,7 +228,7 @@ def test_one_that_draws_other_masks_is_dropped_with_its_reason(machine, caplog):
     assert "int8-uint8 with onnxruntime in fp32 is not used" in caplog.text
 
 
-def test_one_that_dies_is_dropped_with_its_reason(machine):
+def test_execution_that_crashes_on_opening_is_rejected_with_its_reason(machine):
     machine.dies_on_opening["fp32-plain.onnx"] = 1
     trials = tried(graphs("fp32", "fp32/plain"))
     assert ways(trials) == [("fp32-canonical", "onnxruntime", "fp32")]
@@ -238,14 +238,14 @@ def test_one_that_dies_is_dropped_with_its_reason(machine):
 
 
 @pytest.mark.parametrize("opening", [2, 3])
-def test_one_that_dies_while_it_is_timed_is_dropped_too(machine, opening):
+def test_execution_that_crashes_during_timing_is_rejected(machine, opening):
     machine.dies_on_opening["fp32-plain.onnx"] = opening
     trials = tried(graphs("fp32", "fp32/plain"))
     assert ways(trials) == [("fp32-canonical", "onnxruntime", "fp32")]
     assert "was killed by signal 11" in trials.rejected[0]
 
 
-def test_what_this_machine_cannot_do_is_no_fault_of_the_graph(machine, caplog):
+def test_unsupported_compute_dtype_is_rejected_without_a_warning(machine, caplog):
     machine.errors["fp32-plain.onnx", "openvino", "bf16"] = DeviceError("this processor has no bfloat16 arithmetic")
     trials = tried(graphs("fp32", "fp32/plain"), precisions=("fp32", "bf16"))
     assert len(trials.executions) == 2
@@ -280,14 +280,14 @@ def test_float32_must_be_exact_and_the_others_need_not(machine):
         tried(graphs("fp32"))
 
 
-def test_the_golden_answer_may_be_off_by_little_more_than_here(machine):
+def test_golden_error_limit_is_derived_from_the_measured_error(machine):
     machine.answers["int8-canonical.onnx"] = nearly
     error_by_variant = {trial.variant: trial.golden_error for trial in tried(graphs("fp32", "int8")).executions}
     assert error_by_variant["fp32-canonical"] == pytest.approx(10 * 1e-4)
     assert error_by_variant["int8-canonical"] == pytest.approx(2 * 0.01 * np.abs(network(GOLDEN)).max(), rel=1e-3)
 
 
-def test_a_backend_that_is_not_installed_is_judged_elsewhere_and_comes_last(machine, monkeypatch):
+def test_missing_backend_is_verified_by_another_one_and_ranked_last(machine, monkeypatch):
     monkeypatch.setattr(executions, "is_installed", lambda backend: backend != "openvino")
     machine.times_ms = {"fp32-plain.onnx": 1.0}
     trials = tried(graphs("fp32", "fp32/plain"))
@@ -298,7 +298,7 @@ def test_a_backend_that_is_not_installed_is_judged_elsewhere_and_comes_last(mach
     assert {backend for _, backend, _ in machine.openings} == {"onnxruntime"}
 
 
-def test_a_process_that_really_dies_takes_nothing_with_it(tiny_bundle, monkeypatch):
+def test_crashing_child_process_rejects_only_its_execution(tiny_bundle, monkeypatch):
     class Dying(ChildSession):
         def run(self, batch: np.ndarray) -> np.ndarray:
             if self.backend == "openvino":

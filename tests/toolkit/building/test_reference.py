@@ -68,7 +68,7 @@ def test_an_error_that_flips_no_pixel_is_found_in_the_logits():
     )
 
 
-def test_other_masks_do_not_hold_and_the_figures_say_how_far():
+def test_verdict_fails_for_wrong_masks_and_reports_the_agreement():
     def turned(batch: np.ndarray) -> np.ndarray:
         return network(batch)[:, ::-1].copy()
 

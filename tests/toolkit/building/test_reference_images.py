@@ -67,7 +67,7 @@ def test_a_checkpoint_without_a_record_is_verified_on_noise_and_cannot_be_calibr
     assert "does not say what it was trained on" in caplog.text
 
 
-def test_many_pictures_are_a_few_and_all_different(tmp_path):
+def test_reference_images_are_distinct_and_limited_in_number(tmp_path):
     write_pictures(tmp_path / "data", count=400)
     images = reference_images(lesions(tmp_path), tmp_path / "data")
     assert images.description == f"{MAX_VERIFIED} real images of data, split val"
@@ -82,7 +82,7 @@ def test_many_pictures_are_a_few_and_all_different(tmp_path):
     assert len(set(images.judged.cases)) == MAX_JUDGED
 
 
-def test_slices_of_one_grey_are_left_out(tmp_path):
+def test_constant_slices_are_excluded_from_reference_images(tmp_path):
     data = write_pictures(tmp_path / "data", count=20)
     splits = open_folder(data)
     for case in (*splits.cases("val")[:2], *splits.cases("train")[:8]):

@@ -199,7 +199,7 @@ def group_norm_bytes(path: Path) -> int:
 
 
 @exact_bytes
-def test_eight_bits_take_a_third_of_the_space_and_the_forms_no_second_copy(bundle):
+def test_int8_weights_take_less_than_a_third_of_fp32(bundle):
     sizes = {stem: (bundle.folder / f"weights-{stem}.bin").stat().st_size for stem in STEMS.values()}
     assert sizes["int8"] - group_norm_bytes(bundle.folder / "int8-convolved.onnx") < sizes["fp32"] / 3
     assert sizes["fp16"] < 0.6 * sizes["fp32"]
@@ -342,7 +342,7 @@ def test_where_too_much_would_be_float_the_gate_fails_in_one_line(planted, image
 
 
 @exact_bytes
-def test_what_is_hardly_int8_is_not_called_so(graph, images, contract, tmp_path, in_process, monkeypatch):
+def test_int8_build_below_the_minimum_int8_share_fails(graph, images, contract, tmp_path, in_process, monkeypatch):
     monkeypatch.setattr(variants, "MIN_INT8_SHARE", 1.0)  # attention multiplies two activations, in float
     with pytest.raises(AccuracyGateError, match="name the parts that shall be: --precision resnet=int8,vit=int8"):
         made(graph, "int8", images, contract, tmp_path)

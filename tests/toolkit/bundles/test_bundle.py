@@ -177,7 +177,7 @@ def test_an_edited_manifest_is_refused(copy, change, message, monkeypatch):
 
 
 @pytest.mark.parametrize("index", [(0, 0, 0, 0), (0, 2, 31, 31), (0, 1, 16, 7)])
-def test_one_pixel_that_is_prepared_in_another_way_is_enough(copy, monkeypatch, index):
+def test_load_bundle_detects_one_changed_pixel_of_the_golden_input(copy, monkeypatch, index):
     """The mean over all pixels, 3e-7, would be below the tolerance."""
 
     def nearly(preprocessing):
@@ -190,7 +190,7 @@ def test_one_pixel_that_is_prepared_in_another_way_is_enough(copy, monkeypatch, 
         load_bundle(copy)
 
 
-def test_no_bundle_here_or_several_say_what_to_type(tmp_path, monkeypatch):
+def test_find_bundle_error_suggests_the_command_for_none_or_several(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="medseg-trt build"):
         find_bundle(None)
@@ -202,6 +202,6 @@ def test_no_bundle_here_or_several_say_what_to_type(tmp_path, monkeypatch):
     assert find_bundle(Path("b.medseg")) == Path("b.medseg")
 
 
-def test_a_folder_that_is_no_bundle_says_so(tmp_path):
+def test_load_bundle_refuses_a_folder_without_manifest(tmp_path):
     with pytest.raises(ArtefactError, match="is no bundle"):
         load_bundle(tmp_path)

@@ -103,7 +103,7 @@ def test_a_damaged_manifest_of_an_earlier_schema_is_one_line(tiny_bundle, change
         from_dict(Manifest, current_fields(data), "manifest.json")
 
 
-def test_todays_names_are_no_part_of_an_earlier_schema_twice(tiny_bundle):
+def test_older_manifest_with_old_and_new_name_of_a_field_is_refused(tiny_bundle):
     """A field under both names would let the older one win in silence."""
     data = older(load_bundle(tiny_bundle).content)
     data["variants"]["fp32"]["dialect"] = "plain"

@@ -77,7 +77,7 @@ json.dump(hub_outcomes, open(f"{folder}/hub_outcomes.json", "w"))
         ({"transformers": "4.57.6"}, r"needs optimum-onnx 0\.1, and here it is missing\."),
     ],
 )
-def test_what_does_not_work_together_is_one_line_with_the_command_that_helps(monkeypatch, installed, message):
+def test_incompatible_optimum_versions_are_refused_with_the_pip_command(monkeypatch, installed, message):
     def version(package):
         if package not in installed:
             raise importlib.metadata.PackageNotFoundError(package)
@@ -173,7 +173,7 @@ def hub_outcomes(python, bundles) -> dict[str, Any]:
 
 @pytest.mark.network
 @pytest.mark.parametrize("name", ["canonical.medseg", "plain.medseg"])
-def test_its_logits_are_ours_whichever_dialect_is_the_best(hub_outcomes, bundles, name):
+def test_optimum_logits_equal_onnxruntime_session_logits(hub_outcomes, bundles, name):
     assert Path(hub_outcomes["opened"]).name == "model.onnx"
     bundle = load_bundle(bundles / name)
     assert bundle.variant(bundle.default).dialect == name.removesuffix(".medseg")
@@ -205,7 +205,7 @@ def test_the_config_is_known_only_after_the_import_and_has_our_labels(hub_outcom
         ("hub", "someone/model is no folder on this machine"),
     ],
 )
-def test_what_it_cannot_open_safely_is_refused_in_one_line(hub_outcomes, name, message):
+def test_optimum_refuses_unsafe_bundles_in_one_line(hub_outcomes, name, message):
     assert hub_outcomes[name].startswith("ArtefactError: ")
     assert message in hub_outcomes[name]
     assert "\n" not in hub_outcomes[name]

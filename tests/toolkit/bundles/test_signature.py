@@ -41,12 +41,12 @@ def refused(folder, key, match):
     assert "\n" not in str(caught.value)
 
 
-def test_the_builders_key_is_believed(signed, keys):
+def test_load_bundle_accepts_the_signing_key(signed, keys):
     assert load_bundle(signed, keys[1]).signed_by == fingerprint(read_public_key(keys[1]))
     assert load_bundle(signed).signed_by is None
 
 
-def test_another_key_is_not(signed, tmp_path):
+def test_load_bundle_refuses_another_key(signed, tmp_path):
     refused(signed, write_keys(tmp_path, "other")[1], "was not signed with the key of .*other-verify.pem")
 
 
@@ -142,7 +142,7 @@ class NotInstalled:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
-def test_without_the_package_it_says_what_to_install(signed, keys, monkeypatch):
+def test_signature_check_without_cryptography_names_the_extra(signed, keys, monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "cryptography"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [NotInstalled(), *sys.meta_path])

@@ -40,7 +40,7 @@ def installed(monkeypatch):
     return install
 
 
-def test_its_own_library_is_kept_where_it_builds_for_the_gpu(installed):
+def test_adapted_spec_keeps_the_library_that_supports_the_gpu(installed):
     installed("tensorrt-rtx", "tensorrt")
     spec = adapted_spec(SPEC, ADA)
     assert (spec.library, spec.targets, spec.opt_batch, spec.max_batch) == ("tensorrt-rtx", ("sm89",), 2, 4)

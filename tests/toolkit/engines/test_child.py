@@ -37,7 +37,7 @@ def system_calls(monkeypatch) -> list[str]:
     return calls
 
 
-def test_by_default_a_build_uses_no_scheduling_and_no_fixed_addresses(system_calls):
+def test_default_build_keeps_scheduling_addresses_and_environment(system_calls):
     child.prepare_process(SPEC)
     assert system_calls == []
     assert child.child_environment(SPEC) == dict(os.environ)

@@ -128,7 +128,7 @@ def test_a_builder_that_is_killed_is_one_line(monkeypatch, tmp_path: Path):
         (["--backend", "tensorrt-rtx"], 6, "--target sm86"),
     ],
 )
-def test_what_cannot_be_built_is_refused_at_once(built, arguments, code, words, monkeypatch):
+def test_build_refuses_impossible_engine_options(built, arguments, code, words, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     monkeypatch.setattr("medseg_trt.engines.gpu.find_gpu", lambda: None)
     result = run("build", "--ckpt", built.checkpoint, *arguments)
@@ -183,7 +183,7 @@ def test_older_parsers_get_the_plain_graph(library, version, dialect):
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_the_command_line_says_the_same(library):
+def test_shell_command_of_an_engine_matches_its_spec(library):
     spec = EngineSpec(
         library=library,
         targets=("sm86",),

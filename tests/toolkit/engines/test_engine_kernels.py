@@ -33,7 +33,7 @@ def test_the_kernels_of_a_bundle_are_found_for_every_later_gpu(tmp_path):
     ],
     ids=["pictures", "jetpack6", "plugins"],
 )
-def test_each_engine_gets_what_it_calls(tmp_path, monkeypatch, spec, targets, further):
+def test_add_kernels_builds_the_kernels_that_an_engine_needs(tmp_path, monkeypatch, spec, targets, further):
     asked = []
 
     def build(folder, targets, kernels):

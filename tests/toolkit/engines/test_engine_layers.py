@@ -48,13 +48,13 @@ def test_attention_in_16_bits_is_one_kernel_in_the_block_and_the_vit(with_engine
 
 @pytest.mark.parametrize("precision", ["int8+fp16", "w8a16+fp16"])
 @pytest.mark.parametrize(("expected", "asked"), [(QKV, 3), (GATE_UP, 1), (FUSED, 3)])
-def test_codes_and_16_bits_fuse_the_block_and_the_vit(with_engines: WithEngines, precision, expected, asked):
+def test_quantised_fp16_engines_fuse_qkv_gate_up_and_attention(with_engines: WithEngines, precision, expected, asked):
     outcome = with_engines.outcomes(precision)[expected]
     assert (outcome.asked, outcome.failed) == (asked, ())
     assert len(with_engines.outcomes("int8")[FUSED].failed) == 3  # where all else is float32
 
 
-def test_codes_and_16_bits_leave_nothing_in_float32(with_engines: WithEngines):
+def test_quantised_fp16_engines_store_nothing_in_float32(with_engines: WithEngines):
     share_of = shares(read_layer_report(with_engines.plan("int8+fp16")).layers)
     assert share_of["Int8"] > 0.9
     assert set(share_of) == {"Int8", "Half"}
@@ -101,7 +101,7 @@ def test_fp8_reaches_the_products_of_the_transformers(built, in_process, tmp_pat
     assert set(bundle.content.variants) == {"fp8-fp16"}  # ONNX before opset 19 has no such numbers
 
 
-def test_in_16_bits_no_kernel_moves_anything_unasked(with_engines: WithEngines):
+def test_fp16_engine_has_no_unexpected_copies(with_engines: WithEngines):
     assert with_engines.outcomes("fp16")[COPIES].failed == ()
 
 
@@ -159,7 +159,7 @@ def _twice(text: str, name: str) -> str:
         ("fp16", QKV, lambda text: text.replace("[ONNX Layer: node_linear_8]", "")),
     ],
 )
-def test_an_engine_of_another_kind_is_noticed(with_engines: WithEngines, precision, expected, fault):
+def test_changed_builder_log_fails_the_layer_expectation(with_engines: WithEngines, precision, expected, fault):
     graph, text = OnnxGraph(model=ir.load(with_engines.graph(precision))), with_engines.texts[precision]
 
     def failed(said: str) -> int:
@@ -194,7 +194,7 @@ def test_a_graph_that_is_not_repaired_is_refused_by_the_library(with_engines: Wi
     assert not parsed or builder.build_serialized_network(network, config) is None
 
 
-def test_q_k_and_v_in_another_order_are_the_same_numbers(built):
+def test_reordering_before_the_qkv_split_preserves_the_logits(built):
     import onnx
     import onnxruntime
 
@@ -229,7 +229,7 @@ def test_without_that_order_the_builder_decodes_the_weights(with_engines: WithEn
     assert len(outcomes[STORED].failed) == len(outcomes[INT8].failed)
 
 
-def test_the_repairs_leave_the_bundle_as_it_is(with_engines: WithEngines):
+def test_engine_graph_repairs_do_not_modify_the_bundle(with_engines: WithEngines):
     graph = with_engines.graph("fp16")
     before = sha256(graph)
     assert b"softmax_precision" in graph.read_bytes()

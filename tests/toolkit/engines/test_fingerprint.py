@@ -72,13 +72,13 @@ def test_an_engine_fits_where_everything_is_as_it_was_built():
         ({"plugins": {}}, ["RMSNorm"]),
     ],
 )
-def test_every_difference_is_one_sentence(changes, words):
+def test_each_engine_mismatch_is_described_in_one_sentence(changes, words):
     (sentence,) = mismatches(BUILT, replace(MACHINE, **changes))
     assert all(word in sentence for word in [BUILT.plan, *words])
     assert sentence.endswith(".")
 
 
-def test_several_differences_are_all_named():
+def test_all_engine_mismatches_are_listed():
     assert len(mismatches(BUILT, replace(MACHINE, version="1.6", sm="sm75", cuda="12.4", plugins={}))) == 4
 
 

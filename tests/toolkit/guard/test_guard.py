@@ -77,7 +77,7 @@ def test_an_inverted_image_is_called_inverted_first_and_not_turned(guard, change
 
 
 @pytest.mark.parametrize("name", [name for name in CORRUPTIONS if name != "inverted"])
-def test_what_is_not_inverted_is_not_called_so(guard, name):
+def test_guard_does_not_call_other_corruptions_inverted(guard, name):
     assert "inverted" not in (unusual(guard, changed(CORRUPTIONS[name][0]), CT) or "inverted")
 
 
@@ -118,12 +118,12 @@ def test_the_limit_leaves_the_stated_share_of_held_out_slices():
     assert alarms / len(new) <= 3 * FALSE_ALARMS  # 60 draws at 5 %: nine or more in one of 600 runs
 
 
-def test_few_slices_teach_nothing():
+def test_learn_guard_returns_none_for_too_few_slices():
     assert learn_guard([scan(0, slices=3)], [scan(1)], CT) is None
     assert learn_guard([scan(0)], [scan(1, slices=2)], CT) is None
 
 
-def test_a_window_of_its_own_is_measured_within_it():
+def test_guard_with_own_window_ignores_brightness_and_contrast():
     own = replace(CT, own_window=True)
 
     def shown(seed):

@@ -54,7 +54,7 @@ def scan(folder: Path) -> Path:
     return save_series(folder, np.zeros((3, 8, 8), np.int16))
 
 
-def test_everything_in_a_folder_becomes_something(tmp_path):
+def test_every_folder_entry_is_listed_as_image_refused_or_left_out(tmp_path):
     touch(
         tmp_path, "a.png", "b.webp", "notes", ".hidden.png", "more/b.png", "more/c.nii.gz", "more/deep/d.png", "x/y.txt"
     )
@@ -83,7 +83,7 @@ def test_everything_in_a_folder_becomes_something(tmp_path):
     ]
 
 
-def test_what_is_advised_for_deep_dicom_can_be_typed(tmp_path):
+def test_folder_advised_for_nested_dicom_series_is_usable(tmp_path):
     """The tree of a patient's disc; for several series their common folder is named, where one level is searched."""
     for number in (1, 2):
         scan(tmp_path / "DICOM" / "PA 1" / "ST1" / f"SE{number}")
@@ -189,7 +189,7 @@ def test_our_own_folders_are_no_input_under_whatever_name(tmp_path):
     assert names(listing, tmp_path) == {"images": ["a.png"]}
 
 
-def test_a_tree_is_looked_through_once_and_not_for_ever(tmp_path, monkeypatch):
+def test_folder_search_follows_no_cycles_and_has_a_limit(tmp_path, monkeypatch):
     touch(tmp_path, "a.png", *(f"more/{number}/b.png" for number in range(9)))
     (tmp_path / "more" / "0" / "up").symlink_to("../..")  # a ring
     assert len(names(list_images([tmp_path]), tmp_path)[DEEPER]) == 9

@@ -194,7 +194,7 @@ def test_other_numbers_of_channels_are_refused(channels):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_what_is_no_number_is_refused_with_its_count(value):
+def test_prepare_and_restore_refuse_nan_and_infinity_with_their_count(value):
     p = Preprocessing(image_size=(16, 16))
     pixels = np.zeros((8, 8, 1), np.float32)
     pixels[3, 4] = pixels[7, 7] = value
@@ -324,7 +324,7 @@ def test_logits_of_another_size_are_refused():
 
 
 @pytest.mark.parametrize("band_values", [1, 5000, 2**30])
-def test_the_size_of_the_bands_does_not_matter(band_values, monkeypatch):
+def test_restore_is_independent_of_the_band_size(band_values, monkeypatch):
     logits = np.random.default_rng(0).normal(size=(3, 32, 48)).astype(np.float32)
     p = Preprocessing(image_size=(32, 48), spacing_mm=1.0)
     usual = restore(logits, (61, 77), p, (0.7, 0.7))

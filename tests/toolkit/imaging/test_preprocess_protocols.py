@@ -104,7 +104,7 @@ def test_unexts_input_is_normalised_and_then_divided_by_255_again_in_bgr():
 
 @pytest.mark.parametrize("method", ["linear", "linear_antialias", "spline3"])
 @pytest.mark.parametrize("source", [(75, 41), (20, 33)])
-def test_turning_and_mirroring_before_the_resize_is_doing_it_afterwards(method, source):
+def test_rotations_and_flips_commute_with_the_resize(method, source):
     """So that pictures may be resized once, before training, though the protocol augments first."""
     p = Preprocessing(image_size=(32, 32), resize=method)
     pixels = np.random.default_rng(0).integers(0, 256, (*source, 3), dtype=np.uint8)
@@ -115,14 +115,14 @@ def test_turning_and_mirroring_before_the_resize_is_doing_it_afterwards(method, 
             assert np.abs(before - after).max() < 1e-6  # the taps are added up in another order
 
 
-def test_the_halves_of_prepare_are_prepare():
+def test_clip_and_scale_followed_by_resize_and_normalize_equals_prepare():
     p = Preprocessing(image_size=(32, 48), window=CT, channel_order="bgr", mean=IMAGENET_MEAN)
     pixels = np.random.default_rng(0).normal(0, 300, (20, 30, 3))
     np.testing.assert_array_equal(resize_and_normalize(clip_and_scale(pixels, p), p, None), prepare(pixels, p, None))
 
 
 @pytest.mark.parametrize("change", [{"resize": "spline3"}, {"resize": "spline0"}, {"channel_order": "bgr"}])
-def test_the_golden_input_pins_the_protocols_too(change):
+def test_golden_input_detects_changed_resize_method_and_channel_order(change):
     usual = {"image_size": (32, 48), "window": CT, "mean": IMAGENET_MEAN}
     _, first = golden(Preprocessing(**usual))
     assert np.abs(golden(Preprocessing(**usual, **change))[1] - first).max() > 1e-3

@@ -64,7 +64,7 @@ def test_an_images_own_window_is_that_of_the_whole_image_whatever_the_batch(batc
     assert seen[-1].min() > 0.99 - 0.01
 
 
-def test_the_labels_of_a_slice_stand_where_the_slice_stands():
+def test_segment_keeps_the_order_of_slices():
     image = generated(num_slices=NUM_CLASSES)
     image.pixels[:] = (np.arange(NUM_CLASSES).reshape(-1, 1, 1, 1) + 0.5) * 100 / NUM_CLASSES
     labels = segment(levels, image, P, batch=3)
@@ -89,7 +89,7 @@ def test_the_spacing_in_the_plane_places_the_slice():
 
 
 @pytest.mark.parametrize("answered", [0, 1, 3])
-def test_a_network_that_answers_too_little_or_too_much_is_an_error(answered):
+def test_segment_refuses_a_wrong_number_of_network_outputs(answered):
     with pytest.raises(ValueError, match=f"returned {answered} outputs for 2 slices"):
         segment(lambda inputs: np.zeros((answered, 1, 32, 48), np.float32), generated(2), P, batch=2)
 

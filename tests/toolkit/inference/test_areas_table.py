@@ -144,7 +144,7 @@ def test_a_row_that_leads_out_of_the_folder_is_dropped(tmp_path, name):
 @pytest.mark.parametrize(
     "content", [b"name,dose\na,5\n", b"\xff\xfe", b"file,class\n", ",".join(HEADER).encode() + b"\na,b\n"]
 )
-def test_another_table_is_refused_and_kept(tmp_path, content):
+def test_foreign_areas_csv_is_refused_and_unchanged(tmp_path, content):
     (tmp_path / AREAS).write_bytes(content)
     with pytest.raises(UsageError, match="is not a table of areas, so it is not replaced"):
         merge_areas(tmp_path, [], [])

@@ -65,14 +65,14 @@ def test_infer_corrects_masks_and_keeps_them_raw_on_request(corrected_bundle, ti
     assert (expected != raw.labels).any()
 
 
-def test_a_mask_of_the_other_kind_is_not_kept_on_continue(corrected_bundle, data, tmp_path):
+def test_continue_redoes_masks_of_another_post_processing_choice(corrected_bundle, data, tmp_path):
     command = ["infer", data / "images", "--bundle", corrected_bundle, "-o", tmp_path / "masks", "--continue"]
     assert run(*command)[0]["kept"] == 0
     assert run(*command)[0]["kept"] == 2
     assert run(*command, "--no-postprocess")[0]["kept"] == 0
 
 
-def test_an_ensemble_stays_raw_and_says_so(corrected_bundle, data, caplog):
+def test_ensemble_masks_are_not_post_processed_and_this_is_logged(corrected_bundle, data, caplog):
     scan = data / "images" / "scan1.nii.gz"
     (mask,) = infer([scan], corrected_bundle, ensemble=[corrected_bundle])
     (raw,) = infer([scan], corrected_bundle, postprocess=False)

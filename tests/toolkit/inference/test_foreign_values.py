@@ -18,7 +18,7 @@ def image(dtype: type, *, slices: int = 1, channels: int = 1) -> Image:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_picture_given_to_a_network_for_ct(channels):
+def test_has_foreign_values_is_true_for_8_bit_images_and_a_ct_network(channels):
     assert has_foreign_values(image(np.uint8, channels=channels), CT)
 
 
@@ -33,5 +33,5 @@ def test_a_picture_given_to_a_network_for_ct(channels):
         (image(np.uint8), Preprocessing(image_size=(32, 32), window=(-125.0, 275.0), own_window=True)),
     ],
 )
-def test_what_suits_the_network_is_not_warned_of(given, preprocessing):
+def test_has_foreign_values_is_false_for_suitable_images(given, preprocessing):
     assert not has_foreign_values(given, preprocessing)

@@ -88,11 +88,11 @@ def large(images: Path) -> str:
     return name
 
 
-def test_one_line_names_the_file(complaints, images, tmp_path):
+def test_full_disk_error_is_one_line_naming_the_file(complaints, images, tmp_path):
     assert complaints == [f"medseg-trt: {tmp_path / 'out' / large(images)}: File too large"]
 
 
-def test_no_partial_file_is_left_and_what_was_finished_is_whole(complaints, command, images, tmp_path):
+def test_full_disk_leaves_no_partial_files_and_keeps_finished_masks(complaints, command, images, tmp_path):
     out = tmp_path / "out"
     assert len(complaints) == 1
     assert complaints[0].endswith(": File too large")

@@ -72,7 +72,7 @@ def another_table(out: Path, images: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("resume", [False, True])
-def test_nothing_is_written_where_something_else_would_be_replaced(tiny_bundle, images, tmp_path, plant, resume):
+def test_infer_refuses_to_replace_links_inputs_or_foreign_files(tiny_bundle, images, tmp_path, plant, resume):
     out = tmp_path / "out"
     out.mkdir()
     plant(out, images)

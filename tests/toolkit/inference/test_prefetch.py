@@ -56,7 +56,7 @@ def test_stages_run_at_the_same_time():
 
 
 @pytest.mark.parametrize("depth", [1, DEPTH, 5])
-def test_no_more_is_taken_than_waits_and_is_at_hand(depth):
+def test_prefetch_takes_at_most_depth_plus_one_items_ahead(depth):
     taken = []
     with Prefetcher() as prefetcher:
         items = prefetcher.prefetch((taken.append(number) or number for number in range(50)), depth)
@@ -71,7 +71,7 @@ def failing():
     raise ArtefactError("the fourth")
 
 
-def test_an_error_comes_up_in_its_place():
+def test_prefetch_raises_an_error_at_its_position():
     with Prefetcher() as prefetcher:
         items = prefetcher.prefetch(iter(prefetcher.prefetch(failing())))
         assert [next(items) for _ in range(3)] == [0, 1, 2]
@@ -90,7 +90,7 @@ def test_threads_that_wait_for_room_end_with_the_block(error):
         interrupted()
 
 
-def test_nothing_is_taken_after_the_end():
+def test_prefetch_takes_no_items_after_the_context_ends():
     begun, go_on = threading.Event(), threading.Event()
     taken = []
 
@@ -185,7 +185,7 @@ STAGES = [break_reading, break_running, break_finishing, break_writing]
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("number", [0, 3, 7])
-def test_an_error_that_ends_the_run_loses_nothing_that_came_before(tiny_bundle, data, tmp_path, stage, number):
+def test_fatal_error_keeps_the_masks_finished_before_it(tiny_bundle, data, tmp_path, stage, number):
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
         stage(patch, f"case{number}.png", ArtefactError)

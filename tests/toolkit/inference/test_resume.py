@@ -51,7 +51,7 @@ def another_user(record: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [group_may_write, anyone_may_write, another_user])
-def test_what_others_may_have_written_is_not_believed_and_said(record, change, caplog):
+def test_record_writable_by_others_is_ignored_with_a_warning(record, change, caplog):
     change(record)
     assert load_record(record.parents[1], STEM, "key", KEY) is None
     assert "may have been written by others, so its image is segmented again" in caplog.text
@@ -74,7 +74,7 @@ def folder(path: Path) -> None:
 
 @pytest.mark.parametrize("change", [linked, fifo, folder])
 @pytest.mark.parametrize("name", [f"{FOLDER}/a.json", "a.png", f"{OVERLAYS}/a.png"])
-def test_only_regular_files_are_read(record, change: Callable[[Path], None], name):
+def test_record_or_mask_that_is_no_regular_file_is_ignored(record, change: Callable[[Path], None], name):
     change(record.parents[1] / name)
     assert load_record(record.parents[1], STEM, "key", KEY) is None
 
@@ -89,7 +89,7 @@ def test_a_record_names_no_other_file_and_has_no_other_fields(record, changes):
     assert load_record(record.parents[1], STEM, "key", KEY) is None
 
 
-def test_records_can_be_believed_whatever_the_umask(tmp_path, record):
+def test_record_is_written_with_mode_0644_despite_umask_0(tmp_path, record):
     finished = load_record(tmp_path, STEM, "key", KEY)
     assert finished is not None
     before = os.umask(0)
@@ -130,7 +130,7 @@ def no_text(fields: dict) -> None:
 
 
 @pytest.mark.parametrize("change", [without_seal, other_key, changed_areas, no_text])
-def test_a_record_that_came_with_the_folder_is_not_believed(record, change: Callable[[dict], None], caplog):
+def test_record_without_a_valid_seal_of_the_user_is_ignored(record, change: Callable[[dict], None], caplog):
     """Its files belong to this user, as after unpacking an archive, and its mask has the right digest."""
     fields = json.loads(record.read_text())
     change(fields)
@@ -160,7 +160,7 @@ def test_a_users_key_is_made_once_and_only_that_user_reads_it(tmp_path, monkeypa
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_without_a_place_for_the_key_a_run_cannot_be_continued_and_says_so(tmp_path, monkeypatch, caplog):
+def test_record_key_that_cannot_be_stored_is_temporary_with_a_warning(tmp_path, monkeypatch, caplog):
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
     assert record_key() != record_key()

@@ -57,7 +57,7 @@ def test_infer_and_evaluate_make_the_same_masks(tiny_bundle, data):
         evaluate_all([], [tiny_bundle], data, ["val"], "auto", tiles=tiles, metric="per_image")
 
 
-def test_masks_of_other_windows_are_not_kept(tiny_bundle, data, tmp_path):
+def test_continue_redoes_masks_of_another_tile_or_overlap(tiny_bundle, data, tmp_path):
     def kept(*options: str) -> int:
         command = ["infer", str(data / "images"), "--bundle", str(tiny_bundle), "-o", str(tmp_path / "masks")]
         result = CliRunner().invoke(cli, [*command, "--continue", "--json", *options])
@@ -79,7 +79,7 @@ def test_masks_of_other_windows_are_not_kept(tiny_bundle, data, tmp_path):
         (["--overlap", "0.5"], "give --tile auto too"),
     ],
 )
-def test_impossible_windows_are_refused(tiny_bundle, data, tmp_path, options, words):
+def test_infer_refuses_invalid_tile_options(tiny_bundle, data, tmp_path, options, words):
     command = ["infer", str(data / "images"), "--bundle", str(tiny_bundle), "-o", str(tmp_path / "masks"), *options]
     result = CliRunner().invoke(cli, command)
     assert result.exit_code != 0

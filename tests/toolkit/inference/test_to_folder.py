@@ -125,7 +125,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_what_is_finished_is_kept_and_the_table_is_the_same(tiny_bundle, images, tmp_path, segmented):
+def test_resume_keeps_finished_masks_and_an_identical_table(tiny_bundle, images, tmp_path, segmented):
     run(images, tiny_bundle, tmp_path / "out", overlay=True)
     before = contents(tmp_path / "out")
     again = run(images, tiny_bundle, tmp_path / "out", overlay=True)
@@ -151,7 +151,7 @@ def damage_the_record(images: Path, out: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [change_the_image, damage_the_mask, remove_the_overlay, damage_the_record])
-def test_an_image_is_done_again_where_anything_has_changed(tiny_bundle, images, tmp_path, segmented, change):
+def test_resume_redoes_an_image_whose_files_changed(tiny_bundle, images, tmp_path, segmented, change):
     out = tmp_path / "out"
     run(images, tiny_bundle, out, overlay=True)
     segmented.clear()
@@ -210,7 +210,7 @@ def test_killed_at_any_moment_and_continued_gives_the_same_bytes(tiny_bundle, tm
 
 
 @pytest.mark.parametrize("inside", ["", "masks"])
-def test_nothing_is_written_into_the_bundle(inside, tiny_bundle, images, tmp_path):
+def test_output_folder_inside_the_bundle_is_refused(inside, tiny_bundle, images, tmp_path):
     bundle = tmp_path / "copy.medseg"
     shutil.copytree(tiny_bundle, bundle)
     before = sorted(path.name for path in bundle.iterdir())

@@ -38,7 +38,7 @@ def test_a_network_without_a_block_has_nothing_to_analyse(tmp_path: Path, data: 
         analyse_checkpoint(checkpoint, data)
 
 
-def test_data_are_for_checkpoints_only(tmp_path: Path, data: Path) -> None:
+def test_inspect_refuses_data_for_a_bundle(tmp_path: Path, data: Path) -> None:
     ran = CliRunner().invoke(cli, ["inspect", str(tmp_path / "model.medseg"), "--data", str(data)])
     assert isinstance(ran.exception, UsageError)
     assert "--data DIR analyses the language block of a checkpoint" in str(ran.exception)

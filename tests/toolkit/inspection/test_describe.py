@@ -75,7 +75,7 @@ def test_json_on_stdout_is_one_object_and_text_says_the_same():
 
 
 @pytest.mark.parametrize("name", ["bundle", "checkpoint"])
-def test_the_text_is_a_summary_and_everything_only_on_request(tiny_bundle, tmp_path, name):
+def test_inspect_prints_a_summary_and_details_only_with_verbose(tiny_bundle, tmp_path, name):
     target = str(tiny_bundle if name == "bundle" else make_checkpoint(tmp_path))
     short, long = (CliRunner().invoke(cli, ["inspect", target, *more]) for more in ([], ["-v"]))
     assert (short.exit_code, long.exit_code) == (0, 0)
@@ -98,7 +98,7 @@ def test_the_text_is_a_summary_and_everything_only_on_request(tiny_bundle, tmp_p
         ("file.medseg", ArtefactError, "is no bundle"),
     ],
 )
-def test_what_cannot_be_described_ends_in_one_line_that_says_what_to_do(tmp_path, monkeypatch, target, error, words):
+def test_describe_refuses_unusable_targets_in_one_line(tmp_path, monkeypatch, target, error, words):
     monkeypatch.chdir(tmp_path)
     for name in ("notes.txt", "damaged.pt", "file.medseg"):
         (tmp_path / name).write_text("this is neither", encoding="utf-8")
@@ -110,7 +110,7 @@ def test_what_cannot_be_described_ends_in_one_line_that_says_what_to_do(tmp_path
     assert "\n" not in str(raised.value)
 
 
-def test_an_image_size_that_cannot_work_names_those_next_to_it():
+def test_invalid_image_size_error_names_the_nearest_valid_sizes():
     with pytest.raises(UsageError, match=r"250.*multiple of 16.*240 or 256"):
         describe("arch:transunet-tiny", 250, 1)
 

@@ -23,7 +23,7 @@ def test_a_graph_is_described_without_its_weights(tiny_bundle, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"no onnx", b"\x08\x07" * 1000])
-def test_what_is_no_graph_is_one_clear_line(tmp_path, content):
+def test_describe_refuses_a_file_that_is_not_onnx_in_one_line(tmp_path, content):
     path = tmp_path / "model.onnx"
     path.write_bytes(content)
     with pytest.raises(ArtefactError, match="is no ONNX file") as caught:

@@ -48,7 +48,7 @@ def test_a_version_is_looked_for_on_path_first_and_then_in_pyenvs_folder(tmp_pat
     assert find_interpreter("3.12.1").version == (3, 12, 1)
 
 
-def test_a_path_is_taken_as_it_is():
+def test_find_interpreter_accepts_a_path():
     found = find_interpreter(sys.executable)
     assert (str(found.path), found.minor) == (sys.executable, HERE)
     assert found.abi.startswith(f"cpython-{HERE.replace('.', '')}")
@@ -126,7 +126,7 @@ def test_a_given_package_takes_the_place_of_the_tested_version():
 
 
 @pytest.mark.parametrize("text", ["torch=2", "==2", "torch==", "torch==2 3", "a b"])
-def test_what_names_no_package_is_refused(text):
+def test_parse_given_refuses_invalid_package_specifications(text):
     with pytest.raises(UsageError, match=r"for example --given torch==2\.11\.0"):
         parse_given(text)
 

@@ -37,7 +37,7 @@ def test_the_distance_agrees_with_distance_transforms(shape, seed):
     assert hd95(prediction, truth, SPACINGS[len(shape)]) == pytest.approx(pooled, abs=1e-9)
 
 
-def test_it_is_not_the_larger_percentile_of_the_two_directions():
+def test_hd95_differs_from_the_maximum_of_directed_percentiles():
     """The other definition in use, MONAI's; they differ where one outline has an island."""
     truth = blobs((40, 50), 0)
     prediction = truth.copy()
@@ -47,7 +47,7 @@ def test_it_is_not_the_larger_percentile_of_the_two_directions():
 
 
 @pytest.mark.parametrize("shape", [(40, 50), (20, 30, 40)])
-def test_the_distance_is_medpys(shape):
+def test_hd95_equals_medpy(shape):
     medpy = pytest.importorskip("medpy.metric.binary", reason="medpy is not installed")
     prediction, truth = blobs(shape, 1), blobs(shape, 2)
     spacing = SPACINGS[len(shape)]
@@ -76,7 +76,7 @@ def test_a_surface_is_the_mask_without_its_erosion(mask):
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_it_is_symmetric_and_zero_only_for_equal_surfaces(data):
+def test_hd95_is_symmetric_none_for_empty_masks_and_zero_for_equal_masks(data):
     shape = data.draw(array_shapes(min_dims=2, max_dims=3, max_side=6))
     first, second = (data.draw(arrays(bool, shape)) for _ in range(2))
     distance = hd95(first, second)

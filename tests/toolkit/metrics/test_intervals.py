@@ -52,7 +52,7 @@ def test_early_stopping_is_the_binomial_distribution(percentile: float, confiden
         assert allowed_over_latency(queries, percentile, confidence) == below.sum() - 1
 
 
-def test_tail_is_the_slowest_that_is_left() -> None:
+def test_tail_latency_is_the_largest_sample_after_early_stopping() -> None:
     samples = np.random.default_rng(0).permutation(np.arange(1.0, 1025.0))
     assert tail_latency(samples, 90) == 1024 - 79
     assert tail_latency(samples[:64], 90) == samples[:64].max()  # one may exceed it, and none is discarded
@@ -69,7 +69,7 @@ def test_tail_is_seldom_below_the_true_percentile() -> None:
     assert np.mean([np.percentile(rng.exponential(size=100), 90) < true for _ in range(200)]) > 0.3
 
 
-def test_variation() -> None:
+def test_coefficient_of_variation_of_known_samples() -> None:
     assert coefficient_of_variation([9.0, 11.0]) == pytest.approx(np.sqrt(2) / 10)
     assert coefficient_of_variation([3.0]) == 0
 
@@ -154,7 +154,7 @@ def test_what_cannot_be_paired_is_refused() -> None:
         speed_interval([], [], interleaved=True)
 
 
-def test_verdict_of_an_interval() -> None:
+def test_interval_at_least_returns_holds_undecided_or_fails() -> None:
     interval = Interval(estimate=1.25, low=1.2, high=1.3, units=20)
     assert [interval.at_least(limit) for limit in (1.2, 1.25, 1.3, 1.31)] == [
         "holds",
@@ -219,12 +219,12 @@ def speed_alarms(slower: float, interleaved: bool, seed: int, rounds: int = 20) 
 
 @pytest.mark.usefixtures("fewer_resamples")
 @pytest.mark.parametrize("rounds", [6, 20])
-def test_the_same_network_twice_is_no_alarm(rounds: int) -> None:
+def test_speed_interval_rarely_alarms_for_equal_speed(rounds: int) -> None:
     assert speed_alarms(1.0, interleaved=True, seed=0, rounds=rounds) <= MOST_ALARMS
 
 
 @pytest.mark.usefixtures("fewer_resamples")
-def test_three_per_cent_slower_is_found() -> None:
+def test_speed_interval_detects_a_3_percent_slowdown() -> None:
     assert speed_alarms(1.03, interleaved=True, seed=1) >= LEAST_DETECTED * TRIALS
 
 
@@ -234,7 +234,7 @@ def test_without_turns_a_drifting_machine_alarms_for_nothing() -> None:
 
 
 @pytest.mark.usefixtures("fewer_resamples")
-def test_the_means_of_rounds_would_miss_three_per_cent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speed_interval_of_round_means_misses_a_3_percent_slowdown(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hiccups move a mean; this is why a round is summed up by its median."""
     monkeypatch.setattr(intervals.np, "median", np.mean)
     assert speed_alarms(1.03, interleaved=True, seed=1) < LEAST_DETECTED * TRIALS

@@ -78,7 +78,7 @@ def labels(*values: int) -> np.ndarray:
         (labels(1, 1), labels(1, 0), 2 / 3, 1 / 2, "present"),
     ],
 )
-def test_each_case_of_one_class_has_its_state(prediction, truth, dice, iou, state):
+def test_scores_report_dice_iou_and_state_for_each_kind_of_case(prediction, truth, dice, iou, state):
     assert scores(prediction, truth, CLASSES)[0] == ClassScore(
         name="liver",
         dice=dice,

@@ -137,7 +137,7 @@ def test_volume_transunet_is_transunets_in_every_branch(branch, seed):
     assert (score.dice, score.hd95) == pytest.approx(calculate_metric_percase(prediction, truth), abs=1e-9)
 
 
-def test_every_branch_of_every_mode():
+def test_every_metric_scores_missed_false_alarm_and_absent_classes_as_defined():
     """Dice, IoU and HD95 of one unit; HD95 of "present" is checked against MedPy elsewhere."""
     expected = {
         "volume": {"missed": (0, 0, None), "false alarm": (0, 0, None), "absent": (None, None, None)},
@@ -213,7 +213,7 @@ def test_the_table_says_how_was_counted_and_how_often_a_class_was_empty(tmp_path
     assert board.to_dict()["metric"] == metric
 
 
-def test_what_a_metric_has_not_is_refused(tmp_path):
+def test_evaluate_refuses_hd95_for_unext_batch_and_unknown_metrics(tmp_path):
     with pytest.raises(UsageError, match="unext_batch has no HD95; choose --metric volume"):
         evaluate_all([], [], tmp_path, ["val"], "auto", hd95=True, metric="unext_batch")
     with pytest.raises(UsageError, match="volume, per_image, unext_batch, volume_transunet"):

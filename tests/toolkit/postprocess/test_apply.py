@@ -38,7 +38,7 @@ def test_the_largest_component_is_scipys_and_other_classes_stay(labels):
 
 
 @pytest.mark.parametrize("pixels", [2, 9, 40])
-def test_smaller_components_go_by_their_size_in_millimetres(labels, pixels):
+def test_components_below_the_minimum_size_in_mm_are_removed(labels, pixels):
     size = pixels * float(np.prod(SPACING))
     corrected = postprocess(labels, post_of(steps_of(min_size=size)), CLASSES, SPACING)
     numbered, count = components(labels == 1)

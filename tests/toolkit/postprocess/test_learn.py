@@ -62,7 +62,7 @@ def test_the_gain_is_that_of_the_corrected_masks():
     assert post.gain.after == pytest.approx(dice(corrected))
 
 
-def test_nothing_is_chosen_where_nothing_gains():
+def test_learn_returns_none_if_no_step_raises_dice():
     assert learn([case(seed) for seed in range(6)]) is None
 
 
@@ -83,7 +83,7 @@ def test_few_cases_are_resampled_by_slice_and_labelled_so():
     assert post.classes[0].gain.units == "slices"
 
 
-def test_images_beside_volumes_teach_nothing():
+def test_learn_returns_none_for_mixed_images_and_volumes_or_no_cases():
     volume = case(1)
     assert (
         learn([case(0, hole=True, slices=12), replace(volume, predicted=volume.predicted[:1], truth=volume.truth[:1])])

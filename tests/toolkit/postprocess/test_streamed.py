@@ -50,7 +50,7 @@ STEPS = {
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("smooth", [0, 0.8, 2.0])
 @pytest.mark.parametrize("rows", [1, 7, 128])
-def test_bands_have_the_bytes_of_the_whole(name, smooth, rows, tmp_path, monkeypatch):
+def test_streamed_post_processing_equals_the_whole_image(name, smooth, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(streamed, "MAX_ROWS", rows)
     changed = 0
     for seed in range(8):

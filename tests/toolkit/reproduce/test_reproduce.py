@@ -51,7 +51,7 @@ class Killed(BaseException):
     """Stands for a kill: nothing in the program may catch it."""
 
 
-def test_the_first_table_from_end_to_end_and_after_a_kill(root, tmp_path, monkeypatch):
+def test_reproduce_table1_end_to_end_and_resumed_after_a_kill(root, tmp_path, monkeypatch):
     out, trained, real = tmp_path / "out", [], loop.train
 
     def train(recipe, data, folder, **options):

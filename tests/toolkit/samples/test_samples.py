@@ -175,7 +175,7 @@ def test_modules_for_pip_go_before_what_is_there(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("level", [logging.INFO, logging.DEBUG])
-def test_pip_is_heard_only_where_details_are_wanted(monkeypatch, capfd, tmp_path, level):
+def test_pip_output_is_shown_only_at_debug_level(monkeypatch, capfd, tmp_path, level):
     pip = tmp_path / "pip"
     pip.mkdir()
     (pip / "__init__.py").touch()
@@ -202,7 +202,7 @@ def test_a_missing_pip_is_an_error_with_the_command_that_installs_it(sample, mon
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 @pytest.mark.usefixtures("quick_pip")
-def test_a_sample_appears_whole_or_not_at_all(sample, tmp_path, monkeypatch, error):
+def test_interrupted_sample_download_leaves_nothing(sample, tmp_path, monkeypatch, error):
     def broken_off(members: Mapping[str, bytes], folder: Path) -> None:
         unpack(members, folder)
         raise error

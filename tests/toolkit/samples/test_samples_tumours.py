@@ -50,7 +50,7 @@ def members(folder: Path, mask_shift_mm: float = 0.0) -> dict[str, bytes]:
     return files
 
 
-def test_voxels_stay_where_they_are_in_the_patient(tmp_path):
+def test_read_nrrd_keeps_voxels_and_patient_positions(tmp_path):
     values = np.arange(60, dtype=np.int16).reshape(5, 4, 3) - 30
     volume = read_nrrd(generated(values, tmp_path), "generated")
     np.testing.assert_array_equal(volume.voxels, values)
@@ -75,7 +75,7 @@ def test_a_mask_in_another_place_is_refused(tmp_path):
         unpack_tumours(members(tmp_path, mask_shift_mm=2.0), tmp_path / "out")
 
 
-def test_another_kind_of_file_is_refused(tmp_path):
+def test_read_nrrd_refuses_another_space_or_more_than_16_bits(tmp_path):
     with pytest.raises(ArtefactError, match="no volume in the space left-posterior-superior"):
         read_nrrd(generated(np.zeros((5, 4, 3), np.int16), tmp_path, "right-anterior-superior"), "generated")
     with pytest.raises(ArtefactError, match="more than 16 bits"):

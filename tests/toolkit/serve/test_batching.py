@@ -192,7 +192,7 @@ def test_an_error_reaches_its_batch_and_the_queue_goes_on(queue, network):
         assert request.submit("k", network, row(1)).result(10)[0, 0] == 2
 
 
-def test_closing_wakes_everyone(network):
+def test_closing_the_queue_cancels_waiting_requests(network):
     network.gate.set()
     queue = BatchQueue(max_batch=4, delay_s=10.0, max_requests=8)
     request, _other = queue.open(), queue.open()

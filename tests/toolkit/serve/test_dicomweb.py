@@ -86,7 +86,7 @@ def test_store_search_and_retrieve(bundle, tmp_path):
         (b"--b\r\n\r\nnothing\r\n--b--", 'multipart/related; type="application/dicom"; boundary=b', 409),
     ],
 )
-def test_malformed_bodies(body, content_type, status, node_server):
+def test_stow_rs_rejects_malformed_bodies(body, content_type, status, node_server):
     assert node_server.post("/dicomweb/studies", body, Content_Type=content_type)[0] == status
 
 
@@ -127,7 +127,7 @@ def test_a_pdu_of_gigabytes_is_not_read(node_server):
     assert node_server.resident_mb() - before < 50
 
 
-def test_a_spool_that_is_gone_is_said_and_the_server_still_ends_in_order(bundle, inputs, tmp_path):
+def test_missing_spool_gives_503_and_the_server_still_stops_cleanly(bundle, inputs, tmp_path):
     with running_server([bundle], tmp_path / "spool", *QUICK) as server:
         assert server.get("/v2/health/ready")[0] == 200
         shutil.rmtree(tmp_path / "spool")

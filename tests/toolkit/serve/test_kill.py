@@ -68,11 +68,11 @@ def complete_studies(archive) -> set[str]:
     }
 
 
-def test_nothing_is_lost_and_nothing_is_sent_with_two_contents(bundle, tmp_path):
+def test_killed_server_loses_no_series_and_sends_one_content_per_uid(bundle, tmp_path):
     run_kills(bundle, tmp_path, KILLS, seed=0)
 
 
-def test_an_http_job_survives(bundle, inputs, masks, tmp_path):
+def test_http_job_is_finished_after_a_server_kill(bundle, inputs, masks, tmp_path):
     server = start_server([bundle], tmp_path / "spool")
     addresses = []
     for _ in range(3):
@@ -89,5 +89,5 @@ def test_an_http_job_survives(bundle, inputs, masks, tmp_path):
 
 
 @pytest.mark.slow
-def test_fifty_kills(bundle, tmp_path):
+def test_fifty_server_kills_lose_no_series(bundle, tmp_path):
     run_kills(bundle, tmp_path, 50, seed=1)

@@ -101,19 +101,19 @@ def check_alive(server, inputs, masks) -> None:
     assert (status, body) == (200, (masks / "image0.png").read_bytes())
 
 
-def test_seeded_mutants(server, good, inputs, masks):
+def test_mutated_http_requests_are_refused_and_the_server_stays_alive(server, good, inputs, masks):
     statuses = send_mutants(server, good, QUICK, seed=0)
     assert sum(count for status, count in statuses.items() if status in REFUSED) > QUICK / 4, statuses
     check_alive(server, inputs, masks)
 
 
 @pytest.mark.slow
-def test_three_thousand_seeded_mutants(server, good, inputs, masks):
+def test_three_thousand_mutated_http_requests_leave_the_server_alive(server, good, inputs, masks):
     send_mutants(server, good, MANY, seed=1)
     check_alive(server, inputs, masks)
 
 
-def test_what_is_no_http_at_all(server, inputs, masks):
+def test_random_bytes_leave_the_server_alive(server, inputs, masks):
     rng = random.Random(0)
     host, port = server.netloc.split(":")
     for _ in range(60):

@@ -13,7 +13,7 @@ from medseg_trt.serve.settings import Limits, ServeSettings
 
 
 @pytest.mark.parametrize("invariant", [True, False])
-def test_runs_hold_what_infer_would_run_where_the_batch_matters(bundle, inputs, invariant, tmp_path, monkeypatch):
+def test_batches_equal_those_of_infer_if_logits_depend_on_the_batch(bundle, inputs, invariant, tmp_path, monkeypatch):
     monkeypatch.setattr(model_module, "is_batch_invariant", lambda *_: invariant)
     settings = ServeSettings(
         bundles=(bundle,), spool=tmp_path, backend="onnxruntime", threads=1, limits=Limits(max_batch=8)
@@ -40,7 +40,9 @@ def test_runs_hold_what_infer_would_run_where_the_batch_matters(bundle, inputs, 
 
 
 @pytest.mark.parametrize(("threads", "streams", "compared"), [(2, 4, INFER_BATCH), (2, 1, 9), (1, 4, 9)])
-def test_only_batches_that_can_run_are_compared(bundle, threads, streams, compared, tmp_path, monkeypatch):
+def test_batch_invariance_is_checked_up_to_the_largest_possible_batch(
+    bundle, threads, streams, compared, tmp_path, monkeypatch
+):
     """Where runs overlap none holds slices of several requests, so larger batches do not count."""
     asked = []
     monkeypatch.setattr(model_module, "is_batch_invariant", lambda *arguments: bool(asked.append(arguments[2])))

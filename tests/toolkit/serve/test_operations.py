@@ -43,7 +43,7 @@ def test_settings_that_are_unsafe_are_refused(changes, reason):
         settings(**changes)
 
 
-def test_settings_that_are_safe():
+def test_safe_serve_settings_are_accepted():
     assert settings(host="0.0.0.0", token=TOKEN).host == "0.0.0.0"
     assert settings(host="0.0.0.0", insecure=True).insecure
     assert settings(host="::1").host == "::1"
@@ -52,7 +52,7 @@ def test_settings_that_are_safe():
 @pytest.mark.parametrize(
     "text", ["", "A@b", "A@b:0", "A@b:70000", "A\\B@c:1", f"{'A' * 17}@b:1", "http://u@h/", "http://"]
 )
-def test_destinations_that_are_none(text):
+def test_parse_destination_refuses_invalid_destinations(text):
     with pytest.raises(UsageError):
         parse_destination(text)
 
@@ -126,7 +126,7 @@ def _metric(server, label: str) -> float:
     )
 
 
-def test_a_token_and_tls(bundle, inputs, tmp_path):
+def test_server_requires_its_token_over_tls(bundle, inputs, tmp_path):
     if shutil.which("openssl") is None:
         pytest.skip("needs openssl")
     names = [
@@ -224,7 +224,7 @@ main()
 """
 
 
-def test_nothing_connects_to_anywhere(bundle, inputs, tmp_path, monkeypatch):
+def test_server_opens_no_outgoing_connections(bundle, inputs, tmp_path, monkeypatch):
     starter = tmp_path / "python"
     (tmp_path / "audit.py").write_text(AUDIT)
     starter.write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} {tmp_path / "audit.py"} "$@"\n')

@@ -43,7 +43,7 @@ def test_pixels_that_touch_at_a_corner_are_two_polygons():
     assert [area(polygon) for polygon in trace(np.eye(2, dtype=bool))] == [1, 1]
 
 
-def test_every_label_of_every_slice():
+def test_outlines_list_every_label_of_every_slice():
     labels = np.zeros((2, 3, 3), np.uint8)
     labels[0, 0, 0], labels[1, 1, 1] = 2, 1
     assert [(entry["slice"], entry["label"]) for entry in outlines(labels)] == [(0, 2), (1, 1)]

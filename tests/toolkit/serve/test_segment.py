@@ -106,7 +106,7 @@ def test_one_dicom_file_is_one_image(server, tmp_path):
         ("application/vnd.medseg.outlines+json", "application/vnd.medseg.outlines+json"),
     ],
 )
-def test_accept_chooses_the_form(accept, expected, server, inputs):
+def test_accept_header_selects_the_response_format(accept, expected, server, inputs):
     status, headers, _ = server.post("/v1/segment", (inputs / "image0.png").read_bytes(), Accept=accept)
     assert (status, headers["content-type"]) == (200, expected)
 
@@ -123,14 +123,14 @@ def test_accept_chooses_the_form(accept, expected, server, inputs):
         (b"x", {"Accept": "image/png;q=x"}, 400, "quality"),
     ],
 )
-def test_what_cannot_be_used_is_refused_in_one_line(body, headers, status, reason, server):
+def test_segment_refuses_unusable_requests_in_one_line(body, headers, status, reason, server):
     got, _, text = server.post("/v1/segment", body, **headers)
     error = json.loads(text)["error"]
     assert (got, reason in error, "\n" in error) == (status, True, False), error
     assert str(server.spool) not in error
 
 
-def test_a_form_that_does_not_exist_is_not_acceptable(server, inputs):
+def test_unavailable_response_format_gives_406(server, inputs):
     status, _, body = server.post("/v1/segment", (inputs / "image0.png").read_bytes(), Accept="application/x-nifti")
     assert status == 406
     error = json.loads(body)["error"]
@@ -145,7 +145,7 @@ def test_an_unknown_model_and_an_unknown_job(server):
     assert server.get("/v1/jobs/" + "0" * 32)[0] == 404
 
 
-def test_a_job_is_removed(server, inputs):
+def test_deleted_job_gives_404(server, inputs):
     _, headers, _ = server.post("/v1/segment", (inputs / "volume.nii.gz").read_bytes())
     server.wait_for_job(headers["location"])
     assert server.request("DELETE", headers["location"], None)[0] == 204

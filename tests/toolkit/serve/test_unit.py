@@ -17,6 +17,6 @@ def test_systemd_verifies_the_unit(tmp_path):
     assert (done.returncode, [line for line in done.stderr.splitlines() if "medseg" in line]) == (0, [])
 
 
-def test_its_command_parses():
+def test_systemd_unit_command_parses():
     (line,) = [line for line in UNIT.read_text().splitlines() if line.startswith("ExecStart=")]
     assert parse(line.removeprefix("ExecStart=/usr/bin/env ")).command.name == "serve"

@@ -25,7 +25,7 @@ def test_a_network_without_direction_gives_the_same_logits(name):
     np.testing.assert_allclose(averaged(pointwise, name, (8, 8))(BATCH), pointwise(BATCH), atol=1e-6)
 
 
-def test_copies_are_turned_back_before_the_mean():
+def test_tta_inverts_flips_and_rotations_before_averaging():
     flat = pointwise(BATCH)
     left, right = np.roll(flat, 1, axis=3), np.roll(flat, -1, axis=3)
     np.testing.assert_allclose(averaged(shifting, "flips", (8, 8))(BATCH), (left + right) / 2, atol=1e-6)

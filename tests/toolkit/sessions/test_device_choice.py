@@ -49,7 +49,7 @@ def test_a_gpu_that_is_not_there_is_an_error_and_no_other_device_is_taken(bundle
         ("onnxruntime-cuda", CPU, "choose --device cuda"),
     ],
 )
-def test_a_back_end_that_does_not_run_there_is_refused(bundle, backend, device, words):
+def test_backend_unsupported_on_the_device_is_refused(bundle, backend, device, words):
     with pytest.raises(UsageError, match=words):
         choose(bundle, backend, None, device)
 

@@ -220,7 +220,7 @@ def test_bench_times_engines_on_the_device_and_looks_into_their_layers(on_gpu, o
         assert known > 0.5 * row["profile"]["total_ms"]  # the profiler's names are the builder's; not confirmed yet
 
 
-def test_a_soak_of_threads_changes_no_answer_and_loses_no_memory(on_gpu):
+def test_soak_of_threads_gives_equal_logits_and_leaks_no_gpu_memory(on_gpu):
     with engine_session(on_gpu, "fp16", graphs=True) as session:
         expected = {count: session.run(on_gpu.slices[:count]) for count in range(1, 9)}
 

@@ -51,7 +51,7 @@ def test_pytorch_in_float32_gives_the_logits_of_the_cpu(checkpoint, images, expe
 
 
 @pytest.mark.parametrize(("arithmetic", "form"), [("fp32", "cuda-graph"), *PEERS_ON_GPU])
-def test_every_way_of_pytorch_has_its_masks_and_three_scopes(
+def test_every_pytorch_form_has_correct_masks_and_device_times(
     checkpoint, images, expected, arithmetic, form, record_property
 ):
     with opened(checkpoint, arithmetic, form) as session:

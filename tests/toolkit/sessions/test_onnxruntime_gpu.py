@@ -274,7 +274,7 @@ def test_engines_are_kept_by_graph_weights_and_gpu_for_the_batches_that_infer_se
     assert rtx["nv_profile_opt_shapes"] == "pixel_values:4x3x32x32"
 
 
-def test_a_session_with_a_cache_asks_for_it(bundle, monkeypatch, tmp_path):
+def test_tensorrt_provider_session_requests_an_engine_cache(bundle, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     runtime = FakeRuntime()
     runtime.get_available_providers = lambda: [provider.name for provider in PROVIDERS.values()]

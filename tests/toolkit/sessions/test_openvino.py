@@ -33,7 +33,7 @@ def option(session, name: str):
     return session._request.get_compiled_model().get_property(name)
 
 
-def test_fp32_is_fp32_even_where_the_processor_would_rather_take_less(graph, expected):
+def test_openvino_fp32_session_computes_in_fp32(graph, expected):
     with open_graph(graph, "fp32", 1, "fp32") as session:
         assert option(session, "INFERENCE_PRECISION_HINT") == openvino.Type.f32
         # bfloat16 keeps 8 bits: below it is off by a hundred times as much.
@@ -70,12 +70,12 @@ def test_without_a_wish_threads_are_openvinos_choice(graph):
         assert "thread" not in session.description
 
 
-def test_weights_in_few_bits_are_not_joined_by_rounded_activations(graph):
+def test_openvino_disables_dynamic_activation_quantisation(graph):
     with open_graph(graph, "fp32", 1, "fp32") as session:
         assert option(session, "DYNAMIC_QUANTIZATION_GROUP_SIZE") == 0
 
 
-def test_a_batch_is_its_images_one_by_one(graph):
+def test_openvino_batch_equals_single_images_bit_for_bit(graph):
     with open_graph(graph, "fp32", 1, "fp32") as session:
         together = session.run(IMAGES)
         for image, logits in zip(IMAGES, together, strict=True):

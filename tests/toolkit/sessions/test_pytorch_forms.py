@@ -43,7 +43,7 @@ def test_every_peer_is_a_format_and_a_form():
 
 
 @pytest.mark.parametrize(("arithmetic", "form", "limit"), [("fp32", "channels-last", 1e-4), ("bf16", EAGER, 0.5)])
-def test_a_form_computes_the_same_network(checkpoint, image, arithmetic, form, limit):
+def test_pytorch_form_is_close_to_the_fp32_logits(checkpoint, image, arithmetic, form, limit):
     with open_graph(checkpoint, "fp32", None, "fp32") as reference:
         expected = reference.run(image)
     with open_graph(checkpoint, "fp32", None, arithmetic, CPU, form) as session:
@@ -232,7 +232,7 @@ def test_without_a_gpu_pytorch_takes_the_cpu_where_it_may(device):
     assert torch_device(device) == torch.device("cpu")
 
 
-def test_a_gpu_that_pytorch_does_not_have_is_one_line(monkeypatch):
+def test_torch_device_error_explains_a_missing_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(DeviceError, match=r"--device cuda:0: PyTorch .* is built for CPUs alone; install one for CUDA"):

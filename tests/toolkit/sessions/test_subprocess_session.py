@@ -54,7 +54,7 @@ def test_a_child_makes_masks_where_the_graph_does(tmp_path):
     np.testing.assert_array_equal(masks, images.argmin(axis=1))
 
 
-def test_it_times_and_weighs_itself(graph):
+def test_child_session_measures_its_time_and_memory(graph):
     with open_child(graph) as child:
         samples = child.time(np.zeros((1, 3, 32, 32), np.float32), duration_s=0.0, min_runs=7)
         memory = child.memory()
@@ -63,14 +63,14 @@ def test_it_times_and_weighs_itself(graph):
     assert 10 < memory["anonymous_mb"] < memory["peak_resident_mb"]  # a Python with ONNX Runtime takes tens of MB
 
 
-def test_a_child_that_dies_is_one_clear_line_and_the_parent_lives(graph):
+def test_killed_child_session_raises_an_error_naming_the_signal(graph):
     with open_child(graph) as child:
         os.kill(child.process_id, signal.SIGSEGV)
         with pytest.raises(ArtefactError, match=r"onnxruntime with fp32\.onnx was killed by signal 11 \(SIGSEGV\)"):
             child.run(np.zeros((1, 3, 32, 32), np.float32))
 
 
-def test_what_goes_wrong_in_the_child_is_raised_here(graph, tmp_path):
+def test_child_session_errors_are_raised_in_the_parent(graph, tmp_path):
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(b"no onnx")
     with pytest.raises(ArtefactError, match="refuses"):
@@ -79,14 +79,14 @@ def test_what_goes_wrong_in_the_child_is_raised_here(graph, tmp_path):
         ChildSession(SessionRequest(backend="onnxruntime", path=graph, precision="fp32", compute_dtype="bf16"))
 
 
-def test_it_is_gone_after_it_is_closed(graph):
+def test_closed_child_session_process_is_gone(graph):
     child = open_child(graph)
     child.close()
     with pytest.raises(ProcessLookupError):
         os.kill(child.process_id, 0)
 
 
-def test_a_request_reaches_the_child_whole():
+def test_session_request_survives_a_json_round_trip():
     """Of several callers, each opens what the request says; without its form, another network would be timed."""
     request = SessionRequest(
         backend="pytorch",

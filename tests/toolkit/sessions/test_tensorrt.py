@@ -142,13 +142,13 @@ def test_a_session_unloads_its_kernels(machine, engine_bundle, images, tmp_path)
     assert machine.gpu.is_clean()
 
 
-def test_a_session_that_unloads_nothing_is_noticed(machine, engine_bundle, images, tmp_path, monkeypatch):
+def test_missing_kernel_unload_fails_the_unload_test(machine, engine_bundle, images, tmp_path, monkeypatch):
     monkeypatch.setattr(Launcher, "close", lambda launcher: None)
     with pytest.raises(AssertionError):
         test_a_session_unloads_its_kernels(machine, engine_bundle, images, tmp_path)
 
 
-def test_a_cache_that_is_saved_at_the_beginning_alone_is_noticed(machine, engine_bundle, monkeypatch):
+def test_kernel_cache_saved_only_at_the_start_fails_the_cache_test(machine, engine_bundle, monkeypatch):
     real, saved = KernelCache.save, set[KernelCache]()
     monkeypatch.setattr(KernelCache, "save", lambda cache: None if cache in saved else (saved.add(cache), real(cache)))
     with pytest.raises(AssertionError):
@@ -190,7 +190,7 @@ def test_every_flipped_byte_and_every_truncation_is_refused_before_it_is_loaded(
         refused(machine, folder, "is not what manifest.json says it is")
 
 
-def test_the_command_line_ends_with_5(machine, engine_bundle, images, tmp_path, monkeypatch, capsys):
+def test_infer_with_a_damaged_plan_exits_with_5(machine, engine_bundle, images, tmp_path, monkeypatch, capsys):
     path = engine_bundle / PLAN
     path.write_bytes(damaged(path.read_bytes(), 0, np.random.default_rng(0)))
     command = [
@@ -284,7 +284,7 @@ def test_a_plan_that_the_library_refuses_is_one_line(machine, engine_bundle):
         opened(engine_bundle)
 
 
-def test_a_gpu_that_is_too_small_for_the_weights_is_one_line_of_another_kind(machine, engine_bundle):
+def test_engine_that_exceeds_the_gpu_memory_is_a_device_error(machine, engine_bundle):
     machine.trt.refused, machine.trt.refuses = {"deserialize_cuda_engine"}, "CUDA error 2: out of memory"
     with pytest.raises(DeviceError, match="the GPU has not enough memory"):
         opened(engine_bundle)

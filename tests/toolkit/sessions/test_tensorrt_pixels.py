@@ -82,13 +82,13 @@ def checks_every_launch_anew(monkeypatch):
 
 
 @pytest.mark.parametrize("fault", [a_graph_for_each_size, checks_every_launch_anew], ids=lambda fault: fault.__name__)
-def test_a_planted_fault_of_twenty_sizes_is_noticed(fault, monkeypatch):
+def test_image_size_caching_fault_fails_the_twenty_sizes_test(fault, monkeypatch):
     fault(monkeypatch)
     with pytest.raises(AssertionError):
         test_twenty_sizes_in_turn_capture_nothing_after_the_warm_up()
 
 
-def test_what_the_kernels_do_not_know_is_left_to_the_cpu():
+def test_unsupported_pixels_or_preprocessing_have_no_device_pipeline():
     p, _ = FORMS["stretched"]
     nearest = Preprocessing(image_size=SIZE, resize="nearest")
     with Opened(PixelKernels(find_ptx=symbol_as_ptx, preprocessing=p)) as opened:

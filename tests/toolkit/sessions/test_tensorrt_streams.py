@@ -37,7 +37,7 @@ def test_a_batch_of_any_number_is_cut_up_and_filled_up(batches, count):
         assert max(uploads, default=0) <= min(count, 4) * 4 * np.prod(INPUT)  # what it is filled up with stays here
 
 
-def test_a_pass_is_one_sequence_with_one_wait():
+def test_inference_makes_one_call_sequence_with_one_synchronisation():
     with Opened(graphs=False) as opened:
         first = opened.calls_of(2)
         assert first == [
@@ -83,7 +83,7 @@ def test_batches_are_filled_up_to_what_the_engine_takes(batches, sizes):
     assert all(engine.filled_up(images) >= images for images in range(1, batches[2] + 1))
 
 
-def test_buffers_that_move_leave_the_graphs_alone():
+def test_larger_batch_does_not_free_existing_cuda_graphs():
     with Opened() as opened:
         opened.calls_of(1, 1, 1)
         assert "free_graph" not in opened.calls_of(4)
@@ -91,7 +91,7 @@ def test_buffers_that_move_leave_the_graphs_alone():
 
 
 @pytest.mark.parametrize("refused", ["begin_capture", "end_capture", "launch", "capturable"])
-def test_what_cannot_be_recorded_is_done_call_by_call_and_said(refused, caplog):
+def test_capture_failure_falls_back_to_single_calls_with_one_warning(refused, caplog):
     with Opened() as opened:
         opened.calls_of(2)
         if refused == "capturable":
@@ -179,7 +179,7 @@ def test_an_image_that_is_too_large_leaves_the_stream_unchanged():
         ("", "says no reason"),
     ],
 )
-def test_a_refusal_of_tensorrt_is_one_line_in_its_words(method, said, wanted):
+def test_tensorrt_error_is_reported_in_one_line_and_the_session_recovers(method, said, wanted):
     with Opened() as opened:
         opened.trt.refused, opened.trt.refuses = {method}, said
         with pytest.raises(DeviceError, match=wanted) as caught:
@@ -280,17 +280,17 @@ def engine_of(
     return fake, Engine(fake, library, b"plan", host_code=host_code)
 
 
-def test_a_plan_that_the_library_refuses():
+def test_plan_refused_by_the_library_is_an_engine_error():
     with pytest.raises(EngineError, match=r"^TensorRT-RTX 1\.7\.1\.116 cannot load the plan: Version tag mismatch$"):
         engine_of(refuses="Version tag\n mismatch")
 
 
 @pytest.mark.parametrize("library", LIBRARY_NAMES)
-def test_code_for_the_processor_is_let_in_only_where_it_is_asked_for(library):
+def test_host_code_is_allowed_only_on_request(library):
     assert [engine_of(library, host_code=asked)[0].host_code for asked in (False, True)] == [[False], [True]]
 
 
-def test_an_engine_of_something_else():
+def test_engine_with_other_tensors_or_dtypes_is_refused():
     with pytest.raises(ArtefactError, match="pixel_values, logits, source_size; only"):
         engine_of(names=("pixel_values", "logits", "source_size"))
     with pytest.raises(ArtefactError, match="pixel_values is int8; it must be float32 or float16"):
@@ -376,7 +376,7 @@ def unloads_too_early(monkeypatch):
     ],
     ids=lambda fault: fault.__name__,
 )
-def test_a_planted_fault_is_noticed(fault, monkeypatch):
+def test_stream_session_fault_is_detected(fault, monkeypatch):
     fault(monkeypatch)
     p, _ = FORMS["stretched"]
     kernels = PixelKernels(find_ptx=symbol_as_ptx, preprocessing=p)

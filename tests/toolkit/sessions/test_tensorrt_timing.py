@@ -49,7 +49,7 @@ def test_a_batch_that_the_engine_does_not_take_at_once_takes_the_sum_of_its_piec
         assert opened.session.time_on_device(images_of(9), 0.0, 3).compute_ms == [3.0] * 3
 
 
-def test_it_goes_on_until_the_time_is_over(monkeypatch):
+def test_time_on_device_runs_until_the_duration_is_over(monkeypatch):
     clock = iter(range(1000))  # seconds
     monkeypatch.setattr(device_times.time, "perf_counter", lambda: float(next(clock)))
     with Opened() as opened:
@@ -160,7 +160,7 @@ def waits_for_every_launch(monkeypatch):
 
 
 @pytest.mark.parametrize("fault", [reads_before_the_event, waits_for_every_launch], ids=lambda fault: fault.__name__)
-def test_a_planted_fault_of_the_timing_is_noticed(fault, monkeypatch):
+def test_timing_fault_fails_the_launch_timing_test(fault, monkeypatch):
     fault(monkeypatch)
     with pytest.raises(AssertionError):
         test_launches_are_kept_in_flight_between_events_and_copies_are_apart()
@@ -204,7 +204,7 @@ def one_stream_twice(monkeypatch):
 @pytest.mark.parametrize(
     "fault", [waits_after_each, waits_for_nothing, one_stream_twice], ids=lambda fault: fault.__name__
 )
-def test_a_planted_fault_of_the_overlap_is_noticed(fault, monkeypatch):
+def test_overlap_fault_fails_the_overlap_check(fault, monkeypatch):
     fault(monkeypatch)
     opened = Opened()
     with pytest.raises(AssertionError):

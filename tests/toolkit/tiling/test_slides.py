@@ -71,7 +71,7 @@ def test_a_convolution_is_exact_where_every_windows_edge_is_farther_than_its_rad
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_a_planted_offset_of_one_pixel_is_caught(axis, tmp_path, monkeypatch):
+def test_one_pixel_offset_of_slide_rows_changes_the_mask(axis, tmp_path, monkeypatch):
     pixels = texture(SIZE)
     path = write_slide(tmp_path / "a.tif", pixels, levels=1)
     real = slides.label_rows
@@ -109,7 +109,7 @@ def test_rows_that_take_too_much_memory_are_refused(tmp_path, monkeypatch):
         streamed(pointwise, path, tmp_path)
 
 
-def test_a_stop_between_two_rows_leaves_nothing_behind(tmp_path):
+def test_interrupted_slide_segmentation_leaves_no_files(tmp_path):
     path = write_slide(tmp_path / "a.tif", texture(SIZE))
     slide = find_slide(path, None, None)
     assert slide is not None

@@ -63,7 +63,7 @@ def test_blended_logits_are_those_of_monai(run, size, overlap):
     np.testing.assert_allclose(blended(run, pixels, overlap=overlap), monai(run, pixels, overlap=overlap), atol=1e-5)
 
 
-def test_a_planted_offset_of_one_pixel_is_caught():
+def test_one_pixel_offset_differs_from_monai_sliding_window():
     pixels = pixels_of((40, 61))
     moved = blended(lambda batch: np.roll(pointwise(batch), 1, axis=3), pixels)
     assert np.abs(moved - monai(pointwise, pixels)).max() > 0.1
@@ -100,7 +100,7 @@ def test_every_pixel_is_covered_and_windows_stay_inside():
         assert first == sorted(set(first))
 
 
-def test_corners_of_windows_count():
+def test_window_weights_lie_between_0_001_and_1():
     assert weights((64, 64)).min() == pytest.approx(1e-3)
     assert weights((64, 64)).max() <= 1
 
@@ -110,7 +110,7 @@ def image_of(pixels, spacing=None):
 
 
 @pytest.mark.parametrize("size", [(70, 55), (10, 55), (9, 11)])
-def test_images_also_small_ones_get_labels_of_their_own_pixels(size):
+def test_tiled_labels_of_a_pointwise_network_equal_the_untiled_image(size):
     pixels = pixels_of(size)
     image = image_of(pixels)
     labels = segment(pointwise, image, CONTRACT, 1, pixels_to_masks=tiled(pointwise, image, CONTRACT, Tiles()))

@@ -252,7 +252,7 @@ def test_a_model_without_its_head_has_shorter_names(folder, copy):
 
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("layer", [-1, NUM_LAYERS, 10**6])
-def test_a_layer_that_is_not_there_says_which_are(source, layer, request):
+def test_missing_layer_error_lists_the_available_layers(source, layer, request):
     with pytest.raises(ArtefactError, match=f"no layer {layer}; it has 3: choose 0 to 2, or last"):
         extract(request.getfixturevalue(source), layer)
 
@@ -265,7 +265,7 @@ def test_a_layer_that_is_not_there_says_which_are(source, layer, request):
         ("gguf_file", "blk.N.*", {"output.weight", "token_embd.weight", "output_norm.weight"}),
     ],
 )
-def test_what_is_left_out_is_named_in_the_log_and_in_the_provenance(source, others, rest, request, caplog):
+def test_skipped_tensors_are_logged_and_recorded_in_the_provenance(source, others, rest, request, caplog):
     with caplog.at_level(logging.DEBUG, logger="medseg_trt"):
         skipped = extract(request.getfixturevalue(source), 1).provenance["skipped"]
     assert skipped == {**dict.fromkeys(rest, 1), f"{others}, the other layers": 9 * (NUM_LAYERS - 1)}

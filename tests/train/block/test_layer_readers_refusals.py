@@ -206,7 +206,7 @@ def test_a_pickle_is_refused_under_every_name_and_runs_nothing(name, copy, meta)
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.gguf", "weights.txt", "weights"])
 @pytest.mark.parametrize("content", [b"", b"once upon a time there was a layer\n" * 100, bytes(4096)])
-def test_a_file_of_something_else_is_refused(name, content, copy):
+def test_extract_refuses_files_of_other_content(name, content, copy):
     (copy / name).write_bytes(content)
     with pytest.raises(ArtefactError, match=re.escape(str(copy / name))):
         extract(copy / name)

@@ -118,7 +118,7 @@ FAULTS = {  # changes of the spec, or a function of llama.py that is replaced
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_tolerance_catches(fault, monkeypatch):
+def test_faulty_llama_block_exceeds_the_tolerance(fault, monkeypatch):
     layer = random_layer(replace(GEOMETRIES["grouped-query"], rotary=True, causal=True))
     tokens = random_tokens(layer.spec, 17, scale=1e-2)
     expected = transformers_answer(layer, tokens)
@@ -160,7 +160,7 @@ def numpy_answer(layer: LlamaBlock, tokens: np.ndarray, eps: float) -> np.ndarra
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
 @pytest.mark.parametrize("count", [1, 4, 49])
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_as_in_the_paper_it_is_numpy_in_float64(geometry, count, scale):
+def test_llama_block_without_rotary_and_mask_matches_numpy_float64(geometry, count, scale):
     layer = random_layer(GEOMETRIES[geometry]).double()
     tokens = random_tokens(layer.spec, count, scale).double()
     output = forward(layer, tokens).numpy()

@@ -68,7 +68,7 @@ def test_every_tensor_of_a_layer_is_joined_to_the_one_that_was_split(num_parts, 
         assert torch.equal(file.read(key), whole[key]), key
 
 
-def test_there_may_be_more_than_nine_parts(tmp_path):
+def test_meta_checkpoint_of_16_parts_is_joined(tmp_path):
     parts = make_parts(16)
     file = open_meta(write(tmp_path, parts))
     assert [path.name for path in file.parts] == [f"consolidated.{number:02}.pth" for number in range(16)]
@@ -241,7 +241,7 @@ def test_parameters_without_sense_are_refused(params, problem, tmp_path):
         extract(write(tmp_path, make_parts(), **params))
 
 
-def test_a_head_may_be_wider_than_its_share_of_the_width(tmp_path):
+def test_meta_head_dim_larger_than_width_over_heads_is_supported(tmp_path):
     (tensors,) = make_parts(1)
     for index in range(NUM_LAYERS):
         for letter in "qkv":

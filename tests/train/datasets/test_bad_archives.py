@@ -163,7 +163,7 @@ def test_prepared_files_of_another_number_of_classes_are_named(tmp_path):
         read_all(open_dataset("synapse", root, ANY))
 
 
-def test_a_dim_mask_is_neither_black_and_white_nor_labels(tmp_path):
+def test_mask_with_maximum_90_is_refused(tmp_path):
     root = write_busi(tmp_path)
     path = root / "benign" / "benign (2)_mask.png"
     PIL.Image.fromarray(np.full((32, 40), 90, np.uint8)).save(path)

@@ -60,7 +60,7 @@ def test_a_good_data_set_is_counted(tmp_path):
         lambda root: write_acdc(root, prepared=True),
     ],
 )
-def test_nothing_is_wrong_with_the_generated_archives(tmp_path, write):
+def test_check_data_finds_no_problems_in_generated_archives(tmp_path, write):
     assert check_data(write(tmp_path), ANY).problems == ()
 
 
@@ -77,7 +77,7 @@ def test_the_wrong_number_of_cases_is_one_fault_among_others(tmp_path):
     assert report.digest is None
 
 
-def test_every_wrong_mask_is_named_not_only_the_first(tmp_path):
+def test_check_data_names_every_unreadable_file(tmp_path):
     root = write_acdc(tmp_path, prepared=True)
     for name in ("patient001_frame01", "patient021_frame01"):
         (root / "ACDC_training_volumes" / f"{name}.h5").write_bytes(b"nothing")
@@ -124,7 +124,7 @@ def test_a_copy_in_two_splits_is_wrong_and_in_one_a_remark(tmp_path, shrink, pro
         assert ("Put all images of a patient into one split" in line) == is_leak
 
 
-def test_sequences_in_two_splits_are_wrong_and_the_remedy_works(tmp_path):
+def test_check_data_reports_sequence_leakage_and_group_by_fixes_it(tmp_path):
     root = write_clinicdb(tmp_path, 30, kaggle=True)
     (problem,) = check_data(root, ANY).problems
     assert "sequences are in two splits: sequence " in problem
@@ -139,7 +139,7 @@ def test_slices_in_two_splits_are_wrong(tmp_path):
     assert "share slices: scan0[4:9] (train and val)" in check_data(root).problems[0]
 
 
-def test_what_is_no_fault_is_remarked_on(tmp_path):
+def test_check_data_lists_remarks_that_are_no_problems(tmp_path):
     root = write_pictures(tmp_path, 6)
     PIL.Image.fromarray(np.zeros((32, 32), np.uint8)).save(root / "masks" / "case1.png")
     PIL.Image.fromarray(np.full((32, 32), 7, np.uint8)).save(root / "images" / "case2.png")
@@ -177,7 +177,7 @@ def test_given_splits_are_checked_too(tmp_path):
     assert "same pixels, in two splits: case0 (train) and case1 (test)" in check_data(root).problems[0]
 
 
-def test_a_folder_that_is_none_is_an_error(tmp_path):
+def test_check_data_refuses_a_folder_without_data_set(tmp_path):
     with pytest.raises(InputError, match="holds no known data set"):
         check_data(tmp_path)
 

@@ -35,7 +35,7 @@ def describe(root, content):
         ({key: value for key, value in DECATHLON.items() if key in ("labels", "modality")}, "data", "Decathlon's"),
     ],
 )
-def test_classes_come_from_the_files_of_others(tmp_path, content, name, origin):
+def test_classes_are_read_from_nnunet_and_decathlon_dataset_json(tmp_path, content, name, origin):
     root = write_volumes(tmp_path / "data", 2)
     (root / "images").rename(root / "imagesTr")
     (root / "masks").rename(root / "labelsTr")
@@ -64,7 +64,7 @@ def test_labels_are_ordered_by_their_number_not_by_their_place(tmp_path):
         (DECATHLON | {"training": [{"label": "x"}]}, "not listed as pairs"),
     ],
 )
-def test_what_cannot_be_taken_over_says_which_fields_ours_has(tmp_path, content, message):
+def test_unsupported_nnunet_or_decathlon_json_error_lists_the_own_fields(tmp_path, content, message):
     root = write_volumes(tmp_path, 2)
     describe(root, content)
     with pytest.raises(

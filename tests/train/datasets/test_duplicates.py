@@ -95,12 +95,12 @@ def test_frames_of_one_sequence_may_look_alike_but_not_be_the_same():
     assert len(find_duplicates(hashes, ["film", "film 2", "film 3"])) == 3
 
 
-def test_pictures_of_one_grey_are_copies_of_nothing():
+def test_constant_images_are_no_duplicates():
     hashes = [image_hash(np.full((*SIZE, 1), value, np.uint8)) for value in (0, 0, 90)]
     assert find_duplicates(hashes, [None] * 3) == []
 
 
-def test_what_lies_outside_the_window_does_not_matter():
+def test_image_hash_ignores_values_outside_the_window():
     scan = 1.5 * textured(0)[np.newaxis, ..., :1] - 100
     metal = scan.copy()
     metal[0, 20:24, 30:34] = 20_000

@@ -277,7 +277,7 @@ def digest(root):
     return manifest_sha256(open_folder(root).manifest())
 
 
-def test_the_digest_does_not_depend_on_the_place(tmp_path):
+def test_data_digest_is_independent_of_the_folder_path(tmp_path):
     root = write_volumes(tmp_path / "here")
     before = digest(root)
     assert digest(shutil.copytree(root, tmp_path / "there" / "renamed")) == before
@@ -328,7 +328,7 @@ def test_the_digest_changes_with_whatever_training_depends_on(tmp_path, change):
     assert digest(root) != before
 
 
-def test_nothing_is_said_of_a_good_folder(tmp_path, caplog):
+def test_valid_data_folder_logs_no_warnings(tmp_path, caplog):
     caplog.set_level(logging.WARNING, "medseg_trt")
     open_folder(write_volumes(tmp_path))
     assert caplog.text == ""

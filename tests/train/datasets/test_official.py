@@ -88,7 +88,7 @@ def test_the_data_set_is_told_by_its_layout(archives, layout, caplog):
 
 
 @pytest.mark.parametrize("layout", ["busi", "synapse", "synapse, TransUNet", "acdc"])
-def test_the_folder_above_will_do_too(archives, layout):
+def test_data_set_is_found_in_a_sub_folder(archives, layout):
     root = archives[layout]
     assert names(all_cases(open_dataset(LAYOUTS[layout][0], root.parent, ANY))) == names(
         all_cases(open_dataset(LAYOUTS[layout][0], root, ANY))
@@ -192,7 +192,7 @@ def test_sequences_that_nobody_wrote_down_cannot_be_kept_together(archives):
         open_dataset("clinicdb", archives["clinicdb"], DataOptions(count="any", group_by="sequence"))
 
 
-def test_kaggles_tiff_files_are_preferred_and_its_pictures_do(tmp_path):
+def test_clinicdb_prefers_tiff_and_falls_back_to_png(tmp_path):
     root = write_clinicdb(tmp_path, kaggle=True)
     data = open_dataset("clinicdb", root, ANY)
     assert {file.suffix for case in all_cases(data) for file in case.files} == {".tif"}
@@ -334,7 +334,7 @@ def test_a_folder_of_ones_own_is_read_as_before(tmp_path):
     assert "how" not in data.manifest()
 
 
-def test_what_is_known_is_listed_where_nothing_is_found(tmp_path):
+def test_open_dataset_error_lists_the_known_data_sets(tmp_path):
     with pytest.raises(InputError, match=r"holds no known data set.*images/ with masks/.*busi: benign/.*acdc: "):
         open_dataset(None, tmp_path)
     with pytest.raises(InputError, match="does not exist"):

@@ -152,7 +152,7 @@ def test_an_ending_that_pairs_all_but_one_is_refused_with_the_nearest_name(tmp_p
 
 
 @pytest.mark.parametrize(("count", "text"), [(1, "1 pair;"), (2, "2 pairs;")])
-def test_counts_are_in_the_right_number(tmp_path, count, text):
+def test_unpaired_error_uses_singular_and_plural(tmp_path, count, text):
     root = write_pictures(tmp_path, count + 1)
     (root / "masks" / f"case{count}.png").unlink()
     with pytest.raises(InputError, match=rf"{text} without a partner: 1 image and 0 masks"):
@@ -172,7 +172,7 @@ def test_numbered_pictures_are_no_channels_and_channels_are_no_pictures(tmp_path
         find_pairs(root)
 
 
-def test_slicers_second_suffix_counts_as_one(tmp_path):
+def test_seg_nrrd_suffix_is_stripped_when_pairing(tmp_path):
     root = write_volumes(tmp_path, 2)
     for number in range(2):
         (root / "masks" / f"scan{number}.nii.gz").unlink()

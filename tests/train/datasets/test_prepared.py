@@ -88,7 +88,7 @@ def test_a_bad_label_in_the_last_file_is_found_before_anything_is_written(tmp_pa
     assert len(prepare_slices(cases[:-1], PICTURES, 3, tmp_path / "out").images) == 4  # the others were good
 
 
-def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
+def test_prepare_slices_refuses_before_writing_if_the_disk_is_too_full(tmp_path, monkeypatch):
     cases = cases_of(write_pictures(tmp_path / "data", 5))
     bytes_wanted = 5 * 32 * 48 * (3 * 4 + 1)
     usage = {"free": bytes_wanted - 1}

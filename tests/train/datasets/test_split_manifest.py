@@ -140,7 +140,7 @@ def test_the_manifest_of_another_data_set_is_named(run, tmp_path):
         ('{"classes": ["a", "b"], "splits": {}, "files": {}}', "of the classes a, b, but"),
     ],
 )
-def test_what_is_no_manifest_is_refused(busi, tmp_path, content, message):
+def test_invalid_split_manifest_is_refused(busi, tmp_path, content, message):
     path = tmp_path / "splits.json"
     path.write_text(content)
     with pytest.raises(InputError, match=message):
@@ -161,7 +161,7 @@ def test_a_huge_manifest_is_not_read(tmp_path):
         read_split_manifest(tmp_path / "splits.json")
 
 
-def test_an_order_names_every_case_once(tmp_path):
+def test_read_order_refuses_duplicates_and_binary_files(tmp_path):
     path = tmp_path / "order.txt"
     path.write_text("b\n\n a \n")
     assert read_order(path) == ["b", "a"]

@@ -26,7 +26,7 @@ def test_every_file_is_in_one_part_and_a_fifth_is_for_validation(count, seed):
     assert train
 
 
-def test_the_seed_decides():
+def test_split_files_is_deterministic_per_seed():
     assert split_files(range(50), 1) == split_files(range(50), 1)
     assert split_files(range(50), 1) != split_files(range(50), 2)
 
@@ -118,6 +118,6 @@ def test_the_seeds_of_several_splits_begin_with_the_papers():
 
 
 @pytest.mark.parametrize("groups", [None, ["a"] * 6, ["a"] * 3 + ["b"] * 3])
-def test_what_cannot_be_divided_is_refused(groups):
+def test_paper_split_refuses_too_few_cases_or_groups(groups):
     with pytest.raises(InputError, match="cannot be divided"):
         paper_split(range(2 if groups is None else 6), groups=groups)

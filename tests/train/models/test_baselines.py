@@ -168,7 +168,7 @@ def test_an_image_size_that_cannot_be_is_refused_with_one_that_can(architecture,
 
 
 @pytest.mark.parametrize(("window", "size"), [(7, 448), (8, 64), (8, 128), (8, 512)])
-def test_a_fixed_window_works_where_the_published_code_works(window, size):
+def test_swin_unet_supports_fixed_windows_of_7_and_8(window, size):
     spec = SwinUNetSpec(image_size=(size, size), num_classes=1, window=window)
     with torch.device("meta"):
         assert build_model(spec)(torch.empty(1, 3, size, size)).shape == (1, 1, size, size)
@@ -231,7 +231,7 @@ def difference(architecture: str, details: Details) -> float:
 
 
 @pytest.mark.parametrize("architecture", ORACLES)
-def test_every_value_is_that_of_the_oracle(architecture):
+def test_baseline_logits_equal_the_float64_oracle(architecture):
     assert difference(architecture, Details()) < FLOAT64
 
 
@@ -259,7 +259,7 @@ FAULTS: dict[str, dict[str, dict[str, Any]]] = {
 @pytest.mark.parametrize(
     ("architecture", "fault"), [(architecture, fault) for architecture, faults in FAULTS.items() for fault in faults]
 )
-def test_the_tolerance_catches(architecture, fault):
+def test_faulty_baseline_detail_exceeds_the_tolerance(architecture, fault):
     wrong = difference(architecture, Details(**FAULTS[architecture][fault]))
     assert wrong > 1e5 * FLOAT64, "the smallest, an eps, moves the logits by 8e-5"
 

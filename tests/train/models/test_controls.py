@@ -27,7 +27,7 @@ def tokens() -> torch.Tensor:
     return torch.randn(4, 4, 48, generator=torch.Generator().manual_seed(3))
 
 
-def test_gelu_makes_an_mlp_of_the_two_maps():
+def test_gelu_control_insert_equals_mapper_gelu_norm_mapper():
     insert = made(InsertSpec(weights="gelu")).insert
     first, second = (getattr(insert, name).weight.detach().double().numpy() for name in ("mapper1", "mapper2"))
     x = tokens().double().numpy() @ first.T
@@ -42,7 +42,7 @@ def test_affine_is_one_map():
     torch.testing.assert_close(insert(tokens()), expected, atol=ROUNDING, rtol=0)
 
 
-def test_the_full_networks_map_has_600_thousand_parameters():
+def test_affine_insert_of_llm_transunet_has_590592_parameters():
     with torch.device("meta"):
         model = build_model(model_spec("llm-transunet", (224, 224), 9, InsertSpec(weights="affine")))
     assert model.insert is not None
@@ -99,7 +99,7 @@ def test_a_block_for_training_alone_is_in_half_of_a_batch_and_in_no_result():
     ],
     ids=str,
 )
-def test_folding_keeps_the_function_and_says_what_does_not_apply(insert, reason):
+def test_folding_control_inserts_preserves_logits_and_reports_the_reason(insert, reason):
     model = made(insert).double().eval()
     image = torch.randn(2, 3, *SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -88,7 +88,7 @@ def test_the_seed_decides_the_weights():
         ("nosuchmodule:net", "there is no module nosuchmodule"),
     ],
 )
-def test_what_does_not_fit_is_one_line(architecture, message):
+def test_invalid_external_architecture_is_refused_in_one_line(architecture, message):
     with pytest.raises(UsageError, match=message) as caught:
         model_spec(architecture, (48, 48), 1)
     assert "\n" not in str(caught.value)

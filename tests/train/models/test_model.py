@@ -79,7 +79,7 @@ def test_an_unknown_architecture_lists_the_known_ones():
         model_spec("transnet", (32, 32), 2)
 
 
-def test_impossible_specs_are_refused():
+def test_inconsistent_head_counts_are_refused():
     with pytest.raises(ValueError, match="cannot share"):
         BlockSpec(num_heads=9, num_kv_heads=2)
     with pytest.raises(ValueError, match="multiple of num_heads"):

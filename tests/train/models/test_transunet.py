@@ -118,7 +118,7 @@ def test_the_shortcut_is_normalised_per_channel():
     assert (norm.num_groups, norm.eps) == (128, 1e-5)
 
 
-def test_two_models_of_different_specs_disturb_neither():
+def test_building_another_model_does_not_change_an_existing_one():
     torch.manual_seed(0)
     first = TransUNet(transunet_tiny((32, 32), 2)).eval()
     image = torch.randn(1, 3, 32, 32)

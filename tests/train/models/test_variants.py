@@ -196,7 +196,7 @@ def own_norm(name: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_tolerance_catches(fault):
+def test_faulty_insert_variant_exceeds_the_tolerance(fault):
     name, change = FAULTS[fault]
     model = make_model(VARIANTS[name], TOKENS)
     into, out = encoder(model)
@@ -217,7 +217,7 @@ def test_the_tolerance_catches_a_switch_that_is_off(name, switch):
     assert np.abs(out - faulty).max() > 1e3 * FLOAT32_ANGLES
 
 
-def test_encoder_norm_undoes_the_unit_norm_where_nothing_stands_between():
+def test_unit_final_norm_before_encoder_norm_has_no_effect_without_residual():
     """So that these two arms of an ablation are one, but for the eps of 1e-6 in encoder_norm."""
     without, with_norm = (encoder(make_model(variant(norm=norm), TOKENS))[1] for norm in ("none", "ones"))
     assert 0 < np.abs(without - with_norm).max() < 1e-4

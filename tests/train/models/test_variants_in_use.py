@@ -67,7 +67,7 @@ ATTENTION, MLP = 4 * 4096**2 + 4096, 3 * 4096 * 11008 + 4096  # each with its no
         ({"trainable": True, "weights": "random", "parts": "mlp", "num_layers": 2}, 2 * MLP, FINAL_NORM),
     ],
 )
-def test_what_is_trained_and_what_is_frozen_to_the_unit(insert, trainable, frozen):
+def test_trainable_and_frozen_parameter_counts_of_insert_variants(insert, trainable, frozen):
     with torch.device("meta"):
         counts = count_parameters(build_model(model_spec("llm-transunet", (256, 256), 1, InsertSpec(**insert))))
     assert (counts["trainable"], counts["frozen"]) == (TRANSUNET_AND_MAPS + trainable, frozen)
@@ -91,7 +91,7 @@ def test_a_step_changes_all_that_is_trained_and_nothing_that_is_frozen(name, dty
     assert ("insert.final_norm.weight" in before) == (VARIANTS[name].insert.norm != "none")
 
 
-def test_maps_of_pang_et_al_are_narrow_and_cut_off_and_change_nothing_else():
+def test_mapper_init_trunc02_draws_mappers_with_std_0_02():
     spec = model_spec("llm-transunet-small", SIZE, 3, InsertSpec(mapper_init="trunc02", weights="random"))
     maps: list[torch.Tensor] = []
     for chosen in (spec, replace(spec, insert=replace(spec.insert, mapper_init="default"))):
@@ -154,7 +154,7 @@ def weights_of(insert: InsertSpec, blocks: Sequence[FrozenBlock] = ()) -> list[W
 
 
 @pytest.mark.parametrize("kind", ["random", "shuffled"])
-def test_the_seed_and_the_place_decide_the_weights_and_nothing_else_does(kind):
+def test_random_and_shuffled_weights_depend_only_on_seed_and_position(kind):
     insert = InsertSpec(weights=kind, num_layers=2, seed=5)
     blocks = language_model()
     first = weights_of(insert, blocks)
@@ -172,7 +172,7 @@ def test_the_seed_and_the_place_decide_the_weights_and_nothing_else_does(kind):
     assert not np.array_equal(first[1][query], other[0][query])  # the layers of one seed are not the next one's
 
 
-def test_shuffling_keeps_the_values_of_every_tensor_and_their_type_and_no_place():
+def test_shuffled_weights_are_permutations_of_the_same_dtype_and_shape():
     source = language_model(1)[0]
     block = replace(source, tensors={name: tensor.bfloat16() for name, tensor in source.tensors.items()})
     (layer,) = layer_weights(InsertSpec(weights="shuffled"), TINY_LLAMA, [block])
@@ -389,7 +389,7 @@ def test_a_variant_that_takes_from_the_language_model_asks_for_the_block(changes
         ("insert.seed=-1", "seed 0 or more"),
     ],
 )
-def test_a_wrong_change_is_explained(change, message):
+def test_invalid_insert_options_are_refused_with_an_explanation(change, message):
     with pytest.raises(UsageError, match=message):
         recipe("folder", change.split())
 

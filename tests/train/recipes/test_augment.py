@@ -23,7 +23,7 @@ def square(size=(48, 64)):
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 @pytest.mark.parametrize("size", [(48, 48), (48, 64)])
-def test_labels_stay_on_what_they_label(name, size):
+def test_augmentation_moves_labels_with_the_image(name, size):
     image, labels = square(size)
     for seed in range(20):
         moved, moved_labels = augment(
@@ -38,7 +38,7 @@ def test_labels_stay_on_what_they_label(name, size):
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_the_generator_decides(name):
+def test_augmentation_is_deterministic_per_generator_seed(name):
     image, labels = square()
     step = Step(name=name, options=OPTIONS.get(name, {}))
     first, second = (augment(image, labels, [step], np.random.default_rng(5))[0] for _ in range(2))

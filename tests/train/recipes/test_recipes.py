@@ -41,7 +41,7 @@ def test_fields_are_changed_at_any_depth():
         ('augmentation=[{"name": "affine", "options": {"degrees": 5}}]', "degrees, scale, shift; given are: degrees"),
     ],
 )
-def test_a_wrong_change_is_explained(change, message):
+def test_invalid_recipe_change_is_refused_with_an_explanation(change, message):
     with pytest.raises(UsageError, match=message.replace("[", r"\[")):
         recipe("organs-demo", [change])
 

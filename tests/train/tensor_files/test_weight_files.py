@@ -98,7 +98,7 @@ def test_plain_tensors_have_every_value_in_their_storage():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("index", [0, 500, 999])
-def test_one_value_that_is_not_finite_is_found(dtype, bad, index):
+def test_is_finite_detects_one_nan_or_infinity(dtype, bad, index):
     values = torch.linspace(-60000, 60000, 1000).to(dtype)
     assert is_finite(values)
     values[index] = bad
@@ -117,7 +117,7 @@ def test_a_description_that_is_no_json_object_is_refused(text, tmp_path):
         read_json(tmp_path / "params.json")
 
 
-def test_a_description_without_end_is_not_read(tmp_path):
+def test_read_json_refuses_a_huge_file(tmp_path):
     with (tmp_path / "params.json").open("wb") as file:
         file.truncate(1 << 40)  # a hole: no disk holds it, and no memory would
     with pytest.raises(ArtefactError, match=r"params\.json has more than 16777216 bytes"):

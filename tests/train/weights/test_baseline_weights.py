@@ -94,7 +94,7 @@ def test_the_logits_are_those_of_the_published_forward_pass(architecture, prefix
         (lambda state: {"net": {f"module.{name}": tensor for name, tensor in state.items()}}, "unet-tiny"),
     ],
 )
-def test_what_lies_around_the_weights_is_left_out(wrap, architecture, tmp_path):
+def test_wrapped_baseline_state_dicts_are_imported(wrap, architecture, tmp_path):
     state = official_state(architecture)
     checkpoint = imported(tmp_path, wrap(state), architecture)
     assert largest_difference(checkpoint, state, architecture) < FLOAT32
@@ -177,7 +177,7 @@ FIRST = "layers.0.blocks.0.attn"
         ("swin-unet-tiny", with_tensor("other.attn_mask", torch.zeros(1, 0, 0)), r"other\.attn_mask is not what"),
     ],
 )
-def test_what_does_not_fit_is_named_and_refused(architecture, change, message, tmp_path):
+def test_mismatched_baseline_weights_are_refused(architecture, change, message, tmp_path):
     with pytest.raises(ArtefactError, match=message) as caught:
         imported(tmp_path, change(official_state(architecture)), architecture)
     assert "\n" not in str(caught.value)

@@ -142,7 +142,7 @@ def npz(tmp_path_factory):
 
 
 @pytest.mark.parametrize("size", [(32, 32), (224, 224), (256, 256), (64, 96)])
-def test_every_array_of_an_npz_comes_to_its_place_or_is_named(npz, size):
+def test_load_encoder_loads_or_reports_every_npz_array(npz, size):
     model, arrays = tiny_model(size), npz_arrays()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert tuple(load_encoder(model, npz)) == UNUSED
@@ -223,7 +223,7 @@ def broken(tmp_path, **changes):
         ({"Transformer/posembed_input/pos_embedding": np.zeros((1, 199, HIDDEN), np.float32)}, "pos_embedding is"),
     ],
 )
-def test_a_file_that_does_not_fit_is_refused(tmp_path, changes, message):
+def test_load_encoder_refuses_mismatched_arrays(tmp_path, changes, message):
     with pytest.raises(ArtefactError, match=message):
         load_encoder(tiny_model(), broken(tmp_path, **changes))
 
@@ -274,7 +274,7 @@ def test_a_recipe_that_wants_weights_says_where_they_are_and_how_to_go_without(s
     assert not (tmp_path / "run" / "last.pt").exists()
 
 
-def test_the_command_takes_the_file_and_records_it(source, npz, tmp_path, no_curve):
+def test_train_command_loads_pretrained_weights_and_records_them(source, npz, tmp_path, no_curve):
     data, block = source
     run = ["train", "--recipe", "folder", "--data", str(data.root), "--block", str(block), "--weights", str(npz)]
     run += [part for change in tiny_changes("train.epochs=0") for part in ("--set", change)]

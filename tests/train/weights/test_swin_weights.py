@@ -154,7 +154,7 @@ def test_as_many_tensors_go_into_ds_transunet_as_published():
         ("swin-unet-tiny", lambda state: swin_state(16, (2, 2, 6, 2), (1, 2, 4, 8)), r"is \(16, 3, 4, 4\)"),
     ],
 )
-def test_what_does_not_fit_is_refused(architecture, change, message, tmp_path):
+def test_mismatched_swin_weights_are_refused(architecture, change, message, tmp_path):
     model = build_model(model_spec(architecture, (32, 32), 1))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ArtefactError, match=message):

@@ -106,7 +106,7 @@ def test_the_published_network_has_no_rotary_embedding(tmp_path):
         assert distance(run(derive(dialect, graph, SIZE, 3)), expected) < TOLERANCE
 
 
-def test_every_rule_that_fuses_nothing_gives_its_reason(tmp_path):
+def test_fusion_rule_without_matches_reports_its_reason(tmp_path):
     _, results = fuse(trace(folded(tmp_path, rotary=False)))
     assert {rule: result.reason for rule, result in results.items() if not result.count} == {
         "rms_norms": "no RMSNormalization over the last axis with one weight per column is left",
@@ -192,7 +192,7 @@ def replace_function(graph, name, body):
     "fault",
     [wrong_epsilon, residual_left_out, gate_and_up_swapped, turned_the_other_way, heads_of_query_and_key_confused],
 )
-def test_the_tolerance_catches(fused, expected, fault):
+def test_faulty_fused_graph_exceeds_the_tolerance(fused, expected, fault):
     broken = edited(fused)
     fault(broken)
     assert distance(run(broken), expected) > 10 * TOLERANCE
@@ -247,7 +247,7 @@ def test_a_pattern_that_differs_in_any_part_is_not_fused(traced, edit, rule):
         assert distance(run(fused_other), run(other)) < TOLERANCE
 
 
-def test_a_product_inside_a_function_is_caught(fused):
+def test_check_functions_refuses_a_matmul_inside_a_function_body(fused):
     broken = edited(fused)
     replace_function(broken, "SwiGLU", "SwiGLU (gate_up) => (y) { y = MatMul (gate_up, gate_up) }")
     with pytest.raises(MedsegError, match="function SwiGLU holds MatMul"):
@@ -261,14 +261,14 @@ def test_a_call_without_a_body_is_caught(fused):
         check_functions(broken.model)
 
 
-def test_a_call_that_lost_its_plugin_is_caught(fused):
+def test_check_functions_refuses_a_call_without_plugin_namespace(fused):
     broken = edited(fused)
     del calls(broken, "SwiGLU")[0].attributes["plugin_namespace"]
     with pytest.raises(MedsegError, match="does not name its plugin"):
         check_functions(broken.model)
 
 
-def test_a_doubled_name_is_caught(fused):
+def test_check_refuses_two_nodes_with_the_same_name(fused):
     broken = edited(fused)
     calls(broken, "SwiGLU")[0].name = calls(broken, "AddRMSNorm")[0].name
     with pytest.raises(MedsegError, match="2 nodes are called"):

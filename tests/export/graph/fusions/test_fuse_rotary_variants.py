@@ -137,7 +137,7 @@ VARIANTS: Mapping[str, Variant] = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_rotation_is_fused_only_in_the_form_that_the_node_computes(name):
+def test_rotary_embedding_is_fused_only_for_the_exact_pattern(name):
     fused, texts, values = VARIANTS[name]
     lines = LINES
     for old, new in texts.items():

@@ -119,12 +119,12 @@ def test_every_figure_of_the_page_is_in_the_json(text, data):
 
 
 @pytest.mark.parametrize("plant", ["<p>and 4711 more</p>", "<td>0.98765</td>", "<p>in 17 ms</p>"])
-def test_a_figure_of_nowhere_is_found(text, data, plant):
+def test_html_number_without_json_value_is_detected(text, data, plant):
     page = Page(text.replace("<main>", f"<main>{plant}"))
     assert len(unknown_numbers(page, data)) == len(unknown_numbers(Page(text), data)) + 1
 
 
-def test_the_page_loads_nothing(text):
+def test_html_report_loads_no_external_resources(text):
     for tag, attributes in Page(text).tags:
         for name in ("src", "href", "xlink:href", "data", "action", "srcset"):
             address = attributes.get(name) or "#"
@@ -134,7 +134,7 @@ def test_the_page_loads_nothing(text):
     assert "<script" not in text
 
 
-def test_names_from_outside_are_text_in_both_pages(measured, tmp_path):
+def test_hostile_names_are_escaped_in_html_and_markdown(measured, tmp_path):
     """A class, a case or a reason may be called anything; a dollar sign would begin a formula of Matplotlib."""
     name, short = "<script>alert(1)</script>[x](javascript:y)`$\\frac$|", "<script>$\\frac$|"
     rows = [replace(row, name=f"{short}{row.name}", energy=Missing(reason=name)) for row in measured.report.rows]
@@ -157,7 +157,7 @@ def test_names_from_outside_are_text_in_both_pages(measured, tmp_path):
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table_lines}) == 1
 
 
-def test_the_page_can_be_read_by_everybody(text):
+def test_html_report_has_accessible_markup(text):
     page = Page(text)
     tags = [tag for tag, _ in page.tags]
     assert tags.count("h1") == tags.count("main") == tags.count("title") == 1
@@ -183,7 +183,7 @@ def test_drawings_take_their_colours_from_the_page(text):
         assert defined.count(name) >= (1 if name == "--font" else 3)  # for light, dark and paper
 
 
-def test_what_is_missing_says_why(measured, text):
+def test_html_report_gives_the_reason_of_missing_energy(measured, text):
     reasons = {row.latency["model+transfers"].reason for row in measured.report.rows}
     assert len(reasons) == 1
     (energy,) = {row.energy.reason for row in measured.report.rows if isinstance(row.energy, Missing)} or {""}
@@ -231,7 +231,7 @@ def test_a_hostile_name_stays_text(measured, tmp_path):
         ),
     ],
 )
-def test_what_a_row_says_stands_on_the_page(measured, tmp_path, changes, words):
+def test_row_failures_and_statements_appear_in_the_html_report(measured, tmp_path, changes, words):
     other = changed(measured, **changes)
     write_report(other, tmp_path)
     page = Page((tmp_path / "index.html").read_text(encoding="utf-8"))
@@ -294,11 +294,11 @@ def test_without_the_extra_the_json_is_written_and_the_rest_is_said(measured, tm
         (7, "d", 1.0, "7"),
     ],
 )
-def test_figures_are_written_as_people_do(value, spec, scale, text):
+def test_formatted_applies_scale_spec_and_typographic_minus(value, spec, scale, text):
     assert formatted(value, spec, scale) == text
 
 
-def test_a_figure_that_is_not_there_leaves_its_reason_below():
+def test_missing_figure_is_a_dash_with_a_footnote():
     figures = Figures(data={"a": {"reason": "no <meter>"}, "b": None, "c": {"reason": "no card"}}, markup=True)
     assert [figures.n(path, "d") for path in ("a.deep.er", "b", "c", "a")] == [
         "–<sup>a</sup>",

@@ -89,7 +89,7 @@ def test_the_page_fetches_nothing_says_nothing_and_fits(browser, page, measured,
     assert seen["wide"] <= 0  # wide tables scroll by themselves
 
 
-def test_what_a_page_fetches_says_or_breaks_is_seen(browser, page, tmp_path):
+def test_browser_check_detects_fetches_console_errors_and_overflow(browser, page, tmp_path):
     plant = (
         '<img src="http://127.0.0.1:9/x.png" alt="x"><script>console.error("planted")</script>'
         '<div style="width: 3000px">wide</div>'

@@ -48,7 +48,7 @@ def test_the_stem_is_the_cases_name(path, tmp_path):
     assert find_images([tmp_path]) == [Source(path=path, files=(path,), stem=output_stem(path))]
 
 
-def test_scribbles_beside_the_labels_are_left_alone(path):
+def test_additional_scribble_array_is_ignored(path):
     write(path, image=IMAGE, label=LABEL, scribble=LABEL)
     assert read_image(path).size == (5, 4)
 
@@ -66,7 +66,7 @@ def test_scribbles_beside_the_labels_are_left_alone(path):
         ({"image": np.full_like(IMAGE, np.nan), "label": LABEL}, "60 NaN or infinite"),
     ],
 )
-def test_what_is_wrong_with_the_arrays_is_named(path, arrays, message):
+def test_invalid_npz_or_hdf5_arrays_are_refused_with_the_reason(path, arrays, message):
     write(path, **arrays)
     with pytest.raises(InputError, match=rf"{path.name}.*{message}"):
         read_image(path)
@@ -124,7 +124,7 @@ def test_sizes_are_checked_before_anything_is_unpacked(tmp_path, shape, message)
 
 
 @pytest.mark.parametrize("header", [b"{'descr': '<f4', 'shape': (3\n", b"{'descr': 'a\n", b"{\x00}\n", b"\n"])
-def test_a_header_that_is_no_python_is_named(tmp_path, header):
+def test_malformed_npy_header_is_refused(tmp_path, header):
     padded = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
     with zipfile.ZipFile(tmp_path / "case.npz", "w") as archive:
         archive.writestr("image.npy", padded)

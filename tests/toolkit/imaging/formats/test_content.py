@@ -46,7 +46,7 @@ def write_kind(kind: str, path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [".png", ".jpg", ".bmp", ".tif", ".nii", ".nii.gz", ".nrrd", ".npz", ".h5", ".dcm"])
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif", "a.nii", "a.nii.gz", "a.nrrd", "a.npz", "a.dcm", "a"])
-def test_every_kind_is_read_under_every_name_and_its_mask_is_called_as_it_should(kind, name, tmp_path):
+def test_file_format_is_detected_by_content_and_determines_the_mask_suffix(kind, name, tmp_path):
     write_kind(kind, tmp_path / f"right{kind}")
     write_kind(kind, tmp_path / name)
     expected, image = read_image(tmp_path / f"right{kind}"), read_image(tmp_path / name)
@@ -57,7 +57,7 @@ def test_every_kind_is_read_under_every_name_and_its_mask_is_called_as_it_should
     np.testing.assert_array_equal(read_labels(path, image, 3), labels)
 
 
-def test_a_note_says_that_the_content_is_not_what_the_name_says(tmp_path, caplog):
+def test_mismatch_of_content_and_suffix_is_logged(tmp_path, caplog):
     for kind, name in (
         (".png", "a.jpg"),
         (".tif", "b.png"),
@@ -94,7 +94,7 @@ OTHER_KINDS = {
 
 @pytest.mark.parametrize("kind", list(OTHER_KINDS))
 @pytest.mark.parametrize("name", ["a.png", "a.tif", "a.nii.gz", "a.xyz"])
-def test_what_is_not_read_is_named_with_what_to_convert_it_to(kind, name, tmp_path):
+def test_unsupported_format_error_suggests_a_conversion(kind, name, tmp_path):
     OTHER_KINDS[kind](tmp_path / name)
     with pytest.raises(
         InputError, match=rf"{name} is a {kind}.* which is not supported; (convert|save|unpack) "
@@ -103,7 +103,7 @@ def test_what_is_not_read_is_named_with_what_to_convert_it_to(kind, name, tmp_pa
     assert "\n" not in str(caught.value)
 
 
-def test_a_metaimage_is_named(tmp_path):
+def test_metaimage_is_refused_with_conversion_advice(tmp_path):
     metaimage(tmp_path / "a.mha")
     (tmp_path / "a.mha").rename(tmp_path / "a.nii")
     with pytest.raises(InputError, match=r"a\.nii is a MetaImage file.*convert it to NIfTI or NRRD"):
@@ -121,7 +121,7 @@ def test_an_empty_or_unknown_file_is_named_as_such(name, content, message, tmp_p
         read_image(tmp_path / name)
 
 
-def test_in_a_folder_a_dicom_file_with_the_name_of_a_picture_comes_once_and_a_bad_file_stops_itself_alone(tmp_path):
+def test_files_with_wrong_suffixes_in_a_folder_are_found_once_each(tmp_path):
     write_kind(".dcm", tmp_path / "b.png")
     write_kind(".png", tmp_path / "c.dcm")
     PIL.Image.fromarray(GREY).save(tmp_path / "d.jpg", format="WEBP")

@@ -220,7 +220,7 @@ def test_a_picture_without_a_place_gets_a_png(tmp_path):
     assert path.name == "xray.png"
 
 
-def test_frames_without_a_place_are_a_stack_with_a_mask_of_as_many_pages(tmp_path, caplog):
+def test_dicom_frames_without_positions_get_a_multipage_tiff_mask(tmp_path, caplog):
     image = read_image(save(tmp_path / "cine.dcm", dataset(numbers())))
     assert "gives no positions of its frames" in caplog.text
     np.testing.assert_array_equal(image.pixels[..., 0], numbers())

@@ -60,7 +60,7 @@ def test_slices_that_share_one_uid_are_all_used_with_one_warning(tmp_path, caplo
 
 
 @pytest.mark.parametrize("uid", ["same", "new", "none"])
-def test_a_copy_is_told_by_place_and_pixels_whatever_its_uid(uid, tmp_path, caplog):
+def test_duplicate_dicom_slice_is_detected_by_position_and_pixels(uid, tmp_path, caplog):
     folder = save_slices(tmp_path / "scan")
     copy = folder / "IM0002 (1).dcm"
     if uid == "same":

@@ -45,7 +45,7 @@ def test_a_bmp_keeps_its_colours(mode, tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_photograph_is_turned_upright_and_its_mask_is_stored_as_it_is_stored(orientation, tmp_path):
+def test_exif_rotation_is_applied_to_the_image_and_undone_in_the_mask(orientation, tmp_path):
     exif = PIL.Image.Exif()
     exif[EXIF_ORIENTATION] = orientation
     smooth().save(tmp_path / "a.jpg", exif=exif, quality=95)
@@ -147,7 +147,7 @@ def test_a_jpeg_that_says_it_is_huge_is_not_decoded(tmp_path, monkeypatch):
         read_image(path)
 
 
-def test_a_picture_mask_that_comes_out_wrong_is_not_written(tmp_path, monkeypatch):
+def test_png_mask_that_differs_when_read_back_is_not_written(tmp_path, monkeypatch):
     smooth().save(tmp_path / "a.png")
     mask = Mask.of(read_image(tmp_path / "a.png"), np.ones((1, *SIZE), np.uint8), LESION)
     read_back = images_2d._decode

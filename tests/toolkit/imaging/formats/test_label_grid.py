@@ -62,7 +62,7 @@ CASES = {  # the mask's affine, and whether it is the image's grid
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_share_of_the_voxel_decides(tmp_path, case):
+def test_mask_geometry_tolerance_is_a_fraction_of_the_voxel(tmp_path, case):
     affine, accepted = CASES[case]
     image, path = volume(tmp_path), save(tmp_path / "m.nii.gz", blob(), affine)
     indices = np.stack(np.meshgrid(*(np.arange(size) for size in SHAPE), indexing="ij"), axis=-1)
@@ -123,7 +123,7 @@ def test_a_cropped_segmentation_is_put_where_itk_resamples_it_to(tmp_path, start
     assert ("covers a part of its image" in caplog.text) == (size != SHAPE)
 
 
-def test_a_crop_of_an_oblique_volume_with_turned_axes_is_put_in_place(tmp_path):
+def test_cropped_segmentation_with_permuted_oblique_axes_is_placed_correctly(tmp_path):
     turn = np.eye(4)
     turn[1:3, 1:3] = [[np.cos(0.3), -np.sin(0.3)], [np.sin(0.3), np.cos(0.3)]]
     image = volume(tmp_path, turn @ AFFINE)

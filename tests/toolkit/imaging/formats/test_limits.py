@@ -9,7 +9,7 @@ import pytest
 from medseg_trt.imaging.formats.limits import convert_decoder_errors
 
 
-def test_a_reader_that_ends_does_not_make_another_one_talk():
+def test_decoder_warnings_stay_suppressed_while_another_thread_leaves_its_reader():
     first_is_in, second_is_in, first_is_out = Event(), Event(), Event()
     before = list(warnings.filters)
     failed = list[BaseException]()

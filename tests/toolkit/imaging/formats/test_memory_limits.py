@@ -151,7 +151,7 @@ CASES: dict[str, tuple[str, Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("case", list(CASES))
-def test_no_more_memory_is_taken_than_the_header_says(case, tmp_path):
+def test_decompression_bomb_is_refused_within_the_memory_limit(case, tmp_path):
     suffix, write, expected = CASES[case]
     path = tmp_path / f"bomb{suffix}"
     write(path)
@@ -182,7 +182,7 @@ def test_pictures_above_pillows_limit_are_read_and_its_limit_stays_as_it_is(suff
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif", ".bmp", ".jpg"])
-def test_the_limit_is_ours_and_says_what_to_do(suffix, tmp_path, monkeypatch):
+def test_max_pixels_limit_is_enforced_with_advice(suffix, tmp_path, monkeypatch):
     PIL.Image.fromarray(np.zeros((40, 60), np.uint8)).save(tmp_path / f"a{suffix}")
     monkeypatch.setattr(limits, "MAX_PIXELS", 2399)
     with pytest.raises(

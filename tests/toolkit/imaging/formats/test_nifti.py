@@ -51,7 +51,7 @@ def test_a_coronal_or_sagittal_slice_stays_one_slice(turn, axes, tmp_path):
     np.testing.assert_array_equal(read_labels(path, image, 3), labels)
 
 
-def test_one_axis_is_refused(tmp_path):
+def test_one_dimensional_nifti_is_refused(tmp_path):
     nibabel.save(nibabel.Nifti1Image(np.arange(9, dtype=np.int16), np.eye(4)), tmp_path / "a.nii")
     with pytest.raises(InputError, match="a volume has three axes, a slice two"):
         read_image(tmp_path / "a.nii")
@@ -94,7 +94,7 @@ def test_two_gzip_members_and_zeros_behind_them_are_one_file(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
-def test_a_cut_file_is_called_so(suffix, tmp_path):
+def test_truncated_nifti_is_refused_as_cut_short(suffix, tmp_path):
     path = write_nifti(tmp_path / f"a{suffix}", np.arange(60, dtype=np.int16).reshape(5, 4, 3))
     whole = path.read_bytes()
     for length in range(360 if suffix == ".nii" else 120, len(whole)):

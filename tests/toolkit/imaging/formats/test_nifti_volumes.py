@@ -211,7 +211,7 @@ def test_closing_axes_of_one_are_dropped_and_come_back_in_the_mask(closing, tmp_
 
 
 @pytest.mark.parametrize("shape", [(5, 4, 3, 2), (5, 4, 3, 1, 2), (5,)])
-def test_what_is_not_one_volume_is_refused(shape, tmp_path):
+def test_nifti_with_other_than_three_dimensions_is_refused(shape, tmp_path):
     nibabel.save(nibabel.Nifti1Image(np.zeros(shape, np.int16), np.eye(4)), tmp_path / "series.nii")
     with pytest.raises(InputError, match=r"series\.nii has the shape .* a volume has three axes"):
         read_image(tmp_path / "series.nii")
@@ -265,7 +265,7 @@ def test_a_wrong_checksum_of_gzip_is_noticed(offset, size, tmp_path):
 @pytest.mark.parametrize(
     ("suffix", "content"), [(".nii", b"no volume" * 99), (".nii.gz", gzip.compress(b"no" * 999, mtime=0))]
 )
-def test_what_is_no_nifti_inside_is_refused(suffix, content, tmp_path):
+def test_file_without_nifti_content_is_refused(suffix, content, tmp_path):
     (tmp_path / f"scan{suffix}").write_bytes(content)
     with pytest.raises(InputError, match="is not a NIfTI file"):
         read_image(tmp_path / f"scan{suffix}")

@@ -132,7 +132,7 @@ def test_a_detached_header_takes_its_voxels_from_its_own_folder(tmp_path):
         ("LIST 2\nslice1.raw", "in several files; save it as one"),
     ],
 )
-def test_voxels_from_elsewhere_are_refused(name, message, tmp_path):
+def test_nrrd_data_outside_its_folder_or_in_several_files_is_refused(name, message, tmp_path):
     folder = tmp_path / "scans"
     folder.mkdir()
     (tmp_path / "voxels.raw").write_bytes(numbers().tobytes("F"))
@@ -229,7 +229,7 @@ def test_a_single_slice_cut_in_any_direction_stays_one(tmp_path):
     ("spacings", "expected_mm", "is_said"),
     [("2 1.5 3", (3, 1.5, 2), False), ("2 1.5 NaN", (1, 1.5, 2), True), (None, (1, 1, 1), True)],
 )
-def test_a_distance_that_is_assumed_is_said(spacings, expected_mm, is_said, tmp_path, caplog):
+def test_assumed_nrrd_spacing_is_logged(spacings, expected_mm, is_said, tmp_path, caplog):
     lines = [*PLAIN, "encoding: raw", *([f"spacings: {spacings}"] if spacings else [])]
     image = read_image(raw(tmp_path / "a.nrrd", *lines, content=numbers().tobytes(order="F")))
     assert image.spacing_mm == pytest.approx(expected_mm)

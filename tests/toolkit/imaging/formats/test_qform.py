@@ -94,7 +94,7 @@ RESCALED_MM = {"3 decimals": 0.0005 * 366, "2 decimals": 0.005 * 366}
 
 @pytest.mark.parametrize("kind", [save_dicom, save_nifti, save_nrrd])
 @pytest.mark.parametrize("case", CASES)
-def test_both_readers_open_the_mask_and_see_every_voxel_in_its_place(case, kind, tmp_path, caplog):
+def test_nibabel_and_simpleitk_read_every_mask_voxel_at_its_position(case, kind, tmp_path, caplog):
     axes, within_mm, is_told = CASES[case]
     path = write(kind(tmp_path / "scan", axes), tmp_path)
     slices, rows, columns = np.indices(SHAPE)

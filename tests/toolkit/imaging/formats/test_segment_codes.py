@@ -29,7 +29,7 @@ def test_the_classes_of_recipes_and_samples_have_codes(names, caplog):
     assert caplog.text == ""
 
 
-def test_no_two_defaults_mean_the_same():
+def test_default_segment_codes_are_unique():
     meanings = [(code.type.value, code.modifier) for code in DEFAULTS.values()]
     assert len(set(meanings)) == len(meanings)
 

@@ -182,7 +182,7 @@ def test_resolution_tags_of_scanners_are_believed(resolution, unit, spacing_mm, 
     assert found(path).spacing_mm == (None if spacing_mm is None else pytest.approx(spacing_mm))
 
 
-def test_a_network_that_needs_the_distance_of_pixels_gets_it_or_says_what_to_type(tmp_path):
+def test_slide_without_spacing_asks_for_mpp_if_the_network_needs_it(tmp_path):
     path = write_slide(tmp_path / "a.tif", texture(SIZE))
     with pytest.raises(InputError, match=r"a\.tif does not say .* trained at 2 microns a pixel; .* --mpp 0\.25"):
         find_slide(path, None, 2e-3)

@@ -69,7 +69,7 @@ def test_usual_compressions_are_read(compression, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["u1", "u2", "u4"])
-def test_where_white_is_zero_the_numbers_are_inverted(dtype, tmp_path):
+def test_miniswhite_tiff_is_inverted(dtype, tmp_path):
     values = grey(dtype)
     decoded = read_image(save(tmp_path / "a.tif", values, photometric="miniswhite")).pixels[0, ..., 0]
     np.testing.assert_array_equal(decoded, np.iinfo(dtype).max - values)
@@ -91,7 +91,7 @@ def test_equal_pages_are_slices_and_the_mask_has_as_many_pages(dtype, tmp_path):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("dtype", ["u1", "u4"])  # by Pillow; by tifffile
-def test_a_page_on_its_side_is_turned_and_its_mask_is_not(orientation, dtype, tmp_path):
+def test_tiff_orientation_is_applied_to_the_image_and_undone_in_the_mask(orientation, dtype, tmp_path):
     values = grey(dtype)
     path = save(tmp_path / "a.tif", values, extratags=[(274, 3, 1, orientation, True)])
     picture = PIL.Image.fromarray((values % 251).astype(np.uint8))
@@ -105,7 +105,7 @@ def test_a_page_on_its_side_is_turned_and_its_mask_is_not(orientation, dtype, tm
     np.testing.assert_array_equal(read_labels(mask, image, 3), labels)
 
 
-def test_a_stack_and_a_picture_do_not_go_together(tmp_path):
+def test_single_page_mask_of_a_tiff_stack_is_refused(tmp_path):
     image = read_image(save(tmp_path / "a.tif", np.stack([grey("u1")] * 3)))
     mask = save(tmp_path / "mask.tif", np.zeros(SIZE, np.uint8))
     with pytest.raises(InputError, match=r"mask\.tif is 48 x 32 pixels, 1 page\(s\), but its image .* 3 page\(s\)"):
@@ -134,7 +134,7 @@ def endless(path: Path, pages: int) -> Path:
     return path
 
 
-def test_pages_without_end_are_not_walked(tmp_path, monkeypatch):
+def test_tiff_with_too_many_pages_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(tiff_directories, "MAX_SLICES", 50)
     assert read_image(endless(tmp_path / "a.tif", 50)).num_slices == 50
     with pytest.raises(InputError, match=r"a\.tif has more than 50 pages"):
