@@ -113,11 +113,26 @@ def to_markdown(result: Mapping[str, Any]) -> str:
     ratios = [
         [name, f"{ratio:.3f}", f"{low:.3f} … {high:.3f}"] for name, (ratio, low, high) in result["ratios"].items()
     ]
+    judged = [
+        [
+            rung["rung"],
+            "–" if rung["relative_error"] is None else f"{rung['relative_error']:.4f}",
+            verdict["split"],
+            verdict["precision"],
+            f"{verdict['reference']:.4f} → {verdict['candidate']:.4f}",
+            *(f"{verdict[key]:.5f}" for key in ("drop", "high", "limit")),
+        ]
+        for rung in result["block"]["rungs"]
+        for verdict in rung["verdicts"]
+    ]
     parts = [
         "# The language block after its replacement",
         (__doc__ or "").partition("\n\n")[2].partition("\n\n    ")[0],
         "\n".join(table(["network", "wall ms", "processor ms", "rounds"], rows)),
         "\n".join(table(["processor time", "ratio", "rounds from … to"], ratios)),
+        "What `--block auto` tried, and what the judges said. Where PyTorch's own Dice is near the limit of the drop, "
+        "the gate shows little:",
+        "\n".join(table(["rung", "relative error", "split", "precision", "Dice", "drop", "up to", "limit"], judged)),
     ]
     return "\n\n".join(parts) + "\n"
 

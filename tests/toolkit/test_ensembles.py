@@ -66,6 +66,7 @@ def test_the_sessions_are_closed_and_named(tiny_bundle):
     for number, session in enumerate(sessions):
         session.close = lambda number=number: closed.append(number)  # type: ignore[method-assign]  # recorded
     with EnsembleSession(sessions, "the mean of 2 networks") as session:
+        assert session.description == "the mean of 2 networks"
         assert not session.gives_masks
         assert session.device_pipeline(np.zeros((1, 8, 8, 1), np.uint8), None) is None
     assert sorted(closed) == [0, 1]

@@ -87,9 +87,11 @@ def test_equal_bytes_of_another_type_or_shape_are_other_tensors(tmp_path):
     codes = np.ones((WIDTH, WIDTH), np.float32)
     graphs = {"a.onnx": chain([codes]), "b.onnx": chain([codes])}
     value = ir.val("ints", const_value=ir.tensor(codes.view(np.int32), name="ints"))
-    graphs["b.onnx"].model.graph.register_initializer(value)
+    flat = ir.val("flat", const_value=ir.tensor(codes.ravel(), name="flat"))
+    for added in (value, flat):
+        graphs["b.onnx"].model.graph.register_initializer(added)
     save_graphs(graphs, tmp_path, "weights.bin")
-    assert (tmp_path / "weights.bin").stat().st_size == 2 * codes.nbytes
+    assert (tmp_path / "weights.bin").stat().st_size == 3 * codes.nbytes
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.int4, ml_dtypes.bfloat16, np.float16, np.int8])

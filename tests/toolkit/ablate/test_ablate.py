@@ -209,5 +209,7 @@ def test_only_the_splits_of_a_paper_are_called_official(tmp_path, described):
 def test_a_block_is_asked_for_before_any_training(tmp_path):
     data = write_pictures(tmp_path / "data")
     options = [part for change in CHANGES for part in ("--set", change)]
-    ran = CliRunner().invoke(cli, ["ablate", "--recipe", "folder", "--data", str(data), *options])
+    runs = tmp_path / "runs"
+    ran = CliRunner().invoke(cli, ["ablate", "--recipe", "folder", "--data", str(data), *options, "-o", str(runs)])
+    assert not list(runs.rglob("*.pt"))
     assert "frozen needs a frozen block: --block FILE" in str(ran.exception) or "shuffled needs" in str(ran.exception)

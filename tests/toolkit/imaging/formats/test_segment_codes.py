@@ -56,7 +56,7 @@ def test_codes_of_dataset_json_reach_the_classes(tmp_path):
 )
 def test_codes_that_cannot_be_are_refused(codes, tmp_path):
     (tmp_path / "dataset.json").write_text(json.dumps({"classes": ["background", "blob"], "codes": codes}))
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="codes"):
         read_description(tmp_path / "dataset.json")
 
 
