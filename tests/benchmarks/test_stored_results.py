@@ -24,6 +24,8 @@ BUILD_S, BUILD_MB = 20, 3000  # of the process that builds one engine: it fits b
 # Of the layer as it is stored and of the layer in the type of the block file: each is in memory once, and the largest
 # tensor, less than a quarter of them, is there a second time while it is joined, reordered, dequantised or checked.
 LAYER_FACTOR = 1.25
+# The affine rung has 0.44 % of the block's products; the rest is what the ratio of two measurements drifts.
+AFFINE_OVER_PLAIN = 1.05
 HOST_US = 40  # an engine of a millisecond is not to wait for Python: at most 4 % of it
 LAYER_BYTES = 96 * MIB  # libraries that only larger tensors make PyTorch use, and the memory allocator's slack
 
@@ -62,6 +64,11 @@ def memory_of_extract(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def cost_of_the_affine_rung(result: dict[str, Any]) -> list[str]:
+    ratios = {name: ratio for name, (ratio, _, _) in result["ratios"].items() if "affine ÷" in name}
+    return [name for name, ratio in ratios.items() if ratio > AFFINE_OVER_PLAIN] if ratios else ["not measured"]
+
+
 def host_cost(result: dict[str, Any]) -> list[str]:
     return [name for name, cost in result["microseconds"].items() if cost > HOST_US]
 
@@ -70,6 +77,7 @@ CHECKS: list[tuple[str, Callable[[dict[str, Any]], list[str]]]] = [
     ("bench_cpu", speed_on_a_cpu),
     ("bench_cpu", memory_of_infer),
     ("engines", engines),
+    ("bench_block", cost_of_the_affine_rung),
     ("host_cost", host_cost),
     ("block_extract_memory", memory_of_extract),
 ]
@@ -98,6 +106,13 @@ def test_a_stored_result_keeps_its_limits(name, failed):
         ("engines", engines, ("rows", 0, "wall_s"), 21.0),
         ("engines", engines, ("rows", 0, "peak_resident_mb"), 3001.0),
         ("engines", engines, ("rows", 0, "differing_bytes"), 1),
+        (
+            "bench_block",
+            cost_of_the_affine_rung,
+            ("ratios", "ours, auto, block affine ÷ ours, plain TransUNet", 0),
+            1.06,
+        ),
+        ("bench_block", cost_of_the_affine_rung, ("ratios",), {}),
         ("host_cost", host_cost, ("microseconds", "pixels, with two kernels"), 107.3),  # arguments checked every time
         ("block_extract_memory", memory_of_extract, ("rows", 0, "added_bytes"), 2 << 30),
     ],
