@@ -116,7 +116,13 @@ def _written(name: str, report: Path, seconds: float) -> Outcome:
 def _bounded(command: Sequence[str], timeout_s: float) -> str | None:
     """Run a command and return what it printed; None: it was ended, with all processes that it had started."""
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     try:
         return process.communicate(timeout=timeout_s)[0]
