@@ -2,7 +2,6 @@
 
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,18 +10,42 @@ from measured_here import SHORT
 from medseg_trt.bench import timed_session, timings
 from medseg_trt.bench.timed_session import MeasuredSession
 from medseg_trt.devices import ComputeDevice
+from medseg_trt.processes import Connection
+from medseg_trt.sessions.base import Session
 from medseg_trt.sessions.pytorch_forms import FORMS
 from medseg_trt.sessions.session_request import SessionRequest
 
 
+class Threads(Session):
+    """A network that keeps the threads that it runs in."""
+
+    def __init__(self) -> None:
+        self.seen = set[int]()
+
+    def run(self, batch):
+        self.seen.add(threading.get_ident())
+        return batch
+
+    def close(self) -> None:
+        pass
+
+
+class Batch(Connection):
+    """A connection that brings a batch."""
+
+    def __init__(self) -> None:
+        pass
+
+    def receive_array(self, shape, dtype):
+        return np.zeros(shape, dtype)
+
+
 @pytest.mark.parametrize("callers", [1, 3])
 def test_a_single_caller_runs_in_the_thread_that_the_network_was_opened_in(callers):
-    threads = set[int]()
-    session = SimpleNamespace(run=lambda batch: threads.add(threading.get_ident()))
-    connection = SimpleNamespace(receive_array=np.zeros)
-    reply, _ = timed_session._throughput(session, connection, (1, 3, 4, 4), "float32", callers, None, 0.0)  # pyright: ignore[reportArgumentType]
+    session = Threads()
+    reply, _ = timed_session._throughput(session, Batch(), (1, 3, 4, 4), "float32", callers, None, 0.0)
     assert reply["batches"] >= callers
-    assert (threads == {threading.get_ident()}) is (callers == 1)
+    assert (session.seen == {threading.get_ident()}) is (callers == 1)
 
 
 class Asked(MeasuredSession):
