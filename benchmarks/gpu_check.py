@@ -18,6 +18,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,6 +34,8 @@ from medseg_trt.errors import UsageError
 ROOT = Path(__file__).parents[1]
 NO_GPU = "no CUDA device is here"
 SHOWN_REASONS = 5
+REPORT_S = 10  # that a step which did not end in time has to write down what it did until then
+ENDS = ("failure", "error", "skipped")  # elements of a test that did not pass; its figures come before them
 HEADER = ("step", "result", "passed", "failed", "skipped", "s", "run")
 FIGURES = ("step", "test", "figure", "value")
 
@@ -90,25 +93,52 @@ def run_step(name: str, step: Step) -> Outcome:
         output = _bounded([*command, *(["-k", step.only] if step.only else [])], step.timeout_s)
         seconds = time.perf_counter() - began
         if output is None:
-            reasons = (f"it did not end within {step.timeout_s} s",)
-            return Outcome(step=name, result="failed", failed=1, seconds=seconds, reasons=reasons, run=now)
+            before = _written(name, report, seconds)
+            reasons = (f"it did not end within {step.timeout_s} s", *before.reasons)
+            return replace(before, result="failed", failed=before.failed + 1, seconds=seconds, reasons=reasons, run=now)
         if not report.is_file():
             reasons = tuple(output.strip().splitlines()[-1:])
             return Outcome(step=name, result="failed", failed=1, seconds=seconds, reasons=reasons, run=now)
         return replace(parse_report(name, report.read_text(encoding="utf-8"), seconds), run=now)
 
 
+def _written(name: str, report: Path, seconds: float) -> Outcome:
+    """Read what a run that was ended has left of its report, which may be nothing."""
+    try:
+        root = ElementTree.fromstring(report.read_text(encoding="utf-8"))
+        cases = [(suite, case) for suite in root.iter("testsuite") for case in suite.findall("testcase")]
+        for suite, underway in cases[-1:]:
+            suite.remove(underway)  # which is written as if it had passed
+        if len(cases) > 1:
+            return parse_report(name, ElementTree.tostring(root, encoding="unicode"), seconds)
+    except (OSError, ElementTree.ParseError):
+        pass
+    return Outcome(step=name, result="failed")
+
+
 def _bounded(command: Sequence[str], timeout_s: float) -> str | None:
     """Run a command and return what it printed; None: it was ended, with all processes that it had started."""
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     try:
         return process.communicate(timeout=timeout_s)[0]
     except BaseException as error:  # an interrupt ends them, too: what is left would keep the GPU
-        os.killpg(process.pid, signal.SIGKILL)
+        is_late = isinstance(error, subprocess.TimeoutExpired)
+        if is_late:  # pytest writes its report when it is interrupted
+            os.killpg(process.pid, signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=REPORT_S)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        if isinstance(error, subprocess.TimeoutExpired):
+        if is_late:
             return None
         raise
 
@@ -119,7 +149,7 @@ def parse_report(name: str, text: str, seconds: float) -> Outcome:
     reasons: Counter[str] = Counter()
     figures: dict[str, dict[str, float]] = {}
     for case in ElementTree.fromstring(text).iter("testcase"):
-        kinds = {child.tag: child.get("message") or "" for child in case}
+        kinds = {child.tag: child.get("message") or "" for child in case if child.tag in ENDS}
         recorded = {item.get("name", ""): float(item.get("value", "nan")) for item in case.iter("property")}
         if recorded:
             figures[case.get("name", "")] = recorded

@@ -16,8 +16,8 @@ NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
 OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 
 
-def open_device(device: int) -> Driver:
-    """Return the adapter of a device, in the current CUDA context or else in the primary one.
+def open_device(device: int | None) -> Driver:
+    """Return the adapter of a device, in the current CUDA context or else in the primary one; see ``open_driver``.
 
     Raises:
         MissingExtraError: cuda-bindings is not installed.
@@ -33,15 +33,17 @@ def open_device(device: int) -> Driver:
 class CudaBindings(Device):
     """The CUDA driver through ``cuda.bindings.driver``."""
 
-    def __init__(self, cuda: Any, device: int) -> None:
-        """Open a device; ``cuda`` is the module ``cuda.bindings.driver``."""
+    def __init__(self, cuda: Any, device: int | None) -> None:
+        """Open a device, or None for that of the current context; ``cuda`` is the module ``cuda.bindings.driver``."""
         self._cuda = cuda
         self.call("cuInit", 0)
         version: int = self.call("cuDriverGetVersion")
         self.cuda = version // 1000, version % 1000 // 10
-        wanted = self.call("cuDeviceGet", device)
-        if int(self.call("cuCtxGetCurrent")) == 0 or int(self.call("cuCtxGetDevice")) != int(wanted):
-            self.call("cuCtxSetCurrent", self.call("cuDevicePrimaryCtxRetain", wanted))
+        has_context = int(self.call("cuCtxGetCurrent")) != 0
+        if not has_context or device is not None:
+            wanted = self.call("cuDeviceGet", device or 0)
+            if not has_context or int(self.call("cuCtxGetDevice")) != int(wanted):
+                self.call("cuCtxSetCurrent", self.call("cuDevicePrimaryCtxRetain", wanted))
         self._context = self.call("cuCtxGetCurrent")
         current_device = self.call("cuCtxGetDevice")
         kinds = cuda.CUdevice_attribute

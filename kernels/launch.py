@@ -66,12 +66,12 @@ class Driver(ABC):
         """Wait until all work in a stream has completed."""
 
 
-def open_driver(name: str = "cuda-bindings", device: int = 0) -> Driver:
+def open_driver(name: str = "cuda-bindings", device: int | None = 0) -> Driver:
     """Return the adapter of a device, in the thread's current CUDA context or else in the primary one.
 
     Args:
         name: a key of ``DRIVERS``.
-        device: its number.
+        device: its number; None: that of the thread's current context, or without one the first.
 
     Raises:
         UsageError: no adapter has this name; the message lists the names.
@@ -84,7 +84,12 @@ def open_driver(name: str = "cuda-bindings", device: int = 0) -> Driver:
     return driver
 
 
-def import_driver(module: str, extra: str, device: int) -> Any:
+def open_current_driver() -> Driver:
+    """Return the adapter of the device whose CUDA context is current in this thread; see ``open_driver``."""
+    return open_driver(device=None)
+
+
+def import_driver(module: str, extra: str, device: int | None) -> Any:
     """Import the package of an adapter.
 
     Raises:
@@ -99,10 +104,10 @@ def import_driver(module: str, extra: str, device: int) -> Any:
         raise no_device(device, error) from error
 
 
-def no_device(device: int, error: Exception) -> DeviceError:
+def no_device(device: int | None, error: Exception) -> DeviceError:
     """Return the error of a device that cannot be opened."""
     reason = str(error).rstrip(".")
-    return DeviceError(f"no CUDA device {device}: {reason}. Kernels need an NVIDIA GPU and its driver")
+    return DeviceError(f"no CUDA device {device or 0}: {reason}. Kernels need an NVIDIA GPU and its driver")
 
 
 class Launcher:

@@ -13,7 +13,7 @@ import numpy as np
 
 from medseg_trt.errors import MedsegError
 from medseg_trt.kernels.kernel import Entry
-from medseg_trt.kernels.launch import Driver, Launcher, open_driver
+from medseg_trt.kernels.launch import Driver, Launcher, open_current_driver
 from medseg_trt.kernels.library import FindPtx, compile_here
 from medseg_trt.kernels.nodes import NAMESPACE, NODES, VERSION, Attributes, Node, split
 from medseg_trt.kernels.parser_link import link_parser
@@ -29,7 +29,7 @@ FIELD_TYPES: Mapping[str, type[np.generic]] = {"float32": np.float32, "int32": n
 
 
 def register(
-    trt: ModuleType, find_ptx: FindPtx = compile_here, driver: Callable[[], Driver] = open_driver
+    trt: ModuleType, find_ptx: FindPtx = compile_here, driver: Callable[[], Driver] = open_current_driver
 ) -> Mapping[str, str]:
     """Register a plugin for every node of ``NODES`` with a TensorRT library, and return the digests.
 

@@ -6,7 +6,7 @@ from typing import Any
 from medseg_trt.kernels.launch import CudaError, Driver, Launch, import_driver, no_device
 
 
-def open_device(device: int) -> Driver:
+def open_device(device: int | None) -> Driver:
     """Return the adapter of a device, in the current CUDA context or else in the primary one.
 
     Raises:
@@ -23,14 +23,14 @@ def open_device(device: int) -> Driver:
 class Pycuda(Driver):
     """The CUDA driver through ``pycuda.driver``."""
 
-    def __init__(self, cuda: Any, device: int) -> None:
+    def __init__(self, cuda: Any, device: int | None) -> None:
         """Open a device; ``cuda`` is the module ``pycuda.driver``."""
         self._cuda = cuda
         cuda.init()
         version: int = cuda.get_driver_version()
         self.cuda = version // 1000, version % 1000 // 10
         if cuda.Context.get_current() is None:
-            self._context = cuda.Device(device).retain_primary_context()
+            self._context = cuda.Device(device or 0).retain_primary_context()
             self._context.push()
             atexit.register(self._context.pop)  # pycuda aborts a process that exits with a pushed context
         major, minor = cuda.Context.get_device().compute_capability()

@@ -23,6 +23,7 @@ class MeasuredHere(MeasuredSession):
 
     def __init__(self, request: SessionRequest) -> None:
         self._session: Session = open_network(replace(request, threads=1))
+        self._request = request
         self.backend, self.device, self.description = request.backend, self._session.device, self._session.description
         self.open_ms, self.load_ms = 300.0, 200.0
         self._milliseconds = float(len(self.description))

@@ -23,6 +23,7 @@ from medseg_trt.spec import Preprocessing
 INPUT, OUTPUT = "pixel_values", "logits"  # float32 (batch, 3, height, width) -> float32 (batch, classes, height, width)
 SIZE, MASK = "source_size", "mask"  # int64 (2,): height and width in pixels -> uint8 (batch, height, width)
 RESAMPLED = "resampled_size"  # int64 (2,): the same at the network's spacing, ``preprocess.resampled_size``
+MASK_NODE = "node_mask_"  # how the names of the nodes begin that make masks of logits
 CHANNELS = 3
 MAX_GRAPH_BYTES = 1 << 24  # without weights, which are in a separate file; the graph of ViT-B has 2^20
 MODEL_GRAPH, GRAPH_INPUT, GRAPH_OUTPUT, VALUE_NAME, VALUE_TYPE = 7, 11, 12, 1, 2  # field numbers of onnx.proto

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from medseg_trt.errors import UsageError
-from medseg_trt.export.graph.interface import MASK, RESAMPLED, SIZE
+from medseg_trt.export.graph.interface import MASK, MASK_NODE, RESAMPLED, SIZE
 from medseg_trt.export.graph.trace import OUTPUT, OnnxGraph
 from medseg_trt.spec import Preprocessing
 
@@ -148,9 +148,9 @@ class _Appender:
         **attributes: int | str,
     ) -> ir.Value:
         self.count += 1
-        name = f"mask_{self.count}_{op_type}"
-        output = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
-        self.graph.append(ir.node(op_type, inputs, attributes, outputs=[output], name=f"node_{name}"))
+        name = f"{self.count}_{op_type}"
+        output = ir.Value(name=f"mask_{name}", shape=ir.Shape(shape), type=ir.TensorType(dtype))
+        self.graph.append(ir.node(op_type, inputs, attributes, outputs=[output], name=f"{MASK_NODE}{name}"))
         return output
 
     def input(self, name: str) -> ir.Value:

@@ -69,6 +69,15 @@ def test_parse_report_counts_junit_outcomes_and_keeps_reasons_and_figures():
     ).is_bad is (False)
 
 
+def test_the_reason_of_a_failure_is_kept_where_figures_were_recorded_before():
+    figure = '<properties><property name="share_of_copy" value="0.25"/></properties>'
+    report = REPORT.replace('<testcase name="d">', f'<testcase name="d">{figure}')
+    outcome = gpu_check.parse_report("kernels", report, 2.0)
+    assert "d: assert 2 <= 1" in outcome.reasons
+    assert outcome.figures["d"] == {"share_of_copy": 0.25}
+    assert (outcome.passed, outcome.failed, outcome.skipped) == (1, 2, 2)
+
+
 def test_without_a_gpu_every_step_is_listed_as_not_run(monkeypatch, capsys):
     monkeypatch.setattr(gpu_check, "find_gpu", lambda: None)
     monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
@@ -134,6 +143,27 @@ def test_a_step_that_does_not_end_has_failed(monkeypatch):
     outcome = gpu_check.run_step("facts", step)
     assert (outcome.result, outcome.is_bad) == ("failed", True)
     assert "did not end within 0 s" in outcome.reasons[0]
+
+
+SLOW = """
+import time, pytest
+
+pytestmark = pytest.mark.gpu
+
+def test_first(record_property):
+    record_property("device_ms", 1.25)
+
+def test_second():
+    time.sleep(100)
+"""
+
+
+def test_a_step_that_does_not_end_keeps_what_passed_before(tmp_path):
+    (tmp_path / "test_slow.py").write_text(SLOW)
+    outcome = gpu_check.run_step("facts", Step(files=(str(tmp_path / "test_slow.py"),), timeout_s=15))
+    assert (outcome.result, outcome.passed, outcome.is_bad) == ("failed", 1, True), outcome
+    assert "did not end within 15 s" in outcome.reasons[0]
+    assert outcome.figures == {"test_first": {"device_ms": 1.25}}
 
 
 def test_a_step_that_does_not_end_takes_the_processes_that_it_started_along(tmp_path):

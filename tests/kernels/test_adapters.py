@@ -201,6 +201,18 @@ def test_cuda_bindings_stays_in_the_context_of_the_thread():
     assert not {"cuCtxSetCurrent", "cuDevicePrimaryCtxRetain"} & {call[0] for call in cuda.calls}
 
 
+def test_without_a_number_it_is_the_device_of_the_threads_context():
+    cuda = FakeCudaBindings(context=12345)
+    cuda.results["cuCtxGetDevice"] = 2
+    cuda_bindings_adapter.CudaBindings(cuda, None)
+    assert not {"cuDeviceGet", "cuCtxSetCurrent", "cuDevicePrimaryCtxRetain"} & {call[0] for call in cuda.calls}
+    assert ("cuDeviceGetAttribute", "major", 2) in cuda.calls
+    cuda = FakeCudaBindings()
+    cuda_bindings_adapter.CudaBindings(cuda, None)
+    assert ("cuDeviceGet", 0) in cuda.calls
+    assert ("cuCtxSetCurrent", "primary") in cuda.calls
+
+
 @pytest.mark.parametrize(
     "function", ["cuModuleLoadData", "cuModuleGetFunction", "cuLaunchKernel", "cuStreamSynchronize"]
 )

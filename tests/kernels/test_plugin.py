@@ -18,6 +18,7 @@ from onnx import TensorProto
 
 from medseg_trt.errors import MedsegError
 from medseg_trt.export.graph.functions import BODIES, DOMAIN, PLUGIN
+from medseg_trt.kernels import cuda_bindings_adapter
 from medseg_trt.kernels import plugin as plugin_module
 from medseg_trt.kernels.kernel import float_bits
 from medseg_trt.kernels.launch import Driver, Launch, Launcher
@@ -293,6 +294,22 @@ def test_classic_tensorrt_goes_the_same_way():
     creators: list[Any] = []
     assert register(classic(creators)) == register(classic(creators))
     assert [creator.name for creator in creators] == list(NODES)
+
+
+def test_a_plugin_launches_on_the_gpu_that_its_engine_runs_on(monkeypatch):
+    opened: list[int | None] = []
+
+    def open_device(device: int | None) -> Recorded:
+        opened.append(device)
+        return Recorded()
+
+    monkeypatch.setattr(cuda_bindings_adapter, "open_device", open_device)
+    creators: list[Any] = []
+    register(classic(creators), lambda *_: "ptx")
+    maker = next(creator for creator in creators if creator.name == "SwiGLU")
+    plugin = maker.create_plugin("swiglu", fields(), trt.TensorRTPhase.RUNTIME).attach_to_context(None)
+    plugin.enqueue([tensor((2, 8), "HALF")], [tensor((2, 4), "HALF")], (2**20,), (2**21,), 0, 0)
+    assert opened == [None]  # the context of TensorRT's thread, not that of the first GPU
 
 
 def test_somebody_elses_plugin_of_that_name_is_an_error():

@@ -17,6 +17,7 @@ from typing import Any
 
 from medseg_trt.bench.missing import Missing
 from medseg_trt.bench.timing_schema import Energy
+from medseg_trt.engines.gpu import pci_bus_id
 
 POWERCAP = Path("/sys/class/powercap")
 NVML = "libnvidia-ml.so.1"
@@ -66,7 +67,7 @@ class Nvml(Meter):
 
     library: Any
     device: ctypes.c_void_p
-    number: int  # of the GPU, as NVML counts them
+    number: int  # of the GPU, as CUDA counts them
 
     def __post_init__(self) -> None:
         self.name = f"NVML, GPU {self.number}"
@@ -154,7 +155,10 @@ def _nvml(number: int) -> Meter | Missing:
     except OSError:
         return Missing(reason=f"no NVIDIA driver is installed: there is no {NVML}")
     device, total = ctypes.c_void_p(), ctypes.c_ulonglong()
-    if library.nvmlInit_v2() or library.nvmlDeviceGetHandleByIndex_v2(number, ctypes.byref(device)):
+    place = pci_bus_id(number)
+    by_place, by_index = library.nvmlDeviceGetHandleByPciBusId_v2, library.nvmlDeviceGetHandleByIndex_v2
+    find, name = (by_index, number) if place is None else (by_place, place.encode())
+    if library.nvmlInit_v2() or find(name, ctypes.byref(device)):
         return Missing(reason=f"NVML finds no GPU {number}")
     if library.nvmlDeviceGetTotalEnergyConsumption(device, ctypes.byref(total)):
         return Missing(reason="this GPU has no energy counter")

@@ -3,6 +3,8 @@
 import subprocess
 from dataclasses import dataclass
 
+from medseg_trt.engines.gpu import pci_bus_id
+
 QUERY = "--query-gpu=clocks.current.sm,clocks_event_reasons.active"
 OLDER_QUERY = "--query-gpu=clocks.current.sm,clocks_throttle_reasons.active"  # before driver 535
 REASONS = {  # nvml.h, nvmlClocksEventReason…; being idle and clocks that an application set hold nothing back
@@ -23,9 +25,10 @@ class GpuClock:
 
 
 def read_clock(number: int = 0) -> GpuClock | None:
-    """Look at a GPU by its number; None where nvidia-smi does not say."""
+    """Look at a GPU by CUDA's number; None where nvidia-smi does not say."""
+    place = pci_bus_id(number) or number
     for query in (QUERY, OLDER_QUERY):
-        command = ["nvidia-smi", query, "--format=csv,noheader,nounits", f"--id={number}"]
+        command = ["nvidia-smi", query, "--format=csv,noheader,nounits", f"--id={place}"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
         except (OSError, subprocess.SubprocessError):

@@ -4,7 +4,8 @@ Events of the device enclose each launch, and launches are kept in flight, so th
 count. As on a CPU, the peaks are achieved figures, not theoretical ones.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -41,10 +42,13 @@ def gpu_peaks(
     Raises:
         RuntimeError: the device lacks free memory, or reports an error.
     """
-    measure = milliseconds or _by_events
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # events are recorded in its stream
+        return tuple(_peaks(device, milliseconds or _by_events, side, copy_bytes))
+
+
+def _peaks(device: torch.device, measure: Milliseconds, side: int, copy_bytes: int) -> Iterator[Peak]:
     copied = 2 * copy_bytes / measure(_copy(copy_bytes, device)) / 1e6
     torch.backends.cuda.matmul.allow_tf32 = False
-    peaks: list[Peak] = []
     for arithmetic, dtype in FORMATS.items():
         multiply = _product(side, dtype, device)
         try:
@@ -52,17 +56,14 @@ def gpu_peaks(
         except RuntimeError:  # this device does not multiply in this format
             continue
         rate = side**3 / measure(multiply) / 1e6
-        peaks.append(
-            Peak(
-                arithmetic=arithmetic,
-                gmacs_per_s=rate,
-                gemm=f"{side} x {side} by {side} x {side}, PyTorch {torch.__version__}",
-                gbytes_per_s=copied,
-                copy=f"{copy_bytes >> 20} MiB on the device, bytes read and written",
-                device=device_name(device),
-            )
+        yield Peak(
+            arithmetic=arithmetic,
+            gmacs_per_s=rate,
+            gemm=f"{side} x {side} by {side} x {side}, PyTorch {torch.__version__}",
+            gbytes_per_s=copied,
+            copy=f"{copy_bytes >> 20} MiB on the device, bytes read and written",
+            device=device_name(device),
         )
-    return tuple(peaks)
 
 
 def _copy(num_bytes: int, device: torch.device) -> Callable[[], object]:

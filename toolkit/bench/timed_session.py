@@ -22,6 +22,7 @@ from medseg_trt.postprocess.steps import Postprocessing
 from medseg_trt.processes import Connection
 from medseg_trt.sessions.base import Session
 from medseg_trt.sessions.device_times import DeviceTimes
+from medseg_trt.sessions.pytorch_forms import FORMS
 from medseg_trt.sessions.session_request import SessionRequest
 from medseg_trt.sessions.subprocess_session import HANDLERS, ChildSession, Reply, open_network, serve
 from medseg_trt.spec import Classes, Preprocessing, from_dict, to_dict
@@ -53,6 +54,11 @@ class MeasuredSession(ChildSession):
         super().__init__(request)
         self.open_ms = 1000 * (time.perf_counter() - began)  # from the start of the process until it is loaded
         self._request = request
+
+    @property
+    def takes_callers(self) -> bool:
+        """Whether several callers may share it; a CUDA graph of PyTorch has one input and one output."""
+        return FORMS[self._request.form].overlaps
 
     def __enter__(self) -> "MeasuredSession":
         return self
@@ -165,7 +171,8 @@ def _throughput(
             request = SessionRequest.parse(own)
             runs = [stack.enter_context(open_network(request)).run for _ in range(streams)]
         pool = stack.enter_context(ThreadPoolExecutor(streams))
-        list(pool.map(lambda run: run(batch), runs))  # warm-up
+        each = pool.map if streams > 1 else map  # a CUDA graph of torch.compile belongs to the thread that made it
+        list(each(lambda run: run(batch), runs))  # warm-up
         began = time.perf_counter()
         end = began + duration_s
 
@@ -176,7 +183,7 @@ def _throughput(
                 count += 1
             return count
 
-        counts = list(pool.map(keep_running, runs))
+        counts = list(each(keep_running, runs))
         seconds = time.perf_counter() - began
     return {"batches": sum(counts), "seconds": seconds}, None
 

@@ -265,7 +265,7 @@ def _throughput(session: MeasuredSession, batch: ndarray, tier: Tier, batches: S
     seconds = max(MIN_THROUGHPUT_S, THROUGHPUT_SHARE * tier.duration_s)
     callers = cores()
     settings: list[tuple[int, int, int | None]] = [(size, 1, None) for size in batches]
-    if callers > 1:
+    if callers > 1 and session.takes_callers:
         settings.append((1, callers, 1 if _on_cpu(session) else None))  # on a GPU they share one session
     throughputs: list[Throughput] = []
     for size, streams, threads in settings:

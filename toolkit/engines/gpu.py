@@ -48,6 +48,24 @@ def find_gpu(number: int = 0) -> Gpu | None:
     )
 
 
+def pci_bus_id(number: int) -> str | None:
+    """Return the place of a GPU on the PCI bus, by CUDA's number; None: there is no driver or no such device.
+
+    NVML and nvidia-smi find a GPU by it. They number GPUs in another order than CUDA, which begins with the fastest,
+    and know nothing of ``CUDA_VISIBLE_DEVICES``.
+    """
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    device, place = ctypes.c_int(0), ctypes.create_string_buffer(32)
+    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), number):
+        return None
+    if driver.cuDeviceGetPCIBusId(place, len(place), device):
+        return None
+    return place.value.decode()
+
+
 def _driver_version() -> str | None:
     if not DRIVER_FILE.is_file():
         return None

@@ -21,7 +21,7 @@ from numpy import ndarray
 
 from medseg_trt.engines.gpu import find_gpu
 from medseg_trt.errors import ArtefactError, DeviceError, MissingExtraError, require
-from medseg_trt.export.graph.interface import OUTPUT, size_inputs
+from medseg_trt.export.graph.interface import MASK_NODE, OUTPUT, size_inputs
 from medseg_trt.kernels.device import Device, open_device
 from medseg_trt.kernels.launch import CudaError
 from medseg_trt.progress import LOG
@@ -34,6 +34,7 @@ from medseg_trt.spec import MAX_BATCH
 
 RECORD = "session.record_ep_graph_assignment_info"
 NODES_NAMED = 5  # in a message
+CPU_PROVIDER, SIZES = "CPUExecutionProvider", "CPU (sizes)"  # see ``placement``
 KEEP_IN_FLIGHT = "disable_synchronize_execution_providers"  # of a run: it returns before the GPU is done
 TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"  # read by TensorRT and cuBLAS when they are loaded
 
@@ -246,10 +247,17 @@ def _session(runtime: ModuleType, path: Path, options: Any, chosen: Mapping[str,
 
 
 def placement(session: Any) -> dict[str, list[str]]:
-    """Return the operators of a session's nodes by the provider that each one was given to."""
+    """Return the operators of a session's nodes by the provider that each one was given to.
+
+    A graph that makes masks joins the size of the images, four integers, from its inputs. ONNX Runtime leaves that to
+    the CPU, where the numbers are, whatever the provider can do: such nodes are listed under ``SIZES``.
+    Source: ONNX Runtime, ``fallback_cpu_capability.cc``.
+    """
     operators: dict[str, list[str]] = {}
     for part in session.get_provider_graph_assignment_info():
-        operators.setdefault(part.ep_name, []).extend(node.op_type for node in part.get_nodes())
+        for node in part.get_nodes():
+            is_size = part.ep_name == CPU_PROVIDER and node.op_type == "Concat" and node.name.startswith(MASK_NODE)
+            operators.setdefault(SIZES if is_size else part.ep_name, []).append(node.op_type)
     return operators
 
 
@@ -259,7 +267,7 @@ def require_placed(placed: Mapping[str, list[str]], provider: Provider) -> None:
     Raises:
         DeviceError: some are elsewhere.
     """
-    elsewhere = {name: nodes for name, nodes in placed.items() if name not in (provider.name, *provider.beside)}
+    elsewhere = {name: nodes for name, nodes in placed.items() if name not in (provider.name, *provider.beside, SIZES)}
     if provider.name not in placed:
         raise DeviceError(
             f"ONNX Runtime's {provider.title} provider took no node: it does not run on this machine. It needs an "

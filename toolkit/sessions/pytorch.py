@@ -71,6 +71,9 @@ class PyTorchSession(Session):
             forward = torch.compile(network, mode=chosen.compile_mode)
         self._layout, self._autocast, self._overlaps = layout, AUTOCASTS.get(arithmetic), chosen.overlaps
         self._forward: Forward = _Graphs(forward, self._computing) if chosen.cuda_graph else forward
+        self._streams: list[
+            Any
+        ] = []  # of the throughput; kept, since PyTorch keeps memory for every stream it has seen
         _allow_tf32(arithmetic == "tf32")
         self.device = device_name(self._device)
         how = FORMATS[arithmetic] if self._device.type == "cuda" else arithmetic
@@ -96,7 +99,9 @@ class PyTorchSession(Session):
             torch.cuda.synchronize(self._device)
             times = time_in_flight(lambda: _discard(self._logits(images)), clock, duration_s, min_runs)
             host, target = torch.from_numpy(batch).pin_memory(), torch.empty_like(logits, device="cpu").pin_memory()
-            overlapped = [self._overlapped(batch) for _ in range(STREAMS if self._overlaps else 0)]
+            while self._overlaps and len(self._streams) < STREAMS:
+                self._streams.append(torch.cuda.Stream())
+            overlapped = [self._overlapped(batch, stream) for stream in self._streams]
             return DeviceTimes(
                 compute_ms=times.compute_ms,
                 enqueue_ms=times.enqueue_ms,
@@ -119,9 +124,9 @@ class PyTorchSession(Session):
         with self._computing():
             return self._forward(images)
 
-    def _overlapped(self, batch: ndarray) -> OverlappedStream:
+    def _overlapped(self, batch: ndarray, stream: Any) -> OverlappedStream:
         """Return what runs a batch in a stream of its own; the logits stay in pinned memory."""
-        stream, host = torch.cuda.Stream(), torch.from_numpy(batch).pin_memory()
+        host = torch.from_numpy(batch).pin_memory()
         with torch.cuda.stream(stream):
             images = self._uploaded(batch)
             for _ in range(UNTIMED):

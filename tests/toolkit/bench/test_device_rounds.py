@@ -47,8 +47,12 @@ def test_read_clock_falls_back_to_the_old_nvidia_smi_query(monkeypatch):
         return SimpleNamespace(stdout="1500, 0x4\n")
 
     monkeypatch.setattr(gpu_clocks.subprocess, "run", run)
+    monkeypatch.setattr(gpu_clocks, "pci_bus_id", lambda _: None)
     assert read_clock(1) == GpuClock(1500, ("power limit",))
     assert [command[-1] for command in asked] == ["--id=1", "--id=1"]
+    monkeypatch.setattr(gpu_clocks, "pci_bus_id", {1: "0000:41:00.0"}.get)
+    assert read_clock(1) == GpuClock(1500, ("power limit",))
+    assert asked[-1][-1] == "--id=0000:41:00.0"  # nvidia-smi counts GPUs in another order than CUDA
 
 
 def test_rounds_are_summed_up_as_medians():

@@ -137,14 +137,22 @@ def test_the_meter_of_a_gpu_is_that_of_its_number(monkeypatch):
     library = SimpleNamespace(
         nvmlInit_v2=lambda: 0,
         nvmlDeviceGetHandleByIndex_v2=handle,
+        nvmlDeviceGetHandleByPciBusId_v2=lambda place, _device: places.append(place),
         nvmlDeviceGetTotalEnergyConsumption=lambda device, total: 0,
     )
+    places = list[bytes]()
+    monkeypatch.setattr(energy_module, "pci_bus_id", lambda _: None)
     monkeypatch.setattr(energy_module.ctypes, "CDLL", lambda _: library)
     meter = open_meter("GPU A", 1)
     assert isinstance(meter, Meter)
     assert meter.name == "NVML, GPU 1"
     assert open_meter("GPU A", 2) == Missing(reason="NVML finds no GPU 2")
     assert asked == [1, 2]
+    monkeypatch.setattr(energy_module, "pci_bus_id", {1: "0000:41:00.0"}.get)
+    meter = open_meter("GPU A", 1)
+    assert isinstance(meter, Meter)
+    assert meter.name == "NVML, GPU 1"
+    assert (asked, places) == ([1, 2], [b"0000:41:00.0"])  # NVML counts GPUs in another order than CUDA
 
 
 @pytest.mark.gpu

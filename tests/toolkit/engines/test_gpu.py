@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 
 from medseg_trt.engines import gpu
-from medseg_trt.engines.gpu import Gpu, find_gpu
+from medseg_trt.engines.gpu import Gpu, find_gpu, pci_bus_id
 
 
 def driver(*, devices: int = 1, init: int = 0, attribute: int = 0) -> SimpleNamespace:
@@ -25,6 +25,11 @@ def driver(*, devices: int = 1, init: int = 0, attribute: int = 0) -> SimpleName
         target._obj.value = {75: 8, 76: 6}[number]
         return attribute
 
+    def place(target, length: int, _: object) -> int:
+        assert length >= 13
+        target.value = b"0000:41:00.0"
+        return attribute
+
     return SimpleNamespace(
         cuInit=lambda _: init,
         cuDeviceGetCount=put(devices),
@@ -32,6 +37,7 @@ def driver(*, devices: int = 1, init: int = 0, attribute: int = 0) -> SimpleName
         cuDeviceGetName=name,
         cuDriverGetVersion=put(13000),
         cuDeviceGetAttribute=capability,
+        cuDeviceGetPCIBusId=place,
     )
 
 
@@ -62,3 +68,12 @@ def test_a_gpu_is_named_with_its_kind_and_its_driver(installed, tmp_path):
 def test_without_a_driver_or_a_device_there_is_none(installed, library):
     installed(library)
     assert find_gpu() is None
+
+
+@pytest.mark.parametrize(
+    ("library", "place"),
+    [(None, None), (driver(init=100), None), (driver(attribute=1), None), (driver(), "0000:41:00.0")],
+)
+def test_a_gpu_has_a_place_on_the_bus(installed, library, place):
+    installed(library)
+    assert pci_bus_id(0) == place

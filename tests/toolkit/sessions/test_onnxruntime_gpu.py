@@ -6,6 +6,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
 import pytest
 from fakes.gpu import FakeGpu
@@ -14,12 +15,17 @@ from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.bundles.manifest import FileEntry
 from medseg_trt.engines.gpu import Gpu
 from medseg_trt.errors import DeviceError, MissingExtraError
+from medseg_trt.export.graph.interface import MASK_NODE
+from medseg_trt.export.graph.masks import with_masks
+from medseg_trt.export.graph.onnx_graph import OnnxGraph
+from medseg_trt.export.graph.save import save_graphs
 from medseg_trt.sessions import onnxruntime_gpu
 from medseg_trt.sessions.backends import BACKENDS
 from medseg_trt.sessions.engine_cache import EngineCache
 from medseg_trt.sessions.onnxruntime_gpu import (
     PROVIDERS,
     RECORD,
+    SIZES,
     OnnxRuntimeGpuSession,
     OwnStream,
     Provider,
@@ -72,6 +78,33 @@ def test_tensorrt_may_leave_nodes_to_cuda_and_not_to_the_cpu():
         require_placed({"TensorrtExecutionProvider": ["Conv"], "CPUExecutionProvider": ["Gelu"]}, tensorrt)
     with pytest.raises(DeviceError, match="leaves 1 of 2 nodes to CUDA"):
         require_placed({RTX.name: ["Conv"], "CUDAExecutionProvider": ["Gelu"]}, RTX)
+
+
+def test_the_sizes_of_a_graph_that_makes_masks_may_be_joined_on_the_cpu_and_nothing_else(bundle, tmp_path):
+    """ONNX Runtime for GPUs leaves that one node there on purpose, so that such a graph would never run on a GPU."""
+    graph = OnnxGraph(model=ir.load(bundle.folder / "fp32-plain.onnx"))
+    save_graphs({"masks.onnx": with_masks(graph, bundle.preprocessing)}, tmp_path, "weights.bin")
+    session = session_of(SimpleNamespace(folder=tmp_path), ["CPUExecutionProvider"], "masks.onnx")
+    here = placement(session)
+    assert here[SIZES] == ["Concat"]
+    assert here["CPUExecutionProvider"].count("Concat") == placement(session_of(bundle, ["CPUExecutionProvider"]))[
+        "CPUExecutionProvider"
+    ].count("Concat")
+    nodes = [node for part in session.get_provider_graph_assignment_info() for node in part.get_nodes()]
+
+    def placed_with(is_on_cpu):
+        parts = [
+            SimpleNamespace(ep_name=name, get_nodes=lambda wanted=wanted: [n for n in nodes if is_on_cpu(n) is wanted])
+            for name, wanted in (("CUDAExecutionProvider", False), ("CPUExecutionProvider", True))
+        ]
+        return placement(SimpleNamespace(get_provider_graph_assignment_info=lambda: parts))
+
+    require_placed(placed_with(lambda node: node.op_type == "Concat" and node.name.startswith(MASK_NODE)), CUDA)
+    for op_type in ("Resize", "ArgMax"):
+        with pytest.raises(DeviceError, match=f"leaves 1 of .* nodes to CPUExecutionProvider \\(1 {op_type}\\)"):
+            require_placed(placed_with(lambda node, name=op_type: node.op_type == name), CUDA)
+    with pytest.raises(DeviceError, match="Concat"):
+        require_placed(placed_with(lambda node: node.op_type == "Concat"), CUDA)
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime-cuda", "onnxruntime-tensorrt"])

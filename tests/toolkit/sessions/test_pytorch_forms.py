@@ -225,6 +225,20 @@ def test_two_streams_of_pytorch_overlap_and_a_form_with_one_input_and_output_is_
     assert (overlap[-len(OVERLAP) :] == OVERLAP) is FORMS[form].overlaps
 
 
+def test_every_turn_of_the_throughput_has_the_same_streams(checkpoint, image, monkeypatch):
+    """PyTorch keeps the memory of a network for every stream that it has run in."""
+    cuda, session = FakeCuda(), PyTorchSession(load_checkpoint(checkpoint).model())
+    monkeypatch.setattr(torch, "cuda", cuda)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(session, "_device", SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(session, "_uploaded", lambda batch: torch.from_numpy(batch))
+    for _ in range(3):
+        times = session.time_on_device(image, 0.0, 4)
+        assert times is not None
+        assert len(times.images_per_s) == 1
+    assert cuda.calls.count("Stream") == pytorch.STREAMS
+
+
 @pytest.mark.parametrize("device", [CPU, AUTO])
 def test_without_a_gpu_pytorch_takes_the_cpu_where_it_may(device):
     if torch.cuda.is_available() and device is AUTO:

@@ -23,6 +23,7 @@ from medseg_trt.spec import to_dict
 
 PAGES = "medseg_trt.bench.report.pages"
 TOP_STEPS = 12
+ONE_CALLER = "callers cannot share a CUDA graph of PyTorch, which has one input and one output"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 MARKDOWN_SPECIAL = re.compile(r"[\\`\[\]|]")
 
@@ -86,7 +87,7 @@ class Figures:
                 break
             value = value[int(part)] if isinstance(value, Sequence) else value[part]
         if isinstance(value, Mapping):
-            return self._dash(value["reason"])
+            return self.dash(value["reason"])
         if value is None:
             return self._written("–")
         text = formatted(value, spec, scale)
@@ -106,7 +107,8 @@ class Figures:
         lines = (f"({LETTERS[index % 26]}) {markdown_text(reason)}  " for index, reason in enumerate(reasons))
         return self._written("\n" + "\n".join(lines) + "\n")
 
-    def _dash(self, reason: str) -> str:
+    def dash(self, reason: str) -> str:
+        """Return what stands for a figure that is missing for a reason."""
         if reason not in self.reasons:
             self.reasons.append(reason)
         letter = LETTERS[self.reasons.index(reason) % len(LETTERS)]
@@ -158,6 +160,8 @@ def _render(template: str, report: Report, **more: Any) -> str:
         "classes": [score["name"] for score in data["rows"][0]["accuracy"].get("means", ())],
         "profiled": [data["rows"][index] for index, row in enumerate(report.rows) if isinstance(row.profile, Profile)],
         "ways": _throughput_columns(report),
+        "dash": printer.dash,
+        "one_caller": ONE_CALLER,
         "on_gpu": [data["rows"][index] for index, row in enumerate(report.rows) if isinstance(row.on_gpu, OnGpu)],
         "change": _change,
         "cache": next((row.start.file_cache for row in report.rows if isinstance(row.start, Start)), ""),

@@ -239,6 +239,19 @@ def test_row_failures_and_statements_appear_in_the_html_report(measured, tmp_pat
     assert unknown_numbers(page, json.loads(json.dumps(to_dict(other.report)))) == []
 
 
+def test_a_row_that_callers_cannot_share_has_a_reason_instead_of_their_throughput(measured, tmp_path):
+    alone = measured.report.rows[1].throughput[:1]
+    assert len(measured.report.rows[0].throughput) > 1
+    other = changed(measured, throughput=alone)
+    write_report(other, tmp_path)
+    page = Page((tmp_path / "index.html").read_text(encoding="utf-8"))
+    assert report_page.ONE_CALLER in page.texts
+    assert [where["data-path"] for where, _ in page.figures if "rows.1.throughput" in where["data-path"]] == [
+        "rows.1.throughput.0.images_per_s"
+    ]
+    assert unknown_numbers(page, json.loads(json.dumps(to_dict(other.report)))) == []
+
+
 def test_markdown_has_the_same_figures(written, data):
     text = (written / "report.md").read_text(encoding="utf-8")
     lines = [line.strip("| ") for line in text.splitlines() if line.startswith("| ")]
