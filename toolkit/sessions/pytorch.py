@@ -71,9 +71,8 @@ class PyTorchSession(Session):
             forward = torch.compile(network, mode=chosen.compile_mode)
         self._layout, self._autocast, self._overlaps = layout, AUTOCASTS.get(arithmetic), chosen.overlaps
         self._forward: Forward = _Graphs(forward, self._computing) if chosen.cuda_graph else forward
-        self._streams: list[
-            Any
-        ] = []  # of the throughput; kept, since PyTorch keeps memory for every stream it has seen
+        # Of the throughput. They are kept, since PyTorch keeps memory for every stream that it has seen.
+        self._streams: list[Any] = []
         _allow_tf32(arithmetic == "tf32")
         self.device = device_name(self._device)
         how = FORMATS[arithmetic] if self._device.type == "cuda" else arithmetic
