@@ -105,8 +105,7 @@ class Spool:
             raise UsageError(f"{folder} was written by another version of medseg-trt; give another folder with --spool")
         self._database.executescript(SCHEMA)
         self._database.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
-        with self._transaction() as database:
-            database.execute("UPDATE jobs SET state='queued' WHERE state='running'")
+        self.queue_running()
 
     def close(self) -> None:
         """Close the database and release the folder."""
@@ -151,6 +150,11 @@ class Spool:
             ).rowcount
             database.executemany("UPDATE instances SET job=? WHERE uid=?", [(job.id, uid) for uid in instances])
             return added == 1
+
+    def queue_running(self) -> None:
+        """Put jobs that were interrupted while they ran back into the queue."""
+        with self._transaction() as database:
+            database.execute("UPDATE jobs SET state='queued' WHERE state='running'")
 
     def next_job(self) -> Job | None:
         """Mark the oldest queued job as running and return it."""
