@@ -9,7 +9,6 @@ import threading
 import urllib.request
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,10 +22,12 @@ from medseg_trt.errors import InputError
 from medseg_trt.inference.to_folder import MaskFolder
 from medseg_trt.pipeline import infer
 from medseg_trt.serve import routes_segment
-from medseg_trt.serve.batching import CancelledError
+from medseg_trt.serve.batching import BatchQueue, CancelledError
+from medseg_trt.serve.model import ServedModel
 from medseg_trt.serve.protocol_v2 import ProtocolError
-from medseg_trt.serve.settings import Limits
-from medseg_trt.serve.spool import FullError
+from medseg_trt.serve.settings import Limits, ServeSettings
+from medseg_trt.serve.spool import FullError, Spool
+from medseg_trt.serve.state import ServerState
 from medseg_trt.serve.uploads import UPLOAD, open_upload
 
 LABELLED = {"StudyInstanceUID": "1.2.826.0.1.3680043.8.498.9", "FrameOfReferenceUID": "1.2.826.0.1.3680043.8.498.8"}
@@ -234,9 +235,21 @@ def test_a_bundle_that_is_replaced_while_serving_changes_nothing(server, bundle,
 def segment_now(folder: Path, content: bytes, *, cancelled: bool) -> Any:
     """Run what a thread does for a request, without a server."""
     (folder / UPLOAD).write_bytes(content)
-    state: Any = SimpleNamespace(settings=SimpleNamespace(limits=Limits()))
-    model, waiting = SimpleNamespace(), SimpleNamespace(cancelled=cancelled)
-    return routes_segment._segment_now(state, model, folder, "", waiting)  # pyright: ignore[reportArgumentType]
+    queue = BatchQueue(max_batch=1, delay_s=0.0, max_requests=1)
+    with queue.open() as waiting:
+        if cancelled:
+            waiting.cancel()
+        try:
+            return routes_segment._segment_now(bare_state(folder), object.__new__(ServedModel), folder, "", waiting)
+        finally:
+            queue.close()
+
+
+def bare_state(folder: Path, **limits: int) -> ServerState:
+    """Return what the functions below need of a server."""
+    state = object.__new__(ServerState)
+    state.settings = ServeSettings(bundles=(folder,), spool=folder, limits=Limits(**limits))
+    return state
 
 
 def test_a_volume_becomes_no_job_where_its_client_has_gone(inputs, tmp_path):
@@ -263,7 +276,7 @@ def test_a_thread_that_outlives_its_request_leaves_no_file(tmp_path, monkeypatch
     assert not tmp_path.exists()
 
 
-def test_a_body_without_a_length_is_refused_when_the_disk_gets_full(tmp_path):
+def test_a_body_without_a_length_is_refused_when_the_disk_gets_full(tmp_path, monkeypatch):
     left = 2500
 
     def require_space(num_bytes: int) -> None:
@@ -276,10 +289,12 @@ def test_a_body_without_a_length_is_refused_when_the_disk_gets_full(tmp_path):
         return {"type": "http.request", "body": bytes(1000), "more_body": True}  # for ever
 
     request = Request({"type": "http", "headers": [(b"transfer-encoding", b"chunked")]}, receive)
-    settings = SimpleNamespace(limits=Limits(max_body_bytes=10_000))
-    state: Any = SimpleNamespace(settings=settings, spool=SimpleNamespace(require_space=require_space))
+    state = bare_state(tmp_path, max_body_bytes=10_000)
+    state.spool = Spool(tmp_path / "spool", 0)
+    monkeypatch.setattr(state.spool, "require_space", require_space)
     with pytest.raises(FullError):
         asyncio.run(routes_segment._receive(state, request, tmp_path / UPLOAD))
+    state.spool.close()
 
 
 def test_an_archive_that_fills_the_disk_is_not_called_damaged(tmp_path, monkeypatch):
