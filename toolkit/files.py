@@ -52,12 +52,16 @@ def sha256_of(file: BinaryIO) -> str:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Generator[Path, None, None]:
+def atomic_file(path: Path, *, durable: bool = True) -> Generator[Path, None, None]:
     """Yield a temporary path beside ``path``; rename it there when the block ends without an error.
 
     The suffix is kept, so that libraries that look at it choose the right format.
     On an error or an interrupt the temporary file is removed and ``path`` is as it was before.
     The temporary file is locked meanwhile, so that ``remove_abandoned`` can tell it from a dead process's.
+
+    Args:
+        path: the file.
+        durable: wait until the content is on the disk, so that a loss of power leaves a whole file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -67,8 +71,9 @@ def atomic_file(path: Path) -> Generator[Path, None, None]:
         raise
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:  # a full disk has no file name, and the temporary name means nothing to the user
         if error.errno is not None and error.filename in (None, str(temporary)):

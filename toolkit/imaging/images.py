@@ -244,20 +244,25 @@ def read_labels(path: Source | Path, like: Image, num_labels: int | None) -> UIn
     return as_labels(_reader(path).read_labels(path, like), path, num_labels)
 
 
-def write_mask(mask: Mask, folder: Path) -> Path:
+def write_mask(mask: Mask, folder: Path, *, durable: bool = True) -> Path:
     """Write the mask under the image's stem; the file is read back and compared before it replaces an older one.
 
     The mask of a volume is a NIfTI file in the source's geometry, whatever its format. The mask of a 2-D image is a PNG
     with the class colours, pixel for pixel as the image file is stored. The mask of a stack is a TIFF with one page per
     slice.
+
+    Args:
+        mask: the mask.
+        folder: where to.
+        durable: see ``files.atomic_file``.
     """
     if mask.geometry is not None:
         path = folder / f"{output_stem(mask)}.nii.gz"
-        _module(".nii.gz").write(mask, mask.geometry, path)
+        _module(".nii.gz").write(mask, mask.geometry, path, durable=durable)
     else:
         suffix = ".png" if len(mask.labels) == 1 else ".tif"
         path = folder / f"{output_stem(mask)}{suffix}"
-        _module(suffix).write(mask, path)
+        _module(suffix).write(mask, path, durable=durable)
     return path
 
 
@@ -312,7 +317,7 @@ def _reader(path: Path) -> Any:
         raise InputError(f"{path} is of an unsupported format; supported: {', '.join(READERS)} and DICOM")
     if not path.stat().st_size:
         raise InputError(f"{path} cannot be read: it is empty; copy it again from its source")
-    if content is not None and SAME_KIND.get(named or "", named) != kind:
+    if content is not None and named is not None and SAME_KIND.get(named, named) != kind:
         LOG.info("%s is a %s file by its content and is read as such", path, content.name)
     return _module(kind)
 

@@ -136,18 +136,22 @@ class JobRunner:
             self._thread.join(POLL_S)
 
     def _work(self) -> None:
-        swept = 0.0
+        swept, is_interrupted = 0.0, False
         while not self._stopping.is_set():
-            if time.monotonic() - swept > SWEEP_S:
-                self._sweep()
-                swept = time.monotonic()
             try:
+                if is_interrupted:
+                    self._spool.queue_running()
+                    is_interrupted = False
+                if time.monotonic() - swept > SWEEP_S:
+                    swept = time.monotonic()
+                    self._sweep()
                 job = self._spool.next_job()
                 if job is not None:
                     self._run(job)
                     continue
             except (sqlite3.Error, OSError):  # without this thread, no job would ever run again
                 LOG.exception("the spool cannot be used; it is tried again")
+                is_interrupted = True  # a job that could not be noted as finished is run again
             self._wake.wait(POLL_S)
             self._wake.clear()
 

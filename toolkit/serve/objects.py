@@ -1,6 +1,5 @@
 """Receive DICOM objects, by C-STORE and STOW-RS alike: checked, written to the spool, noted, and only then accepted."""
 
-import errno
 import hashlib
 import logging
 import time
@@ -14,12 +13,11 @@ from medseg_trt.imaging.formats.dicom_file import NotAnImageError, read_header
 from medseg_trt.imaging.formats.limits import convert_decoder_errors
 from medseg_trt.serve.jobs import DICOM_JOB, RESULT_FILES, RESULTS
 from medseg_trt.serve.result_formats import DICOM
-from medseg_trt.serve.spool import FullError, Instance, Spool
+from medseg_trt.serve.spool import Instance, Spool, refused_when_full
 
 LOG = logging.getLogger("medseg_trt.serve")
 OBJECTS = "objects"
 OUT_OF_RESOURCES, NO_MATCH, CANNOT_UNDERSTAND = 0xA700, 0xA900, 0xC000  # DICOM PS3.4 B.2.3
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class RefusedError(MedsegError):
@@ -64,16 +62,11 @@ def accept(spool: Spool, content: bytes, expected: tuple[str, str] | None = None
     folder = spool.folder / OBJECTS
     folder.mkdir(exist_ok=True)
     path = folder / f"{digest}.dcm"  # one file a content: what is written twice is the same
-    try:
-        with atomic_file(path) as temporary:
-            temporary.write_bytes(content)
-            instance = _instance(temporary, digest, expected)
-            if (known := spool.instance(instance.uid)) is not None:
-                return _same(spool, known, instance, temporary)
-    except OSError as error:
-        if error.errno in FULL:
-            raise FullError("the disk of the spool is full") from error
-        raise
+    with refused_when_full(), atomic_file(path) as temporary:
+        temporary.write_bytes(content)
+        instance = _instance(temporary, digest, expected)
+        if (known := spool.instance(instance.uid)) is not None:
+            return _same(spool, known, instance, temporary)
     if not spool.add_instance(instance) and (known := spool.instance(instance.uid)) is not None:
         return _same(spool, known, instance, path)  # another association was faster
     return instance

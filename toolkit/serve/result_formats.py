@@ -62,13 +62,14 @@ def native_type(mask: Mask) -> str:
 
 
 def accepted_types(header: str) -> list[str]:
-    """Return the media types of an Accept header, the preferred one first; all where there is none."""
+    """Return the media types of an Accept header, the preferred one first; all where it names none."""
     weighted: list[tuple[float, int, str]] = []
+    names_none = True
     for position, part in enumerate(header.split(",")):
         name, _, parameters = part.strip().partition(";")
         if not name.strip():
             continue
-        quality = 1.0
+        names_none, quality = False, 1.0
         for parameter in parameters.split(";"):
             key, _, value = parameter.strip().partition("=")
             if key == "q":
@@ -79,7 +80,7 @@ def accepted_types(header: str) -> list[str]:
         if quality > 0:
             plain = name.strip().lower()
             weighted.append((-quality, position, ALIASES.get(plain, plain)))
-    return [name for _, _, name in sorted(weighted)] or ["*/*"]
+    return ["*/*"] if names_none else [name for _, _, name in sorted(weighted)]
 
 
 def choose(header: str, mask: Mask, source: Source) -> str:
@@ -120,7 +121,7 @@ def encode(media_type: str, result: Segmentation, folder: Path) -> EncodedResult
         except InputError as error:
             raise ProtocolError(str(error), 406) from error
     elif media_type == native_type(result.mask):
-        path = write_mask(result.mask, folder)
+        path = write_mask(result.mask, folder, durable=False)  # it is read back and not kept
     else:
         raise ProtocolError(f"{media_type} does not exist for this image", 406)
     return EncodedResult(media_type=media_type, content=path.read_bytes(), file_name=f"{stem}{SUFFIXES[media_type]}")

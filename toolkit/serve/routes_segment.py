@@ -16,7 +16,7 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from medseg_trt.errors import InputError
-from medseg_trt.serve.batching import RequestQueue
+from medseg_trt.serve.batching import CancelledError, RequestQueue
 from medseg_trt.serve.http import chunks_of, drop_when_gone
 from medseg_trt.serve.jobs import HTTP_JOB, RESULT_FILES, RESULTS
 from medseg_trt.serve.model import ServedModel
@@ -34,7 +34,7 @@ from medseg_trt.serve.result_formats import (
     encode,
     outlines_of,
 )
-from medseg_trt.serve.spool import Job
+from medseg_trt.serve.spool import Job, refused_when_full
 from medseg_trt.serve.state import ServerState
 from medseg_trt.serve.uploads import UPLOAD, open_upload, public_message, read_upload
 
@@ -67,7 +67,7 @@ def routes(state: ServerState) -> list[Route]:
 
     async def result(request: Request) -> Response:
         job = await find(request)
-        return await asyncio.to_thread(_result, state, job, request.headers.get("accept", ""))
+        return await asyncio.to_thread(_result, state, job, _accept_header(request))
 
     async def models(_request: Request) -> Response:
         return JSONResponse({"models": [_model_summary(model) for model in state.models.values()]})
@@ -83,7 +83,7 @@ def routes(state: ServerState) -> list[Route]:
 
 
 async def _segment(state: ServerState, request: Request) -> Response:
-    model, accept = _model(state, request.query_params.get("model")), request.headers.get("accept", "")
+    model, accept = _model(state, request.query_params.get("model")), _accept_header(request)
     accepted_types(accept)  # an invalid header is refused before anything is read
     if "multipart/" in request.headers.get("content-type", ""):
         raise ProtocolError("send the file itself as the body, not a form: curl --data-binary @image.png", 415)
@@ -111,29 +111,39 @@ async def _segment(state: ServerState, request: Request) -> Response:
 
 
 async def _receive(state: ServerState, request: Request, path: Path) -> None:
-    with path.open("wb") as file:
+    with refused_when_full(), path.open("wb") as file:
         async for chunk in chunks_of(request, state.settings.limits):
+            state.spool.require_space(len(chunk))  # other requests write too, and a length may not have been declared
             file.write(chunk)
 
 
 def _segment_now(
     state: ServerState, model: ServedModel, folder: Path, accept: str, waiting: RequestQueue
 ) -> EncodedResult | None:
-    """Return the mask of a single slice in the form that was asked for, or None for a volume."""
+    """Return the mask of a single slice in the form that was asked for, or None for a volume, whose upload is kept.
+
+    Raises:
+        CancelledError: nobody waits for the answer any more.
+    """
+    keep = False
     try:
         source = open_upload(folder / UPLOAD, folder, state.settings.limits)
         image = read_upload(source, state.settings.limits)
         if image.num_slices > 1:
+            if waiting.cancelled:
+                raise CancelledError("the request was cancelled")
+            keep = True
             return None
         mask = model.segment(image, waiting)
         result = Segmentation(source=source, image=image, mask=mask, model=model)
-        encoded = encode(choose(accept, mask, source), result, folder)
-        shutil.rmtree(folder, ignore_errors=True)  # here: handing it to another thread takes longer than doing it
-        return encoded
+        return encode(choose(accept, mask, source), result, folder)
     except ProtocolError as error:
         raise ProtocolError(public_message(error, folder), error.status) from error
     except InputError as error:
         raise ProtocolError(public_message(error, folder), 422) from error
+    finally:
+        if not keep:  # here: after a timeout, this thread may still write to the folder
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _accept(state: ServerState, model: ServedModel, folder: Path) -> Job:
@@ -249,6 +259,10 @@ def _job(state: ServerState, job_id: str) -> Job:
     if job is None:
         raise ProtocolError("there is no such job; its result may have expired", 404)
     return job
+
+
+def _accept_header(request: Request) -> str:
+    return ", ".join(request.headers.getlist("accept"))  # RFC 9110, section 5.3: several lines are one list
 
 
 def _length(request: Request) -> int:

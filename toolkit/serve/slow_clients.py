@@ -3,6 +3,7 @@
 import asyncio
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEADER_S = 20.0
@@ -30,6 +31,13 @@ class TimedH11Protocol(H11Protocol):
         """Stop the clock."""
         self._disarm()
         super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP; where the body of a request turns out so after its answer, only close."""
+        try:
+            super().send_400_response(msg)
+        except h11.LocalProtocolError:
+            self.transport.close()
 
     def _is_in_request(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete

@@ -5,6 +5,7 @@ name is derived from its input, so that the same input makes the same job. A pro
 leaves either nothing that was acknowledged, or a row from which a restart goes on.
 """
 
+import errno
 import os
 import sqlite3
 import threading
@@ -33,10 +34,26 @@ CREATE TABLE IF NOT EXISTS sends (
     next REAL NOT NULL, PRIMARY KEY (job, destination, file));
 """
 DATABASE, LOCK = "spool.sqlite", "spool.lock"
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class FullError(MedsegError):
     """The disk of the spool is full, or as many jobs wait as are allowed; nothing was accepted."""
+
+
+@contextmanager
+def refused_when_full() -> Generator[None, None, None]:
+    """Refuse what cannot be written in the block because the disk is full.
+
+    Raises:
+        FullError: it is.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise FullError("the disk of the spool is full") from error
+        raise
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,8 +122,7 @@ class Spool:
             raise UsageError(f"{folder} was written by another version of medseg-trt; give another folder with --spool")
         self._database.executescript(SCHEMA)
         self._database.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
-        with self._transaction() as database:
-            database.execute("UPDATE jobs SET state='queued' WHERE state='running'")
+        self.queue_running()
 
     def close(self) -> None:
         """Close the database and release the folder."""
@@ -151,6 +167,11 @@ class Spool:
             ).rowcount
             database.executemany("UPDATE instances SET job=? WHERE uid=?", [(job.id, uid) for uid in instances])
             return added == 1
+
+    def queue_running(self) -> None:
+        """Put jobs that were interrupted while they ran back into the queue."""
+        with self._transaction() as database:
+            database.execute("UPDATE jobs SET state='queued' WHERE state='running'")
 
     def next_job(self) -> Job | None:
         """Mark the oldest queued job as running and return it."""

@@ -8,11 +8,12 @@ import zlib
 from pathlib import Path
 
 from medseg_trt.errors import InputError
-from medseg_trt.imaging.images import READERS, Image, Source, kind_of, read_image, source_of_file
+from medseg_trt.imaging.images import READERS, Image, Source, kind_of, read_image
 from medseg_trt.imaging.listing import list_images
 from medseg_trt.imaging.signatures import readable
 from medseg_trt.serve.protocol_v2 import ProtocolError
 from medseg_trt.serve.settings import Limits
+from medseg_trt.serve.spool import refused_when_full
 
 UPLOAD = "image"  # the name of an uploaded file, and so the stem of its mask
 SERIES = "series"
@@ -26,6 +27,7 @@ def open_upload(path: Path, folder: Path, limits: Limits) -> Source:
 
     Raises:
         ProtocolError: an archive is too large or damaged, or the format is not accepted.
+        FullError: the disk is full.
         InputError: it holds no image, or several.
     """
     if not path.stat().st_size:
@@ -40,7 +42,7 @@ def open_upload(path: Path, folder: Path, limits: Limits) -> Source:
         raise ProtocolError(
             "the format is not accepted; send PNG, JPEG, TIFF, NIfTI, NRRD, DICOM or a zip of DICOM", 415
         )
-    return source_of_file(path)
+    return Source(path=path, files=(path,), stem=path.name)
 
 
 def read_upload(source: Source, limits: Limits) -> Image:
@@ -65,7 +67,8 @@ def public_message(error: Exception, folder: Path) -> str:
 
 def _series(path: Path, folder: Path, limits: Limits) -> Source:
     try:
-        _unpack(path, folder, limits)
+        with refused_when_full():
+            _unpack(path, folder, limits)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError, ValueError, RuntimeError) as error:
         raise ProtocolError("the zip archive is damaged, encrypted, or compressed in an unknown way") from error
     listing = list_images([folder])

@@ -125,6 +125,19 @@ def test_random_bytes_leave_the_server_alive(server, inputs, masks):
     check_alive(server, inputs, masks)
 
 
+def test_a_body_that_is_no_http_after_its_answer(server, inputs, masks):
+    """The answer comes before the body, which then is no chunk; nothing but the log's own lines may be in the log."""
+    host, port = server.netloc.split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as client:
+        client.sendall(b"POST /v1/segment?model=x HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
+        assert b"404" in client.recv(4096).splitlines()[0]
+        client.sendall(b"no chunk\r\n")
+        while client.recv(4096):
+            pass
+    check_alive(server, inputs, masks)
+    assert [line for line in server.lines if not line.startswith("{")] == []
+
+
 def test_a_body_of_a_gigabyte_that_is_only_announced(server):
     host, port = server.netloc.split(":")
     with socket.create_connection((host, int(port)), timeout=60) as client:

@@ -1,19 +1,34 @@
 """``/v1/segment``: the bytes that ``infer`` writes, jobs for volumes, and one clear line for what cannot be used."""
 
+import asyncio
+import http.client
 import io
 import json
+import shutil
 import threading
 import urllib.request
 import zipfile
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydicom
 import pytest
 from dicoms import AXIAL, save_series
 from server_process import running_server
+from starlette.requests import Request
 
+from medseg_trt.errors import InputError
 from medseg_trt.inference.to_folder import MaskFolder
 from medseg_trt.pipeline import infer
+from medseg_trt.serve import routes_segment
+from medseg_trt.serve.batching import BatchQueue, CancelledError
+from medseg_trt.serve.model import ServedModel
+from medseg_trt.serve.protocol_v2 import ProtocolError
+from medseg_trt.serve.settings import Limits, ServeSettings
+from medseg_trt.serve.spool import FullError, Spool
+from medseg_trt.serve.state import ServerState
+from medseg_trt.serve.uploads import UPLOAD, open_upload
 
 LABELLED = {"StudyInstanceUID": "1.2.826.0.1.3680043.8.498.9", "FrameOfReferenceUID": "1.2.826.0.1.3680043.8.498.8"}
 
@@ -139,6 +154,29 @@ def test_unavailable_response_format_gives_406(server, inputs):
     assert (status, "not DICOM" in json.loads(body)["error"]) == (406, True)
 
 
+@pytest.mark.parametrize("path", ["/v1/segment", "/v1/jobs/ID/result"])
+def test_a_client_that_accepts_nothing_gets_nothing(path, server, inputs):
+    body = (inputs / ("stack.tif" if "ID" in path else "image0.png")).read_bytes()
+    if "ID" in path:
+        _, headers, _ = server.post("/v1/segment", body)
+        path = server.wait_for_job(headers["location"])["result"]
+    status, _, text = server.request("GET" if "result" in path else "POST", path, body, Accept="*/*;q=0")
+    assert (status, list(json.loads(text))) == (406, ["error"])
+
+
+def test_several_accept_lines_are_one_list(server, inputs):
+    connection = http.client.HTTPConnection(server.netloc, timeout=60)
+    body = (inputs / "image0.png").read_bytes()
+    connection.putrequest("POST", "/v1/segment")
+    for name, value in (("Accept", "text/html"), ("Accept", "application/json"), ("Content-Length", str(len(body)))):
+        connection.putheader(name, value)
+    connection.endheaders(body)
+    response = connection.getresponse()
+    assert (response.status, response.headers["content-type"]) == (200, "application/json")
+    response.read()
+    connection.close()
+
+
 def test_an_unknown_model_and_an_unknown_job(server):
     status, _, body = server.post("/v1/segment?model=other", b"x")
     assert (status, "tiny" in json.loads(body)["error"]) == (404, True)
@@ -192,3 +230,80 @@ def test_a_bundle_that_is_replaced_while_serving_changes_nothing(server, bundle,
     finally:
         (bundle / "manifest.json").write_bytes(manifest)
     assert body == (masks / "image0.png").read_bytes()
+
+
+def segment_now(folder: Path, content: bytes, *, cancelled: bool) -> Any:
+    """Run what a thread does for a request, without a server."""
+    (folder / UPLOAD).write_bytes(content)
+    queue = BatchQueue(max_batch=1, delay_s=0.0, max_requests=1)
+    with queue.open() as waiting:
+        if cancelled:
+            waiting.cancel()
+        try:
+            return routes_segment._segment_now(bare_state(folder), object.__new__(ServedModel), folder, "", waiting)
+        finally:
+            queue.close()
+
+
+def bare_state(folder: Path, **limits: int) -> ServerState:
+    """Return what the functions below need of a server."""
+    state = object.__new__(ServerState)
+    state.settings = ServeSettings(bundles=(folder,), spool=folder, limits=Limits(**limits))
+    return state
+
+
+def test_a_volume_becomes_no_job_where_its_client_has_gone(inputs, tmp_path):
+    volume = (inputs / "stack.tif").read_bytes()
+    assert segment_now(tmp_path, volume, cancelled=False) is None
+    assert (tmp_path / UPLOAD).read_bytes() == volume, "it is moved into the spool"
+    with pytest.raises(CancelledError):
+        segment_now(tmp_path, volume, cancelled=True)
+    assert not tmp_path.exists()
+
+
+def test_a_thread_that_outlives_its_request_leaves_no_file(tmp_path, monkeypatch):
+    """After a timeout, the request removes the folder while its thread may still write there."""
+
+    def slow(_path: Path, folder: Path, _limits: Limits) -> None:
+        shutil.rmtree(folder)
+        folder.mkdir()
+        (folder / "00000.dcm").write_bytes(b"of an archive")
+        raise InputError(f"{folder} is gone")
+
+    monkeypatch.setattr(routes_segment, "open_upload", slow)
+    with pytest.raises(ProtocolError, match="the upload is gone"):
+        segment_now(tmp_path, b"x", cancelled=True)
+    assert not tmp_path.exists()
+
+
+def test_a_body_without_a_length_is_refused_when_the_disk_gets_full(tmp_path, monkeypatch):
+    left = 2500
+
+    def require_space(num_bytes: int) -> None:
+        nonlocal left
+        left -= num_bytes
+        if left < 0:
+            raise FullError("the disk of the spool is full")
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": bytes(1000), "more_body": True}  # for ever
+
+    request = Request({"type": "http", "headers": [(b"transfer-encoding", b"chunked")]}, receive)
+    state = bare_state(tmp_path, max_body_bytes=10_000)
+    state.spool = Spool(tmp_path / "spool", 0)
+    monkeypatch.setattr(state.spool, "require_space", require_space)
+    with pytest.raises(FullError):
+        asyncio.run(routes_segment._receive(state, request, tmp_path / UPLOAD))
+    state.spool.close()
+
+
+def test_an_archive_that_fills_the_disk_is_not_called_damaged(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / UPLOAD, "w") as archive:
+        archive.writestr("a.dcm", bytes(100))
+
+    def full(*_arguments) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(FullError):
+        open_upload(tmp_path / UPLOAD, tmp_path, Limits())

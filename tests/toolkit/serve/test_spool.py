@@ -1,6 +1,7 @@
 """The spool: what is full or damaged is refused, what is done expires, what was never acknowledged goes."""
 
 import os
+import sqlite3
 import time
 from io import BytesIO
 
@@ -43,8 +44,6 @@ def taken(spool: Spool) -> str | None:
 def test_a_second_server_and_another_version_are_refused(spool, tmp_path):
     with pytest.raises(UsageError, match="in use"):
         Spool(spool.folder, 0)
-    import sqlite3
-
     (tmp_path / "other").mkdir()
     with sqlite3.connect(tmp_path / "other" / DATABASE) as database:
         database.execute("PRAGMA user_version=99")
@@ -162,6 +161,36 @@ def test_files_that_were_never_acknowledged_are_removed_at_the_start(spool, cont
     runner.stop(time.monotonic() + 10)
     assert os.listdir(spool.folder / "objects") == [f"{kept.sha256}.dcm"]
     assert os.listdir(spool.folder / "jobs") == []
+
+
+def failing_once(function):
+    """Return a function that fails as on a full disk, and from then on does what it should."""
+    calls: list[tuple] = []
+
+    def call(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise sqlite3.OperationalError("database or disk is full")
+        return function(*arguments)
+
+    return call
+
+
+@pytest.mark.parametrize("failing", ["finish", "next_job", "sweep"])
+def test_a_spool_that_fails_for_a_moment_leaves_no_job_behind(spool, failing, monkeypatch):
+    """A job that cannot be noted as finished would run for ever, and without the thread none would run."""
+    runner = JobRunner(spool, {}, Limits(), Metrics())
+    owner, name = (runner, "_sweep") if failing == "sweep" else (spool, failing)
+    monkeypatch.setattr(owner, name, failing_once(getattr(owner, name)))
+    spool.add_job(job("waiting"))
+    runner.start()
+    deadline = time.monotonic() + 10
+    while (waiting := spool.job("waiting")) is not None and waiting.finished is None:
+        assert time.monotonic() < deadline, waiting
+        time.sleep(0.05)
+    runner.stop(time.monotonic() + 10)
+    assert waiting is not None
+    assert waiting.error == "the model 'm' is not served any more"
 
 
 class KilledError(BaseException):

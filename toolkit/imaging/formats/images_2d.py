@@ -87,14 +87,14 @@ def read_labels(path: Path, like: Image) -> ndarray:
     return labels_like(path, grey(path, labels)[np.newaxis], exif, like)
 
 
-def write(mask: Mask, path: Path) -> None:
+def write(mask: Mask, path: Path, *, durable: bool = True) -> None:
     """Write a palette PNG with the class colours, in the image's stored orientation.
 
     Raises:
         MedsegError: the file read back differs from the mask; nothing is written.
     """
     (labels,) = as_stored(mask.labels, mask.exif)
-    with atomic_file(path) as temporary:
+    with atomic_file(path, durable=durable) as temporary:
         as_palette(labels, mask).save(temporary, format="PNG")
         written, _ = _decode(temporary, indices=True)
         if not np.array_equal(written, labels):

@@ -274,7 +274,7 @@ def reoriented(
     )
 
 
-def write(mask: Mask, geometry: Geometry, path: Path) -> None:
+def write(mask: Mask, geometry: Geometry, path: Path, *, durable: bool = True) -> None:
     """Write a gzipped NIfTI mask in the geometry of its source.
 
     Raises:
@@ -289,7 +289,7 @@ def write(mask: Mask, geometry: Geometry, path: Path) -> None:
     header = geometry.header.copy()
     header.set_data_dtype(np.uint8)
     kind = nibabel.Nifti2Image if isinstance(header, nibabel.Nifti2Header) else nibabel.Nifti1Image
-    with atomic_file(path) as temporary:
+    with atomic_file(path, durable=durable) as temporary:
         temporary.write_bytes(gzip.compress(kind(stored, None, header).to_bytes(), compresslevel=1, mtime=0))
         written, written_header, _ = load(temporary)
         is_same_geometry = written_header.get_data_shape() == geometry.shape and all(

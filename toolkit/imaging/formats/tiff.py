@@ -70,7 +70,7 @@ def read_labels(path: Path, like: Image) -> ndarray:
     return labels_like(path, stored, exif, like)
 
 
-def write(mask: Mask, path: Path) -> None:
+def write(mask: Mask, path: Path, *, durable: bool = True) -> None:
     """Write a TIFF of one page per slice with the class colours, in the stack's stored orientation.
 
     Raises:
@@ -78,7 +78,7 @@ def write(mask: Mask, path: Path) -> None:
     """
     stored = as_stored(mask.labels, mask.exif)
     first, *others = (as_palette(labels, mask) for labels in stored)
-    with atomic_file(path) as temporary:
+    with atomic_file(path, durable=durable) as temporary:
         first.save(temporary, format="TIFF", save_all=True, append_images=others, compression="tiff_adobe_deflate")
         written, _ = _decode(temporary, indices=True)
         if not np.array_equal(written, stored):

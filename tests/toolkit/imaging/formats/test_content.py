@@ -64,6 +64,7 @@ def test_mismatch_of_content_and_suffix_is_logged(tmp_path, caplog):
         (".nii.gz", "c.nii"),
         (".jpg", "d.jpeg"),
         (".tif", "e.tiff"),
+        (".png", "f"),
     ):
         write_kind(kind, tmp_path / name)
         with caplog.at_level(logging.INFO, "medseg_trt"):
@@ -72,6 +73,7 @@ def test_mismatch_of_content_and_suffix_is_logged(tmp_path, caplog):
         assert f"{name} is a {said} file by its content and is read as such" in caplog.text
     assert "d.jpeg is" not in caplog.text
     assert "e.tiff is" not in caplog.text
+    assert "f is" not in caplog.text, "its name says nothing"
 
 
 def metaimage(path: Path) -> None:
