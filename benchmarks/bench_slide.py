@@ -1,6 +1,6 @@
 """How much memory and time does a large slide take, and do windows leave seams?
 
-    python benchmarks/bench_slide.py --bundle model.medseg [--side 40000] [--image ct.nii.gz] [--overlap 0]
+    python benchmarks/bench_slide.py --bundle model.medseg [--side 40000] [--height 8000] [--image ct.nii.gz]
 
 The slide is generated: ``--image``'s middle slice, at the distance of the network's pixels where it has one, or seeded
 noise, repeated in both directions, in deflated tiles of 256 x 256 pixels. ``infer --tile auto`` runs once in a process
@@ -164,12 +164,13 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--side", type=int, default=40_000, help="of the slide, in pixels")
+    parser.add_argument("--height", type=int, help="of the slide, in pixels, where it is not a square")
     parser.add_argument("--image", type=Path, help="its middle slice is repeated; without it, seeded noise")
     parser.add_argument("--overlap", type=float, default=0.0, help="of windows of the whole slide")
     chosen = parser.parse_args()
     bundle = load_bundle(chosen.bundle)
     repeated = texture(chosen.image, bundle.preprocessing.spacing_mm)
-    asked = (((STRIP_ROWS, chosen.side), STRIP_OVERLAP), ((chosen.side, chosen.side), chosen.overlap))
+    asked = (((STRIP_ROWS, chosen.side), STRIP_OVERLAP), ((chosen.height or chosen.side, chosen.side), chosen.overlap))
     with TemporaryDirectory(prefix="medseg-slide-") as folder:
         runs = [run_once(Path(folder), repeated, size, overlap, bundle) for size, overlap in asked]
     with open_session(bundle) as session:

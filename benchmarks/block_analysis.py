@@ -156,11 +156,12 @@ def to_markdown(result: Mapping[str, Any]) -> str:
         ]
         for network in result["networks"]
     ]
-    parts = [__doc__ or "", "# The block as an affine map", "\n".join(table(networks_header, rows))]
+    about = (__doc__ or "").partition("\n\n")[2].partition("\n\n    ")[0]
+    parts = ["# The block as an affine map", about, "\n".join(table(networks_header, rows))]
     header = ["rung", "MACs", "relative error", "unexplained", "Dice val", "drop val <", "Dice test", "drop test <"]
     for network in result["networks"]:
         parts += [f"## {network['name']}", "\n".join(table(header, [_rung_row(rung) for rung in network["rungs"]]))]
-    return "\n\n".join(parts)
+    return "\n\n".join(parts) + "\n"
 
 
 def _rung_row(rung: Mapping[str, Any]) -> list[str]:

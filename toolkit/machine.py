@@ -65,9 +65,11 @@ def cpu_quota() -> int | None:
     """
     lines = (_text(OWN_GROUP) or "").splitlines()
     own = CONTROL_GROUPS / next((line[3:].strip("/") for line in lines if line.startswith("0::")), "")
-    files = [(folder / "cpu.max",) for folder in (own, *own.parents) if folder.is_relative_to(CONTROL_GROUPS)]
-    files.append((CONTROL_GROUPS / "cpu" / "cpu.cfs_quota_us", CONTROL_GROUPS / "cpu" / "cpu.cfs_period_us"))
-    values = [" ".join(_text(file) or "" for file in pair).split() for pair in files]
+    folders = [folder for folder in (own, *own.parents) if folder.is_relative_to(CONTROL_GROUPS)]
+    first_version = [_text(CONTROL_GROUPS / "cpu" / name) or "" for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us")]
+    values = [
+        text.split() for text in (*(_text(folder / "cpu.max") or "" for folder in folders), " ".join(first_version))
+    ]
     quotas = [
         max(-(-int(pair[0]) // int(pair[1])), 1)
         for pair in values
