@@ -31,7 +31,7 @@ from medseg_trt.errors import InputError, UsageError
 from medseg_trt.files import PARTIAL, remove_abandoned
 from medseg_trt.imaging.images import MASK_SUFFIXES, Image, Mask, Source
 from medseg_trt.imaging.slide_mask import SlideMask
-from medseg_trt.inference.areas_table import AREAS, AreaTable
+from medseg_trt.inference.areas_table import AREAS, AreaTable, unusual_reason
 from medseg_trt.inference.output_folder import require_own_folders
 from medseg_trt.inference.resume import (
     FOLDER,
@@ -112,7 +112,7 @@ class MaskTree(MaskFolder):
             "kept": self.kept,
             "failed": dict(self.refused),
             "left_out": self.num_left_out,
-            "unusual": self.unusual,
+            "unusual": self.num_unusual,
         }
 
     def find_sources(self, inputs: Sequence[Path], bundle: Bundle) -> Sequence[Source]:
@@ -251,7 +251,9 @@ class MaskTree(MaskFolder):
     def _note_mask(self, source: Source, record: Record) -> None:
         assert self._table is not None
         self.num_masks += 1
-        self._note_unusual(source, record)
+        self.num_unusual += (
+            unusual_reason(record.areas) is not None
+        )  # their names are in the table alone: there may be many
         self._table.add(f"{source.stem}{record.mask_suffix}", record.areas)
 
     def _require_no_links(self, source: Source) -> None:

@@ -172,7 +172,7 @@ def infer(
         with resumable("--continue", finished):
             for _ in masks:
                 pass
-    unlike = f"{plural(len(written.unusual), 'image')} unlike the training images, " if written.unusual else ""
+    unlike = f"{plural(written.num_unusual, 'image')} unlike the training images, " if written.num_unusual else ""
     num_refused = len(written.refused)
     print_result(
         as_json,

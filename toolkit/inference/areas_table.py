@@ -3,7 +3,7 @@
 import csv
 import os
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
@@ -16,6 +16,7 @@ from medseg_trt.progress import printable, unicode_text
 AREAS = "areas.csv"
 HEADER = ("file", "class", "label", "pixels", "mm2", "ml", "unusual")
 OLDER_HEADER = HEADER[:-1]
+UNUSUAL = HEADER.index("unusual")
 MAX_BYTES = 1 << 36  # of an existing table, which is read by rows: a hundred million masks take about a tenth
 LISTED_FOLDERS = 64  # whose escaped names are kept in memory
 
@@ -160,3 +161,8 @@ def require_own_areas(folder: Path) -> None:
 def _complete_row(row: Row) -> Row:
     """Return a row with all columns; those of earlier versions have no ``unusual``."""
     return row + ("",) * (len(HEADER) - len(row))
+
+
+def unusual_reason(rows: Iterable[Sequence[str]]) -> str | None:
+    """Return in which way the image of these rows is unlike the training images; None: it is not, or not known."""
+    return min((row[UNUSUAL] for row in rows if len(row) > UNUSUAL and row[UNUSUAL]), default=None)

@@ -28,7 +28,7 @@ from medseg_trt.imaging.listing import LeftOut, list_images
 from medseg_trt.imaging.overlay import write_overlay
 from medseg_trt.imaging.preprocess import for_image
 from medseg_trt.imaging.slide_mask import SlideMask
-from medseg_trt.inference.areas_table import AREAS, HEADER, AreaTable, area_rows
+from medseg_trt.inference.areas_table import AREAS, AreaTable, area_rows, unusual_reason
 from medseg_trt.inference.destination import Destination
 from medseg_trt.inference.outcomes import Kept, Refused, SlideToSegment
 from medseg_trt.inference.output_folder import name_limit, require_safe
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 
 MaskFormat = Literal["auto", "dicom-seg"]
 TIFF = ".tif"
-UNUSUAL = HEADER.index("unusual")
 # Errors of one file name; other errors of a disk concern all files.
 NAME_ERRORS = (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
 
@@ -84,7 +83,8 @@ class MaskFolder(Destination):
         self.kept = 0  # masks of an earlier run, among ``masks``
         self.refused: list[tuple[str, str]] = []  # every input that could not be used, and the reason
         self.left_out: tuple[LeftOut, ...] = ()  # files in the input folders that are not images
-        self.unusual: dict[str, str] = {}  # images unlike the training images, and the reason
+        self.num_unusual = 0  # images unlike the training images
+        self.unusual: dict[str, str] = {}  # their names and the reasons
         self._table: AreaTable | None = None  # of the run, between its beginning and its end
         self._keys: dict[Source, str] = {}  # of the images between reading and writing
         self._made_by = ""  # what the masks of a run depend on, besides their images
@@ -250,11 +250,9 @@ class MaskFolder(Destination):
         self.num_masks += 1
         self.masks.append(self.folder / f"{source.stem}{record.mask_suffix}")
         self._table.add(f"{source.stem}{record.mask_suffix}", record.areas)
-        self._note_unusual(source, record)
-
-    def _note_unusual(self, source: Source, record: Record) -> None:
-        reasons = {row[UNUSUAL] for row in record.areas if len(row) > UNUSUAL and row[UNUSUAL]}
-        self.unusual |= dict.fromkeys([source.label], min(reasons)) if reasons else {}
+        if (reason := unusual_reason(record.areas)) is not None:
+            self.num_unusual += 1
+            self.unusual[source.label] = reason
 
     def _write_files(self, source: Source, image: Image, mask: Mask, bundle: Bundle) -> Record:
         """Write overlay, mask and record.

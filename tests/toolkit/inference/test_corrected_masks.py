@@ -120,6 +120,8 @@ def test_an_unlike_image_is_named_in_the_log_the_table_and_json_and_its_mask_sta
     )
     assert again["kept"] == 2
     assert again["unusual"] == result["unusual"]
+    tree, _ = run("infer", images, "--tree", "--bundle", corrected_bundle, "-o", tmp_path / "tree")
+    assert tree["unusual"] == 1  # an archive may have millions
 
 
 def test_a_class_that_the_network_does_not_know_is_refused(corrected_bundle, tmp_path):
