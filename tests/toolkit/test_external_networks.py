@@ -38,8 +38,8 @@ def run_all(folder, architecture: str, size: int, *build_options: str, precision
     options = [word for change in (*changes, "train.batch_size=4") for word in ("--set", change)]
     invoke("train", "--recipe", "folder", "--data", data, "-o", folder / "run", *options)
     bundle = folder / "net.medseg"
-    precision = ["--precision", precisions, "--max-dice-drop", "0.5", "--backend", "onnxruntime"]
-    invoke("build", "--ckpt", folder / "run" / "best.pt", "--data", data, "-o", bundle, *precision, *build_options)
+    options = ["--precision", precisions, "--max-dice-drop", "0.5", *(build_options or ("--backend", "onnxruntime"))]
+    invoke("build", "--ckpt", folder / "run" / "best.pt", "--data", data, "-o", bundle, *options)
     content = load_bundle(bundle).content
     assert content.model.architecture == architecture
     assert {variant.passes["fused"]["rms_norms"] for variant in content.variants.values()} == {0}
