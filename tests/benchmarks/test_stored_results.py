@@ -26,6 +26,7 @@ BUILD_S, BUILD_MB = 20, 3000  # of the process that builds one engine: it fits b
 LAYER_FACTOR = 1.25
 # The affine rung has 0.44 % of the block's products; the rest is what the ratio of two measurements drifts.
 AFFINE_OVER_PLAIN = 1.05
+FLAT_MB = 25  # of ten times as many images, for caches of SQLite: names and reasons of 18,000 images alone take 20 MB
 HOST_US = 40  # an engine of a millisecond is not to wait for Python: at most 4 % of it
 LAYER_BYTES = 96 * MIB  # libraries that only larger tensors make PyTorch use, and the memory allocator's slack
 
@@ -69,6 +70,12 @@ def cost_of_the_affine_rung(result: dict[str, Any]) -> list[str]:
     return [name for name, ratio in ratios.items() if ratio > AFFINE_OVER_PLAIN] if ratios else ["not measured"]
 
 
+def memory_of_an_archive(result: dict[str, Any]) -> list[str]:
+    peaks = result["peak_mb"]
+    failed = [name for name in ("whole", "resumed") if peaks[name] - peaks["tenth"] > FLAT_MB]
+    return failed + [name for name in ("killed", "same_bytes") if not result[name]]
+
+
 def host_cost(result: dict[str, Any]) -> list[str]:
     return [name for name, cost in result["microseconds"].items() if cost > HOST_US]
 
@@ -77,6 +84,7 @@ CHECKS: list[tuple[str, Callable[[dict[str, Any]], list[str]]]] = [
     ("bench_cpu", speed_on_a_cpu),
     ("bench_cpu", memory_of_infer),
     ("engines", engines),
+    ("archive", memory_of_an_archive),
     ("bench_block", cost_of_the_affine_rung),
     ("host_cost", host_cost),
     ("block_extract_memory", memory_of_extract),
@@ -114,6 +122,9 @@ def test_a_stored_result_keeps_its_limits(name, failed):
         ),
         ("bench_block", cost_of_the_affine_rung, ("ratios",), {}),
         ("host_cost", host_cost, ("microseconds", "pixels, with two kernels"), 107.3),  # arguments checked every time
+        ("archive", memory_of_an_archive, ("peak_mb", "whole"), 160.0),
+        ("archive", memory_of_an_archive, ("same_bytes",), False),
+        ("archive", memory_of_an_archive, ("killed",), False),
         ("block_extract_memory", memory_of_extract, ("rows", 0, "added_bytes"), 2 << 30),
     ],
 )
