@@ -101,7 +101,7 @@ def test_the_sizes_of_a_graph_that_makes_masks_may_be_joined_on_the_cpu_and_noth
 
     require_placed(placed_with(lambda node: node.op_type == "Concat" and node.name.startswith(MASK_NODE)), CUDA)
     for op_type in ("Resize", "ArgMax"):
-        with pytest.raises(DeviceError, match=f"leaves 1 of .* nodes to CPUExecutionProvider \\(1 {op_type}\\)"):
+        with pytest.raises(DeviceError, match=rf"leaves \d+ of \d+ nodes to CPUExecutionProvider \(\d+ {op_type}\)"):
             require_placed(placed_with(lambda node, name=op_type: node.op_type == name), CUDA)
     with pytest.raises(DeviceError, match="Concat"):
         require_placed(placed_with(lambda node: node.op_type == "Concat"), CUDA)
