@@ -33,15 +33,7 @@ from medseg_trt.imaging.images import MASK_SUFFIXES, Image, Mask, Source
 from medseg_trt.imaging.slide_mask import SlideMask
 from medseg_trt.inference.areas_table import AREAS, AreaTable, unusual_reason
 from medseg_trt.inference.output_folder import require_own_folders
-from medseg_trt.inference.resume import (
-    FOLDER,
-    OVERLAYS,
-    Record,
-    digests_of,
-    has_its_files,
-    read_record,
-    record_name,
-)
+from medseg_trt.inference.resume import FOLDER, OVERLAYS, Record, digests_of, has_its_files, read_record, record_name
 from medseg_trt.inference.to_folder import MaskFolder, MaskFormat
 from medseg_trt.progress import LOG, plural
 
