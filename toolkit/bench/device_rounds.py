@@ -3,7 +3,7 @@
 Source of the warnings: NVIDIA's trtexec, which prints the same for its measurements.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -35,9 +35,9 @@ class DeviceRounds:
         self.download_ms += times.download_ms
         self.images_per_s += times.images_per_s
 
-    def look(self, read: Callable[[], GpuClock | None]) -> None:
-        """Look at the GPU's clock at the end of a round."""
-        if (clock := read()) is not None:
+    def look(self, clock: GpuClock | None) -> None:
+        """Add the GPU's clock in a round; None: it is not known."""
+        if clock is not None:
             self.clocks.append(clock)
 
     def summary(self) -> OnGpu | Missing:

@@ -2,6 +2,7 @@
 
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +15,7 @@ from medseg_trt.bench.candidates import Candidate
 from medseg_trt.bench.claims import objection, other_device
 from medseg_trt.bench.device_rounds import DeviceRounds, binding_warnings
 from medseg_trt.bench.energy import Meter, energy, open_meter
-from medseg_trt.bench.gpu_clocks import read_clock
+from medseg_trt.bench.gpu_clocks import GpuClock, read_clock
 from medseg_trt.bench.measure import HOST_CLOCK, RoundTimes, interleaved_rounds, latency, timing_warnings
 from medseg_trt.bench.missing import Missing
 from medseg_trt.bench.timed_session import EndToEndCase, MeasuredSession
@@ -202,9 +203,13 @@ def _time_on_devices(
     without_clock: set[str] = set()
     rounds_of = {name: DeviceRounds() for name in alive}
     latest: dict[str, DeviceTimes] = {}
+    clocks: dict[str, GpuClock | None] = {}
 
     def timed_round(name: str, seconds: float, runs: int) -> list[float]:
-        times = alive[name].time_on_device(batch, seconds, runs)
+        with ThreadPoolExecutor(1) as pool:  # beside the work: with its end, the clock falls and nothing holds it back
+            looking = pool.submit(read_clock, gpu_number)
+            times = alive[name].time_on_device(batch, seconds, runs)
+            clocks[name] = looking.result()
         if times is None:
             without_clock.add(name)
             return []
@@ -213,7 +218,7 @@ def _time_on_devices(
 
     def keep(name: str) -> None:
         rounds_of[name].add(latest[name])
-        rounds_of[name].look(lambda: read_clock(gpu_number))
+        rounds_of[name].look(clocks[name])
 
     scopes: dict[str, Scope] = dict.fromkeys(alive, "model")
     _time_interleaved(alive, timings, scopes, timed_round, tier, CUDA_EVENTS, keep)

@@ -1,16 +1,20 @@
 """What a time on a GPU consists of, and which of it binds a row."""
 
 import subprocess
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from measured_here import SHORT
 
-from medseg_trt.bench import gpu_clocks, measure
+from medseg_trt.bench import gpu_clocks, measure, timings
 from medseg_trt.bench.device_rounds import NO_COPIES, DeviceRounds, binding_warnings
 from medseg_trt.bench.gpu_clocks import GpuClock, parse_clock, read_clock
 from medseg_trt.bench.measure import SETTLE_S, RoundTimes, interleaved_rounds, latency, tier
 from medseg_trt.bench.missing import Missing
+from medseg_trt.bench.timed_session import MeasuredSession
 from medseg_trt.bench.timing_schema import OnGpu
 from medseg_trt.sessions.device_times import DeviceTimes
 
@@ -60,8 +64,8 @@ def test_rounds_are_summed_up_as_medians():
     assert isinstance(rounds.summary(), Missing)
     for enqueue_ms in (0.1, 0.3, 0.2):
         rounds.add(DeviceTimes(compute_ms=[1.0], enqueue_ms=[enqueue_ms], upload_ms=[0.5], images_per_s=[8.0]))
-        rounds.look(lambda: GpuClock(1980, ("power limit",)))
-    rounds.look(lambda: None)
+        rounds.look(GpuClock(1980, ("power limit",)))
+    rounds.look(None)
     assert rounds.summary() == OnGpu(
         enqueue_ms=0.2,
         upload_ms=0.5,
@@ -103,3 +107,30 @@ def test_a_row_on_a_gpu_warms_up_before_every_turn():
     assert turns[2:6] == [("gpu", 0.2, 1), ("gpu", 0.0, 2), ("cpu", 0.0, 1), ("cpu", 0.0, 2)]
     assert ended == ["gpu", "cpu"] * measure.MIN_ROUNDS
     assert set(waits) == {SETTLE_S}
+
+
+def test_the_clock_is_read_while_the_network_runs(monkeypatch):
+    """After a turn the clock falls, and nothing holds it back any more."""
+    is_running, has_looked = threading.Event(), threading.Event()
+
+    class Running(MeasuredSession):
+        def __init__(self) -> None:
+            self.device = "GPU Fake GPU"
+
+        def time_on_device(self, batch, seconds, runs):
+            is_running.set()
+            assert has_looked.wait(10)
+            is_running.clear()
+            return DeviceTimes(compute_ms=[1.0] * max(runs, 1), enqueue_ms=[0.1])
+
+    def look(number):
+        assert is_running.wait(10)
+        has_looked.set()
+        return GpuClock(1000 + number, ())
+
+    monkeypatch.setattr(timings, "read_clock", look)
+    measured = {"engine": timings.Timings(start=Missing(reason="not asked for"))}
+    timings._time_on_devices({"engine": Running()}, measured, np.zeros((1, 3, 4, 4), np.float32), SHORT, 3)
+    on_gpu = measured["engine"].on_gpu
+    assert isinstance(on_gpu, OnGpu)
+    assert set(on_gpu.sm_mhz) == {1003}
