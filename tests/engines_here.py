@@ -79,8 +79,8 @@ def make_with_engines(root: Path, built: Path) -> None:
     shutil.copytree(built, folder)
     content, texts = load_bundle(folder).content, dict[str, str]()
 
-    def recorded(graph: Path, plan: Path, spec: EngineSpec, cache: Path | None) -> EngineBuild:
-        build = build_in_child(graph, plan, spec, cache)
+    def recorded(graph: Path, plan: Path, spec: EngineSpec, cache: Path | None, gpu_number: int) -> EngineBuild:
+        build = build_in_child(graph, plan, spec, cache, gpu_number)
         texts.setdefault(content.variants[graph.stem].precision, build.output.layers)
         return build
 

@@ -57,7 +57,7 @@ def build(
     spec, path = spec or BuildSpec(), Path(checkpoint)
     folder = Path(output) if output is not None else path.with_suffix(".medseg")
     key = read_private_key(sign_key) if sign_key is not None else None
-    steps.check_request(spec, folder)
+    steps.check_request(spec, folder, device)
     loaded = load_checkpoint(path)
     steps.check_outputs(loaded, spec)
     steps.check_block(loaded, spec)
@@ -107,7 +107,7 @@ def build_onnx(
     spec, path = spec or BuildSpec(), Path(model)
     folder = Path(output) if output is not None else path.with_suffix(".medseg")
     key = read_private_key(sign_key) if sign_key is not None else None
-    steps.check_request(spec, folder)
+    steps.check_request(spec, folder, device)
     source = open_onnx(path, Path(description))
     steps.check_outputs(source.checkpoint, spec)
     steps.check_block(source.checkpoint, spec)

@@ -64,7 +64,7 @@ class FoldedNetwork:
     report: Mapping[str, FoldResult]
 
 
-def check_request(spec: BuildSpec, folder: Path) -> None:
+def check_request(spec: BuildSpec, folder: Path, device: ComputeDevice = AUTO) -> None:
     """Refuse within seconds what would fail after minutes.
 
     Raises:
@@ -75,7 +75,7 @@ def check_request(spec: BuildSpec, folder: Path) -> None:
     if folder.exists() and not (folder / MANIFEST).is_file():
         raise UsageError(f"{folder} exists and is no bundle, so it is not replaced; choose another name with -o")
     if spec.engines is not None:
-        check_engines(spec.engines, spec.outputs, spec.precisions)
+        check_engines(spec.engines, spec.outputs, spec.precisions, device.number)
     for name in spec.precisions:
         parse_precision(name)
     parse_block(spec.block)
@@ -229,7 +229,7 @@ def complete(
         key: the private key of ``signature.read_private_key``; None leaves the bundle unsigned.
     """
     variants = deployed.variants
-    engines = add_engines(folder, variants, deployed.tried, spec)
+    engines = add_engines(folder, variants, deployed.tried, spec, reference.device.number)
     draft = make_manifest(checkpoint, path, spec, deployed, engines, guard_of(reference))
     tried, engines = _with_engines(folder, draft, deployed, engines)
     manifest = replace(
@@ -247,11 +247,13 @@ def complete(
         sign(folder / MANIFEST, key)
 
 
-def add_engines(folder: Path, variants: Mapping[str, Variant], tried: ExecutionTrials, spec: BuildSpec) -> Engines:
+def add_engines(
+    folder: Path, variants: Mapping[str, Variant], tried: ExecutionTrials, spec: BuildSpec, gpu_number: int = 0
+) -> Engines:
     """Build the engines that ``spec`` asks for, and the kernels that run beside them."""
     if spec.engines is None:
         return Engines(built=(), rejected=())
-    engines = build_engines(folder, variants, tried.verified, spec.engines, spec.precisions)
+    engines = build_engines(folder, variants, tried.verified, spec.engines, spec.precisions, gpu_number)
     missing_kernels = add_kernels(folder, spec.engines)
     return replace(engines, rejected=(*engines.rejected, *missing_kernels))
 

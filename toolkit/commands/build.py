@@ -126,7 +126,7 @@ def build(
             block=block,
             outputs=outputs,
             backend="auto" if backend in LIBRARY_NAMES else backend,
-            engines=engine_spec(backend, targets, engine_fields),
+            engines=engine_spec(backend, targets, engine_fields, computes_on.number),
         )
     except ValueError as error:
         raise UsageError(f"--precision {','.join(precisions)}: {error}") from error

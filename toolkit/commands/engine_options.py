@@ -76,7 +76,7 @@ def engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def engine_spec(backend: str, targets: Sequence[str], fields: EngineFields) -> EngineSpec | None:
+def engine_spec(backend: str, targets: Sequence[str], fields: EngineFields, gpu_number: int = 0) -> EngineSpec | None:
     """Make the ``EngineSpec`` of the options; None if no engines are requested.
 
     Raises:
@@ -94,7 +94,7 @@ def engine_spec(backend: str, targets: Sequence[str], fields: EngineFields) -> E
     from medseg_trt.engines.gpu import find_gpu
 
     if not names:
-        gpu = find_gpu()
+        gpu = find_gpu(gpu_number)
         if gpu is None:
             raise DeviceError(
                 f"this machine has no GPU to build for; name some: --backend {backend} --target sm86,sm89,sm120"

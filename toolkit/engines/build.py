@@ -45,15 +45,21 @@ class Engines:
     rejected: tuple[str, ...]  # the engines that were not built, each with its reason
 
 
-def check_engines(spec: EngineSpec, outputs: str, precisions: Iterable[str]) -> None:
+def check_engines(spec: EngineSpec, outputs: str, precisions: Iterable[str], gpu_number: int = 0) -> None:
     """Reject unsupported options before a build that takes minutes.
+
+    Args:
+        spec: how to build.
+        outputs: what the graphs give.
+        precisions: of the graphs.
+        gpu_number: CUDA's number of the GPU, for a library that builds on one.
 
     Raises:
         UsageError: an unknown GPU or library, or graphs that also output masks.
         MissingExtraError: the library is not installed.
         DeviceError: the library needs a GPU to build, and this machine has none.
     """
-    gpu = find_gpu()
+    gpu = find_gpu(gpu_number)
     check_engine_spec(spec, require_library(spec.library), gpu.sm if gpu else None)
     older = [target for target in spec.targets if int(target.removeprefix("sm")) < FIRST_FP8_SM]
     if older and "fp8" in ",".join(precisions):
@@ -83,6 +89,7 @@ def build_engines(
     verified: Collection[str],
     spec: EngineSpec,
     precisions: Iterable[str],
+    gpu_number: int = 0,
 ) -> Engines:
     """Build an engine of every precision into ``folder/engines``.
 
@@ -92,6 +99,7 @@ def build_engines(
         verified: names of the graphs whose masks were verified.
         spec: accepted by ``check_engines``.
         precisions: the requested precisions, some of which have no graph.
+        gpu_number: CUDA's number of the GPU, for a library that builds on one.
 
     Raises:
         MedsegError: all engines failed; if only some failed, they are rejected with their reasons.
@@ -111,7 +119,7 @@ def build_engines(
             rejected.append(f"{variant.precision} engine: {PLAIN_INTEGERS}")
             continue
         try:
-            built.append(_build(folder, name, variant, spec, folder))
+            built.append(_build(folder, name, variant, spec, folder, gpu_number))
         except MedsegError as error:
             rejected.append(f"{variant.precision} engine: {error}")
             LOG.warning("%s", error)
@@ -153,7 +161,7 @@ def rebuild_engines(bundle: Bundle, gpu_number: int = 0) -> Bundle:
         name = _variant_for(content, engine.variant, spec.library)
         variant = content.variants[name]
         with bundle.private_copy([variant.graph, variant.weights]) as source:
-            engines.append(_build(bundle.folder, name, variant, spec, source))
+            engines.append(_build(bundle.folder, name, variant, spec, source, gpu_number))
     return bundle if engines == list(content.engines) else _replace_engines(bundle, engines)
 
 
@@ -200,7 +208,7 @@ def _variant_for(content: Manifest, name: str, library: str) -> str:
     raise UsageError(f"the bundle has no {precision} graph that {LIBRARY_NAMES[library]} reads; build it again here")
 
 
-def _build(folder: Path, name: str, variant: Variant, spec: EngineSpec, source: Path) -> BuiltEngine:
+def _build(folder: Path, name: str, variant: Variant, spec: EngineSpec, source: Path, gpu_number: int) -> BuiltEngine:
     """Build one engine from the graph in ``source``, and write it with its layer report and fingerprint."""
     graph, weights = source / variant.graph, source / variant.weights
     (folder / FOLDER).mkdir(exist_ok=True)
@@ -209,8 +217,8 @@ def _build(folder: Path, name: str, variant: Variant, spec: EngineSpec, source: 
     LOG.info(
         "building an engine of %s for %s with %s", variant.graph, ", ".join(spec.targets), LIBRARY_NAMES[spec.library]
     )
-    gpu = None if LIBRARIES[spec.library].cross_builds else find_gpu()
-    build = build_in_child(graph, plan, spec, _cache_file(spec, gpu))
+    gpu = None if LIBRARIES[spec.library].cross_builds else find_gpu(gpu_number)
+    build = build_in_child(graph, plan, spec, _cache_file(spec, gpu), gpu_number)
     LOG.info("the equivalent shell command: %s", build.output.command)
     for repair in build.output.repairs:
         LOG.info("changed in a copy of the graph: %s", repair)

@@ -35,6 +35,7 @@ QUERY = 0xFFFFFFFF  # reads the personality without changing it
 ALLOCATOR = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0:glibc.malloc.trim_threshold=17179869184"
 # Threads are not preempted: with SCHED_FIFO, which needs root, by none; with SCHED_BATCH not by threads that wake up.
 POLICIES = ((os.SCHED_FIFO, 1), (os.SCHED_BATCH, 0)) if sys.platform == "linux" else ()
+VISIBLE = "CUDA_VISIBLE_DEVICES"  # numbers or UUIDs, as CUDA counts them
 SHELL_STATE = ("PWD", "OLDPWD", "SHLVL", "_")  # variables that differ between shells
 
 
@@ -48,8 +49,15 @@ class EngineBuild:
     processor_s: float  # CPU time of the child
 
 
-def build_in_child(graph: Path, plan: Path, spec: EngineSpec, cache: Path | None) -> EngineBuild:
+def build_in_child(graph: Path, plan: Path, spec: EngineSpec, cache: Path | None, gpu_number: int = 0) -> EngineBuild:
     """Build one engine and show the progress.
+
+    Args:
+        graph: the graph.
+        plan: the file to write.
+        spec: how to build.
+        cache: the timing cache; None: none.
+        gpu_number: CUDA's number of the GPU, for a library that builds on one.
 
     Raises:
         MedsegError: as in ``build_engine``.
@@ -70,7 +78,7 @@ def build_in_child(graph: Path, plan: Path, spec: EngineSpec, cache: Path | None
             f"the builder of {plan.name}",
             consequence="no engine was written",
             cwd=_links(Path(folder), graph=graph, plan=plan),
-            environment=child_environment(spec),
+            environment=child_environment(spec, gpu_number),
         ) as child,
     ):
         steps = _outermost_steps(child.progress())
@@ -94,11 +102,18 @@ def _links(folder: Path, **files: Path) -> Path:
     return folder
 
 
-def child_environment(spec: EngineSpec) -> dict[str, str]:
-    """Return the environment variables of the child."""
+def child_environment(spec: EngineSpec, gpu_number: int = 0) -> dict[str, str]:
+    """Return the environment variables of the child, which sees the GPU of this number alone, unless it is the first.
+
+    TensorRT builds on the current device of CUDA's runtime, the first that the process sees.
+    """
+    variables = dict(os.environ)
+    if gpu_number:
+        visible = [name for name in os.environ.get(VISIBLE, "").split(",") if name]
+        variables[VISIBLE] = visible[gpu_number] if visible else str(gpu_number)
     if not spec.reproducible:
-        return dict(os.environ)
-    kept = {name: value for name, value in os.environ.items() if name not in SHELL_STATE}
+        return variables
+    kept = {name: value for name, value in variables.items() if name not in SHELL_STATE}
     return {**kept, "PYTHONHASHSEED": "0", "GLIBC_TUNABLES": ALLOCATOR}
 
 

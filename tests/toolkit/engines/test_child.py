@@ -43,6 +43,18 @@ def test_default_build_keeps_scheduling_addresses_and_environment(system_calls):
     assert child.child_environment(SPEC) == dict(os.environ)
 
 
+@pytest.mark.parametrize(
+    ("visible", "number", "seen"),
+    [(None, 0, None), (None, 2, "2"), ("3,1", 0, "3,1"), ("3,1", 1, "1"), ("GPU-a,GPU-b", 1, "GPU-b")],
+)
+def test_a_build_on_another_gpu_than_the_first_sees_that_gpu_alone(visible, number, seen, monkeypatch):
+    monkeypatch.delenv(child.VISIBLE, raising=False)
+    if visible is not None:
+        monkeypatch.setenv(child.VISIBLE, visible)
+    for spec in (SPEC, replace(SPEC, reproducible=True)):
+        assert child.child_environment(spec, number).get(child.VISIBLE) == seen
+
+
 @LINUX
 def test_a_reproducible_build_runs_on_one_core_in_a_fixed_order_at_fixed_addresses(system_calls):
     spec = replace(SPEC, reproducible=True)

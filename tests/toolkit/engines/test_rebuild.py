@@ -91,13 +91,17 @@ def test_a_rebuild_that_is_interrupted_leaves_the_bundle_whole(copied: Bundle, m
     seal_again(copied.folder, copied.content.engines)
     before = load_bundle(copied.folder)
 
-    def interrupted(graph: Path, plan: Path, spec: EngineSpec, cache: Path | None) -> EngineBuild:
+    asked: list[int] = []
+
+    def interrupted(graph: Path, plan: Path, spec: EngineSpec, cache: Path | None, gpu_number: int) -> EngineBuild:
+        asked.append(gpu_number)
         plan.write_bytes(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(engines, "build_in_child", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        rebuild_engines(before)
+        rebuild_engines(before, gpu_number=1)
+    assert asked == [1]
     assert load_bundle(copied.folder).content == before.content
 
 
