@@ -29,7 +29,6 @@ from xml.etree import ElementTree
 from results_file import options, publish, store, table
 
 from medseg_trt.engines.gpu import Gpu, find_gpu
-from medseg_trt.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
 NO_GPU = "no CUDA device is here"
@@ -223,10 +222,14 @@ def main() -> int:
     chosen = parser.parse_args()
     names = [name for name in STEPS if name in chosen.steps.split(",")]
     if unknown := sorted(set(chosen.steps.split(",")) - set(STEPS)):
-        raise UsageError(f"--steps: there is no step {', '.join(unknown)}; choose from {', '.join(STEPS)}")
+        parser.error(f"--steps: there is no step {', '.join(unknown)}; choose from {', '.join(STEPS)}")
     gpu = find_gpu()
     if gpu is None:
-        print(page({"card": NO_GPU, "steps": [asdict(outcome) for outcome in check(None, names)]}))
+        nothing = {"card": NO_GPU, "steps": [asdict(outcome) for outcome in check(None, names)]}
+        if chosen.json:
+            chosen.stdout.print(nothing)
+        else:
+            print(f"{page(nothing)}\nNo file was written. medseg-trt doctor says what is missing.")
         return 0
     card = re.sub(r"[^a-z0-9]+", "-", gpu.name.lower().removeprefix("nvidia ")).strip("-")
     known = earlier_steps(chosen.output / f"gpu-{card}.json", gpu.name)

@@ -100,6 +100,32 @@ def test_with_a_gpu_a_step_that_fails_makes_the_exit_code_1(results, code, monke
     assert "NVIDIA H200" in (tmp_path / "gpu-h200.md").read_text(encoding="utf-8")
 
 
+def test_a_step_that_does_not_exist_is_wrong_usage(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--steps", "facts,foo"])
+    with pytest.raises(SystemExit) as caught:
+        gpu_check.main()
+    assert caught.value.code == 2
+    assert "there is no step foo; choose from facts, kernels" in capsys.readouterr().err
+
+
+def test_without_a_gpu_json_is_one_object_and_no_file_is_written(monkeypatch, capfd, tmp_path):
+    monkeypatch.setattr(gpu_check, "find_gpu", lambda: None)
+    command = ["gpu_check.py", "--steps", "facts", "-o", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    assert gpu_check.main() == 0
+    assert "No file was written" in capfd.readouterr().out
+    ran = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "gpu_check.py", *command[1:], "--json"],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "-1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (step,) = json.loads(ran.stdout)["steps"]
+    assert (step["step"], step["result"]) == ("facts", "not run")
+    assert list(tmp_path.iterdir()) == []
+
+
 def steps_of(monkeypatch, tmp_path, results: dict[str, str], card: Gpu = GPU) -> dict[str, Any]:
     """Run some steps with these results, and return what is written then."""
     monkeypatch.setattr(gpu_check, "find_gpu", lambda: card)

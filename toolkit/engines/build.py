@@ -153,7 +153,12 @@ def rebuild_engines(bundle: Bundle, gpu_number: int = 0) -> Bundle:
         old = fingerprint_of(bundle, engine)
         reasons = mismatches(old, runtime_environment(bundle, old, installed_version(old.library), gpu))
         if not reasons:
-            LOG.info("%s can run on this machine; it is kept", engine.plan)
+            fits = (
+                "can run on this machine"
+                if gpu is not None
+                else "fits this library; there is no GPU to compare it with"
+            )
+            LOG.info("%s %s; it is kept", engine.plan, fits)
             engines.append(engine)
             continue
         LOG.info("%s Rebuilding it", " ".join(reasons))
