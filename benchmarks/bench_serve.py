@@ -235,12 +235,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600.0, help="of the mixed clients")
     parser.add_argument("--part-seconds", type=float, default=30.0, help="of every other part")
     parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--backend", default=PEER_BACKEND, help="of another one, the result has the name in its own")
+    parser.add_argument("--backend", default=PEER_BACKEND, help="of another one, give the result a folder with -o")
     chosen = parser.parse_args()
     LOG.setLevel(logging.ERROR)  # a picture may have a size that the steps of post-processing were not learnt at
     with TemporaryDirectory() as folder:
-        name = "serve" if chosen.backend == PEER_BACKEND else f"serve_{chosen.backend}"
-        publish(name, measure(chosen, Path(folder)), to_markdown, chosen)
+        publish("serve", measure(chosen, Path(folder)), to_markdown, chosen)
 
 
 if __name__ == "__main__":
