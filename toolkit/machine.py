@@ -54,12 +54,13 @@ def this_machine() -> Machine:
 
 def cores() -> int:
     """Return the number of processors that this process may use: by its affinity, and by its container's quota."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(available, cpu_quota() or available)
+    return cpu_quota() or _affinity()
 
 
 def cpu_quota() -> int | None:
-    """Return how many processors' time this process gets, rounded up, by container or service; None: no limit.
+    """Return how many processors' time this process gets, rounded up, by container or service.
+
+    None: there is no limit, or it is no lower than the number of processors that the process may run on.
 
     Source: the kernel's documentation of control groups: ``cpu.max`` of version 2, ``cpu.cfs_quota_us`` of version 1.
     """
@@ -75,7 +76,11 @@ def cpu_quota() -> int | None:
         for pair in values
         if len(pair) == 2 and all(value.isdecimal() for value in pair) and int(pair[1])  # "max" and -1 are no limit
     ]
-    return min(quotas, default=None)
+    return min((quota for quota in quotas if quota < _affinity()), default=None)
+
+
+def _affinity() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def package_versions() -> dict[str, str]:

@@ -26,7 +26,7 @@ BUILD_S, BUILD_MB = 20, 3000  # of the process that builds one engine: it fits b
 LAYER_FACTOR = 1.25
 # The affine rung has 0.44 % of the block's products; the rest is what the ratio of two measurements drifts.
 AFFINE_OVER_PLAIN = 1.05
-FLAT_MB = 25  # of ten times as many images, for caches of SQLite: names and reasons of 18,000 images alone take 20 MB
+FLAT_MB = 25  # of ten times as many images: 19 measured, while the names of all images were kept
 HOST_US = 40  # an engine of a millisecond is not to wait for Python: at most 4 % of it
 LAYER_BYTES = 96 * MIB  # libraries that only larger tensors make PyTorch use, and the memory allocator's slack
 

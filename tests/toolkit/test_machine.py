@@ -21,6 +21,8 @@ from medseg_trt.machine import cores, cpu_quota
         ({"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"}, 4),
         ({"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "0"}, None),
         ({"cpu/cpu.cfs_quota_us": "400000"}, None),
+        ({"cpu.max": "6400000 100000"}, None),  # of all 64 processors: the back-ends choose the threads
+        ({"cpu.max": "12800000 100000"}, None),
         ({}, None),
     ],
 )
@@ -34,6 +36,6 @@ def test_the_quota_of_a_container_or_service_is_read_from_either_version_of_cont
     own.write_text("3:cpuset:/\n0::/system.slice/a.service\n")
     monkeypatch.setattr(machine, "CONTROL_GROUPS", tmp_path)
     monkeypatch.setattr(machine, "OWN_GROUP", own)
-    assert cpu_quota() == quota
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
+    assert cpu_quota() == quota
     assert cores() == (quota or 64)

@@ -243,9 +243,8 @@ class MaskTree(MaskFolder):
     def _note_mask(self, source: Source, record: Record) -> None:
         assert self._table is not None
         self.num_masks += 1
-        self.num_unusual += (
-            unusual_reason(record.areas) is not None
-        )  # their names are in the table alone: there may be many
+        if unusual_reason(record.areas) is not None:
+            self.num_unusual += 1  # their names are in the table alone: there may be many
         self._table.add(f"{source.stem}{record.mask_suffix}", record.areas)
 
     def _require_no_links(self, source: Source) -> None:
