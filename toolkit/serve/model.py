@@ -19,9 +19,9 @@ from medseg_trt.imaging.segment import segmentation_stages
 from medseg_trt.progress import LOG
 from medseg_trt.serve.batching import BatchQueue, CancelledError, RequestQueue
 from medseg_trt.serve.settings import ServeSettings
-from medseg_trt.serve.streams import open_streams
 from medseg_trt.sessions.base import Session
 from medseg_trt.sessions.open import open_session
+from medseg_trt.sessions.streams import open_streams
 from medseg_trt.tiling.segment import tiled
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # stands in addresses and file names

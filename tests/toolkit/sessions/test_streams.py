@@ -9,12 +9,12 @@ import pytest
 from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.imaging.images import read_image
 from medseg_trt.pipeline import infer
-from medseg_trt.serve import streams as streams_module
 from medseg_trt.serve.model import INFER_BATCH, open_models
 from medseg_trt.serve.settings import MOST_STREAMS, ServeSettings
-from medseg_trt.serve.streams import SessionStreams, open_streams
+from medseg_trt.sessions import streams as streams_module
 from medseg_trt.sessions.base import Session
 from medseg_trt.sessions.open import open_session
+from medseg_trt.sessions.streams import SessionStreams, open_streams
 
 
 class Held(Session):
