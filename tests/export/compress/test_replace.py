@@ -19,9 +19,12 @@ from medseg_trt.export.fold.fold import fold
 from medseg_trt.export.fold.layers import RotaryTable
 from medseg_trt.export.graph.dialects import derive
 from medseg_trt.export.graph.fusions.fuse import fuse
+from medseg_trt.export.graph.gemms import gemms, total_macs
+from medseg_trt.export.graph.modules import module_of
 from medseg_trt.export.graph.node_costs import node_costs
 from medseg_trt.export.graph.onnx_graph import OnnxGraph
 from medseg_trt.export.graph.trace import trace
+from medseg_trt.export.precision.sensitive_layers import sensitive_layers
 from medseg_trt.network_spec import ModelSpec
 from medseg_trt.train.checkpoint import load_checkpoint
 from medseg_trt.train.models.model import LanguageInsert, build_model
@@ -116,6 +119,23 @@ def test_the_counted_macs_are_those_of_the_graph(
     cost = insert_cost(insert, network.spec)
     assert cost.macs == sum(node.macs for node in node_costs(traced[rung]) if node.part == "block")
     assert cost.bytes == 4 * sum(weight.numel() for weight in insert.parameters())
+
+
+def test_a_cheaper_block_leaves_the_same_other_layers_in_float(traced: dict[Rung, OnnxGraph]) -> None:
+    exact, affine = (fuse(traced[rung])[0] for rung in (EXACT, AFFINE))
+    macs = {gemm.name: gemm.macs for gemm in gemms(exact)}
+    unlimited = sensitive_layers(exact, [*macs], max_share=1.0)
+    between = (total_macs(exact) + total_macs(affine)) / 2  # a share of all MACs would keep other layers in each graph
+    for count in range(1, len(unlimited) + 1):
+        share = sum(macs[name] for name in unlimited[:count]) / between
+        modules = [kept_modules(graph, share) for graph in (exact, affine)]
+        assert modules[0] == modules[1]
+
+
+def kept_modules(graph: OnnxGraph, max_share: float) -> list[str]:
+    nodes = {node.name: node for node in graph.model.graph}
+    names = [gemm.name for gemm in gemms(graph)]
+    return [module_of(nodes[name]) for name in sensitive_layers(graph, names, max_share=max_share)]
 
 
 def test_macs_increase_from_affine_over_narrow_to_exact_block(
