@@ -28,7 +28,7 @@ from xml.etree import ElementTree
 
 from results_file import options, publish, store, table
 
-from medseg_trt.engines.gpu import Gpu, find_gpu
+from medseg_trt.gpu import Gpu, find_gpu
 
 ROOT = Path(__file__).parents[1]
 NO_GPU = "no CUDA device is here"

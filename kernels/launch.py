@@ -14,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 
 from medseg_trt.errors import DeviceError, MissingExtraError, UsageError
+from medseg_trt.gpu import require_gpu
 from medseg_trt.kernels.kernel import DTYPES, Entry, Kernel, Parameter
 from medseg_trt.kernels.library import FindPtx, Release, compile_here
 
@@ -105,9 +106,12 @@ def import_driver(module: str, extra: str, device: int | None) -> Any:
 
 
 def no_device(device: int | None, error: Exception) -> DeviceError:
-    """Return the error of a device that cannot be opened."""
-    reason = str(error).rstrip(".")
-    return DeviceError(f"no CUDA device {device or 0}: {reason}. Kernels need an NVIDIA GPU and its driver")
+    """Return the error of a device that cannot be opened: that it is missing, or else what CUDA reports."""
+    try:
+        gpu = require_gpu(device or 0)
+    except DeviceError as missing:
+        return missing
+    return DeviceError(f"{gpu.name}, cuda:{device or 0}, cannot be opened: {str(error).rstrip('.')}")
 
 
 class Launcher:

@@ -23,6 +23,8 @@ BASE = (
     "networks",
     "palette",
     "devices",
+    "gpu",
+    "pytorch_build",
     "field_errors",
     "errors",
     "files",
@@ -160,9 +162,9 @@ def test_no_circle_between_folders(package):
             "medseg_trt.sessions.base: medseg_trt.bench.measure.timed_runs",
         ),
         (
-            "medseg_trt.engines.gpu",
+            "medseg_trt.gpu",
             "def late():\n    from medseg_trt.sessions.open import open_session",
-            "medseg_trt.engines.gpu: medseg_trt.sessions.open.open_session",
+            "medseg_trt.gpu: medseg_trt.sessions.open.open_session",
         ),
         (
             "medseg_trt.bench.measure",

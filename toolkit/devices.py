@@ -4,7 +4,9 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from medseg_trt.errors import UsageError
+from medseg_trt.errors import DeviceError, UsageError
+from medseg_trt.gpu import require_gpu
+from medseg_trt.pytorch_build import INSTALL, pytorch_build
 
 FORM = re.compile(r"(?P<kind>auto|cpu|cuda)(?::(?P<number>\d{1,3}))?")
 DEVICE_HELP = "cpu, cuda or cuda:1, a GPU by its number; auto: the GPU where there is one."
@@ -40,3 +42,23 @@ def parse_device(text: str) -> ComputeDevice:
         raise UsageError(f"--device {text!r} is no device; write auto, cpu, cuda or cuda:1")
     kinds: dict[str, ComputeDevice] = {"auto": AUTO, "cpu": CPU}
     return kinds.get(match["kind"]) or ComputeDevice("cuda", int(match["number"] or 0))
+
+
+def require_device(device: ComputeDevice, *, pytorch: bool = False) -> None:
+    """Refuse a GPU that was asked for and is not there: within milliseconds, before anything is imported or read.
+
+    Args:
+        device: what was asked for; ``auto`` and ``cpu`` are always there.
+        pytorch: whether PyTorch is to compute on it.
+
+    Raises:
+        DeviceError: the driver does not list the GPU, or PyTorch is built without CUDA.
+    """
+    if device.kind != "cuda":
+        return
+    require_gpu(device.number)
+    build = pytorch_build() if pytorch else None
+    if build is not None and build.cuda is None:
+        raise DeviceError(
+            f"--device {device}: PyTorch {build.version} is built without CUDA; {INSTALL}, or choose --device cpu"
+        )

@@ -1,10 +1,12 @@
 """Report what this machine can run, and the commands that install the rest."""
 
-import ctypes
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+
+from medseg_trt.gpu import listed_gpus
+from medseg_trt.pytorch_build import INSTALL, pytorch_build
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +33,7 @@ class Finding:
     detail: str  # versions, or the command that installs what is missing
 
 
+TRAIN = "train"
 ABILITIES: Mapping[str, Ability] = {
     "infer on the CPU with ONNX Runtime": Ability(modules={"onnxruntime": "onnxruntime"}, extra="cpu"),
     "infer on the CPU with OpenVINO": Ability(modules={"openvino": "openvino"}, extra="openvino"),
@@ -42,7 +45,7 @@ ABILITIES: Mapping[str, Ability] = {
     "infer on an NVIDIA GPU with ONNX Runtime": Ability(modules={}, wheels=("onnxruntime-gpu",), extra="gpu"),
     "sign bundles and verify them": Ability(modules={"cryptography": "cryptography"}, extra="sign"),
     "read NIfTI volumes": Ability(modules={"nibabel": "nibabel"}, extra="medical"),
-    "train": Ability(
+    TRAIN: Ability(
         modules={
             "torch": "torch",
             "safetensors": "safetensors",
@@ -69,7 +72,11 @@ ABILITIES: Mapping[str, Ability] = {
 
 def examine() -> list[Finding]:
     """Look for every ability, without importing any of its packages, and for an NVIDIA driver."""
-    return [*(_examine(name, ability) for name, ability in ABILITIES.items()), _driver()]
+    findings = [_examine(name, ability) for name, ability in ABILITIES.items()]
+    gpus = listed_gpus()
+    if gpus.count:
+        findings = [_on_a_gpu(finding) if finding.ability == TRAIN else finding for finding in findings]
+    return [*findings, Finding(ability="an NVIDIA GPU", ready=gpus.count > 0, detail=gpus.words)]
 
 
 def _examine(name: str, ability: Ability) -> Finding:
@@ -90,14 +97,11 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _driver() -> Finding:
-    """Query the driver directly: a CPU build of PyTorch does not report GPUs."""
-    name = "an NVIDIA GPU"
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return Finding(ability=name, ready=False, detail="no NVIDIA driver is installed")
-    count = ctypes.c_int(0)
-    has_device = driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
-    detail = f"{count.value} device(s)" if has_device else "a driver, but no device"
-    return Finding(ability=name, ready=has_device, detail=detail)
+def _on_a_gpu(finding: Finding) -> Finding:
+    """Say of a PyTorch that is built without CUDA that the machine's GPU does not train."""
+    build = pytorch_build()
+    if not finding.ready or build is None or build.cuda is not None:
+        return finding
+    return replace(
+        finding, detail=f"{finding.detail}; on the CPU only, as this PyTorch is built without CUDA: {INSTALL}"
+    )

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -83,6 +83,20 @@ def atomic_file(path: Path, *, durable: bool = True) -> Generator[Path, None, No
         temporary.unlink(missing_ok=True)
         if descriptor is not None:
             os.close(descriptor)
+
+
+@contextmanager
+def made_folder(path: Path) -> Generator[Path, None, None]:
+    """Make a folder and those above it; after an error or an interrupt remove what was made, unless it holds files."""
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield path
+    except BaseException:
+        with suppress(OSError):  # a folder that holds something stays, and so do those above it
+            for folder in made:
+                folder.rmdir()
+        raise
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from medseg_trt.bundles.bundle import Bundle, golden_input, load_bundle
-from medseg_trt.devices import AUTO, ComputeDevice
+from medseg_trt.devices import AUTO, ComputeDevice, require_device
 from medseg_trt.files import atomic_folder
 from medseg_trt.imaging.images import Mask
 from medseg_trt.inference.destination import Destination
@@ -175,6 +175,7 @@ def infer(
         ArtefactError: the bundle cannot be used.
         DeviceError: the device is not there.
     """
+    require_device(device)
     bundles = [item if isinstance(item, Bundle) else load_bundle(item, verify_key) for item in (bundle, *ensemble)]
     if rebuild:
         from medseg_trt.engines.build import rebuild_engines
@@ -187,7 +188,11 @@ def infer(
     destination = destination or Destination()
     sources = destination.find_sources([Path(path) for path in inputs], loaded)
     label = sources[0].name if len(sources) == 1 else None  # one bar: of the files, or of the slices of a single file
-    with destination.opened(), _open(bundles, backend, threads, precision, tta, device) as session:
+    with (
+        closing(destination),
+        _open(bundles, backend, threads, precision, tta, device) as session,
+        destination.opened(),  # last: a session that cannot be opened leaves nothing behind
+    ):
         images = destination.read(sources, loaded, session, batch)
         tracked = track(sources, "infer") if label is None else sources
         with closing(segment_many(images, session, loaded, batch, label)) as outcomes:

@@ -2,8 +2,9 @@
 
 import torch
 
-from medseg_trt.devices import ComputeDevice
+from medseg_trt.devices import ComputeDevice, require_device
 from medseg_trt.errors import DeviceError
+from medseg_trt.gpu import require_gpu
 
 
 def torch_device(device: ComputeDevice) -> torch.device:
@@ -15,10 +16,12 @@ def torch_device(device: ComputeDevice) -> torch.device:
     if not device.gpu_allowed or (device.kind == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        built = torch.version.cuda  # None: for CPUs alone
-        reason = f"is built for CUDA {built} and finds no GPU or driver" if built else "is built for CPUs alone"
-        step = "see medseg-trt doctor" if built else "install one for CUDA, see https://pytorch.org/get-started/locally"
-        raise DeviceError(f"--device {device}: PyTorch {torch.__version__} {reason}; {step}, or choose --device cpu")
+        require_device(device, pytorch=True)  # says what is missing
+        raise DeviceError(
+            f"--device {device}: PyTorch {torch.__version__}, built for CUDA {torch.version.cuda}, does not start on "
+            f"{require_gpu(device.number).name}: its driver may be too old for it; see medseg-trt doctor, or choose "
+            "--device cpu"
+        )
     count = torch.cuda.device_count()
     if device.number >= count:
         raise DeviceError(f"--device {device}: PyTorch finds {count} GPU(s); the last one is cuda:{count - 1}")

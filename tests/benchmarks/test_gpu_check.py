@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from medseg_trt.engines.gpu import Gpu
+from medseg_trt.gpu import Gpu
 
 ROOT = Path(__file__).parents[2]
 MARKED = re.compile(r"pytest\.mark\.gpu(\n|\))")

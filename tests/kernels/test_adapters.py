@@ -11,6 +11,7 @@ import pytest
 from fakes.launches import LOGITS_TO_MASK, mask_call, ptx_of
 
 from medseg_trt.errors import DeviceError, MissingExtraError, UsageError
+from medseg_trt.gpu import Gpu
 from medseg_trt.kernels import cuda_bindings_adapter, pycuda_adapter
 from medseg_trt.kernels.device_memory import DeviceMemory, milliseconds
 from medseg_trt.kernels.launch import Launcher, open_driver
@@ -311,23 +312,28 @@ def has_driver() -> bool:
 
 @pytest.mark.skipif(has_driver(), reason="this machine has an NVIDIA driver")
 def test_without_a_driver_the_real_cuda_bindings_ends_in_one_line():
-    with pytest.raises(DeviceError, match=r"^no CUDA device 0: .*Kernels need an NVIDIA GPU and its driver$") as caught:
+    with pytest.raises(DeviceError, match=r"^there is no GPU cuda:0: no NVIDIA driver is installed; see") as caught:
         open_driver("cuda-bindings")
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 6
 
 
-@pytest.mark.parametrize("fail", ["cuInit", "cuDeviceGet"])
-def test_without_a_device_cuda_bindings_ends_in_one_line(fail, monkeypatch):
-    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", FakeCudaBindings(fail))
-    with pytest.raises(DeviceError, match=rf"^no CUDA device 3: {fail} returned 1 CUDA_ERROR_INVALID_VALUE\. Kernels"):
-        open_driver("cuda-bindings", 3)
+FAILING = [
+    ("cuda-bindings", FakeCudaBindings("cuInit"), "cuInit returned 1 CUDA_ERROR_INVALID_VALUE"),
+    ("cuda-bindings", FakeCudaBindings("cuDevicePrimaryCtxRetain"), "cuDevicePrimaryCtxRetain returned 1 CUDA_ERROR_"),
+    ("pycuda", FakePycuda("init"), "init failed: invalid argument"),
+]
 
 
-def test_without_a_device_pycuda_ends_in_one_line(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pycuda.driver", FakePycuda("init"))
-    with pytest.raises(DeviceError, match=r"^no CUDA device 0: init failed: invalid argument\. Kernels need"):
-        open_driver("pycuda")
+@pytest.mark.parametrize(("name", "package", "words"), FAILING)
+def test_a_device_that_cannot_be_opened_is_told_from_one_that_is_missing(name, package, words, monkeypatch):
+    monkeypatch.setitem(sys.modules, {"cuda-bindings": "cuda.bindings.driver"}.get(name, "pycuda.driver"), package)
+    monkeypatch.setattr("medseg_trt.gpu.find_gpu", lambda number: None)
+    with pytest.raises(DeviceError, match=r"^there is no GPU cuda:3: "):
+        open_driver(name, 3)
+    monkeypatch.setattr("medseg_trt.gpu.find_gpu", lambda number: Gpu(name="A10", sm="sm86", cuda="13.0", driver=None))
+    with pytest.raises(DeviceError, match=rf"^A10, cuda:3, cannot be opened: {words}"):
+        open_driver(name, 3)
 
 
 @pytest.mark.parametrize(("name", "module"), [("cuda-bindings", "cuda.bindings.driver"), ("pycuda", "pycuda.driver")])
@@ -343,7 +349,7 @@ def test_a_pycuda_whose_driver_is_missing_is_no_missing_package(monkeypatch, tmp
     (tmp_path / "pycuda" / "driver.py").write_text("raise ImportError('libcuda.so.1: cannot open shared object file')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "pycuda", raising=False)
-    with pytest.raises(DeviceError, match=r"^no CUDA device 0: libcuda\.so\.1: cannot open .* Kernels need") as caught:
+    with pytest.raises(DeviceError, match=r"^there is no GPU cuda:0: ") as caught:
         open_driver("pycuda")
     assert not isinstance(caught.value, MissingExtraError)
 

@@ -3,8 +3,8 @@
 import pytest
 
 from medseg_trt.bench.gpu_clocks import read_clock
-from medseg_trt.engines.gpu import find_gpu
 from medseg_trt.errors import DeviceError
+from medseg_trt.gpu import find_gpu
 from medseg_trt.kernels.device import Device, open_device
 
 pytestmark = pytest.mark.gpu

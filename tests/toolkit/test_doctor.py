@@ -1,3 +1,4 @@
+import ctypes
 import importlib.util
 import json
 import re
@@ -10,7 +11,9 @@ from click.testing import CliRunner
 
 from medseg_trt import doctor
 from medseg_trt.cli import cli
-from medseg_trt.doctor import ABILITIES, examine
+from medseg_trt.doctor import ABILITIES, Finding, examine
+from medseg_trt.gpu import ListedGpus
+from medseg_trt.pytorch_build import PyTorchBuild
 
 PYPROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
 
@@ -76,9 +79,26 @@ def test_doctor_reports_a_missing_nvidia_driver(monkeypatch):
     def no_library(name):
         raise OSError(name)
 
-    monkeypatch.setattr(doctor.ctypes, "CDLL", no_library)
+    monkeypatch.setattr(ctypes, "CDLL", no_library)
     *_, gpu = examine()
     assert (gpu.ready, gpu.detail) == (False, "no NVIDIA driver is installed")
+
+
+@pytest.mark.parametrize(
+    ("cuda", "gpus", "says_cpu"), [(None, 1, True), (None, 0, False), ("13.0", 1, False)], ids=["cpu", "no gpu", "cuda"]
+)
+def test_doctor_says_of_a_cpu_build_of_pytorch_beside_a_gpu_that_it_trains_on_the_cpu(
+    cuda, gpus, says_cpu, monkeypatch
+):
+    monkeypatch.setattr(doctor, "listed_gpus", lambda: ListedGpus(count=gpus, words="generated"))
+    monkeypatch.setattr(doctor, "pytorch_build", lambda: PyTorchBuild(version="2.13.0", cuda=cuda))
+    findings = {finding.ability: finding for finding in examine()}
+    detail = findings["train"].detail
+    assert findings["train"].ready
+    assert (
+        "; on the CPU only, as this PyTorch is built without CUDA: install one for CUDA, see http" in detail
+    ) is says_cpu
+    assert findings["an NVIDIA GPU"] == Finding(ability="an NVIDIA GPU", ready=gpus > 0, detail="generated")
 
 
 def test_the_command_prints_the_same_as_json():

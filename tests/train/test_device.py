@@ -19,7 +19,8 @@ def test_training_process_uses_the_requested_cpu():
 
 def test_a_gpu_that_is_not_there_is_an_error_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(DeviceError, match="--device cuda:1: PyTorch"):
+    monkeypatch.setattr("medseg_trt.gpu.find_gpu", lambda number: None)
+    with pytest.raises(DeviceError, match="there is no GPU cuda:1: "):
         TrainingProcess("no", ComputeDevice("cuda", 1))
     out = tmp_path / "run"
     data = open_folder(write_volumes(tmp_path / "data", count=2))

@@ -164,7 +164,6 @@ class MaskTree(MaskFolder):
                 self._end_part(self._part)
         finally:
             self._table.close()
-            self.close()
         if self.kept:
             LOG.info("%s of an earlier run %s kept", plural(self.kept, "mask"), "was" if self.kept == 1 else "were")
 

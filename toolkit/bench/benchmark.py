@@ -28,10 +28,10 @@ from medseg_trt.bench.timings import BATCHES, open_candidates, time_all
 from medseg_trt.bundles.bundle import MANIFEST, Bundle, load_bundle
 from medseg_trt.devices import AUTO, ComputeDevice
 from medseg_trt.engines.choice import require_gpu
-from medseg_trt.engines.gpu import find_gpu
 from medseg_trt.errors import MedsegError, MissingExtraError
 from medseg_trt.export.gate import empty_gate
 from medseg_trt.files import sha256
+from medseg_trt.gpu import find_gpu
 from medseg_trt.imaging.images import Image
 from medseg_trt.imaging.preprocess import for_image, prepare
 from medseg_trt.imaging.segment import Run

@@ -10,8 +10,8 @@ from medseg_trt.bundles.manifest import Execution
 from medseg_trt.devices import CPU, ComputeDevice
 from medseg_trt.engines.choice import engines_with_mismatches, installed_version
 from medseg_trt.engines.fingerprint import FOLDER
-from medseg_trt.engines.gpu import Gpu
 from medseg_trt.errors import MissingExtraError, UsageError
+from medseg_trt.gpu import Gpu, listed_gpus
 from medseg_trt.sessions.backends import BACKENDS, is_installed
 from medseg_trt.sessions.open import gpu_executions
 from medseg_trt.sessions.pytorch_forms import EAGER, FORMATS, FORMS, PEERS_ON_GPU
@@ -96,7 +96,7 @@ class BenchDevice:
     @property
     def obstacle(self) -> str:
         """Why no row runs on a GPU."""
-        return "this machine has no NVIDIA GPU" if self.asked.gpu_allowed else "--device cpu"
+        return listed_gpus().words if self.asked.gpu_allowed else "--device cpu"
 
     @property
     def on_gpu(self) -> ComputeDevice:

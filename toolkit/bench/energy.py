@@ -17,7 +17,7 @@ from typing import Any
 
 from medseg_trt.bench.missing import Missing
 from medseg_trt.bench.timing_schema import Energy
-from medseg_trt.engines.gpu import pci_bus_id
+from medseg_trt.gpu import pci_bus_id
 
 POWERCAP = Path("/sys/class/powercap")
 NVML = "libnvidia-ml.so.1"

@@ -3,7 +3,7 @@
 import subprocess
 from dataclasses import dataclass
 
-from medseg_trt.engines.gpu import pci_bus_id
+from medseg_trt.gpu import pci_bus_id
 
 QUERY = "--query-gpu=clocks.current.sm,clocks_event_reasons.active"
 OLDER_QUERY = "--query-gpu=clocks.current.sm,clocks_throttle_reasons.active"  # before driver 535

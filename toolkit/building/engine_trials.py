@@ -14,8 +14,8 @@ from medseg_trt.bundles.manifest import BuiltEngine, Execution
 from medseg_trt.engines.build import Engines, engine_files
 from medseg_trt.engines.choice import fingerprint_of, installed_version, runtime_environment
 from medseg_trt.engines.fingerprint import mismatches
-from medseg_trt.engines.gpu import Gpu, find_gpu
 from medseg_trt.errors import AccuracyGateError, ArtefactError, DeviceError, MedsegError
+from medseg_trt.gpu import Gpu, find_gpu, listed_gpus
 from medseg_trt.progress import LOG
 
 ON_CPU = "this build runs on the CPU; engines are verified where a GPU is that they fit: --device cuda"
@@ -78,7 +78,7 @@ def say_unverified(engines: Engines) -> None:
 def _obstacle(bundle: Bundle, engine: BuiltEngine, gpu: Gpu | None) -> str:
     """Say why an engine does not fit the GPU; empty where it does."""
     if gpu is None:
-        return "the driver lists no GPU"
+        return listed_gpus().words
     fingerprint = fingerprint_of(bundle, engine)
     version = installed_version(engine.spec.library)
     return " ".join(mismatches(fingerprint, runtime_environment(bundle, fingerprint, version, gpu)))

@@ -10,6 +10,7 @@ from medseg_trt.commands.help import ExampleCommand
 from medseg_trt.commands.options import (
     FILE,
     FOLDER,
+    device_of,
     device_option,
     output_options,
     print_json,
@@ -101,37 +102,36 @@ def bench(
     A network whose masks differ from the reference's is not timed; the exit code is then 3. The report folder gets
     index.html, report.md and report.json. index.html shows the slices with the lowest scores: it contains image data.
     """
+    computes_on = device_of(device, pytorch=checkpoint is not None)
     from medseg_trt.bench import benchmark, measure
     from medseg_trt.bench.accuracy_schema import Verdict
     from medseg_trt.bench.limits import Gate, judge_report, parse_gate, require
     from medseg_trt.bench.report.write import HEADER, cells, write_report
     from medseg_trt.bundles.bundle import find_bundle
-    from medseg_trt.devices import parse_device
+    from medseg_trt.files import made_folder
     from medseg_trt.spec import to_dict
 
     limits = parse_gate(gate) if gate is not None else Gate()
     names = tuple(name.strip() for name in backends.split(",")) if backends is not None else ()
     if len(set(names)) < len(names):
         raise UsageError(f"--backends {backends}: a name is given twice")
-    output.mkdir(parents=True, exist_ok=True)
-    measured = benchmark.bench(
-        benchmark.Bench(
-            bundle=find_bundle(bundle_folder),
-            checkpoint=checkpoint,
-            data=data_folder,
-            split=split,
-            tier=measure.tier(tier, warmup_ms=warmup_ms, duration_s=duration_s),
-            backends=names,
-            batch=batch,
-            max_dice_drop=max_dice_drop,
-            tta=tta,
-            profile=profile,
-            device=parse_device(device),
-            verify_key=verify_key,
-            commands=(shlex.join(["medseg-trt", *sys.argv[1:]]),),
-        ),
-        output,
+    asked = benchmark.Bench(
+        bundle=find_bundle(bundle_folder),
+        checkpoint=checkpoint,
+        data=data_folder,
+        split=split,
+        tier=measure.tier(tier, warmup_ms=warmup_ms, duration_s=duration_s),
+        backends=names,
+        batch=batch,
+        max_dice_drop=max_dice_drop,
+        tta=tta,
+        profile=profile,
+        device=computes_on,
+        verify_key=verify_key,
+        commands=(shlex.join(["medseg-trt", *sys.argv[1:]]),),
     )
+    with made_folder(output):
+        measured = benchmark.bench(asked, output)
     report = measured.report
     if as_json:  # before the report is written, so that a full disk does not lose the figures
         print_json(to_dict(report))

@@ -8,7 +8,16 @@ import click
 
 from medseg_trt.commands.engine_options import EngineFields, engine_options, engine_spec
 from medseg_trt.commands.help import ExampleCommand
-from medseg_trt.commands.options import FILE, FOLDER, device_option, output_options, print_json, print_table, print_text
+from medseg_trt.commands.options import (
+    FILE,
+    FOLDER,
+    device_of,
+    device_option,
+    output_options,
+    print_json,
+    print_table,
+    print_text,
+)
 from medseg_trt.errors import UsageError
 from medseg_trt.progress import LOG
 from medseg_trt.spec import LIBRARY_NAMES
@@ -112,13 +121,12 @@ def build(
     Every graph is compared with PyTorch, or with the ONNX file as it is, before it is written. Reduced precisions must
     pass the accuracy gate, else the exit code is 3 and an existing bundle stays unchanged.
     """
+    computes_on = device_of(device, pytorch=checkpoint is not None)
     from medseg_trt import pipeline
     from medseg_trt.bundles.tables import choice, engine_table, execution_table
-    from medseg_trt.devices import parse_device
     from medseg_trt.sessions.backends import NO_BF16
     from medseg_trt.spec import BuildSpec, split_precisions
 
-    computes_on = parse_device(device)
     try:
         spec = BuildSpec(
             precisions=split_precisions(precisions),

@@ -91,7 +91,7 @@ def engine_spec(backend: str, targets: Sequence[str], fields: EngineFields, gpu_
     if names and backend not in ("auto", *LIBRARY_NAMES):
         raise UsageError(f"--backend {backend} builds no engines; with --target take {' or '.join(LIBRARY_NAMES)}")
     from medseg_trt.engines.build import default_library
-    from medseg_trt.engines.gpu import find_gpu
+    from medseg_trt.gpu import find_gpu
 
     if not names:
         gpu = find_gpu(gpu_number)

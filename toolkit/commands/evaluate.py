@@ -8,6 +8,7 @@ from medseg_trt.commands.help import ExampleCommand
 from medseg_trt.commands.options import (
     FILE,
     FOLDER,
+    device_of,
     device_option,
     mpp_option,
     output_options,
@@ -97,11 +98,11 @@ def evaluate(
     as_json: bool,
 ) -> None:
     """Score networks on labelled images: Dice, IoU and HD95."""
-    from medseg_trt import evaluate as evaluation
-    from medseg_trt.devices import parse_device
-
     if not checkpoints and not bundles:
         raise UsageError("nothing to evaluate; give --ckpt model.pt or --bundle model.medseg")
+    computes_on = device_of(device, pytorch=bool(checkpoints))
+    from medseg_trt import evaluate as evaluation
+
     boards = evaluation.evaluate_all(
         checkpoints,
         bundles,
@@ -117,7 +118,7 @@ def evaluate(
         postprocess=postprocess,
         tta=tta,
         tiles=tiles_of(tile, overlap, mpp),
-        device=parse_device(device),
+        device=computes_on,
     )
     if as_json:
         print_json({"splits": [board.to_dict() for board in boards]})

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from medseg_trt.commands.json_output import only_json
-from medseg_trt.devices import DEVICE_HELP
+from medseg_trt.devices import DEVICE_HELP, ComputeDevice, parse_device, require_device
 from medseg_trt.errors import UsageError
 from medseg_trt.progress import printable
 
@@ -98,6 +98,18 @@ verify_option = click.option(
 device_option = click.option(
     "--device", default="auto", show_default=True, metavar="DEVICE", help=f"Where to compute: {DEVICE_HELP}"
 )
+
+
+def device_of(text: str, *, pytorch: bool = False) -> ComputeDevice:
+    """Read ``--device`` and refuse a GPU that is not there, before anything else is done; see ``require_device``.
+
+    Raises:
+        UsageError: it names no device.
+        DeviceError: the GPU is not there, or with ``pytorch`` PyTorch is built without CUDA.
+    """
+    device = parse_device(text)
+    require_device(device, pytorch=pytorch)
+    return device
 
 
 def completed(names: Callable[[], Iterable[str]]) -> Callable[[click.Context, click.Parameter, str], list[str]]:

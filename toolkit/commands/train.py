@@ -7,7 +7,7 @@ import click
 
 from medseg_trt.commands.help import ExampleCommand
 from medseg_trt.commands.interrupts import resumable
-from medseg_trt.commands.options import FILE, FOLDER, completed, device_option, output_options, print_result
+from medseg_trt.commands.options import FILE, FOLDER, completed, device_of, device_option, output_options, print_result
 from medseg_trt.errors import UsageError
 from medseg_trt.progress import LOG, is_main_process
 from medseg_trt.spec import to_dict
@@ -77,13 +77,12 @@ def train(
 
     Several processes share every batch: torchrun --nproc-per-node 4 -m medseg_trt train …
     """
-    from medseg_trt.devices import parse_device
+    computes_on = device_of(device, pytorch=True)
     from medseg_trt.train.datasets.official import open_dataset
     from medseg_trt.train.loop import train as run_training
     from medseg_trt.train.recipes.recipes import recipe, recorded_recipe
     from medseg_trt.train.runs import finished_epochs
 
-    computes_on = parse_device(device)
     splits = (f"data.manifest={split_manifest.resolve()}",) if split_manifest is not None else ()
     start = ("pretrained=file",) if weights else ()
     given = (*start, *changes, *splits)

@@ -20,11 +20,11 @@ from medseg_trt.engines.fingerprint import (
     mismatches,
     write_fingerprint,
 )
-from medseg_trt.engines.gpu import Gpu, find_gpu
 from medseg_trt.errors import MedsegError, MissingExtraError, UsageError
 from medseg_trt.export.engine_layers import LAYERS_SUFFIX
 from medseg_trt.export.tensorrt.build import LIBRARIES, check_engine_spec, cuda_of, dialect_for, require_library
 from medseg_trt.files import cache_folder, sha256, write_json
+from medseg_trt.gpu import Gpu, find_gpu
 from medseg_trt.progress import LOG
 from medseg_trt.spec import LIBRARY_NAMES, EngineSpec, to_dict
 

@@ -14,8 +14,8 @@ from medseg_trt.engines.fingerprint import (
     parse_fingerprint,
     rebuild_hint,
 )
-from medseg_trt.engines.gpu import Gpu, find_gpu
-from medseg_trt.errors import ArtefactError, DeviceError, UsageError
+from medseg_trt.errors import ArtefactError, UsageError
+from medseg_trt.gpu import Gpu, find_gpu, require_gpu
 from medseg_trt.kernels.device import Device
 from medseg_trt.kernels.nodes import NODES
 from medseg_trt.spec import CUDA_WHEELS, LIBRARY_NAMES
@@ -161,15 +161,3 @@ def device_of_trials(device: ComputeDevice) -> ComputeDevice:
     if device.kind == "cuda":
         require_gpu(device.number)
     return device
-
-
-def require_gpu(number: int) -> Gpu:
-    """Return a GPU by its number.
-
-    Raises:
-        DeviceError: there is none.
-    """
-    gpu = find_gpu(number)
-    if gpu is None:
-        raise DeviceError(f"--device cuda:{number}: the driver lists no such NVIDIA GPU; see medseg-trt doctor")
-    return gpu

@@ -24,6 +24,9 @@ class Destination:
         """
         return find_images(inputs)
 
+    def close(self) -> None:
+        """Delete what was kept on disk for the run alone."""
+
     @contextmanager
     def opened(self) -> Generator[None, None, None]:
         """Prepare for the run, and complete what is written at its end, also after an error."""

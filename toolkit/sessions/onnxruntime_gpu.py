@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
-from medseg_trt.engines.gpu import find_gpu
 from medseg_trt.errors import ArtefactError, DeviceError, MissingExtraError, require
 from medseg_trt.export.graph.interface import MASK_NODE, OUTPUT, size_inputs
+from medseg_trt.gpu import require_gpu
 from medseg_trt.kernels.device import Device, open_device
 from medseg_trt.kernels.launch import CudaError
 from medseg_trt.progress import LOG
@@ -107,10 +107,9 @@ class OnnxRuntimeGpuSession(OnnxRuntimeSession):
             most: images that it takes at once; None: any number.
         """
         super().__init__(session, description)
-        gpu = find_gpu(cuda)
         self._most = most
         self.backend, self._cuda, self._stream = backend, cuda, stream
-        self.device = f"GPU {gpu.name}" if gpu is not None else "GPU"
+        self.device = f"GPU {require_gpu(cuda).name}"
 
     def time_on_device(self, batch: ndarray, duration_s: float, min_runs: int) -> DeviceTimes | None:
         """Time the network alone, its input and output bound to memory of the GPU; see ``Session``."""
@@ -198,10 +197,11 @@ def _open(backend: str, path: Path, precision: str, cuda: int, cache: EngineCach
 
     Raises:
         MissingExtraError: the provider is not installed.
-        DeviceError: it does not run here, or leaves nodes to the CPU.
+        DeviceError: there is no such GPU, or the provider does not run here or leaves nodes to the CPU.
         ArtefactError: ONNX Runtime refuses the graph.
     """
     runtime, provider = require("onnxruntime", "gpu"), PROVIDERS[backend]
+    gpu = require_gpu(cuda)  # the providers do not say that it is missing
     options = runtime.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
     options.add_session_config_entry(RECORD, "1")
@@ -209,7 +209,7 @@ def _open(backend: str, path: Path, precision: str, cuda: int, cache: EngineCach
     # A provider in a package of its own computes in a stream of its own.
     stream = _own_stream(cuda) if BACKENDS[backend].package == "onnxruntime" else None
     kept: dict[str, str] = {}
-    if cache is not None and provider.cache and (gpu := find_gpu(cuda)) is not None:
+    if cache is not None and provider.cache:
         kept = cache.options(provider.cache, f"{gpu.name}, {gpu.driver}, ONNX Runtime {runtime.__version__}")
     try:
         session = _session(runtime, path, options, _choose(runtime, backend, options, cuda, stream, kept), provider)

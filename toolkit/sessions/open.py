@@ -14,8 +14,8 @@ import numpy as np
 from medseg_trt.bundles.bundle import Bundle, is_signed
 from medseg_trt.bundles.manifest import Execution
 from medseg_trt.devices import AUTO, ComputeDevice
-from medseg_trt.engines.gpu import find_gpu
 from medseg_trt.errors import ArtefactError, MedsegError, MissingExtraError, UsageError
+from medseg_trt.gpu import find_gpu
 from medseg_trt.imaging.preprocess import prepare, restore
 from medseg_trt.machine import cpu_quota
 from medseg_trt.progress import LOG

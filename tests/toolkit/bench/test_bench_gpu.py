@@ -32,13 +32,13 @@ from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.cli import cli
 from medseg_trt.devices import CPU, parse_device
 from medseg_trt.engines.fingerprint import FOLDER
-from medseg_trt.engines.gpu import Gpu
 from medseg_trt.errors import DeviceError, SpeedGateError
 from medseg_trt.export.engine_layers import LAYERS_SUFFIX, EngineLayer, LayerReport
 from medseg_trt.export.graph.gemms import gemms
 from medseg_trt.export.graph.node_costs import node_costs
 from medseg_trt.export.graph.onnx_graph import OnnxGraph
 from medseg_trt.files import write_json
+from medseg_trt.gpu import Gpu, listed_gpus
 from medseg_trt.sessions import pytorch, subprocess_session
 from medseg_trt.sessions.backends import BACKENDS
 from medseg_trt.sessions.device_times import DeviceTimes
@@ -129,7 +129,7 @@ def test_without_a_gpu_an_engine_is_a_row_that_was_built_alone(rows):
     row = row_of[ENGINE]
     assert not row.executed
     assert "built for sm89" in row.statement
-    assert "not executed: this machine has no NVIDIA GPU." in row.statement
+    assert f"not executed: {listed_gpus().words}." in row.statement
     assert "a simulation" in row.statement
     for figure in (*row.latency.values(), *row.speedup.values(), row.verdict, row.throughput, row.profile):
         assert figure == Missing(reason=row.statement)
@@ -155,7 +155,7 @@ def test_a_provider_of_gpus_that_is_named_is_a_row_too(rows, engine_bundle, back
     monkeypatch.setattr(candidates, "is_installed", lambda _: True)
     row = rows(None, backends=(backend,))[f"{backend} fp32"]
     assert not row.executed
-    assert row.statement == "not executed: this machine has no NVIDIA GPU"
+    assert row.statement == f"not executed: {listed_gpus().words}"
 
 
 class PyTorchOnGpu(MeasuredHere):
@@ -269,7 +269,7 @@ def test_the_device_that_was_asked_for_decides_which_rows_run(machine, rows, ask
 
 
 def test_a_gpu_that_is_asked_for_and_missing_is_an_error(rows):
-    with pytest.raises(DeviceError, match=r"--device cuda:3: the driver lists no such NVIDIA GPU"):
+    with pytest.raises(DeviceError, match=r"there is no GPU cuda:3: "):
         rows(None, device=parse_device("cuda:3"))
 
 

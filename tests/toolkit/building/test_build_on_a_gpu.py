@@ -15,6 +15,7 @@ from fakes.trt import FakeTrt
 from foreign import write_onnx
 from session_here import SessionHere
 
+from medseg_trt import devices
 from medseg_trt.building import bundle_steps, engine_trials, executions, onnx_source
 from medseg_trt.building.onnx_source import open_onnx
 from medseg_trt.bundles.bundle import Bundle, load_bundle
@@ -23,10 +24,11 @@ from medseg_trt.devices import CPU
 from medseg_trt.engines import build as engines
 from medseg_trt.engines import choice
 from medseg_trt.engines.child import EngineBuild
-from medseg_trt.engines.gpu import Gpu
 from medseg_trt.engines.kernels import FOLDER as KERNELS
 from medseg_trt.errors import AccuracyGateError, DeviceError
 from medseg_trt.export.tensorrt.build import BuilderOutput
+from medseg_trt.gpu import Gpu
+from medseg_trt.pytorch_build import PyTorchBuild
 from medseg_trt.sessions import open as opening
 from medseg_trt.sessions.pytorch import PyTorchSession
 from medseg_trt.spec import EngineSpec
@@ -69,6 +71,8 @@ def with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "build_in_child", written)
     for module in (engine_trials, opening, choice):
         monkeypatch.setattr(module, "find_gpu", lambda number=0: GPU)
+    monkeypatch.setattr("medseg_trt.gpu.find_gpu", lambda number=0: GPU)
+    monkeypatch.setattr(devices, "pytorch_build", lambda: PyTorchBuild(version="2.13.0", cuda="13.0"))
 
 
 @dataclass(frozen=True)
@@ -187,8 +191,8 @@ def test_an_onnx_file_is_built_on_the_cpu_as_before_and_a_gpu_that_is_not_there_
     bundle = load_bundle(from_onnx.bundle)
     assert [engine.executed for engine in bundle.content.engines] == [False]
     assert "was not verified: this build runs on the CPU" in caplog.text
-    monkeypatch.setattr(choice, "find_gpu", lambda number=0: None)
-    with pytest.raises(DeviceError, match="--device cuda:2: the driver lists no such NVIDIA GPU"):
+    monkeypatch.setattr("medseg_trt.gpu.find_gpu", lambda number=0: None)
+    with pytest.raises(DeviceError, match="there is no GPU cuda:2: "):
         run(*from_onnx.command, "--device", "cuda:2")
 
 

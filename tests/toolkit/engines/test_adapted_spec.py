@@ -7,9 +7,9 @@ import pytest
 
 from medseg_trt.engines import build
 from medseg_trt.engines.build import adapted_spec
-from medseg_trt.engines.gpu import Gpu
 from medseg_trt.errors import UsageError
 from medseg_trt.export.tensorrt.build import LIBRARIES
+from medseg_trt.gpu import Gpu
 from medseg_trt.spec import EngineSpec
 
 HOPPER = Gpu(name="NVIDIA H200", sm="sm90", cuda="13.0", driver=None)

@@ -130,7 +130,7 @@ def test_a_builder_that_is_killed_is_one_line(monkeypatch, tmp_path: Path):
 )
 def test_build_refuses_impossible_engine_options(built, arguments, code, words, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    monkeypatch.setattr("medseg_trt.engines.gpu.find_gpu", lambda _number: None)
+    monkeypatch.setattr("medseg_trt.gpu.find_gpu", lambda _number: None)
     result = run("build", "--ckpt", built.checkpoint, *arguments)
     error = result.exception
     assert isinstance(error, MedsegError)

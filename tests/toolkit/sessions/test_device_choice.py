@@ -9,8 +9,8 @@ from fakes.trt import FakeTrt
 from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.devices import AUTO, CPU, ComputeDevice
 from medseg_trt.engines import choice
-from medseg_trt.engines.gpu import Gpu
 from medseg_trt.errors import DeviceError, UsageError
+from medseg_trt.gpu import Gpu
 from medseg_trt.sessions import open as opening
 from medseg_trt.sessions.open import choose
 
@@ -30,14 +30,14 @@ def bundle(tiny_bundle, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("gpu", "backend"), [(ADA, "tensorrt-rtx"), (HOPPER, "onnxruntime-cuda")])
 def test_on_a_gpu_an_engine_that_fits_is_taken_or_else_the_graphs(bundle, monkeypatch, gpu, backend):
-    monkeypatch.setattr(choice, "find_gpu", lambda number: gpu)
+    monkeypatch.setattr("medseg_trt.gpu.find_gpu", lambda number: gpu)
     assert choose(bundle, "auto", None, CUDA).backend == backend
     assert choose(bundle, "auto", "fp32", CUDA).backend == backend
 
 
 def test_a_gpu_that_is_not_there_is_an_error_and_no_other_device_is_taken(bundle, monkeypatch):
-    monkeypatch.setattr(choice, "find_gpu", lambda number: None)
-    with pytest.raises(DeviceError, match="--device cuda:0: the driver lists no such NVIDIA GPU"):
+    monkeypatch.setattr("medseg_trt.gpu.find_gpu", lambda number: None)
+    with pytest.raises(DeviceError, match="there is no GPU cuda:0: "):
         choose(bundle, "auto", None, CUDA)
 
 

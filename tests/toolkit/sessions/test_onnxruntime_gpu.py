@@ -13,12 +13,12 @@ from fakes.gpu import FakeGpu
 
 from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.bundles.manifest import FileEntry
-from medseg_trt.engines.gpu import Gpu
 from medseg_trt.errors import DeviceError, MissingExtraError
 from medseg_trt.export.graph.interface import MASK_NODE
 from medseg_trt.export.graph.masks import with_masks
 from medseg_trt.export.graph.onnx_graph import OnnxGraph
 from medseg_trt.export.graph.save import save_graphs
+from medseg_trt.gpu import Gpu
 from medseg_trt.sessions import onnxruntime_gpu
 from medseg_trt.sessions.backends import BACKENDS
 from medseg_trt.sessions.engine_cache import EngineCache
@@ -35,6 +35,12 @@ from medseg_trt.sessions.onnxruntime_gpu import (
 from medseg_trt.sessions.open import choose, open_session
 
 CUDA, RTX = PROVIDERS["onnxruntime-cuda"], PROVIDERS["onnxruntime-tensorrt-rtx"]
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch):
+    """Let the driver list a GPU."""
+    monkeypatch.setattr("medseg_trt.gpu.find_gpu", lambda number: Gpu(name="Fake", sm="sm89", cuda="13", driver="580"))
 
 
 @pytest.fixture
@@ -169,6 +175,15 @@ def test_a_provider_that_cannot_be_loaded_is_an_error_and_prints_nothing_on_stdo
     assert capsys.readouterr().out == ""
 
 
+def test_a_missing_gpu_is_told_by_the_driver_before_onnx_runtime_is_asked(bundle, monkeypatch):
+    runtime = FakeRuntime()
+    installed(monkeypatch, runtime)
+    monkeypatch.setattr("medseg_trt.gpu.find_gpu", lambda number: None)
+    with pytest.raises(DeviceError, match="there is no GPU cuda:0: "):
+        open_session(bundle, "onnxruntime-cuda")
+    assert runtime.asked == []
+
+
 def test_a_plugin_provider_without_a_device_is_an_error(bundle, monkeypatch):
     library = ModuleType("onnxruntime_ep_nv_tensorrt_rtx")
     vars(library).update(get_ep_name=lambda: RTX.name, get_library_path=lambda: "/lib/rtx.so")
@@ -247,7 +262,6 @@ def test_the_networks_own_time_is_taken_in_our_stream_with_everything_bound(monk
     )
     module = SimpleNamespace(OrtValue=values, RunOptions=FakeOptions)
     monkeypatch.setattr(onnxruntime_gpu, "require", lambda *_: module)
-    monkeypatch.setattr(onnxruntime_gpu, "find_gpu", lambda number: Gpu(name="Fake", sm="sm89", cuda="13", driver=None))
     session = OnnxRuntimeGpuSession(run, "onnxruntime-cuda", "ONNX Runtime", 1, stream)
     assert session.device == "GPU Fake"
     times = session.time_on_device(np.zeros((2, 3, 4, 4), np.float32), 0.0, 5)
@@ -312,7 +326,6 @@ def test_tensorrt_provider_session_requests_an_engine_cache(bundle, monkeypatch,
     runtime = FakeRuntime()
     runtime.get_available_providers = lambda: [provider.name for provider in PROVIDERS.values()]
     installed(monkeypatch, runtime)
-    monkeypatch.setattr(onnxruntime_gpu, "find_gpu", lambda _: Gpu(name="Fake", sm="sm89", cuda="13", driver="580"))
     with pytest.raises(DeviceError, match="took no node"):  # the fake computes on the CPU
         open_session(bundle, "onnxruntime-tensorrt")
     (((tensorrt, cuda), _),) = runtime.asked

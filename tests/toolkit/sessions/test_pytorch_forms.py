@@ -7,8 +7,11 @@ import pytest
 import torch
 from tiny import make_checkpoint
 
+from medseg_trt import devices
 from medseg_trt.devices import AUTO, CPU, ComputeDevice
 from medseg_trt.errors import DeviceError
+from medseg_trt.gpu import Gpu
+from medseg_trt.pytorch_build import PyTorchBuild
 from medseg_trt.sessions import pytorch
 from medseg_trt.sessions.pytorch import PyTorchSession, open_graph
 from medseg_trt.sessions.pytorch_forms import EAGER, FORMATS, FORMS, PEERS_ON_GPU
@@ -248,11 +251,20 @@ def test_without_a_gpu_pytorch_takes_the_cpu_where_it_may(device):
 
 def test_torch_device_error_explains_a_missing_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.version, "cuda", None)
-    with pytest.raises(DeviceError, match=r"--device cuda:0: PyTorch .* is built for CPUs alone; install one for CUDA"):
+    monkeypatch.setattr("medseg_trt.gpu.find_gpu", lambda number: None)
+    with pytest.raises(
+        DeviceError, match=r"there is no GPU cuda:0: .*; see medseg-trt doctor, or choose --device cpu$"
+    ):
         torch_device(ComputeDevice("cuda"))
+    monkeypatch.setattr("medseg_trt.gpu.find_gpu", lambda number: Gpu(name="A10", sm="sm86", cuda="12.0", driver=None))
+    monkeypatch.setattr(devices, "pytorch_build", lambda: PyTorchBuild(version="2.13.0+cpu", cuda=None))
+    with pytest.raises(
+        DeviceError, match=r"--device cuda:0: PyTorch 2.13.0\+cpu is built without CUDA; install one for"
+    ):
+        torch_device(ComputeDevice("cuda"))
+    monkeypatch.setattr(devices, "pytorch_build", lambda: PyTorchBuild(version="2.13.0", cuda="13.0"))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    with pytest.raises(DeviceError, match=r"is built for CUDA 13\.0 and finds no GPU or driver; see medseg-trt doctor"):
+    with pytest.raises(DeviceError, match=r"built for CUDA 13\.0, does not start on A10: its driver may be too old"):
         torch_device(ComputeDevice("cuda"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

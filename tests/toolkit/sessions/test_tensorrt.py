@@ -335,7 +335,7 @@ def test_without_a_gpu_it_ends_with_6_and_one_line(engine_bundle, tmp_path, monk
         main()
     assert left.value.code == 6
     error = capsys.readouterr().err
-    assert "no CUDA device 0" in error
+    assert "there is no GPU cuda:0: " in error
     assert error.count("\n") == 1
 
 

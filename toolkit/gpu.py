@@ -1,12 +1,22 @@
-"""Find the NVIDIA GPU of this machine through the driver library, without any package."""
+"""Find the NVIDIA GPUs of this machine through the driver library, without any package.
+
+PyTorch, TensorRT and ONNX Runtime ask the same library, with the same numbers and under the same
+``CUDA_VISIBLE_DEVICES``.
+"""
 
 import ctypes
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from medseg_trt.errors import DeviceError
 
 COMPUTE_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+DRIVER_LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
+NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,16 +29,35 @@ class Gpu:
     driver: str | None  # None: unknown
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ListedGpus:
+    """What the driver lists."""
+
+    count: int
+    words: str
+
+
+def listed_gpus() -> ListedGpus:
+    """Return how many GPUs the driver lists; without any, the words say what is wrong."""
+    driver = _driver()
+    if driver is None:
+        return ListedGpus(count=0, words="no NVIDIA driver is installed")
+    count = ctypes.c_int(0)
+    status = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    if status not in (0, NO_DEVICE):
+        return ListedGpus(count=0, words=f"the NVIDIA driver does not start (CUDA error {status})")
+    listed = 0 if status else count.value
+    plural = "" if listed == 1 else "s"
+    return ListedGpus(count=listed, words=f"the NVIDIA driver lists {listed or 'no'} GPU{plural}")
+
+
 def find_gpu(number: int = 0) -> Gpu | None:
     """Return a GPU by the driver's number; None: there is no driver or no such device."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
+    driver = _driver()
+    if driver is None or number >= listed_gpus().count:
         return None
-    count, device, cuda = ctypes.c_int(0), ctypes.c_int(0), ctypes.c_int(0)
+    device, cuda = ctypes.c_int(0), ctypes.c_int(0)
     major, minor, name = ctypes.c_int(0), ctypes.c_int(0), ctypes.create_string_buffer(256)
-    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or count.value == 0:
-        return None
     status_codes = [
         driver.cuDeviceGet(ctypes.byref(device), number),
         driver.cuDeviceGetName(name, len(name), device),
@@ -48,15 +77,28 @@ def find_gpu(number: int = 0) -> Gpu | None:
     )
 
 
+def require_gpu(number: int = 0) -> Gpu:
+    """Return a GPU by the driver's number; every command and back-end says here that there is none.
+
+    Raises:
+        DeviceError: there is none.
+    """
+    gpu = find_gpu(number)
+    if gpu is None:
+        raise DeviceError(
+            f"there is no GPU cuda:{number}: {listed_gpus().words}; see medseg-trt doctor, or choose --device cpu"
+        )
+    return gpu
+
+
 def pci_bus_id(number: int) -> str | None:
     """Return the place of a GPU on the PCI bus, by CUDA's number; None: there is no driver or no such device.
 
     NVML and nvidia-smi find a GPU by it. They number GPUs in another order than CUDA, which begins with the fastest,
     and know nothing of ``CUDA_VISIBLE_DEVICES``.
     """
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
+    driver = _driver()
+    if driver is None:
         return None
     device, place = ctypes.c_int(0), ctypes.create_string_buffer(32)
     if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), number):
@@ -64,6 +106,13 @@ def pci_bus_id(number: int) -> str | None:
     if driver.cuDeviceGetPCIBusId(place, len(place), device):
         return None
     return place.value.decode()
+
+
+def _driver() -> Any | None:
+    try:
+        return ctypes.CDLL(DRIVER_LIBRARY)
+    except OSError:
+        return None
 
 
 def _driver_version() -> str | None:

@@ -3,8 +3,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from medseg_trt.engines import gpu
-from medseg_trt.engines.gpu import Gpu, find_gpu, pci_bus_id
+from medseg_trt import gpu
+from medseg_trt.errors import DeviceError
+from medseg_trt.gpu import Gpu, find_gpu, listed_gpus, pci_bus_id, require_gpu
 
 
 def driver(*, devices: int = 1, init: int = 0, attribute: int = 0) -> SimpleNamespace:
@@ -68,6 +69,30 @@ def test_a_gpu_is_named_with_its_kind_and_its_driver(installed, tmp_path):
 def test_without_a_driver_or_a_device_there_is_none(installed, library):
     installed(library)
     assert find_gpu() is None
+
+
+@pytest.mark.parametrize(
+    ("library", "number", "words"),
+    [
+        (None, 0, "there is no GPU cuda:0: no NVIDIA driver is installed; see medseg-trt doctor"),
+        (driver(init=100), 1, "there is no GPU cuda:1: the NVIDIA driver lists no GPUs; see"),
+        (driver(init=803), 0, r"the NVIDIA driver does not start \(CUDA error 803\); see"),
+        (driver(devices=1), 1, "there is no GPU cuda:1: the NVIDIA driver lists 1 GPU; see"),
+        (driver(devices=2), 2, "there is no GPU cuda:2: the NVIDIA driver lists 2 GPUs; see"),
+    ],
+)
+def test_a_missing_gpu_is_an_error_that_says_what_the_driver_lists(installed, library, number, words):
+    installed(library)
+    with pytest.raises(DeviceError, match=words) as caught:
+        require_gpu(number)
+    assert "\n" not in str(caught.value)
+    assert find_gpu(number) is None
+
+
+def test_a_gpu_that_is_listed_is_returned(installed):
+    installed(driver(devices=2))
+    assert listed_gpus().count == 2
+    assert require_gpu(1).name == "NVIDIA A10"
 
 
 @pytest.mark.parametrize(
