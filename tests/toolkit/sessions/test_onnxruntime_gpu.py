@@ -217,9 +217,7 @@ def test_an_error_in_a_run_is_one_line_and_not_another_run_on_the_cpu(bundle):
         raise RuntimeError("CUDA failure 2: out of memory\nGPU=0")
 
     session._session = SimpleNamespace(run=full)
-    with pytest.raises(
-        DeviceError, match=r"^ONNX Runtime, CUDA: the GPU has not enough memory \(CUDA failure 2: .*memory\)"
-    ):
+    with pytest.raises(DeviceError, match=r"^ONNX Runtime, CUDA: the GPU has not enough memory \(CUDA failure 2: "):
         session.run(image)
 
 
