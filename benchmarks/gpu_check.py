@@ -48,16 +48,24 @@ class Step:
     only: str = ""  # pytest's -k
 
 
-STEPS: Mapping[str, Step] = {
-    "facts": Step(files=("tests/kernels/test_gpu_facts.py", "tests/toolkit/bench/test_energy.py"), timeout_s=60),
+STEPS: Mapping[str, Step] = {  # limits are for a cold machine, on which nothing was read or compiled before
+    # Seconds of work; but the first import of PyTorch reads gigabytes of CUDA libraries, which a slow disk takes more
+    # than a minute for, and the driver may first have to wake the card.
+    "facts": Step(files=("tests/kernels/test_gpu_facts.py", "tests/toolkit/bench/test_energy.py"), timeout_s=180),
+    # Dozens of kernels are compiled by NVRTC, in about a second each, and by the driver.
     "kernels": Step(files=("tests/kernels/test_gpu.py",), timeout_s=420, only="not sanitizer"),
+    # ONNX Runtime loads cuDNN and cuBLAS; its TensorRT providers build an engine for each session.
     "sessions": Step(files=("tests/toolkit/sessions/test_graphs_gpu.py",), timeout_s=420, only="onnx_runtime"),
+    # Three forms of torch.compile compile for two sizes of batch each, a minute or two a time without a cache;
+    # max-autotune also times every candidate kernel, which takes several minutes. Training is short.
     "pytorch": Step(
         files=("tests/train/test_train_gpu.py", "tests/toolkit/sessions/test_graphs_gpu.py"),
-        timeout_s=600,
+        timeout_s=1200,
         only="pytorch or test_a_run",
     ),
+    # Engines are built in processes of their own, and the classic library times kernels while it builds.
     "engines": Step(files=("tests/kernels/test_plugin_gpu.py", "tests/toolkit/sessions/test_gpu.py"), timeout_s=900),
+    # Under compute-sanitizer, a kernel runs tens of times as long.
     "sanitizers": Step(files=("tests/kernels/test_gpu.py",), timeout_s=900, only="sanitizer"),
 }
 

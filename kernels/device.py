@@ -14,7 +14,9 @@ ADAPTER = "cuda-bindings"  # the only adapter that implements ``Device``
 
 
 class DeviceMemoryError(CudaError):
-    """The device or the host lacks free memory for an allocation."""
+    """The device or the host lacks free memory."""
+
+    is_memory = True
 
 
 class Device(Driver):

@@ -217,6 +217,7 @@ def _entry(dtype: str) -> Entry:
         name=name,
         dtype=dtype,
         defines={"ENTRY": f"medseg_{name}", "SCALAR": C_TYPES[dtype]},
+        min_arch=75,
         parameters=(
             pointer("pixels", "uint8"),
             *map(scalar, SCALARS),

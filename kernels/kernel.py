@@ -67,7 +67,7 @@ class Entry:
     dtype: str  # of the floating inputs
     defines: Mapping[str, str]  # the -D options that select it in the .cu
     parameters: tuple[Parameter, ...]  # in order: input pointers, int32 scalars, output pointers
-    min_arch: int = 80  # 89 for the hardware conversion to fp8
+    min_arch: int = 80  # 75 of the kernels on images, 89 for the hardware conversion to fp8
 
     @property
     def symbol(self) -> str:

@@ -14,7 +14,7 @@ from typing import Any, cast
 import numpy as np
 
 from medseg_trt.errors import DeviceError, MissingExtraError, UsageError
-from medseg_trt.gpu import require_gpu
+from medseg_trt.gpu import not_enough_memory, require_gpu
 from medseg_trt.kernels.kernel import DTYPES, Entry, Kernel, Parameter
 from medseg_trt.kernels.library import FindPtx, Release, compile_here
 
@@ -29,6 +29,8 @@ LAYOUT = {"pointer": "P", "int32": "i"}  # as in struct
 
 class CudaError(Exception):
     """An error of the CUDA driver; ``Launcher`` adds the kernel's name."""
+
+    is_memory = False  # whether the device or the host lacks memory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,7 +171,7 @@ class Launcher:
         try:
             function = self._function(kernel, entry)
         except CudaError as error:
-            raise DeviceError(f"{entry.name}: {error}") from error
+            raise _named(entry, error) from error
         return Launch(
             function=function,
             grid=grid,
@@ -191,7 +193,7 @@ class Launcher:
             if self.wait:
                 self.driver.synchronize(launch.stream)
         except CudaError as error:
-            raise DeviceError(f"{entry.name}: {error}") from error
+            raise _named(entry, error) from error
 
     def close(self) -> None:
         """Give the loaded functions back; another launch loads them again."""
@@ -203,6 +205,10 @@ class Launcher:
             ptx = self.find_ptx(kernel, entry, self.driver.capability, self.driver.cuda)
             self._functions[entry.symbol] = self.driver.load(ptx, entry.symbol)
         return self._functions[entry.symbol]
+
+
+def _named(entry: Entry, error: CudaError) -> DeviceError:
+    return not_enough_memory(entry.name, str(error)) if error.is_memory else DeviceError(f"{entry.name}: {error}")
 
 
 def pack(kernel: Kernel, entry: Entry, arrays: Mapping[str, Any], scalars: Mapping[str, int]) -> tuple[int, ...]:

@@ -37,6 +37,7 @@ class Target:
 TARGETS: Mapping[str, Target] = {
     **{f"sm_{capability}": Target(capability=capability) for capability in (80, 86, 87, 89, 90, 120)},
     "jetpack6": Target(capability=87, toolchain="12.6"),
+    "sm_75": Target(capability=75),  # of the kernels on images alone
 }
 
 

@@ -139,6 +139,7 @@ def _entry(dtype: str) -> Entry:
         name=name,
         dtype=dtype,
         defines={"ENTRY": f"medseg_{name}", "SCALAR": C_TYPES[dtype]},
+        min_arch=75,
         parameters=(pointer("logits", dtype), *map(scalar, SCALARS), pointer("mask", "uint8", "out")),
     )
 

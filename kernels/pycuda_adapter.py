@@ -3,6 +3,8 @@
 import atexit
 from typing import Any
 
+from medseg_trt.errors import UsageError
+from medseg_trt.kernels.device import DeviceMemoryError
 from medseg_trt.kernels.launch import CudaError, Driver, Launch, import_driver, no_device
 
 
@@ -12,6 +14,7 @@ def open_device(device: int | None) -> Driver:
     Raises:
         MissingExtraError: pycuda is not installed.
         DeviceError: there is no NVIDIA driver or no such device.
+        UsageError: the current context is of another device; pycuda's user keeps the stack of contexts.
     """
     cuda = import_driver("pycuda.driver", "pycuda", device)
     try:
@@ -29,7 +32,12 @@ class Pycuda(Driver):
         cuda.init()
         version: int = cuda.get_driver_version()
         self.cuda = version // 1000, version % 1000 // 10
-        if cuda.Context.get_current() is None:
+        if cuda.Context.get_current() is not None:
+            if device is not None and cuda.Context.get_device() != cuda.Device(device):
+                raise UsageError(
+                    f"the current CUDA context is of another GPU than cuda:{device}; push a context of that GPU first"
+                )
+        else:
             self._context = cuda.Device(device or 0).retain_primary_context()
             self._context.push()
             atexit.register(self._context.pop)  # pycuda aborts a process that exits with a pushed context
@@ -43,7 +51,7 @@ class Pycuda(Driver):
             self._modules.append(self._cuda.module_from_buffer(ptx.encode() + b"\0"))
             return self._modules[-1].get_function(symbol)
         except self._cuda.Error as error:
-            raise CudaError(str(error)) from error
+            raise self._error(error) from error
 
     def unload(self) -> None:
         """Give the modules back; pycuda unloads them."""
@@ -59,11 +67,15 @@ class Pycuda(Driver):
                 launch.grid, launch.block, launch.stream or None, *launch.arguments, shared_size=launch.shared_bytes
             )
         except self._cuda.Error as error:
-            raise CudaError(str(error)) from error
+            raise self._error(error) from error
+
+    def _error(self, error: Exception) -> CudaError:
+        kind = DeviceMemoryError if isinstance(error, self._cuda.MemoryError) else CudaError
+        return kind(str(error))
 
     def synchronize(self, stream: Any) -> None:
         """Wait until all work in a stream, or for 0 in the context, has completed."""
         try:
             (stream or self._cuda.Context).synchronize()
         except self._cuda.Error as error:
-            raise CudaError(str(error)) from error
+            raise self._error(error) from error

@@ -27,6 +27,7 @@ class MeasuredHere(MeasuredSession):
         self.backend, self.device, self.description = request.backend, self._session.device, self._session.description
         self.open_ms, self.load_ms = 300.0, 200.0
         self._milliseconds = float(len(self.description))
+        self.is_closed = False
 
     def run(self, batch: np.ndarray) -> np.ndarray:
         return self._session.run(batch)
@@ -47,7 +48,9 @@ class MeasuredHere(MeasuredSession):
         return {"anonymous_mb": 50.0, "resident_mb": 80.0, "peak_resident_mb": 90.0}
 
     def close(self) -> None:
-        self._session.close()
+        if not self.is_closed:
+            self._session.close()
+        self.is_closed = True
 
 
 def measure_here(patch: pytest.MonkeyPatch) -> None:

@@ -91,6 +91,18 @@ def require_gpu(number: int = 0) -> Gpu:
     return gpu
 
 
+def not_enough_memory(name: str, details: str, remedy: str = "") -> DeviceError:
+    """Return the error of a network or kernel that a GPU has no memory for.
+
+    Args:
+        name: of what needs it.
+        details: what the library reports.
+        remedy: what helps besides ending other programs.
+    """
+    also = f", or {remedy}" if remedy else ""
+    return DeviceError(f"{name}: the GPU has not enough memory ({details}). End what else runs on it{also}")
+
+
 def pci_bus_id(number: int) -> str | None:
     """Return the place of a GPU on the PCI bus, by CUDA's number; None: there is no driver or no such device.
 

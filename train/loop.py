@@ -34,12 +34,14 @@ from medseg_trt.train.recipes.schedules import learning_rate, scheduled_step
 from medseg_trt.train.recipes.training_spec import Recipe, TrainSpec
 from medseg_trt.train.run_lock import run_lock
 from medseg_trt.train.runs import PARTIAL_SLICES, RunState, begin, join, save, save_progress
+from medseg_trt.train.torch_device import memory_errors
 from medseg_trt.train.training_process import TrainingProcess
 from medseg_trt.train.training_state import OptimizerState, Progress
 
 LONG_S = 2 * 3600  # of training on a CPU; then a smaller network is suggested
 
 
+@memory_errors("training", "compute each batch in parts: --set train.accumulate=4")
 def train(
     recipe: Recipe,
     data: DataFolder,
@@ -62,7 +64,7 @@ def train(
         device: where it computes; ``auto`` takes the GPU where PyTorch has one.
 
     Raises:
-        DeviceError: PyTorch has no such device.
+        DeviceError: PyTorch has no such device, or too little memory on it.
         UsageError: recipe, block and run folder do not match, or another training writes to the folder.
         InputError: the data cannot be used.
         ArtefactError: the block or the checkpoint cannot be used.

@@ -1,10 +1,15 @@
 """The device of PyTorch that ``--device`` names."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
+
 import torch
 
 from medseg_trt.devices import ComputeDevice, require_device
 from medseg_trt.errors import DeviceError
-from medseg_trt.gpu import require_gpu
+from medseg_trt.gpu import not_enough_memory, require_gpu
+
+SENTENCES = 3  # of PyTorch's message: what it tried to allocate, and how much is free
 
 
 def torch_device(device: ComputeDevice) -> torch.device:
@@ -31,3 +36,17 @@ def torch_device(device: ComputeDevice) -> torch.device:
 def device_name(device: torch.device) -> str:
     """Name a device as all sessions do: ``CPU``, or ``GPU`` and the driver's name for it."""
     return f"GPU {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type.upper()
+
+
+@contextmanager
+def memory_errors(name: str, remedy: str = "") -> Generator[None, None, None]:
+    """Turn PyTorch's error of a GPU without free memory, which is a paragraph, into one line.
+
+    Raises:
+        DeviceError: there is too little memory.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        details = ". ".join(" ".join(str(error).split()).rstrip(".").split(". ")[:SENTENCES])
+        raise not_enough_memory(name, details, remedy) from error

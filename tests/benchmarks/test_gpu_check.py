@@ -53,9 +53,11 @@ def test_every_test_that_needs_a_gpu_belongs_to_a_step():
     assert gpu_files() == {name for step in STEPS.values() for name in step.files}
 
 
-def test_steps_have_a_fixed_order_and_time_out_within_an_hour():
+def test_steps_have_a_fixed_order_and_time_out_within_70_minutes():
     assert list(STEPS) == ["facts", "kernels", "sessions", "pytorch", "engines", "sanitizers"]
-    assert sum(step.timeout_s for step in STEPS.values()) <= 3600
+    assert sum(step.timeout_s for step in STEPS.values()) <= 70 * 60
+    assert STEPS["facts"].timeout_s >= 120  # a cold import of PyTorch with CUDA takes more than a minute
+    assert STEPS["pytorch"].timeout_s >= 900  # torch.compile with max-autotune takes minutes
 
 
 def test_parse_report_counts_junit_outcomes_and_keeps_reasons_and_figures():

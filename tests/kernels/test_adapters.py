@@ -2,6 +2,8 @@
 
 import ctypes
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -226,30 +228,49 @@ def test_an_error_code_of_cuda_bindings_becomes_an_error_with_the_kernels_name(f
 class FakePycudaError(Exception):
     """``pycuda.driver.Error``."""
 
+    words = "invalid argument"
+
+
+class FakePycudaMemoryError(FakePycudaError):
+    """``pycuda.driver.MemoryError``."""
+
+    words = "out of memory"
+
+
+@dataclass(frozen=True)
+class FakePycudaDevice:
+    """``pycuda.driver.Device``, which is equal to another one of the same number."""
+
+    number: int
+    retain_primary_context: Callable[[], Any] = field(compare=False)
+
+    def compute_capability(self) -> tuple[int, int]:
+        return 8, 7
+
 
 class FakePycuda(ModuleType):
     """``pycuda.driver`` on a machine with one sm_87 device and a driver for CUDA 12.6."""
 
     Error = FakePycudaError
+    MemoryError = FakePycudaMemoryError
 
-    def __init__(self, fail: str = "") -> None:
+    def __init__(self, fail: str = "", current: int | None = None) -> None:
         super().__init__("pycuda.driver")
         self.fail = fail
+        self.error = FakePycudaError
         self.calls: list[tuple[Any, ...]] = []
         context = SimpleNamespace(push=lambda: self._note("push"), pop=lambda: self._note("pop"))
-        self.Device = lambda number: SimpleNamespace(
-            retain_primary_context=lambda: (self._note("retain", number), context)[1]
-        )
+        self.Device = lambda number: FakePycudaDevice(number, lambda: (self._note("retain", number), context)[1])
         self.Context = SimpleNamespace(
-            get_current=lambda: None,
-            get_device=lambda: SimpleNamespace(compute_capability=lambda: (8, 7)),
+            get_current=lambda: None if current is None else context,
+            get_device=lambda: self.Device(current or 0),
             synchronize=lambda: self._note("synchronize"),
         )
 
     def _note(self, *call: Any) -> None:
         self.calls.append(call)
         if call[0] == self.fail:
-            raise FakePycudaError(f"{call[0]} failed: invalid argument")
+            raise self.error(f"{call[0]} failed: {self.error.words}")
 
     def init(self) -> None:
         self._note("init")
@@ -280,6 +301,27 @@ def test_pycuda_is_called_as_it_wants():
         ("async_call", (63, 2, 1), (128, 1, 1), None, 0x100000, 2, 9, 48, 64, 48, 64, 100, 80, 0x900000, 0),
         ("synchronize",),
     ]
+
+
+@pytest.mark.parametrize("device", [1, None])
+def test_pycuda_stays_in_a_current_context_of_the_device(device):
+    cuda = FakePycuda(current=1)
+    pycuda_adapter.Pycuda(cuda, device)
+    assert cuda.calls == [("init",)]
+
+
+def test_pycuda_refuses_another_device_than_that_of_the_current_context(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycuda.driver", FakePycuda(current=1))
+    with pytest.raises(UsageError, match=r"^the current CUDA context is of another GPU than cuda:0; push a context"):
+        open_driver("pycuda", 0)
+
+
+def test_too_little_memory_for_a_module_of_pycuda_is_said_in_words():
+    cuda = FakePycuda("module_from_buffer")
+    cuda.error = FakePycudaMemoryError
+    driver = pycuda_adapter.Pycuda(cuda, 0)
+    with pytest.raises(DeviceError, match=r"not enough memory \(module_from_buffer failed: out of memory\)"):
+        Launcher(driver, ptx_of).launch(LOGITS_TO_MASK, *mask_call())
 
 
 def test_pycuda_uses_its_own_streams_only():

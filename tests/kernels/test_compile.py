@@ -261,7 +261,7 @@ def test_a_library_gives_the_newest_that_device_and_driver_understand(capability
     assert ptx == (built / target / f"{kernel.entries[0].name}.ptx").read_text()
 
 
-@pytest.mark.parametrize(("capability", "cuda"), [(75, (13, 0)), (80, (12, 6)), (87, (12, 5))])
+@pytest.mark.parametrize(("capability", "cuda"), [(70, (13, 0)), (80, (12, 6)), (87, (12, 5))])
 def test_a_library_refuses_what_is_too_old(capability, cuda, built):
     kernel = load("logits_to_mask")
     for find in (open_library(built), compile_here):
@@ -330,7 +330,7 @@ def test_the_command_builds_and_prints_json(small, monkeypatch, tmp_path):
     done = CliRunner().invoke(cli, ["kernels", "build", "-o", str(tmp_path / "out"), "--json"])
     assert done.exit_code == 0
     result = json.loads(done.stdout)
-    assert {row["target"] for row in result["manifest"]["kernels"]} == set(TARGETS)
+    assert {row["target"] for row in result["manifest"]["kernels"]} == set(TARGETS) - {"sm_75"}  # it needs sm_80
     done = CliRunner().invoke(cli, ["kernels", "build", "--arch", "sm_80,sm_1", "-o", str(tmp_path / "out")])
     assert isinstance(done.exception, UsageError)
     assert "no architecture sm_1; choose from: sm_80" in str(done.exception)

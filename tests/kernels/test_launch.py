@@ -12,6 +12,7 @@ from fakes.launches import LOGITS_TO_MASK, PREPROCESSING, OnDevice, mask_call, p
 
 from medseg_trt.errors import DeviceError
 from medseg_trt.kernels import KERNELS, image_to_tensor, load
+from medseg_trt.kernels.device import DeviceMemoryError
 from medseg_trt.kernels.launch import CudaError, Driver, Launch, Launcher, pack
 from medseg_trt.kernels.library import TARGETS
 
@@ -25,13 +26,14 @@ class FakeDriver(Driver):
 
     def __init__(self, fail: str = "") -> None:
         self.fail = fail
+        self.error = CudaError("cuLaunchKernel returned 700 CUDA_ERROR_ILLEGAL_ADDRESS")
         self.loaded: list[str] = []
         self.launches: list[Launch] = []
         self.waited: list[Any] = []
 
     def _error(self, where: str) -> None:
         if self.fail == where:
-            raise CudaError("cuLaunchKernel returned 700 CUDA_ERROR_ILLEGAL_ADDRESS")
+            raise self.error
 
     def load(self, ptx: str, symbol: str) -> Any:
         self._error("load")
@@ -114,6 +116,14 @@ def test_a_cuda_error_has_the_kernels_name(where):
     launcher = Launcher(FakeDriver(where), ptx_of, wait=True)
     with pytest.raises(DeviceError, match=r"^logits_to_mask_float16: cuLaunchKernel returned 700 CUDA_ERROR_ILLEGAL"):
         launcher.launch(LOGITS_TO_MASK, *mask_call())
+
+
+def test_too_little_memory_for_a_module_is_said_in_words():
+    driver = FakeDriver("load")
+    driver.error = DeviceMemoryError("cuModuleLoadData returned 2 CUDA_ERROR_OUT_OF_MEMORY")
+    words = r"^logits_to_mask_float16: the GPU has not enough memory \(cuModuleLoadData returned 2 .*\)\. End what else"
+    with pytest.raises(DeviceError, match=words):
+        Launcher(driver, ptx_of).launch(LOGITS_TO_MASK, *mask_call())
 
 
 def test_nothing_to_do_is_not_launched():

@@ -61,3 +61,13 @@ def test_the_loss_is_read_once_a_batch(monkeypatch):
     loss = loop._loss_and_gradients(model, fed, shards, process, tiny_recipe().train)
     assert isinstance(loss, float)
     assert len(reads) == 1
+
+
+def test_too_little_memory_for_training_is_one_line_that_says_what_helps(tmp_path, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has little. More.\nMore.")
+
+    monkeypatch.setattr(loop, "begin", refuse)
+    data = open_folder(write_volumes(tmp_path / "data", count=2))
+    with pytest.raises(DeviceError, match=r"^training: the GPU has not enough memory .*--set train\.accumulate=4$"):
+        loop.train(tiny_recipe(), data, tmp_path / "run", device=CPU)

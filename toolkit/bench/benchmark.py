@@ -110,6 +110,8 @@ def bench(spec: Bench, scratch: Path) -> Measured:
         accepted = {
             name: session for name, session in sessions.items() if name in holding and not timings[name].failure
         }
+        for name in sessions.keys() - accepted.keys():
+            sessions[name].close()  # not to be measured; on a GPU, its memory is the others' from now on
         batch = np.resize(image, (spec.batch, *image.shape[1:]))
         case, timed = _end_to_end_case(bundle, cases, first, folder)
         images = cases.images(shapes, timed)  # while generated noise is still on the disk

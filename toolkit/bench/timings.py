@@ -1,6 +1,5 @@
 """Time all rows of a report, one process per row: starts, three scopes, throughput, memory, energy."""
 
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -16,6 +15,7 @@ from medseg_trt.bench.claims import objection, other_device
 from medseg_trt.bench.device_rounds import DeviceRounds, binding_warnings
 from medseg_trt.bench.energy import Meter, energy, open_meter
 from medseg_trt.bench.gpu_clocks import GpuClock, read_clock
+from medseg_trt.bench.gpu_memory import used_memory_mb
 from medseg_trt.bench.measure import HOST_CLOCK, RoundTimes, interleaved_rounds, latency, timing_warnings
 from medseg_trt.bench.missing import Missing
 from medseg_trt.bench.timed_session import EndToEndCase, MeasuredSession
@@ -58,11 +58,13 @@ def open_candidates(
 ) -> tuple[dict[str, MeasuredSession], dict[str, Timings]]:
     """Start every candidate ``starts`` times, each time in a new process; keep the last session open.
 
-    A candidate that does not start has a failure instead of a session.
+    A candidate that does not start has a failure instead of a session. Peers are opened last: where the memory of a GPU
+    does not suffice for all rows, they are the ones that fail.
     """
     sessions: dict[str, MeasuredSession] = {}
     timings: dict[str, Timings] = {}
-    for number, candidate in enumerate(candidates, 1):
+    peers_last = sorted(candidates, key=lambda candidate: candidate.role == "peer")
+    for number, candidate in enumerate(peers_last, 1):
         LOG.info("load network %d of %d: %s", number, len(candidates), candidate.name)
         start_times: list[tuple[float, float, float]] = []
         try:
@@ -104,7 +106,9 @@ def time_all(
     throughput_batches: Sequence[int] = BATCHES,
     gpu_number: int = 0,
 ) -> None:
-    """Fill in the timings of all open sessions.
+    """Fill in the timings of all open sessions, and close each after its last measurement or its first error.
+
+    Rounds are interleaved, so all rows are open meanwhile, each in a process with a CUDA context of its own.
 
     Args:
         sessions: by row.
@@ -137,6 +141,8 @@ def time_all(
             row.throughput = _throughput(session, batch, tier, throughput_batches)
         except MedsegError as error:
             row.failure = str(error)
+        finally:
+            session.close()
 
 
 def speedups(reference: Timings, row: Timings, reference_device: str, device: str) -> dict[Scope, Speedup | Missing]:
@@ -242,7 +248,15 @@ def _time_interleaved(
 ) -> None:
     """Time all rows in interleaved rounds and summarise them, also after an interrupt."""
     times_of: dict[str, RoundTimes] = {}
-    rounds = {name: partial(timed_round, name) for name in sessions}
+
+    def closed_on_failure(name: str, seconds: float, runs: int) -> list[float]:
+        try:
+            return timed_round(name, seconds, runs)
+        except MedsegError:  # of too little memory, perhaps: the other rows have its own from now on
+            sessions[name].close()
+            raise
+
+    rounds = {name: partial(closed_on_failure, name) for name in sessions}
     warmups_s = {name: GPU_WARMUP_S for name, session in sessions.items() if not _on_cpu(session) and tier.duration_s}
     try:
         interleaved_rounds(rounds, tier, times=times_of, turn_warmup_s=warmups_s, after_turn=after_turn)
@@ -318,24 +332,9 @@ def _memory_of(session: MeasuredSession, loaded: Mapping[str, float]) -> Memory 
 
 
 def _device_memory(session: MeasuredSession) -> float | Missing:
-    """Return the memory of the GPU that the process uses, in 10^6 bytes, as nvidia-smi reports it."""
     if _on_cpu(session):
         return Missing(reason="it runs on the processor, in the host's memory")
-    command = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
-    except (OSError, subprocess.SubprocessError) as error:
-        return Missing(reason=f"nvidia-smi failed: {error}")
-    return used_mb(done.stdout, session.process_id)
-
-
-def used_mb(table: str, process_id: int) -> float | Missing:
-    """Read a process's 10^6 bytes from nvidia-smi's table of process ids and MiB."""
-    for line in table.splitlines():
-        number, _, mebibytes = line.partition(",")
-        if number.strip() == str(process_id) and mebibytes.strip().isdigit():
-            return int(mebibytes) * 1.048576
-    return Missing(reason="nvidia-smi does not list the process; inside a container it often cannot")
+    return used_memory_mb(session.process_id)
 
 
 def _on_cpu(session: MeasuredSession) -> bool:

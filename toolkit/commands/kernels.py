@@ -22,7 +22,10 @@ def kernels() -> None:
     ),
 )
 @click.option(
-    "--arch", "targets", metavar="SM,…", help="sm_80, sm_86, sm_87, sm_89, sm_90, sm_120, jetpack6.  [default: all]"
+    "--arch",
+    "targets",
+    metavar="SM,…",
+    help="sm_75, sm_80, sm_86, sm_87, sm_89, sm_90, sm_120, jetpack6.  [default: all]",
 )
 @click.option("-o", "--output", type=FOLDER, required=True, help="The folder for the PTX files and manifest.json.")
 @output_options

@@ -29,6 +29,7 @@ from medseg_trt.progress import LOG
 from medseg_trt.spec import LIBRARY_NAMES, EngineSpec, to_dict
 
 FIRST_FP8_SM = 89
+FIRST_PLUGIN_SM = 80  # the oldest that the kernels of plugins are compiled for
 MEMINFO = Path("/proc/meminfo")
 DEFAULT_SPEC = EngineSpec(library="tensorrt-rtx", targets=("sm89",))
 # Full-size builds in four precisions used BASE_BYTES and 2.9 to 3.0 times the size of the weights.
@@ -55,7 +56,7 @@ def check_engines(spec: EngineSpec, outputs: str, precisions: Iterable[str], gpu
         gpu_number: CUDA's number of the GPU, for a library that builds on one.
 
     Raises:
-        UsageError: an unknown GPU or library, or graphs that also output masks.
+        UsageError: an unknown GPU or library, one without fp8 or too old for plugins, or graphs that also output masks.
         MissingExtraError: the library is not installed.
         DeviceError: the library needs a GPU to build, and this machine has none.
     """
@@ -64,6 +65,12 @@ def check_engines(spec: EngineSpec, outputs: str, precisions: Iterable[str], gpu
     older = [target for target in spec.targets if int(target.removeprefix("sm")) < FIRST_FP8_SM]
     if older and "fp8" in ",".join(precisions):
         raise UsageError(f"{', '.join(older)} has no fp8; leave it out, or build without fp8")
+    too_old = [target for target in spec.targets if int(target.removeprefix("sm")) < FIRST_PLUGIN_SM]
+    if too_old and spec.plugins:
+        raise UsageError(
+            f"{', '.join(too_old)} runs no plugins: their kernels are compiled for compute capability 8.0 and newer, "
+            f"sm{FIRST_PLUGIN_SM}; leave --plugins or this GPU out"
+        )
     if outputs != "logits":
         raise UsageError(
             "engines are built from graphs that give logits: choose --outputs logits, or leave --target out"

@@ -3,6 +3,7 @@
 The kernels preprocess images and label pixels on the GPU, and compute the plugin nodes of engines built with plugins.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from medseg_trt.errors import MissingExtraError
@@ -14,8 +15,10 @@ from medseg_trt.spec import EngineSpec
 FOLDER = "kernels"  # of a bundle
 FOR_PICTURES = ("image_to_tensor", "logits_to_mask")
 PORTABLE = "sm_80"  # the driver compiles its PTX for every later GPU
-JETPACK_6 = "jetpack6"  # its driver reads older PTX only
-ORIN = "sm87"  # the GPU of JetPack 6
+FURTHER: Mapping[str, str] = {  # GPU of an engine -> a target besides
+    "sm75": "sm_75",  # of the kernels on images alone
+    "sm87": "jetpack6",  # the GPU of JetPack 6, whose driver reads older PTX only
+}
 
 
 def add_kernels(folder: Path, spec: EngineSpec) -> tuple[str, ...]:
@@ -24,7 +27,7 @@ def add_kernels(folder: Path, spec: EngineSpec) -> tuple[str, ...]:
     Raises:
         MissingExtraError: the compiler is missing, and engines with plugins need the kernels.
     """
-    targets = [PORTABLE, *([JETPACK_6] if ORIN in spec.targets else [])]
+    targets = [PORTABLE, *(FURTHER[gpu] for gpu in spec.targets if gpu in FURTHER)]
     for_plugins = sorted({node.kernel_name for node in NODES.values()}) if spec.plugins else []
     try:
         build(folder / FOLDER, targets, (*FOR_PICTURES, *for_plugins))

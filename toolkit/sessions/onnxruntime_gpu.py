@@ -21,7 +21,7 @@ from numpy import ndarray
 
 from medseg_trt.errors import ArtefactError, DeviceError, MissingExtraError, require
 from medseg_trt.export.graph.interface import MASK_NODE, OUTPUT, size_inputs
-from medseg_trt.gpu import require_gpu
+from medseg_trt.gpu import not_enough_memory, require_gpu
 from medseg_trt.kernels.device import Device, open_device
 from medseg_trt.kernels.launch import CudaError
 from medseg_trt.progress import LOG
@@ -36,6 +36,7 @@ RECORD = "session.record_ep_graph_assignment_info"
 NODES_NAMED = 5  # in a message
 CPU_PROVIDER, SIZES = "CPUExecutionProvider", "CPU (sizes)"  # see ``placement``
 KEEP_IN_FLIGHT = "disable_synchronize_execution_providers"  # of a run: it returns before the GPU is done
+MEMORY_WORDS = ("out of memory", "failed to allocate memory", "alloc_failed")  # of ONNX Runtime, CUDA and cuDNN
 TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"  # read by TensorRT and cuBLAS when they are loaded
 
 
@@ -136,8 +137,8 @@ class OnnxRuntimeGpuSession(OnnxRuntimeSession):
                 return time_in_flight(
                     lambda: self._session.run_with_iobinding(binding, options), clock, duration_s, min_runs
                 )
-        except CudaError as error:
-            raise DeviceError(f"{self.description}: {error}") from error
+        except Exception as error:  # of ours, or of ONNX Runtime as in ``_run``
+            raise _device_error(self.description, error) from error
 
     def close(self) -> None:
         """Free the network, and then its stream."""
@@ -153,7 +154,7 @@ class OnnxRuntimeGpuSession(OnnxRuntimeSession):
         try:
             return np.concatenate([run(output, part, size, resampled) for part in parts])
         except Exception as error:  # its errors have no common base but Exception
-            raise DeviceError(f"{self.description}: {str(error).splitlines()[0]}") from error
+            raise _device_error(self.description, error) from error
 
 
 def open_cuda(
@@ -240,10 +241,23 @@ def _session(runtime: ModuleType, path: Path, options: Any, chosen: Mapping[str,
     try:
         return runtime.InferenceSession(str(path), options, **chosen, enable_fallback=0)
     except Exception as error:  # its errors have no common base but Exception
-        first = str(error).splitlines()[0]
-        raise ArtefactError(
-            f"ONNX Runtime {runtime.__version__} with {provider.title} refuses {path}: {first}"
-        ) from error
+        name = f"ONNX Runtime {runtime.__version__} with {provider.title}"
+        if _is_memory(error):
+            raise _device_error(name, error) from error
+        raise ArtefactError(f"{name} refuses {path}: {_first_line(error)}") from error
+
+
+def _device_error(name: str, error: Exception) -> DeviceError:
+    first = _first_line(error)
+    return not_enough_memory(name, first) if _is_memory(error) else DeviceError(f"{name}: {first}")
+
+
+def _is_memory(error: Exception) -> bool:
+    return any(word in str(error).lower() for word in MEMORY_WORDS)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def placement(session: Any) -> dict[str, list[str]]:

@@ -29,7 +29,7 @@ from medseg_trt.sessions.device_times import (
 from medseg_trt.sessions.pytorch_forms import EAGER, FORMATS, FORMS
 from medseg_trt.train.checkpoint import Checkpoint, load_checkpoint
 from medseg_trt.train.models.segmentation_model import SegmentationModel
-from medseg_trt.train.torch_device import device_name, torch_device
+from medseg_trt.train.torch_device import device_name, memory_errors, torch_device
 
 AUTOCASTS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 COPIES = 20  # timed per turn
@@ -65,7 +65,9 @@ class PyTorchSession(Session):
         if chosen.cuda_graph and self._device.type != "cuda":
             raise DeviceError("a CUDA graph needs an NVIDIA GPU; choose --device cuda")
         layout = torch.channels_last if chosen.channels_last else torch.contiguous_format
-        network: SegmentationModel = model.to(self._device).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
+        with memory_errors(f"PyTorch {torch.__version__}"):
+            model = model.to(self._device)
+        network: SegmentationModel = model.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
         forward: Any = network
         if chosen.compile_mode is not None:
             forward = torch.compile(network, mode=chosen.compile_mode)
@@ -80,7 +82,7 @@ class PyTorchSession(Session):
 
     def run(self, batch: Float32[ndarray, "batch 3 height width"]) -> Float32[ndarray, "batch classes height width"]:
         """Return the logits of a batch of prepared images; copies to a GPU and back pass pinned memory."""
-        with torch.inference_mode():
+        with memory_errors(self.description), torch.inference_mode():
             return self._downloaded(self._logits(self._uploaded(batch)))
 
     def time_on_device(
@@ -90,7 +92,7 @@ class PyTorchSession(Session):
         if self._device.type != "cuda":
             return None
         clock = TorchEvents()
-        with torch.inference_mode():
+        with memory_errors(self.description), torch.inference_mode():
             images = self._uploaded(batch)
             for _ in range(UNTIMED):
                 logits = self._logits(images)

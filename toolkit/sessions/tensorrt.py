@@ -24,6 +24,7 @@ from medseg_trt.engines import kernels as engine_kernels
 from medseg_trt.engines.choice import fitting_engine
 from medseg_trt.engines.fingerprint import FOLDER, EngineFingerprint
 from medseg_trt.errors import ArtefactError, DeviceError, require
+from medseg_trt.gpu import not_enough_memory
 from medseg_trt.imaging.segment import PixelRun
 from medseg_trt.kernels import load
 from medseg_trt.kernels.device import Device, DeviceMemoryError, open_device
@@ -208,10 +209,8 @@ def device_errors(device: Device, name: str) -> Generator[None, None, None]:
         yield
     except (CudaError, EngineError) as error:
         if isinstance(error, DeviceMemoryError) or (isinstance(error, EngineError) and error.is_memory):
-            raise DeviceError(
-                f"{name}: the GPU has not enough memory ({_free(device)}; {error}). End what else runs on it, or "
-                "build for smaller batches: medseg-trt build --ckpt run/best.pt --max-batch 1"
-            ) from error
+            remedy = "build for smaller batches: medseg-trt build --ckpt run/best.pt --max-batch 1"
+            raise not_enough_memory(name, f"{_free(device)}; {error}", remedy) from error
         raise DeviceError(f"{name}: {error}") from error
 
 

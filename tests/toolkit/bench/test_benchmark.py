@@ -157,9 +157,15 @@ def test_bench_does_not_time_a_network_with_wrong_masks(tiny_bundle, data, tmp_p
     timed: list[str] = []
     monkeypatch.setattr(MeasuredHere, "run", turned(MeasuredHere.run, calls))
     original = MeasuredHere.time_end_to_end
-    monkeypatch.setattr(
-        MeasuredHere, "time_end_to_end", lambda self, *rest: timed.append(self.backend) or original(self, *rest)
-    )
+
+    def time_end_to_end(session, *rest):
+        timed.append(session.backend)
+        assert closed == ["onnxruntime"]  # before the others are timed
+        return original(session, *rest)
+
+    closed, close = list[str](), MeasuredHere.close
+    monkeypatch.setattr(MeasuredHere, "close", lambda session: closed.append(session.backend) or close(session))
+    monkeypatch.setattr(MeasuredHere, "time_end_to_end", time_end_to_end)
     report = measured_report(of(tiny_bundle, data), tmp_path)
     _, row = report.rows
     assert isinstance(row.verdict, Verdict)

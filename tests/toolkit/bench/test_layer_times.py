@@ -176,6 +176,6 @@ def test_the_peak_is_that_of_the_fastest_back_end(monkeypatch):
     ],
 )
 def test_device_memory_is_read_from_nvidias_own_tool(table, expected):
-    from medseg_trt.bench.timings import used_mb
+    from medseg_trt.bench.gpu_memory import used_mb
 
     assert used_mb(table, 4711) == expected

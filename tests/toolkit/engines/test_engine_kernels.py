@@ -10,6 +10,7 @@ from medseg_trt.spec import EngineSpec
 
 SPEC = EngineSpec(library="tensorrt-rtx", targets=("sm86", "sm120"))
 WITH_PLUGINS = EngineSpec(library="tensorrt-rtx", targets=("sm86",), plugins=True)
+TURING = EngineSpec(library="tensorrt-rtx", targets=("sm75", "sm86"))
 ORIN = EngineSpec(library="tensorrt", targets=("sm87",))
 
 
@@ -24,14 +25,25 @@ def test_the_kernels_of_a_bundle_are_found_for_every_later_gpu(tmp_path):
                 find_ptx(kernel, entry, 75, (13, 0))
 
 
+def test_a_bundle_for_sm75_has_the_kernels_on_images_in_the_ptx_that_was_verified_for_sm80(tmp_path):
+    assert add_kernels(tmp_path, TURING) == ()
+    find_ptx = open_library(tmp_path / FOLDER)
+    for kernel in map(load, FOR_PICTURES):
+        for entry in kernel.entries:
+            for_turing, for_ampere = (find_ptx(kernel, entry, capability, (13, 0)) for capability in (75, 86))
+            assert ".target sm_75" in for_turing
+            assert for_turing == for_ampere.replace(".target sm_80", ".target sm_75") != for_ampere
+
+
 @pytest.mark.parametrize(
     ("spec", "targets", "further"),
     [
         (SPEC, ["sm_80"], ()),
+        (TURING, ["sm_80", "sm_75"], ()),
         (ORIN, ["sm_80", "jetpack6"], ()),
         (WITH_PLUGINS, ["sm_80"], tuple(sorted({node.kernel_name for node in NODES.values()}))),
     ],
-    ids=["pictures", "jetpack6", "plugins"],
+    ids=["pictures", "turing", "jetpack6", "plugins"],
 )
 def test_add_kernels_builds_the_kernels_that_an_engine_needs(tmp_path, monkeypatch, spec, targets, further):
     asked = []

@@ -13,7 +13,7 @@ from fakes.gpu import FakeGpu
 
 from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.bundles.manifest import FileEntry
-from medseg_trt.errors import DeviceError, MissingExtraError
+from medseg_trt.errors import ArtefactError, DeviceError, MissingExtraError
 from medseg_trt.export.graph.interface import MASK_NODE
 from medseg_trt.export.graph.masks import with_masks
 from medseg_trt.export.graph.onnx_graph import OnnxGraph
@@ -217,7 +217,7 @@ def test_an_error_in_a_run_is_one_line_and_not_another_run_on_the_cpu(bundle):
         raise RuntimeError("CUDA failure 2: out of memory\nGPU=0")
 
     session._session = SimpleNamespace(run=full)
-    with pytest.raises(DeviceError, match=r"^ONNX Runtime, CUDA: CUDA failure 2: out of memory$"):
+    with pytest.raises(DeviceError, match=r"^ONNX Runtime, CUDA: the GPU has not enough memory \(CUDA failure 2: "):
         session.run(image)
 
 
@@ -347,3 +347,24 @@ def test_more_images_than_an_engine_takes_are_cut_up(bundle):
     cut._session = SimpleNamespace(run=run)
     np.testing.assert_allclose(cut.run(images), whole.run(images), atol=1e-6)
     assert sizes == [2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("message", "error", "words"),
+    [
+        ("CUDA failure 2: out of memory ; GPU=0", DeviceError, "the GPU has not enough memory"),
+        ("Failed to allocate memory for requested buffer of size 1024", DeviceError, "the GPU has not enough memory"),
+        ("Fatal error: Foo is not a registered function/op", ArtefactError, "refuses"),
+    ],
+)
+def test_a_gpu_without_memory_is_told_from_a_graph_that_is_refused(bundle, message, error, words, monkeypatch):
+    runtime = FakeRuntime()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError(f"{message}\nmore")
+
+    runtime.InferenceSession = refuse
+    installed(monkeypatch, runtime)
+    with pytest.raises(error, match=rf"{words}.*{message.partition(' ;')[0]}") as caught:
+        open_session(bundle, "onnxruntime-cuda")
+    assert "\n" not in str(caught.value)

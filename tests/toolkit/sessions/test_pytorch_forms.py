@@ -272,3 +272,25 @@ def test_torch_device_error_explains_a_missing_gpu(monkeypatch):
     assert torch_device(ComputeDevice("cuda", 1)) == torch.device("cuda", 1)
     with pytest.raises(DeviceError, match="PyTorch finds 2 GPU"):
         torch_device(ComputeDevice("cuda", 2))
+
+
+OUT_OF_MEMORY = (
+    "CUDA out of memory. Tried to allocate 20.00 MiB. "
+    "GPU 0 has a total capacity of 7.79 GiB of which 11.06 MiB is free. "
+    "Including non-PyTorch memory, this process has 7.77 GiB memory in use.\n"
+    "If reserved but unallocated memory is large"
+)
+
+
+def test_too_little_memory_is_one_line_with_what_is_free(checkpoint, image, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise torch.OutOfMemoryError(OUT_OF_MEMORY)
+
+    session = PyTorchSession(load_checkpoint(checkpoint).model())
+    monkeypatch.setattr(session, "_forward", refuse)
+    with pytest.raises(DeviceError) as caught:
+        session.run(image)
+    assert str(caught.value) == (
+        f"{session.description}: the GPU has not enough memory (CUDA out of memory. Tried to allocate 20.00 MiB. "
+        "GPU 0 has a total capacity of 7.79 GiB of which 11.06 MiB is free). End what else runs on it"
+    )
