@@ -4,18 +4,15 @@ import json
 import shutil
 import subprocess
 import time
-from io import BytesIO
 from pathlib import Path
 
 import highdicom
 import numpy as np
 import pydicom
-import pynetdicom
 import pytest
-from archives import recording_archive, running_orthanc, send
+from archives import recording_archive, running_orthanc, send, store_bytes
 from dicoms import AXIAL, save_series
 from mask_positions import labels_at
-from pynetdicom.dimse_primitives import C_STORE
 from repaired_series import repair
 from server_process import ServerProcess, running_server
 
@@ -157,35 +154,13 @@ def test_unknown_titles_are_rejected(node, tmp_path):
     assert send(files, node.dicom_port) == [0] * 4
 
 
-def raw_store(port: int, encoded: bytes, sop_class: str, uid: str, syntax: str) -> int:
-    """Send bytes as the data set of a C-STORE, whatever they are."""
-    entity = pynetdicom.AE(ae_title="TESTS")
-    entity.add_requested_context(sop_class, syntax)
-    association = entity.associate("127.0.0.1", port, ae_title="MEDSEG")
-    assert association.is_established
-    request = C_STORE()
-    request.MessageID, request.Priority = 1, 2
-    request.AffectedSOPClassUID, request.AffectedSOPInstanceUID = sop_class, uid
-    request.DataSet = BytesIO(encoded)
-    association._reactor_checkpoint.clear()
-    context = association.accepted_contexts[0].context_id
-    assert context is not None
-    association.dimse.send_msg(request, context)
-    _, response = association.dimse.get_msg(block=True)
-    association._reactor_checkpoint.set()
-    association.release()
-    assert isinstance(response, C_STORE)
-    assert response.Status is not None
-    return response.Status
-
-
 def test_objects_without_uids_get_a_failure_and_a_line(node, organs):
     path = sorted((organs / "dicom" / "ct_B").iterdir())[0]
     meta = pydicom.dcmread(path, stop_before_pixels=True).file_meta
     content = path.read_bytes()
     length = 128 + 4 + 12 + meta.FileMetaInformationGroupLength
     uid = meta.MediaStorageSOPInstanceUID
-    status = raw_store(node.dicom_port, content[length:], meta.MediaStorageSOPClassUID, uid, meta.TransferSyntaxUID)
+    status = store_bytes(node.dicom_port, content[length:], meta.MediaStorageSOPClassUID, uid, meta.TransferSyntaxUID)
     assert status == 0xA900
     line = json.loads(wait_for_log(node, "0xA900"))
     assert "no valid" in line["message"]
@@ -193,7 +168,9 @@ def test_objects_without_uids_get_a_failure_and_a_line(node, organs):
 
 @pytest.mark.parametrize("encoded", [b"", b"nonsense" * 100, bytes(2000)])
 def test_objects_that_are_none_get_a_failure(encoded, node):
-    status = raw_store(node.dicom_port, encoded or b"\0\0", "1.2.840.10008.5.1.4.1.1.2", "1.2.3", "1.2.840.10008.1.2.1")
+    status = store_bytes(
+        node.dicom_port, encoded or b"\0\0", "1.2.840.10008.5.1.4.1.1.2", "1.2.3", "1.2.840.10008.1.2.1"
+    )
     assert status & 0xF000 in (0xA000, 0xC000)
 
 

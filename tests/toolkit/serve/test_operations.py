@@ -104,6 +104,14 @@ def test_metrics_and_logs_name_requests_and_no_content(server, inputs):
     assert [(line["route"], line["status"]) for line in lines] == [("/v1/segment", 200)]
 
 
+def test_a_thread_that_ends_with_an_error_is_a_line_of_json():
+    code = "import logging, threading; from medseg_trt.serve.json_log import log_as_json; "
+    code += "log_as_json(logging.getLogger('a')); threading.Thread(target=lambda: 1 / 0).start()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    (line,) = done.stderr.splitlines()
+    assert (json.loads(line)["level"], json.loads(line)["error"]) == ("error", "ZeroDivisionError")
+
+
 def test_a_client_that_goes_away_is_dropped(server, inputs):
     before = _metric(server, 'status="499"')
     body = (inputs / "image0.png").read_bytes()
