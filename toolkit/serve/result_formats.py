@@ -111,7 +111,7 @@ def accepted_ranges(header: str) -> list[AcceptedRange]:
         name, *parameters = (word.strip().lower() for word in part.split(";"))
         if not name:
             continue
-        values = dict(word.partition("=")[::2] for word in parameters)
+        values = {key: value for key, _, value in (word.partition("=") for word in parameters)}
         try:
             quality = float(values.get("q", "1"))
         except ValueError:

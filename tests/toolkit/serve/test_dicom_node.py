@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -9,15 +10,18 @@ from pathlib import Path
 import highdicom
 import numpy as np
 import pydicom
+import pynetdicom
 import pytest
 from archives import recording_archive, running_orthanc, send, store_bytes
 from dicoms import AXIAL, save_series
 from mask_positions import labels_at
+from pynetdicom.sop_class import Verification
 from repaired_series import repair
 from server_process import ServerProcess, running_server
 
 from medseg_trt.inference.to_folder import MaskFolder
 from medseg_trt.pipeline import infer
+from medseg_trt.serve.dicom_node import MAX_ASSOCIATIONS
 
 ROOT = "1.2.826.0.1.3680043.8.498"
 # On a busy machine a longer pause can fall between two slices; the end of an association ends a series at once.
@@ -164,6 +168,28 @@ def test_objects_without_uids_get_a_failure_and_a_line(node, organs):
     assert status == 0xA900
     line = json.loads(wait_for_log(node, "0xA900"))
     assert "no valid" in line["message"]
+
+
+@pytest.mark.parametrize("content", [b"", bytes(6), b"GET / HTTP/1.1\r\n\r\n"])
+def test_connections_that_ask_for_no_association_take_no_place(content, node, tmp_path):
+    """Of a port scanner or a health check: more of them than associations are possible."""
+    for _ in range(MAX_ASSOCIATIONS + 4):
+        with socket.create_connection(("127.0.0.1", node.dicom_port), timeout=60) as client:
+            client.sendall(content)
+            client.shutdown(socket.SHUT_WR)
+            while client.recv(100):
+                pass
+    assert send(series(tmp_path / "a", 21), node.dicom_port) == [0] * 4
+
+
+def test_an_association_too_many_is_rejected_and_the_log_says_why(node):
+    entity = pynetdicom.AE(ae_title="TESTS")
+    entity.add_requested_context(Verification)
+    opened = [entity.associate("127.0.0.1", node.dicom_port, ae_title="MEDSEG") for _ in range(MAX_ASSOCIATIONS + 1)]
+    assert [association.is_established for association in opened] == [True] * MAX_ASSOCIATIONS + [False]
+    wait_for_log(node, f"an association was rejected: {MAX_ASSOCIATIONS} are open")
+    for association in opened[:-1]:
+        association.release()
 
 
 @pytest.mark.parametrize("encoded", [b"", b"nonsense" * 100, bytes(2000)])
