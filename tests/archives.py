@@ -9,9 +9,10 @@ import threading
 import time
 import urllib.request
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pydicom
 import pynetdicom
 import pytest
 from pynetdicom import evt
+from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.transport import AssociationSocket
 
 IMPLICIT_AND_EXPLICIT = ["1.2.840.10008.1.2", "1.2.840.10008.1.2.1"]
@@ -76,11 +78,15 @@ class RecordingArchive:
 
     def wait_for(self, count: int, timeout_s: float = 120.0) -> list[Any]:
         """Return the objects once there are so many different ones."""
-        deadline = time.monotonic() + timeout_s
-        while len(self.digests) < count:
-            assert time.monotonic() < deadline, f"{len(self.digests)} of {count} objects arrived"
-            time.sleep(0.05)
+        self.wait_until(lambda: len(self.digests) >= count, timeout_s)
         return self.objects
+
+    def wait_until(self, is_complete: Callable[[], bool], timeout_s: float = 120.0) -> None:
+        """Wait for objects."""
+        deadline = time.monotonic() + timeout_s
+        while not is_complete():
+            assert time.monotonic() < deadline, f"only {len(self.digests)} objects arrived"
+            time.sleep(0.05)
 
     def _store(self, event: Any) -> int:
         dataset = event.dataset
@@ -114,6 +120,28 @@ def send(paths: list[Path], port: int, called: str = "MEDSEG", calling: str = "T
     statuses = [association.send_c_store(dataset).get("Status") for dataset in datasets]
     association.release()
     return statuses
+
+
+def store_bytes(port: int, encoded: bytes, sop_class: str, uid: str, syntax: str) -> int:
+    """Send bytes as the data set of a C-STORE, whatever they are."""
+    entity = pynetdicom.AE(ae_title="TESTS")
+    entity.add_requested_context(sop_class, syntax)
+    association = entity.associate("127.0.0.1", port, ae_title="MEDSEG")
+    assert association.is_established
+    request = C_STORE()
+    request.MessageID, request.Priority = 1, 2
+    request.AffectedSOPClassUID, request.AffectedSOPInstanceUID = sop_class, uid
+    request.DataSet = BytesIO(encoded)
+    association._reactor_checkpoint.clear()
+    context = association.accepted_contexts[0].context_id
+    assert context is not None
+    association.dimse.send_msg(request, context)
+    _, response = association.dimse.get_msg(block=True)
+    association._reactor_checkpoint.set()
+    association.release()
+    assert isinstance(response, C_STORE)
+    assert response.Status is not None
+    return response.Status
 
 
 @dataclass

@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 
 from medseg_trt.errors import InputError
 from medseg_trt.serve import page, routes_dicomweb, routes_segment, routes_v2
@@ -87,9 +87,17 @@ async def _input_error(_request: Request, error: Exception) -> Response:
     return _error(str(error), 422)
 
 
-async def _http_error(_request: Request, error: Exception) -> Response:
+async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return _error(error.detail, error.status_code, dict(error.headers or {}))
+    headers = dict(error.headers or {})
+    if error.status_code == 405:  # the error names the methods of the first route of an address, which may have several
+        headers["Allow"] = ", ".join(sorted(_methods(request)))
+    return _error(error.detail, error.status_code, headers)
+
+
+def _methods(request: Request) -> set[str]:
+    matching = [route for route in request.app.routes if route.matches(request.scope)[0] != Match.NONE]
+    return {method for route in matching for method in route.methods}
 
 
 async def _gone(_request: Request, _error_: Exception) -> Response:

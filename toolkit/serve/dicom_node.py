@@ -15,6 +15,7 @@ from medseg_trt.serve.spool import FullError, Spool
 LOG = logging.getLogger("medseg_trt.serve")
 SUCCESS, PROCESSING_FAILURE = 0x0000, 0x0110
 MAX_ASSOCIATIONS = 16
+TOO_MANY = 3  # the source of a rejection: the limit, or congestion (DICOM PS3.8 table 9-21)
 MAX_OBJECT_BYTES = 1 << 30
 TIMEOUT_S = 30.0  # of one step of the protocol
 IDLE_S = 120.0  # of an association without a message
@@ -128,8 +129,14 @@ class DicomNode:
             event.assoc.dul.socket.socket.shutdown(socket.SHUT_RDWR)  # an abort would wait for this very thread
 
     def _end(self, event: Any) -> None:
+        if event.assoc.requestor.primitive is None:  # pynetdicom would wait 30 s for one, and count it
+            event.assoc.dul.to_user_queue.put(None)
         self._received.pop(event.assoc, None)
         self._watcher.associations.release(event.assoc)
 
-    def _rejected(self, _event: Any) -> None:
-        LOG.warning("an association was rejected: its AE titles are not those that are allowed")
+    def _rejected(self, event: Any) -> None:
+        reasons = {TOO_MANY: f"{MAX_ASSOCIATIONS} are open"}
+        reason = reasons.get(
+            event.assoc.acceptor.primitive.result_source, "its AE titles are not those that are allowed"
+        )
+        LOG.warning("an association was rejected: %s", reason)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import threading
 import time
 from typing import Any
 
@@ -53,7 +54,7 @@ def is_no_cancellation(record: logging.LogRecord) -> bool:
 
 
 def log_as_json(logger: logging.Logger) -> None:
-    """Let a logger, and uvicorn's, write JSON to stderr, and silence the libraries that quote data."""
+    """Let a logger, uvicorn's, and threads that end with an error write JSON to stderr; silence who quotes data."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter())
     level = logger.level
@@ -64,6 +65,14 @@ def log_as_json(logger: logging.Logger) -> None:
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     logger.setLevel(level)
     logging.captureWarnings(True)
+
+    def log_end_of_thread(ended: threading.ExceptHookArgs) -> None:
+        is_of_peer = ended.exc_type.__module__.startswith("pynetdicom.")
+        text = "an association was ended: the peer broke the DICOM protocol" if is_of_peer else "a thread has ended"
+        error = ended.exc_value or ended.exc_type()
+        logger.log(logging.WARNING if is_of_peer else logging.ERROR, text, exc_info=error)
+
+    threading.excepthook = log_end_of_thread
     for name in SILENCED:
         silenced = logging.getLogger(name)
         silenced.handlers, silenced.propagate = [logging.NullHandler()], False

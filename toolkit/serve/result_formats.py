@@ -1,7 +1,7 @@
 """The forms of a result: the file that ``infer`` writes, a DICOM segmentation, and JSON with areas or outlines."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,26 @@ ALIASES: Mapping[str, str] = {
     "application/nifti": NIFTI,
     "application/octet-stream": "*/*",
 }
-ANY = ("*/*", "image/*", "application/*")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AcceptedRange:
+    """A media range of an Accept header (RFC 9110, section 12.5.1)."""
+
+    name: str
+    quality: float  # 0: excluded
+    position: int  # in the header
+
+    @property
+    def precision(self) -> int:
+        """0 for all types, 1 for the subtypes of one, 2 for a single type: the most precise range decides."""
+        return 0 if self.name == "*/*" else 1 if self.name.endswith("/*") else 2
+
+    def matches(self, media_type: str) -> bool:
+        """Return whether it covers a type."""
+        return self.name in ("*/*", media_type) or (
+            self.name.endswith("/*") and media_type.startswith(self.name.removesuffix("*"))
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -61,44 +80,51 @@ def native_type(mask: Mask) -> str:
     return PNG if len(mask.labels) == 1 else TIFF
 
 
-def accepted_types(header: str) -> list[str]:
-    """Return the media types of an Accept header, the preferred one first; all where it names none."""
-    weighted: list[tuple[float, int, str]] = []
-    names_none = True
-    for position, part in enumerate(header.split(",")):
-        name, _, parameters = part.strip().partition(";")
-        if not name.strip():
-            continue
-        names_none, quality = False, 1.0
-        for parameter in parameters.split(";"):
-            key, _, value = parameter.strip().partition("=")
-            if key == "q":
-                try:
-                    quality = float(value)
-                except ValueError as error:
-                    raise ProtocolError("the Accept header has a quality that is no number") from error
-        if quality > 0:
-            plain = name.strip().lower()
-            weighted.append((-quality, position, ALIASES.get(plain, plain)))
-    return ["*/*"] if names_none else [name for _, _, name in sorted(weighted)]
+def preferred(header: str, available: Sequence[str]) -> str:
+    """Return the media type that an Accept header prefers.
 
-
-def choose(header: str, mask: Mask, source: Source) -> str:
-    """Return the media type to send by Accept.
+    Of equal ones it is the type that the header names first; a wildcard takes them in the order of ``available``.
 
     Raises:
-        ProtocolError: none of the accepted ones exists for this mask (406).
+        ProtocolError: the header is invalid (400), or excludes all of them (406).
     """
-    native = native_type(mask)
-    for wanted in accepted_types(header):
-        if wanted in (native, DICOM, JSON, OUTLINES, VIEW):
-            return wanted
-        if wanted in ANY and (wanted == "*/*" or native.startswith(wanted[:-1])):
-            return native
-    available = (native, *((DICOM,) if _is_dicom(source) else ()), JSON, OUTLINES)
-    raise ProtocolError(
-        f"none of the accepted media types exists for this image; available: {', '.join(available)}", 406
-    )
+    ranges = accepted_ranges(header)
+    ranked: list[tuple[float, int, int]] = []
+    for index, media_type in enumerate(available):
+        matching = [wanted for wanted in ranges if wanted.matches(media_type)]
+        if matching and (best := max(matching, key=lambda wanted: (wanted.precision, wanted.quality))).quality:
+            ranked.append((-best.quality, best.position, index))
+    if not ranked:
+        shown = ", ".join(media_type for media_type in available if media_type != VIEW)
+        raise ProtocolError(f"none of the accepted media types exists for this image; available: {shown}", 406)
+    return available[min(ranked)[2]]
+
+
+def accepted_ranges(header: str) -> list[AcceptedRange]:
+    """Return the media ranges of an Accept header; one of all types where it names none.
+
+    Raises:
+        ProtocolError: a quality is no number from 0 to 1 (400).
+    """
+    ranges: list[AcceptedRange] = []
+    for part in header.split(","):
+        name, *parameters = (word.strip().lower() for word in part.split(";"))
+        if not name:
+            continue
+        values = {key: value for key, _, value in (word.partition("=") for word in parameters)}
+        try:
+            quality = float(values.get("q", "1"))
+        except ValueError:
+            quality = -1.0
+        if not 0 <= quality <= 1:
+            raise ProtocolError("the Accept header has a quality that is no number from 0 to 1")
+        ranges.append(AcceptedRange(name=ALIASES.get(name, name), quality=quality, position=len(ranges)))
+    return ranges or [AcceptedRange(name="*/*", quality=1.0, position=0)]
+
+
+def forms_of(mask: Mask, source: Source) -> list[str]:
+    """Return the media types that exist for a mask, the one of ``infer`` first."""
+    return [native_type(mask), *((DICOM,) if _is_dicom(source) else ()), JSON, OUTLINES, VIEW]
 
 
 def encode(media_type: str, result: Segmentation, folder: Path) -> EncodedResult:

@@ -12,27 +12,26 @@ from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from medseg_trt.errors import InputError
 from medseg_trt.serve.batching import CancelledError, RequestQueue
+from medseg_trt.serve.file_response import FileResponse
 from medseg_trt.serve.http import chunks_of, drop_when_gone
 from medseg_trt.serve.jobs import HTTP_JOB, RESULT_FILES, RESULTS
 from medseg_trt.serve.model import ServedModel
 from medseg_trt.serve.protocol_v2 import ProtocolError
 from medseg_trt.serve.result_formats import (
-    ANY,
-    DICOM,
-    JSON,
     OUTLINES,
     VIEW,
     EncodedResult,
     Segmentation,
-    accepted_types,
-    choose,
+    accepted_ranges,
     encode,
+    forms_of,
     outlines_of,
+    preferred,
 )
 from medseg_trt.serve.spool import Job, refused_when_full
 from medseg_trt.serve.state import ServerState
@@ -41,6 +40,7 @@ from medseg_trt.serve.uploads import UPLOAD, open_upload, public_message, read_u
 EVENT_S = 0.1  # between looks at a job's progress
 HEARTBEAT_S = 10.0  # a comment in a silent stream, so that proxies keep it open
 JOB_ID_LENGTH = 32
+NO_JOB = "there is no such job; its result may have expired"
 
 
 def routes(state: ServerState) -> list[Route]:
@@ -67,7 +67,7 @@ def routes(state: ServerState) -> list[Route]:
 
     async def result(request: Request) -> Response:
         job = await find(request)
-        return await asyncio.to_thread(_result, state, job, _accept_header(request))
+        return await asyncio.to_thread(_result, state, job, request)
 
     async def models(_request: Request) -> Response:
         return JSONResponse({"models": [_model_summary(model) for model in state.models.values()]})
@@ -84,7 +84,7 @@ def routes(state: ServerState) -> list[Route]:
 
 async def _segment(state: ServerState, request: Request) -> Response:
     model, accept = _model(state, request.query_params.get("model")), _accept_header(request)
-    accepted_types(accept)  # an invalid header is refused before anything is read
+    accepted_ranges(accept)  # an invalid header is refused before anything is read
     if "multipart/" in request.headers.get("content-type", ""):
         raise ProtocolError("send the file itself as the body, not a form: curl --data-binary @image.png", 415)
     state.spool.require_space(min(_length(request), state.settings.limits.max_body_bytes))  # more is refused below
@@ -136,7 +136,7 @@ def _segment_now(
             return None
         mask = model.segment(image, waiting)
         result = Segmentation(source=source, image=image, mask=mask, model=model)
-        return encode(choose(accept, mask, source), result, folder)
+        return encode(preferred(accept, forms_of(mask, source)), result, folder)
     except ProtocolError as error:
         raise ProtocolError(public_message(error, folder), error.status) from error
     except InputError as error:
@@ -170,29 +170,21 @@ def _encoded(encoded: EncodedResult) -> Response:
     return Response(encoded.content, media_type=encoded.media_type, headers=headers)
 
 
-def _result(state: ServerState, job: Job, accept: str) -> Response:
+def _result(state: ServerState, job: Job, request: Request) -> Response:
     if job.state == "failed":
         raise ProtocolError(job.error or "the job failed", 422)
     if job.state != "done":
         raise ProtocolError(f"the job is {job.state}; see /v1/jobs/{job.id}", 409)
     folder = state.spool.job_folder(job.id) / RESULTS
-    available = {media_type: folder / name for media_type, name in RESULT_FILES.items() if (folder / name).is_file()}
-    native = next((media_type for media_type in available if media_type not in (DICOM, JSON, VIEW)), None)
-    for wanted in accepted_types(accept):
-        if wanted in ANY and native is not None and (wanted == "*/*" or native.startswith(wanted[:-1])):
-            wanted = native
-        if wanted == OUTLINES and VIEW in available:
-            return Response(outlines_of(available[VIEW]), media_type=OUTLINES)
-        if wanted in available:
-            return FileResponse(
-                available[wanted],
-                media_type=wanted,
-                filename=available[wanted].name,
-                content_disposition_type="inline",
-                headers={"Vary": "Accept"},
-            )
-    forms = ", ".join(name for name in (*available, OUTLINES) if name != VIEW)
-    raise ProtocolError(f"none of the accepted media types exists; available: {forms}", 406)
+    files = {media_type: folder / name for media_type, name in RESULT_FILES.items() if (folder / name).is_file()}
+    _job(state, job.id)  # a removal takes the job first, then its files: while the job is there, all were listed
+    wanted = preferred(_accept_header(request), [*files, *((OUTLINES,) if VIEW in files else ())])
+    try:
+        if wanted == OUTLINES:
+            return Response(outlines_of(files[VIEW]), media_type=OUTLINES, headers={"Vary": "Accept"})
+        return FileResponse(files[wanted], request, wanted, tag=f"{job.id}-{files[wanted].name}")
+    except FileNotFoundError as error:
+        raise ProtocolError(NO_JOB, 404) from error
 
 
 async def _events(state: ServerState, job_id: str) -> AsyncIterator[bytes]:
@@ -257,7 +249,7 @@ def _model(state: ServerState, name: str | None) -> ServedModel:
 def _job(state: ServerState, job_id: str) -> Job:
     job = state.spool.job(job_id) if len(job_id) == JOB_ID_LENGTH else None
     if job is None:
-        raise ProtocolError("there is no such job; its result may have expired", 404)
+        raise ProtocolError(NO_JOB, 404)
     return job
 
 

@@ -54,9 +54,10 @@ def serve(settings: ServeSettings, on_ready: Callable[[Running], None]) -> None:
         on_ready: called once everything listens.
 
     Raises:
-        UsageError: a port or the spool is in use, or the settings do not fit the bundles.
+        UsageError: a port or the spool is in use, TLS cannot be used, or the settings do not fit the bundles.
         ArtefactError: a bundle cannot be used.
     """
+    _check_tls(settings)
     listening = _listen(settings)
     try:
         spool = Spool(settings.spool, settings.limits.min_free_bytes)
@@ -178,23 +179,34 @@ def _config(
         )
         yield
 
+    return uvicorn.Config(
+        _quiet_shutdown(make_app(state, lifespan)),
+        http=TimedH11Protocol,
+        ws="none",
+        lifespan="on",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        limit_concurrency=settings.limits.max_connections,
+        timeout_keep_alive=15,
+        timeout_graceful_shutdown=round(settings.limits.drain_s),
+        ssl_certfile=settings.tls_certificate,
+        ssl_keyfile=settings.tls_key,
+    )
+
+
+def _check_tls(settings: ServeSettings) -> None:
+    """Refuse a certificate and key that do not work; an encrypted key would ask for its password at the terminal."""
+    if settings.tls_certificate is None:
+        return
     try:
-        return uvicorn.Config(
-            _quiet_shutdown(make_app(state, lifespan)),
-            http=TimedH11Protocol,
-            ws="none",
-            lifespan="on",
-            access_log=False,
-            log_config=None,
-            server_header=False,
-            limit_concurrency=settings.limits.max_connections,
-            timeout_keep_alive=15,
-            timeout_graceful_shutdown=round(settings.limits.drain_s),
-            ssl_certfile=settings.tls_certificate,
-            ssl_keyfile=settings.tls_key,
-        )
-    except (OSError, ssl.SSLError) as error:
-        raise UsageError(f"the TLS certificate or key cannot be used: {error}") from error
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(settings.tls_certificate, settings.tls_key, password="")
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        raise UsageError(
+            f"{settings.tls_certificate} and {settings.tls_key} are no certificate and its unencrypted key "
+            f"in PEM: {getattr(error, 'reason', None) or error}"
+        ) from error
 
 
 def _quiet_shutdown(app: ASGIApp) -> ASGIApp:

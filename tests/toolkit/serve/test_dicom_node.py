@@ -2,9 +2,9 @@
 
 import json
 import shutil
+import socket
 import subprocess
 import time
-from io import BytesIO
 from pathlib import Path
 
 import highdicom
@@ -12,15 +12,16 @@ import numpy as np
 import pydicom
 import pynetdicom
 import pytest
-from archives import recording_archive, running_orthanc, send
+from archives import recording_archive, running_orthanc, send, store_bytes
 from dicoms import AXIAL, save_series
 from mask_positions import labels_at
-from pynetdicom.dimse_primitives import C_STORE
+from pynetdicom.sop_class import Verification
 from repaired_series import repair
 from server_process import ServerProcess, running_server
 
 from medseg_trt.inference.to_folder import MaskFolder
 from medseg_trt.pipeline import infer
+from medseg_trt.serve.dicom_node import MAX_ASSOCIATIONS
 
 ROOT = "1.2.826.0.1.3680043.8.498"
 # On a busy machine a longer pause can fall between two slices; the end of an association ends a series at once.
@@ -157,43 +158,45 @@ def test_unknown_titles_are_rejected(node, tmp_path):
     assert send(files, node.dicom_port) == [0] * 4
 
 
-def raw_store(port: int, encoded: bytes, sop_class: str, uid: str, syntax: str) -> int:
-    """Send bytes as the data set of a C-STORE, whatever they are."""
-    entity = pynetdicom.AE(ae_title="TESTS")
-    entity.add_requested_context(sop_class, syntax)
-    association = entity.associate("127.0.0.1", port, ae_title="MEDSEG")
-    assert association.is_established
-    request = C_STORE()
-    request.MessageID, request.Priority = 1, 2
-    request.AffectedSOPClassUID, request.AffectedSOPInstanceUID = sop_class, uid
-    request.DataSet = BytesIO(encoded)
-    association._reactor_checkpoint.clear()
-    context = association.accepted_contexts[0].context_id
-    assert context is not None
-    association.dimse.send_msg(request, context)
-    _, response = association.dimse.get_msg(block=True)
-    association._reactor_checkpoint.set()
-    association.release()
-    assert isinstance(response, C_STORE)
-    assert response.Status is not None
-    return response.Status
-
-
 def test_objects_without_uids_get_a_failure_and_a_line(node, organs):
     path = sorted((organs / "dicom" / "ct_B").iterdir())[0]
     meta = pydicom.dcmread(path, stop_before_pixels=True).file_meta
     content = path.read_bytes()
     length = 128 + 4 + 12 + meta.FileMetaInformationGroupLength
     uid = meta.MediaStorageSOPInstanceUID
-    status = raw_store(node.dicom_port, content[length:], meta.MediaStorageSOPClassUID, uid, meta.TransferSyntaxUID)
+    status = store_bytes(node.dicom_port, content[length:], meta.MediaStorageSOPClassUID, uid, meta.TransferSyntaxUID)
     assert status == 0xA900
     line = json.loads(wait_for_log(node, "0xA900"))
     assert "no valid" in line["message"]
 
 
+@pytest.mark.parametrize("content", [b"", bytes(6), b"GET / HTTP/1.1\r\n\r\n"])
+def test_connections_that_ask_for_no_association_take_no_place(content, node, tmp_path):
+    """Of a port scanner or a health check: more of them than associations are possible."""
+    for _ in range(MAX_ASSOCIATIONS + 4):
+        with socket.create_connection(("127.0.0.1", node.dicom_port), timeout=60) as client:
+            client.sendall(content)
+            client.shutdown(socket.SHUT_WR)
+            while client.recv(100):
+                pass
+    assert send(series(tmp_path / "a", 21), node.dicom_port) == [0] * 4
+
+
+def test_an_association_too_many_is_rejected_and_the_log_says_why(node):
+    entity = pynetdicom.AE(ae_title="TESTS")
+    entity.add_requested_context(Verification)
+    opened = [entity.associate("127.0.0.1", node.dicom_port, ae_title="MEDSEG") for _ in range(MAX_ASSOCIATIONS + 1)]
+    assert [association.is_established for association in opened] == [True] * MAX_ASSOCIATIONS + [False]
+    wait_for_log(node, f"an association was rejected: {MAX_ASSOCIATIONS} are open")
+    for association in opened[:-1]:
+        association.release()
+
+
 @pytest.mark.parametrize("encoded", [b"", b"nonsense" * 100, bytes(2000)])
 def test_objects_that_are_none_get_a_failure(encoded, node):
-    status = raw_store(node.dicom_port, encoded or b"\0\0", "1.2.840.10008.5.1.4.1.1.2", "1.2.3", "1.2.840.10008.1.2.1")
+    status = store_bytes(
+        node.dicom_port, encoded or b"\0\0", "1.2.840.10008.5.1.4.1.1.2", "1.2.3", "1.2.840.10008.1.2.1"
+    )
     assert status & 0xF000 in (0xA000, 0xC000)
 
 

@@ -1,8 +1,10 @@
 """kill -9 at random instants: everything that was acknowledged is segmented and sent, with one content per UID."""
 
 import random
+import sqlite3
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,13 @@ from archives import recording_archive, send
 from dicoms import AXIAL, save_series
 from server_process import start_server
 
+from medseg_trt.serve.spool import DATABASE
+
 ROOT = "1.2.826.0.1.3680043.8.498.5"
 SLICES = 4
 KILLS = 5
 LATEST_S = 2.5  # after the first slice: receiving, waiting, segmenting and sending take about two seconds
-LONG_AGO = 60.0
+FINISH_S = 60.0  # after the last kill, and as long again for every ten series
 
 
 def write_series(folder: Path, number: int) -> list[Path]:
@@ -52,12 +56,24 @@ def run_kills(bundle: Path, folder: Path, kills: int, seed: int) -> None:
             server = start_server([bundle], folder / "spool", *options, "--send-to", archive.destination)
             send_quietly([file for file in files if file not in accepted], server.dicom_port, accepted)
             assert len(accepted) == SLICES
-        deadline = time.monotonic() + LONG_AGO
-        while whole := {f"{ROOT}.{number}" for number in range(kills)} - complete_studies(archive):
-            assert time.monotonic() < deadline, f"lost: {whole}"
+        ended = time.monotonic()
+        while missing := {f"{ROOT}.{number}" for number in range(kills)} - complete_studies(archive):
+            assert time.monotonic() - ended < FINISH_S * (1 + kills // 10), (
+                f"lost: {missing}; {state_of(folder / 'spool')}"
+            )
             time.sleep(0.2)
+        print(f"{kills} kills; all sent {time.monotonic() - ended:.1f} s after the last one")
         assert server.terminate() == 0
     assert {uid: len(set(digests)) for uid, digests in archive.digests.items() if len(set(digests)) > 1} == {}
+
+
+def state_of(spool: Path) -> dict[str, list[tuple[str, int]]]:
+    """Return how many jobs and transfers are in each state."""
+    with closing(sqlite3.connect(spool / DATABASE)) as database:
+        return {
+            table: database.execute(f"SELECT state, COUNT(*) FROM {table} GROUP BY state").fetchall()
+            for table in ("jobs", "sends")
+        }
 
 
 def complete_studies(archive) -> set[str]:

@@ -104,6 +104,14 @@ def test_metrics_and_logs_name_requests_and_no_content(server, inputs):
     assert [(line["route"], line["status"]) for line in lines] == [("/v1/segment", 200)]
 
 
+def test_a_thread_that_ends_with_an_error_is_a_line_of_json():
+    code = "import logging, threading; from medseg_trt.serve.json_log import log_as_json; "
+    code += "log_as_json(logging.getLogger('a')); threading.Thread(target=lambda: 1 / 0).start()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    (line,) = done.stderr.splitlines()
+    assert (json.loads(line)["level"], json.loads(line)["error"]) == ("error", "ZeroDivisionError")
+
+
 def test_a_client_that_goes_away_is_dropped(server, inputs):
     before = _metric(server, 'status="499"')
     body = (inputs / "image0.png").read_bytes()
@@ -164,6 +172,34 @@ def test_server_requires_its_token_over_tls(bundle, inputs, tmp_path):
         assert ask("/v1/models", "wrong") == 401
         assert ask("/v1/models", TOKEN) == 200
         assert ask("/v1/segment", TOKEN, (inputs / "image0.png").read_bytes()) == 200
+
+
+@pytest.mark.parametrize("case", ["swapped", "encrypted", "of another"])
+def test_a_certificate_or_key_that_does_not_work_is_one_line(case, bundle, tmp_path):
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl")
+    for name in ("a", "b"):
+        request = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-days", "1", "-subj", "/CN=localhost"]
+        password = ["-passout", "pass:secret"] if case == "encrypted" else ["-nodes"]
+        files = ["-keyout", f"{name}.key", "-out", f"{name}.pem"]
+        subprocess.run([*request, *files, *password], cwd=tmp_path, check=True, capture_output=True)
+    certificate, key = {
+        "swapped": ("a.key", "a.pem"),
+        "encrypted": ("a.pem", "a.key"),
+        "of another": ("a.pem", "b.key"),
+    }[case]
+    command = ["serve", "--bundle", str(bundle), "--port", "0", "--spool", "spool"]
+    done = subprocess.run(
+        [sys.executable, "-m", "medseg_trt", *command, "--tls-certificate", certificate, "--tls-key", key],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        start_new_session=True,  # without a terminal, no question can wait for an answer
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "unencrypted key in PEM" in done.stderr
 
 
 @pytest.mark.parametrize("rounds", [2, pytest.param(50, marks=pytest.mark.slow)])

@@ -151,7 +151,7 @@ def test_unavailable_response_format_gives_406(server, inputs):
     error = json.loads(body)["error"]
     assert error.endswith("available: image/png, application/json, application/vnd.medseg.outlines+json")
     status, _, body = server.post("/v1/segment", (inputs / "image0.png").read_bytes(), Accept="application/dicom")
-    assert (status, "not DICOM" in json.loads(body)["error"]) == (406, True)
+    assert (status, json.loads(body)["error"]) == (406, error)
 
 
 @pytest.mark.parametrize("path", ["/v1/segment", "/v1/jobs/ID/result"])
