@@ -85,7 +85,9 @@ class Gate:
     def _refusal(self, path: str, headers: dict[bytes, bytes]) -> JSONResponse | None:
         """Return the response to a request that may not pass."""
         if self._token is not None:
-            if path in OPEN_PATHS or hmac.compare_digest(headers.get(b"authorization", b""), b"Bearer " + self._token):
+            scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+            is_right = scheme.lower() == b"bearer" and hmac.compare_digest(token, self._token)
+            if path in OPEN_PATHS or is_right:
                 return None
             return JSONResponse(
                 {"error": "a valid token is needed, as the header Authorization: Bearer TOKEN"},

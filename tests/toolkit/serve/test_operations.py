@@ -159,9 +159,9 @@ def test_server_requires_its_token_over_tls(bundle, inputs, tmp_path):
     with running_server([bundle], tmp_path / "spool", *options) as secured:
         context = ssl.create_default_context(cafile=str(tmp_path / "cert.pem"))
 
-        def ask(path: str, token: str | None = None, body: bytes | None = None) -> int:
+        def ask(path: str, token: str | None = None, body: bytes | None = None, scheme: str = "Bearer") -> int:
             connection = http.client.HTTPSConnection(secured.netloc, context=context, timeout=60)
-            headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+            headers = {} if token is None else {"Authorization": f"{scheme} {token}"}
             connection.request("GET" if body is None else "POST", path, body, headers)
             status = connection.getresponse().status
             connection.close()
@@ -171,6 +171,8 @@ def test_server_requires_its_token_over_tls(bundle, inputs, tmp_path):
         assert [ask(path) for path in ("/", "/v2/health/live", "/v1/models", "/metrics")] == [200, 200, 401, 401]
         assert ask("/v1/models", "wrong") == 401
         assert ask("/v1/models", TOKEN) == 200
+        assert ask("/v1/models", TOKEN, scheme="bearer") == 200  # RFC 9110, section 11.1
+        assert ask("/v1/models", TOKEN, scheme="Basic") == 401
         assert ask("/v1/segment", TOKEN, (inputs / "image0.png").read_bytes()) == 200
 
 
