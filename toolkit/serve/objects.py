@@ -133,10 +133,26 @@ def _instance(path: Path, digest: str, expected: tuple[str, str] | None) -> Inst
 
 
 def _same(spool: Spool, known: Instance, instance: Instance, path: Path) -> Instance:
-    """Accept an object once more; in another transfer syntax its bytes differ, and the first ones are kept."""
+    """Accept an object once more; the first one is kept.
+
+    Senders write meta information and lengths in their own ways, so that the elements are compared; in another transfer
+    syntax the pixels' bytes differ.
+    """
     if known.sha256 == instance.sha256:
         return known
-    if read_header(spool.folder / known.file).syntax == read_header(path).syntax:
+    first = spool.folder / known.file
+    if read_header(first).syntax != read_header(path).syntax:
+        LOG.warning("an object came again in another transfer syntax; the first one is kept")
+    elif not _have_equal_elements(first, path):
         raise RefusedError("another object with the same SOP Instance UID was received before", CANNOT_UNDERSTAND)
-    LOG.warning("an object came again in another transfer syntax; the first one is kept")
     return known
+
+
+def _have_equal_elements(first: Path, second: Path) -> bool:
+    dcmread = require("pydicom", "medical").dcmread
+    try:
+        with convert_decoder_errors(second, Exception):
+            return bool(dcmread(first) == dcmread(second))
+    except InputError as error:
+        reason = str(error).removeprefix(str(second)).strip()
+        raise RefusedError(f"the object cannot be used: it {reason}", CANNOT_UNDERSTAND) from error

@@ -1,5 +1,6 @@
 """DICOMweb with dicomweb-client: store a series, find it, fetch its segmentation; and to another DICOMweb service."""
 
+import copy
 import json
 import shutil
 import socket
@@ -10,6 +11,7 @@ from contextlib import suppress
 import numpy as np
 import pydicom
 import pytest
+import requests
 from dicoms import AXIAL, save_series
 from server_process import running_server
 
@@ -50,6 +52,13 @@ def test_store_search_and_retrieve(bundle, tmp_path):
             client = dicomweb.DICOMwebClient(f"{first.address}/dicomweb")
             answer = client.store_instances(datasets)
             assert len(answer.ReferencedSOPSequence) == 4
+            for dataset in datasets:  # another sender writes its own meta information
+                dataset.file_meta.ImplementationVersionName = "ANOTHER"
+            assert len(client.store_instances(datasets).ReferencedSOPSequence) == 4
+            changed = copy.deepcopy(datasets[0])
+            changed.SliceLocation = 99.0
+            with pytest.raises(requests.HTTPError, match="409"):
+                client.store_instances([changed])
             made = wait_for_segmentation(client)
             ours = pydicom.dcmread(written.masks[0])
             assert made.SOPInstanceUID == ours.SOPInstanceUID
