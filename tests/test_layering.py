@@ -305,5 +305,5 @@ def test_a_heavy_import_is_caught():
 
 
 def test_building_an_engine_again_needs_no_torch():
-    modules = "medseg_trt.engines.build, medseg_trt.export.tensorrt.expectations, medseg_trt.kernels.nodes"
+    modules = "medseg_trt.engines.rebuild, medseg_trt.export.tensorrt.expectations, medseg_trt.kernels.nodes"
     assert heavy_imports(f"import {modules}") == ["onnx"]
