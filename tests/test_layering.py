@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -88,11 +89,18 @@ def table_entries(tree: ast.Module) -> Iterator[str]:
             yield str(node.value).partition(":")[0]
 
 
+@cache
+def named_modules(source: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return what a source imports, and the modules that its strings name; parsing all sources takes seconds."""
+    tree = ast.parse(source)
+    return tuple(imports(tree)), tuple(table_entries(tree))
+
+
 def violations(module: str, source: str) -> list[str]:
     """Return what is wrong with the direction of a module's imports."""
-    own_layer, tree = layer(module), ast.parse(source)
+    own_layer, (imported, tabled) = layer(module), named_modules(source)
     wrong: list[str] = []
-    for name in (*imports(tree), *table_entries(tree)):
+    for name in (*imported, *tabled):
         top = name.split(".")[0]
         if top == "":
             wrong.append(f"{name}: a relative import")
@@ -120,9 +128,8 @@ def circular_imports(sources: Mapping[str, str], folders: Iterable[str]) -> list
     for module, source in sources.items():
         if module == "medseg_trt":
             continue  # it names the homes of the public names
-        own, tree = folder_of(module, folders), ast.parse(source)
-        tabled = [name for name in table_entries(tree) if not name.startswith(f"{own}.")]
-        for name in (*imports(tree), *tabled):
+        own, (imported, tabled) = folder_of(module, folders), named_modules(source)
+        for name in (*imported, *(name for name in tabled if not name.startswith(f"{own}."))):
             other = folder_of(name, folders)
             if name.startswith("medseg_trt.") and name != "medseg_trt.__version__" and other != own:
                 edges.append((own, other, f"{module}: {name}"))
