@@ -178,7 +178,7 @@ def infer(
     require_device(device)
     bundles = [item if isinstance(item, Bundle) else load_bundle(item, verify_key) for item in (bundle, *ensemble)]
     if rebuild:
-        from medseg_trt.engines.build import rebuild_engines
+        from medseg_trt.engines.rebuild import rebuild_engines
 
         bundles = [rebuild_engines(loaded, device.number) for loaded in bundles]
     chosen = chosen_tiles(tiles, bundles[0].tiles)

@@ -42,9 +42,13 @@ def test_evaluation_title_names_data_set_and_split(tiny_bundle, data):
 
 
 def test_networks_with_equal_short_names_are_evaluated_separately(tmp_path, data):
-    paths = [make_checkpoint(tmp_path / folder / "run", architecture="transunet-tiny") for folder in ("a", "b")]
+    architectures = {"a": "transunet-tiny", "b": "llm-transunet-tiny"}
+    paths = [make_checkpoint(tmp_path / folder / "run", architecture=name) for folder, name in architectures.items()]
     (board,) = evaluate_all(paths, [], data, ["val"], "auto")
-    assert len(board.evaluations) == 2
+    assert list(board.evaluations) == [f"{path} (pytorch)" for path in paths]
+    alone = [evaluate_all([path], [], data, ["val"], "auto")[0] for path in paths]
+    assert list(board.evaluations.values()) == [result for single in alone for result in single.evaluations.values()]
+    assert len({evaluation.means for evaluation in board.evaluations.values()}) == 2
 
 
 def test_an_absent_class_is_shown_as_absent(tiny_bundle, tmp_path):

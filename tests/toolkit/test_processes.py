@@ -11,6 +11,7 @@ from medseg_trt.bench.schema import Profile
 from medseg_trt.bench.timed_session import MeasuredSession
 from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.errors import ArtefactError, InputError
+from medseg_trt.files import sha256
 from medseg_trt.processes import STATUS, ChildProcess, Progress, process_memory
 from medseg_trt.sessions.session_request import SessionRequest
 from medseg_trt.sessions.subprocess_session import ChildSession
@@ -179,7 +180,9 @@ def test_a_script_imports_nothing_from_the_current_folder(planted, script):
 def test_pip_is_not_imported_from_the_current_folder(planted):
     from medseg_trt.samples.catalogue import run_pip
 
-    run_pip(["--version"], "nothing", None)
+    log = planted / "pip.log"
+    run_pip(["hash", str(planted / "numpy.py"), "--log", str(log)], "nothing", None)
+    assert sha256(planted / "numpy.py") in log.read_text(encoding="utf-8")
 
 
 def interpreter_uses(source: str) -> int:

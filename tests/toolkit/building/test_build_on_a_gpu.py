@@ -22,7 +22,7 @@ from medseg_trt.bundles.bundle import Bundle, load_bundle
 from medseg_trt.cli import cli
 from medseg_trt.devices import CPU
 from medseg_trt.engines import build as engines
-from medseg_trt.engines import choice
+from medseg_trt.engines import choice, rebuild
 from medseg_trt.engines.child import EngineBuild
 from medseg_trt.engines.kernels import FOLDER as KERNELS
 from medseg_trt.errors import AccuracyGateError, DeviceError
@@ -137,8 +137,8 @@ def test_an_engine_that_is_verified_and_fastest_is_what_infer_uses(
 
 def forgets_what_it_knew_of_an_engine_that_is_rebuilt(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """See that a bundle with a new engine claims nothing that was measured with the old one."""
-    monkeypatch.setattr(engines, "find_gpu", lambda number=0: replace(GPU, sm="sm120"))
-    rebuilt = engines.rebuild_engines(bundle)
+    monkeypatch.setattr(rebuild, "find_gpu", lambda number=0: replace(GPU, sm="sm120"))
+    rebuilt = rebuild.rebuild_engines(bundle)
     assert [engine.executed for engine in rebuilt.content.engines] == [False]
     assert rebuilt.content.executions == tuple(
         execution for execution in bundle.content.executions if execution.backend != "tensorrt-rtx"

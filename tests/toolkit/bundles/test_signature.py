@@ -18,7 +18,7 @@ from medseg_trt.bundles import bundle as bundle_module
 from medseg_trt.bundles.bundle import MANIFEST, load_bundle
 from medseg_trt.bundles.signature import fingerprint, read_private_key, read_public_key, sign, signature_of, verify
 from medseg_trt.cli import cli
-from medseg_trt.engines import build as engines
+from medseg_trt.engines import rebuild
 from medseg_trt.errors import ArtefactError, MissingExtraError, UsageError
 
 
@@ -173,7 +173,7 @@ def test_a_rebuild_takes_the_signature_away_and_says_so(tiny_bundle, tmp_path, k
     rehash(folder)
     sign(folder / MANIFEST, read_private_key(keys[0]))
     bundle = load_bundle(folder, keys[1])
-    engines._replace_engines(bundle, [])
+    rebuild._replace_engines(bundle, [])
     assert "its signature is removed" in caplog.text
     assert load_bundle(folder).content.engines == ()
     refused(folder, keys[1], "is not signed")

@@ -5,8 +5,8 @@ from types import ModuleType
 
 import pytest
 
-from medseg_trt.engines import build
-from medseg_trt.engines.build import adapted_spec
+from medseg_trt.engines import rebuild
+from medseg_trt.engines.rebuild import adapted_spec
 from medseg_trt.errors import UsageError
 from medseg_trt.export.tensorrt.build import LIBRARIES
 from medseg_trt.gpu import Gpu
@@ -34,8 +34,8 @@ def installed(monkeypatch):
     }
 
     def install(*names: str) -> None:
-        monkeypatch.setattr(build, "installed_version", lambda name: "1" if name in names else None)
-        monkeypatch.setattr(build, "require_library", lambda name: modules[name])
+        monkeypatch.setattr(rebuild, "installed_version", lambda name: "1" if name in names else None)
+        monkeypatch.setattr(rebuild, "require_library", lambda name: modules[name])
 
     return install
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 
@@ -14,7 +15,7 @@ from medseg_trt import processes
 from medseg_trt.bundles.bundle import MANIFEST, Bundle, load_bundle
 from medseg_trt.bundles.tables import engine_table
 from medseg_trt.engines import build as engines
-from medseg_trt.engines.build import build_engines
+from medseg_trt.engines.build import build_engines, check_engines
 from medseg_trt.engines.child import build_in_child
 from medseg_trt.engines.fingerprint import metadata_path, read_fingerprint
 from medseg_trt.errors import ArtefactError, DeviceError, MedsegError, MissingExtraError, UsageError
@@ -137,6 +138,17 @@ def test_build_refuses_impossible_engine_options(built, arguments, code, words, 
     assert isinstance(error, MedsegError)
     assert error.exit_code == code
     assert words in str(error)
+
+
+def test_check_engines_refuses_masks_and_fp8_before_sm89_and_nothing_else():
+    cases = list(product(("sm86", "sm89"), ("logits", "mask"), ("fp16", "int8", "fp8")))
+    refused: list[tuple[str, str, str]] = []
+    for target, outputs, precision in cases:
+        try:
+            check_engines(replace(SPEC, targets=(target,)), outputs, [precision])
+        except UsageError:
+            refused.append((target, outputs, precision))
+    assert refused == [case for case in cases if "mask" in case or case == ("sm86", "logits", "fp8")]
 
 
 def test_without_any_library_both_extras_are_named(monkeypatch):

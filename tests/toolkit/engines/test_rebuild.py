@@ -8,13 +8,13 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from engines_here import SPEC, WithEngines, run, seal_again
+from engines_here import WithEngines, run, seal_again
 
 from medseg_trt.bundles.bundle import Bundle, load_bundle
 from medseg_trt.engines import build as engines
-from medseg_trt.engines.build import check_engines, rebuild_engines
 from medseg_trt.engines.child import EngineBuild
 from medseg_trt.engines.fingerprint import read_fingerprint, write_fingerprint
+from medseg_trt.engines.rebuild import rebuild_engines
 from medseg_trt.errors import ArtefactError, UsageError
 from medseg_trt.export.engine_layers import LayerReport
 from medseg_trt.inspection.engine import inspect_engine, read_layer_report
@@ -108,7 +108,3 @@ def test_a_rebuild_that_is_interrupted_leaves_the_bundle_whole(copied: Bundle, m
 def test_a_bundle_without_engines_has_none_to_build_again(built):
     with pytest.raises(UsageError, match="--target"):
         rebuild_engines(load_bundle(built.bundle))
-
-
-def test_check_engines_takes_what_can_be_built():
-    check_engines(SPEC, "logits", ["fp16", "int8"])

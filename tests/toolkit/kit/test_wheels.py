@@ -146,17 +146,21 @@ CUDNN = entry("nvidia-cudnn-cu13")
 CUDA_TORCH = entry("torch", "filelock", 'nvidia-cudnn-cu13==9.2; platform_system == "Linux"')
 
 
-@pytest.mark.parametrize(
-    "chosen",
-    [
-        [entry("torch", "filelock"), CUDNN],  # of the extra gpu
-        [CUDA_TORCH],  # its marker did not hold: macOS
-        [CUDNN],
-        [],
-    ],
-)
-def test_a_pytorch_for_cpus_is_taken(chosen):
-    refuse_cuda_torch(chosen)
+def test_only_a_pytorch_whose_cuda_libraries_come_too_is_refused():
+    choices = {
+        "a PyTorch for CPUs, and cuDNN of the extra gpu": [entry("torch", "filelock"), CUDNN],
+        "its marker did not hold: macOS": [CUDA_TORCH],
+        "cuDNN alone": [CUDNN],
+        "nothing": [],
+        "a PyTorch with CUDA": [CUDA_TORCH, CUDNN],
+    }
+    refused: list[str] = []
+    for name, chosen in choices.items():
+        try:
+            refuse_cuda_torch(chosen)
+        except UsageError:
+            refused.append(name)
+    assert refused == ["a PyTorch with CUDA"]
 
 
 def test_a_pytorch_with_cuda_is_refused_with_what_to_do():

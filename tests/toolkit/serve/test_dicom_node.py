@@ -15,7 +15,7 @@ import pytest
 from archives import recording_archive, running_orthanc, send, store_bytes
 from dicoms import AXIAL, save_series
 from mask_positions import labels_at
-from pynetdicom.sop_class import Verification
+from pydicom.uid import UID
 from repaired_series import repair
 from server_process import ServerProcess, running_server
 
@@ -24,6 +24,7 @@ from medseg_trt.pipeline import infer
 from medseg_trt.serve.dicom_node import MAX_ASSOCIATIONS
 
 ROOT = "1.2.826.0.1.3680043.8.498"
+VERIFICATION = UID("1.2.840.10008.1.1")
 # On a busy machine a longer pause can fall between two slices; the end of an association ends a series at once.
 QUICK = ("--dicom-port", "0", "--quiet-s", "5", "--retry-s", "0.3")
 needs_dcmtk = pytest.mark.skipif(shutil.which("storescu") is None, reason="needs storescu (Debian package dcmtk)")
@@ -184,7 +185,7 @@ def test_connections_that_ask_for_no_association_take_no_place(content, node, tm
 
 def test_an_association_too_many_is_rejected_and_the_log_says_why(node):
     entity = pynetdicom.AE(ae_title="TESTS")
-    entity.add_requested_context(Verification)
+    entity.add_requested_context(VERIFICATION)
     opened = [entity.associate("127.0.0.1", node.dicom_port, ae_title="MEDSEG") for _ in range(MAX_ASSOCIATIONS + 1)]
     assert [association.is_established for association in opened] == [True] * MAX_ASSOCIATIONS + [False]
     wait_for_log(node, f"an association was rejected: {MAX_ASSOCIATIONS} are open")

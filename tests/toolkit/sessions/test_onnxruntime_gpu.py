@@ -4,6 +4,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -358,7 +359,7 @@ def test_more_images_than_an_engine_takes_are_cut_up(bundle):
     ],
 )
 def test_a_gpu_without_memory_is_told_from_a_graph_that_is_refused(bundle, message, error, words, monkeypatch):
-    runtime = FakeRuntime()
+    runtime: Any = FakeRuntime()
 
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError(f"{message}\nmore")

@@ -39,11 +39,17 @@ def test_the_kernels_stand_before_and_after_the_network():
 
 def test_pictures_of_many_sizes_share_the_buffers():
     p, _ = FORMS["stretched"]
+    allocated: list[tuple[int, int]] = []  # buffers on the device, and pinned ones
     with Opened(PixelKernels(find_ptx=symbol_as_ptx, preprocessing=p)) as opened:
         for number, size in enumerate([(10, 10), (40, 50), (10, 10), (12, 9), (10, 10), (40, 50), (40, 50)]):
             slices = slices_of(2, size, seed=number)
             masks = opened.masks_of(slices)
+            opened.gpu.calls.clear()
             np.testing.assert_array_equal(masks(slices), masks_of_the_cpu(slices, p, None))
+            names = opened.gpu.names()
+            allocated.append((names.count("allocate"), names.count("allocate_host")))
+    # Three of the network, and pixels and masks on both sides, which grow once: no later picture is larger.
+    assert allocated == [(5, 2), (2, 2), *[(0, 0)] * 5]
 
 
 def test_twenty_sizes_in_turn_capture_nothing_after_the_warm_up():
