@@ -248,11 +248,12 @@ class MaskTree(MaskFolder):
         self._table.add(f"{source.stem}{record.mask_suffix}", record.areas)
 
     def _require_no_links(self, source: Source) -> None:
-        parents = [*Path(source.stem).parents][-2::-1]  # from the top down, without "."
-        folders = [base / parent for base in ("", FOLDER, OVERLAYS) for parent in parents]
+        parts = source.stem.split("/")
+        parents = ["/".join(parts[:depth]) for depth in range(1, len(parts))]
+        folders = [f"{base}{parent}" for base in ("", f"{FOLDER}/", f"{OVERLAYS}/") for parent in parents]
         masks = [f"{source.stem}{suffix}" for suffix in MASK_SUFFIXES]
-        for path in (self.folder / name for name in (*folders, *masks)):
-            if path.is_symlink():
+        for name in (*folders, *masks):
+            if os.path.islink(path := os.path.join(self.folder, name)):
                 raise InputError(f"{source.label}: {path} is a link, which no mask is written through; remove it")
 
     def remove_leftovers(self) -> None:
