@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medseg_trt.archive.containers import Container
-from medseg_trt.archive.grouping import local_files
+from medseg_trt.archive.grouping import SKIPPED, local_files
 from medseg_trt.archive.index import container_of
 from medseg_trt.archive.object_store import ObjectOutput, is_object_path, shown
 from medseg_trt.archive.parts import (
@@ -25,7 +25,7 @@ from medseg_trt.archive.parts import (
 )
 from medseg_trt.archive.plan import Plan, Skipped, make_plan
 from medseg_trt.archive.request import ArchiveRequest, Part
-from medseg_trt.archive.skipped_table import SKIPPED, require_own_tables, write_skipped
+from medseg_trt.archive.skipped_table import require_own_tables, write_skipped
 from medseg_trt.bundles.bundle import Bundle
 from medseg_trt.errors import InputError, UsageError
 from medseg_trt.files import PARTIAL, remove_abandoned
