@@ -28,7 +28,7 @@ BUILD_S, BUILD_MB = 20, 3000  # of the process that builds one engine: it fits b
 LAYER_FACTOR = 1.25
 # The affine rung has 0.44 % of the block's products; the rest is what the ratio of two measurements drifts.
 AFFINE_OVER_PLAIN = 1.05
-FLAT_MB = 25  # of ten times as many images: 19 measured, while the names of all images were kept
+FLAT_MB = 15  # of ten times as many images: 10 measured; 19 while the names of all images were kept
 # A tree writes the same two files an image as a flat folder. On a shared machine the interval of seven rounds is as
 # wide as 7 % either way, so the estimates keep the 5 %, and a loss of a tenth is excluded.
 TREE_SPEED, TREE_LOWEST = 0.95, 0.90

