@@ -1,6 +1,7 @@
 """How fast is `infer --ray` against `infer` on the same machine?
 
     python benchmarks/bench_ray.py --bundle model.medseg [--pictures 8000] [--rounds 2] [--threads 2]
+    python benchmarks/bench_ray.py --bundle model.medseg --recovery [--pictures 400]
 
 Needs the extra `ray`. The pictures are those of bench_archive.py. Every run is the command in a process of its own, in
 interleaved rounds, local and on a cluster of this machine, whose one actor has as many threads as the local session.
@@ -8,6 +9,9 @@ Rate: pictures per second from the first record on the disk to the last, when th
 it: seconds from the command to the first mask, which for Ray are those of the driver and the actor on a cluster that
 runs already, and from the last mask to the end, when the tables are written. Masks, tables and records must be the same
 bytes.
+
+``--recovery`` kills the worker process once half of the masks are there, in a result of its own: the run must end with
+the bytes of a local one.
 """
 
 import os
@@ -15,6 +19,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -61,12 +66,16 @@ def content(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): sha256(path) for path in folder.rglob("*") if path.is_file()}
 
 
-def measure(root: Path, address: str, chosen: Any) -> dict[str, Any]:
-    """Return the runs of both ways, and whether they wrote the same bytes."""
-    tree = write_tree(root / "tree", chosen.pictures, 0)
+def commands_of(tree: Path, address: str, chosen: Any) -> dict[str, list[str]]:
+    """Return the command that segments a tree, without Ray and with it."""
     infer = [*python_command("medseg_trt"), "infer", str(tree), "--tree", "--bundle", str(chosen.bundle), "-q"]
     infer += ["--backend", chosen.backend, "--threads", str(chosen.threads)]
-    commands = {"local": infer, "ray": [*infer, "--ray", address]}
+    return {"local": infer, "ray": [*infer, "--ray", address]}
+
+
+def measure(root: Path, address: str, chosen: Any) -> dict[str, Any]:
+    """Return the runs of both ways, and whether they wrote the same bytes."""
+    commands = commands_of(write_tree(root / "tree", chosen.pictures, 0), address, chosen)
     runs: dict[str, list[Timed]] = {name: [] for name in commands}
     contents: dict[str, dict[str, str]] = {}
     for number in range(chosen.rounds):
@@ -85,6 +94,59 @@ def measure(root: Path, address: str, chosen: Any) -> dict[str, Any]:
         "high": interval.high,
         "same_bytes": contents["local"] == contents["ray"],
     }
+
+
+def recover(root: Path, address: str, chosen: Any) -> dict[str, Any]:
+    """Kill the worker of a run on the cluster in the middle; return whether the files are those of a local run."""
+    commands = commands_of(write_tree(root / "tree", chosen.pictures, 0), address, chosen)
+    run_once(commands["local"], root / "local")
+    out, began = root / "ray", time.time()
+    running = subprocess.Popen([*commands["ray"], "-o", str(out)], stderr=subprocess.PIPE, text=True)
+    at_kill, killed_at = 0, began
+    while running.poll() is None:
+        done = sum(1 for _ in (out / RECORDS).rglob("*.json"))
+        if not at_kill and done >= chosen.pictures // 2 and kill_worker():
+            at_kill, killed_at = done, time.time()
+        time.sleep(0.05)
+    error = running.stderr.read() if running.stderr else ""
+    if running.returncode:
+        raise SystemExit(f"the run with a killed worker failed: {error}")
+    written = [path.stat().st_mtime for path in (out / RECORDS).rglob("*.json")]
+    return {
+        "masks_at_kill": at_kill,
+        "masks": len(written),
+        "pause_s": min((moment for moment in written if moment > killed_at), default=killed_at) - killed_at,
+        "seconds": time.time() - began,
+        "same_bytes": content(root / "local") == content(out),
+    }
+
+
+def kill_worker() -> bool:
+    """Kill a process of this script's cluster that segments; return whether there was one."""
+    import psutil
+
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "MapWorker" in " ".join(process.cmdline()):
+                process.kill()
+                return True
+    return False
+
+
+def recovery_page(result: Any) -> str:
+    """Return what came of a lost worker as a page."""
+    return "\n".join(
+        [
+            "# infer on a Ray cluster whose worker is killed",
+            "",
+            f"{result['pictures']} pictures of 64 x 64 pixels, {result['network']} with {result['backend']}; Ray "
+            f"{result['ray']}, {CPUS} CPUs. The worker was killed after {result['masks_at_kill']} masks; the next mask "
+            f"followed {result['pause_s']:.1f} s later, and {result['masks']} masks were there at the end. Masks, "
+            f"tables and records are {'byte-identical with' if result['same_bytes'] else 'DIFFERENT from'} those of a "
+            "local run.",
+            "",
+        ]
+    )
 
 
 def to_markdown(result: Any) -> str:
@@ -121,11 +183,13 @@ def main() -> None:
     """Measure and write the results."""
     parser = options(__doc__)
     parser.add_argument("--bundle", type=Path, required=True)
-    parser.add_argument("--pictures", type=int, default=8000)
+    parser.add_argument("--pictures", type=int, help="[default: 8000; with --recovery 400]")
+    parser.add_argument("--recovery", action="store_true")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--backend", default="onnxruntime")
     parser.add_argument("--threads", type=int, default=2)
     chosen = parser.parse_args()
+    chosen.pictures = chosen.pictures or (400 if chosen.recovery else 8000)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # no telemetry
     import ray  # pyright: ignore[reportMissingImports]  # an extra of its own
     from ray.cluster_utils import Cluster  # pyright: ignore[reportMissingImports]
@@ -136,7 +200,7 @@ def main() -> None:
     try:
         with TemporaryDirectory() as folder:
             os.environ["XDG_CACHE_HOME"] = str(Path(folder) / "cache")
-            measured = measure(Path(folder), cluster.address, chosen)
+            measured = (recover if chosen.recovery else measure)(Path(folder), cluster.address, chosen)
     finally:
         cluster.shutdown()
     result = {
@@ -147,7 +211,10 @@ def main() -> None:
         "ray": ray.__version__,
         **measured,
     }
-    publish("ray", result, to_markdown, chosen)
+    if chosen.recovery:
+        publish("ray_recovery", result, recovery_page, chosen)
+    else:
+        publish("ray", result, to_markdown, chosen)
 
 
 if __name__ == "__main__":

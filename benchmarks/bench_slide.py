@@ -31,14 +31,21 @@ from medseg_trt.sessions.open import open_session
 from medseg_trt.tiling.segment import tiled
 from medseg_trt.tiling.windows import Tiles, num_windows, starts, window_size
 
+WHOLE = "pixels and mask as a whole MB"
 STRIP_ROWS, STRIP_OVERLAP = 2000, 0.25
 TILE, NEAR, PART = 256, 4, 2000  # pixels: of the slide's tiles, of an edge, and the side of the part for seams
 
 PROGRAM = """
-import atexit
+import atexit, itertools
 from pathlib import Path
 from medseg_trt.cli import main
-atexit.register(lambda: print(Path("/proc/self/status").read_text()))
+from medseg_trt.tiling import segment
+prepare, windows = segment.prepare, itertools.count()
+def counting(*arguments):
+    next(windows)
+    return prepare(*arguments)
+segment.prepare = counting
+atexit.register(lambda: print(f"windows: {next(windows)}", Path("/proc/self/status").read_text()))
 main()
 """
 
@@ -84,7 +91,7 @@ def run_once(root: Path, repeated: np.ndarray, size: tuple[int, int], overlap: f
     scale = [] if network_mm is None else ["--mpp", str(1000 * network_mm)]
     command = [sys.executable, "-P", "-c", PROGRAM, "infer", str(slide), "--bundle", str(bundle.folder), "-o", str(out)]
     began = time.perf_counter()
-    options = ["--tile", "auto", "--overlap", str(overlap), *scale, "-q"]
+    options = ["--tile", "auto", "--overlap", str(overlap), *scale]  # it shows its progress
     done = subprocess.run([*command, *options], check=True, stdout=subprocess.PIPE, text=True)
     seconds = time.perf_counter() - began
     peak_mb = int(done.stdout.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
@@ -92,7 +99,8 @@ def run_once(root: Path, repeated: np.ndarray, size: tuple[int, int], overlap: f
     return {
         "size": size,
         "overlap": overlap,
-        "windows": num_windows(size, window_size(Tiles(), bundle.preprocessing, None), overlap),
+        "windows": int(done.stdout.split("windows:")[1].split()[0]),  # that the network was given
+        "expected_windows": num_windows(size, window_size(Tiles(), bundle.preprocessing, None), overlap),
         "seconds": seconds,
         "peak_mb": peak_mb,
         "mask_mb": (out / "slide.tif").stat().st_size / 1e6,
@@ -131,13 +139,15 @@ def seams(session: Session, bundle: Bundle, repeated: np.ndarray, overlap: float
 def markdown(result: Mapping[str, Any]) -> str:
     """Return the result as a page."""
     seam = result["seams"]
-    header = ["pixels", "overlap", "windows", "seconds", "peak RSS MB", "mask MB", "pixels and mask as a whole MB"]
+    header = ["pixels", "overlap", "windows", "seconds", "ms a window", "peak RSS MB", "mask MB", WHOLE]
     cells = [
         [
             f"{run['size'][1]} x {run['size'][0]}",
             f"{run['overlap']:g}",
             str(run["windows"]),
-            *(f"{run[name]:.0f}" for name in ("seconds", "peak_mb")),
+            f"{run['seconds']:.0f}",
+            f"{1000 * run['seconds'] / run['windows']:.1f}",
+            f"{run['peak_mb']:.0f}",
             f"{run['mask_mb']:.1f}",
             f"{run['whole_mb']:.0f}",
         ]
@@ -171,10 +181,10 @@ def main() -> None:
     bundle = load_bundle(chosen.bundle)
     repeated = texture(chosen.image, bundle.preprocessing.spacing_mm)
     asked = (((STRIP_ROWS, chosen.side), STRIP_OVERLAP), ((chosen.height or chosen.side, chosen.side), chosen.overlap))
-    with TemporaryDirectory(prefix="medseg-slide-") as folder:
-        runs = [run_once(Path(folder), repeated, size, overlap, bundle) for size, overlap in asked]
     with open_session(bundle) as session:
         seam = seams(session, bundle, repeated, STRIP_OVERLAP)
+    with TemporaryDirectory(prefix="medseg-slide-") as folder:
+        runs = [run_once(Path(folder), repeated, size, overlap, bundle) for size, overlap in asked]
     result = {
         "texture": "seeded noise" if chosen.image is None else f"a slice of {chosen.image.name}",
         "network": bundle.content.model.architecture,

@@ -241,6 +241,8 @@ def read_list(name: str) -> Iterator[str]:
     Raises:
         InputError: it cannot be read.
     """
+    if name == STDIN and sys.stdin is None:  # pyright: ignore[reportUnnecessaryComparison]  # it was closed
+        raise InputError("standard input is closed, so no list of files can be read from it")
     try:
         source: Any = sys.stdin.buffer if name == STDIN else open(name, "rb")  # noqa: SIM115  # closed below
         with source:

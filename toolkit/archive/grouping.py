@@ -22,7 +22,8 @@ from medseg_trt.archive.request import Names
 from medseg_trt.errors import InputError
 from medseg_trt.imaging.images import DICOM, MASK_SUFFIXES, READERS, output_stem, suffix_of
 from medseg_trt.imaging.listing import OTHER_KIND, without_detached
-from medseg_trt.inference.resume import OVERLAYS, RECORD_SUFFIX
+from medseg_trt.inference.areas_table import AREAS
+from medseg_trt.inference.resume import FOLDER, OVERLAYS, RECORD_SUFFIX
 from medseg_trt.progress import LOG, track, unicode_text
 
 CLASHES = """
@@ -37,6 +38,8 @@ WRITTEN_SUFFIXES = (
     *MASK_SUFFIXES,
     RECORD_SUFFIX,
 )  # of the files that an image gets, in folders like those of the input
+SKIPPED = "skipped.csv"  # the table of what is not segmented
+RESERVED = {OVERLAYS: "the overlays", FOLDER: "the records", AREAS: "a table", SKIPPED: "a table"}  # in the output
 UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
 UNKNOWN = "unknown"
 Series = tuple[str | None, tuple[Path, ...]]  # the name, None for that of the only file, and the files
@@ -102,12 +105,13 @@ class Grouping:
                 "them into two folders"
             )
             execute("UPDATE candidate SET reason = ? WHERE id = ?", (unicode_text(reason), identity))
-        reserved = (f"{OVERLAYS}/".encode(), f"{OVERLAYS}0".encode())  # 0 follows the slash
-        for identity, path in execute(
-            "SELECT id, path FROM candidate WHERE fold >= ? AND fold < ?", reserved
-        ).fetchall():
-            reason = f"{os.fsdecode(path)}: its mask would lie among the overlays, in {OVERLAYS}/; rename that folder"
-            execute("UPDATE candidate SET reason = ? WHERE id = ?", (unicode_text(reason), identity))
+        for name, held in RESERVED.items():
+            below = (f"{name}/".encode(), f"{name}0".encode())  # 0 follows the slash
+            for identity, path in execute(
+                "SELECT id, path FROM candidate WHERE fold >= ? AND fold < ?", below
+            ).fetchall():
+                reason = f"{os.fsdecode(path)}: its mask would lie in {name}/, the name of {held}; rename that folder"
+                execute("UPDATE candidate SET reason = ? WHERE id = ?", (unicode_text(reason), identity))
         for suffix in WRITTEN_SUFFIXES:
             self._refuse_below_files(suffix)
 

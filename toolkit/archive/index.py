@@ -13,21 +13,22 @@ import unicodedata
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 
 from medseg_trt.archive.containers import Container
 from medseg_trt.archive.dicom_attributes import Attributes, read_attributes
 from medseg_trt.archive.entries import INNER_ARCHIVE, Entry, Problem
 from medseg_trt.archive.request import ArchiveRequest, Condition
-from medseg_trt.errors import MedsegError
+from medseg_trt.errors import InputError, UsageError
 from medseg_trt.files import cache_folder, lock
 from medseg_trt.imaging.images import DICOM, kind_of
 from medseg_trt.imaging.listing import OTHER_KIND
 from medseg_trt.imaging.signatures import HEAD_BYTES
 from medseg_trt.progress import LOG, track, unicode_text
 
-VERSION = 1  # of the tables
+VERSION = 2  # of the tables and of what they say
 MAX_DIGITS = 4000  # of a number in a name that sorts by its value; Python converts few more
+UNREADABLE = "unreadable"  # the kind of a file that could not be opened; every run looks at it again
 BATCH = 500  # files that are looked at between two commits
 ARCHIVE_SUFFIXES = (".zip", ".tar")
 SCHEMA = """
@@ -46,10 +47,16 @@ CREATE TABLE IF NOT EXISTS candidate (
 CREATE INDEX IF NOT EXISTS candidate_fold ON candidate (fold);
 """
 
+UNCHANGED = f"size = excluded.size AND mtime = excluded.mtime AND kind <> '{UNREADABLE}'"
+
 
 @contextmanager
 def open_index(key: str) -> Generator[sqlite3.Connection, None, None]:
-    """Open the index with a key, alone: other processes wait. A damaged index is made anew."""
+    """Open the index with a key, alone: other processes wait. A damaged index is made anew.
+
+    Raises:
+        UsageError: there is no space for the index, or for the copy that a run makes of it.
+    """
     folder = cache_folder("archives")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = folder / f"{key}.sqlite"
@@ -58,6 +65,11 @@ def open_index(key: str) -> Generator[sqlite3.Connection, None, None]:
         _wait_for_lock(descriptor)
         with closing(_connected(path)) as index:
             yield index
+    except sqlite3.OperationalError as error:
+        raise UsageError(
+            f"the index of the inputs, {path}, or its copy in {gettempdir()} cannot be written: {error}; free some "
+            "space, or choose other folders with XDG_CACHE_HOME and TMPDIR"
+        ) from error
     finally:
         os.close(descriptor)
 
@@ -155,8 +167,7 @@ def _record_file(index: sqlite3.Connection, input_number: int, item: Entry, numb
     index.execute(
         "INSERT INTO file (path, input, parent, size, mtime, pass, sort, alone) VALUES (?, ?, ?, ?, ?, ?, ?, ?) "
         "ON CONFLICT (path) DO UPDATE SET pass = excluded.pass, size = excluded.size, mtime = excluded.mtime, "
-        "kind = CASE WHEN size = excluded.size AND mtime = excluded.mtime THEN kind END, "
-        "alone = CASE WHEN size = excluded.size AND mtime = excluded.mtime THEN alone ELSE excluded.alone END",
+        f"kind = CASE WHEN {UNCHANGED} THEN kind END, alone = CASE WHEN {UNCHANGED} THEN alone ELSE excluded.alone END",
         (
             os.fsencode(item.path),
             input_number,
@@ -176,6 +187,11 @@ def _look_at(
     """Return the kind of a file, empty where it is unsupported, and what the index keeps of it."""
     member = container_of(path, containers)
     if member is None:
+        try:
+            with path.open("rb") as file:
+                file.read(1)
+        except OSError as error:
+            return UNREADABLE, Attributes(reason=f"{path} cannot be read: {error.strerror}")
         return _kind_and_attributes(path, path, where)
     container, name = member
     local = folder / path.name
@@ -185,8 +201,8 @@ def _look_at(
             local.unlink()
             container.copy(name, local)
         return _kind_and_attributes(local, path, where)
-    except (MedsegError, OSError):  # reading the image gives the reason
-        return kind_of(path) or "", Attributes(is_damaged=True)
+    except InputError as error:
+        return UNREADABLE, Attributes(reason=str(error))
     finally:
         local.unlink(missing_ok=True)
 
@@ -227,8 +243,9 @@ def _connected(path: Path) -> sqlite3.Connection:
             (state,) = index.execute("PRAGMA quick_check(1)").fetchone()
             if state == "ok":
                 return index
-        except sqlite3.DatabaseError:
-            if attempt:
+        except sqlite3.DatabaseError as error:
+            if attempt or isinstance(error, sqlite3.OperationalError):  # such as a full disk
+                index.close()
                 raise
         index.close()
         LOG.warning("%s is damaged; the archive is indexed again", path)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medseg_trt.archive.containers import Container
-from medseg_trt.archive.grouping import local_files
+from medseg_trt.archive.grouping import SKIPPED, local_files
 from medseg_trt.archive.index import container_of
 from medseg_trt.archive.object_store import ObjectOutput, is_object_path, shown
 from medseg_trt.archive.parts import (
@@ -25,7 +25,7 @@ from medseg_trt.archive.parts import (
 )
 from medseg_trt.archive.plan import Plan, Skipped, make_plan
 from medseg_trt.archive.request import ArchiveRequest, Part
-from medseg_trt.archive.skipped_table import SKIPPED, require_own_tables, write_skipped
+from medseg_trt.archive.skipped_table import require_own_tables, write_skipped
 from medseg_trt.bundles.bundle import Bundle
 from medseg_trt.errors import InputError, UsageError
 from medseg_trt.files import PARTIAL, remove_abandoned
@@ -247,11 +247,12 @@ class MaskTree(MaskFolder):
         self._table.add(f"{source.stem}{record.mask_suffix}", record.areas)
 
     def _require_no_links(self, source: Source) -> None:
-        parents = [*Path(source.stem).parents][-2::-1]  # from the top down, without "."
-        folders = [base / parent for base in ("", FOLDER, OVERLAYS) for parent in parents]
+        parts = source.stem.split("/")
+        parents = ["/".join(parts[:depth]) for depth in range(1, len(parts))]
+        folders = [f"{base}{parent}" for base in ("", f"{FOLDER}/", f"{OVERLAYS}/") for parent in parents]
         masks = [f"{source.stem}{suffix}" for suffix in MASK_SUFFIXES]
-        for path in (self.folder / name for name in (*folders, *masks)):
-            if path.is_symlink():
+        for name in (*folders, *masks):
+            if os.path.islink(path := os.path.join(self.folder, name)):
                 raise InputError(f"{source.label}: {path} is a link, which no mask is written through; remove it")
 
     def remove_leftovers(self) -> None:

@@ -17,14 +17,14 @@ from typing import overload
 from medseg_trt.archive.containers import Container
 from medseg_trt.archive.entries import Entries, Identity, read_list
 from medseg_trt.archive.grouping import SEPARATOR, Grouping
-from medseg_trt.archive.index import classify, index_key, open_index, record_entries
+from medseg_trt.archive.index import UNREADABLE, classify, index_key, open_index, record_entries
 from medseg_trt.archive.request import ArchiveRequest, Part
 from medseg_trt.imaging.images import Source
 
-COPY = """
+COPY = f"""
 CREATE TABLE plan.skipped AS
     SELECT input, sort, file, reason, refused FROM problem
-    UNION ALL SELECT input, sort, path, reason, 0 FROM file WHERE reason <> ''
+    UNION ALL SELECT input, sort, path, reason, kind = '{UNREADABLE}' FROM file WHERE reason <> ''
     UNION ALL SELECT input, sort, path, reason, 1 FROM candidate WHERE reason IS NOT NULL;
 CREATE TABLE plan.image (position INTEGER PRIMARY KEY, stem BLOB, path BLOB, files BLOB);
 INSERT INTO plan.image SELECT row_number() OVER (ORDER BY input, sort, id) - 1, stem, path, files FROM candidate

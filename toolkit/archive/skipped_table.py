@@ -4,12 +4,12 @@ import csv
 from collections.abc import Iterable
 from pathlib import Path
 
+from medseg_trt.archive.grouping import SKIPPED
 from medseg_trt.archive.plan import Skipped
 from medseg_trt.files import atomic_file
 from medseg_trt.inference.areas_table import MAX_BYTES, require_own_areas
 from medseg_trt.inference.csv_table import inert_row, require_table
 
-SKIPPED = "skipped.csv"
 SKIPPED_HEADER = ("file", "kind", "reason")
 
 

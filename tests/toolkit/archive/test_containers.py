@@ -241,8 +241,10 @@ def test_a_damaged_dicom_member_stops_itself_alone(tmp_path):
         info = archive.getinfo("2.dcm")
     content[info.header_offset + 30 + len("2.dcm") + info.compress_size // 2] ^= 0xFF
     path.write_bytes(content)
-    assert reasons([path], tmp_path / "out") == {}
-    assert sorted(planned([path], tmp_path / "out").values()) == [("0.dcm", "1.dcm"), ("2.dcm",), ("a.png",)]
+    refused = reasons([path], tmp_path / "out")
+    assert [(name, is_error) for name, (_, is_error) in refused.items()] == [("2.dcm", True)]
+    assert "in.zip/2.dcm cannot be read from the archive" in refused["2.dcm"][0]
+    assert sorted(planned([path], tmp_path / "out").values()) == [("0.dcm", "1.dcm"), ("a.png",)]
 
 
 def test_a_list_of_several_archives_with_slices_is_divided_by_archive(tmp_path):

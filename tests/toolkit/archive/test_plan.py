@@ -1,18 +1,20 @@
 """Which images the inputs of an archive hold, in which order, and why others are left out."""
 
+import errno
 import io
 import os
 import sqlite3
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from archive_runs import plan_of, planned, reasons, save_picture
+from archive_runs import plan_of, planned, reasons, save_picture, save_slices, slices
 
 from medseg_trt.archive import index as index_module
 from medseg_trt.archive.index import sort_key
 from medseg_trt.archive.request import Part
-from medseg_trt.errors import InputError
+from medseg_trt.errors import InputError, UsageError
 from medseg_trt.imaging.images import natural_key
 from medseg_trt.imaging.listing import list_images
 
@@ -104,6 +106,12 @@ def test_a_list_may_come_from_standard_input(tree, tmp_path, monkeypatch):
         planned([], tmp_path / "out", list_file="gone")
 
 
+def test_a_list_from_closed_standard_input_is_refused(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(InputError, match="standard input is closed"):
+        plan_of([], tmp_path / "out", list_file="-")
+
+
 def test_links_in_a_circle_end_and_each_folder_is_listed_once(tree, tmp_path):
     (tree / "a_link").symlink_to(tree / "p1")
     (tree / "p1" / "up").symlink_to(tree)
@@ -131,7 +139,12 @@ def test_a_folder_that_cannot_be_opened_is_named_and_the_rest_goes_on(tree, tmp_
 
 
 def test_names_that_would_be_one_mask_are_refused_and_the_rest_goes_on(tmp_path):
-    for name in ("x/a.png", "x/A.png", "y/b.png", "y/b.jpg", "y/c.png", "Overlays/d.png"):
+    reserved = {
+        "Overlays/d.png": "overlays/, the name of the overlays",
+        "areas.csv/e.png": "areas.csv/, the name of a table",
+        "Skipped.CSV/x/f.png": "skipped.csv/, the name of a table",
+    }
+    for name in ("x/a.png", "x/A.png", "y/b.png", "y/b.jpg", "y/c.png", *reserved):
         save_picture(tmp_path / "in" / name)
     assert [*planned([tmp_path / "in"], tmp_path / "out")] == ["y/c"]
     reason_by_name = reasons([tmp_path / "in"], tmp_path / "out")
@@ -140,7 +153,7 @@ def test_names_that_would_be_one_mask_are_refused_and_the_rest_goes_on(tmp_path)
         "A.png",
         "b.png",
         "b.jpg",
-        "d.png",
+        *(Path(name).name for name in reserved),
     }
     assert "in/x/A.png and " in reason_by_name["A.png"][0]
     assert (
@@ -148,9 +161,17 @@ def test_names_that_would_be_one_mask_are_refused_and_the_rest_goes_on(tmp_path)
         in reason_by_name["a.png"][0]
     )
     assert "disks" not in reason_by_name["b.png"][0]
-    assert reason_by_name["d.png"][0].endswith(
-        "its mask would lie among the overlays, in overlays/; rename that folder"
-    )
+    for name, held in reserved.items():
+        assert reason_by_name[Path(name).name][0].endswith(f"its mask would lie in {held}; rename that folder")
+
+
+def test_a_line_of_a_list_leads_into_no_records(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_picture(Path(".finished/a.png"))
+    Path("list").write_text(".finished/a.png\n")
+    reason, is_error = reasons([], tmp_path / "out", list_file="list")["a.png"]
+    assert is_error
+    assert "in .finished/, the name of the records" in reason
 
 
 @pytest.mark.parametrize(
@@ -250,6 +271,41 @@ def test_a_damaged_index_is_made_anew(tree, tmp_path, cache, caplog):
     assert planned([tree], tmp_path / "out") == first
     assert "is damaged; the archive is indexed again" in caplog.text
     assert sqlite3.connect(path).execute("SELECT count(*) FROM file").fetchone() == (6,)
+
+
+@pytest.mark.parametrize("names", [("0000", "0001", "0002"), ("0.dcm", "1.dcm", "2.dcm")])
+def test_files_that_cannot_be_read_are_refused_until_they_can(tmp_path, monkeypatch, names):
+    """They were left out as of another kind, or each read by itself for ever after."""
+    paths = [tmp_path / "in" / "p" / name for name in names]
+    paths[0].parent.mkdir(parents=True)
+    save_slices(paths, slices(0), SeriesInstanceUID="1.2.3")
+    real = Path.open
+
+    def closed(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path in paths:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", closed)
+        refused = reasons([tmp_path / "in"], tmp_path / "out")
+        assert planned([tmp_path / "in"], tmp_path / "out") == {}
+    assert refused == {path.name: (f"{path} cannot be read: Permission denied", True) for path in paths}
+    assert planned([tmp_path / "in"], tmp_path / "out") == {"p": names}
+    assert reasons([tmp_path / "in"], tmp_path / "out") == {}
+
+
+def test_no_space_for_the_index_is_one_line_and_the_index_is_kept(tree, tmp_path, monkeypatch, cache, caplog):
+    planned([tree], tmp_path / "out")
+    (before,) = cache.glob("*.sqlite")
+    identity = before.stat().st_ino
+    for number in range(200):
+        save_picture(tree / "more" / f"{number}.png")
+    monkeypatch.setattr(index_module, "SCHEMA", f"PRAGMA max_page_count = 1; {index_module.SCHEMA}")
+    with pytest.raises(UsageError, match="cannot be written: database or disk is full; free some space"):
+        planned([tree], tmp_path / "out")
+    assert before.stat().st_ino == identity
+    assert "is damaged" not in caplog.text
 
 
 def test_lines_of_a_list_that_name_no_file_are_refused_alone(tree, tmp_path):
