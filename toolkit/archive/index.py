@@ -125,10 +125,11 @@ def classify(index: sqlite3.Connection, where: Sequence[Condition], containers: 
     with TemporaryDirectory(prefix="medseg-trt-") as folder:
         for raw in track(_new_files(index), "index", total):
             kind, attributes = _look_at(Path(os.fsdecode(raw)), where, containers, Path(folder))
+            reason = None if attributes.reason is None else unicode_text(attributes.reason)
             index.execute(
                 "UPDATE file SET kind = ?, reason = ?, patient = ?, study = ?, series = ?, corner = ?, "
                 "alone = alone OR ? WHERE path = ?",
-                (kind, attributes.reason, *_labels(attributes), attributes.is_damaged, raw),
+                (kind, reason, *_labels(attributes), attributes.is_damaged, raw),
             )
 
 

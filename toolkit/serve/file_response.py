@@ -77,7 +77,9 @@ async def _chunks(file: BinaryIO, sent: range) -> AsyncIterator[bytes]:
 def _requested_part(request: Request, size: int, tag: str) -> range | None:
     """Return the bytes that the request asks for; None: all."""
     unit, _, text = request.headers.get("range", "").partition("=")
-    if unit.strip().lower() != "bytes" or "," in text or request.headers.get("if-range", tag) != tag:
+    if request.method != "GET" or unit.strip().lower() != "bytes" or "," in text:
+        return None
+    if request.headers.get("if-range", tag) != tag:
         return None
     part = range(0)
     if match := BYTES.fullmatch(text.strip()):

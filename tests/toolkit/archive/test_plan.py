@@ -273,6 +273,20 @@ def test_a_damaged_index_is_made_anew(tree, tmp_path, cache, caplog):
     assert sqlite3.connect(path).execute("SELECT count(*) FROM file").fetchone() == (6,)
 
 
+def test_an_unreadable_file_whose_name_is_not_utf_8_is_refused(tmp_path, monkeypatch):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    path = folder / os.fsdecode(b"a\xff.dcm")
+    path.write_bytes(b"closed")
+
+    def closed(*_: Any, **__: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied", "a")
+
+    monkeypatch.setattr(Path, "open", closed)
+    ((reason, _),) = reasons([folder], tmp_path / "out").values()
+    assert reason.endswith("cannot be read: Permission denied")
+
+
 @pytest.mark.parametrize("names", [("0000", "0001", "0002"), ("0.dcm", "1.dcm", "2.dcm")])
 def test_files_that_cannot_be_read_are_refused_until_they_can(tmp_path, monkeypatch, names):
     """They were left out as of another kind, or each read by itself for ever after."""

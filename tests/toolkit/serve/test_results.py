@@ -122,6 +122,8 @@ def test_the_head_of_a_result_has_its_length_and_no_body(server, result):
     address, content = result
     status, headers, body = server.request("HEAD", address, None)
     assert (status, headers["content-length"], body) == (200, str(len(content)), b"")
+    status, headers, _ = server.request("HEAD", address, None, Range="bytes=0-3")
+    assert (status, headers["content-length"]) == (200, str(len(content))), "ranges are of GET alone"
 
 
 def kept_job(folder: Path) -> tuple[ServerState, Job]:
