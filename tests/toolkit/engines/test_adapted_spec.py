@@ -1,5 +1,6 @@
 """An engine that is rebuilt gets the other library where its own does not build for the GPU."""
 
+from dataclasses import replace
 from enum import Enum
 from types import ModuleType
 
@@ -50,6 +51,15 @@ def test_on_hopper_the_classic_library_takes_over(installed):
     installed("tensorrt-rtx", "tensorrt")
     assert adapted_spec(SPEC, HOPPER).library == "tensorrt"
     assert adapted_spec(SPEC, HOPPER).targets == ("sm90",)
+
+
+def test_plugins_are_left_out_for_a_gpu_that_runs_none_of_their_kernels(installed, caplog):
+    installed("tensorrt-rtx")
+    plugins = replace(SPEC, plugins=True)
+    assert adapted_spec(plugins, ADA).plugins
+    assert not caplog.text
+    assert not adapted_spec(plugins, Gpu(name="T4", sm="sm75", cuda="13.0", driver=None)).plugins
+    assert "sm75 runs no plugins" in caplog.text
 
 
 def test_options_that_the_other_library_lacks_are_dropped(installed):
