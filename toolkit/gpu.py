@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from medseg_trt.errors import DeviceError
+from medseg_trt.progress import plural
 
 COMPUTE_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 DRIVER_LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
@@ -47,8 +48,7 @@ def listed_gpus() -> ListedGpus:
     if status not in (0, NO_DEVICE):
         return ListedGpus(count=0, words=f"the NVIDIA driver does not start (CUDA error {status})")
     listed = 0 if status else count.value
-    plural = "" if listed == 1 else "s"
-    return ListedGpus(count=listed, words=f"the NVIDIA driver lists {listed or 'no'} GPU{plural}")
+    return ListedGpus(count=listed, words=f"the NVIDIA driver lists {plural(listed, 'GPU') if listed else 'no GPUs'}")
 
 
 def find_gpu(number: int = 0) -> Gpu | None:

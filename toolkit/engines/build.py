@@ -37,6 +37,11 @@ class Engines:
     rejected: tuple[str, ...]  # the engines that were not built, each with its reason
 
 
+def older_than(sm: int, targets: Iterable[str]) -> list[str]:
+    """Return those of the GPUs, such as "sm75", that are older than a compute capability, 80 for 8.0."""
+    return [target for target in targets if int(target.removeprefix("sm")) < sm]
+
+
 def check_engines(spec: EngineSpec, outputs: str, precisions: Iterable[str], gpu_number: int = 0) -> None:
     """Reject unsupported options before a build that takes minutes.
 
@@ -53,10 +58,10 @@ def check_engines(spec: EngineSpec, outputs: str, precisions: Iterable[str], gpu
     """
     gpu = find_gpu(gpu_number)
     check_engine_spec(spec, require_library(spec.library), gpu.sm if gpu else None)
-    older = [target for target in spec.targets if int(target.removeprefix("sm")) < FIRST_FP8_SM]
+    older = older_than(FIRST_FP8_SM, spec.targets)
     if older and "fp8" in ",".join(precisions):
         raise UsageError(f"{', '.join(older)} has no fp8; leave it out, or build without fp8")
-    too_old = [target for target in spec.targets if int(target.removeprefix("sm")) < FIRST_PLUGIN_SM]
+    too_old = older_than(FIRST_PLUGIN_SM, spec.targets)
     if too_old and spec.plugins:
         raise UsageError(
             f"{', '.join(too_old)} runs no plugins: their kernels are compiled for compute capability 8.0 and newer, "

@@ -5,7 +5,7 @@ from dataclasses import replace
 from medseg_trt.bundles.bundle import MANIFEST, Bundle
 from medseg_trt.bundles.manifest import BuiltEngine, FileEntry, Manifest
 from medseg_trt.bundles.signature import signature_of
-from medseg_trt.engines.build import FIRST_PLUGIN_SM, build_engine, engine_files
+from medseg_trt.engines.build import FIRST_PLUGIN_SM, build_engine, engine_files, older_than
 from medseg_trt.engines.choice import fingerprint_of, installed_version, runtime_environment
 from medseg_trt.engines.fingerprint import mismatches
 from medseg_trt.errors import UsageError
@@ -69,7 +69,7 @@ def adapted_spec(spec: EngineSpec, gpu: Gpu | None) -> EngineSpec:
     if gpu is None:
         check_engine_spec(spec, require_library(spec.library), None)
         return spec
-    if spec.plugins and int(gpu.sm.removeprefix("sm")) < FIRST_PLUGIN_SM:
+    if spec.plugins and older_than(FIRST_PLUGIN_SM, [gpu.sm]):
         LOG.warning(
             "%s runs no plugins, so the engine is built without: their kernels need sm%d", gpu.sm, FIRST_PLUGIN_SM
         )
