@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL.Image
@@ -12,6 +13,9 @@ from tiny import picture, write_nifti
 
 from medseg_trt.inference.to_folder import MaskFolder
 from medseg_trt.pipeline import infer
+
+if TYPE_CHECKING:
+    from archives import RecordingArchive
 
 
 @pytest.fixture(scope="session")
@@ -48,3 +52,12 @@ def masks(inputs: Path, bundle: Path, tmp_path_factory: pytest.TempPathFactory) 
         pass
     assert len(written.masks) == 8
     return written.folder
+
+
+@pytest.fixture(scope="module")
+def archive() -> Iterator["RecordingArchive"]:
+    """A DICOM node that keeps what it is sent."""
+    from archives import recording_archive
+
+    with recording_archive() as opened:
+        yield opened

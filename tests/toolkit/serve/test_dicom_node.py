@@ -56,12 +56,6 @@ def wait_for_log(server: ServerProcess, text: str, timeout_s: float = 60.0) -> s
 
 
 @pytest.fixture(scope="module")
-def archive():
-    with recording_archive() as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
 def node(bundle, archive, tmp_path_factory):
     folder = tmp_path_factory.mktemp("node")
     options = ("--allow-ae", "TESTS,STORESCU", "--send-to", archive.destination, "--dicom-output", str(folder / "out"))

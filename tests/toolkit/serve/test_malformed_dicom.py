@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
-from archives import IMPLICIT_AND_EXPLICIT, recording_archive, send, store_bytes
+from archives import IMPLICIT_AND_EXPLICIT, send, store_bytes
 from dicoms import AXIAL, CT, save_series
 from fuzz.mutations import cut, drop, flip_bits, repeat, write_extreme, write_number
 from pydicom.filebase import DicomBytesIO
@@ -24,12 +24,6 @@ MUTATIONS = (flip_bits, write_extreme, cut, drop, repeat, write_number)
 ANSWER_S = 20.0  # less than the server waits for the rest of a PDU: the end of the stream must end the association
 SPARE = 4  # descriptors that a job or an association in progress may have open
 REFUSED, STORED = {0xA700, 0xA900, 0xC000}, 0x0000
-
-
-@pytest.fixture(scope="module")
-def archive():
-    with recording_archive() as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")
