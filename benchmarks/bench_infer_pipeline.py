@@ -45,23 +45,28 @@ def simple_loop(images, session, bundle, batch, label=None):
 
 
 LOOPS = {"simple": simple_loop, "overlapping": pipeline.segment_many}
-WAYS = {  # how, and threads of the network
-    "simple loop": ("simple", None),
-    "overlapping": ("overlapping", None),
-    "overlapping, --threads 1": ("overlapping", 1),
+WAYS = {  # how, threads of the network, and whether images run beside each other where the bundle says so
+    "simple loop": ("simple", None, False),
+    "overlapping": ("overlapping", None, False),
+    "overlapping, images beside each other": ("overlapping", None, True),
+    "overlapping, --threads 1": ("overlapping", 1, False),
 }
 
 
 def run_once(pipe: Any, way: str, images: Path, bundle: Path, backend: str) -> None:
     """Run ``infer`` one way, and send seconds, peak memory and the masks' digests."""
     began: list[float] = []
-    loop, threads = WAYS[way]
+    loop, threads, streams = WAYS[way]
+
+    def opened(*arguments, many, **named):
+        return open_session(*arguments, many=many and streams, **named)
+
 
     def started(*arguments, **named):  # the session is open then
         began.append(time.perf_counter())
         return LOOPS[loop](*arguments, **named)
 
-    pipeline.segment_many = started
+    pipeline.segment_many, pipeline.open_session = started, opened
     with TemporaryDirectory() as out:
         done = to_folder.MaskFolder(Path(out), on_error=_fail)
         for _ in pipeline.infer([images], bundle, backend=backend, threads=threads, destination=done):

@@ -190,7 +190,7 @@ def infer(
     label = sources[0].name if len(sources) == 1 else None  # one bar: of the files, or of the slices of a single file
     with (
         closing(destination),
-        _open(bundles, backend, threads, precision, tta, device) as session,
+        _open(bundles, backend, threads, precision, tta, device, many=len(sources) > 1) as session,
         destination.opened(),  # last: a session that cannot be opened leaves nothing behind
     ):
         images = destination.read(sources, loaded, session, batch)
@@ -233,12 +233,14 @@ def _open(
     precision: str | None,
     tta: str | None,
     device: ComputeDevice,
+    *,
+    many: bool,
 ) -> Session:
     """Open one bundle, or several as an ensemble."""
     if tta is not None:
         check_tta(tta, bundles[0].preprocessing.image_size)
     if len(bundles) == 1:
-        session = open_session(bundles[0], backend, threads, precision, device)
+        session = open_session(bundles[0], backend, threads, precision, device, many=many)
     else:
         session = open_ensemble(bundles, backend, threads, precision, device)
     if tta is None:

@@ -16,6 +16,7 @@ from medseg_trt.building.postprocessing import judged_postprocessing, learn
 from medseg_trt.building.provenance import Provenance
 from medseg_trt.building.reference import Reference
 from medseg_trt.building.reference_images import JudgedImages, reference_images, second_judged_images
+from medseg_trt.building.stream_trials import with_streams
 from medseg_trt.building.variants import make_variants
 from medseg_trt.bundles.bundle import DEFAULT_GRAPH, MANIFEST, load_bundle, seal
 from medseg_trt.bundles.manifest import Manifest, Variant
@@ -232,6 +233,7 @@ def complete(
     engines = add_engines(folder, variants, deployed.tried, spec, reference.device.number)
     draft = make_manifest(checkpoint, path, spec, deployed, engines, guard_of(reference))
     tried, engines = _with_engines(folder, draft, deployed, engines)
+    tried = with_streams(folder, variants, tried, deployed.golden[0])
     manifest = replace(
         draft,
         executions=tried.executions,

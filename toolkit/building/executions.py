@@ -275,15 +275,30 @@ def _ranked(executions: Sequence[Execution], variants: Mapping[str, Variant]) ->
     return tuple(ranked)
 
 
-def execution_child(folder: Path, variant: Variant, execution: Execution, device: ComputeDevice = CPU) -> ChildSession:
-    """Open an execution that was verified, in a process of its own; ``device`` says which GPU, if it takes one."""
-    return _child(folder, variant, execution.backend, execution.compute_dtype, device)
+def execution_child(
+    folder: Path, variant: Variant, execution: Execution, device: ComputeDevice = CPU, streams: int = 1
+) -> ChildSession:
+    """Open an execution that was verified, in a process of its own.
+
+    Args:
+        folder: where the graphs are.
+        variant: of the execution.
+        execution: what to open.
+        device: which GPU, if it takes one.
+        streams: images beside each other, if its back-end has streams.
+    """
+    return _child(folder, variant, execution.backend, execution.compute_dtype, device, streams)
 
 
-def _child(folder: Path, variant: Variant, backend: str, compute_dtype: str, device: ComputeDevice) -> ChildSession:
-    path = folder if BACKENDS[backend].engines else folder / variant.graph
-    return ChildSession(
-        SessionRequest(
-            backend=backend, path=path, precision=variant.precision, compute_dtype=compute_dtype, device=device
-        )
+def _child(
+    folder: Path, variant: Variant, backend: str, compute_dtype: str, device: ComputeDevice, streams: int = 1
+) -> ChildSession:
+    request = SessionRequest(
+        backend=backend,
+        path=folder if BACKENDS[backend].engines else folder / variant.graph,
+        precision=variant.precision,
+        compute_dtype=compute_dtype,
+        device=device,
+        streams=streams,
     )
+    return ChildSession(request)

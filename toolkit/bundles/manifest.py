@@ -69,6 +69,7 @@ class Execution:
     golden_error: float  # how far the logits of the golden input may be from those in GOLDEN
     verification: Verification
     median_ms: float | None = None  # of one image
+    streams: int = 1  # many images are best computed so many beside each other
 
     __pydantic_config__ = {"extra": "forbid"}
 

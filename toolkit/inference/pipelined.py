@@ -6,7 +6,9 @@ thread uses the masks. Pillow, zlib, NumPy and the back-ends release the GIL whi
 short, and an error is raised where the loop would raise it: after all earlier images have been handed over.
 """
 
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
@@ -152,18 +154,28 @@ def _steps(image: Image, session: Session, bundle: Bundle) -> SegmentationStages
 def _run(
     items: Iterable[Item], session: Session, bundle: Bundle, label: str | None, prefetcher: Prefetcher
 ) -> Iterator[Item]:
-    for item in items:
-        if isinstance(item, SlideToSegment):
-            yield _slide(item, session, bundle, label, prefetcher)
-            continue
-        if not isinstance(item, _SliceBatch):
-            yield item
-            continue
-        values, pending = None, item.pending
-        with _collect_errors(pending):
-            if item.values is not None and pending.steps is not None and not pending.errors:
-                values = pending.steps.run(item.values)
-        yield replace(item, values=values)
+    """Run the items, as many beside each other as the session has streams; windows of one image take all of them."""
+    overlapping = session.streams if bundle.tiles is None else 1
+    with ThreadPoolExecutor(overlapping, "medseg-trt") as pool:
+        running = deque[Future[Item]]()
+        for item in items:
+            running.append(pool.submit(_ran, item, session, bundle, label, prefetcher))
+            if len(running) == overlapping:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+
+
+def _ran(item: Item, session: Session, bundle: Bundle, label: str | None, prefetcher: Prefetcher) -> Item:
+    if isinstance(item, SlideToSegment):
+        return _slide(item, session, bundle, label, prefetcher)
+    if not isinstance(item, _SliceBatch):
+        return item
+    values, pending = None, item.pending
+    with _collect_errors(pending):
+        if item.values is not None and pending.steps is not None and not pending.errors:
+            values = pending.steps.run(item.values)
+    return replace(item, values=values)
 
 
 def _slide(

@@ -17,6 +17,7 @@ class Backend:
     dialects: tuple[str, ...]  # of the graphs that it reads, the preferred one first
     compute_dtypes: tuple[str, ...]  # what it can compute float parts in
     function: str = "open_graph"  # of the module
+    streams: bool = False  # runs several images beside each other with one copy of the weights
     gpu: bool = False  # tried by a build on a GPU alone; else its graphs are verified with another back-end
     engines: bool = False  # runs an engine that was built from the graph, not the graph
 
@@ -37,6 +38,7 @@ BACKENDS: Mapping[str, Backend] = {
         extra="openvino",
         dialects=("plain", "convolved"),
         compute_dtypes=COMPUTE_DTYPES["openvino"],
+        streams=True,
     ),
     "onnxruntime-cuda": Backend(
         module="medseg_trt.sessions.onnxruntime_gpu",

@@ -18,6 +18,7 @@ class Session(ABC):
     backend: str  # a key of BACKENDS, or "pytorch"
     device: str
     description: str  # back-end, version, precision and threads, for a table
+    streams = 1  # runs that may overlap, each from a thread of its own
     gives_masks = False  # whether ``masks`` may be called: the graph was built with ``--outputs mask``
 
     @abstractmethod

@@ -17,7 +17,7 @@ from medseg_trt.devices import AUTO, ComputeDevice
 from medseg_trt.errors import ArtefactError, MedsegError, MissingExtraError, UsageError
 from medseg_trt.gpu import find_gpu
 from medseg_trt.imaging.preprocess import prepare, restore
-from medseg_trt.machine import cpu_quota
+from medseg_trt.machine import cores, cpu_quota
 from medseg_trt.progress import LOG
 from medseg_trt.sessions.backends import BACKENDS, is_installed
 from medseg_trt.sessions.base import Session
@@ -37,6 +37,8 @@ def open_session(
     threads: int | None = None,
     precision: str | None = None,
     device: ComputeDevice = AUTO,
+    *,
+    many: bool = False,
 ) -> Session:
     """Open one of the bundle's executions, and check that its output for the golden input is that of the build.
 
@@ -47,6 +49,7 @@ def open_session(
             with a quota of processor time, which the back-ends do not see: there it is as many as the quota allows.
         precision: one of the bundle's; None takes the best.
         device: where it runs; ``auto`` leaves it to the back-end.
+        many: for many images: run as many beside each other as the build found to be faster.
 
     Raises:
         UsageError: there is no such back-end, the bundle has nothing for it, or it does not run on the device.
@@ -57,9 +60,10 @@ def open_session(
     """
     execution = choose(bundle, backend, precision, device)
     threads = threads or cpu_quota()
+    streams = min(execution.streams, threads or cores()) if many else 1
 
     def opened() -> Session:
-        session = open_execution(bundle, execution, threads, cuda=device.number)
+        session = open_execution(bundle, execution, threads, cuda=device.number, streams=streams)
         try:
             _check_golden(session, bundle, execution)
             check_masks(session, bundle.preprocessing, bundle.golden()[0])
@@ -76,7 +80,8 @@ def open_session(
         name = f"{bundle.folder / bundle.variant(execution).graph} with {execution.backend}"
         session = limited_run(opened, name, bundle.content.files[weights].bytes)
     reason = f" ({_reason(bundle, execution, device)})" if backend == "auto" else ""
-    LOG.info("run %s with %s on %s%s", bundle.folder, session.description, session.device, reason)
+    beside = f", {session.streams} images beside each other" if session.streams > 1 else ""
+    LOG.info("run %s with %s on %s%s%s", bundle.folder, session.description, session.device, beside, reason)
     if bundle.signed_by is None and not is_signed(bundle):
         LOG.debug("the files of %s are intact; it is not signed, so its origin was not checked", bundle.folder)
     else:
@@ -84,10 +89,13 @@ def open_session(
     return session
 
 
-def open_execution(bundle: Bundle, execution: Execution, threads: int | None = None, *, cuda: int = 0) -> Session:
+def open_execution(
+    bundle: Bundle, execution: Execution, threads: int | None = None, *, cuda: int = 0, streams: int = 1
+) -> Session:
     """Open an execution of a bundle and ask it nothing; see ``open_session``, which does.
 
-    ``cuda`` is the number of the GPU, for a back-end that takes one.
+    ``cuda`` is the number of the GPU, for a back-end that takes one; ``streams`` how many images run beside each other,
+    for a back-end that has streams.
     """
     if BACKENDS[execution.backend].engines:
         return _opener(execution.backend)(bundle, execution, cuda)
@@ -102,6 +110,7 @@ def open_execution(bundle: Bundle, execution: Execution, threads: int | None = N
                 execution.compute_dtype,
                 cuda,
                 EngineCache.of(bundle, variant),
+                streams,
             )
         except ArtefactError as error:  # which names the copy, and that is gone by then
             raise ArtefactError(str(error).replace(str(private), str(bundle.folder))) from error
@@ -115,10 +124,12 @@ def open_graph(
     compute_dtype: str,
     cuda: int = 0,
     cache: EngineCache | None = None,
+    streams: int = 1,
 ) -> Session:
     """Open an ONNX file with a back-end that runs graphs; see its module's function for the arguments and errors."""
-    on_gpu = (cuda, cache) if BACKENDS[backend].gpu else ()
-    return _opener(backend)(path, precision, threads, compute_dtype, *on_gpu)
+    kind = BACKENDS[backend]
+    further = (cuda, cache) if kind.gpu else (streams,) if kind.streams else ()
+    return _opener(backend)(path, precision, threads, compute_dtype, *further)
 
 
 def _opener(backend: str) -> Callable[..., Session]:

@@ -5,7 +5,10 @@ a CPU a batch gains nothing. OpenVINO would take bfloat16 wherever the processor
 """
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,7 @@ from numpy import ndarray
 from medseg_trt.errors import ArtefactError, DeviceError, require
 from medseg_trt.export.graph.interface import INPUT, MASK, OUTPUT, size_inputs
 from medseg_trt.imaging.preprocess import Size
+from medseg_trt.machine import cores
 from medseg_trt.sessions.backends import NO_BF16
 from medseg_trt.sessions.base import Session
 
@@ -27,9 +31,13 @@ class OpenVinoSession(Session):
     backend = "openvino"
     device = "CPU"
 
-    def __init__(self, compiled: Any, description: str) -> None:
+    def __init__(self, compiled: Any, description: str, streams: int = 1) -> None:
         self._shape: list[int] = list(compiled.input(0).shape)  # (1, 3, H, W)
-        self._request: Any = compiled.create_infer_request()
+        self.streams = streams
+        self._requests = SimpleQueue[Any]()
+        for _ in range(streams):
+            self._requests.put(compiled.create_infer_request())
+        self._pool = ThreadPoolExecutor(streams, "openvino") if streams > 1 else None
         self._sizes = [value.any_name for value in compiled.inputs[1:]]
         self.gives_masks = bool(self._sizes)
         self.description = description
@@ -43,25 +51,37 @@ class OpenVinoSession(Session):
         if list(batch.shape[1:]) != self._shape[1:]:
             raise ValueError(f"the batch is {batch.shape}, but the network takes {self._shape}")
         own = batch.shape[2:]
-        return np.concatenate([self._run(OUTPUT, image, own, own) for image in batch])
+        return self._run_all(OUTPUT, batch, own, own)
 
     def masks(
         self, batch: Float32[ndarray, "batch 3 _ _"], size: Size, resampled: Size
     ) -> UInt8[ndarray, "batch height width"]:
         """Return the labels of a batch of prepared images at the size of their sources, see ``Session``."""
-        return np.concatenate([self._run(MASK, image, size, resampled) for image in batch])
+        return self._run_all(MASK, batch, size, resampled)
 
     def close(self) -> None:
         """Free the network."""
-        self._request = None
+        self._requests = SimpleQueue[Any]()
+        if self._pool is not None:
+            self._pool.shutdown()
 
-    def _run(self, output: str, image: ndarray, size: Sequence[int], resampled: Sequence[int]) -> ndarray:
+    def _run_all(self, output: str, batch: ndarray, size: Sequence[int], resampled: Sequence[int]) -> ndarray:
+        run = partial(self._run, output, size, resampled)
+        return np.concatenate([*(map(run, batch) if self._pool is None else self._pool.map(run, batch))])
+
+    def _run(self, output: str, size: Sequence[int], resampled: Sequence[int], image: ndarray) -> ndarray:
         sizes = size_inputs(self._sizes, size, resampled)
-        self._request.infer({INPUT: image[np.newaxis], **sizes}, share_inputs=True)
-        return self._request.get_tensor(output).data.copy()
+        request = self._requests.get()
+        try:
+            request.infer({INPUT: image[np.newaxis], **sizes}, share_inputs=True)
+            return request.get_tensor(output).data.copy()
+        finally:
+            self._requests.put(request)
 
 
-def open_graph(path: Path, precision: str, threads: int | None, compute_dtype: str) -> OpenVinoSession:
+def open_graph(
+    path: Path, precision: str, threads: int | None, compute_dtype: str, streams: int = 1
+) -> OpenVinoSession:
     """Compile an ONNX file.
 
     Args:
@@ -69,16 +89,18 @@ def open_graph(path: Path, precision: str, threads: int | None, compute_dtype: s
         precision: of the graph, for the description.
         threads: CPU threads; None leaves it to OpenVINO.
         compute_dtype: what its float parts are computed in: fp32, or bf16 where the processor has it.
+        streams: images that are computed beside each other, each on its share of the threads.
 
     Raises:
         MissingExtraError: OpenVINO is not installed.
         DeviceError: the processor has no bfloat16.
         ArtefactError: OpenVINO refuses the graph.
     """
-    model = compiled(path, threads, compute_dtype)
+    further = {"NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": threads or cores()} if streams > 1 else None
+    model = compiled(path, threads, compute_dtype, further)
     rest = "" if compute_dtype == precision else f", float parts in {compute_dtype}"
     shown = "" if threads is None else f", {threads} thread{'s' if threads > 1 else ''}"
-    return OpenVinoSession(model, f"OpenVINO {_release()} {precision}{rest}{shown}")
+    return OpenVinoSession(model, f"OpenVINO {_release()} {precision}{rest}{shown}", streams)
 
 
 def compiled(path: Path, threads: int | None, compute_dtype: str, further: Mapping[str, Any] | None = None) -> Any:

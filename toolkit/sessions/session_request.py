@@ -19,6 +19,7 @@ class SessionRequest:
     compute_dtype: str  # what float parts are computed in
     threads: int | None = None  # CPU threads; None leaves it to the back-end
     device: ComputeDevice = CPU  # where PyTorch runs, and which GPU a back-end of GPUs takes
+    streams: int = 1  # images beside each other, for a back-end that has streams
     form: str = EAGER  # of PyTorch, a key of ``pytorch_forms.FORMS``
 
     @property

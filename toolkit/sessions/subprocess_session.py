@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any, ClassVar
 
+import numpy as np
 from jaxtyping import Float32, UInt8
 from numpy import ndarray
 
@@ -64,7 +65,10 @@ class ChildSession(Session):
         return self._child.call_for_array({"do": "masks", "size": size, "resampled": resampled}, batch)
 
     def time(self, batch: Float32[ndarray, "batch 3 height width"], duration_s: float, min_runs: int) -> list[float]:
-        """Run one batch for ``duration_s`` and at least ``min_runs`` times; return milliseconds."""
+        """Run one batch for ``duration_s`` and at least ``min_runs`` times; return milliseconds.
+
+        With streams, the batch runs in each of them, and the milliseconds are those of all, divided by their number.
+        """
         return self._child.call({"do": "time", "duration_s": duration_s, "min_runs": min_runs}, batch)["samples_ms"]
 
     def memory(self) -> dict[str, float]:
@@ -89,7 +93,7 @@ def open_network(request: SessionRequest) -> Session:
         bundle = load_bundle(request.path)
         execution = choose(bundle, request.backend, request.precision)
         return open_execution(bundle, execution, cuda=request.device.number)
-    return open_graph(request.backend, *graph, request.device.number)
+    return open_graph(request.backend, *graph, request.device.number, streams=request.streams)
 
 
 def serve(handlers: Mapping[str, Callable[..., Reply]]) -> None:
@@ -119,7 +123,9 @@ def _time(
     session: Session, connection: Connection, shape: Sequence[int], dtype: str, duration_s: float, min_runs: int
 ) -> Reply:
     batch = connection.receive_array(shape, dtype)
-    return {"samples_ms": timed_runs(lambda: session.run(batch), duration_s, min_runs)}, None
+    beside = np.repeat(batch, session.streams, axis=0)
+    samples_ms = timed_runs(lambda: session.run(beside), duration_s, min_runs)
+    return {"samples_ms": [sample_ms / session.streams for sample_ms in samples_ms]}, None
 
 
 def _memory(session: Session, connection: Connection) -> Reply:

@@ -23,7 +23,7 @@ from medseg_trt.sessions.open import open_session
 
 
 def our_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "medseg-trt"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("medseg-trt")]
 
 
 @pytest.fixture(autouse=True)

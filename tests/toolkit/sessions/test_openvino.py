@@ -1,4 +1,5 @@
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import openvino
@@ -30,7 +31,9 @@ def expected(tiny_bundle) -> np.ndarray:
 
 def option(session, name: str):
     """Return what OpenVINO says of the compiled model."""
-    return session._request.get_compiled_model().get_property(name)
+    request = session._requests.get()
+    session._requests.put(request)
+    return request.get_compiled_model().get_property(name)
 
 
 def test_openvino_fp32_session_computes_in_fp32(graph, expected):
@@ -98,3 +101,16 @@ def test_without_openvino_it_names_the_extra(graph, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'medseg-trt\[openvino\]'"):
         open_graph(graph, "fp32", None, "fp32")
+
+
+def test_images_beside_each_other_have_the_bits_of_images_on_the_same_share_of_threads(graph):
+    batch = np.random.default_rng(1).random((5, 3, 32, 32), dtype=np.float32)
+    with open_graph(graph, "fp32", 1, "fp32") as alone, open_graph(graph, "fp32", 2, "fp32", streams=2) as beside:
+        assert option(beside, "NUM_STREAMS") == beside.streams == 2
+        assert option(beside, "INFERENCE_NUM_THREADS") == 2
+        assert alone.streams == 1
+        expected = alone.run(batch)
+        np.testing.assert_array_equal(beside.run(batch), expected)
+        with ThreadPoolExecutor(4) as pool:  # more callers than streams
+            outputs = list(pool.map(lambda image: beside.run(image[np.newaxis])[0], batch))
+    np.testing.assert_array_equal(outputs, expected)
