@@ -187,10 +187,11 @@ def infer(
     loaded = _as_asked(bundles, postprocess, chosen)
     destination = destination or Destination()
     sources = destination.find_sources([Path(path) for path in inputs], loaded)
+    num_images = 1 if tta is not None or chosen is not None else len(sources)  # runs of one image do not overlap
     label = sources[0].name if len(sources) == 1 else None  # one bar: of the files, or of the slices of a single file
     with (
         closing(destination),
-        _open(bundles, backend, threads, precision, tta, device, many=len(sources) > 1) as session,
+        _open(bundles, backend, threads, precision, tta, device, num_images) as session,
         destination.opened(),  # last: a session that cannot be opened leaves nothing behind
     ):
         images = destination.read(sources, loaded, session, batch)
@@ -233,14 +234,13 @@ def _open(
     precision: str | None,
     tta: str | None,
     device: ComputeDevice,
-    *,
-    many: bool,
+    num_images: int,
 ) -> Session:
     """Open one bundle, or several as an ensemble."""
     if tta is not None:
         check_tta(tta, bundles[0].preprocessing.image_size)
     if len(bundles) == 1:
-        session = open_session(bundles[0], backend, threads, precision, device, many=many)
+        session = open_session(bundles[0], backend, threads, precision, device, num_images)
     else:
         session = open_ensemble(bundles, backend, threads, precision, device)
     if tta is None:

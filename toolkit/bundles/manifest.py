@@ -14,6 +14,7 @@ from medseg_trt.postprocess.steps import Postprocessing
 from medseg_trt.spec import LIBRARY_NAMES, BuildSpec, Classes, EngineSpec, Preprocessing
 
 SCHEMA = 4
+MAX_STREAMS = 4  # each holds the activations of an image
 GRAPH_SUFFIX, PLAN_SUFFIX, ENGINE_FOLDER = ".onnx", ".plan", "engines"
 COMPUTE_DTYPES: Mapping[str, tuple[str, ...]] = {  # by back-end that a build tries, where its device is there
     "onnxruntime": ("fp32",),
@@ -69,13 +70,15 @@ class Execution:
     golden_error: float  # how far the logits of the golden input may be from those in GOLDEN
     verification: Verification
     median_ms: float | None = None  # of one image
-    streams: int = 1  # many images are best computed so many beside each other
+    streams: int = 1  # of images: many are computed fastest so many beside each other; 1: one after another
 
     __pydantic_config__ = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
         if not (isfinite(self.golden_error) and self.golden_error >= 0):
             raise ValueError(f"the golden_error is {self.golden_error}; it must be a finite number from 0")
+        if not 1 <= self.streams <= MAX_STREAMS:
+            raise ValueError(f"streams are {self.streams}; they must be from 1 to {MAX_STREAMS}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

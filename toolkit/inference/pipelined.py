@@ -1,14 +1,14 @@
 """Segment many images so that reading, inference and writing run at the same time.
 
 This is the loop of ``segment.segment``, a batch of slices at a time, with one thread for each of its three stages: the
-first reads and prepares, the second runs the network, the third restores masks to the size of the image. The caller's
-thread uses the masks. Pillow, zlib, NumPy and the back-ends release the GIL while they work. Order is kept, queues are
-short, and an error is raised where the loop would raise it: after all earlier images have been handed over.
+first reads and prepares, the second runs the network, the third restores masks to the size of the image. A session with
+streams has a thread for each of them. The caller's thread uses the masks. Pillow, zlib, NumPy and the back-ends release
+the GIL while they work. Order is kept, queues are short, and an error is raised where the loop would raise it: after
+all earlier images have been handed over.
 """
 
-from collections import deque
 from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
@@ -98,9 +98,13 @@ def segment_many(
         label: shows progress over the slices under this name; None shows none.
     """
     budget = _MemoryBudget()
-    with Prefetcher() as prefetcher:
+    with _runs(session, bundle) as pool, Prefetcher() as prefetcher:
         prepared = prefetcher.prefetch(_prepare(images, session, bundle, batch, budget, prefetcher))
-        outputs = prefetcher.prefetch(_run(prepared, session, bundle, label, prefetcher))
+        if pool is None:
+            outputs = prefetcher.prefetch(_ran(item, session, bundle, label, prefetcher) for item in prepared)
+        else:
+            started = (pool.submit(_ran, item, session, bundle, label, prefetcher) for item in prepared)
+            outputs = _in_order(prefetcher.prefetch(started, depth=session.streams), prefetcher)
         for outcome in prefetcher.prefetch(_finish(outputs, bundle, label), depth=1):
             yield outcome
             if isinstance(outcome, Segmented | Refused) and outcome.image is not None:
@@ -151,19 +155,24 @@ def _steps(image: Image, session: Session, bundle: Bundle) -> SegmentationStages
     return segmentation_stages(session.run, image, bundle.preprocessing, masks, on_device)
 
 
-def _run(
-    items: Iterable[Item], session: Session, bundle: Bundle, label: str | None, prefetcher: Prefetcher
-) -> Iterator[Item]:
-    """Run the items, as many beside each other as the session has streams; windows of one image take all of them."""
-    overlapping = session.streams if bundle.tiles is None else 1
-    with ThreadPoolExecutor(overlapping, "medseg-trt") as pool:
-        running = deque[Future[Item]]()
-        for item in items:
-            running.append(pool.submit(_ran, item, session, bundle, label, prefetcher))
-            if len(running) == overlapping:
-                yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
+@contextmanager
+def _runs(session: Session, bundle: Bundle) -> Generator[Executor | None, None, None]:
+    """Yield threads for runs that overlap, or None; the windows of an image are run one after another."""
+    if session.streams == 1 or bundle.tiles is not None:
+        yield None
+        return
+    pool = ThreadPoolExecutor(session.streams, "medseg-trt run")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _in_order(started: Iterable[Future[Item]], prefetcher: Prefetcher) -> Iterator[Item]:
+    """Yield results as soon as those before them are there: nothing waits for what has not been read yet."""
+    for future in started:
+        prefetcher.wait_for(lambda future=future: bool(wait([future], POLL_S).done))
+        yield future.result()
 
 
 def _ran(item: Item, session: Session, bundle: Bundle, label: str | None, prefetcher: Prefetcher) -> Item:

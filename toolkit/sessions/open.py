@@ -5,6 +5,7 @@ error.
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -22,11 +23,13 @@ from medseg_trt.progress import LOG
 from medseg_trt.sessions.backends import BACKENDS, is_installed
 from medseg_trt.sessions.base import Session
 from medseg_trt.sessions.engine_cache import EngineCache
+from medseg_trt.sessions.equal_bits import have_equal_bits
 from medseg_trt.sessions.first_run import limited_run
 from medseg_trt.sessions.mask_probe import check_masks
 
 GPU_MARGIN = 4  # of the golden error where numbers are rounded; a first bound, which no GPU has confirmed yet
 PIXEL_DISAGREEMENT = 0.01  # share of pixels: preparing differs in the last bits, which 8-bit engines may round up
+MIN_IMAGES_FOR_STREAMS = 50  # fewer do not make up for opening the network twice, to compare bits
 PROBE_SIZE = (173, 219)  # pixels of a generated 2-D image: no multiple of anything
 MAX_REASON = 200  # characters of a library's message
 
@@ -37,8 +40,7 @@ def open_session(
     threads: int | None = None,
     precision: str | None = None,
     device: ComputeDevice = AUTO,
-    *,
-    many: bool = False,
+    num_images: int = 1,
 ) -> Session:
     """Open one of the bundle's executions, and check that its output for the golden input is that of the build.
 
@@ -49,7 +51,8 @@ def open_session(
             with a quota of processor time, which the back-ends do not see: there it is as many as the quota allows.
         precision: one of the bundle's; None takes the best.
         device: where it runs; ``auto`` leaves it to the back-end.
-        many: for many images: run as many beside each other as the build found to be faster.
+        num_images: that will be run. For many, as many runs may overlap as the build found to be fastest, unless the
+            last bits differ here.
 
     Raises:
         UsageError: there is no such back-end, the bundle has nothing for it, or it does not run on the device.
@@ -60,9 +63,9 @@ def open_session(
     """
     execution = choose(bundle, backend, precision, device)
     threads = threads or cpu_quota()
-    streams = min(execution.streams, threads or cores()) if many else 1
+    streams = min(execution.streams, threads or cores()) if num_images >= MIN_IMAGES_FOR_STREAMS else 1
 
-    def opened() -> Session:
+    def checked(streams: int) -> Session:
         session = open_execution(bundle, execution, threads, cuda=device.number, streams=streams)
         try:
             _check_golden(session, bundle, execution)
@@ -72,6 +75,21 @@ def open_session(
             session.close()
             raise
         return session
+
+    def opened() -> Session:
+        alone = checked(streams=1)
+        if streams == 1:
+            return alone
+        with ExitStack() as unused:
+            unused.push(alone)
+            beside = unused.enter_context(checked(streams))
+            is_equal = have_equal_bits(alone, beside, bundle.preprocessing.image_size, batch=1)
+            unused.pop_all()
+        chosen, other = (beside, alone) if is_equal else (alone, beside)
+        other.close()
+        if not is_equal:
+            LOG.info("%s gives other last bits on fewer cores, so one image runs at a time", chosen.description)
+        return chosen
 
     if BACKENDS[execution.backend].gpu:
         session = opened()  # the libraries of a GPU are bound to one thread, and map more memory than they use

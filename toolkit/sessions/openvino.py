@@ -5,8 +5,6 @@ a CPU a batch gains nothing. OpenVINO would take bfloat16 wherever the processor
 """
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -26,7 +24,7 @@ TYPES = {"fp32": "f32", "bf16": "bf16"}  # OpenVINO's names
 
 
 class OpenVinoSession(Session):
-    """A compiled OpenVINO model."""
+    """A compiled OpenVINO model, with a request for each of its streams."""
 
     backend = "openvino"
     device = "CPU"
@@ -37,7 +35,6 @@ class OpenVinoSession(Session):
         self._requests = SimpleQueue[Any]()
         for _ in range(streams):
             self._requests.put(compiled.create_infer_request())
-        self._pool = ThreadPoolExecutor(streams, "openvino") if streams > 1 else None
         self._sizes = [value.any_name for value in compiled.inputs[1:]]
         self.gives_masks = bool(self._sizes)
         self.description = description
@@ -51,32 +48,29 @@ class OpenVinoSession(Session):
         if list(batch.shape[1:]) != self._shape[1:]:
             raise ValueError(f"the batch is {batch.shape}, but the network takes {self._shape}")
         own = batch.shape[2:]
-        return self._run_all(OUTPUT, batch, own, own)
+        return self._run(OUTPUT, batch, own, own)
 
     def masks(
         self, batch: Float32[ndarray, "batch 3 _ _"], size: Size, resampled: Size
     ) -> UInt8[ndarray, "batch height width"]:
         """Return the labels of a batch of prepared images at the size of their sources, see ``Session``."""
-        return self._run_all(MASK, batch, size, resampled)
+        return self._run(MASK, batch, size, resampled)
 
     def close(self) -> None:
         """Free the network."""
         self._requests = SimpleQueue[Any]()
-        if self._pool is not None:
-            self._pool.shutdown()
 
-    def _run_all(self, output: str, batch: ndarray, size: Sequence[int], resampled: Sequence[int]) -> ndarray:
-        run = partial(self._run, output, size, resampled)
-        return np.concatenate([*(map(run, batch) if self._pool is None else self._pool.map(run, batch))])
-
-    def _run(self, output: str, size: Sequence[int], resampled: Sequence[int], image: ndarray) -> ndarray:
+    def _run(self, output: str, batch: ndarray, size: Sequence[int], resampled: Sequence[int]) -> ndarray:
         sizes = size_inputs(self._sizes, size, resampled)
+        results: list[ndarray] = []
         request = self._requests.get()
         try:
-            request.infer({INPUT: image[np.newaxis], **sizes}, share_inputs=True)
-            return request.get_tensor(output).data.copy()
+            for image in batch:
+                request.infer({INPUT: image[np.newaxis], **sizes}, share_inputs=True)
+                results.append(request.get_tensor(output).data.copy())
         finally:
             self._requests.put(request)
+        return np.concatenate(results)
 
 
 def open_graph(
@@ -89,7 +83,7 @@ def open_graph(
         precision: of the graph, for the description.
         threads: CPU threads; None leaves it to OpenVINO.
         compute_dtype: what its float parts are computed in: fp32, or bf16 where the processor has it.
-        streams: images that are computed beside each other, each on its share of the threads.
+        streams: runs that may overlap, each on its share of the threads; a further one waits.
 
     Raises:
         MissingExtraError: OpenVINO is not installed.

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from queue import SimpleQueue
 
-import numpy as np
 from jaxtyping import Float32, UInt8
 from numpy import ndarray
 
@@ -20,9 +19,8 @@ from medseg_trt.machine import cores
 from medseg_trt.progress import LOG
 from medseg_trt.sessions.backends import BACKENDS
 from medseg_trt.sessions.base import Session
+from medseg_trt.sessions.equal_bits import have_equal_bits
 from medseg_trt.sessions.open import choose, open_execution
-
-PROBE_SIZE = (173, 219)  # of the masks that are compared
 
 
 class SessionStreams(Session):
@@ -102,7 +100,7 @@ def open_streams(
     execution = choose(bundle, whole.backend, precision)
     with ExitStack() as opened:
         parts = [opened.enter_context(open_execution(bundle, execution, available // count))]
-        if not _have_equal_bits(whole, parts[0], bundle, batch):
+        if not have_equal_bits(whole, parts[0], bundle.preprocessing.image_size, batch):
             LOG.info("%s gives other last bits on fewer cores, so one image runs at a time", whole.description)
             return None
         while len(parts) < count:
@@ -110,16 +108,3 @@ def open_streams(
         opened.pop_all()
     LOG.info("%s: up to %d images run beside each other", whole.description, count)
     return SessionStreams(whole, parts)
-
-
-def _have_equal_bits(first: Session, second: Session, bundle: Bundle, batch: int) -> bool:
-    """Compare outputs of seeded noise in every batch; kernels are chosen by shape, not by value."""
-    size = bundle.preprocessing.image_size
-    noise = np.random.default_rng(0).standard_normal((batch, 3, *size)).astype(np.float32)
-    sizes = range(1, batch + 1)
-    if not all(np.array_equal(first.run(noise[:slices]), second.run(noise[:slices])) for slices in sizes):
-        return False
-    if not first.gives_masks:
-        return True
-    of_first, of_second = (session.masks(noise[:1], PROBE_SIZE, PROBE_SIZE) for session in (first, second))
-    return np.array_equal(of_first, of_second)

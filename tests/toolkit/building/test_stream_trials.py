@@ -1,5 +1,6 @@
 """How many images a bundle computes beside each other: only as many as were faster, with the same bits."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +8,8 @@ import pytest
 
 from medseg_trt.building import stream_trials
 from medseg_trt.building.executions import ExecutionTrials
-from medseg_trt.building.stream_trials import MOST_STREAMS, with_streams
-from medseg_trt.bundles.manifest import Execution, Variant
+from medseg_trt.building.stream_trials import with_streams
+from medseg_trt.bundles.manifest import MAX_STREAMS, Execution, Variant
 from medseg_trt.bundles.verification import Verification
 from medseg_trt.errors import ArtefactError
 
@@ -72,11 +73,11 @@ def chosen(monkeypatch):
 
 def test_images_run_beside_each_other_where_that_is_faster(chosen):
     assert chosen(execution()) == (2, [1, 2, 1, 2])
-    assert chosen(execution(), cores=64)[0] == MOST_STREAMS
+    assert chosen(execution(), cores=64)[0] == MAX_STREAMS
 
 
 @pytest.mark.parametrize(
-    "beside", [(10.0, 0.0), (9.0, 1e-6), ArtefactError("it died")], ids=["no faster", "other bits", "died"]
+    "beside", [(9.6, 0.0), (9.0, 1e-6), ArtefactError("it died")], ids=["hardly faster", "other bits", "died"]
 )
 def test_images_run_alone_where_that_is_as_fast_or_streams_differ_or_die(chosen, beside):
     assert chosen(execution(), beside=beside)[0] == 1
@@ -87,3 +88,9 @@ def test_images_run_alone_where_that_is_as_fast_or_streams_differ_or_die(chosen,
 )
 def test_nothing_is_tried_without_streams_or_cores_or_the_back_end(chosen, best, cores):
     assert chosen(best, cores=cores) == (1, [])
+
+
+@pytest.mark.parametrize("streams", [0, -1, MAX_STREAMS + 1])
+def test_a_manifest_with_no_streams_or_too_many_is_refused(streams):
+    with pytest.raises(ValueError, match=f"must be from 1 to {MAX_STREAMS}"):
+        replace(execution(), streams=streams)
