@@ -1,3 +1,4 @@
+import subprocess
 import sys
 
 import numpy as np
@@ -98,3 +99,20 @@ def test_without_openvino_it_names_the_extra(graph, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'medseg-trt\[openvino\]'"):
         open_graph(graph, "fp32", None, "fp32")
+
+
+def test_a_signal_is_handled_after_two_sessions_are_closed_in_the_order_of_opening(graph):
+    """It ended the process with OpenVINO 2026.4.1 on processors with AVX-512; elsewhere this cannot fail."""
+    code = """if True:
+        import os, signal, sys
+        from pathlib import Path
+        from medseg_trt.sessions.openvino import open_graph
+
+        signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+        first, second = (open_graph(Path(sys.argv[1]), "fp32", None, "fp32") for _ in range(2))
+        first.close()
+        second.close()
+        os.kill(os.getpid(), signal.SIGUSR1)
+    """
+    done = subprocess.run([sys.executable, "-c", code, graph], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
