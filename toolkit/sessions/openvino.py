@@ -5,6 +5,7 @@ a CPU a batch gains nothing. OpenVINO would take bfloat16 wherever the processor
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -111,8 +112,8 @@ def compiled(path: Path, threads: int | None, compute_dtype: str, further: Mappi
         DeviceError: the processor has no bfloat16.
         ArtefactError: OpenVINO refuses the graph.
     """
-    openvino = require("openvino", "openvino")
-    core = openvino.Core()
+    require("openvino", "openvino")
+    core = _core()
     if compute_dtype == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise DeviceError(NO_BF16)
     options: dict[str, Any] = {
@@ -130,6 +131,17 @@ def compiled(path: Path, threads: int | None, compute_dtype: str, further: Mappi
     except Exception as error:  # its errors have no common base but Exception
         first = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
         raise ArtefactError(f"OpenVINO {_release()} refuses {path}: {first}") from error
+
+
+@cache
+def _core() -> Any:
+    """Return the one core of this process, which stays until it ends.
+
+    On processors with large registers (AVX-512) a core gives its thread a stack for signals, and gives back the former
+    one when it is freed. Of two cores that are freed in the order in which they were made, the second one gives back
+    the first one's, which is gone, and the next signal with a handler ends the process.
+    """
+    return require("openvino", "openvino").Core()
 
 
 def _release() -> str:

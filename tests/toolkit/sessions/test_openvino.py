@@ -1,3 +1,4 @@
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -114,3 +115,20 @@ def test_images_beside_each_other_have_the_bits_of_images_on_the_same_share_of_t
         with ThreadPoolExecutor(4) as pool:  # more callers than streams
             outputs = list(pool.map(lambda image: beside.run(image[np.newaxis])[0], batch))
     np.testing.assert_array_equal(outputs, expected)
+
+
+def test_a_signal_is_handled_after_two_sessions_are_closed_in_the_order_of_opening(graph):
+    """It ended the process with OpenVINO 2026.4.1 on processors with AVX-512; elsewhere this cannot fail."""
+    code = """if True:
+        import os, signal, sys
+        from pathlib import Path
+        from medseg_trt.sessions.openvino import open_graph
+
+        signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+        first, second = (open_graph(Path(sys.argv[1]), "fp32", None, "fp32") for _ in range(2))
+        first.close()
+        second.close()
+        os.kill(os.getpid(), signal.SIGUSR1)
+    """
+    done = subprocess.run([sys.executable, "-c", code, graph], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
