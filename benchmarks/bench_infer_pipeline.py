@@ -58,9 +58,8 @@ def run_once(pipe: Any, way: str, images: Path, bundle: Path, backend: str) -> N
     began: list[float] = []
     loop, threads, streams = WAYS[way]
 
-    def opened(*arguments):
-        *others, num_images = arguments
-        return open_session(*others, num_images if streams else 1)
+    def opened(bundle, backend, threads, precision, device, num_images):
+        return open_session(bundle, backend, threads, precision, device, num_images if streams else 1)
 
     def started(*arguments, **named):  # the session is open then
         began.append(time.perf_counter())
