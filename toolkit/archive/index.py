@@ -28,7 +28,8 @@ from medseg_trt.progress import LOG, track, unicode_text
 
 VERSION = 2  # of the tables and of what they say
 MAX_DIGITS = 4000  # of a number in a name that sorts by its value; Python converts few more
-UNREADABLE = "unreadable"  # the kind of a file that could not be opened; every run looks at it again
+UNREADABLE = "unreadable"  # the kind of a file that could not be opened
+AGAIN = "unreadable before"  # the same file in the next run, until it was looked at
 BATCH = 500  # files that are looked at between two commits
 ARCHIVE_SUFFIXES = (".zip", ".tar")
 SCHEMA = """
@@ -47,7 +48,17 @@ CREATE TABLE IF NOT EXISTS candidate (
 CREATE INDEX IF NOT EXISTS candidate_fold ON candidate (fold);
 """
 
-UNCHANGED = f"size = excluded.size AND mtime = excluded.mtime AND kind <> '{UNREADABLE}'"
+UNCHANGED = "size = excluded.size AND mtime = excluded.mtime"
+OLD_KIND = f"CASE kind WHEN '{UNREADABLE}' THEN '{AGAIN}' ELSE kind END"
+TO_LOOK_AT = f"kind IS NULL OR kind = '{AGAIN}'"
+IN_USE = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+UNWRITABLE = (
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_PERM,
+)
 
 
 @contextmanager
@@ -55,7 +66,7 @@ def open_index(key: str) -> Generator[sqlite3.Connection, None, None]:
     """Open the index with a key, alone: other processes wait. A damaged index is made anew.
 
     Raises:
-        UsageError: there is no space for the index, or for the copy that a run makes of it.
+        UsageError: there is no space for the index, or for the copy that a run makes of it, or another program uses it.
     """
     folder = cache_folder("archives")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -66,6 +77,11 @@ def open_index(key: str) -> Generator[sqlite3.Connection, None, None]:
         with closing(_connected(path)) as index:
             yield index
     except sqlite3.OperationalError as error:
+        code = error.sqlite_errorcode & 0xFF  # without the details, see https://www.sqlite.org/rescode.html
+        if code in IN_USE:
+            raise UsageError(f"the index of the inputs, {path}, is used by another program: {error}") from error
+        if code not in UNWRITABLE:
+            raise
         raise UsageError(
             f"the index of the inputs, {path}, or its copy in {gettempdir()} cannot be written: {error}; free some "
             "space, or choose other folders with XDG_CACHE_HOME and TMPDIR"
@@ -109,8 +125,7 @@ def record_entries(index: sqlite3.Connection, entries: Iterable[tuple[int, Entry
     vanished = index.execute("DELETE FROM file WHERE pass < ?", (number,)).rowcount
     (new,) = index.execute("SELECT count(*) FROM file WHERE kind IS NULL").fetchone()
     if new or vanished:
-        index.execute("DELETE FROM grouped")
-        index.execute("DELETE FROM candidate")
+        _forget_images(index)
     index.commit()
     return bool(new or vanished)
 
@@ -118,12 +133,14 @@ def record_entries(index: sqlite3.Connection, entries: Iterable[tuple[int, Entry
 def classify(index: sqlite3.Connection, where: Sequence[Condition], containers: dict[Path, Container]) -> None:
     """Look at the first bytes of every new file, and at the header of every new DICOM file.
 
+    Files that could not be read before are looked at again.
+
     Raises:
         MissingExtraError: there are DICOM files, or conditions, and pydicom is not installed.
     """
-    (total,) = index.execute("SELECT count(*) FROM file WHERE kind IS NULL").fetchone()
+    (total,) = index.execute(f"SELECT count(*) FROM file WHERE {TO_LOOK_AT}").fetchone()
     with TemporaryDirectory(prefix="medseg-trt-") as folder:
-        for raw in track(_new_files(index), "index", total):
+        for raw, old_kind in track(_files_to_look_at(index), "index", total):
             kind, attributes = _look_at(Path(os.fsdecode(raw)), where, containers, Path(folder))
             reason = None if attributes.reason is None else unicode_text(attributes.reason)
             index.execute(
@@ -131,6 +148,8 @@ def classify(index: sqlite3.Connection, where: Sequence[Condition], containers: 
                 "alone = alone OR ? WHERE path = ?",
                 (kind, reason, *_labels(attributes), attributes.is_damaged, raw),
             )
+            if old_kind == AGAIN and kind != UNREADABLE:
+                _forget_images(index)
 
 
 def container_of(path: Path, containers: dict[Path, Container]) -> tuple[Container, str] | None:
@@ -157,18 +176,26 @@ def fold_key(stem: str) -> bytes:
     return unicodedata.normalize("NFC", stem).casefold().encode("utf-8", "surrogatepass")
 
 
-def _new_files(index: sqlite3.Connection) -> Iterator[bytes]:
-    """Yield the paths of files that were not looked at yet; a commit after every few."""
-    while rows := index.execute("SELECT path FROM file WHERE kind IS NULL LIMIT ?", (BATCH,)).fetchall():
-        yield from (raw for (raw,) in rows)
+def _files_to_look_at(index: sqlite3.Connection) -> Iterator[tuple[bytes, str | None]]:
+    """Yield the paths and kinds of files that were not looked at yet; a commit after every few."""
+    select = f"SELECT path, kind FROM file WHERE {TO_LOOK_AT} LIMIT ?"
+    while rows := index.execute(select, (BATCH,)).fetchall():
+        yield from rows
         index.commit()
+
+
+def _forget_images(index: sqlite3.Connection) -> None:
+    """Let the files be grouped into images anew."""
+    index.execute("DELETE FROM grouped")
+    index.execute("DELETE FROM candidate")
 
 
 def _record_file(index: sqlite3.Connection, input_number: int, item: Entry, number: int) -> None:
     index.execute(
         "INSERT INTO file (path, input, parent, size, mtime, pass, sort, alone) VALUES (?, ?, ?, ?, ?, ?, ?, ?) "
         "ON CONFLICT (path) DO UPDATE SET pass = excluded.pass, size = excluded.size, mtime = excluded.mtime, "
-        f"kind = CASE WHEN {UNCHANGED} THEN kind END, alone = CASE WHEN {UNCHANGED} THEN alone ELSE excluded.alone END",
+        f"kind = CASE WHEN {UNCHANGED} THEN {OLD_KIND} END, "
+        f"alone = CASE WHEN {UNCHANGED} THEN alone ELSE excluded.alone END",
         (
             os.fsencode(item.path),
             input_number,

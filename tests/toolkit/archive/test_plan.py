@@ -5,6 +5,8 @@ import io
 import os
 import sqlite3
 import sys
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from archive_runs import plan_of, planned, reasons, save_picture, save_slices, slices
 
 from medseg_trt.archive import index as index_module
+from medseg_trt.archive.grouping import Grouping
 from medseg_trt.archive.index import sort_key
 from medseg_trt.archive.request import Part
 from medseg_trt.errors import InputError, UsageError
@@ -307,6 +310,48 @@ def test_files_that_cannot_be_read_are_refused_until_they_can(tmp_path, monkeypa
     assert refused == {path.name: (f"{path} cannot be read: Permission denied", True) for path in paths}
     assert planned([tmp_path / "in"], tmp_path / "out") == {"p": names}
     assert reasons([tmp_path / "in"], tmp_path / "out") == {}
+
+
+def test_a_file_that_stays_unreadable_does_not_group_the_archive_again(tree, tmp_path, monkeypatch):
+    real, grouped = Path.open, []
+
+    def closed(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name == "closed.png":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *arguments, **options)
+
+    def group(self: Grouping, number: int, parent: bytes) -> None:
+        grouped.append(parent)
+        original(self, number, parent)
+
+    original = Grouping._group_folder
+    monkeypatch.setattr(Grouping, "_group_folder", group)
+    save_picture(tree / "closed.png")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", closed)
+        first = planned([tree], tmp_path / "out")
+        num_folders = len(grouped)
+        assert planned([tree], tmp_path / "out") == first
+        assert len(grouped) == num_folders
+        assert reasons([tree], tmp_path / "out")["closed.png"][1]
+    assert len(planned([tree], tmp_path / "out")) == len(first) + 1
+    assert len(grouped) == 2 * num_folders
+
+
+def test_an_index_that_another_program_uses_is_not_called_a_full_disk(tree, tmp_path, monkeypatch, cache):
+    planned([tree], tmp_path / "out")
+    (path,) = cache.glob("*.sqlite")
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        monkeypatch.setattr(index_module.sqlite3, "connect", partial(sqlite3.connect, timeout=0))
+        with pytest.raises(UsageError, match=r"is used by another program: database is locked$"):
+            planned([tree], tmp_path / "out")
+
+
+def test_an_error_of_our_own_sql_is_not_called_a_full_disk(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(index_module, "SCHEMA", "CREATE nonsense")
+    with pytest.raises(sqlite3.OperationalError, match="syntax error"):
+        planned([tree], tmp_path / "out")
 
 
 def test_no_space_for_the_index_is_one_line_and_the_index_is_kept(tree, tmp_path, monkeypatch, cache, caplog):
