@@ -12,16 +12,16 @@ from fakes.gpu import FakeGpu
 from fakes.trt import FakeTrt, Network
 
 from medseg_trt.bundles.bundle import MANIFEST
-from medseg_trt.bundles.manifest import BuiltEngine
+from medseg_trt.bundles.manifest import ENGINES_FOLDER, BuiltEngine
 from medseg_trt.bundles.signature import signature_of
 from medseg_trt.engines import kernels as engine_kernels
-from medseg_trt.engines.fingerprint import FOLDER, EngineFingerprint, write_fingerprint
+from medseg_trt.engines.fingerprint import EngineFingerprint, write_fingerprint
 from medseg_trt.files import sha256
 from medseg_trt.sessions import tensorrt
 from medseg_trt.spec import EngineSpec, to_dict
 
 PLAN_BYTES = 4096
-LIBRARY_FILE = f"{FOLDER}/libmedseg_plugins.so"  # a plugin library beside the engines
+LIBRARY_FILE = f"{ENGINES_FOLDER}/libmedseg_plugins.so"  # a plugin library beside the engines
 
 
 def with_engine(source: Path, folder: Path, kernels: Path | None = None, **changes: Any) -> Path:
@@ -29,12 +29,12 @@ def with_engine(source: Path, folder: Path, kernels: Path | None = None, **chang
     shutil.copytree(source, folder)
     manifest = json.loads((folder / MANIFEST).read_text())
     rng = np.random.default_rng(0)
-    (folder / FOLDER).mkdir()
-    plan = folder / FOLDER / "fp32-rtx.plan"
+    (folder / ENGINES_FOLDER).mkdir()
+    plan = folder / ENGINES_FOLDER / "fp32-rtx.plan"
     plan.write_bytes(rng.bytes(PLAN_BYTES))
     (folder / LIBRARY_FILE).write_bytes(b"\x7fELF" + rng.bytes(PLAN_BYTES))
     if kernels is not None:
-        shutil.copytree(kernels, folder / engine_kernels.FOLDER)
+        shutil.copytree(kernels, folder / engine_kernels.KERNELS_FOLDER)
     facts: dict[str, Any] = {
         "plan": plan.name,
         "sha256": sha256(plan),
@@ -57,11 +57,11 @@ def with_engine(source: Path, folder: Path, kernels: Path | None = None, **chang
 
 def add_engine(folder: Path, fingerprint: EngineFingerprint, variant: str = "fp32") -> None:
     """Write the side-car of a plan that is there, and name both in the manifest."""
-    write_fingerprint(fingerprint, folder / FOLDER)
+    write_fingerprint(fingerprint, folder / ENGINES_FOLDER)
     manifest = json.loads((folder / MANIFEST).read_text())
     spec = EngineSpec(library=fingerprint.library, targets=fingerprint.targets, opt_batch=2, max_batch=4)
     engine = BuiltEngine(
-        plan=f"{FOLDER}/{fingerprint.plan}",
+        plan=f"{ENGINES_FOLDER}/{fingerprint.plan}",
         variant=variant,
         spec=spec,
         processor_s=1.0,

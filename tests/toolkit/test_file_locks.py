@@ -14,7 +14,7 @@ from tiny import write_pictures
 from medseg_trt import files
 from medseg_trt.errors import UsageError
 from medseg_trt.files import atomic_file, folder_lock, remove_abandoned
-from medseg_trt.inference.resume import FOLDER, OVERLAYS, remove_leftovers
+from medseg_trt.inference.resume import OVERLAYS, RECORDS_FOLDER, remove_leftovers
 
 WRITER = """
 import sys, time
@@ -70,17 +70,17 @@ def test_a_run_loses_nothing_while_leftovers_are_removed_beside_it(tiny_bundle, 
             remove_leftovers(out)
         assert running.stderr is not None
         assert running.returncode == 0, running.stderr.read()
-    for folder, suffix in ((out, ".png"), (out / OVERLAYS, ".png"), (out / FOLDER, ".json")):
+    for folder, suffix in ((out, ".png"), (out / OVERLAYS, ".png"), (out / RECORDS_FOLDER, ".json")):
         assert len(list(folder.glob(f"case*{suffix}"))) == 30
         assert list(folder.glob(".partial-*")) == []
 
 
 def test_only_leftovers_in_our_own_folders_go(tmp_path):
     out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
-    for folder in (out / FOLDER, out / "mine", elsewhere):
+    for folder in (out / RECORDS_FOLDER, out / "mine", elsewhere):
         folder.mkdir(parents=True)
     (out / OVERLAYS).symlink_to(elsewhere)
-    for folder in (out, out / FOLDER, out / "mine", elsewhere):
+    for folder in (out, out / RECORDS_FOLDER, out / "mine", elsewhere):
         (folder / ".partial-1").touch()
     (out / ".partial-link").symlink_to(elsewhere / ".partial-1")
     (out / ".partial-folder").mkdir()

@@ -23,7 +23,7 @@ from medseg_trt.errors import InputError
 from medseg_trt.imaging.images import DICOM, MASK_SUFFIXES, READERS, output_stem, suffix_of
 from medseg_trt.imaging.listing import OTHER_KIND, without_detached
 from medseg_trt.inference.areas_table import AREAS
-from medseg_trt.inference.resume import FOLDER, OVERLAYS, RECORD_SUFFIX
+from medseg_trt.inference.resume import OVERLAYS, RECORD_SUFFIX, RECORDS_FOLDER
 from medseg_trt.progress import LOG, track, unicode_text
 
 CLASHES = """
@@ -39,7 +39,12 @@ WRITTEN_SUFFIXES = (
     RECORD_SUFFIX,
 )  # of the files that an image gets, in folders like those of the input
 SKIPPED = "skipped.csv"  # the table of what is not segmented
-RESERVED = {OVERLAYS: "the overlays", FOLDER: "the records", AREAS: "a table", SKIPPED: "a table"}  # in the output
+RESERVED = {
+    OVERLAYS: "the overlays",
+    RECORDS_FOLDER: "the records",
+    AREAS: "a table",
+    SKIPPED: "a table",
+}  # in the output
 UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
 UNKNOWN = "unknown"
 Series = tuple[str | None, tuple[Path, ...]]  # the name, None for that of the only file, and the files

@@ -33,7 +33,15 @@ from medseg_trt.imaging.images import MASK_SUFFIXES, Image, Mask, Source
 from medseg_trt.imaging.slide_mask import SlideMask
 from medseg_trt.inference.areas_table import AREAS, AreaTable, unusual_reason
 from medseg_trt.inference.output_folder import require_own_folders
-from medseg_trt.inference.resume import FOLDER, OVERLAYS, Record, digests_of, has_its_files, read_record, record_name
+from medseg_trt.inference.resume import (
+    OVERLAYS,
+    RECORDS_FOLDER,
+    Record,
+    digests_of,
+    has_its_files,
+    read_record,
+    record_name,
+)
 from medseg_trt.inference.to_folder import MaskFolder, MaskFormat
 from medseg_trt.progress import LOG, plural
 
@@ -130,7 +138,7 @@ class MaskTree(MaskFolder):
                 self._remote.fetch(name)
         if self.folder.resolve().is_relative_to(bundle.folder.resolve()):
             raise UsageError(f"{self.folder} is in the bundle {bundle.folder}; choose another folder with -o")
-        require_own_folders(self.folder, self.folder / FOLDER / PARTS)
+        require_own_folders(self.folder, self.folder / RECORDS_FOLDER / PARTS)
         require_own_tables(self.folder)
         self._plan = make_plan(inputs, self._request, [bundle.folder], self.output, self._part)
         self.num_sources = len(self._plan)
@@ -249,7 +257,7 @@ class MaskTree(MaskFolder):
     def _require_no_links(self, source: Source) -> None:
         parts = source.stem.split("/")
         parents = ["/".join(parts[:depth]) for depth in range(1, len(parts))]
-        folders = [f"{base}{parent}" for base in ("", f"{FOLDER}/", f"{OVERLAYS}/") for parent in parents]
+        folders = [f"{base}{parent}" for base in ("", f"{RECORDS_FOLDER}/", f"{OVERLAYS}/") for parent in parents]
         masks = [f"{source.stem}{suffix}" for suffix in MASK_SUFFIXES]
         for name in (*folders, *masks):
             if os.path.islink(path := os.path.join(self.folder, name)):

@@ -10,7 +10,7 @@ from medseg_trt.archive.request import Part
 from medseg_trt.errors import ArtefactError, UsageError
 from medseg_trt.files import read_limited, write_json
 from medseg_trt.inference.record_seal import is_sealed, seal
-from medseg_trt.inference.resume import FOLDER, SEAL
+from medseg_trt.inference.resume import RECORDS_FOLDER, SEAL
 from medseg_trt.spec import from_dict, to_dict
 
 PARTS = ".parts"  # in the folder of the records; no image has a name that begins with a dot
@@ -70,7 +70,7 @@ def notes_of(folder: Path, count: int, images: str, seal_key: bytes) -> dict[int
 def counts_of_parts(folder: Path, seal_key: bytes) -> list[int]:
     """Return the numbers of parts that the sealed notes in a folder speak of, the most recent last."""
     ended: list[tuple[int, int]] = []
-    for path in (folder / FOLDER / PARTS).glob("*-of-*.json"):
+    for path in (folder / RECORDS_FOLDER / PARTS).glob("*-of-*.json"):
         with suppress(UsageError):  # of a name that no part has
             part = Part.parse(path.stem.replace("-of-", "/"))
             if _read_note(path, part, seal_key) is not None:
@@ -116,4 +116,4 @@ def _sealed(part: Part, fields: object) -> bytes:
 
 
 def _path(folder: Path, part: Part) -> Path:
-    return folder / FOLDER / PARTS / f"{part.number}-of-{part.of}.json"
+    return folder / RECORDS_FOLDER / PARTS / f"{part.number}-of-{part.of}.json"

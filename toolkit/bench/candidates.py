@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Literal
 
 from medseg_trt.bundles.bundle import Bundle
-from medseg_trt.bundles.manifest import Execution
+from medseg_trt.bundles.manifest import ENGINES_FOLDER, Execution
 from medseg_trt.devices import CPU, ComputeDevice
 from medseg_trt.engines.choice import engines_with_mismatches, installed_version
-from medseg_trt.engines.fingerprint import FOLDER
 from medseg_trt.errors import MissingExtraError, UsageError
 from medseg_trt.gpu import Gpu, listed_gpus
 from medseg_trt.sessions.backends import BACKENDS, is_installed
@@ -239,7 +238,7 @@ def _engine(bundle: Bundle, execution: Execution, device: BenchDevice) -> Candid
     obstacle = " ".join(reasons) if device.gpu else f"{device.obstacle}."
     built = f"built for {', '.join(chosen.targets)} by {title} {chosen.version}"
     judged = execution.verification.by
-    plan = bundle.folder / FOLDER / chosen.plan
+    plan = bundle.folder / ENGINES_FOLDER / chosen.plan
     return Candidate(
         name=f"{library} {variant.precision}{_block_suffix(bundle)}",
         role="variant",

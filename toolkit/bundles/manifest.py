@@ -15,7 +15,7 @@ from medseg_trt.spec import LIBRARY_NAMES, BuildSpec, Classes, EngineSpec, Prepr
 
 SCHEMA = 4
 MAX_STREAMS = 4  # each holds the activations of an image
-GRAPH_SUFFIX, PLAN_SUFFIX, ENGINE_FOLDER = ".onnx", ".plan", "engines"
+GRAPH_SUFFIX, PLAN_SUFFIX, ENGINES_FOLDER = ".onnx", ".plan", "engines"
 COMPUTE_DTYPES: Mapping[str, tuple[str, ...]] = {  # by back-end that a build tries, where its device is there
     "onnxruntime": ("fp32",),
     "openvino": ("fp32", "bf16"),
@@ -98,8 +98,8 @@ class BuiltEngine:
 
     def __post_init__(self) -> None:
         folder, _, name = self.plan.partition("/")
-        if folder != ENGINE_FOLDER or not PLAIN_NAME.fullmatch(name) or not name.endswith(PLAN_SUFFIX):
-            raise ValueError(f"{self.plan!r} is not called {ENGINE_FOLDER}/NAME{PLAN_SUFFIX}")
+        if folder != ENGINES_FOLDER or not PLAIN_NAME.fullmatch(name) or not name.endswith(PLAN_SUFFIX):
+            raise ValueError(f"{self.plan!r} is not called {ENGINES_FOLDER}/NAME{PLAN_SUFFIX}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,10 +8,10 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from medseg_trt.bundles.manifest import BuiltEngine, Variant
+from medseg_trt.bundles.manifest import ENGINES_FOLDER, BuiltEngine, Variant
 from medseg_trt.engines.child import EngineBuild, build_in_child
 from medseg_trt.engines.choice import installed_version
-from medseg_trt.engines.fingerprint import FOLDER, EngineFingerprint, metadata_path, write_fingerprint
+from medseg_trt.engines.fingerprint import EngineFingerprint, metadata_path, write_fingerprint
 from medseg_trt.errors import MedsegError, MissingExtraError, UsageError
 from medseg_trt.export.engine_layers import LAYERS_SUFFIX
 from medseg_trt.export.tensorrt.build import LIBRARIES, check_engine_spec, cuda_of, dialect_for, require_library
@@ -137,8 +137,8 @@ def build_engine(
 ) -> BuiltEngine:
     """Build one engine from the graph in ``source``, and write it with its layer report and fingerprint."""
     graph, weights = source / variant.graph, source / variant.weights
-    (folder / FOLDER).mkdir(exist_ok=True)
-    plan = _free_path(folder / FOLDER, f"{name}-{'-'.join(spec.targets)}{'-plugins' if spec.plugins else ''}")
+    (folder / ENGINES_FOLDER).mkdir(exist_ok=True)
+    plan = _free_path(folder / ENGINES_FOLDER, f"{name}-{'-'.join(spec.targets)}{'-plugins' if spec.plugins else ''}")
     _warn_of_memory(weights, plan.name)
     LOG.info(
         "building an engine of %s for %s with %s", variant.graph, ", ".join(spec.targets), LIBRARY_NAMES[spec.library]
@@ -151,7 +151,7 @@ def build_engine(
     failed_expectations = _write_layer_report(graph, plan, spec, build)
     write_fingerprint(_fingerprint(variant, spec, gpu, build, plan, (graph, weights)), plan.parent)
     return BuiltEngine(
-        plan=f"{FOLDER}/{plan.name}",
+        plan=f"{ENGINES_FOLDER}/{plan.name}",
         variant=name,
         spec=spec,
         wall_s=build.wall_s,

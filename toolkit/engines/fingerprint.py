@@ -16,7 +16,6 @@ from medseg_trt.spec import LIBRARY_NAMES, Hardware, from_dict, to_dict
 SCHEMA, OLDER = 2, 1  # both are read
 RENAMED: Mapping[str, str] = {"flavour": "dialect"}  # fields of the older schema: old name -> new name
 MAX_BYTES = 1 << 20  # of a metadata file
-FOLDER = "engines"  # of a bundle
 FIRST_COMPATIBLE_SM = 80  # of the hardware level "ampere_plus"
 
 

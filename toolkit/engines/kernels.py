@@ -12,7 +12,7 @@ from medseg_trt.kernels.nodes import NODES
 from medseg_trt.progress import LOG
 from medseg_trt.spec import EngineSpec
 
-FOLDER = "kernels"  # of a bundle
+KERNELS_FOLDER = "kernels"  # of a bundle
 FOR_PICTURES = ("image_to_tensor", "logits_to_mask")
 PORTABLE = "sm_80"  # the driver compiles its PTX for every later GPU
 FURTHER: Mapping[str, str] = {  # GPU of an engine -> a target besides
@@ -30,7 +30,7 @@ def add_kernels(folder: Path, spec: EngineSpec) -> tuple[str, ...]:
     targets = [PORTABLE, *(FURTHER[gpu] for gpu in spec.targets if gpu in FURTHER)]
     for_plugins = sorted({node.kernel_name for node in NODES.values()}) if spec.plugins else []
     try:
-        build(folder / FOLDER, targets, (*FOR_PICTURES, *for_plugins))
+        build(folder / KERNELS_FOLDER, targets, (*FOR_PICTURES, *for_plugins))
     except MissingExtraError as error:
         if spec.plugins:
             raise

@@ -8,7 +8,7 @@ from pathlib import Path
 from medseg_trt.errors import UsageError
 from medseg_trt.imaging.images import MASK_SUFFIXES, Source
 from medseg_trt.inference.areas_table import AREAS, require_own_areas
-from medseg_trt.inference.resume import FOLDER, OVERLAYS, overlay_path
+from medseg_trt.inference.resume import OVERLAYS, RECORDS_FOLDER, overlay_path
 
 Identity = tuple[int, int]  # device and number: the same file under whatever path
 
@@ -50,7 +50,7 @@ def require_own_folders(output: Path, *further: Path) -> list[Path]:
     Raises:
         UsageError: one of them is a link or a file.
     """
-    folders = [output / FOLDER, output / OVERLAYS, *further]
+    folders = [output / RECORDS_FOLDER, output / OVERLAYS, *further]
     for folder in folders:
         if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
             raise UsageError(f"{folder} is a link or a file; remove it, or choose another folder with -o")

@@ -22,7 +22,7 @@ from medseg_trt.inference.record_seal import is_sealed, seal
 from medseg_trt.progress import LOG
 from medseg_trt.spec import from_dict, to_dict
 
-FOLDER = ".finished"
+RECORDS_FOLDER = ".finished"
 RECORD_SUFFIX = ".json"
 OVERLAYS = "overlays"
 MAX_RECORD_BYTES = 1 << 20
@@ -120,7 +120,7 @@ def digests_of(stem: str, record: Record) -> dict[str, str]:
 
 def remove_leftovers(folder: Path) -> None:
     """Delete partial files of runs that have ended; those of a running process stay."""
-    for directory in (folder, folder / FOLDER, folder / OVERLAYS):
+    for directory in (folder, folder / RECORDS_FOLDER, folder / OVERLAYS):
         if directory.is_dir() and (directory == folder or not directory.is_symlink()):
             for path in directory.glob(f"{PARTIAL}*"):
                 remove_abandoned(path)
@@ -143,7 +143,7 @@ def record_name(stem: str) -> str:
     name = f"{stem}{RECORD_SUFFIX}"
     if len(os.fsencode(name)) > MAX_NAME_BYTES:
         name = f"{hashlib.sha256(os.fsencode(stem)).hexdigest()}{RECORD_SUFFIX}"
-    return f"{FOLDER}/{name}"
+    return f"{RECORDS_FOLDER}/{name}"
 
 
 def _record_path(folder: Path, stem: str) -> Path:

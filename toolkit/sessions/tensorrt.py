@@ -19,10 +19,10 @@ from jaxtyping import Float32, Num, UInt8
 from numpy import ndarray
 
 from medseg_trt.bundles.bundle import Bundle
-from medseg_trt.bundles.manifest import Execution
+from medseg_trt.bundles.manifest import ENGINES_FOLDER, Execution
 from medseg_trt.engines import kernels as engine_kernels
 from medseg_trt.engines.choice import fitting_engine
-from medseg_trt.engines.fingerprint import FOLDER, EngineFingerprint
+from medseg_trt.engines.fingerprint import EngineFingerprint
 from medseg_trt.errors import ArtefactError, DeviceError, require
 from medseg_trt.gpu import not_enough_memory
 from medseg_trt.imaging.segment import PixelRun
@@ -234,7 +234,7 @@ def open_engine(bundle: Bundle, execution: Execution, cuda: int = 0) -> TensorRt
     trt = require(BACKENDS[library].package, BACKENDS[library].extra)
     device = open_device(cuda)
     fingerprint = fitting_engine(bundle, library, trt.__version__, variant.precision, device)
-    plan_name = f"{FOLDER}/{fingerprint.plan}"
+    plan_name = f"{ENGINES_FOLDER}/{fingerprint.plan}"
     path, plan = bundle.folder / plan_name, bundle.read(plan_name)
     if fingerprint.plugins:
         _register_plugins(trt, bundle)
@@ -256,7 +256,7 @@ def open_engine(bundle: Bundle, execution: Execution, cuda: int = 0) -> TensorRt
 
 def _load(trt: Any, bundle: Bundle, fingerprint: EngineFingerprint, plan: bytes, device: Device) -> Engine:
     """Deserialise a plan, and give it its weights where it has none."""
-    path = bundle.folder / FOLDER / fingerprint.plan
+    path = bundle.folder / ENGINES_FOLDER / fingerprint.plan
     try:
         engine = Engine(
             trt, fingerprint.library, plan, host_code=fingerprint.version_compatible or bool(fingerprint.plugins)
@@ -279,26 +279,26 @@ def _refit(engine: Engine, bundle: Bundle, fingerprint: EngineFingerprint) -> No
 
 
 def _kernel_files(bundle: Bundle) -> ReadFile:
-    return lambda name: bundle.read(f"{engine_kernels.FOLDER}/{name}")
+    return lambda name: bundle.read(f"{engine_kernels.KERNELS_FOLDER}/{name}")
 
 
 def _register_plugins(trt: Any, bundle: Bundle) -> None:
     from medseg_trt.kernels.plugin import register
 
-    if f"{engine_kernels.FOLDER}/{FILE}" not in bundle.content.files:
+    if f"{engine_kernels.KERNELS_FOLDER}/{FILE}" not in bundle.content.files:
         raise ArtefactError(f"{bundle.folder} has no kernels for its plugins; build it again with --plugins on")
-    register(trt, open_library(bundle.folder / engine_kernels.FOLDER, _kernel_files(bundle)))
+    register(trt, open_library(bundle.folder / engine_kernels.KERNELS_FOLDER, _kernel_files(bundle)))
 
 
 def _pixel_kernels(bundle: Bundle, device: Device) -> tuple[PixelKernels | None, str]:
     """Return what prepares and labels pixels on the device, or None, and in words which it is."""
     p, classes = bundle.preprocessing, bundle.content.model.num_classes
     try:
-        if f"{engine_kernels.FOLDER}/{FILE}" not in bundle.content.files:
+        if f"{engine_kernels.KERNELS_FOLDER}/{FILE}" not in bundle.content.files:
             raise ValueError("the bundle has no kernels for it")
         tensor_scalars(p, (1, *p.image_size, 3))
         mask_scalars(p, 1, classes, p.image_size)
-        find_ptx = open_library(bundle.folder / engine_kernels.FOLDER, _kernel_files(bundle))
+        find_ptx = open_library(bundle.folder / engine_kernels.KERNELS_FOLDER, _kernel_files(bundle))
         for kernel in map(load, engine_kernels.FOR_PICTURES):
             find_ptx(kernel, kernel.entry(f"{kernel.name}_float32"), device.capability, device.cuda)
     except (ValueError, DeviceError) as obstacle:

@@ -29,9 +29,9 @@ from medseg_trt.bench.schema import Report, Row
 from medseg_trt.bench.timing_schema import NO_OVERLAP, SCOPES, Latency, OnGpu, Speedup
 from medseg_trt.bench.timings import CUDA_EVENTS, NO_DEVICE_TIME, Timings, speedups
 from medseg_trt.bundles.bundle import load_bundle
+from medseg_trt.bundles.manifest import ENGINES_FOLDER
 from medseg_trt.cli import cli
 from medseg_trt.devices import CPU, parse_device
-from medseg_trt.engines.fingerprint import FOLDER
 from medseg_trt.errors import DeviceError, SpeedGateError
 from medseg_trt.export.engine_layers import LAYERS_SUFFIX, EngineLayer, LayerReport
 from medseg_trt.export.graph.gemms import gemms
@@ -317,7 +317,7 @@ def test_the_layers_of_an_engine_are_timed_by_the_library_and_led_back_to_the_gr
         bytes=1000,
     )
     report = LayerReport(layers=(layer,), outcomes=(), unread=0)
-    write_json(engine_bundle / FOLDER / f"fp32-rtx{LAYERS_SUFFIX}", to_dict(report))
+    write_json(engine_bundle / ENGINES_FOLDER / f"fp32-rtx{LAYERS_SUFFIX}", to_dict(report))
     rehash(engine_bundle)
     machine.trt.layer_ms = {layer.name: 0.75, "nobody's": 0.25}
     image = np.zeros((1, 3, *load_bundle(engine_bundle).preprocessing.image_size), np.float32)

@@ -24,7 +24,7 @@ from medseg_trt.devices import CPU
 from medseg_trt.engines import build as engines
 from medseg_trt.engines import choice, rebuild
 from medseg_trt.engines.child import EngineBuild
-from medseg_trt.engines.kernels import FOLDER as KERNELS
+from medseg_trt.engines.kernels import KERNELS_FOLDER
 from medseg_trt.errors import AccuracyGateError, DeviceError
 from medseg_trt.export.tensorrt.build import BuilderOutput
 from medseg_trt.gpu import Gpu
@@ -130,7 +130,7 @@ def test_an_engine_that_is_verified_and_fastest_is_what_infer_uses(
     assert len(names) == 2
     for name in names:
         assert (tmp_path / "on-gpu" / name).read_bytes() == (tmp_path / "on-cpu" / name).read_bytes()
-    assert (bundle.folder / KERNELS).is_dir()
+    assert (bundle.folder / KERNELS_FOLDER).is_dir()
     assert machine.gpu.is_clean()
     forgets_what_it_knew_of_an_engine_that_is_rebuilt(bundle, monkeypatch)
 

@@ -20,10 +20,11 @@ from medseg_trt.building.executions import ExecutionTrials
 from medseg_trt.building.reference import Reference
 from medseg_trt.building.reference_images import JudgedImages, ReferenceImages
 from medseg_trt.bundles.bundle import MANIFEST, load_bundle
+from medseg_trt.bundles.manifest import ENGINES_FOLDER
 from medseg_trt.devices import ComputeDevice
 from medseg_trt.engines import choice
 from medseg_trt.engines.build import Engines
-from medseg_trt.engines.fingerprint import FOLDER, read_fingerprint
+from medseg_trt.engines.fingerprint import read_fingerprint
 from medseg_trt.errors import AccuracyGateError, ArtefactError
 from medseg_trt.files import sha256
 from medseg_trt.gpu import Gpu, listed_gpus
@@ -31,7 +32,7 @@ from medseg_trt.sessions.subprocess_session import ChildSession
 from medseg_trt.spec import BuildSpec
 
 GPU = Gpu(name="Fake GPU", sm="sm89", cuda="13.0", driver=None)
-EXACT, ROUNDED = f"{FOLDER}/fp32-rtx.plan", f"{FOLDER}/fp16-rtx.plan"
+EXACT, ROUNDED = f"{ENGINES_FOLDER}/fp32-rtx.plan", f"{ENGINES_FOLDER}/fp16-rtx.plan"
 Network = Callable[[np.ndarray], np.ndarray]
 
 
@@ -83,7 +84,7 @@ class Site:
         return try_engines(bundle, deployed, Engines(built=content.engines, rejected=()))
 
     def plans(self) -> set[str]:
-        return {f"{FOLDER}/{path.name}" for path in (self.folder / FOLDER).glob("*.plan")}
+        return {f"{ENGINES_FOLDER}/{path.name}" for path in (self.folder / ENGINES_FOLDER).glob("*.plan")}
 
 
 @pytest.fixture

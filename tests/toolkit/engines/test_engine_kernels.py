@@ -1,7 +1,7 @@
 import pytest
 
 from medseg_trt.engines import kernels as engine_kernels
-from medseg_trt.engines.kernels import FOLDER, FOR_PICTURES, add_kernels
+from medseg_trt.engines.kernels import FOR_PICTURES, KERNELS_FOLDER, add_kernels
 from medseg_trt.errors import DeviceError, MissingExtraError
 from medseg_trt.kernels import load
 from medseg_trt.kernels.library import open_library
@@ -16,7 +16,7 @@ ORIN = EngineSpec(library="tensorrt", targets=("sm87",))
 
 def test_the_kernels_of_a_bundle_are_found_for_every_later_gpu(tmp_path):
     assert add_kernels(tmp_path, SPEC) == ()
-    find_ptx = open_library(tmp_path / FOLDER)
+    find_ptx = open_library(tmp_path / KERNELS_FOLDER)
     for kernel in map(load, FOR_PICTURES):
         for entry in kernel.entries:
             for capability in (80, 86, 89, 120):
@@ -27,7 +27,7 @@ def test_the_kernels_of_a_bundle_are_found_for_every_later_gpu(tmp_path):
 
 def test_a_bundle_for_sm75_has_the_kernels_on_images_in_the_ptx_that_was_verified_for_sm80(tmp_path):
     assert add_kernels(tmp_path, TURING) == ()
-    find_ptx = open_library(tmp_path / FOLDER)
+    find_ptx = open_library(tmp_path / KERNELS_FOLDER)
     for kernel in map(load, FOR_PICTURES):
         for entry in kernel.entries:
             for_turing, for_ampere = (find_ptx(kernel, entry, capability, (13, 0)) for capability in (75, 86))

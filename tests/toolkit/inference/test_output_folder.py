@@ -11,7 +11,7 @@ from medseg_trt.errors import UsageError
 from medseg_trt.imaging.images import find_images
 from medseg_trt.inference.areas_table import AREAS
 from medseg_trt.inference.output_folder import name_limit, require_safe
-from medseg_trt.inference.resume import FOLDER, OVERLAYS
+from medseg_trt.inference.resume import OVERLAYS, RECORDS_FOLDER
 
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes | str]]:
@@ -47,7 +47,7 @@ def folder_of_overlays_elsewhere(out: Path, images: Path) -> None:
 
 
 def folder_of_records_elsewhere(out: Path, images: Path) -> None:
-    (out / FOLDER).symlink_to(images)
+    (out / RECORDS_FOLDER).symlink_to(images)
 
 
 def table_elsewhere(out: Path, images: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from medseg_trt.files import sha256
 from medseg_trt.inference.record_seal import KEY_FILE, record_key, seal, state_folder
-from medseg_trt.inference.resume import FOLDER, OVERLAYS, SEAL, Record, load_record, overlay_path, save_record
+from medseg_trt.inference.resume import OVERLAYS, RECORDS_FOLDER, SEAL, Record, load_record, overlay_path, save_record
 
 STEM = "a"
 KEY = bytes(range(32))
@@ -33,7 +33,7 @@ def record(tmp_path) -> Path:
     save_record(tmp_path, STEM, finished, KEY)
     assert load_record(tmp_path, STEM, "key", KEY) == finished
     assert load_record(tmp_path, STEM, "other key", KEY) is None
-    return tmp_path / FOLDER / "a.json"
+    return tmp_path / RECORDS_FOLDER / "a.json"
 
 
 def group_may_write(record: Path) -> None:
@@ -73,7 +73,7 @@ def folder(path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [linked, fifo, folder])
-@pytest.mark.parametrize("name", [f"{FOLDER}/a.json", "a.png", f"{OVERLAYS}/a.png"])
+@pytest.mark.parametrize("name", [f"{RECORDS_FOLDER}/a.json", "a.png", f"{OVERLAYS}/a.png"])
 def test_record_or_mask_that_is_no_regular_file_is_ignored(record, change: Callable[[Path], None], name):
     change(record.parents[1] / name)
     assert load_record(record.parents[1], STEM, "key", KEY) is None
@@ -109,7 +109,7 @@ def test_every_name_whose_mask_fits_has_a_record(tmp_path, record, stem):
     overlay_path(tmp_path, STEM).rename(overlay_path(tmp_path, stem))
     save_record(tmp_path, stem, finished, KEY)
     assert load_record(tmp_path, stem, "key", KEY) == finished
-    assert len(list((tmp_path / FOLDER).iterdir())) == 2
+    assert len(list((tmp_path / RECORDS_FOLDER).iterdir())) == 2
 
 
 def without_seal(fields: dict) -> None:
@@ -141,7 +141,7 @@ def test_record_without_a_valid_seal_of_the_user_is_ignored(record, change: Call
 
 def test_a_record_is_of_one_image(tmp_path, record):
     """Copied to another image's name, with that image's key inside, it would keep a wrong mask."""
-    for name in ("{}.png", f"{OVERLAYS}/{{}}.png", f"{FOLDER}/{{}}.json"):
+    for name in ("{}.png", f"{OVERLAYS}/{{}}.png", f"{RECORDS_FOLDER}/{{}}.json"):
         (tmp_path / name.format("b")).write_bytes((tmp_path / name.format("a")).read_bytes())
     assert load_record(tmp_path, "b", "key", KEY) is None
 

@@ -19,10 +19,10 @@ from tiny import make_checkpoint
 
 from medseg_trt.bench.timings import CUDA_EVENTS
 from medseg_trt.bundles.bundle import load_bundle
+from medseg_trt.bundles.manifest import ENGINES_FOLDER
 from medseg_trt.cli import cli
 from medseg_trt.engines import kernels as engine_kernels
 from medseg_trt.engines.choice import fitting_engine
-from medseg_trt.engines.fingerprint import FOLDER
 from medseg_trt.errors import DeviceError
 from medseg_trt.export.tensorrt.build import known_targets
 from medseg_trt.imaging.images import read_image
@@ -122,11 +122,11 @@ def engine_session(on_gpu: OnGpu, precision: str, *, graphs: bool) -> TensorRtSe
     bundle, device = load_bundle(on_gpu.bundle), open_device()
     trt = pytest.importorskip(BACKENDS[on_gpu.library].package)
     fingerprint = fitting_engine(bundle, on_gpu.library, trt.__version__, precision, device)
-    plan = (bundle.folder / FOLDER / fingerprint.plan).read_bytes()
+    plan = (bundle.folder / ENGINES_FOLDER / fingerprint.plan).read_bytes()
     if fingerprint.plugins:
         from medseg_trt.kernels.plugin import register
 
-        register(trt, open_library(bundle.folder / engine_kernels.FOLDER))
+        register(trt, open_library(bundle.folder / engine_kernels.KERNELS_FOLDER))
     engine = Engine(trt, on_gpu.library, plan, host_code=bool(fingerprint.plugins))
     return TensorRtSession(engine, device, on_gpu.library, f"{precision} engine", graphs=graphs)
 

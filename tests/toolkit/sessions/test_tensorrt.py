@@ -15,8 +15,9 @@ from fakes.trt import FakeContext, FakeEngine, FakeTrt
 from tiny import write_pictures
 
 from medseg_trt.bundles.bundle import MANIFEST, load_bundle
+from medseg_trt.bundles.manifest import ENGINES_FOLDER
 from medseg_trt.cli import cli, main
-from medseg_trt.engines.fingerprint import FOLDER, metadata_path, read_fingerprint
+from medseg_trt.engines.fingerprint import metadata_path, read_fingerprint
 from medseg_trt.errors import ArtefactError, DeviceError, UsageError
 from medseg_trt.files import sha256
 from medseg_trt.kernels import manifest as kernel_manifest
@@ -26,7 +27,7 @@ from medseg_trt.sessions import tensorrt
 from medseg_trt.sessions.open import open_session
 from medseg_trt.sessions.tensorrt_cache import KernelCache, cache_file
 
-PLAN = f"{FOLDER}/fp32-rtx.plan"
+PLAN = f"{ENGINES_FOLDER}/fp32-rtx.plan"
 
 
 @pytest.fixture(scope="session")
@@ -239,8 +240,10 @@ def test_an_engine_of_another_machine_is_explained_and_not_run(machine, tiny_bun
 def test_of_several_engines_the_fitting_one_is_taken(machine, tiny_bundle, tmp_path):
     folder = with_engine(tiny_bundle, tmp_path / "model.medseg", targets=("sm120",))
     fingerprint = read_fingerprint(folder / PLAN)
-    (folder / FOLDER / "second.plan").write_bytes(b"the second plan")
-    second = replace(fingerprint, plan="second.plan", sha256=sha256(folder / FOLDER / "second.plan"), targets=("sm89",))
+    (folder / ENGINES_FOLDER / "second.plan").write_bytes(b"the second plan")
+    second = replace(
+        fingerprint, plan="second.plan", sha256=sha256(folder / ENGINES_FOLDER / "second.plan"), targets=("sm89",)
+    )
     add_engine(folder, second)
     opened(folder).close()
     assert machine.trt.plans == [b"the second plan"]
@@ -269,7 +272,7 @@ def test_a_plan_whose_fingerprint_is_not_its_own_is_refused(machine, engine_bund
 def test_names_and_links_that_lead_out_of_the_bundle_are_refused(machine, engine_bundle, tmp_path, name):
     outside = tmp_path / "outside.plan"
     outside.write_bytes(b"a plan of somebody else")
-    os.symlink(outside, engine_bundle / FOLDER / "link.plan")
+    os.symlink(outside, engine_bundle / ENGINES_FOLDER / "link.plan")
     manifest = json.loads((engine_bundle / MANIFEST).read_text())
     manifest["files"][name] = {"sha256": sha256(outside), "bytes": outside.stat().st_size}
     (engine_bundle / MANIFEST).write_text(json.dumps(manifest))
