@@ -37,6 +37,10 @@ SLIDE_MB = 1500
 # Ray ships 16 images at a time and needs a processor of its own beside the actor; on one core it had 0.80 to 1.00.
 RAY_SPEED = 0.75
 RAY_WORK_S = 60.0  # a run that is shorter measures how the pool fills
+# A request's own work is reading a few lines and a PNG: half a millisecond measured, and 4.4 on a full machine. Images
+# beside each other use what one after another leaves of two cores, 1.33 measured. A tail that is three times the median
+# would mean that a small image waits for a whole batch or volume.
+SERVE_MS, SERVE_GAIN, SERVE_TAIL, SERVE_GROWTH_MB = 3.0, 1.2, 3.0, 20.0
 HOST_US = 40  # an engine of a millisecond is not to wait for Python: at most 4 % of it
 LAYER_BYTES = 96 * MIB  # libraries that only larger tensors make PyTorch use, and the memory allocator's slack
 
@@ -126,6 +130,16 @@ def host_cost(result: dict[str, Any]) -> list[str]:
     return [name for name, cost in result["microseconds"].items() if cost > HOST_US]
 
 
+def server(result: dict[str, Any]) -> list[str]:
+    mixed, (_, settled_mb, _, last_mb) = result["mixed"], result["mixed"]["memory_mb"]
+    failed = [name for name in ("wrong", "lost", "refused") if mixed[name]]
+    failed += ["overhead"] if result["single"]["p50_ms"] - result["one_after_another_ms"] > SERVE_MS else []
+    failed += ["throughput"] if result["throughput_ratio"] < SERVE_GAIN else []
+    failed += ["memory"] if last_mb - settled_mb > SERVE_GROWTH_MB else []
+    loads = ("without a volume", "with a volume")
+    return failed + [name for name in loads if result[name]["p99_ms"] > SERVE_TAIL * result[name]["p50_ms"]]
+
+
 CHECKS: list[tuple[str, Callable[[dict[str, Any]], list[str]]]] = [
     ("bench_cpu", speed_on_a_cpu),
     ("bench_cpu", memory_of_infer),
@@ -137,6 +151,7 @@ CHECKS: list[tuple[str, Callable[[dict[str, Any]], list[str]]]] = [
     ("ray_recovery", recovery_on_ray),
     ("bench_block", cost_of_the_affine_rung),
     ("host_cost", host_cost),
+    ("serve", server),
     ("block_extract_memory", memory_of_extract),
 ]
 
@@ -189,6 +204,12 @@ def test_a_stored_result_keeps_its_limits(name, failed):
         ("ray_recovery", recovery_on_ray, ("same_bytes",), False),
         ("ray_recovery", recovery_on_ray, ("masks_at_kill",), 0),
         ("ray_recovery", recovery_on_ray, ("masks",), 1),
+        ("serve", server, ("mixed", "wrong"), 1),
+        ("serve", server, ("mixed", "lost"), 1),
+        ("serve", server, ("one_after_another_ms",), 13.4),  # 4.4 ms, as on a full machine
+        ("serve", server, ("throughput_ratio",), 1.11),
+        ("serve", server, ("with a volume", "p99_ms"), 4400.0),
+        ("serve", server, ("mixed", "memory_mb"), [380.0, 383.0, 421.0, 404.0]),
         ("block_extract_memory", memory_of_extract, ("rows", 0, "added_bytes"), 2 << 30),
     ],
 )
