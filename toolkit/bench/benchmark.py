@@ -115,7 +115,7 @@ def bench(spec: Bench, scratch: Path) -> Measured:
         batch = np.resize(image, (spec.batch, *image.shape[1:]))
         case, timed = _end_to_end_case(bundle, cases, first, folder)
         images = cases.images(shapes, timed)  # while generated noise is still on the disk
-        augmentation = _augmentation(spec.tta, accepted, cases, bundle)
+        augmentation = _augmentation(spec.tta, accepted, cases, bundle, warnings)
         measured = partial(time_all, accepted, timings, batch, case, spec.tier, spec.throughput_batches)
         ended = _ends_early(partial(measured, spec.device.number))
         devices = {name: (session.device, session.description) for name, session in sessions.items()}
@@ -181,14 +181,21 @@ def _compare(
 
 
 def _augmentation(
-    tta: str | None, accepted: Mapping[str, MeasuredSession], cases: MeasuredCases, bundle: Bundle
+    tta: str | None, accepted: Mapping[str, MeasuredSession], cases: MeasuredCases, bundle: Bundle, warnings: list[str]
 ) -> AugmentationGain | None:
-    """Measure test-time augmentation with the bundle's first row whose masks hold, else with the reference."""
+    """Measure test-time augmentation with the bundle's first row whose masks hold, else with the reference.
+
+    If that fails, a warning says why, and the report goes on.
+    """
     if tta is None:
         return None
     name = ([*accepted][1:] or [*accepted])[0]
     LOG.info("tta %s with %s", tta, name)
-    return augmentation_gain(tta, name, accepted[name].run, cases.read(), bundle)
+    try:
+        return augmentation_gain(tta, name, accepted[name].run, cases.read(), bundle)
+    except MedsegError as error:  # such as too little memory
+        warnings.append(f"not measured: {error}")
+        return None
 
 
 def _max_dice_drop(spec: Bench, bundle: Bundle) -> float:

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import sys
 from collections import defaultdict
@@ -13,7 +14,7 @@ from click.testing import CliRunner
 from measured_here import SHORT, MeasuredHere
 from tiny import write_pictures, write_volumes
 
-from medseg_trt.bench import benchmark, candidates, peaks, profiling, timings
+from medseg_trt.bench import augmentation, benchmark, candidates, peaks, profiling, timings
 from medseg_trt.bench.accuracy_schema import Verdict
 from medseg_trt.bench.benchmark import ENDED, Bench, bench
 from medseg_trt.bench.missing import Missing
@@ -24,7 +25,7 @@ from medseg_trt.bench.timed_session import MeasuredSession
 from medseg_trt.bench.timing_schema import SCOPES, Latency, Speedup
 from medseg_trt.bundles.bundle import load_bundle
 from medseg_trt.cli import cli, main
-from medseg_trt.errors import AccuracyGateError, MedsegError, MissingExtraError, UsageError
+from medseg_trt.errors import AccuracyGateError, DeviceError, MedsegError, MissingExtraError, UsageError
 from medseg_trt.files import write_json
 from medseg_trt.sessions.backends import BACKENDS
 from medseg_trt.spec import to_dict
@@ -127,6 +128,21 @@ def test_the_gain_and_the_cost_of_augmentation_are_measured_on_the_same_slices(t
     assert str(gain).startswith(f"tta flips with {gain.network}: Dice {gain.before:.4f} → ")
     with pytest.raises(UsageError, match="no test-time augmentation"):
         measured_report(of(tiny_bundle, data, tta="shear"), tmp_path)
+
+
+@pytest.mark.usefixtures("measured_here")
+def test_augmentation_that_finds_no_memory_is_a_warning_and_all_rows_are_measured(
+    tiny_bundle, data, tmp_path, monkeypatch
+):
+    def fails(_batch):
+        raise DeviceError("fake: the GPU has not enough memory")
+
+    monkeypatch.setattr(augmentation, "averaged", lambda *_: fails)
+    report = measured_report(of(tiny_bundle, data, tta="flips"), tmp_path)
+    assert report.augmentation is None
+    (warning,) = (text for text in report.warnings if "tta" in text)
+    assert re.fullmatch(r"not measured: tta flips with .*: fake: the GPU has not enough memory", warning)
+    assert all(isinstance(row.latency["model"], Latency) for row in report.rows)
 
 
 @pytest.mark.usefixtures("measured_here")
