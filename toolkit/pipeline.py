@@ -223,6 +223,8 @@ def _as_asked(bundles: Sequence[Bundle], postprocess: bool, tiles: Tiles | None)
     is_left_out = len(bundles) > 1 or not is_as_recorded(tiles, preprocessing)
     if postprocess and is_left_out and any(bundle.postprocessing for bundle in bundles):
         LOG.warning("masks are not post-processed: the steps were learnt on one network's masks of %s", parts)
+    if bundles[0].content.guard is None and any(bundle.content.guard for bundle in bundles):
+        LOG.warning("images are not compared with the training images: the first bundle does not say what these were")
     raw_masks = bundles[0].raw_masks or not postprocess or len(bundles) > 1
     return replace(bundles[0], raw_masks=raw_masks, tiles=tiles)
 

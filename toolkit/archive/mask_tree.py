@@ -29,7 +29,7 @@ from medseg_trt.archive.skipped_table import require_own_tables, write_skipped
 from medseg_trt.bundles.bundle import Bundle
 from medseg_trt.errors import InputError, UsageError
 from medseg_trt.files import PARTIAL, remove_abandoned
-from medseg_trt.imaging.images import MASK_SUFFIXES, Image, Mask, Source
+from medseg_trt.imaging.images import MASK_SUFFIXES, Image, Mask, Source, file_stem
 from medseg_trt.imaging.slide_mask import SlideMask
 from medseg_trt.inference.areas_table import AREAS, AreaTable, unusual_reason
 from medseg_trt.inference.output_folder import require_own_folders
@@ -200,9 +200,10 @@ class MaskTree(MaskFolder):
         return super().slide_mask_path(source)
 
     def name_of(self, source: Source, mask: Mask | SlideMask) -> str:
-        """Return the path of an image below the input, with slashes."""
+        """Return the path of an image below the input, with slashes; its mask's, if that has other names."""
         folder, slash, name = source.stem.rpartition("/")
-        return f"{folder}{slash}{name if source.is_series or mask.stem == name else source.path.name}"
+        is_named_by_file = not source.is_series and name == file_stem(source.path)
+        return f"{folder}{slash}{source.path.name}" if is_named_by_file else source.stem
 
     def write(self, source: Source, image: Image, mask: Mask, bundle: Bundle) -> bool:
         """Write the files of one image; return False if the image is refused."""
@@ -319,7 +320,7 @@ class MaskTree(MaskFolder):
             made_by: bundle, back-end and options of the masks; others do not count.
         """
         refused = sorted(unusable, key=lambda item: item.position)
-        without_mask, missing = {item.position for item in refused}, list[int]()
+        without_mask, missing, num_unusual = {item.position for item in refused}, list[int](), 0
         with closing(AreaTable()) as table:
             for position, source in self.plan.of(None).numbered():
                 if position in without_mask:
@@ -329,9 +330,12 @@ class MaskTree(MaskFolder):
                     missing.append(position)
                 else:
                     table.add(f"{source.stem}{record.mask_suffix}", record.areas)
+                    num_unusual += unusual_reason(record.areas) is not None
             if not missing:
                 self._write_tables(table, refused)
                 self.is_joined = True
+                if self._part is None:  # the part that ends last joins the others' tables, and reports on itself
+                    self.num_unusual = num_unusual
         return missing
 
     def _write_tables(self, table: AreaTable | None, unusable: Sequence[PartRefused]) -> None:

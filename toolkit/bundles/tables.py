@@ -18,6 +18,8 @@ def choice(bundle: Bundle) -> str:
     if first.median_ms is None:
         return "nothing was timed at the build, so the first row is not known to be the fastest"
     text = f"the first row passed its check and took {first.median_ms:.2f} ms an image at the build"
+    if first.streams > 1:
+        text += f"; many images run {first.streams} beside each other"
     lower = [item for item in bundle.content.executions if bundle.variant(item).precision not in FLOAT_PRECISIONS]
     timed = [item.median_ms for item in lower if item.median_ms is not None]
     if first in lower or not timed:

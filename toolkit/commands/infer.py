@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, cast
 
 import click
+from click.core import ParameterSource
 
 from medseg_trt.commands.archive_options import ArchiveOptions, archive_options
 from medseg_trt.commands.help import ExampleCommand
@@ -24,7 +25,7 @@ from medseg_trt.commands.options import (
     verify_option,
 )
 from medseg_trt.errors import InputError, UsageError
-from medseg_trt.progress import plural, printable
+from medseg_trt.progress import LOG, plural, printable
 from medseg_trt.spec import SLICES_PER_BATCH
 
 if TYPE_CHECKING:
@@ -44,6 +45,21 @@ class SessionOptions(TypedDict):
     precision: str | None
     batch: int
     threads: int | None
+
+
+NOT_OF_JOIN = (  # options that say how masks are made
+    *("backend", "precision", "batch", "threads", "device", "rebuild"),
+    *("tta", "tile", "overlap", "mpp", "postprocess", "overlay", "mask_format", "resume"),
+)
+
+
+def _warn_beside_join() -> None:
+    """Name the options that have no effect, as those of a part's command that was typed again."""
+    context = click.get_current_context()
+    given = [name for name in NOT_OF_JOIN if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    options = [option.opts[-1] for option in context.command.params if option.name in given]
+    if options:
+        LOG.warning("--join writes the tables of the parts as they were run, without regard to %s", ", ".join(options))
 
 
 def _backends() -> list[str]:
@@ -151,6 +167,7 @@ def infer(
         return f"{written.num_masks} of {plural(written.num_sources, 'image')} done" if written.num_masks else None
 
     if archive.join:
+        _warn_beside_join()
         cast("MaskTree", written).join(inputs, load_bundle(bundle, verify_key))
     elif archive.ray_address is not None:
         from medseg_trt.archive.ray_run import run_on_ray

@@ -61,7 +61,8 @@ def slice_features(
     low, width = p.window[0], p.window[1] - p.window[0]
     height, columns = pixels.shape[:2]
     step = max(1, round(sqrt(height * columns / MAX_COUNTED)))
-    few = (pixels[step // 2 :: step, step // 2 :: step].astype(np.float64) - low) / width
+    first_row, first_column = (min(step // 2, side - 1) for side in (height, columns))
+    few = (pixels[first_row::step, first_column::step].astype(np.float64) - low) / width
     grey = few.mean(axis=2).clip(*CUT)
     body = grey[grey > BODY_FROM]
     seen = resize(clip_and_scale(_reduced(pixels, p), p), p.image_size, "linear_antialias").mean(axis=0)

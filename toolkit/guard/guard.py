@@ -125,14 +125,19 @@ def unusual_slices(guard: Guard, slices: Sequence[SliceFeatures], preprocessing:
         return None
     typical = np.median(distances, axis=0)
     order = np.argsort(-typical, kind="stable")
-    far = [NAMES[index] for index in order if typical[index] > guard.limit] or [NAMES[order[0]]]
+    far = [NAMES[index] for index in order if typical[index] > guard.limit]
+    shown = vectors
+    if not far:  # the slices differ in various features: name the one in which most of them do, and how these do
+        is_far = distances > guard.limit
+        most = int(is_far.sum(axis=0).argmax())
+        far, shown = [NAMES[most]], vectors[is_far[:, most]]
     inverted = "similarity" in far and np.mean([is_inverted(slice_, template) for slice_ in slices]) > 0.5
     if inverted:
         far = ["similarity", *(name for name in far if name not in (*TURNS, "similarity"))]
     reasons: dict[str, str] = {}
     for name in far:
         index = NAMES.index(name)
-        reasons.setdefault(GROUPS[name], _reason(name, float(np.median(vectors[:, index])), guard, preprocessing))
+        reasons.setdefault(GROUPS[name], _reason(name, float(np.median(shown[:, index])), guard, preprocessing))
     return ("inverted intensities: " if inverted else "") + "; ".join(reasons.values())
 
 

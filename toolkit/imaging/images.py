@@ -195,6 +195,11 @@ def output_stem(image: "Path | Source | Image | Mask") -> str:
     return image.name[: len(image.name) - len(suffix_of(image) or image.suffix)]
 
 
+def file_stem(path: Path) -> str:
+    """Return the name of a single file's output files: as ``output_stem``, but whole where no known suffix ends it."""
+    return path.name if suffix_of(path) is None else output_stem(path)
+
+
 def natural_key(name: str) -> tuple[list[str | int], str]:
     """Return a sort key that compares digits as numbers: ``img2`` before ``img10``."""
     parts = re.split(r"(\d+)", name.lower())
@@ -274,7 +279,7 @@ def source_of_file(path: Path) -> Source:
     """
     if kind_of(path) is None:
         _reader(path)  # raises with the reason
-    return Source(path=path, files=(path,), stem=path.name if suffix_of(path) is None else output_stem(path))
+    return Source(path=path, files=(path,), stem=file_stem(path))
 
 
 def _only(path: Path) -> Source:

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from medseg_trt.files import atomic_file, folder_lock
-from medseg_trt.imaging.images import MASK_SUFFIXES, Mask, output_stem, suffix_of
+from medseg_trt.imaging.images import MASK_SUFFIXES, Mask, file_stem
 from medseg_trt.imaging.slide_mask import SlideMask
 from medseg_trt.inference.csv_table import Row, inert_row, require_table, stored_rows
 from medseg_trt.progress import printable, unicode_text
@@ -111,7 +111,7 @@ class _MasksOnDisk:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts:
             return
-        stem = path.name if suffix_of(Path(name)) is None else output_stem(Path(name))
+        stem = file_stem(Path(name))
         for suffix in MASK_SUFFIXES:
             yield from self._files(path.with_name(f"{stem}{suffix}"))
 

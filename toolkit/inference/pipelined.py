@@ -255,9 +255,15 @@ def has_foreign_values(image: Image, preprocessing: Preprocessing) -> bool:
 
 
 def _unusual(image: Image, bundle: Bundle) -> str | None:
-    """Compare an image with the training images, and say in one line where it is far outside."""
-    if (reason := bundle.unusual(image)) is not None:
-        LOG.warning("%s is unlike the training images: %s", image.stem or image.path.name, reason)
+    """Compare an image with the training images, and say in one line where it is far outside; that costs no mask."""
+    name = image.stem or image.path.name
+    try:
+        reason = bundle.unusual(image)
+    except Exception as error:
+        LOG.warning("%s is not compared with the training images: %s: %s", name, type(error).__name__, error)
+        return None
+    if reason is not None:
+        LOG.warning("%s is unlike the training images: %s", name, reason)
     return reason
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from medseg_trt.bundles.bundle import Bundle, is_signed
 from medseg_trt.bundles.manifest import Execution
 from medseg_trt.devices import AUTO, ComputeDevice
-from medseg_trt.errors import ArtefactError, MedsegError, MissingExtraError, UsageError
+from medseg_trt.errors import ArtefactError, DeviceError, MedsegError, MissingExtraError, UsageError
 from medseg_trt.gpu import find_gpu
 from medseg_trt.imaging.preprocess import prepare, restore
 from medseg_trt.machine import cores, cpu_quota
@@ -63,7 +63,7 @@ def open_session(
     """
     execution = choose(bundle, backend, precision, device)
     threads = threads or cpu_quota()
-    streams = min(execution.streams, threads or cores()) if num_images >= MIN_IMAGES_FOR_STREAMS else 1
+    streams = min(execution.streams, threads or cores(), cores()) if num_images >= MIN_IMAGES_FOR_STREAMS else 1
 
     def checked(streams: int) -> Session:
         session = open_execution(bundle, execution, threads, cuda=device.number, streams=streams)
@@ -78,18 +78,19 @@ def open_session(
 
     def opened() -> Session:
         alone = checked(streams=1)
-        if streams == 1:
+        if streams == 1 or not BACKENDS[execution.backend].streams:
             return alone
         with ExitStack() as unused:
-            unused.push(alone)
-            beside = unused.enter_context(checked(streams))
-            is_equal = have_equal_bits(alone, beside, bundle.preprocessing.image_size, batch=1)
+            try:
+                beside = unused.enter_context(checked(streams))
+                if not have_equal_bits(alone, beside, bundle.preprocessing.image_size, batch=1):
+                    raise ArtefactError("it gives other last bits on fewer cores")
+            except (ArtefactError, DeviceError, MemoryError) as error:  # what one image at a time does not need
+                LOG.info("%s runs one image at a time: %s", alone.description, error)
+                return alone
             unused.pop_all()
-        chosen, other = (beside, alone) if is_equal else (alone, beside)
-        other.close()
-        if not is_equal:
-            LOG.info("%s gives other last bits on fewer cores, so one image runs at a time", chosen.description)
-        return chosen
+        alone.close()
+        return beside
 
     if BACKENDS[execution.backend].gpu:
         session = opened()  # the libraries of a GPU are bound to one thread, and map more memory than they use

@@ -52,8 +52,9 @@ def test_parts_run_as_nnu_net_s_do_and_are_joined(tiny_bundle, tmp_path):
     ]
     assert [(part["masks"], part["joined"]) for part in parts] == [(2, False), (1, True)]
     (tmp_path / "out" / "areas.csv").unlink()
-    joined = infer(*common, "-o", tmp_path / "out", "--join")
+    joined = infer(*common, "-o", tmp_path / "out", "--join", "--tta", "flips")
     assert joined.exit_code == 0, joined.output
+    assert "without regard to --backend, --tta" in joined.stderr
     assert json.loads(joined.stdout)["masks"] == whole["masks"]
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 

@@ -9,6 +9,7 @@ import pytest
 from tiny import picture
 
 from medseg_trt.errors import ArtefactError
+from medseg_trt.guard.features import NAMES
 from medseg_trt.guard.guard import FeatureRange, Guard, unusual
 from medseg_trt.guard.learn import FALSE_ALARMS, learn_guard
 from medseg_trt.imaging.images import Image
@@ -157,3 +158,17 @@ def test_a_stored_guard_is_the_same_and_a_damaged_one_is_refused(guard):
 def test_a_range_that_cannot_be_one_is_refused(numbers):
     with pytest.raises(ValueError, match="the range of a feature lies within ±1000"):
         FeatureRange(**dict(zip(("low", "high", "spread"), numbers, strict=True)))
+
+
+def test_slices_that_differ_each_in_another_feature_are_given_a_reason_that_holds(guard, monkeypatch):
+    """All medians are within the limit then; the reason was of the first feature, whatever its value."""
+    image = scan(9, slices=3)
+    names = ["roughness", "stripes", "colour"]
+    rows = iter([[(guard.limit + 1) * (name == far) for name in NAMES] for far in names])
+    monkeypatch.setattr(Guard, "distances", lambda *_: np.array(next(rows)))
+    assert (unusual(guard, image, CT) or "").startswith("colour")
+
+
+@pytest.mark.parametrize("size", [(1, 40_000), (40_000, 1)])
+def test_an_image_of_one_row_or_column_is_compared(guard, size):
+    assert unusual(guard, Image(path=Path("line"), pixels=np.zeros((1, *size, 1), np.uint8)), CT) is not None

@@ -9,8 +9,8 @@ import pytest
 from tiny import write_pictures
 
 from medseg_trt import pipeline
-from medseg_trt.bundles.bundle import load_bundle
-from medseg_trt.errors import DeviceError
+from medseg_trt.bundles.bundle import Bundle, load_bundle
+from medseg_trt.errors import ArtefactError, DeviceError
 from medseg_trt.imaging.images import find_images, read_image
 from medseg_trt.inference import pipelined
 from medseg_trt.inference.outcomes import Segmented
@@ -92,6 +92,7 @@ def bundle_with_streams(tiny_bundle, monkeypatch):
     best = next(execution for execution in bundle.content.executions if execution.backend == "openvino")
     monkeypatch.setattr(sessions_open, "choose", lambda *_: replace(best, streams=4))
     monkeypatch.setattr(sessions_open, "have_equal_bits", lambda *_, **__: True)
+    monkeypatch.setattr(sessions_open, "cores", lambda: 4)
     return bundle
 
 
@@ -132,3 +133,29 @@ def test_no_streams_are_opened_where_an_image_has_several_runs(bundle_with_strea
     for asked in ({"tta": tta, "tiles": tiles}, {}):
         assert len(list(pipeline.infer([folder], bundle_with_streams, threads=2, **asked))) == len(images)
     assert [session.streams for session in opened] == [1, 2]
+
+
+@pytest.mark.parametrize("error", [ArtefactError("it is refused"), MemoryError()])
+def test_streams_that_cannot_be_opened_leave_one_image_at_a_time(bundle_with_streams, monkeypatch, caplog, error):
+    opened, original = [], sessions_open.open_execution
+
+    def open_once(*arguments, streams=1, **options):
+        if streams > 1:
+            raise error
+        opened.append(streams)
+        return original(*arguments, streams=streams, **options)
+
+    monkeypatch.setattr(sessions_open, "open_execution", open_once)
+    caplog.set_level("INFO", "medseg_trt")
+    with open_session(bundle_with_streams, threads=2, num_images=MANY) as session:
+        assert session.streams == 1
+        assert session.run(bundle_with_streams.golden()[0]) is not None
+    assert "runs one image at a time" in caplog.text
+    assert opened == [1]
+
+
+def test_an_error_of_the_guard_costs_no_mask(tiny_bundle, images, monkeypatch, caplog):
+    monkeypatch.setattr(Bundle, "unusual", lambda *_: {}["dark"])
+    outcomes = list(segment_many(images[:2], Meeting(1), load_bundle(tiny_bundle), batch=1))
+    assert [type(outcome) for outcome in outcomes] == [Segmented] * 2
+    assert "is not compared with the training images: KeyError: 'dark'" in caplog.text

@@ -217,3 +217,17 @@ def test_output_folder_inside_the_bundle_is_refused(inside, tiny_bundle, images,
     with pytest.raises(UsageError, match="is in the bundle"):
         infer_to_folder([images], bundle, bundle / inside, on_error=unexpected)
     assert sorted(path.name for path in bundle.iterdir()) == before
+
+
+def test_a_mask_is_not_kept_where_the_voxels_beside_a_header_have_changed(tiny_bundle, tmp_path):
+    header = tmp_path / "in" / "v.nhdr"
+    header.parent.mkdir()
+    lines = ("NRRD0004", "type: uchar", "dimension: 2", "sizes: 52 40", "encoding: raw", "data file: v.raw", "")
+    header.write_text("\n".join(lines), encoding="ascii")
+    kept: list[int] = []
+    for value in (0, 255, 255):
+        header.with_name("v.raw").write_bytes(bytes([value]) * 52 * 40)
+        kept.append(
+            infer_to_folder([header.parent], tiny_bundle, tmp_path / "out", resume=True, on_error=unexpected).kept
+        )
+    assert kept == [0, 0, 1]
