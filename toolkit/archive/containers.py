@@ -158,9 +158,16 @@ class _TarMembers:
                     start = tar.offset
                     tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # it keeps all of them otherwise
                     self._note(info)
+                self._require_end(tar.offset)
         except BaseException:
             self._file.close()
             raise
+
+    def _require_end(self, position: int) -> None:
+        """Refuse what is not zeros after the last member: tarfile takes a damaged header for the end."""
+        self._file.seek(position)
+        if self._file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+            raise ValueError("a header is damaged or cut short")
 
     def _note(self, info: tarfile.TarInfo) -> None:
         if info.isdir():
