@@ -3,15 +3,19 @@
 import tarfile
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
-from archive_runs import planned, reasons, save_picture
+from archive_runs import planned, reasons, save_picture, save_slices, slices
+from dicoms import dataset, placed, save
 
 from medseg_trt.archive.containers import Container
+from medseg_trt.imaging.listing import DICOM_WITHOUT_IMAGE, OTHER_KIND
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 NAMES = [f"{number}.png" for number in range(4)]
 LONG = "long" * 30 + ".png"  # GNU and pax write a header of its own for it
+PRIVATE = "1.3.12.2.1107.5.9.1"  # Siemens' class of objects that are not images
 
 
 def tarred(tmp_path: Path, kind: str, names: list[str]) -> tuple[Path, int, int]:
@@ -55,3 +59,46 @@ def test_a_complete_tar_file_is_read_however_it_ends(tmp_path, kind, end):
     path.write_bytes(endings[end])
     with closing(Container(path)) as container:
         assert [member.name for member in container.members()] == names
+
+
+def pixelless(path: Path, **elements: Any) -> Path:
+    """Write a private object that holds no pixels, as scanners add to their series."""
+    described = dataset(slices(0)[0], SOPClassUID=PRIVATE, Rows=None, Columns=None, PixelData=None, **elements)
+    return save(path, described)
+
+
+def test_dicom_without_pixels_has_a_row_at_every_run(tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    save_slices([folder / "ct" / str(index) for index in range(3)], slices(4))
+    pixelless(folder / "ct" / "private")
+    row = {"private": (DICOM_WITHOUT_IMAGE, False)}
+    for _ in range(2):
+        assert reasons([folder], out) == row
+        assert planned([folder], out) == {"ct": ("0", "1", "2")}
+    save_picture(folder / "ct" / "new.png")  # the folder is grouped again
+    assert reasons([folder], out) == row
+    (folder / "ct" / "private").unlink()
+    assert reasons([folder], out) == {}
+
+
+def test_dicom_without_pixels_in_a_series_over_several_folders_has_a_row(tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    save_slices([folder / "a" / str(index) for index in range(3)], slices(4), StudyInstanceUID="1.2.3")
+    pixelless(folder / "b" / "private", StudyInstanceUID="1.2.3", **placed(corner=(1, 2, 3)))
+    first = planned([folder], out)
+    assert [*first.values()] == [("0", "1", "2")]
+    assert reasons([folder], out) == {"private": (DICOM_WITHOUT_IMAGE, False)}
+    save_picture(folder / "new.png")  # all is grouped again
+    assert planned([folder], out) == first | {"new": ("new.png",)}
+    assert reasons([folder], out) == {"private": (DICOM_WITHOUT_IMAGE, False)}
+
+
+def test_the_voxels_of_a_header_that_was_removed_have_a_row(tmp_path):
+    folder = tmp_path / "in"
+    save_picture(folder / "a.png")
+    (folder / "v.raw").write_bytes(bytes(16))
+    header = folder / "v.nhdr"
+    header.write_text("NRRD0004\ntype: short\ndimension: 3\nsizes: 2 2 2\nencoding: raw\ndata file: v.raw\n", "ascii")
+    assert reasons([folder], tmp_path / "out") == {}
+    header.unlink()
+    assert reasons([folder], tmp_path / "out") == {"v.raw": (OTHER_KIND, False)}
