@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 from archive_runs import planned, reasons, save_picture, save_slices, slices
-from dicoms import dataset, placed, save
+from dicoms import CT, dataset, placed, save
+from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless
 
 from medseg_trt.archive.containers import Container
+from medseg_trt.archive.request import Condition
 from medseg_trt.imaging.listing import DICOM_WITHOUT_IMAGE, OTHER_KIND
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -102,3 +104,10 @@ def test_the_voxels_of_a_header_that_was_removed_have_a_row(tmp_path):
     assert reasons([folder], tmp_path / "out") == {}
     header.unlink()
     assert reasons([folder], tmp_path / "out") == {"v.raw": (OTHER_KIND, False)}
+
+
+def test_conditions_hold_for_attributes_of_the_file_meta_information(tmp_path):
+    save_slices([tmp_path / "in" / "ct" / str(index) for index in range(3)], slices(4))
+    for uid, found in ((ExplicitVRLittleEndian, ["ct"]), (JPEG2000Lossless, [])):
+        where = (Condition.parse(f"TransferSyntaxUID={uid}"), Condition.parse(f"MediaStorageSOPClassUID={CT}"))
+        assert [*planned([tmp_path / "in"], tmp_path / "out", where=where)] == found
