@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from archive_runs import planned, reasons, save_picture, save_slices, slices
+from archive_runs import planned, reasons, rows_of, save_picture, save_slices, slices
 from dicoms import CT, dataset, placed, save
 from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless
 
 from medseg_trt.archive.containers import Container
+from medseg_trt.archive.grouping import SKIPPED
+from medseg_trt.archive.plan import Skipped
 from medseg_trt.archive.request import Condition
+from medseg_trt.archive.skipped_table import require_own_tables, write_skipped
 from medseg_trt.imaging.listing import DICOM_WITHOUT_IMAGE, OTHER_KIND
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -111,3 +114,13 @@ def test_conditions_hold_for_attributes_of_the_file_meta_information(tmp_path):
     for uid, found in ((ExplicitVRLittleEndian, ["ct"]), (JPEG2000Lossless, [])):
         where = (Condition.parse(f"TransferSyntaxUID={uid}"), Condition.parse(f"MediaStorageSOPClassUID={CT}"))
         assert [*planned([tmp_path / "in"], tmp_path / "out", where=where)] == found
+
+
+def test_a_table_with_the_longest_lines_is_replaced_by_the_next_run(tmp_path):
+    long = "é\x1b" * 200_000
+    write_skipped(tmp_path, [Skipped(file=long, reason=f"{long} is too long", refused=True)])
+    require_own_tables(tmp_path)
+    (row,) = rows_of(tmp_path / SKIPPED)
+    assert row["file"].startswith("é\\x1bé")
+    assert row["reason"].startswith("é\\x1bé")
+    assert row["reason"].endswith("é\\x1b is too long")
