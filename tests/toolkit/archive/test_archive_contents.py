@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from archive_runs import planned, reasons, rows_of, save_picture, save_slices, slices
 from dicoms import CT, dataset, placed, save
+from pydicom.dataset import Dataset
+from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless
 
 from medseg_trt.archive.containers import Container
@@ -124,3 +126,14 @@ def test_a_table_with_the_longest_lines_is_replaced_by_the_next_run(tmp_path):
     assert row["file"].startswith("é\\x1bé")
     assert row["reason"].startswith("é\\x1bé")
     assert row["reason"].endswith("é\\x1b is too long")
+
+
+@pytest.mark.parametrize("records", [False, True])
+def test_a_dicomdir_that_names_no_file_is_refused(tmp_path, records):
+    described = dataset(slices(0)[0])
+    if records:
+        described.DirectoryRecordSequence = Sequence([Dataset()])
+    path = save(tmp_path / "cd" / "DICOMDIR", described)
+    (reason, is_error) = reasons([path], tmp_path / "out")["DICOMDIR"]
+    assert is_error
+    assert reason == f"{path} names no file; give its folder with --tree, or rename it if it is an image"
