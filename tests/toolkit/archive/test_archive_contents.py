@@ -1,9 +1,13 @@
 """What an archive holds and is not segmented has a row with the reason; nothing is lost in silence."""
 
+import errno
+import os
 import tarfile
 from contextlib import closing
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from archive_runs import planned, reasons, rows_of, save_picture, save_slices, slices
@@ -12,11 +16,13 @@ from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless
 
+from medseg_trt.archive import containers
 from medseg_trt.archive.containers import Container
 from medseg_trt.archive.grouping import SKIPPED
 from medseg_trt.archive.plan import Skipped
 from medseg_trt.archive.request import Condition
 from medseg_trt.archive.skipped_table import require_own_tables, write_skipped
+from medseg_trt.errors import UsageError
 from medseg_trt.imaging.listing import DICOM_WITHOUT_IMAGE, OTHER_KIND
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
@@ -137,3 +143,15 @@ def test_a_dicomdir_that_names_no_file_is_refused(tmp_path, records):
     (reason, is_error) = reasons([path], tmp_path / "out")["DICOMDIR"]
     assert is_error
     assert reason == f"{path} names no file; give its folder with --tree, or rename it if it is an image"
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_no_space_for_a_copy_of_a_member_is_not_called_damage(tmp_path, monkeypatch, code):
+    path, _, _ = tarred(tmp_path, "gnu", NAMES)
+    monkeypatch.setattr(containers, "_copy", MagicMock(side_effect=OSError(code, os.strerror(code))))
+    with closing(Container(path)) as container, pytest.raises(UsageError) as caught:
+        container.copy("0.png", tmp_path / "copy")
+    assert str(caught.value) == (
+        f"no copy of {path}/0.png can be written into {gettempdir()}: {os.strerror(code)}; free some space, or choose "
+        "another folder with TMPDIR"
+    )
