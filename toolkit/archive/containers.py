@@ -4,6 +4,7 @@ A member is copied into a private temporary folder while its image is read. Name
 devices and encrypted members are never copied. Python's list of members takes about 500 bytes each.
 """
 
+import errno
 import os
 import re
 import stat
@@ -15,11 +16,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from tempfile import gettempdir
 from threading import Lock
 from typing import IO, Any
 
 from medseg_trt.archive.object_store import ObjectFolder, is_object_path
-from medseg_trt.errors import InputError
+from medseg_trt.errors import InputError, UsageError
 from medseg_trt.files import CHUNK_BYTES
 
 MAX_MEMBERS = 1 << 20
@@ -35,6 +37,7 @@ COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".
 LEADS_OUT = "its name leads out of the archive"
 DAMAGED = "cannot be read from the archive: {}; make it again"
 TOO_LONG = "its name is longer than one on a disk can be"
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # zipfile inflates the others without a limit
 EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)  # types of headers that hold records
 RECORD = re.compile(rb"([1-9][0-9]{0,6}) [^=\n]{1,256}=")  # the beginning of one: its length, and a keyword
@@ -77,11 +80,17 @@ class Container:
 
         Raises:
             InputError: it is damaged, encrypted, or longer than it states.
+            UsageError: there is no space for the copy.
         """
         try:
             with self._lock, self._archive.open(name) as source, target.open("xb") as file:
                 _copy(source, file, MAX_MEMBER_BYTES if limit is None else limit, limit is not None)
         except (OSError, EOFError, ValueError, RuntimeError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+            if isinstance(error, OSError) and error.errno in NO_SPACE:
+                raise UsageError(
+                    f"no copy of {self.path / name} can be written into {gettempdir()}: {error.strerror}; free some "
+                    "space, or choose another folder with TMPDIR"
+                ) from error
             raise InputError(f"{self.path / name} {self._archive.FAILURE.format(error)}") from error
 
     @contextmanager
@@ -158,9 +167,16 @@ class _TarMembers:
                     start = tar.offset
                     tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # it keeps all of them otherwise
                     self._note(info)
+                self._require_end(tar.offset)
         except BaseException:
             self._file.close()
             raise
+
+    def _require_end(self, position: int) -> None:
+        """Refuse what is not zeros after the last member: tarfile takes a damaged header for the end."""
+        self._file.seek(position)
+        if self._file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+            raise ValueError("a header is damaged or cut short")
 
     def _note(self, info: tarfile.TarInfo) -> None:
         if info.isdir():

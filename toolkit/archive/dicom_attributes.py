@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from medseg_trt.errors import UsageError, require
 from medseg_trt.imaging.formats.dicom_file import MAX_HEADER_BYTES, Limited
@@ -66,15 +67,17 @@ def read_attributes(path: Path, keywords: Sequence[str] = ()) -> Attributes:
     return Attributes(is_damaged=True)
 
 
-def _reason(elements: object) -> str | None:
+def _reason(elements: Any) -> str | None:
     if (kind := kind_of_non_image(elements)) is not None:
         return f"DICOM without an image of its own: {kind}"
     return "a localizer" if "LOCALIZER" in _text(elements, "ImageType").upper().split("\\") else None
 
 
-def _text(elements: object, name: str) -> str:
+def _text(elements: Any, name: str) -> str:
     """Return a value as DICOM writes it: several are separated by backslashes."""
     value = getattr(elements, name, None)
+    if value is None:
+        value = getattr(elements.file_meta, name, None)  # such as TransferSyntaxUID
     if value is None:
         return ""
     from pydicom.multival import MultiValue

@@ -21,7 +21,7 @@ from medseg_trt.archive.index import container_of, fold_key, sort_key
 from medseg_trt.archive.request import Names
 from medseg_trt.errors import InputError
 from medseg_trt.imaging.images import DICOM, MASK_SUFFIXES, READERS, output_stem, suffix_of
-from medseg_trt.imaging.listing import OTHER_KIND, without_detached
+from medseg_trt.imaging.listing import DICOM_WITHOUT_IMAGE, OTHER_KIND, without_detached
 from medseg_trt.inference.areas_table import AREAS
 from medseg_trt.inference.resume import OVERLAYS, RECORD_SUFFIX, RECORDS_FOLDER
 from medseg_trt.progress import LOG, track, unicode_text
@@ -45,6 +45,10 @@ RESERVED = {
     AREAS: "a table",
     SKIPPED: "a table",
 }  # in the output
+FORGET_REASONS = f"""
+UPDATE file SET reason = CASE kind WHEN '{DICOM}' THEN NULL ELSE '{OTHER_KIND}' END
+WHERE kind = '{DICOM}' AND reason = '{DICOM_WITHOUT_IMAGE}' OR kind = '' AND reason = ''
+"""  # that grouping gave, as files beside may have changed
 UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
 UNKNOWN = "unknown"
 Series = tuple[str | None, tuple[Path, ...]]  # the name, None for that of the only file, and the files
@@ -79,6 +83,8 @@ class Grouping:
         Raises:
             MissingExtraError: there are DICOM files and pydicom is not installed.
         """
+        if self._index.execute("SELECT 1 FROM grouped").fetchone() is None:
+            self._index.execute(FORGET_REASONS)
         self._index.execute("DROP TABLE IF EXISTS temp.spread")
         self._index.execute(SPREAD)
         folders = self._index.execute(
@@ -201,13 +207,18 @@ class Grouping:
         return names
 
     def _found_series(self, folder: Path, files: Sequence[Path]) -> list[Series]:
+        """Return the series of DICOM files, and note the files that hold no image; the reader logs why."""
         reader = import_module(READERS[DICOM])
         with local_files(folder, files, self._containers) as (local_folder, locals_):
             back = dict(zip(locals_, files, strict=True))
-            return [
+            found = [
                 (stem, tuple(back[path] for path in members))
                 for stem, members in reader.find_series(local_folder, locals_)
             ]
+        used = {path for _, members in found for path in members}
+        for path in set(files) - used:
+            self._index.execute("UPDATE file SET reason = ? WHERE path = ?", (DICOM_WITHOUT_IMAGE, os.fsencode(path)))
+        return found
 
     def _leave_detached(self, number: int, parent: bytes, known: Sequence[Path]) -> None:
         """Note that the voxels of a detached header are used."""

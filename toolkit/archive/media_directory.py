@@ -21,7 +21,7 @@ def referenced_files(path: Path) -> Iterator[str]:
     """Yield the files that a DICOMDIR names, relative to its folder, with slashes.
 
     Raises:
-        InputError: it is damaged or too large.
+        InputError: it is damaged or too large, or names no file.
         MissingExtraError: pydicom is not installed.
     """
     pydicom = require("pydicom", "medical")
@@ -37,6 +37,7 @@ def referenced_files(path: Path) -> Iterator[str]:
             Limited(file, MAX_HEADER_BYTES), specific_tags=["DirectoryRecordSequence", "ReferencedFileID"]
         )
         records = [record.get("ReferencedFileID") for record in elements.get("DirectoryRecordSequence") or ()]
-    for parts in records:
-        if parts:
-            yield "/".join([parts] if isinstance(parts, str) else map(str, parts))
+    if not any(records):
+        raise InputError(f"{path} names no file; give its folder with --tree, or rename it if it is an image")
+    for parts in filter(None, records):
+        yield "/".join([parts] if isinstance(parts, str) else map(str, parts))

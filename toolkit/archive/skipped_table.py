@@ -11,6 +11,7 @@ from medseg_trt.inference.areas_table import MAX_BYTES, require_own_areas
 from medseg_trt.inference.csv_table import inert_row, require_table
 
 SKIPPED_HEADER = ("file", "kind", "reason")
+MAX_CELL = 4096  # characters, before control characters are escaped; the csv module reads at most 131,072
 
 
 def require_own_tables(folder: Path) -> None:
@@ -30,4 +31,10 @@ def write_skipped(folder: Path, skipped: Iterable[Skipped]) -> None:
         table.writerow(SKIPPED_HEADER)
         for item in skipped:
             kind = "refused" if item.refused else "left out"
-            table.writerow(inert_row((item.file, kind, item.reason)))
+            table.writerow(inert_row((_cut(item.file), kind, _cut(item.reason))))
+
+
+def _cut(text: str) -> str:
+    """Leave out the middle of a text that is too long, such as a line of a list that is no path."""
+    half = MAX_CELL // 2
+    return text if len(text) <= MAX_CELL else f"{text[:half]} … {text[-half:]}"
