@@ -20,7 +20,7 @@ from medseg_trt.archive.entries import joined
 from medseg_trt.archive.index import container_of, fold_key, sort_key
 from medseg_trt.archive.request import Names
 from medseg_trt.errors import InputError
-from medseg_trt.imaging.images import DICOM, MASK_SUFFIXES, READERS, output_stem, suffix_of
+from medseg_trt.imaging.images import DICOM, MASK_SUFFIXES, READERS, file_stem
 from medseg_trt.imaging.listing import DICOM_WITHOUT_IMAGE, OTHER_KIND, without_detached
 from medseg_trt.inference.areas_table import AREAS
 from medseg_trt.inference.resume import OVERLAYS, RECORD_SUFFIX, RECORDS_FOLDER
@@ -150,7 +150,7 @@ class Grouping:
         self._leave_detached(number, parent, known)
         top = os.fsdecode(parent)
         for path in known:
-            self._add(number, joined(top, _stem(path)), path, (path,), path.name)
+            self._add(number, joined(top, file_stem(path)), path, (path,), path.name)
         paths = self._index.execute(
             f"SELECT path FROM file WHERE input = ? AND parent = ? AND {USABLE_DICOM} AND NOT {IN_SPREAD}",
             (number, parent),
@@ -188,7 +188,7 @@ class Grouping:
             if names is not None:
                 full = names[order]
             else:
-                full = joined(top, _stem(path)) if stem is None else joined(beside, stem)
+                full = joined(top, file_stem(path)) if stem is None else joined(beside, stem)
             self._add(number, full, path, members, path.name if stem is None else full)
 
     def _dicom_names(self, firsts: Iterator[Path]) -> list[str]:
@@ -284,10 +284,6 @@ def _common_folder(files: Sequence[Path]) -> Path:
     if len({folder.is_absolute() for folder in folders}) > 1:
         folders = [folder.absolute() for folder in folders]
     return Path(os.path.commonpath(folders))
-
-
-def _stem(path: Path) -> str:
-    return path.name if suffix_of(path) is None else output_stem(path)
 
 
 def _safe(text: str) -> str:

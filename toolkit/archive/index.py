@@ -26,7 +26,7 @@ from medseg_trt.imaging.listing import OTHER_KIND
 from medseg_trt.imaging.signatures import HEAD_BYTES
 from medseg_trt.progress import LOG, track, unicode_text
 
-VERSION = 2  # of the tables and of what they say
+VERSION = 3  # of the tables and of what they say
 MAX_DIGITS = 4000  # of a number in a name that sorts by its value; Python converts few more
 UNREADABLE = "unreadable"  # the kind of a file that could not be opened
 AGAIN = "unreadable before"  # the same file in the next run, until it was looked at
