@@ -195,7 +195,9 @@ class Entries:
             file = path.parent / relative
             below = str(PurePosixPath(relative).parent)
             try:
-                if not file.resolve().is_relative_to(path.parent.resolve()):
+                # A name such as ../cd/a.png ends in the folder, but the mask would be written out of the output.
+                is_outside = relative.startswith("/") or ".." in PurePosixPath(relative).parts
+                if is_outside or not file.resolve().is_relative_to(path.parent.resolve()):
                     reason = f"{path} names {relative}, which leads out of its folder"
                     yield Problem(path=str(file), reason=reason, refused=True)
                 elif not stat.S_ISREG((status := file.stat()).st_mode):
