@@ -17,8 +17,9 @@ from typing import Any
 from medseg_trt.archive.containers import Container, is_container
 from medseg_trt.archive.media_directory import is_media_directory, referenced_files
 from medseg_trt.archive.object_store import is_object_path
-from medseg_trt.errors import InputError
+from medseg_trt.errors import InputError, UsageError
 from medseg_trt.imaging.listing import IRREGULAR, why_unusable
+from medseg_trt.inference.resume import RECORDS_FOLDER
 
 Identity = tuple[int, int]  # device and number
 MAGIC = frozenset("*?[")
@@ -27,6 +28,7 @@ IN_OUTPUT = "it lies in the folder of the masks, which could replace it; choose 
 SEEN = "a link to a folder that is listed under another name"
 INNER_ARCHIVE = "an archive; give it as an input of its own"
 STDIN = "-"
+TABLE = ".csv"  # all that a run without images writes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,7 +156,9 @@ class Entries:
             try:
                 status = path.stat()
                 identity = (status.st_dev, status.st_ino)
-                if identity in self.ignored:
+                if is_output := self._is_in_output(path):  # by name: another run may have made it just now
+                    self._require_own_output()
+                if is_output or identity in self.ignored:
                     continue
                 if identity in seen:
                     yield Problem(path=str(path), reason=SEEN, refused=False)
@@ -216,6 +220,15 @@ class Entries:
         if is_object_path(path) or is_object_path(self.output):
             return path.is_relative_to(self.output)
         return path.resolve().is_relative_to(self.output.resolve())
+
+    def _require_own_output(self) -> None:
+        """Refuse an output folder among the inputs whose files no run has written: they may be images."""
+        names = os.listdir(self.output) if self.output.is_dir() else []
+        if RECORDS_FOLDER not in names and any(not name.startswith(".") and not name.endswith(TABLE) for name in names):
+            raise UsageError(
+                f"{self.output} lies in the folder of the images and holds other files than masks; choose an empty or "
+                f"new folder, such as -o {self.output / 'masks'}"
+            )
 
 
 def needs_archive(path: Path) -> bool:

@@ -160,7 +160,7 @@ class MaskTree(MaskFolder):
         try:
             if self.resume:
                 self.remove_leftovers()
-            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / RECORDS_FOLDER).mkdir(parents=True, exist_ok=True)  # it marks the folder as one of masks
             if self._part is not None:
                 remove_note(self.folder, self._part)
             try:

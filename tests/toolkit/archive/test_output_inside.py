@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import pytest
-from archive_runs import planned, reasons, save_picture
+from archive_runs import content, planned, reasons, save_picture, segment_tree
 from dicoms import CT
 from pydicom import config
 from pydicom.dataset import Dataset, FileMetaDataset
 
+from medseg_trt.archive import plan as plan_module
+from medseg_trt.errors import InputError, UsageError
 from medseg_trt.imaging.formats.dicom_file import EXPLICIT_LITTLE
 
 
@@ -39,3 +41,57 @@ def test_a_dicomdir_names_no_file_by_a_path_that_leads_out_of_the_output(tmp_pat
     assert "leads out of its folder" in reason
     write_dicomdir(Path("cd"), ["a.png"], monkeypatch)
     assert planned([path], Path("masks")) == {"a": ("a.png",)}
+
+
+@pytest.mark.parametrize("asked", ["folder", "pattern", "link"])
+def test_an_output_folder_among_the_inputs_that_holds_images_is_refused(tiny_bundle, tmp_path, asked):
+    archive = tmp_path / "archive"
+    save_picture(archive / "scan.png", 1)
+    save_picture(archive / "p1" / "scan.png", 2)
+    (tmp_path / "link").symlink_to(archive)
+    inputs = {"folder": archive, "pattern": archive / "**" / "*.png", "link": tmp_path / "link"}
+    before = content(archive)
+    with pytest.raises(UsageError, match=r"p1 lies in the folder of the images .* such as -o .*p1/masks$"):
+        segment_tree([inputs[asked]], tiny_bundle, archive / "p1")
+    assert content(archive) == before
+
+
+def test_an_output_folder_among_the_inputs_that_holds_masks_or_nothing_is_not_listed(tiny_bundle, tmp_path):
+    archive = tmp_path / "archive"
+    (archive / "masks").mkdir(parents=True)
+    with pytest.raises(InputError, match="hold no image"):
+        segment_tree([archive], tiny_bundle, archive / "masks")  # it writes skipped.csv
+    save_picture(archive / "scan.png", 1)
+    for _ in range(2):
+        assert segment_tree([archive], tiny_bundle, archive / "masks").num_masks == 1
+    (archive / "masks" / "areas.csv").unlink()
+    assert segment_tree([archive], tiny_bundle, archive / "masks").num_masks == 1
+
+
+def test_a_run_that_writes_its_first_mask_has_marked_its_folder(tiny_bundle, tmp_path, monkeypatch):
+    archive = tmp_path / "archive"
+    save_picture(archive / "scan.png", 1)
+    held: list[dict[str, tuple[str, ...]]] = []
+
+    def save_record(*_: object) -> None:  # another run lists the inputs between a mask and its record
+        assert (archive / "masks" / "scan.png").exists()
+        held.append(planned([archive], archive / "masks"))
+
+    monkeypatch.setattr("medseg_trt.inference.to_folder.save_record", save_record)
+    segment_tree([archive], tiny_bundle, archive / "masks")
+    assert held == [{"scan": ("scan.png",)}]
+
+
+def test_masks_that_another_part_writes_meanwhile_are_no_images(tmp_path, monkeypatch):
+    archive = tmp_path / "archive"
+    save_picture(archive / "scan.png", 1)
+    (archive / "old").symlink_to(archive / "masks" / "sub")
+
+    def open_index(key: str, real=plan_module.open_index):  # it waits for the first part
+        (archive / "masks" / ".finished").mkdir(parents=True, exist_ok=True)
+        save_picture(archive / "masks" / "sub" / "scan.png", 2)
+        return real(key)
+
+    monkeypatch.setattr(plan_module, "open_index", open_index)
+    for _ in range(2):  # the second has the link alone to go by
+        assert planned([archive], archive / "masks") == {"scan": ("scan.png",)}
