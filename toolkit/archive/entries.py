@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from medseg_trt.archive.containers import Container, is_container
+from medseg_trt.archive.containers import COMPRESSED_TARS, Container, is_container
 from medseg_trt.archive.media_directory import is_media_directory, referenced_files
 from medseg_trt.archive.object_store import is_object_path
 from medseg_trt.errors import InputError, UsageError
@@ -26,6 +26,7 @@ MAGIC = frozenset("*?[")
 ANY_DEPTH = "**"
 IN_OUTPUT = "it lies in the folder of the masks, which could replace it; choose another folder with -o"
 SEEN = "a link to a folder that is listed under another name"
+ARCHIVE_SUFFIXES = (".zip", ".tar")
 INNER_ARCHIVE = "an archive; give it as an input of its own"
 STDIN = "-"
 TABLE = ".csv"  # all that a run without images writes
@@ -106,6 +107,8 @@ class Entries:
                 yield from self._members(path, parent)
             elif is_media_directory(path):
                 yield from self._referenced(path, parent)
+            elif path.name.lower().endswith(ARCHIVE_SUFFIXES):
+                yield Problem(path=str(path), reason=f"{path} is no zip file, whatever its name says", refused=True)
             else:
                 yield replace(_entry(path, parent, path.stat()), alone=alone)
         except InputError as error:
@@ -138,7 +141,11 @@ class Entries:
             inside = Path(item.path).relative_to(root).parts
             if any(_matches(inside[:depth], wanted) for depth in range(1, len(inside) + 1)):
                 count += 1
-                yield item
+                is_named = wanted[-1] != ANY_DEPTH and _matches(inside, wanted)  # not merely in a folder that is
+                if is_named and isinstance(item, Entry) and _may_hold_images(item.path):
+                    yield from self._file(item.path, item.parent)
+                else:
+                    yield item
             elif isinstance(item, Problem) and item.is_folder:
                 yield item
         if not count:
@@ -241,6 +248,11 @@ def needs_archive(path: Path) -> bool:
         return path.is_file() and (is_container(path) or is_media_directory(path))
     except InputError:
         return True  # listing the inputs gives the reason
+
+
+def _may_hold_images(path: Path) -> bool:
+    """Return whether a file is an archive file or a DICOMDIR by its name."""
+    return path.name.lower().endswith((*ARCHIVE_SUFFIXES, *COMPRESSED_TARS)) or is_media_directory(path)
 
 
 def _is(kind: Callable[[int], bool], path: Path) -> bool:

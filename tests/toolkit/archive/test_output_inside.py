@@ -1,16 +1,20 @@
-"""Masks are written only into the output folder, and replace no input, however inputs and output lie in each other."""
+"""What is named is used or refused; masks lie in the output alone, and replace no input, wherever that lies."""
 
+import zipfile
 from pathlib import Path
 
 import pytest
-from archive_runs import content, planned, reasons, save_picture, segment_tree
+from archive_runs import content, planned, reasons, refused, save_picture, segment_tree
 from dicoms import CT
+from infer_folder import infer_to_folder
 from pydicom import config
 from pydicom.dataset import Dataset, FileMetaDataset
 
 from medseg_trt.archive import plan as plan_module
 from medseg_trt.errors import InputError, UsageError
 from medseg_trt.imaging.formats.dicom_file import EXPLICIT_LITTLE
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*for VR CS")
 
 
 def write_dicomdir(folder: Path, parts: list[str], monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -27,7 +31,6 @@ def write_dicomdir(folder: Path, parts: list[str], monkeypatch: pytest.MonkeyPat
     return folder / "DICOMDIR"
 
 
-@pytest.mark.filterwarnings("ignore:.*for VR CS")
 @pytest.mark.parametrize("start", [["..", "cd"], ["sub", "..", "..", "cd"], None])
 def test_a_dicomdir_names_no_file_by_a_path_that_leads_out_of_the_output(tmp_path, monkeypatch, start):
     monkeypatch.chdir(tmp_path)
@@ -95,3 +98,41 @@ def test_masks_that_another_part_writes_meanwhile_are_no_images(tmp_path, monkey
     monkeypatch.setattr(plan_module, "open_index", open_index)
     for _ in range(2):  # the second has the link alone to go by
         assert planned([archive], archive / "masks") == {"scan": ("scan.png",)}
+
+
+def test_inputs_that_are_named_and_cannot_be_used_are_refused(tiny_bundle, tmp_path):
+    broken, notes, image = tmp_path / "broken.zip", tmp_path / "notes.txt", save_picture(tmp_path / "a.png")
+    broken.write_text("<html>")
+    notes.write_text("no image")
+    errors: list[str] = []
+    inputs = [broken, notes, image]
+    written = segment_tree(inputs, tiny_bundle, tmp_path / "out", on_error=lambda _, error: errors.append(str(error)))
+    assert errors == [f"{broken} is no zip file, whatever its name says", f"{notes}: of another kind"]
+    assert (written.num_masks, written.num_left_out, len(written.refused)) == (1, 0, 2)
+    (tmp_path / "in").mkdir()
+    for file in inputs:
+        file.rename(tmp_path / "in" / file.name)
+    assert {is_error for _, is_error in reasons([tmp_path / "in"], tmp_path / "out").values()} == {False}
+
+
+def test_a_pattern_names_archive_files_and_dicomdirs(tmp_path, monkeypatch):
+    image = save_picture(tmp_path / "in" / "cd1" / "a.png")
+    with zipfile.ZipFile(tmp_path / "in" / "z1.zip", "w") as archive:
+        archive.write(image, "p/x.png")
+    (tmp_path / "in" / "z2.zip").write_text("<html>")
+    write_dicomdir(tmp_path / "in" / "cd1", ["a.png"], monkeypatch)
+    out = tmp_path / "out"
+    assert planned([tmp_path / "in" / "z*.zip"], out) == {"p/x": ("x.png",)}
+    (reason, is_error) = reasons([tmp_path / "in" / "z*.zip"], out)["z2.zip"]
+    assert is_error
+    assert "z2.zip is no zip file" in reason
+    assert planned([tmp_path / "in" / "cd*" / "DICOMDIR"], out) == {"cd1/a": ("a.png",)}
+    assert planned([tmp_path / "in" / "**"], out) == {"cd1/a": ("a.png",)}
+
+
+@pytest.mark.parametrize("segment", [segment_tree, infer_to_folder])
+def test_an_output_folder_that_is_a_loop_of_links_is_refused(tiny_bundle, tmp_path, segment):
+    (tmp_path / "loop").symlink_to("loop")
+    image = save_picture(tmp_path / "a.png")
+    with pytest.raises((UsageError, FileExistsError), match="loop"):
+        segment([image], tiny_bundle, tmp_path / "loop", on_error=refused)
