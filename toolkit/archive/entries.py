@@ -14,19 +14,22 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from medseg_trt.archive.containers import Container, is_container
+from medseg_trt.archive.containers import COMPRESSED_TARS, Container, is_container
 from medseg_trt.archive.media_directory import is_media_directory, referenced_files
 from medseg_trt.archive.object_store import is_object_path
-from medseg_trt.errors import InputError
+from medseg_trt.errors import InputError, UsageError
 from medseg_trt.imaging.listing import IRREGULAR, why_unusable
+from medseg_trt.inference.resume import RECORDS_FOLDER
 
 Identity = tuple[int, int]  # device and number
 MAGIC = frozenset("*?[")
 ANY_DEPTH = "**"
 IN_OUTPUT = "it lies in the folder of the masks, which could replace it; choose another folder with -o"
 SEEN = "a link to a folder that is listed under another name"
+ARCHIVE_SUFFIXES = (".zip", ".tar")
 INNER_ARCHIVE = "an archive; give it as an input of its own"
 STDIN = "-"
+TABLE = ".csv"  # all that a run without images writes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,6 +107,8 @@ class Entries:
                 yield from self._members(path, parent)
             elif is_media_directory(path):
                 yield from self._referenced(path, parent)
+            elif path.name.lower().endswith(ARCHIVE_SUFFIXES):
+                yield Problem(path=str(path), reason=f"{path} is no zip file, whatever its name says", refused=True)
             else:
                 yield replace(_entry(path, parent, path.stat()), alone=alone)
         except InputError as error:
@@ -136,7 +141,11 @@ class Entries:
             inside = Path(item.path).relative_to(root).parts
             if any(_matches(inside[:depth], wanted) for depth in range(1, len(inside) + 1)):
                 count += 1
-                yield item
+                is_named = wanted[-1] != ANY_DEPTH and _matches(inside, wanted)  # not merely in a folder that is
+                if is_named and isinstance(item, Entry) and _may_hold_images(item.path):
+                    yield from self._file(item.path, item.parent)
+                else:
+                    yield item
             elif isinstance(item, Problem) and item.is_folder:
                 yield item
         if not count:
@@ -154,7 +163,9 @@ class Entries:
             try:
                 status = path.stat()
                 identity = (status.st_dev, status.st_ino)
-                if identity in self.ignored:
+                if is_output := self._is_in_output(path):  # by name: another run may have made it just now
+                    self._require_own_output()
+                if is_output or identity in self.ignored:
                     continue
                 if identity in seen:
                     yield Problem(path=str(path), reason=SEEN, refused=False)
@@ -195,7 +206,9 @@ class Entries:
             file = path.parent / relative
             below = str(PurePosixPath(relative).parent)
             try:
-                if not file.resolve().is_relative_to(path.parent.resolve()):
+                # A name such as ../cd/a.png ends in the folder, but the mask would be written out of the output.
+                is_outside = relative.startswith("/") or ".." in PurePosixPath(relative).parts
+                if is_outside or not file.resolve().is_relative_to(path.parent.resolve()):
                     reason = f"{path} names {relative}, which leads out of its folder"
                     yield Problem(path=str(file), reason=reason, refused=True)
                 elif not stat.S_ISREG((status := file.stat()).st_mode):
@@ -215,6 +228,15 @@ class Entries:
             return path.is_relative_to(self.output)
         return path.resolve().is_relative_to(self.output.resolve())
 
+    def _require_own_output(self) -> None:
+        """Refuse an output folder among the inputs whose files no run has written: they may be images."""
+        names = os.listdir(self.output) if self.output.is_dir() else []
+        if RECORDS_FOLDER not in names and any(not name.startswith(".") and not name.endswith(TABLE) for name in names):
+            raise UsageError(
+                f"{self.output} lies in the folder of the images and holds other files than masks; choose an empty or "
+                f"new folder, such as -o {self.output / 'masks'}"
+            )
+
 
 def needs_archive(path: Path) -> bool:
     """Return whether an input is an archive file, a bucket, a DICOMDIR, or a pattern that matches no file by name."""
@@ -226,6 +248,11 @@ def needs_archive(path: Path) -> bool:
         return path.is_file() and (is_container(path) or is_media_directory(path))
     except InputError:
         return True  # listing the inputs gives the reason
+
+
+def _may_hold_images(path: Path) -> bool:
+    """Return whether a file is an archive file or a DICOMDIR by its name."""
+    return path.name.lower().endswith((*ARCHIVE_SUFFIXES, *COMPRESSED_TARS)) or is_media_directory(path)
 
 
 def _is(kind: Callable[[int], bool], path: Path) -> bool:

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory, gettempdir
 
 from medseg_trt.archive.containers import Container
 from medseg_trt.archive.dicom_attributes import Attributes, read_attributes
-from medseg_trt.archive.entries import INNER_ARCHIVE, Entry, Problem
+from medseg_trt.archive.entries import ARCHIVE_SUFFIXES, INNER_ARCHIVE, Entry, Problem
 from medseg_trt.archive.request import ArchiveRequest, Condition
 from medseg_trt.errors import InputError, UsageError
 from medseg_trt.files import cache_folder, lock
@@ -31,7 +31,6 @@ MAX_DIGITS = 4000  # of a number in a name that sorts by its value; Python conve
 UNREADABLE = "unreadable"  # the kind of a file that could not be opened
 AGAIN = "unreadable before"  # the same file in the next run, until it was looked at
 BATCH = 500  # files that are looked at between two commits
-ARCHIVE_SUFFIXES = (".zip", ".tar")
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS file (
     path BLOB PRIMARY KEY, input INTEGER, parent BLOB, size INTEGER, mtime INTEGER, pass INTEGER,

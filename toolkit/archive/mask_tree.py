@@ -32,7 +32,7 @@ from medseg_trt.files import PARTIAL, remove_abandoned
 from medseg_trt.imaging.images import MASK_SUFFIXES, Image, Mask, Source, file_stem
 from medseg_trt.imaging.slide_mask import SlideMask
 from medseg_trt.inference.areas_table import AREAS, AreaTable, unusual_reason
-from medseg_trt.inference.output_folder import require_own_folders
+from medseg_trt.inference.output_folder import require_outside, require_own_folders
 from medseg_trt.inference.resume import (
     OVERLAYS,
     RECORDS_FOLDER,
@@ -136,8 +136,7 @@ class MaskTree(MaskFolder):
                 raise UsageError(f"{shown(self.output)}: parts are joined in a folder alone; give --ray, or a folder")
             for name in (AREAS, SKIPPED):
                 self._remote.fetch(name)
-        if self.folder.resolve().is_relative_to(bundle.folder.resolve()):
-            raise UsageError(f"{self.folder} is in the bundle {bundle.folder}; choose another folder with -o")
+        require_outside(self.folder, bundle.folder)
         require_own_folders(self.folder, self.folder / RECORDS_FOLDER / PARTS)
         require_own_tables(self.folder)
         self._plan = make_plan(inputs, self._request, [bundle.folder], self.output, self._part)
@@ -146,7 +145,8 @@ class MaskTree(MaskFolder):
         if self._part is None or self._part.number == 1:  # the first part speaks for all
             for item in self._plan.skipped():
                 if item.refused:
-                    self.note_refused(Path(item.file), item.file, InputError(item.reason))
+                    reason = item.reason if item.file in item.reason else f"{item.file}: {item.reason}"
+                    self.note_refused(Path(item.file), item.file, InputError(reason))
         if not self._plan.num_images:
             self._write_tables(None, ())
             table = shown(self.output / SKIPPED)
@@ -160,7 +160,7 @@ class MaskTree(MaskFolder):
         try:
             if self.resume:
                 self.remove_leftovers()
-            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / RECORDS_FOLDER).mkdir(parents=True, exist_ok=True)  # it marks the folder as one of masks
             if self._part is not None:
                 remove_note(self.folder, self._part)
             try:

@@ -24,7 +24,8 @@ from medseg_trt.imaging.images import Source
 COPY = f"""
 CREATE TABLE plan.skipped AS
     SELECT input, sort, file, reason, refused FROM problem
-    UNION ALL SELECT input, sort, path, reason, kind = '{UNREADABLE}' FROM file WHERE reason <> ''
+    UNION ALL SELECT input, sort, path, reason, kind = '{UNREADABLE}' OR (alone AND kind = '') FROM file
+    WHERE reason <> ''
     UNION ALL SELECT input, sort, path, reason, 1 FROM candidate WHERE reason IS NOT NULL;
 CREATE TABLE plan.image (position INTEGER PRIMARY KEY, stem BLOB, path BLOB, files BLOB);
 INSERT INTO plan.image SELECT row_number() OVER (ORDER BY input, sort, id) - 1, stem, path, files FROM candidate

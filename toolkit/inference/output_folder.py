@@ -57,6 +57,20 @@ def require_own_folders(output: Path, *further: Path) -> list[Path]:
     return folders
 
 
+def require_outside(output: Path, bundle: Path) -> None:
+    """Refuse an output folder in the folder of the bundle.
+
+    Raises:
+        UsageError: it is there, or is a loop of links.
+    """
+    try:
+        is_inside = output.resolve().is_relative_to(bundle.resolve())
+    except RuntimeError as error:  # of Python 3.11 and 3.12
+        raise UsageError(f"{output} is a link that leads to itself; choose another folder with -o") from error
+    if is_inside:
+        raise UsageError(f"{output} is in the bundle {bundle}; choose another folder with -o")
+
+
 def _outputs(output: Path, sources: Sequence[Source]) -> Iterator[Path]:
     yield output / AREAS
     for source in sources:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from medseg_trt.bundles.bundle import Bundle
-from medseg_trt.errors import InputError, MedsegError, MissingExtraError, UsageError
+from medseg_trt.errors import InputError, MedsegError, MissingExtraError
 from medseg_trt.files import sha256
 from medseg_trt.imaging.formats.nrrd import voxel_file
 from medseg_trt.imaging.formats.slide import Slide, find_slide
@@ -32,7 +32,7 @@ from medseg_trt.imaging.slide_mask import SlideMask
 from medseg_trt.inference.areas_table import AREAS, AreaTable, area_rows, unusual_reason
 from medseg_trt.inference.destination import Destination
 from medseg_trt.inference.outcomes import Kept, Refused, SlideToSegment
-from medseg_trt.inference.output_folder import name_limit, require_safe
+from medseg_trt.inference.output_folder import name_limit, require_outside, require_safe
 from medseg_trt.inference.record_seal import record_key
 from medseg_trt.inference.resume import Record, load_record, overlay_path, remove_leftovers, save_record
 from medseg_trt.progress import LOG, plural
@@ -127,8 +127,7 @@ class MaskFolder(Destination):
             UsageError: two masks would have the same name, one would overwrite an input or a link, or the output folder
                 is in the bundle.
         """
-        if self.folder.resolve().is_relative_to(bundle.folder.resolve()):
-            raise UsageError(f"{self.folder} is in the bundle {bundle.folder}; choose another folder with -o")
+        require_outside(self.folder, bundle.folder)
         listing = list_images(inputs, ignored=[self.folder, bundle.folder])
         if not listing.sources and len(listing.refused) == 1:
             raise listing.refused[0].error
