@@ -259,8 +259,7 @@ class MaskTree(MaskFolder):
         parts = source.stem.split("/")
         parents = ["/".join(parts[:depth]) for depth in range(1, len(parts))]
         folders = [f"{base}{parent}" for base in ("", f"{RECORDS_FOLDER}/", f"{OVERLAYS}/") for parent in parents]
-        masks = [f"{source.stem}{suffix}" for suffix in MASK_SUFFIXES]
-        for name in (*folders, *masks):
+        for name in (*folders, *(f"{source.stem}{suffix}" for suffix in MASK_SUFFIXES)):
             if os.path.islink(path := os.path.join(self.folder, name)):
                 raise InputError(f"{source.label}: {path} is a link, which no mask is written through; remove it")
 
@@ -306,8 +305,7 @@ class MaskTree(MaskFolder):
 
     def _join_parts(self, notes: Mapping[int, PartNote]) -> None:
         refused = [item for note in notes.values() for item in note.refused]
-        missing = self.join_records(refused, next(iter(notes.values())).made_by)
-        if missing:
+        if missing := self.join_records(refused, next(iter(notes.values())).made_by):
             numbers = sorted({position % len(notes) + 1 for position in missing})
             parts = ", ".join(f"{number}/{len(notes)}" for number in numbers[:MAX_NAMED])
             raise UsageError(f"masks are missing or have changed; run these parts again with --continue: {parts}")
@@ -322,9 +320,8 @@ class MaskTree(MaskFolder):
         refused = sorted(unusable, key=lambda item: item.position)
         without_mask, missing, num_unusual = {item.position for item in refused}, list[int](), 0
         with closing(AreaTable()) as table:
-            for position, source in self.plan.of(None).numbered():
-                if position in without_mask:
-                    continue
+            wanted = (item for item in self.plan.of(None).numbered() if item[0] not in without_mask)
+            for position, source in wanted:
                 record = self._earlier_record(source, None)
                 if record is None or not record.key.endswith(made_by):
                     missing.append(position)
@@ -334,8 +331,7 @@ class MaskTree(MaskFolder):
             if not missing:
                 self._write_tables(table, refused)
                 self.is_joined = True
-                if self._part is None:  # the part that ends last joins the others' tables, and reports on itself
-                    self.num_unusual = num_unusual
+                self.num_unusual = num_unusual if self._part is None else self.num_unusual  # a part's are its own
         return missing
 
     def _write_tables(self, table: AreaTable | None, unusable: Sequence[PartRefused]) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from medseg_trt.bundles.bundle import Bundle
 from medseg_trt.errors import InputError, MedsegError, MissingExtraError
 from medseg_trt.files import sha256
-from medseg_trt.imaging.formats.nrrd import voxel_file
+from medseg_trt.imaging.formats.nrrd import voxel_files
 from medseg_trt.imaging.formats.slide import Slide, find_slide
 from medseg_trt.imaging.images import (
     MASK_SUFFIXES,
@@ -341,8 +341,7 @@ def _require_short_name(source: Source, max_name_bytes: int) -> None:
 
 def _digest(source: Source) -> str:
     try:
-        beside = None if source.is_series else voxel_file(source.files[0])
-        return sha256(*source.files) if beside is None else sha256(*source.files, beside)
+        return sha256(*source.files, *([] if source.is_series else voxel_files(source.files[0])))
     except OSError as error:
         raise InputError(f"{source.path} cannot be read: {error.strerror}") from error
 

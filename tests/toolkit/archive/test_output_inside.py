@@ -9,6 +9,7 @@ from dicoms import CT
 from infer_folder import infer_to_folder
 from pydicom import config
 from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import UID
 
 from medseg_trt.archive import plan as plan_module
 from medseg_trt.errors import InputError, UsageError
@@ -24,9 +25,9 @@ def write_dicomdir(folder: Path, parts: list[str], monkeypatch: pytest.MonkeyPat
     record.ReferencedFileID = parts
     directory.DirectoryRecordSequence = [record]
     directory.file_meta = FileMetaDataset()
-    directory.file_meta.TransferSyntaxUID = EXPLICIT_LITTLE
-    directory.file_meta.MediaStorageSOPClassUID = CT
-    directory.file_meta.MediaStorageSOPInstanceUID = "1.2"
+    directory.file_meta.TransferSyntaxUID = UID(EXPLICIT_LITTLE)
+    directory.file_meta.MediaStorageSOPClassUID = UID(CT)
+    directory.file_meta.MediaStorageSOPInstanceUID = UID("1.2")
     directory.save_as(folder / "DICOMDIR", enforce_file_format=True)
     return folder / "DICOMDIR"
 

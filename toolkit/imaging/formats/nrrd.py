@@ -92,19 +92,19 @@ def read_labels(path: Path, like: Image) -> ndarray:
     return nifti.labels_like(mask, like, may_be_cropped=True)  # as 3D Slicer saves segments
 
 
-def voxel_file(path: Path) -> Path | None:
-    """Return the file beside a detached header that holds its voxels; None of any other file.
+def voxel_files(path: Path) -> list[Path]:
+    """Return the file beside a detached header that holds its voxels; of any other file none.
 
     Raises:
         InputError: the header is damaged, or there is no such file.
     """
     with path.open("rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
-            return None
+            return []
         file.seek(0)
         lines = _header_lines(path, file)
     names = [line.partition(":")[2].strip() for line in lines if DATA_FILE.match(line)]
-    return _beside(path, names[0]) if names else None
+    return [_beside(path, name) for name in names[:1]]
 
 
 def _load(path: Path) -> tuple[ndarray, list[int], ndarray | None]:
